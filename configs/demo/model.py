@@ -1,0 +1,32 @@
+"""A small LLaDA that learns four operations on two-digit numbers, from scratch, on two CPU cores.
+
+python train.py --config configs/demo/model.py --workdir runs/demo/model
+
+Expected: at least 95 % exact match on held-out items, in about three minutes.
+"""
+
+from dials_jax.config import ArithmeticData, OptimizerConfig, TrainConfig
+from dials_jax.models.llada import small
+
+
+def get_config() -> TrainConfig:
+    return TrainConfig(
+        # The vocabulary is that of the arithmetic characters: 0 padding, 1 end of text, 18 [MASK].
+        model=small(
+            num_layers=6,
+            d_model=96,
+            vocab_size=19,
+            mask_id=18,
+            eos_id=1,
+            pad_id=0,
+            max_length=64,
+            dtype="float32",
+        ),
+        data=ArithmeticData(),
+        optimizer=OptimizerConfig(
+            learning_rate=2e-3, b2=0.98, weight_decay=0.01, num_steps=1300, warmup_steps=100
+        ),
+        batch_size=128,
+        log_every=20,
+        save_every=200,
+    )

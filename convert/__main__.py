@@ -1,0 +1,43 @@
+"""Converts a published checkpoint: `python -m convert SRC DST`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import jax
+
+from convert.hugging_face import MODEL_TYPES, convert
+from dials_jax.config import InputError
+from dials_jax.models.checkpoint import DTYPES
+
+DESCRIPTION = """Convert a Hugging Face folder (config.json and safetensors) to a dials_jax model
+folder, which loads faster, sharded and checked. Needs neither PyTorch nor a GPU, and little more
+memory than one layer."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0, or 2 after one line that says what is wrong with the input."""
+    parser = argparse.ArgumentParser(prog="python -m convert", description=DESCRIPTION)
+    parser.add_argument("source", metavar="SRC", help="folder with config.json and *.safetensors")
+    parser.add_argument("target", metavar="DST", help="folder to write; it must not exist")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="of the written weights; default: bfloat16 if all of SRC is, otherwise float32",
+    )
+    parser.epilog = f"Known model types: {', '.join(MODEL_TYPES)}."
+    options = parser.parse_args(arguments)
+    jax.config.update("jax_platforms", "cpu")  # leave the GPU's memory to others
+    try:
+        cfg = convert(options.source, options.target, options.dtype)
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{options.target}: {cfg.model_type}, {cfg.num_layers} layers, {cfg.dtype}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""Fills a parameter tree from tensors with upstream names, by one table a kind of model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from dials_jax import trees
+from dials_jax.config import require
+
+
+class Row(NamedTuple):
+    """One tensor upstream and its place in our tree.
+
+    A torch Linear keeps [out, in]; we keep [in..., out...]. `inputs` counts our leading axes that
+    are inputs: 1 or 2 for a Linear, 0 for its bias, None for a tensor of the same shape.
+    """
+
+    upstream: str  # `{i}` is the number of the layer
+    ours: str  # a path below the parameters, without the number of the layer
+    inputs: int | None = None
+
+
+def fill(
+    table: Iterable[Row],
+    shapes: trees.Params,
+    tensors: dict[str, np.ndarray],
+    source: Path,
+) -> trees.Params:
+    """Our tree, layers unrolled, as views of the tensors: nothing is read or copied.
+
+    Args:
+      shapes: the tree to fill, layers stacked.
+      tensors: names with or without the leading `model.`.
+      source: where the tensors come from, for messages.
+
+    Raises: InputError for a tensor that is missing, unknown or of another shape.
+    """
+    rows = {row.ours: row for row in table}
+    unused = set(tensors)
+
+    def take(name: str, shape: tuple[int, ...], layer: int | None = None) -> np.ndarray:
+        row = rows[name]
+        key = row.upstream.format(i=layer)
+        found = next((k for k in (key, key.removeprefix("model.")) if k in tensors), None)
+        require(found is not None, f"{source} lacks tensor {key!r}, which fills {name}")
+        unused.discard(found)
+        return _view(found, tensors[found], shape, row.inputs)
+
+    def take_layer(layer: int) -> trees.Params:
+        return trees.map_named(
+            lambda name, x: take(f"layers/{name}", x.shape[1:], layer), shapes["layers"]
+        )
+
+    rest = {k: v for k, v in shapes.items() if k != "layers"}
+    params = trees.map_named(lambda name, x: take(name, x.shape), rest)
+    params["layers"] = tuple(map(take_layer, range(trees.num_layers(shapes["layers"]))))
+    require(
+        not unused,
+        f"{source} holds {len(unused)} tensor(s) that its config.json does not account for, "
+        f"{min(unused, default='')!r} first",
+    )
+    return params
+
+
+def _view(key: str, tensor: np.ndarray, shape: tuple[int, ...], inputs: int | None) -> np.ndarray:
+    """The tensor transposed and split into our axes, as a view."""
+    expected = shape if inputs is None else _torch_shape(shape, inputs)
+    require(
+        tensor.shape == expected,
+        f"{key} has shape {tensor.shape}; its config.json makes that {expected}",
+    )
+    return tensor.T.reshape(shape) if inputs else tensor.reshape(shape)
+
+
+def _torch_shape(shape: tuple[int, ...], inputs: int) -> tuple[int, ...]:
+    out = math.prod(shape[inputs:])
+    return (out, math.prod(shape[:inputs])) if inputs else (out,)

@@ -1,0 +1,34 @@
+"""Masked diffusion language models that leave work out, and what it costs.
+
+import dials_jax as dj
+
+model = dj.load("path/to/model")
+router = dj.load_router("runs/router", model)
+out = dj.generate(model, prompts, sampler=dj.Confidence(256, 32, 256), policy=router)
+out.tokens, out.gates, out.flops
+"""
+
+from dials_jax.config import InputError, ModelConfig, RouterConfig
+from dials_jax.evaluation.likelihood import estimate_log_likelihood, log_likelihood
+from dials_jax.loading import load
+from dials_jax.models.model import Model
+from dials_jax.sampling.confidence import Confidence
+from dials_jax.sampling.generate import generate
+from dials_jax.skipping.policies import Random, Routed, Static
+from dials_jax.skipping.storage import load_router
+
+__all__ = [
+    "Confidence",
+    "InputError",
+    "Model",
+    "ModelConfig",
+    "Random",
+    "Routed",
+    "RouterConfig",
+    "Static",
+    "estimate_log_likelihood",
+    "generate",
+    "load",
+    "load_router",
+    "log_likelihood",
+]

@@ -1,0 +1,119 @@
+"""Batches as a pure function of (seed, step), so that a resumed run sees the data it would have."""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from dials_jax.config import require
+
+Result = TypeVar("Result")
+
+
+class Batch(NamedTuple):
+    """Rows of one training step, or one process's share of them."""
+
+    tokens: Int[np.ndarray, "B T"]  # int32
+    answer: Bool[np.ndarray, "B T"]  # positions that may be masked
+    valid: Bool[np.ndarray, "B T"] | None  # not padding; None: no padding, and faster attention
+    row: Int[np.ndarray, "B"]  # number in the global batch; keys a row are folded from it
+
+
+Indices = Sequence[int] | Int[np.ndarray, "B"]
+Rows = tuple[Int[np.ndarray, "B T"], Bool[np.ndarray, "B T"], Bool[np.ndarray, "B T"] | None]
+
+
+@runtime_checkable
+class TrainingData(Protocol):
+    """A finite set of rows of one shape.
+
+    A data set may also have `finish(batch, seed, step) -> Batch`, a pure function for what is
+    decided once a batch; `batch_at` calls it last.
+    """
+
+    @property
+    def num_rows(self) -> int: ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for equal rows."""
+        ...
+
+    def rows(self, indices: Indices) -> Rows:
+        """(tokens, answer, valid) of these rows."""
+        ...
+
+
+def generator(purpose: str, *numbers: int) -> np.random.Generator:
+    """A random generator for one purpose; other purposes with the same numbers are independent."""
+    return np.random.default_rng([zlib.crc32(purpose.encode()), *(n % 2**32 for n in numbers)])
+
+
+@functools.lru_cache(maxsize=2)  # a batch may straddle two epochs
+def _epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
+    order = generator("epoch order", seed, epoch).permutation(num_rows)
+    order.flags.writeable = False
+    return order
+
+
+def batch_at(
+    data: TrainingData,
+    seed: int,
+    step: int,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Batch:
+    """The batch of one step. Every epoch is a fresh permutation, and batches run through their end.
+
+    Args:
+      batch_size: rows over all processes. Process p gets the p-th contiguous share, so the global
+        batch does not depend on the number of processes.
+
+    Raises: InputError if the processes cannot share the batch evenly.
+    """
+    require(
+        batch_size % process_count == 0,
+        f"batch_size={batch_size} must be divisible by the number of processes, {process_count}",
+    )
+    share = batch_size // process_count
+    row = np.arange(process_index * share, (process_index + 1) * share)
+    epochs, offsets = np.divmod(step * batch_size + row, data.num_rows)
+    indices = np.empty(share, np.int64)
+    for epoch in np.unique(epochs):
+        chosen = epochs == epoch
+        indices[chosen] = _epoch_order(data.num_rows, seed, int(epoch))[offsets[chosen]]
+    batch = Batch(*data.rows(indices), row=row.astype(np.int32))
+    finish = getattr(data, "finish", None)
+    return finish(batch, seed, step) if finish else batch
+
+
+def steps_per_epoch(data: TrainingData, batch_size: int) -> int:
+    """Steps in one pass over the rows, to the nearest whole one: batches run through its end."""
+    return max(1, round(data.num_rows / batch_size))
+
+
+def prefetch(
+    fn: Callable[[int], Result], start: int, stop: int, depth: int = 2
+) -> Iterator[tuple[int, Result]]:
+    """Yields (step, fn(step)) in order while one thread works up to `depth` steps ahead.
+
+    An exception of `fn` surfaces at its own step. Closing the iterator cancels what is queued.
+    """
+    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
+    ahead = deque(pool.submit(fn, step) for step in range(start, min(start + depth, stop)))
+    try:
+        for step in range(start, stop):
+            result = ahead.popleft().result()
+            if step + depth < stop:
+                ahead.append(pool.submit(fn, step + depth))
+            yield step, result
+    finally:
+        pool.shutdown(cancel_futures=True)

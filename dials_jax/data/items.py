@@ -1,0 +1,245 @@
+"""Evaluation items: a tokenised prompt and its answers, from any data set of an `EvalTask`."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, TypeVar
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from dials_jax.config import (
+    ArithmeticData,
+    EvalTask,
+    InputError,
+    ModelConfig,
+    TaskData,
+    TextData,
+    require,
+)
+from dials_jax.data.arithmetic import ArithmeticTask
+from dials_jax.data.records import located, lookup, read_records
+from dials_jax.data.tasks import fill, fits, require_unmasked, warn_dropped
+from dials_jax.data.text import pack_text
+from dials_jax.data.tokenizer import Ids, Tokenizer, check_tokenizer, encode_pair
+
+Thing = TypeVar("Thing")
+NUM_ARITHMETIC = 1000  # test items of the procedural task when no limit is set
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question. Generation and the NELBO have exactly one answer, a choice has several."""
+
+    prompt: tuple[int, ...]
+    answers: tuple[tuple[int, ...], ...]
+    label: int  # index of the right answer
+    reference: str  # text that exact match compares with
+    key: int  # 31 bits for random keys; they depend on prompt and answers, never on the order
+
+
+def make_item(prompt: Ids, answers: Sequence[Ids], label: int = 0, reference: str = "") -> Item:
+    """An `Item` with the key of its content."""
+    prompt = tuple(map(int, prompt))
+    answers = tuple(tuple(map(int, answer)) for answer in answers)
+    digest = hashlib.sha256(repr((prompt, answers)).encode()).digest()
+    return Item(prompt, answers, label, reference, key=int.from_bytes(digest[:4], "big") >> 1)
+
+
+def load_items(
+    task: EvalTask, tokenizer: Tokenizer | None, model_config: ModelConfig
+) -> list[Item]:
+    """Reads the items of one task, at most `task.limit` of them.
+
+    Args:
+      tokenizer: of the model. The procedural task brings its own, so it may be None there.
+
+    Raises: InputError, with file and line, for a missing field, a label that names no choice, a
+      prompt that is too long (unless `too_long="drop"`) or one that contains the mask token; and
+      if no item is left.
+    """
+    if isinstance(task.data, ArithmeticData):
+        tokenizer = ArithmeticTask(task.data).tokenizer
+    require(tokenizer is not None, f"task {task.name!r} needs the model's tokenizer; pass it")
+    check_tokenizer(tokenizer, model_config)
+    if isinstance(task.data, TextData):
+        return _text_items(task, task.data, tokenizer, model_config)
+    cfg, records = _records(task)
+    items, num_dropped = [], 0
+    for where, record in islice(records, task.limit):
+        with located(where):
+            item = _item(task, cfg, record, tokenizer, model_config.eos_id)
+        for what, ids in (("prompt", item.prompt), *(("answer", a) for a in item.answers)):
+            require_unmasked(where, what, ids, model_config.mask_id)
+        if fits(cfg, where, "prompt", len(item.prompt)):
+            items.append(item)
+        else:
+            num_dropped += 1
+    warn_dropped(num_dropped, num_dropped + len(items))
+    require(bool(items), f"task {task.name!r} has no items; add records or raise limit")
+    return items
+
+
+def _records(task: EvalTask) -> tuple[TaskData, Iterator[tuple[str, dict[str, Any]]]]:
+    """Templates, and (where, record) pairs to fill them with."""
+    if isinstance(task.data, TaskData):
+        return task.data, read_records(task.data.paths)
+    procedural = ArithmeticTask(task.data)
+    limit = NUM_ARITHMETIC if task.limit is None else task.limit
+    records = islice(procedural.records(held_out=True), limit)
+    cfg = TaskData(prompt_length=procedural.prompt_length)
+    return cfg, ((record["prompt"], record) for record in records)
+
+
+def _item(
+    task: EvalTask, cfg: TaskData, record: dict[str, Any], tokenizer: Tokenizer, eos_id: int
+) -> Item:
+    prompt = fill(cfg.prompt, record)
+    if task.metric == "choice":
+        texts = _choices(task, record)
+        label, reference = _label(task, record, len(texts)), ""
+    else:
+        texts, label = [fill(cfg.answer, record)], 0
+        reference = texts[0]
+    if task.metric == "exact_match":
+        require(
+            normalise_answer(reference, task.extract) != "",
+            f"extract={task.extract!r} finds nothing in the answer {reference[-60:]!r}",
+        )
+        # Generation sees the prompt alone.
+        prompt_ids, answer_ids = tokenizer.encode_batch([prompt, reference])
+        return make_item(prompt_ids, [[*answer_ids, eos_id]], label, reference)
+    pairs = [encode_pair(tokenizer, prompt, text) for text in texts]
+    answers = [answer_ids for _, answer_ids in pairs]
+    require(all(answers), f"an answer of {texts} has no tokens; correct the template")
+    return make_item(pairs[0][0], answers, label, reference)
+
+
+def _choices(task: EvalTask, record: dict[str, Any]) -> list[str]:
+    require(
+        bool(task.choices) != bool(task.choice_list),
+        f"task {task.name!r}: give either choices= (templates) or choice_list= (a field)",
+    )
+    if task.choices:
+        return [fill(template, record) for template in task.choices]
+    texts = lookup(record, task.choice_list)
+    require(
+        isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts),
+        f"field {task.choice_list!r} is {texts!r}; it must be a list of strings",
+    )
+    return texts
+
+
+def _label(task: EvalTask, record: dict[str, Any], num_choices: int) -> int:
+    """Index of the right choice. Names go first: ARC calls some of its choices 1, 2, 3, 4."""
+    label = lookup(record, task.label)
+    if task.label_names:
+        names = lookup(record, task.label_names)
+        require(
+            isinstance(names, list) and label in names,
+            f"field {task.label!r} is {label!r}; {task.label_names!r} lists {names!r}",
+        )
+        index = names.index(label)
+    else:
+        text = str(label)
+        require(
+            text.isdecimal(),
+            f"field {task.label!r} is {label!r}, not an index; name the field that lists the "
+            "choices' names in label_names",
+        )
+        index = int(text)
+    require(
+        index < num_choices,
+        f"field {task.label!r} is {label!r} but there are {num_choices} choices; count from 0",
+    )
+    return index
+
+
+def _text_items(
+    task: EvalTask, cfg: TextData, tokenizer: Tokenizer, model_config: ModelConfig
+) -> list[Item]:
+    """Rows packed as in training, the first tokens being the prompt."""
+    require(
+        task.metric == "nelbo",
+        f"task {task.name!r}: metric {task.metric!r} needs prompts and answers; use metric "
+        "'nelbo' or data of kind 'task'",
+    )
+    require(
+        0 < cfg.prompt_length < cfg.length,
+        f"task {task.name!r}: prompt_length={cfg.prompt_length} must lie between 0 and "
+        f"length={cfg.length}",
+    )
+    data = pack_text(cfg, model_config.eos_id, model_config.mask_id, tokenizer)
+    count = data.num_rows if task.limit is None else min(task.limit, data.num_rows)
+    rows = data.tokens[:count].tolist()
+    require(bool(rows), f"task {task.name!r} has no items; raise limit")
+    start = cfg.prompt_length
+    return [make_item(row[:start], [row[start:]]) for row in rows]
+
+
+def normalise_answer(text: str, extract: str) -> str:
+    """What exact match compares, in reference and output alike.
+
+    Args:
+      extract: regular expression. Its last match counts, group 1 if there is one; "" takes all of
+        `text`, and no match gives "".
+
+    Returns: the stripped answer; a number loses its commas and a trailing period.
+    Raises: InputError if `extract` is not a regular expression.
+    """
+    if extract:
+        try:
+            matches = list(re.finditer(extract, text))
+        except re.error as error:
+            raise InputError(f"extract={extract!r}: {error}; correct the expression") from error
+        last = matches[-1] if matches else None
+        text = "" if last is None else last.group(1 if last.re.groups else 0) or ""
+    text = text.strip()
+    is_number = re.fullmatch(r"[-+]?\$?(\d+|\d{1,3}(,\d{3})+)(\.\d*)?%?", text)
+    return text.replace(",", "").removesuffix(".") if is_number else text
+
+
+# ------------------------------------------------------------------------- shapes for compiling
+
+
+def pad_prompts(
+    prompts: Sequence[Ids], length: int, pad_id: int
+) -> tuple[Int[np.ndarray, "B P"], Bool[np.ndarray, "B P"]]:
+    """Prompts padded on the left to `length`: (tokens int32, valid).
+
+    Raises: InputError if a prompt is longer.
+    """
+    tokens = np.full((len(prompts), length), pad_id, np.int32)
+    valid = np.zeros((len(prompts), length), bool)
+    for row, ids in enumerate(prompts):
+        require(len(ids) <= length, f"prompt {row} has {len(ids)} tokens; at most {length} fit")
+        tokens[row, length - len(ids) :] = ids
+        valid[row, length - len(ids) :] = True
+    return tokens, valid
+
+
+def buckets(lengths: Sequence[int], multiple: int = 32) -> list[int]:
+    """Every length rounded up to a multiple, so that a data set compiles few programs.
+
+    None is longer than the longest: lengths that are all alike stay as they are.
+    """
+    return [min(-(-length // multiple) * multiple, max(lengths)) for length in lengths]
+
+
+def group_by_length(
+    items: Sequence[Thing], length_fn: Callable[[Thing], int], batch_size: int, multiple: int = 32
+) -> Iterator[list[int]]:
+    """Yields indices of at most `batch_size` items of one bucket, the longest bucket first.
+
+    Longest first, so that a batch that does not fit in memory fails at once. The caller puts
+    results back by index: `results[i]` belongs to `items[i]`.
+    """
+    bucket = buckets([length_fn(item) for item in items], multiple)
+    for size in sorted(set(bucket), reverse=True):
+        members = [i for i, b in enumerate(bucket) if b == size]
+        for start in range(0, len(members), batch_size):
+            yield members[start : start + batch_size]

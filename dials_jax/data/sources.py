@@ -1,0 +1,41 @@
+"""From a data configuration to training rows, with the tokenizer that made them."""
+
+from __future__ import annotations
+
+from dials_jax.config import ArithmeticData, Data, ModelConfig, TextData, require
+from dials_jax.data.arithmetic import ArithmeticTask
+from dials_jax.data.batches import TrainingData
+from dials_jax.data.tasks import load_task
+from dials_jax.data.text import pack_text
+from dials_jax.data.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
+
+
+def training_data(
+    cfg: Data, model_config: ModelConfig, model_folder: str = ""
+) -> tuple[TrainingData, Tokenizer]:
+    """Rows for training a model or its routers.
+
+    Args:
+      model_folder: where the tokenizer is when the configuration names none.
+
+    Raises: InputError for data that does not fit the model.
+    """
+    if isinstance(cfg, ArithmeticData):
+        task = ArithmeticTask(cfg)
+        data, tokenizer = task.train, task.tokenizer
+        length = task.prompt_length + task.answer_length
+    else:
+        tokenizer = load_tokenizer(cfg.tokenizer or model_folder)
+        if isinstance(cfg, TextData):
+            length = cfg.length
+            data = pack_text(cfg, model_config.eos_id, model_config.mask_id, tokenizer)
+        else:
+            length = cfg.prompt_length + cfg.answer_length
+            data = load_task(cfg, model_config, tokenizer)
+    check_tokenizer(tokenizer, model_config)
+    require(
+        length <= model_config.max_length,
+        f"rows of {length} tokens do not fit the model's {model_config.max_length} positions; "
+        "shorten them or raise max_length",
+    )
+    return data, tokenizer

@@ -1,0 +1,154 @@
+"""Prompt/answer tasks from JSON lines: templates, and the row that a pair becomes.
+
+A row is `padding prompt | answer EOS fill`: the prompt ends where the answer begins, at one place
+for all rows, and only positions on the right of it may be masked.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dials_jax.config import ModelConfig, TaskData, require
+from dials_jax.data.batches import Indices, Rows
+from dials_jax.data.records import located, lookup, read_records
+from dials_jax.data.tokenizer import Ids, Tokenizer, check_tokenizer, load_tokenizer
+
+Pair = tuple[Ids, Ids]  # prompt and answer, without padding or EOS
+
+_FIELD = re.compile(r"\{\{|\}\}|\{([A-Za-z_][\w.]*)\}")
+
+
+def fill(template: str, record: dict[str, Any]) -> str:
+    """Replaces every `{name}` by a field; `{{` and `}}` are braces, any other brace is itself.
+
+    Raises: InputError if a field is unknown (naming the nearest), or is not text or a number.
+    """
+
+    def value_of(match: re.Match) -> str:
+        name = match.group(1)
+        if name is None:
+            return match.group(0)[0]
+        value = lookup(record, name)
+        require(
+            isinstance(value, str | int | float),
+            f"field {name!r} is {type(value).__name__}, not text; name a field inside it",
+        )
+        return str(value)
+
+    return _FIELD.sub(value_of, template)
+
+
+@dataclass(frozen=True, eq=False)
+class TaskRows:
+    """Prompt/answer pairs as rows of `prompt_length + answer_length` tokens (TrainingData).
+
+    `pad_answer`: fill the answer with EOS and train on the fill, so that the model learns to stop
+    (LLaDA, section 2.3). Otherwise the fill is not valid.
+    """
+
+    pairs: Sequence[Pair]
+    prompt_length: int
+    answer_length: int
+    eos_id: int
+    pad_id: int
+    pad_answer: bool = True
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.pairs)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        layout = self.prompt_length, self.answer_length, self.eos_id, self.pad_id, self.pad_answer
+        digest = hashlib.sha256(repr(layout).encode())
+        for prompt, answer in self.pairs:
+            digest.update(repr([*map(int, prompt), -1, *map(int, answer)]).encode())
+        return digest.hexdigest()[:16]
+
+    def rows(self, indices: Indices) -> Rows:
+        shape = (len(indices), self.prompt_length + self.answer_length)
+        tokens = np.full(shape, self.pad_id, np.int32)
+        tokens[:, self.prompt_length :] = self.eos_id
+        valid = np.zeros(shape, bool)
+        for row, index in enumerate(indices):
+            prompt, answer = self.pairs[index]
+            start, end = self.prompt_length - len(prompt), self.prompt_length + len(answer)
+            tokens[row, start : self.prompt_length] = prompt
+            tokens[row, self.prompt_length : end] = answer
+            valid[row, start : shape[1] if self.pad_answer else end + 1] = True
+        return tokens, valid & (np.arange(shape[1]) >= self.prompt_length), valid
+
+
+def load_task(
+    cfg: TaskData, model_config: ModelConfig, tokenizer: Tokenizer | None = None
+) -> TaskRows:
+    """Reads the pairs of `cfg.paths` for training.
+
+    Prompt and answer are tokenised apart, since generation sees the prompt alone.
+
+    Args:
+      tokenizer: default: the one at `cfg.tokenizer`.
+
+    Raises: InputError, with file and line, for a field that is missing, a pair that is too long
+      (unless `too_long="drop"`) or one that contains the mask token; and if no pair is left.
+    """
+    tokenizer = tokenizer or load_tokenizer(cfg.tokenizer)
+    check_tokenizer(tokenizer, model_config)
+    places, texts = [], []
+    for where, record in read_records(cfg.paths):
+        with located(where):
+            texts += [fill(cfg.prompt, record), fill(cfg.answer, record)]
+        places.append(where)
+    ids = [np.asarray(i, np.int32) for i in tokenizer.encode_batch(texts)]
+    pairs = list(zip(ids[::2], ids[1::2], strict=True))
+    for where, pair in zip(places, pairs, strict=True):
+        for what, part in zip(("prompt", "answer"), pair, strict=True):
+            require_unmasked(where, what, part, model_config.mask_id)
+    kept = [
+        (prompt, answer)
+        for where, (prompt, answer) in zip(places, pairs, strict=True)
+        if fits(cfg, where, "prompt", len(prompt))
+        and fits(cfg, where, "answer", len(answer) + 1)  # its EOS counts
+    ]
+    warn_dropped(len(pairs) - len(kept), len(pairs))
+    require(bool(kept), f"{', '.join(cfg.paths)}: no prompt/answer pair; add records")
+    return TaskRows(
+        pairs=kept,
+        prompt_length=cfg.prompt_length,
+        answer_length=cfg.answer_length,
+        eos_id=model_config.eos_id,
+        pad_id=model_config.pad_id,
+        pad_answer=cfg.pad_answer,
+    )
+
+
+def require_unmasked(where: str, what: str, ids: Ids, mask_id: int) -> None:
+    """A mask token in the data would be taken for a position to denoise."""
+    require(
+        mask_id not in ids,
+        f"{where}: the {what} contains [MASK] (id {mask_id}); remove it from the text",
+    )
+
+
+def fits(cfg: TaskData, where: str, what: str, num_tokens: int) -> bool:
+    """Whether a "prompt" or an "answer" is short enough. Raises: InputError if it had to be."""
+    longest = {"prompt": cfg.prompt_length, "answer": cfg.answer_length}[what]
+    require(
+        num_tokens <= longest or cfg.too_long == "drop",
+        f"{where}: the {what} has {num_tokens} tokens but {what}_length={longest}; "
+        f'raise {what}_length or set too_long="drop"',
+    )
+    return num_tokens <= longest
+
+
+def warn_dropped(num_dropped: int, num_items: int) -> None:
+    if num_dropped:
+        warnings.warn(f"dropped {num_dropped} of {num_items} items: too long", stacklevel=3)

@@ -1,0 +1,207 @@
+"""Documents packed end to end into rows, tokenised once and then read from disk.
+
+The packed rows are an ordinary .npy file in `TextData.cache`. Its name is a fingerprint of the
+files' contents, the tokenizer and the row length, so a change of any of them packs again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from dials_jax.config import InputError, TextData, read_json, require, write_json
+from dials_jax.data.batches import Batch, Indices, Rows, generator
+from dials_jax.data.records import JSON_LINES, TEXT, expand_paths, located, lookup, read_jsonl
+from dials_jax.data.tokenizer import Tokenizer, check_ids, load_tokenizer
+
+BATCH_CHARACTERS = 1_000_000  # tokenised together; bounds the memory that packing takes
+
+
+@dataclass(frozen=True, eq=False)
+class PackedText:
+    """Rows of packed text (TrainingData). The first `prompt_length` tokens are never masked."""
+
+    tokens: np.ndarray  # [num_rows, length], memory-mapped
+    fingerprint: str
+    prompt_length: int
+    random_length_prob: float
+    fill_id: int  # stands where a row was cut; never valid
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.tokens)
+
+    def rows(self, indices: Indices) -> Rows:
+        tokens = np.asarray(self.tokens[np.asarray(indices)], np.int32)
+        answer = np.broadcast_to(np.arange(tokens.shape[1]) >= self.prompt_length, tokens.shape)
+        return tokens, answer.copy(), None
+
+    def finish(self, batch: Batch, seed: int, step: int) -> Batch:
+        """With probability `random_length_prob`, cuts the whole batch to a random length.
+
+        The length is uniform on {prompt_length + 1 .. T}; the shape stays, positions beyond it
+        become invalid. It teaches the model to work with short inputs.
+
+        Source: LLaDA, appendix B.1.
+        """
+        random = generator("random length", seed, step)
+        if random.random() >= self.random_length_prob:
+            return batch
+        num_tokens = batch.tokens.shape[1]
+        keep = np.arange(num_tokens) < random.integers(self.prompt_length + 1, num_tokens + 1)
+        return batch._replace(
+            tokens=np.where(keep, batch.tokens, np.int32(self.fill_id)),
+            answer=batch.answer & keep,
+            valid=np.broadcast_to(keep, batch.tokens.shape).copy(),
+        )
+
+
+def pack_text(
+    cfg: TextData, eos_id: int, mask_id: int, tokenizer: Tokenizer | None = None
+) -> PackedText:
+    """Packs the documents of `cfg.paths` (a .txt file is one document), or finds them packed.
+
+    Every document ends with an EOS token. What does not fill the last row is dropped. Names of
+    special tokens inside a document are ordinary text.
+
+    Args:
+      tokenizer: default: the one at `cfg.tokenizer`.
+
+    Raises: InputError for bad settings, an unreadable line, or text too short for one row.
+    """
+    require(
+        0 <= cfg.prompt_length < cfg.length,
+        f"prompt_length={cfg.prompt_length} must lie in [0, length={cfg.length})",
+    )
+    files = expand_paths(cfg.paths, TEXT + JSON_LINES)
+    tokenizer = tokenizer or load_tokenizer(cfg.tokenizer)
+    check_ids(tokenizer, mask_id, eos_id)
+    fingerprint = _fingerprint(files, tokenizer, eos_id, cfg.length)
+    packed = Path(cfg.cache) / f"{fingerprint}.npy"
+    if not packed.is_file():
+        _pack(files, tokenizer, eos_id, mask_id, cfg.length, packed)
+    return PackedText(
+        tokens=np.load(packed, mmap_mode="r"),
+        fingerprint=fingerprint,
+        prompt_length=cfg.prompt_length,
+        random_length_prob=cfg.random_length_prob,
+        fill_id=eos_id,
+    )
+
+
+def packed_summary(cfg: TextData, data: PackedText) -> dict[str, Any]:
+    """Counts (documents, tokens, rows), source files and tokenizer of packed text."""
+    return read_json(Path(cfg.cache) / f"{data.fingerprint}.json")
+
+
+def _fingerprint(files: list[Path], tokenizer: Tokenizer, eos_id: int, length: int) -> str:
+    digest = hashlib.sha256(json.dumps([tokenizer.fingerprint, eos_id, length]).encode())
+    for path in files:
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        digest.update(json.dumps([path.name, path.stat().st_size, content]).encode())
+    return digest.hexdigest()[:16]
+
+
+def _documents(files: list[Path]) -> Iterator[tuple[str, str]]:
+    """Yields (where, text)."""
+    for path in files:
+        if path.suffix in TEXT:
+            try:
+                yield str(path), path.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise InputError(f"{path} is not UTF-8: {error}; convert or remove it") from error
+            continue
+        for line_number, record in read_jsonl(path):
+            where = f"{path}:{line_number}"
+            with located(where):
+                text = lookup(record, "text")
+                require(isinstance(text, str), f"field 'text' is {text!r}; it must be a string")
+            yield where, text
+
+
+def _batched(documents: Iterator[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    batch, size = [], 0
+    for where, text in documents:
+        batch.append((where, text))
+        size += len(text)
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _tokenised(
+    files: list[Path], tokenizer: Tokenizer, eos_id: int, mask_id: int
+) -> Iterator[list[int]]:
+    """Yields the tokens of every document that has any, its EOS included."""
+    from tqdm import tqdm
+
+    plain = tokenizer.plain()
+    # disable=None: no bar where stderr is a file.
+    with tqdm(desc="tokenising", unit=" documents", disable=None) as progress:
+        for batch in _batched(_documents(files)):
+            encoded = plain.encode_batch([text for _, text in batch])
+            for (where, _), ids in zip(batch, encoded, strict=True):
+                require(mask_id not in ids, f"{where}: contains the mask token; remove it")
+                if ids:
+                    yield [*ids, eos_id]
+            progress.update(len(batch))
+
+
+def _pack(
+    files: list[Path], tokenizer: Tokenizer, eos_id: int, mask_id: int, length: int, packed: Path
+) -> None:
+    packed.parent.mkdir(parents=True, exist_ok=True)
+    dtype = np.dtype("<u2" if max(tokenizer.vocab_size, eos_id + 1) <= 2**16 else "<u4")
+    # Several processes may pack the same text at once; the last rename wins, with equal bytes.
+    temporary = packed.with_name(f"{packed.stem}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("wb") as out:
+            _write_header(out, dtype, (0, length))
+            counts = _write_rows(out, _tokenised(files, tokenizer, eos_id, mask_id), dtype, length)
+            out.seek(0)
+            _write_header(out, dtype, (counts["rows"], length))
+        require(
+            counts["rows"] > 0,
+            f"{', '.join(map(str, files[:3]))}: {counts['tokens']} tokens do not fill one row of "
+            f"length={length}; add text or shorten the rows",
+        )
+        sources = {"files": [str(p) for p in files], "tokenizer": tokenizer.fingerprint}
+        summary = temporary.with_suffix(".json")
+        write_json(summary, counts | {"length": length} | sources)
+        summary.replace(packed.with_suffix(".json"))
+        temporary.replace(packed)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_header(out: BinaryIO, dtype: np.dtype, shape: tuple[int, int]) -> None:
+    """numpy leaves room in the header for the first axis to grow, so it can be written again."""
+    fields = {"descr": dtype.str, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(out, fields)
+
+
+def _write_rows(
+    out: BinaryIO, documents: Iterator[list[int]], dtype: np.dtype, length: int
+) -> dict[str, int]:
+    """Appends the documents' tokens in whole rows; returns the counts."""
+    counts = {"documents": 0, "tokens": 0, "rows": 0}
+    pending: list[int] = []  # less than a row, between documents
+    for ids in documents:
+        pending += ids
+        rows = len(pending) // length
+        out.write(np.asarray(pending[: rows * length], dtype).tobytes())
+        pending = pending[rows * length :]
+        counts["documents"] += 1
+        counts["tokens"] += len(ids)
+        counts["rows"] += rows
+    return counts

@@ -1,0 +1,245 @@
+"""Monte-Carlo likelihood of an answer given a prompt, as LLaDA evaluates it.
+
+Source: `get_log_likelihood.py` and `eval_llada.py` of ML-GSAI/LLaDA. An estimate averages
+-CE / p over masked copies of the answer, where p is the share that a copy really masks. The
+copies of a round are stratified: their numbers of masks are spread evenly over 1..L.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from dials_jax.config import InputError, ModelConfig, require
+from dials_jax.diffusion.objectives import masked_log_probs
+from dials_jax.models import llada
+from dials_jax.models.model import Model, row_keys
+from dials_jax.nn.stack import Executor, Policy
+from dials_jax.sampling.generate import guide
+from dials_jax.skipping.flops import Flops, count_flops
+from dials_jax.skipping.policies import router_width
+from dials_jax.timing import Timed
+
+
+class Pairs(NamedTuple):
+    """Prompts padded on the left and answers padded on the right, so that answers line up."""
+
+    prompts: Int[Array, "B P"]
+    answers: Int[Array, "B A"]
+    prompt_valid: Bool[Array, "B P"]
+    answer_valid: Bool[Array, "B A"]
+
+
+class Scores(NamedTuple):
+    """One row a masked copy: its estimate of the log-likelihood in nats."""
+
+    log_likelihood: Float[Array, "R"]
+    gates: Bool[Array, "L R"]
+    masked_share: Float[Array, "R"]  # masked share of the answer
+
+
+def log_likelihood(
+    model: Model,
+    prompt_ids: Sequence[int],
+    answer_ids: Sequence[int],
+    num_samples: int = 128,
+    batch_size: int = 16,
+    cfg_scale: float = 0.0,
+    policy: Policy | None = None,
+    key: jax.Array | None = None,
+) -> float:
+    """log p(answer | prompt) in nats, a lower bound in expectation.
+
+    Args:
+      num_samples: masked copies; a multiple of `batch_size`.
+      batch_size: copies of a round, over which the numbers of masks are stratified.
+      key: None is `jax.random.key(0)`.
+    """
+    require(
+        num_samples % batch_size == 0,
+        f"num_samples={num_samples} must be a multiple of batch_size={batch_size}",
+    )
+    pairs = pad_pairs([(prompt_ids, answer_ids)], model.config)
+    rows = jax.tree.map(lambda x: np.repeat(x, batch_size, axis=0), pairs)
+    keys = jnp.broadcast_to(row_keys(key, 1), (batch_size,))
+    estimates = []
+    for first in range(0, num_samples, batch_size):
+        samples = np.arange(first, first + batch_size)
+        scores, _ = score_pairs(
+            model, rows, keys, samples, stratum=batch_size, cfg_scale=cfg_scale, policy=policy
+        )
+        estimates.append(np.mean(scores.log_likelihood))
+    return float(np.mean(estimates))
+
+
+def estimate_log_likelihood(
+    model: Model,
+    tokens: Int[Array, "*B T"],
+    noisy: Int[Array, "B T"],
+    p_mask: Float[Array, "B T"],
+    cfg_scale: float = 0.0,
+    *,
+    prompt_len: int,
+    policy: Policy | None = None,
+    key: jax.Array | None = None,
+    executor: Executor = "auto",
+) -> float:
+    """The estimate in nats from masked copies that are given.
+
+    Args:
+      tokens: prompt and answer, one row or one a copy.
+      noisy: the copies, [MASK] in places.
+      p_mask: the probability with which each position was masked.
+      prompt_len: tokens of the prompt, which guidance hides.
+    """
+    noisy, p_mask = jnp.asarray(noisy, jnp.int32), jnp.asarray(p_mask, jnp.float32)
+    tokens = jnp.broadcast_to(jnp.asarray(tokens, jnp.int32), noisy.shape)
+    num_rows = noisy.shape[0]
+    rows = model.place_rows((tokens, noisy, p_mask, row_keys(key, num_rows)))
+    (values, _), _ = model.run(
+        _score_noisy, *rows, policy, prompt_len=prompt_len, cfg_scale=cfg_scale, executor=executor
+    )
+    return float(jnp.mean(values[:num_rows]))
+
+
+def score_pairs(
+    model: Model,
+    pairs: Pairs,
+    keys: jax.Array,
+    samples: Int[np.ndarray, "B"],
+    *,
+    stratum: int,
+    cfg_scale: float = 0.0,
+    policy: Policy | None = None,
+    executor: Executor = "auto",
+    fill_to: int = 1,
+) -> tuple[Scores, Flops]:
+    """Scores one masked copy of each row.
+
+    Args:
+      keys: the key of each row's pair; copies of one pair share it.
+      samples: which copy of its pair a row is, from 0. Together with the key it fixes the masks,
+        so a row's score depends neither on its batch nor on the order of requests.
+      stratum: copies a round.
+      fill_to: run the program of this batch size, or of a multiple, also for fewer rows.
+    """
+    num_rows = len(samples)
+    rows = model.place_rows((pairs, keys, jnp.asarray(samples)), fill_to)
+    scores, seconds = model.run(
+        _score_pairs, *rows, policy, stratum=stratum, cfg_scale=cfg_scale, executor=executor
+    )
+    host = jax.device_get(scores)
+    keep = np.arange(host.gates.shape[-1]) % len(host.log_likelihood) < num_rows
+    scores = Scores(
+        host.log_likelihood[:num_rows], host.gates[:, keep], host.masked_share[:num_rows]
+    )
+    flops = count_flops(
+        model.config,
+        scores.gates,
+        num_tokens=pairs.prompts.shape[1] + pairs.answers.shape[1],
+        head_tokens=pairs.answers.shape[1],
+        d_router=router_width(policy),
+        seconds=seconds,
+    )
+    return scores, flops
+
+
+def pad_pairs(
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    cfg: ModelConfig,
+    prompt_length: int = 0,
+    answer_length: int = 0,
+) -> Pairs:
+    """Pads to common lengths, at least those given.
+
+    Raises: InputError for an empty answer, [MASK] in a pair, or more tokens than positions.
+    """
+    prompt_length = max([prompt_length, *(len(p) for p, _ in pairs)])
+    answer_length = max([answer_length, *(len(a) for _, a in pairs)])
+    out = Pairs(
+        np.full((len(pairs), prompt_length), cfg.pad_id, np.int32),
+        np.full((len(pairs), answer_length), cfg.pad_id, np.int32),
+        np.zeros((len(pairs), prompt_length), bool),
+        np.zeros((len(pairs), answer_length), bool),
+    )
+    for i, (prompt, answer) in enumerate(pairs):
+        require(len(answer) > 0, f"pair {i}: the answer is empty")
+        if cfg.mask_id in prompt or cfg.mask_id in answer:
+            raise InputError(f"pair {i} contains [MASK] (id {cfg.mask_id}); remove it")
+        total = len(prompt) + len(answer)
+        require(total <= cfg.max_length, f"pair {i}: {total} tokens for {cfg.max_length} positions")
+        out.prompts[i, prompt_length - len(prompt) :] = prompt
+        out.prompt_valid[i, prompt_length - len(prompt) :] = True
+        out.answers[i, : len(answer)] = answer
+        out.answer_valid[i, : len(answer)] = True
+    return out
+
+
+def draw_masked(
+    key: jax.Array, sample: Int[Array, ""], answer_valid: Bool[Array, "A"], stratum: int
+) -> Bool[Array, "A"]:
+    """The masked positions of copy number `sample` of one answer.
+
+    A round of `stratum` copies shares one k ~ U{1..L}; its copy i masks round(k + i L / stratum)
+    positions, wrapped into 1..L, at random places.
+    """
+    length = jnp.sum(answer_valid)
+    turn, i = jnp.divmod(sample, stratum)
+    round_key = jax.random.fold_in(key, turn)
+    k = jax.random.randint(round_key, (), 1, length + 1)
+    count = jnp.round(k + i * (length / stratum)).astype(jnp.int32)
+    count = (count - 1) % length + 1
+    noise = jax.random.uniform(jax.random.fold_in(round_key, i + 1), answer_valid.shape)
+    order = jnp.argsort(jnp.where(answer_valid, noise, jnp.inf))
+    return jnp.argsort(order) < count
+
+
+def answer_logits(
+    cfg, params, tokens, valid, prompt_len, cfg_scale, policy, keys, executor
+) -> tuple[Float[Array, "B A V"], Bool[Array, "L R"]]:
+    """Logits after the prompt, guided if `cfg_scale` is above 0, and the gates."""
+    if cfg_scale > 0:
+        hidden = jnp.where(jnp.arange(tokens.shape[1]) < prompt_len, cfg.mask_id, tokens)
+        tokens = jnp.concatenate([tokens, hidden])
+        keys = jnp.concatenate([keys, jax.vmap(jax.random.fold_in, (0, None))(keys, 1)])
+        valid = None if valid is None else jnp.concatenate([valid, valid])
+    out = llada.run_layers(cfg, params, tokens, valid, policy, row_keys=keys, executor=executor)
+    logits = llada.logits_of(cfg, params, out.h[:, prompt_len:])
+    return guide(logits, cfg_scale) if cfg_scale > 0 else logits, out.gates
+
+
+def _score_pairs_fn(params, pairs, keys, samples, policy, *, cfg, stratum, cfg_scale, executor):
+    draw = jax.vmap(lambda key, sample, valid: draw_masked(key, sample, valid, stratum))
+    mask_keys, gate_keys = jax.vmap(jax.random.split)(keys).T
+    masked = draw(mask_keys, samples, pairs.answer_valid)
+    tokens = jnp.concatenate([pairs.prompts, jnp.where(masked, cfg.mask_id, pairs.answers)], axis=1)
+    valid = jnp.concatenate([pairs.prompt_valid, pairs.answer_valid], axis=1)
+    gate_keys = jax.vmap(jax.random.fold_in)(gate_keys, samples)
+    logits, gates = answer_logits(
+        cfg, params, tokens, valid, pairs.prompts.shape[1], cfg_scale, policy, gate_keys, executor
+    )
+    log_probs = masked_log_probs(logits, pairs.answers, masked)
+    share = jnp.sum(masked, axis=1) / jnp.sum(pairs.answer_valid, axis=1)
+    return Scores(jnp.sum(log_probs, axis=1) / share, gates, share)
+
+
+def _score_noisy_fn(
+    params, tokens, noisy, p_mask, keys, policy, *, cfg, prompt_len, cfg_scale, executor
+):
+    logits, gates = answer_logits(
+        cfg, params, noisy, None, prompt_len, cfg_scale, policy, keys, executor
+    )
+    masked = noisy[:, prompt_len:] == cfg.mask_id
+    log_probs = masked_log_probs(logits, tokens[:, prompt_len:], masked)
+    return jnp.sum(log_probs / p_mask[:, prompt_len:], axis=1), gates
+
+
+_score_pairs = Timed(_score_pairs_fn, static_argnames=("cfg", "stratum", "cfg_scale", "executor"))
+_score_noisy = Timed(
+    _score_noisy_fn, static_argnames=("cfg", "prompt_len", "cfg_scale", "executor")
+)

@@ -1,0 +1,327 @@
+"""The report of an evaluation sweep: results.json, results.csv, plots and one HTML page.
+
+A sweep is written again after every run, so results may be partial: one run, or no full run yet.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+from jaxtyping import Float
+
+from dials_jax.analysis import plots
+from dials_jax.config import write_json
+from dials_jax.evaluation.statistics import ACCURACIES, Row, by_task, summarise
+
+WIDTH = 110  # columns of the terminal table
+NUM_EXAMPLES = 3  # generations shown a run
+UNKNOWN = "-"
+
+YLABELS = {
+    "exact_match": "accuracy (exact match)",
+    "choice": "accuracy (multiple choice)",
+    "nelbo": "NELBO, nats a token (lower is better)",
+}
+
+TRADEOFF_CAPTION = (
+    "Quality against the share of layers run: a policy that beats the random one at the same "
+    "share chose its layers well; bars are 95 % intervals of each value alone, so take the "
+    "paired p of the table to compare two policies."
+)
+HEATMAP_CAPTION = (
+    "Share of the forward passes in which each policy executed each layer: pale layers are skipped."
+)
+MASK_RATIO_CAPTION = (
+    "Share of layers executed against the share of answer tokens still masked: generation moves "
+    "from right to left, and a flat line is a policy that does not react to it."
+)
+
+DEFINITIONS = (
+    ("value", "The mean over items: accuracy for exact_match and choice (higher is better), nats a "
+     "token for nelbo (lower is better). ± is one standard error, the sample standard deviation / "
+     "√n. It covers the choice of items, not the seeds of training or of random skipping."),
+    ("95 % interval", "Wilson's interval for accuracies, Student's t for nelbo."),
+    ("vs full", "The mean difference to the full model on the same items, ± its standard error."),
+    ("p", "Two-sided paired test against the full model: the exact McNemar test for items scored "
+     "0 or 1, a paired t-test otherwise. It is not corrected for the number of rows, and a large p "
+     "does not show that two policies are equal."),
+    ("layers", "Layers run / layers, the normalised FLOPs of the papers: head, embeddings and "
+     "router are left out."),
+    ("model", "FLOPs of the whole model as a share of full execution: the head, attention by "
+     "length and the router are counted. results.json also holds the absolute number."),
+    ("seconds", "Measured time of the run on the device above, compilation apart. Speed-up is the "
+     "full model's time / this time."),
+)  # fmt: skip
+
+
+def write_report(results: Mapping[str, Any], folder: str | Path) -> list[Row]:
+    """Writes results.json, results.csv, plots/*.png and a self-contained report.html.
+
+    Returns: the rows of the table.
+    Raises: what `summarise` raises, but only after results.json is safe.
+    """
+    folder = Path(folder)
+    write_json(folder / "results.json", results)
+    rows = summarise(results)
+    _write_csv(rows, folder / "results.csv")
+    figures = _write_plots(results["runs"], rows, folder / "plots") if rows else {}
+    page = _page(results, rows, figures)
+    (folder / "report.html").write_text(page, encoding="utf-8")
+    return rows
+
+
+def _write_csv(rows: Sequence[Row], path: Path) -> None:
+    """Unrounded values; None is an empty cell."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)])
+        writer.writeheader()
+        writer.writerows(dataclasses.asdict(row) for row in rows)
+
+
+# --------------------------------------------------------------------------------------- table
+
+
+def _text(value: float | None, spec: str, unit: str = "") -> str:
+    return UNKNOWN if value is None or math.isnan(value) else f"{value:{spec}}{unit}"
+
+
+def _with_error(value: float | None, stderr: float | None, sign: str = "") -> str:
+    mean, error = _text(value, f"{sign}.4f"), _text(stderr, ".4f")
+    return mean if error == UNKNOWN else f"{mean} ±{error}"
+
+
+def _p_text(p_value: float | None) -> str:
+    return "<0.001" if p_value is not None and p_value < 0.001 else _text(p_value, ".3f")
+
+
+# Column -> text of a row, on the terminal and on the page.
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "policy": lambda r: r.policy,
+    "value": lambda r: _with_error(r.value, r.stderr),
+    "vs full": lambda r: _with_error(r.difference, r.difference_stderr, "+"),
+    "p": lambda r: _p_text(r.p_value),
+    "layers": lambda r: _text(r.layers_run, ".4f"),
+    "model": lambda r: _text(r.model, ".4f"),
+    "seconds": lambda r: _text(r.seconds, ".1f"),
+    "speed-up": lambda r: _text(r.speedup, ".2f", "x"),
+    "items": lambda r: str(r.num_items),
+}
+INTERVAL = {"95 % interval": lambda r: f"{_text(r.low, '.4f')} to {_text(r.high, '.4f')}"}
+
+
+def format_table(rows: Sequence[Row]) -> str:
+    """The table for a terminal: a heading a task, then one aligned line a policy."""
+    cells = [[text(row) for text in COLUMNS.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(COLUMNS, *cells, strict=True)]
+    room = WIDTH - sum(widths[1:]) - 2 * len(widths)
+    widths[0] = min(widths[0], max(room, len("policy")))
+
+    def line(label: str, *numbers: str) -> str:
+        aligned = [number.rjust(width) for number, width in zip(numbers, widths[1:], strict=True)]
+        return "  " + "  ".join([_shorten(label, widths[0]).ljust(widths[0]), *aligned])
+
+    text, task = [line(*COLUMNS)], None
+    for row, row_cells in zip(rows, cells, strict=True):
+        if row.task != task:
+            task = row.task
+            text.append(_shorten(f"{task} ({row.metric})", WIDTH))
+        text.append(line(*row_cells))
+    return "\n".join(text)
+
+
+def _shorten(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+# --------------------------------------------------------------------------------------- plots
+
+
+def _write_plots(runs: Sequence[Mapping], rows: Sequence[Row], folder: Path) -> dict[Path, str]:
+    """Path of each figure -> one sentence on how to read it."""
+    panels, figures = [], {}
+    for task, group in by_task(runs).items():
+        points = [
+            plots.Point(row.kind, _tag(run["policy"]), row.layers_run, row.value, row.low, row.high)
+            for run, row in zip(group, [row for row in rows if row.task == task], strict=True)
+        ]
+        metric = group[0]["metric"]
+        lower = metric not in ACCURACIES
+        panels.append(plots.Panel(task, YLABELS.get(metric, metric), tuple(points), lower))
+        figures |= _write_execution_plots(task, group, folder)
+    return {plots.tradeoff_curve(panels, folder / "tradeoff.png"): TRADEOFF_CAPTION} | figures
+
+
+def _write_execution_plots(task: str, runs: Sequence[Mapping], folder: Path) -> dict[Path, str]:
+    file = quote(task, safe="") + ".png"  # a task may have a / in its name
+    policies = [run["policy"] for run in runs]
+    shares = np.array([_share_by_layer(run["execution"]) for run in runs])
+    labels = [policy["label"] for policy in policies]
+    heatmap = plots.execution_heatmap(labels, shares, folder / f"layers_{file}", task)
+    lines = [
+        plots.Line(policy["kind"], _tag(policy), tuple(_share_by_bin(run["execution"])))
+        for policy, run in zip(policies, runs, strict=True)
+        if policy["kind"] != "full"
+    ]
+    if not lines:
+        return {heatmap: HEATMAP_CAPTION}
+    by_ratio = plots.executed_by_mask_ratio(lines, folder / f"mask_ratio_{file}", task)
+    return {heatmap: HEATMAP_CAPTION, by_ratio: MASK_RATIO_CAPTION}
+
+
+def _tag(policy: Mapping[str, Any]) -> str:
+    """What tells policies of one kind apart: lambda or k."""
+    if policy.get("lambda") is not None:
+        return f"λ={policy['lambda']:g}"
+    if policy.get("num_skipped") is not None:
+        return f"k={policy['num_skipped']}"
+    return policy["label"]
+
+
+def _share_by_layer(execution: Mapping[str, Any]) -> Float[np.ndarray, "L"]:
+    """Share of row-steps that executed each layer."""
+    return _divide(np.sum(execution["executed"], axis=0), np.sum(execution["rows"]))
+
+
+def _share_by_bin(execution: Mapping[str, Any]) -> Float[np.ndarray, "bins"]:
+    """Share of layers executed in each bin of mask ratio."""
+    return _divide(np.mean(execution["executed"], axis=1), np.array(execution["rows"]))
+
+
+def _divide(executed: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """NaN where nothing ran."""
+    return np.where(rows > 0, executed / np.maximum(rows, 1), np.nan)
+
+
+# --------------------------------------------------------------------------------------- page
+
+
+def _page(results: Mapping, rows: Sequence[Row], figures: Mapping[Path, str]) -> str:
+    """The HTML page; images are embedded, and every text of the results is escaped."""
+    title = f"Layer skipping on {Path(results['model'].get('path', 'a model')).name}"
+    facts = [*_facts(results["model"]), *_facts(results["environment"], without="command")]
+    sections = [
+        ("Model and environment", _list_html(facts, "facts")),
+        ("Results", _table_html(rows)),
+        ("How to read the table", _list_html(DEFINITIONS)),
+        ("Plots", "".join(_figure_html(path, text) for path, text in figures.items())),
+        ("Example generations", _examples_html(results["runs"])),
+        ("Reproduce", f"<pre>{escape(str(results['environment'].get('command', '')))}</pre>"),
+    ]
+    body = "".join(f"<h2>{heading}</h2>\n{html}\n" for heading, html in sections if html)
+    return PAGE.format(title=escape(title), style=CSS, body=body)
+
+
+def _table_html(rows: Sequence[Row]) -> str:
+    columns = COLUMNS | INTERVAL
+    head = "".join(f"<th>{name}</th>" for name in columns)
+    lines, task = [], None
+    for row in rows:
+        if row.task != task:
+            task = row.task
+            heading = f"{escape(task)} <small>{escape(row.metric)}</small>"
+            lines.append(f'<tr class="task"><th colspan="{len(columns)}">{heading}</th></tr>')
+        cells = "".join(f"<td>{escape(text(row))}</td>" for text in columns.values())
+        color = plots.COLORS.get(row.kind, plots.GREY)
+        lines.append(f'<tr style="--kind: {color}">{cells}</tr>')
+    table = f"<thead><tr>{head}</tr></thead>\n<tbody>{''.join(lines)}</tbody>"
+    return f'<div class="scroll"><table>{table}</table></div>'
+
+
+def _list_html(pairs: Iterable[tuple[str, str]], style: str = "") -> str:
+    items = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>\n" for name, text in pairs)
+    return f'<dl class="{style}">{items}</dl>'
+
+
+def _facts(values: Mapping[str, Any], without: str = "") -> Iterable[tuple[str, str]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            value = ", ".join(f"{key} {size}" for key, size in value.items())
+        if isinstance(value, int) and name == "parameters":
+            value = f"{value:,}"
+        if name != without:
+            yield name.replace("_", " "), str(value)
+
+
+def _figure_html(path: Path, caption: str) -> str:
+    image = base64.b64encode(path.read_bytes()).decode()
+    return (
+        f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{image}">'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+    )
+
+
+def _examples_html(runs: Sequence[Mapping]) -> str:
+    blocks = []
+    for run in runs:
+        examples = run.get("examples") or ()
+        if examples:
+            summary = escape(f"{run['task']}: {run['policy']['label']}")
+            body = "".join(_example_html(example) for example in examples[:NUM_EXAMPLES])
+            state = "" if blocks else " open"  # the first shows what the others hold
+            blocks.append(f"<details{state}><summary>{summary}</summary>{body}</details>")
+    return "\n".join(blocks)
+
+
+def _example_html(example: Mapping[str, Any]) -> str:
+    verdict = "correct" if example["correct"] else "wrong"
+    fields = "".join(
+        f"<dt>{name}</dt><dd><pre>{escape(str(example[name]))}</pre></dd>"
+        for name in ("prompt", "output", "reference")
+    )
+    return f'<dl class="{verdict}">{fields}<dt>verdict</dt><dd>{verdict}</dd></dl>'
+
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<h1>{title}</h1>
+{body}
+</body>
+</html>
+"""
+
+CSS = """
+body { max-width: 68rem; margin: 3rem auto; padding: 0 1.5rem; color: #1f2933; background: #fff;
+       font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+h1 { font-size: 1.8rem; margin-bottom: .5rem; }
+h2 { font-size: 1.15rem; margin: 2.5rem 0 .8rem; padding-bottom: .3rem;
+     border-bottom: 1px solid #e3e7ec; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: .88rem;
+        font-variant-numeric: tabular-nums; }
+th, td { padding: .35rem .6rem; text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+thead th { color: #66707c; font-weight: 600; }
+tbody td { border-top: 1px solid #eef1f4; }
+tbody td:first-child { border-left: 4px solid var(--kind); }
+.task th { padding-top: 1.1rem; }
+small { color: #66707c; font-weight: 400; margin-left: .4rem; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .3rem 1.2rem; margin: 0; }
+dl.facts { grid-template-columns: repeat(2, max-content 1fr); }
+dt { color: #66707c; }
+dd { margin: 0; overflow-wrap: anywhere; }
+figure { margin: 0 0 2rem; text-align: center; }
+img { max-width: min(100%, 48rem); }
+figcaption { color: #66707c; font-size: .9rem; text-align: left; max-width: 48rem; margin: auto; }
+pre { margin: 0; padding: .4rem .7rem; border-radius: 4px; background: #f5f7f9; font-size: .85rem;
+      white-space: pre-wrap; overflow-wrap: anywhere; }
+details { margin-bottom: .6rem; }
+summary { cursor: pointer; }
+details dl { margin: .8rem 0 1.2rem; padding-left: 1rem; border-left: 3px solid #3a9457; }
+details dl.wrong { border-left-color: #c0392b; }
+"""

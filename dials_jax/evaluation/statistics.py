@@ -1,0 +1,184 @@
+"""Standard errors, intervals, paired tests, and the one table that every report shares.
+
+Everything here is classical and exact where it can be; nothing is resampled. A score belongs to an
+item, so two policies are compared item by item: most of the noise is the items', and it cancels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dials_jax.config import InputError, require
+
+ACCURACIES = ("exact_match", "choice")  # metrics scored 0 or 1 an item; others are real numbers
+
+
+@dataclass(frozen=True)
+class Paired:
+    """A policy against a baseline on the same items. Units are those of the scores."""
+
+    difference: float  # mean of score - baseline
+    stderr: float  # of that mean
+    p_value: float  # two-sided, not corrected for the number of comparisons
+    num_items: int
+    test: str  # "McNemar" or "paired t"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One policy on one task. A comparison that cannot be made is None."""
+
+    task: str
+    metric: str
+    policy: str  # its label
+    kind: str  # full, static, random or routed
+    value: float  # mean over items
+    stderr: float
+    low: float  # 95 % interval of the value
+    high: float
+    difference: float | None  # to the full model on this task, as are the next two
+    difference_stderr: float | None
+    p_value: float | None
+    layers_run: float  # share of full execution
+    model: float  # share of full execution, the whole model counted
+    seconds: float  # measured, compilation apart
+    speedup: float | None  # seconds of the full model / seconds
+    num_items: int
+
+
+def mean_and_stderr(scores: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """The mean and its standard error, sample standard deviation / sqrt(n).
+
+    The error of a single score is unknown: NaN.
+    """
+    require(len(scores) > 0, "no scores: a mean needs at least one item")
+    mean = float(np.mean(scores))
+    if len(scores) == 1:
+        return mean, math.nan
+    return mean, float(np.std(scores, ddof=1)) / math.sqrt(len(scores))
+
+
+def wilson_interval(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Interval of a proportion. It stays within [0, 1], and is not empty at 0 or n successes.
+
+    Source: Wilson (1927), without continuity correction.
+    """
+    import scipy.stats
+
+    require(0 <= successes <= n > 0, f"{successes} successes of {n}: need 0 <= successes <= n")
+    require(0 < level < 1, f"level={level} must lie in (0, 1)")
+    interval = scipy.stats.binomtest(successes, n).proportion_ci(level, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def paired_test(scores: Mapping[str, float], baseline: Mapping[str, float]) -> Paired:
+    """Compares two policies on the same items, matched by key.
+
+    Scores that are all 0 or 1 take the exact McNemar test, others a paired t-test.
+
+    Raises: InputError if the two do not score the same items.
+    Source: McNemar (1947), in the exact binomial form over discordant pairs.
+    """
+    unmatched = scores.keys() ^ baseline.keys()
+    if unmatched:
+        raise InputError(
+            f"{len(unmatched)} items are scored on one side only (such as {min(unmatched)!r}); "
+            "score both policies on the same items"
+        )
+    pairs = np.array([(scores[key], baseline[key]) for key in scores], dtype=np.float64)
+    require(len(pairs) > 0, "no scores: a paired test needs at least one item")
+    deltas = pairs[:, 0] - pairs[:, 1]
+    if np.isin(pairs, (0, 1)).all():
+        test, p_value = "McNemar", _mcnemar(deltas)
+    else:
+        test, p_value = "paired t", _paired_t(deltas)
+    return Paired(*mean_and_stderr(deltas), p_value, len(deltas), test)
+
+
+def _mcnemar(deltas: np.ndarray) -> float:
+    """Items that both policies get right, or both wrong, say nothing about which is better."""
+    import scipy.stats
+
+    won, lost = int((deltas > 0).sum()), int((deltas < 0).sum())
+    return float(scipy.stats.binomtest(won, won + lost).pvalue) if won + lost else 1.0
+
+
+def _paired_t(deltas: np.ndarray) -> float:
+    """Equals scipy.stats.ttest_rel, and says 1 (not NaN) when no item differs."""
+    import scipy.stats
+
+    if not deltas.any():
+        return 1.0
+    mean, stderr = mean_and_stderr(deltas)
+    t = abs(mean) / stderr if stderr else math.inf
+    return float(2 * scipy.stats.t.sf(t, len(deltas) - 1))
+
+
+def by_task(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """The runs of each task, in order of its first run."""
+    groups: dict[str, list] = {}
+    for run in runs:
+        groups.setdefault(run["task"], []).append(run)
+    return groups
+
+
+def summarise(results: Mapping[str, Any]) -> list[Row]:
+    """One row a run, in the order of `by_task`.
+
+    The paired columns and the speed-up are None where the task has no full run (yet). The full run
+    is not compared with itself.
+
+    Raises: InputError if a run has no items, or not those of the full run of its task.
+    """
+    rows = []
+    for runs in by_task(results["runs"]).values():
+        full = next((run for run in runs if run["policy"]["kind"] == "full"), None)
+        rows += [_row(run, full) for run in runs]
+    return rows
+
+
+def _row(run: Mapping[str, Any], full: Mapping[str, Any] | None) -> Row:
+    scores = list(run["items"].values())
+    label, seconds = run["policy"]["label"], run["flops"]["seconds"]
+    try:
+        value, stderr = mean_and_stderr(scores)
+        compare = full is not None and full is not run
+        paired = paired_test(run["items"], full["items"]) if compare else None
+        low, high = _interval(run["metric"], scores)
+    except InputError as error:
+        raise InputError(f"task {run['task']!r}, policy {label!r}: {error}") from error
+    return Row(
+        task=run["task"],
+        metric=run["metric"],
+        policy=label,
+        kind=run["policy"]["kind"],
+        value=value,
+        stderr=stderr,
+        low=low,
+        high=high,
+        difference=paired and paired.difference,
+        difference_stderr=paired and paired.stderr,
+        p_value=paired and paired.p_value,
+        layers_run=run["flops"]["layers_run"],
+        model=run["flops"]["model"],
+        seconds=seconds,
+        speedup=full["flops"]["seconds"] / seconds if full and seconds else None,
+        num_items=len(scores),
+    )
+
+
+def _interval(metric: str, scores: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the mean: Wilson's for an accuracy, Student's t otherwise."""
+    import scipy.stats
+
+    if metric in ACCURACIES:
+        require(set(scores) <= {0, 1}, f"metric {metric!r}: scores must be 0 or 1")
+        return wilson_interval(int(sum(scores)), len(scores))
+    mean, stderr = mean_and_stderr(scores)
+    half_width = float(scipy.stats.t.ppf(0.975, len(scores) - 1)) * stderr
+    return mean - half_width, mean + half_width

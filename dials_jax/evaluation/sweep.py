@@ -1,0 +1,198 @@
+"""A sweep: every policy on every task, written to disk as each run ends."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+
+from dials_jax import sharding, trees
+from dials_jax.analysis.similarity import layer_similarities
+from dials_jax.config import EvalConfig, EvalTask, InputError, read_json, require, to_dict
+from dials_jax.data.items import Item, load_items
+from dials_jax.data.tokenizer import Tokenizer, load_tokenizer
+from dials_jax.evaluation.report import format_table, write_report
+from dials_jax.evaluation.scoring import num_rows, score_task
+from dials_jax.loading import load
+from dials_jax.models.model import Model
+from dials_jax.nn.stack import Policy
+from dials_jax.skipping.policies import Random, Static
+from dials_jax.skipping.similarity import choose_static_layers
+from dials_jax.skipping.storage import load_router, router_facts
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A policy of the sweep and how the report calls it."""
+
+    kind: str
+    label: str
+    policy: Policy | None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": self.kind, "label": self.label, **self.facts}
+
+
+def sweep(cfg: EvalConfig, workdir: str | Path) -> dict[str, Any]:
+    """Runs what is not in `workdir/results.json` yet, and writes the report after every run.
+
+    Raises: InputError before the first run for tasks, routers or layers that do not fit.
+    """
+    workdir = Path(workdir).absolute()
+    require(bool(cfg.tasks), "the sweep has no tasks; add some to the configuration")
+    model = load(cfg.model, dtype=cfg.dtype, mesh=sharding.make_mesh(cfg.mesh))
+    tokenizer = load_tokenizer(model.path)
+    tasks = [(task, load_items(task, tokenizer, model.config)) for task in cfg.tasks]
+    shared = [Candidate("full", "full", None), *_routed(cfg, model), *_random(cfg, model)]
+    results = _start(cfg, model, workdir)
+    for task, items in tasks:
+        static = _static(cfg, model, task, items)
+        for candidate in [*shared[:1], *static, *shared[1:]]:
+            _run_once(results, cfg, model, task, items, tokenizer, candidate, workdir)
+    rows = write_report(results, workdir)
+    print(format_table(rows))
+    print(f"report: {workdir / 'report.html'}")
+    return results
+
+
+def _run_once(
+    results: dict[str, Any],
+    cfg: EvalConfig,
+    model: Model,
+    task: EvalTask,
+    items: Sequence[Item],
+    tokenizer: Tokenizer,
+    candidate: Candidate,
+    workdir: Path,
+) -> None:
+    """Scores one policy on one task unless an earlier sweep did."""
+    done = {(run["task"], run["policy"]["label"]) for run in results["runs"]}
+    if (task.name, candidate.label) in done:
+        return
+    from tqdm import tqdm
+
+    total = num_rows(task, items)
+    what = f"{task.name}, {candidate.label}"
+    with tqdm(total=total, desc=what, unit="row", disable=not sys.stderr.isatty()) as bar:
+        scores = score_task(
+            model, task, items, tokenizer, candidate.policy, cfg.batch_size, cfg.seed, bar.update
+        )
+    run = {
+        "task": task.name,
+        "metric": task.metric,
+        "policy": candidate.describe(),
+        "items": scores.items,
+        "also": scores.also,
+        "flops": scores.flops._asdict(),
+        "execution": scores.execution.to_dict(),
+        "examples": scores.examples,
+    }
+    results["runs"].append(run)
+    if jax.process_index() == 0:
+        write_report(results, workdir)
+        mean = sum(scores.items.values()) / len(scores.items)
+        print(f"{what}: {mean:.4f}, {scores.flops.layers_run:.1%} of layers", flush=True)
+
+
+# ------------------------------------------------------------------------------------- policies
+
+
+def _routed(cfg: EvalConfig, model: Model) -> list[Candidate]:
+    """One policy a router, by rising lambda."""
+    found = []
+    for path in cfg.routers:
+        _, facts = router_facts(path)
+        weight = facts["skip_weight"]
+        policy = load_router(path, model, cfg.threshold)
+        found.append(Candidate("routed", f"routed λ={weight:g}", policy, {"lambda": weight}))
+    labels = [c.label for c in found]
+    require(
+        len(set(labels)) == len(labels),
+        f"two routers have the same lambda ({', '.join(labels)}); evaluate them in two sweeps",
+    )
+    return sorted(found, key=lambda c: c.facts["lambda"])
+
+
+def _random(cfg: EvalConfig, model: Model) -> list[Candidate]:
+    for k in cfg.random:
+        require(0 < k < model.num_layers, f"random: cannot skip {k} of {model.num_layers} layers")
+    return [Candidate("random", f"random k={k}", Random(k), {"num_skipped": k}) for k in cfg.random]
+
+
+def _static(
+    cfg: EvalConfig, model: Model, task: EvalTask, items: Sequence[Item]
+) -> list[Candidate]:
+    """The layers that Algorithm 1 chooses from the task's prompts, for every k it can reach."""
+    if not cfg.static:
+        return []
+    chosen = items[: cfg.num_calibration]
+    gen_length = max(len(answer) for item in chosen for answer in item.answers)
+    similarities = layer_similarities(
+        model, [item.prompt for item in chosen], gen_length, cfg.batch_size
+    )
+    found = []
+    for k in cfg.static:
+        layers = choose_static_layers(similarities, k, cfg.similarity_threshold)
+        if len(layers) < k:
+            print(f"{task.name}: Algorithm 1 finds only {len(layers)} layers; no static k={k}")
+            continue
+        facts = {"layers": list(layers), "num_skipped": k}
+        found.append(Candidate("static", f"static k={k}", Static(layers), facts))
+    return found
+
+
+# ------------------------------------------------------------------------------------- results
+
+
+def _start(cfg: EvalConfig, model: Model, workdir: Path) -> dict[str, Any]:
+    """The results so far, or new ones.
+
+    Raises: InputError if the workdir holds the results of another sweep.
+    """
+    path = workdir / "results.json"
+    fresh = {
+        "config": to_dict(cfg),
+        "model": {
+            "path": cfg.model,
+            "num_layers": model.num_layers,
+            "parameters": trees.count_parameters(model.params),
+            "fingerprint": model.fingerprint,
+        },
+        "environment": _environment(cfg, model),
+        "runs": [],
+    }
+    if not path.exists():
+        return fresh
+    try:
+        old = read_json(path)
+    except InputError as error:
+        raise InputError(f"{error}; remove it to start the sweep again") from error
+    require(
+        old.get("config") == fresh["config"] and old["model"]["fingerprint"] == model.fingerprint,
+        f"{workdir} holds another sweep (its configuration or model differs); "
+        "choose another --workdir",
+    )
+    return old
+
+
+def _environment(cfg: EvalConfig, model: Model) -> dict[str, Any]:
+    devices = model.mesh.devices
+    return {
+        "device": f"{devices.size} x {devices.flat[0].device_kind}",
+        "mesh": ", ".join(f"{name} {size}" for name, size in model.mesh.shape.items()),
+        "dtype": model.config.dtype,
+        "jax": jax.__version__,
+        "flax": flax.__version__,
+        "python": platform.python_version(),
+        "date": datetime.date.today().isoformat(),
+        "command": " ".join(["python", *sys.argv]),
+        "seed": cfg.seed,
+    }

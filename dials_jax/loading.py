@@ -1,0 +1,47 @@
+"""One way in for every kind of model folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from dials_jax.config import InputError, read_json, require
+from dials_jax.models import checkpoint, groups
+from dials_jax.models.groups import Layout
+from dials_jax.models.model import Model
+
+
+def load(
+    path: str | Path, dtype: Any = None, mesh: Mesh | None = None, layout: Layout = "auto"
+) -> Model:
+    """Loads a converted model, the model in a training workdir, or a Hugging Face folder.
+
+    Args:
+      path: a folder of one of these kinds. Hugging Face folders hold safetensors.
+      dtype: of weights and activations, "bfloat16" or "float32"; None keeps those stored.
+      mesh: None is a mesh over all devices.
+      layout: of the layers; "auto" is unrolled on GPUs, stacked elsewhere.
+
+    Raises: InputError for any other path, and for a folder that is broken.
+    """
+    folder = Path(path).expanduser()
+    require(folder.is_dir(), f"{path} is not a folder; give a model, a workdir or a download")
+    for candidate in (folder, folder / "model"):
+        if checkpoint.is_model_folder(candidate):
+            return checkpoint.load_model(candidate, dtype, mesh, layout)
+    config_file = folder / "config.json"
+    if config_file.is_file() and "model_type" in read_json(config_file):
+        return _load_hugging_face(folder, dtype, mesh, layout)
+    raise InputError(
+        f"{path} holds no model: give a folder made by `python -m convert`, a training workdir "
+        "with model/ inside, or a Hugging Face folder with config.json and safetensors"
+    )
+
+
+def _load_hugging_face(folder: Path, dtype: Any, mesh: Mesh | None, layout: Layout) -> Model:
+    from convert.hugging_face import open_folder  # names of other libraries stay out of this one
+
+    cfg, params = open_folder(folder, dtype)
+    return Model(cfg, groups.place(cfg, params, mesh, layout), mesh, str(folder.absolute()))

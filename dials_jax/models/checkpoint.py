@@ -1,0 +1,240 @@
+"""The folder of a model: its configuration and its weights, kept one group of parameters apart.
+
+    config.json          what the weights are: see `ModelInfo`
+    params/embed/        one Orbax checkpoint a group, so that one group at a time is in memory
+    params/layers/000/
+    ...
+    params/final_norm/
+    params/head/
+    tokenizer.json ...   whatever the tokenizer needs, where it came along
+
+A folder is written beside its final name and renamed when it is whole. Orbax loads a flipped bit
+without a word, so every group carries a digest, which is compared whenever the group is read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+from orbax.checkpoint import v1 as ocp
+
+from dials_jax import sharding, trees
+from dials_jax.config import (
+    InputError,
+    ModelConfig,
+    from_dict,
+    read_json,
+    require,
+    to_dict,
+    write_json,
+)
+from dials_jax.models import groups
+from dials_jax.models.groups import Layout
+from dials_jax.models.model import Model
+
+FORMAT = "dials_jax model"
+VERSION = 1
+DTYPES = ("bfloat16", "float32")
+CHUNK_BYTES = 2**26  # a device that holds one slice of an array reads few chunks more than its own
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInfo:
+    """The content of a model folder's `config.json`."""
+
+    format: str = FORMAT
+    version: int = VERSION
+    model: ModelConfig
+    dtype: str  # of the stored weights; training keeps float32 under bfloat16 activations
+    parameters: int
+    fingerprint: str  # of the weights; routers remember it
+    digests: dict[str, str]  # a group's name to the digest of its stored bits
+
+
+# ----------------------------------------------------------------------------------- saving
+
+
+def save_model(
+    folder: str | Path,
+    cfg: ModelConfig,
+    params: trees.Params,
+    *,
+    dtype: Any = None,
+    tokenizer_files: Iterable[str | Path] = (),
+    overwrite: bool = False,
+) -> None:
+    """Writes a model folder, group by group.
+
+    Args:
+      params: arrays of JAX or numpy, layers stacked or unrolled. Memory-mapped arrays stay on disk
+        until their group's turn.
+      dtype: of the stored weights; None keeps theirs.
+      overwrite: replace a folder that exists, once the new one is whole.
+
+    Raises: InputError if the folder exists or the disk is too full, before anything is written.
+    """
+    folder = Path(folder).absolute()
+    leaves = jax.tree.leaves(params)
+    dtype = dtype_name(dtype) or jnp.result_type(*leaves).name
+    num_parameters = trees.count_parameters(params)
+    require(overwrite or not folder.exists(), f"{folder} exists; remove it or name another folder")
+    _require_space(folder, num_parameters * jnp.dtype(dtype).itemsize)
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    _on_first_process(lambda: _make_empty(unfinished))
+
+    digests = {}
+    for name in groups.progress(groups.group_shapes(cfg), "saving"):
+        group = jax.tree.map(
+            partial(groups.materialise, dtype=dtype), groups.get_group(params, name)
+        )
+        digests[name] = group_digest(group)
+        _write_group(unfinished, name, group)
+
+    info = ModelInfo(
+        model=cfg,
+        dtype=dtype,
+        parameters=num_parameters,
+        fingerprint=trees.fingerprint(params),
+        digests=digests,
+    )
+
+    def finish():
+        for file in tokenizer_files:
+            shutil.copy(file, unfinished)
+        write_json(unfinished / "config.json", to_dict(info))
+        if folder.exists():
+            shutil.rmtree(folder)
+        unfinished.rename(folder)
+
+    _on_first_process(finish)
+
+
+def _require_space(folder: Path, needed: int) -> None:
+    existing = next(p for p in folder.parents if p.exists())
+    free = shutil.disk_usage(existing).free
+    require(
+        free >= needed,
+        f"{existing} has {free / 1e9:.1f} GB free and the weights need {needed / 1e9:.1f} GB; "
+        "make room or name another folder",
+    )
+
+
+def _make_empty(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+
+
+def _on_first_process(action: Callable[[], None]) -> None:
+    """Runs `action` on one process while the others wait."""
+    if jax.process_index() == 0:
+        action()
+    multihost_utils.sync_global_devices("dials_jax.models.checkpoint")
+
+
+# ----------------------------------------------------------------------------------- loading
+
+
+def is_model_folder(folder: str | Path) -> bool:
+    """Whether the folder's `config.json` says that it holds a model of this library."""
+    file = Path(folder) / "config.json"
+    return file.is_file() and read_json(file).get("format") == FORMAT
+
+
+def read_info(folder: str | Path) -> ModelInfo:
+    """Reads `config.json`. Raises: InputError if it is not a model folder's."""
+    file = Path(folder) / "config.json"
+    values = read_json(file)
+    require(values.get("format") == FORMAT, f"{file} does not describe a {FORMAT}")
+    require(
+        values.get("version") == VERSION,
+        f"{file} has version {values.get('version')} and this library reads {VERSION}; "
+        "convert the model again, or install the library that wrote it",
+    )
+    return from_dict(ModelInfo, values, where=str(file))
+
+
+def load_model(
+    folder: str | Path, dtype: Any = None, mesh: Mesh | None = None, layout: Layout = "auto"
+) -> Model:
+    """Reads a model folder, every array straight to where it lives on the mesh.
+
+    Args:
+      dtype: of weights and activations; None keeps those stored.
+      mesh: None is a mesh over all devices.
+      layout: of the layers; "auto" is unrolled on GPUs, stacked elsewhere.
+
+    Raises: InputError if something is missing, broken or not what was saved.
+    """
+    folder = Path(folder).absolute()
+    info, dtype = read_info(folder), dtype_name(dtype)
+    cfg = info.model if dtype is None else dataclasses.replace(info.model, dtype=dtype)
+    shapes = groups.group_shapes(cfg)
+
+    def read(name: str, shardings: PyTree) -> PyTree:
+        stored = _read_group(folder, name, shapes[name], info.dtype, shardings)
+        require(
+            group_digest(stored) == info.digests.get(name),
+            f"{folder}/params/{name} is damaged: its digest differs from the one in config.json; "
+            "convert or copy the model again",
+        )
+        return trees.cast(stored, dtype)
+
+    mesh = mesh or sharding.make_mesh()
+    return Model(cfg, groups.assemble(cfg, read, mesh, layout), mesh, str(folder))
+
+
+# ----------------------------------------------------------------------------------- groups
+
+
+def group_digest(group: PyTree) -> str:
+    """16 hexadecimal digits that a single flipped bit changes."""
+    digests = json.dumps(trees.digest_hex(group), sort_keys=True)
+    return hashlib.sha256(digests.encode()).hexdigest()[:16]
+
+
+def _write_group(folder: Path, name: str, group: PyTree) -> None:
+    context = ocp.Context()
+    context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
+    with context:
+        ocp.save(folder / "params" / name, group)
+
+
+def _read_group(folder: Path, name: str, shapes: PyTree, dtype: str, shardings: PyTree) -> PyTree:
+    def abstract(x, sharding):
+        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding)
+
+    path = folder / "params" / name
+    require(path.is_dir(), f"{path} is missing; convert or copy the model again")
+    try:
+        return ocp.load(path, jax.tree.map(abstract, shapes, shardings))
+    except jax.errors.JaxRuntimeError:  # too little memory, say: nothing is wrong with the folder
+        raise
+    except Exception as error:  # Orbax wraps what went wrong in a bare Exception
+        reason = str(error.__cause__ or error).strip().partition("\n")[0]
+        raise InputError(f"{path} cannot be read; convert or copy it again ({reason})") from error
+
+
+# ----------------------------------------------------------------------------------- helpers
+
+
+def dtype_name(dtype: Any) -> str | None:
+    """The name of a dtype of weights. Raises: InputError unless bfloat16, float32 or None."""
+    if dtype is None:
+        return None
+    name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
+    require(name in DTYPES, f"dtype={name!r}: give {' or '.join(DTYPES)}")
+    return name

@@ -1,0 +1,120 @@
+"""A model's parameters as groups: the embedding, every layer, the final norm and the head.
+
+Saving, loading and converting go through a model one group at a time, so that the host never
+holds much more than one layer beside the model itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+
+from dials_jax import sharding, trees
+from dials_jax.config import ModelConfig, require
+from dials_jax.models import llada
+
+Layout = Literal["auto", "stacked", "unrolled"]
+ReadGroup = Callable[[str, PyTree], PyTree]  # a group's name, its shardings -> its placed arrays
+
+
+def abstract_params(cfg: ModelConfig) -> trees.Params:
+    """Shapes of all parameters, layers stacked."""
+    return jax.eval_shape(lambda: llada.init(cfg, jax.random.key(0)))
+
+
+def group_shapes(cfg: ModelConfig) -> dict[str, PyTree]:
+    """Each group's tree of shapes, under the group's name."""
+    params = abstract_params(cfg)
+    layer = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), params["layers"])
+    layers = {f"layers/{i:03d}": layer for i in range(cfg.num_layers)}
+    return {"embed": params["embed"], **layers} | {k: params[k] for k in ("final_norm", "head")}
+
+
+def get_group(params: trees.Params, name: str) -> PyTree:
+    key, _, layer = name.partition("/")
+    if not layer:
+        return params[key]
+    i, layers = int(layer), params[key]
+    return layers[i] if trees.is_unrolled(layers) else trees.layer_slice(layers, i)
+
+
+def place(
+    cfg: ModelConfig, params: trees.Params, mesh: Mesh | None = None, layout: Layout = "auto"
+) -> trees.Params:
+    """Places host arrays (memory-mapped ones, too) on the mesh, in `cfg.dtype`.
+
+    A device receives only its own part of an array, and one group at a time is on the host.
+    """
+
+    def put(x: np.ndarray, sharding: Any) -> jax.Array:
+        def part(index):
+            return materialise(x[index], cfg.dtype)
+
+        return jax.make_array_from_callback(x.shape, sharding, part)
+
+    def read(name: str, shardings: PyTree) -> PyTree:
+        return jax.tree.map(put, get_group(params, name), shardings)
+
+    return assemble(cfg, read, mesh or sharding.make_mesh(), layout)
+
+
+def assemble(cfg: ModelConfig, read: ReadGroup, mesh: Mesh, layout: Layout) -> trees.Params:
+    """All groups, read one after the other, with the layers in the layout asked for."""
+    require(
+        layout in ("auto", "stacked", "unrolled"),
+        f"layout={layout!r}: give 'auto', 'stacked' or 'unrolled'",
+    )
+    if layout == "auto":
+        layout = "unrolled" if jax.default_backend() == "gpu" else "stacked"
+    params: dict[str, Any] = {"layers": ()}
+    for name, shapes in progress(group_shapes(cfg).items(), "loading"):
+        key, _, layer = name.partition("/")
+        group = read(name, sharding.param_shardings(shapes, mesh, f"{key}/"))
+        if not layer:
+            params[key] = group
+        elif layout == "unrolled":
+            params[key] += (group,)
+        else:
+            stacked = params[key] or _empty_stack(group, cfg.num_layers, mesh)
+            params[key] = _set_layer(stacked, group, int(layer))
+    return params
+
+
+def _empty_stack(layer: PyTree, num_layers: int, mesh: Mesh) -> PyTree:
+    def zeros():
+        return jax.tree.map(lambda x: jnp.zeros((num_layers, *x.shape), x.dtype), layer)
+
+    shardings = sharding.param_shardings(jax.eval_shape(zeros), mesh, "layers/")
+    return jax.jit(zeros, out_shardings=shardings)()
+
+
+@partial(jax.jit, donate_argnums=0)
+def _set_layer(stacked: PyTree, layer: PyTree, i: Any) -> PyTree:
+    """Writes one layer into the stack in place, so that no second copy of the model exists."""
+    return jax.tree.map(
+        lambda s, x: lax.dynamic_update_index_in_dim(s, x, i, axis=0), stacked, layer
+    )
+
+
+def materialise(x: Any, dtype: str) -> Any:
+    """The array in `dtype`; a numpy view becomes a contiguous copy."""
+    if isinstance(x, np.ndarray):
+        return np.array(x, dtype, order="C")
+    return x.astype(dtype)
+
+
+def progress(items: Iterable[Any], label: str) -> Iterable[Any]:
+    """The items, with a bar on stderr if that is a terminal and tqdm is there."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return items
+    return tqdm(items, label, disable=None)

@@ -1,0 +1,120 @@
+"""A model in hand: configuration, placed parameters and the mesh they live on."""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from dials_jax import sharding, trees
+from dials_jax.config import InputError, ModelConfig
+from dials_jax.models import llada
+from dials_jax.nn.stack import Executor, Policy
+from dials_jax.timing import Timed
+
+
+class Output(NamedTuple):
+    """`logits` predict each row's own position; `gates` are True where a layer ran."""
+
+    logits: Float[Array, "B T V"]
+    gates: Bool[Array, "L B"]
+
+
+class Model:
+    """A masked diffusion language model with its weights.
+
+    Attributes:
+      config: shape and special tokens.
+      params: nested dict of arrays, placed on `mesh`; `params["layers"]` stacked or a tuple.
+      path: where it was loaded from; empty for a model made in memory.
+    """
+
+    def __init__(
+        self, config: ModelConfig, params: trees.Params, mesh: Mesh | None = None, path: str = ""
+    ):
+        self.config = config
+        self.mesh = mesh or sharding.make_mesh()
+        self.params = jax.device_put(params, sharding.param_shardings(params, self.mesh))
+        self.path = path
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Names the weights, whatever their layout or dtype; routers remember it."""
+        return trees.fingerprint(self.params)
+
+    @property
+    def num_layers(self) -> int:
+        return self.config.num_layers
+
+    def apply(
+        self,
+        tokens: Int[Array, "B T"],
+        valid: Bool[Array, "B T"] | None = None,
+        policy: Policy | None = None,
+        *,
+        step: int = 0,
+        key: jax.Array | None = None,
+        executor: Executor = "auto",
+    ) -> Output:
+        """One forward pass.
+
+        Args:
+          valid: False at padding. None: no padding.
+          policy: which layers run; None runs all.
+          step: denoising step, for random policies.
+          key: for random policies; one key, or one a row. None is `jax.random.key(0)`.
+        """
+        num_rows = np.shape(tokens)[0]
+        keys = row_keys(key, num_rows)
+        tokens, valid, keys = self.place_rows((jnp.asarray(tokens, jnp.int32), valid, keys))
+        out, _ = self.run(_apply, tokens, valid, keys, jnp.asarray(step), policy, executor=executor)
+        return Output(out.logits[:num_rows], out.gates[:, :num_rows])
+
+    def run(self, fn: Timed, *args: Any, **static: Any) -> tuple[Any, float]:
+        """Runs a compiled function of (params, ...) under this model's mesh."""
+        with jax.set_mesh(self.mesh):
+            return fn(self.params, *args, cfg=self.config, **static)
+
+    def place_rows(self, rows: PyTree, multiple: int = 1) -> PyTree:
+        """Splits rows over the mesh; repeats the last one until they divide evenly.
+
+        Args:
+          multiple: fill up to a multiple of this, so that a last, smaller batch has the shape of
+            the others and needs no new program.
+        """
+        multiple = math.lcm(multiple, sharding.num_batch_shards(self.mesh))
+
+        def one(x):
+            x = jnp.asarray(x)
+            extra = -x.shape[0] % multiple
+            if extra:
+                x = jnp.concatenate([x, jnp.broadcast_to(x[-1:], (extra, *x.shape[1:]))])
+            return jax.device_put(x, sharding.batch_sharding(self.mesh))
+
+        return jax.tree.map(one, rows)
+
+
+def row_keys(key: jax.Array | None, num_rows: int) -> jax.Array:
+    """One key a row. A single key is folded with the row's number; None stands for seed 0."""
+    key = jax.random.key(0) if key is None else key
+    if key.ndim == 1:
+        if key.shape[0] != num_rows:
+            raise InputError(f"{key.shape[0]} keys for {num_rows} rows; give one key, or one a row")
+        return key
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(num_rows))
+
+
+def _forward(params, tokens, valid, row_keys, step, policy, *, cfg, executor):
+    out = llada.run_layers(
+        cfg, params, tokens, valid, policy, step=step, row_keys=row_keys, executor=executor
+    )
+    return Output(llada.logits_of(cfg, params, out.h), out.gates)
+
+
+_apply = Timed(_forward, static_argnames=("cfg", "executor"))

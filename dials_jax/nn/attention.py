@@ -1,0 +1,67 @@
+"""Full (bidirectional) attention with grouped key/value heads."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from dials_jax.config import ModelConfig
+from dials_jax.nn.initializers import normal, zeros_if
+from dials_jax.nn.rope import apply_rope
+
+
+class Attention(nnx.Module):
+    """Self-attention in which every token sees every valid token."""
+
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
+        d, n, k, h = cfg.d_model, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
+        self.q = nnx.Param(normal(rngs, (d, n, h)))
+        self.k = nnx.Param(normal(rngs, (d, k, h)))
+        self.v = nnx.Param(normal(rngs, (d, k, h)))
+        self.o = nnx.Param(normal(rngs, (n, h, d), depth=cfg.num_layers))
+        self.q_bias = zeros_if(cfg.qkv_bias, (n, h))
+        self.k_bias = zeros_if(cfg.qkv_bias, (k, h))
+        self.v_bias = zeros_if(cfg.qkv_bias, (k, h))
+        self.o_bias = zeros_if(cfg.bias, (d,))
+
+    @jax.named_scope("attention")
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        sin_cos: Float[Array, "B T 2 _"],
+        valid: Bool[Array, "B T"] | None,
+    ) -> Float[Array, "B T D"]:
+        q = apply_rope(project(x, self.q, self.q_bias), sin_cos)
+        k = apply_rope(project(x, self.k, self.k_bias), sin_cos)
+        v = project(x, self.v, self.v_bias)
+        y = attend(q, k, v, valid)
+        out = jnp.einsum("BTNH,NHD->BTD", y, self.o[...].astype(x.dtype))
+        return out if self.o_bias is None else out + self.o_bias[...].astype(x.dtype)
+
+
+def project(
+    x: Float[Array, "B T D"], kernel: nnx.Param, bias: nnx.Param | None
+) -> Float[Array, "B T N H"]:
+    y = jnp.einsum("BTD,DNH->BTNH", x, kernel[...].astype(x.dtype))
+    return y if bias is None else y + bias[...].astype(x.dtype)
+
+
+def attend(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    valid: Bool[Array, "B S"] | None,
+) -> Float[Array, "B T N H"]:
+    """Attention over valid keys; None means that all are.
+
+    cuDNN's fused kernel takes half precision only; on one H200 it is 1.5 times as fast as XLA's.
+    """
+    fused = jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16)
+    attn_mask = None if valid is None else valid[:, None, None, :]
+    if fused and attn_mask is not None:  # cuDNN wants the query axis spelled out
+        attn_mask = jnp.broadcast_to(attn_mask, (q.shape[0], 1, q.shape[1], k.shape[1]))
+    return jax.nn.dot_product_attention(
+        q, k, v, mask=attn_mask, implementation="cudnn" if fused else "xla"
+    )

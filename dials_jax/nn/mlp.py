@@ -1,0 +1,36 @@
+"""SwiGLU feed-forward layer."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from dials_jax.config import ModelConfig
+from dials_jax.nn.initializers import normal, zeros_if
+
+
+class SwiGLU(nnx.Module):
+    """silu(x W_gate) * (x W_up), projected back."""
+
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
+        self.gate = nnx.Param(normal(rngs, (cfg.d_model, cfg.d_ff)))
+        self.up = nnx.Param(normal(rngs, (cfg.d_model, cfg.d_ff)))
+        self.down = nnx.Param(normal(rngs, (cfg.d_ff, cfg.d_model), depth=cfg.num_layers))
+        self.gate_bias = zeros_if(cfg.bias, (cfg.d_ff,))
+        self.up_bias = zeros_if(cfg.bias, (cfg.d_ff,))
+        self.down_bias = zeros_if(cfg.bias, (cfg.d_model,))
+
+    @jax.named_scope("mlp")
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        gate = linear(x, self.gate, self.gate_bias)
+        up = linear(x, self.up, self.up_bias)
+        return linear(jax.nn.silu(gate) * up, self.down, self.down_bias)
+
+
+def linear(
+    x: Float[Array, "*B D"], kernel: nnx.Param, bias: nnx.Param | None
+) -> Float[Array, "*B F"]:
+    y = jnp.einsum("...D,DF->...F", x, kernel[...].astype(x.dtype))
+    return y if bias is None else y + bias[...].astype(x.dtype)

@@ -1,0 +1,122 @@
+"""The device mesh and where arrays live on it.
+
+Axes: `data` (rows), `fsdp` (rows, and parameters split over devices), `tensor` (heads, hidden units
+and vocabulary). Placement is one table of (regular expression, PartitionSpec); the compiler
+inserts the collectives. One device is a mesh of one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import PyTree
+
+from dials_jax import trees
+from dials_jax.config import MeshConfig, require
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+# Each parameter matches exactly one line. `layers/` leaves may carry a leading axis of layers,
+# which is never split.
+RULES: tuple[tuple[str, P], ...] = (
+    (r"embed/table", P("tensor", "fsdp")),
+    (r"layers/.*attention/[qkv]", P("fsdp", "tensor", None)),
+    (r"layers/.*attention/[qkv]_bias", P("tensor", None)),
+    (r"layers/.*attention/o", P("tensor", None, "fsdp")),
+    (r"layers/.*mlp/(gate|up)", P("fsdp", "tensor")),
+    (r"layers/.*mlp/(gate|up)_bias", P("tensor")),
+    (r"layers/.*mlp/down", P("tensor", "fsdp")),
+    (r"layers/.*(attention/o|mlp/down)_bias", P(None)),
+    (r"(layers/.*)?\w*norm/scale", P(None)),
+    (r"head/kernel", P("fsdp", "tensor")),
+    (r"head/bias", P("tensor")),
+    (r"routers/norm/scale", P(None)),
+    (r"routers/(down|vote)(_bias)?", P()),
+)
+
+
+def make_mesh(cfg: MeshConfig = MeshConfig(), devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh over all devices, or over those given.
+
+    Raises: InputError if the axes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = [cfg.data, cfg.fsdp, cfg.tensor]
+    fixed = int(np.prod([s for s in sizes if s != -1]))
+    sizes = [len(devices) // fixed if s == -1 else s for s in sizes]
+    require(
+        int(np.prod(sizes)) == len(devices),
+        f"mesh data={cfg.data} fsdp={cfg.fsdp} tensor={cfg.tensor} does not fit "
+        f"{len(devices)} devices; make the product of the axes equal to that number",
+    )
+    return jax.make_mesh(tuple(sizes), AXES, (AxisType.Auto,) * 3, devices=devices)
+
+
+def partition_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+    """The spec of the parameter called `name`; an axis that does not divide is not split."""
+    matches = [spec for pattern, spec in RULES if re.fullmatch(pattern, name)]
+    if len(matches) != 1:
+        raise ValueError(f"parameter {name!r} matches {len(matches)} sharding rules, not one")
+    spec = (None,) * (len(shape) - len(matches[0])) + tuple(matches[0])
+    fits = [a if a and n % mesh.shape[a] == 0 else None for a, n in zip(spec, shape, strict=True)]
+    return P(*fits)
+
+
+def param_shardings(params: PyTree, mesh: Mesh, prefix: str = "") -> PyTree:
+    """The NamedSharding of every parameter, by the table."""
+
+    def one(name, x):
+        return NamedSharding(mesh, partition_spec(prefix + name, x.shape, mesh))
+
+    return trees.map_named(one, params)
+
+
+def state_shardings(state: PyTree, params: PyTree, mesh: Mesh, prefix: str = "") -> PyTree:
+    """Shardings of an optimiser state: a leaf whose path ends in a parameter's lies beside it."""
+    specs = dict(trees.named_leaves(param_shardings(params, mesh, prefix)))
+    shapes = {name: x.shape for name, x in trees.named_leaves(params)}
+
+    def one(name, x):
+        parts = name.split("/")
+        for i in range(len(parts)):
+            tail = "/".join(parts[i:])
+            if tail in specs and shapes[tail] == x.shape:
+                return specs[tail]
+        return NamedSharding(mesh, P())
+
+    return trees.map_named(one, state)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows split over the data and fsdp axes."""
+    return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def num_batch_shards(mesh: Mesh) -> int:
+    return int(np.prod([mesh.shape[a] for a in BATCH_AXES]))
+
+
+def place_batch(batch: PyTree, mesh: Mesh) -> PyTree:
+    """Host arrays to global arrays; every process passes its own slice of the rows."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def constrain_rows(x: jax.Array) -> jax.Array:
+    """Keeps the leading axis split over rows; does nothing without a mesh in context."""
+    mesh = jax.sharding.get_abstract_mesh()
+    # Inside `shard_map` the batch axes are manual: the rows are already local.
+    if mesh.empty or mesh.manual_axes or x.shape[0] % num_batch_shards(mesh):
+        return x
+    return jax.lax.with_sharding_constraint(x, P(BATCH_AXES, *[None] * (x.ndim - 1)))

@@ -1,0 +1,138 @@
+"""Which layers run: the policies full (None), static, random and routed.
+
+Each is a pytree, so it enters compiled functions as an argument, and implements
+`dials_jax.nn.stack.Policy`. Layers count from 0. Rows always decide alone: a row's gates do not
+depend on the rest of its batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from dials_jax import trees
+from dials_jax.config import require
+from dials_jax.nn.stack import Denoising
+from dials_jax.skipping.gumbel import gumbel_votes, straight_through_threshold
+from dials_jax.skipping.router import SKIP, apply_router, skip_share
+
+
+def _static(**kwargs):
+    return field(metadata={"static": True}, **kwargs)
+
+
+@partial(jax.tree_util.register_dataclass)
+@dataclass(frozen=True)
+class Static:
+    """Skips the same layers at every step (Goel et al. 2026)."""
+
+    layers: tuple[int, ...] = _static()
+
+    def __post_init__(self):
+        object.__setattr__(self, "layers", tuple(sorted(int(i) for i in self.layers)))
+
+    def plan(self, num_layers: int, denoising: Denoising) -> np.ndarray:
+        for layer in self.layers:
+            require(
+                0 <= layer < num_layers,
+                f"Static: layer {layer} does not exist; layers count from 0 to {num_layers - 1}",
+            )
+        return ~np.isin(np.arange(num_layers), self.layers)
+
+    def gate(self, plan: Bool[Array, ""], h: Array, denoising: Denoising) -> Bool[Array, ""]:
+        return plan
+
+
+@partial(jax.tree_util.register_dataclass)
+@dataclass(frozen=True)
+class Random:
+    """Skips `num_skipped` random layers (at most all), drawn anew for every row and step.
+
+    The number is an argument of compiled programs: one program serves all numbers.
+    """
+
+    num_skipped: int | Int[Array, ""]
+
+    def plan(self, num_layers: int, denoising: Denoising) -> Bool[Array, "L B"]:
+
+        def row(key):
+            order = jax.random.permutation(jax.random.fold_in(key, denoising.step), num_layers)
+            return order >= self.num_skipped
+
+        return jax.vmap(row)(denoising.row_keys).T
+
+    def gate(self, plan: Bool[Array, "B"], h: Array, denoising: Denoising) -> Bool[Array, "B"]:
+        return plan
+
+
+@partial(jax.tree_util.register_dataclass)
+@dataclass(frozen=True)
+class Routed:
+    """Skips a layer for a row when more than `threshold` of its masked tokens vote so.
+
+    A row without masked tokens executes everything. Padding never votes.
+    Source: DIALS, algorithm 1. `router` has the parameters of all layers, stacked.
+    """
+
+    router: PyTree
+    threshold: float = _static(default=0.1)
+
+    def plan(self, num_layers: int, denoising: Denoising) -> PyTree:
+        check_router(self.router, num_layers)
+        return self.router
+
+    def gate(
+        self, plan: PyTree, h: Float[Array, "B T D"], denoising: Denoising
+    ) -> Bool[Array, "B"]:
+        votes = jnp.argmax(apply_router(plan, h), axis=-1) == SKIP
+        share = skip_share(votes.astype(jnp.float32), denoising.masked)
+        return ~(share > self.threshold)
+
+
+class StochasticPlan(NamedTuple):
+    router: trees.Params
+    layer: Int[Array, "..."]
+
+
+@partial(jax.tree_util.register_dataclass)
+@dataclass(frozen=True)
+class StochasticRouted:
+    """`Routed` for training: Gumbel votes, and float gates with straight-through gradients."""
+
+    router: PyTree
+    threshold: float = _static()
+    temperature: float = _static()
+
+    def plan(self, num_layers: int, denoising: Denoising) -> StochasticPlan:
+        check_router(self.router, num_layers)
+        return StochasticPlan(self.router, np.arange(num_layers))
+
+    def gate(
+        self, plan: StochasticPlan, h: Float[Array, "B T D"], denoising: Denoising
+    ) -> Float[Array, "B"]:
+        def noise(key):
+            return jax.random.gumbel(jax.random.fold_in(key, plan.layer), (h.shape[1], 2))
+
+        gumbel = jax.vmap(noise)(denoising.row_keys)
+        votes = gumbel_votes(gumbel, apply_router(plan.router, h), self.temperature)
+        share = skip_share(votes[..., SKIP], denoising.masked)
+        return 1.0 - straight_through_threshold(share, self.threshold)
+
+
+def check_router(router: PyTree, num_layers: int) -> None:
+    layers = trees.num_layers(router)
+    require(
+        layers == num_layers,
+        f"the router has {layers} layers and the model {num_layers}; train one for this model",
+    )
+
+
+def router_width(policy: object) -> int:
+    """Hidden width of a policy's routers, for counting FLOPs; 0 for policies without."""
+    return policy.router["down"].shape[-1] if isinstance(policy, Routed) else 0

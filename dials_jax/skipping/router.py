@@ -1,0 +1,70 @@
+"""DIALS routers: a small network before every layer, whose masked tokens vote on skipping it.
+
+Source: DIALS, section 3.2. Vote 0 is to skip, vote 1 to execute.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from dials_jax import trees
+from dials_jax.config import RouterConfig
+from dials_jax.nn.initializers import normal
+from dials_jax.nn.norm import RMSNorm
+from dials_jax.nn.pure import Pure
+
+SKIP = 0
+
+
+class Router(nnx.Module):
+    """RMSNorm, linear, SiLU, linear to two logits.
+
+    The last layer starts at zero with biases (0, execute_bias): at first every token votes the
+    same, about 5 % of them to skip under Gumbel noise, so that most layers run.
+    """
+
+    def __init__(self, d_model: int, cfg: RouterConfig, rngs: nnx.Rngs):
+        self.norm = RMSNorm(d_model, 1e-5, rngs)
+        self.down = nnx.Param(normal(rngs, (d_model, cfg.d_hidden)))
+        self.down_bias = nnx.Param(jnp.zeros(cfg.d_hidden))
+        self.vote = nnx.Param(jnp.zeros((cfg.d_hidden, 2)))
+        self.vote_bias = nnx.Param(jnp.array([0.0, cfg.execute_bias]))
+
+    @jax.named_scope("router")
+    def __call__(self, h: Float[Array, "B T D"]) -> Float[Array, "B T 2"]:
+        """Float32 logits. Only the wide product runs in the stream's dtype."""
+        x = jnp.einsum(
+            "BTD,DR->BTR",
+            self.norm(h),
+            self.down[...].astype(h.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        x = jax.nn.silu(x + self.down_bias[...])
+        return jnp.einsum("BTR,RK->BTK", x, self.vote[...]) + self.vote_bias[...]
+
+
+@lru_cache
+def router_module(d_model: int, cfg: RouterConfig) -> Pure:
+    return Pure(lambda rngs: Router(d_model, cfg, rngs))
+
+
+def init_routers(d_model: int, num_layers: int, cfg: RouterConfig, key: jax.Array) -> trees.Params:
+    """Routers of all layers, stacked, in float32."""
+    return router_module(d_model, cfg).init_stack(key, num_layers)
+
+
+def apply_router(router: trees.Params, h: Float[Array, "B T D"]) -> Float[Array, "B T 2"]:
+    """Vote logits of one layer's router."""
+    d_model, d_hidden = router["down"].shape
+    return router_module(d_model, RouterConfig(d_hidden=d_hidden))(router, h)
+
+
+def skip_share(votes: Float[Array, "B T"], masked: Bool[Array, "B T"]) -> Float[Array, "B"]:
+    """Mean vote to skip over a row's masked tokens (DIALS, equation 5); 0 without any."""
+    count = jnp.sum(masked, axis=-1)
+    return jnp.sum(votes * masked, axis=-1) / jnp.maximum(count, 1)

@@ -1,0 +1,96 @@
+"""Routers on disk: `config.json` beside the arrays, and the fingerprint of their backbone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+from jax.sharding import Mesh
+from orbax.checkpoint import v1 as ocp
+
+from dials_jax import sharding, trees
+from dials_jax.config import RouterConfig, from_dict, read_json, require, to_dict, write_json
+from dials_jax.skipping.policies import Routed
+from dials_jax.skipping.router import init_routers
+
+FORMAT = "dials_jax router"
+
+
+class Backbone(Protocol):
+    """What a router must know of its model."""
+
+    mesh: Mesh
+    config: Any
+    fingerprint: str
+
+
+def save_router(
+    folder: str | Path,
+    routers: trees.Params,
+    cfg: RouterConfig,
+    backbone: Backbone,
+    skip_weight: float,
+) -> None:
+    """Writes a folder for `load_router`; `skip_weight` is the lambda it was trained with."""
+    folder = Path(folder).absolute()
+    ocp.save_pytree(folder / "params", routers, overwrite=True)
+    write_json(
+        folder / "config.json",
+        {
+            "format": FORMAT,
+            "version": 1,
+            "router": to_dict(cfg),
+            "num_layers": backbone.config.num_layers,
+            "d_model": backbone.config.d_model,
+            "backbone_fingerprint": backbone.fingerprint,
+            "skip_weight": skip_weight,
+        },
+    )
+
+
+def router_facts(path: str | Path) -> tuple[Path, dict[str, Any]]:
+    """The folder of a router, given it or the workdir that trained it, and its config.json.
+
+    Raises: InputError if there is no router.
+    """
+    path = Path(path).absolute()
+    folder = path / "router" if (path / "router" / "config.json").exists() else path
+    require(
+        (folder / "config.json").exists(),
+        f"{path} holds no router; give the workdir of a finished router training",
+    )
+    facts = read_json(folder / "config.json")
+    require(
+        facts.get("format") == FORMAT,
+        f"{folder} is not a router but {facts.get('format', 'something else')!r}; "
+        "give the workdir of a finished router training",
+    )
+    return folder, facts
+
+
+def load_router(path: str | Path, model: Backbone, threshold: float | None = None) -> Routed:
+    """A trained router as a policy for `model`.
+
+    Args:
+      threshold: tau; None keeps the one of training.
+
+    Raises: InputError if the router was trained on another backbone.
+    """
+    folder, facts = router_facts(path)
+    require(
+        facts["backbone_fingerprint"] == model.fingerprint,
+        f"router {folder} belongs to another backbone (fingerprint "
+        f"{facts['backbone_fingerprint']}, this model is {model.fingerprint}); "
+        "load the model it was trained on, or train a router for this one",
+    )
+    cfg = from_dict(RouterConfig, facts["router"], str(folder))
+    abstract = jax.eval_shape(
+        lambda: init_routers(facts["d_model"], facts["num_layers"], cfg, jax.random.key(0))
+    )
+    whole = sharding.replicated(model.mesh)
+    placed = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), abstract
+    )
+    routers = ocp.load_pytree(folder / "params", placed)
+    return Routed(routers, cfg.threshold if threshold is None else threshold)

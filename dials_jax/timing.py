@@ -1,0 +1,49 @@
+"""Compiled functions whose run time is measured apart from their compilation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+class Timed:
+    """A jitted function that returns its result and the seconds it took to run.
+
+    A program is compiled once for each set of static arguments, shapes and placements. The call
+    waits for the result, so it belongs around whole generations and batches, not inside loops.
+    """
+
+    def __init__(self, fn: Callable, static_argnames: tuple[str, ...] = ()):
+        self._jitted = jax.jit(fn, static_argnames=static_argnames)
+        self._static = static_argnames
+        self._programs: dict[Any, Any] = {}
+        self.compile_seconds = 0.0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, float]:
+        program = self._program(args, kwargs)
+        dynamic = {k: v for k, v in kwargs.items() if k not in self._static}
+        jax.block_until_ready((args, dynamic))
+        start = time.perf_counter()
+        out = jax.block_until_ready(program(*args, **dynamic))
+        return out, time.perf_counter() - start
+
+    @property
+    def num_programs(self) -> int:
+        return len(self._programs)
+
+    def _program(self, args: tuple, kwargs: dict) -> Any:
+        static = tuple(kwargs.get(k) for k in self._static)
+        leaves, structure = jax.tree.flatten((args, {**kwargs, **dict.fromkeys(self._static)}))
+        shapes = tuple(
+            (jnp.shape(x), jnp.result_type(x), getattr(x, "sharding", None)) for x in leaves
+        )
+        key = (static, structure, shapes, jax.sharding.get_abstract_mesh())
+        if key not in self._programs:
+            start = time.perf_counter()
+            self._programs[key] = self._jitted.lower(*args, **kwargs).compile()
+            self.compile_seconds += time.perf_counter() - start
+        return self._programs[key]

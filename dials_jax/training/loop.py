@@ -1,0 +1,146 @@
+"""The training loop: one for every kind of training."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from dials_jax import sharding, trees
+from dials_jax.config import InputError, TrainConfig, require
+from dials_jax.data.batches import Batch, batch_at, prefetch, steps_per_epoch
+from dials_jax.training.checkpoint import Checkpoints
+from dials_jax.training.metrics import MetricsWriter, progress_bar
+from dials_jax.training.optimizer import make_optimizer, make_schedule, num_steps
+from dials_jax.training.run import Run, claim_workdir, prepare
+from dials_jax.training.step import TrainState, init_state, make_train_step, shardings_of
+
+
+class NonFiniteLoss(InputError):
+    """The loss or its gradient became NaN or infinite."""
+
+
+def train(cfg: TrainConfig, workdir: str | Path) -> TrainState:
+    """Trains to the end, from the newest intact checkpoint if there is one.
+
+    Stopping anywhere and calling this again gives bitwise the run that was not stopped.
+
+    Raises:
+      InputError: for settings or data that do not fit, before any expensive work.
+      NonFiniteLoss: naming the step; the last good checkpoint stays.
+    """
+    workdir = Path(workdir).absolute()
+    mesh = sharding.make_mesh(cfg.mesh)
+    shards = sharding.num_batch_shards(mesh)
+    rows = cfg.batch_size // cfg.num_microbatches
+    require(
+        rows % shards == 0,
+        f"{rows} rows a microbatch do not divide over {shards} batch shards; change batch_size, "
+        "num_microbatches or mesh",
+    )
+    run = prepare(cfg, mesh)
+    epoch = steps_per_epoch(run.data, cfg.batch_size)
+    optimizer, total = make_optimizer(cfg.optimizer, epoch), num_steps(cfg.optimizer, epoch)
+    claim_workdir(workdir, cfg, run.identity)
+    state = init_state(run.init, optimizer, mesh, run.prefix)
+    checkpoints = Checkpoints(workdir / "checkpoints", cfg.keep_checkpoints)
+    state = checkpoints.restore(state) or state
+    _describe(cfg, run, state, total, epoch)
+
+    step_fn = jax.jit(
+        make_train_step(run.loss_fn, optimizer, cfg.seed, cfg.num_microbatches),
+        donate_argnums=0,
+        out_shardings=(shardings_of(state, mesh, run.prefix), None),
+    )
+    with jax.set_mesh(mesh):
+        state = _steps(cfg, run, state, step_fn, total, epoch, checkpoints, workdir)
+    run.export(workdir, state.params)
+    return state
+
+
+def _steps(
+    cfg: TrainConfig,
+    run: Run,
+    state: TrainState,
+    step_fn: Callable,
+    total: int,
+    epoch: float,
+    checkpoints: Checkpoints,
+    workdir: Path,
+) -> TrainState:
+    """All steps that are left. The host looks at results only when it logs or saves."""
+    start = int(state.step)
+    mesh = jax.sharding.get_mesh()
+    schedule = make_schedule(cfg.optimizer, epoch)
+    writer = MetricsWriter(workdir, start)
+    window: list[dict] = []
+    since = time.perf_counter()
+    what = "routers" if cfg.backbone else "model"
+
+    def load_batch(step: int) -> Batch:
+        batch = batch_at(
+            run.data, cfg.seed, step, cfg.batch_size, jax.process_index(), jax.process_count()
+        )
+        return sharding.place_batch(batch, mesh)
+
+    with progress_bar(total, start, what) as bar:
+        for step, batch in prefetch(load_batch, start, total):
+            state, values = step_fn(state, run.frozen, batch)
+            window.append(values)
+            done = step + 1
+            bar.update()
+            if done % cfg.log_every == 0 or done == total:
+                means = _means(window)
+                _check_finite(state, workdir)
+                seconds = time.perf_counter() - since
+                tokens = len(window) * cfg.batch_size * batch.tokens.shape[1]
+                means |= {
+                    "learning_rate": float(schedule(step)),
+                    "epoch": done / epoch,
+                    "tokens_per_second": tokens / seconds,
+                }
+                writer.write(done, means)
+                bar.set_postfix_str(_summary(means))
+                window, since = [], time.perf_counter()
+            if done % cfg.save_every == 0 or done == total:
+                _check_finite(state, workdir)
+                checkpoints.save(done, state)
+    writer.close()
+    return state
+
+
+def _means(window: list[dict]) -> dict[str, float]:
+    host = jax.device_get(window)
+    return {name: float(np.mean([values[name] for values in host])) for name in host[0]}
+
+
+def _check_finite(state: TrainState, workdir: Path) -> None:
+    bad = int(state.bad_step)
+    if bad >= 0:
+        raise NonFiniteLoss(
+            f"the loss or its gradient is not finite at step {bad}, batch {bad} of the seeded "
+            f"order; the last good checkpoint in {workdir / 'checkpoints'} is untouched; "
+            "lower the learning rate or look at that batch"
+        )
+
+
+def _summary(means: dict[str, float]) -> str:
+    parts = [f"loss {means['loss']:.3f}", f"ce {means['masked_ce']:.3f}"]
+    if "skip_rate" in means:
+        parts.append(f"skip {means['skip_rate']:.1%}")
+    return ", ".join([*parts, f"{means['tokens_per_second']:,.0f} tokens/s"])
+
+
+def _describe(cfg: TrainConfig, run: Run, state: TrainState, total: int, epoch: float) -> None:
+    if jax.process_index():
+        return
+    trained, frozen = (trees.count_parameters(t) for t in (state.params, run.frozen))
+    print(
+        f"training {trained:,} parameters ({frozen:,} frozen) on {jax.device_count()} "
+        f"{jax.devices()[0].device_kind} device(s): {run.data.num_rows:,} rows, "
+        f"{epoch:,} steps an epoch, {total:,} steps in all, from step {int(state.step):,}",
+        flush=True,
+    )

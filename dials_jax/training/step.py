@@ -1,0 +1,131 @@
+"""The training state and the one training step, for every kind of training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from dials_jax import sharding, trees
+from dials_jax.data.batches import Batch
+from dials_jax.training.losses import LossFn
+
+
+class TrainState(NamedTuple):
+    """All that training changes.
+
+    Attributes:
+      step: steps taken.
+      bad_step: the first step whose loss or gradient was not finite, else -1. From there on
+        nothing changes any more, so the state stays the last good one until the host looks.
+    """
+
+    step: Int[Array, ""]
+    params: trees.Params
+    opt_state: optax.OptState
+    bad_step: Int[Array, ""]
+
+
+TrainStep = Callable[
+    [TrainState, trees.Params, Batch], tuple[TrainState, dict[str, Float[Array, ""]]]
+]
+
+
+def init_state(
+    init: Callable[[], trees.Params],
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    prefix: str = "",
+) -> TrainState:
+    """A fresh state, each array made where it belongs.
+
+    Args:
+      prefix: put before parameter names when the sharding table is asked (`routers/`).
+    """
+
+    def make():
+        params = init()
+        return TrainState(jnp.int32(0), params, optimizer.init(params), jnp.int32(-1))
+
+    shardings = shardings_of(jax.eval_shape(make), mesh, prefix)
+    with jax.set_mesh(mesh):
+        return jax.jit(make, out_shardings=shardings)()
+
+
+def shardings_of(state: TrainState, mesh: Mesh, prefix: str = "") -> TrainState:
+    return TrainState(
+        step=sharding.replicated(mesh),
+        params=sharding.param_shardings(state.params, mesh, prefix),
+        opt_state=sharding.state_shardings(state.opt_state, state.params, mesh, prefix),
+        bad_step=sharding.replicated(mesh),
+    )
+
+
+def make_train_step(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    num_microbatches: int = 1,
+) -> TrainStep:
+    """`step(state, frozen, batch) -> (state, metrics)`, a pure function of its arguments.
+
+    Every random number is folded from the seed, the step and the row's number in its batch, so
+    the result depends neither on the number of microbatches nor on that of devices.
+    """
+
+    def step(state: TrainState, frozen: trees.Params, batch: Batch):
+        step_key = jax.random.fold_in(jax.random.key(seed), state.step)
+
+        def gradients(microbatch):
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, microbatch.row)
+            grad_fn = jax.grad(loss_fn, has_aux=True)
+            return grad_fn(state.params, frozen, microbatch, keys)
+
+        grads, metrics = sum_over(gradients, split_rows(batch, num_microbatches))
+        # Divided once, by all rows of the batch.
+        grads = jax.tree.map(lambda g: g / batch.row.shape[0], grads)
+        values = {name: mean.value for name, mean in metrics.items()}
+        values["grad_norm"] = optax.global_norm(grads)
+        good = jnp.isfinite(values["loss"]) & jnp.isfinite(values["grad_norm"])
+        return update(optimizer, state, grads, good), values
+
+    return step
+
+
+def update(
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    grads: trees.Params,
+    good: Bool[Array, ""],
+) -> TrainState:
+    """The next state, or the same one for ever after a step that was not good."""
+    good = good & (state.bad_step < 0)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    new = TrainState(state.step + 1, params, opt_state, state.bad_step)
+    old = state._replace(bad_step=jnp.where(state.bad_step < 0, state.step, state.bad_step))
+    return jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
+
+
+def sum_over(fn: Callable[[Batch], PyTree], batches: Batch) -> PyTree:
+    """Sum of `fn` over the leading axis, in order; no loop for a single entry."""
+    first = jax.tree.map(lambda x: x[0], batches)
+    if batches.row.shape[0] == 1:
+        return fn(first)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(fn, first))
+    return jax.lax.scan(lambda t, b: (jax.tree.map(jnp.add, t, fn(b)), None), zeros, batches)[0]
+
+
+def split_rows(batch: Batch, parts: int) -> Batch:
+    """[B, ...] to [parts, B / parts, ...] with row i in part i mod parts.
+
+    Neighbouring rows go to different parts, so every device keeps its own rows.
+    """
+    return jax.tree.map(
+        lambda x: jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0), batch
+    )

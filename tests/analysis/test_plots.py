@@ -1,0 +1,163 @@
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+
+from dials_jax.analysis import plots
+from dials_jax.config import InputError
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that were written, still open to inspection."""
+    from matplotlib.figure import Figure
+
+    figures = []
+    savefig = Figure.savefig
+
+    def record(figure, *args, **kwargs):
+        figures.append(figure)
+        savefig(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", record)
+    return figures
+
+
+def texts(ax):
+    return [text.get_text() for text in ax.texts]
+
+
+def point(kind, label, share, value):
+    return plots.Point(kind, label, share, value, value - 0.05, value + 0.02)
+
+
+POINTS = (
+    point("routed", "λ=3", 0.8, 0.62),
+    point("full", "full", 1.0, 0.7),
+    point("static", "k=1", 0.9, 0.65),
+    point("routed", "λ=0.3", 0.95, 0.69),
+)
+
+
+def test_tradeoff_joins_a_kind_by_share_and_marks_full(drawn, tmp_path):
+    path = plots.tradeoff_curve(
+        [plots.Panel("$um_^$", "accuracy", POINTS)], tmp_path / "new" / "t.png"
+    )
+    assert path.read_bytes().startswith(b"\x89PNG")
+    ax = drawn[0].axes[0]
+    lines = {bars.get_label(): bars for bars in ax.containers}
+    assert set(lines) == {"routed", "static"}
+    x, y = lines["routed"].lines[0].get_data()
+    assert (list(x), list(y)) == ([0.8, 0.95], [0.62, 0.69])
+    bars = lines["routed"].lines[2][0].get_segments()
+    assert np.allclose([bar[:, 1] for bar in bars], [[0.57, 0.64], [0.64, 0.71]])
+    assert sorted(texts(ax)) == ["k=1", "λ=0.3", "λ=3"]
+    assert lines["routed"].lines[0].get_color() == plots.COLORS["routed"]
+    star = next(line for line in ax.lines if line.get_marker() == "*")
+    assert star.get_xydata().tolist() == [[1.0, 0.7]]
+
+
+def test_tradeoff_has_one_panel_a_task_and_one_legend(drawn, tmp_path):
+    panels = [plots.Panel("a", "y", POINTS[:1]), plots.Panel("b", "y", POINTS[1:])]
+    plots.tradeoff_curve([*panels, plots.Panel("c", "y", POINTS)], tmp_path / "t.png")
+    figure = drawn[0]
+    assert [ax.get_title() for ax in figure.axes] == ["a", "b", "c"]
+    assert [text.get_text() for text in figure.legends[0].texts] == ["full", "routed", "static"]
+
+
+def test_labels_stay_clear_of_the_curve(drawn, tmp_path):
+    for lower_is_better in (False, True):
+        plots.tradeoff_curve([plots.Panel("a", "y", POINTS, lower_is_better)], tmp_path / "t.png")
+    higher, lower = ({t.get_text(): t.get_position()[1] for t in f.axes[0].texts} for f in drawn)
+    assert all(higher[label] > 0 and lower[label] == -higher[label] for label in higher)
+    assert higher["λ=3"] != higher["λ=0.3"]  # neighbours stand at different heights
+
+
+def test_heatmap_shows_each_share_from_layer_zero(drawn, tmp_path):
+    shares = np.array([[1, 0.996, 0.5], [0, 0.004, math.nan]])
+    plots.execution_heatmap(["full", "routed"], shares, tmp_path / "h.png", "task")
+    ax = drawn[0].axes[0]
+    assert np.array_equal(ax.collections[0].get_array().filled(np.nan), shares, equal_nan=True)
+    # Only layers that always or never run are written as 1 or 0.
+    assert texts(ax) == ["1", ".99", ".50", "0", ".01", ""]
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["0", "1", "2"]
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["full", "routed"]
+
+
+def test_a_large_heatmap_has_no_numbers(drawn, tmp_path):
+    plots.execution_heatmap(["a", "b"], np.ones((2, 80)), tmp_path / "h.png")
+    ax = drawn[0].axes[0]
+    assert ax.collections[0].get_clim() == (0, 1)  # whatever the shares
+    assert texts(ax) == [] and len(ax.get_xticklabels()) <= 24
+
+
+def test_bins_without_rows_are_gaps(drawn, tmp_path):
+    routed = plots.Line("routed", "λ=1", (math.nan, 0.5, math.nan, 0.75))
+    static = plots.Line("static", "k=1", (0.9, 0.9, 0.9, 0.9))
+    random = plots.Line("random", "k=1", (0.9, 0.9, 0.9, 0.9))
+    plots.executed_by_mask_ratio([routed, static, random], tmp_path / "m.png")
+    ax = drawn[0].axes[0]
+    line = next(line for line in ax.lines if line.get_label() == "routed λ=1")
+    assert np.allclose(line.get_xdata(), [0.125, 0.375, 0.625, 0.875])
+    assert np.array_equal(line.get_ydata(), routed.shares, equal_nan=True)
+    assert texts(ax) == ["k=1"]  # coinciding references are labelled once
+    assert len(drawn[0].legends[0].texts) == 3
+
+
+def write_metrics(path, records, tail=""):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records) + tail)
+    return path
+
+
+def test_training_curves_read_resumed_and_interrupted_logs(drawn, tmp_path):
+    first = [{"step": step, "loss": 9.0} for step in (0, 10, 20)]
+    again = [{"step": step, "loss": 2.0} for step in (10, 20, 30)]
+    other = [{"step": 5, "eval_seconds": 1.0}, {"step": 40, "loss": math.nan}]
+    file = write_metrics(tmp_path / "run" / "metrics.jsonl", first + again + other, '{"step": 5')
+    assert plots.training_curves(file, tmp_path / "t.png").is_file()
+    (ax,) = drawn[0].axes
+    _smooth, raw = ax.lines
+    assert raw.get_xydata().tolist() == [[0, 9], [10, 2], [20, 2], [30, 2]]
+    assert ax.get_ylabel() == "loss"
+
+
+def test_training_curves_show_skip_rates_and_name_runs(drawn, tmp_path):
+    records = [{"step": i, "loss": 1.0, "skip_rate": i / 100} for i in range(100)]
+    files = [write_metrics(tmp_path / name / "metrics.jsonl", records) for name in "ab"]
+    plots.training_curves(files, tmp_path / "t.png")
+    loss, skip_rate = drawn[0].axes
+    assert [text.get_text() for text in loss.get_legend().texts] == ["a", "b"]
+    assert skip_rate.get_ylabel() == "skip rate" and len(skip_rate.lines) == 4
+
+
+def test_smoothing_keeps_lines_and_ends_and_shrinks_noise():
+    assert np.allclose(plots._smooth(np.full(400, 3.0)), 3.0)
+    assert np.allclose(plots._smooth(np.arange(400.0))[50:-50], np.arange(400)[50:-50])
+    noise = np.random.default_rng(0).normal(size=4000)
+    assert plots._smooth(noise).std() < 0.2
+    assert plots._smooth(np.array([4.0])).tolist() == [4.0]
+
+
+def test_bad_logs_are_errors_of_one_line(tmp_path):
+    with pytest.raises(InputError, match=r"metrics\.jsonl is missing"):
+        plots.training_curves(tmp_path / "metrics.jsonl", tmp_path / "t.png")
+    file = write_metrics(tmp_path / "metrics.jsonl", [{"step": 1}])
+    with pytest.raises(InputError, match="logs no loss"):
+        plots.training_curves(file, tmp_path / "t.png")
+    file.write_text('{"step": 0, "loss": 1}\nnonsense\n')
+    with pytest.raises(InputError, match="line 2 is not valid JSON"):
+        plots.training_curves(file, tmp_path / "t.png")
+
+
+def test_figures_leave_no_global_state(tmp_path):
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    plots.tradeoff_curve([plots.Panel("a", "y", POINTS)], tmp_path / "t.png")
+    assert dict(matplotlib.rcParams) == before
+    assert (
+        "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyplot"].get_fignums()
+    )

@@ -1,0 +1,166 @@
+"""Whatever is wrong with a source is one line that names it, before anything is written."""
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from convert.__main__ import main
+from dials_jax.config import InputError
+from dials_jax.loading import load
+
+SHARD = "model-00002-of-00002.safetensors"
+INDEX = "model.safetensors.index.json"
+HEAD = "model.transformer.ff_out.weight"
+
+
+def error_line(source, target, capsys) -> str:
+    """The converter's one line; also checks that loading raises it and nothing is written."""
+    assert main([str(source), str(target)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ")
+    assert not target.exists() and not list(target.parent.glob(f"{target.name}*"))
+    with pytest.raises(InputError) as caught:
+        load(source)
+    assert "\n" not in str(caught.value)
+    return lines[0]
+
+
+def edit_json(path, change):
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+# ------------------------------------------------------------------------------- files
+
+
+def test_a_missing_folder_is_named(tmp_path, capsys):
+    assert "nowhere" in error_line(tmp_path / "nowhere", tmp_path / "target", capsys)
+
+
+def test_a_missing_shard_is_named(sharded, tmp_path, capsys):
+    (sharded / SHARD).unlink()
+    assert f"{SHARD} is missing" in error_line(sharded, tmp_path / "target", capsys)
+
+
+@pytest.mark.parametrize("lost", [1, 500_000])
+def test_a_truncated_shard_is_named_with_its_sizes(sharded, tmp_path, capsys, lost):
+    data = (sharded / SHARD).read_bytes()
+    (sharded / SHARD).write_bytes(data[:-lost])
+    line = error_line(sharded, tmp_path / "target", capsys)
+    assert SHARD in line and str(len(data)) in line and str(len(data) - lost) in line
+
+
+@pytest.mark.parametrize("content", [b"", b"\x08", b"\xff" * 8, b"\x04" + bytes(7) + b"\xff{}}"])
+def test_an_unreadable_header_is_named(sharded, tmp_path, capsys, content):
+    (sharded / SHARD).write_bytes(content)
+    line = error_line(sharded, tmp_path / "target", capsys)
+    assert SHARD in line and "header" in line
+
+
+def test_a_shard_with_tensors_that_the_index_does_not_list_is_refused(sharded, tmp_path, capsys):
+    edit_json(sharded / INDEX, lambda v: v["weight_map"].pop(HEAD))
+    assert HEAD in error_line(sharded, tmp_path / "target", capsys)
+
+
+def test_an_indexed_tensor_that_no_shard_holds_is_named(sharded, tmp_path, capsys):
+    edit_json(sharded / INDEX, lambda v: v["weight_map"].update(ghost=SHARD))
+    assert "'ghost'" in error_line(sharded, tmp_path / "target", capsys)
+
+
+def test_an_index_cannot_point_outside_its_folder(sharded, tmp_path, capsys):
+    edit_json(sharded / INDEX, lambda v: v["weight_map"].update(ghost="../x.safetensors"))
+    assert "../x.safetensors" in error_line(sharded, tmp_path / "target", capsys)
+
+
+def test_a_folder_without_safetensors_says_what_is_read(sharded, tmp_path, capsys):
+    for file in sharded.glob("*.safetensors*"):
+        file.unlink()
+    assert "only safetensors" in error_line(sharded, tmp_path / "target", capsys)
+
+
+# ------------------------------------------------------------------------------- tensors
+
+
+def test_an_unknown_tensor_is_named(write_folder, tiny_tensors, tmp_path, capsys):
+    extra = np.zeros(32, ml_dtypes.bfloat16)
+    source = write_folder(tiny_tensors | {"model.transformer.blocks.0.surprise": extra})
+    assert "blocks.0.surprise" in error_line(source, tmp_path / "target", capsys)
+
+
+@pytest.mark.parametrize("key", [HEAD, "model.transformer.blocks.1.k_proj.bias"])
+def test_an_unfilled_parameter_is_named(write_folder, tiny_tensors, tmp_path, capsys, key):
+    source = write_folder({k: v for k, v in tiny_tensors.items() if k != key})
+    assert key in error_line(source, tmp_path / "target", capsys)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_wrong_number_of_layers_is_an_error(write_folder, tmp_path, capsys, count):
+    line = error_line(write_folder(n_layers=count), tmp_path / "target", capsys)
+    assert f"blocks.{min(count, 2)}." in line
+
+
+def test_a_wrong_shape_is_named_with_both_shapes(write_folder, tiny_tensors, tmp_path, capsys):
+    key = "model.transformer.blocks.0.ff_out.weight"
+    source = write_folder(tiny_tensors | {key: np.zeros((48, 32), ml_dtypes.bfloat16)})
+    line = error_line(source, tmp_path / "target", capsys)
+    assert key in line and "(48, 32)" in line and "(32, 48)" in line
+
+
+# ------------------------------------------------------------------------------- settings
+
+
+def test_an_unknown_model_type_names_the_nearest(write_folder, tmp_path, capsys):
+    line = error_line(write_folder(model_type="lladas"), tmp_path / "target", capsys)
+    assert "'lladas'" in line and "did you mean 'llada'" in line
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"alibi": True},
+        {"rope": False},
+        {"activation_type": "swiglu"},
+        {"block_type": "sequential"},
+        {"layer_norm_type": "default"},
+        {"weight_tying": True},
+        {"attention_layer_norm": True},
+        {"input_emb_norm": True},
+        {"scale_logits": True},
+        {"clip_qkv": 8.0},
+    ],
+    ids=lambda option: next(iter(option)),
+)
+def test_an_option_that_is_not_implemented_is_named(write_folder, tmp_path, capsys, option):
+    (name,) = option
+    assert f"{name}=" in error_line(write_folder(**option), tmp_path / "target", capsys)
+
+
+@pytest.mark.parametrize("name", ["mask_token_id", "rope_theta", "d_model", "mlp_hidden_size"])
+@pytest.mark.parametrize("value", ["absent", None, "many"])
+def test_a_number_that_is_missing_or_none_is_named(write_folder, tmp_path, capsys, name, value):
+    line = error_line(write_folder(**{name: value}), tmp_path / "target", capsys)
+    assert name in line
+
+
+def test_a_mask_outside_the_vocabulary_is_refused(write_folder, tmp_path, capsys):
+    assert "mask_id=41" in error_line(write_folder(mask_token_id=41), tmp_path / "target", capsys)
+
+
+# ------------------------------------------------------------------------------- targets
+
+
+def test_an_existing_target_is_left_alone(sharded, tmp_path, capsys):
+    (tmp_path / "target").mkdir()
+    assert main([str(sharded), str(tmp_path / "target")]) == 2
+    assert "exists" in capsys.readouterr().err
+    assert not list((tmp_path / "target").iterdir())
+
+
+def test_help_says_what_the_command_needs(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and "SRC" in text and "--dtype" in text and "llada" in text

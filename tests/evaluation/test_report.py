@@ -1,0 +1,170 @@
+import base64
+import csv
+import html
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from dials_jax.analysis import plots
+from dials_jax.config import InputError
+from dials_jax.evaluation.report import WIDTH, format_table, write_report
+from dials_jax.evaluation.statistics import summarise
+
+HOSTILE = '<script>alert("1")</script> & {x}'
+
+
+class Page(HTMLParser):
+    """Tags, attributes and visible text; checks that tags close in order."""
+
+    VOID = ("meta", "img")
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.links, self.visible = [], [], [], ""
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.links += [value for name, value in attributes if name in ("src", "href")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.visible += data
+
+
+def read_page(folder):
+    return Page((folder / "report.html").read_text(encoding="utf-8"))
+
+
+def test_the_report_holds_every_file_and_is_self_contained(make_results, tmp_path):
+    results = make_results(tasks=("sums", "text"))
+    write_report(results, tmp_path)
+    assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8")) == results
+    page = read_page(tmp_path)
+    images = sorted(path.read_bytes() for path in (tmp_path / "plots").glob("*.png"))
+    embedded = [
+        base64.b64decode(link.removeprefix("data:image/png;base64,")) for link in page.links
+    ]
+    assert sorted(embedded) == images and len(images) == 5  # trade-off, and two a task
+    assert "script" not in page.tags and "link" not in page.tags
+    for fact in ("25,165,824", results["environment"]["command"], "data 1, fsdp 1", "McNemar"):
+        assert fact in page.visible
+
+
+def test_csv_html_and_terminal_show_the_same_rows(make_results, tmp_path):
+    rows = write_report(make_results(tasks=("sums",)), tmp_path)
+    with (tmp_path / "results.csv").open(encoding="utf-8") as file:
+        records = list(csv.DictReader(file))
+    visible, table = read_page(tmp_path).visible, format_table(rows)
+    assert len(records) == len(rows)
+    for record, row in zip(records, rows, strict=True):
+        assert float(record["value"]) == row.value
+        assert record["p_value"] == ("" if row.p_value is None else str(row.p_value))
+        cell = f"{row.value:.4f} ±{row.stderr:.4f}"
+        assert cell in visible and re.search(rf"{re.escape(row.policy)} +{re.escape(cell)}", table)
+
+
+def test_plots_receive_the_shares_of_each_policy(make_results, tmp_path, monkeypatch):
+    calls = {}
+
+    def spy(name):
+        draw = getattr(plots, name)
+        return lambda *args: calls.setdefault(name, []).append(args) or draw(*args)
+
+    for name in ("tradeoff_curve", "execution_heatmap", "executed_by_mask_ratio"):
+        monkeypatch.setattr(plots, name, spy(name))
+    results = make_results(tasks=("piqa", "text"), kinds=("full", "static", "routed"))
+    rows = write_report(results, tmp_path)
+
+    accuracy, nelbo = calls["tradeoff_curve"][0][0]
+    assert (accuracy.lower_is_better, nelbo.lower_is_better) == (False, True)
+    assert [p.value for p in accuracy.points + nelbo.points] == [row.value for row in rows]
+    assert [p.label for p in nelbo.points[1:]] == [
+        *(f"k={k}" for k in (1, 2, 3, 4)),
+        *("λ=0.3", "λ=1", "λ=3"),
+    ]
+    labels, shares, *_ = calls["execution_heatmap"][0]
+    assert labels[2] == "static k=2" and np.flatnonzero(shares[2] == 0).tolist() == [5, 7]
+    # Layers and bins weigh the rows that ran: the mean over both is the share of layers run.
+    assert np.allclose(shares[2].mean(), 10 / 12)
+    lines = calls["executed_by_mask_ratio"][0][0]
+    assert [line.kind for line in lines] == ["static"] * 4 + ["routed"] * 3
+    assert np.isnan(lines[1].shares[:2]).all() and np.allclose(lines[1].shares[2:], 10 / 12)
+    assert np.all(np.diff(lines[-1].shares[2:]) > 0)
+
+
+def test_every_text_of_the_results_is_escaped(make_results, tmp_path):
+    results = make_results(tasks=("sums",), kinds=("full",))
+    results["model"] = {"path": HOSTILE.replace("/", ""), HOSTILE: HOSTILE}
+    results["environment"] = {"command": HOSTILE, "mesh": {HOSTILE: 1}}
+    run = results["runs"][0]
+    run["task"], run["policy"]["label"] = HOSTILE, HOSTILE
+    run["examples"] = [
+        dict.fromkeys(("prompt", "output", "reference"), HOSTILE) | {"correct": True}
+    ]
+    write_report(results, tmp_path)
+    assert len(list((tmp_path / "plots").glob("*.png"))) == 2  # a / in a task makes no folder
+    page = read_page(tmp_path)
+    assert "script" not in page.tags
+    assert page.visible.count(HOSTILE) >= 10
+    assert html.escape(HOSTILE) in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("kind", ["full", "static", "routed"])
+def test_a_sweep_of_one_run_has_a_report(make_results, tmp_path, kind):
+    results = make_results(tasks=("text",), kinds=(kind,))
+    del results["runs"][1:]
+    assert len(write_report(results, tmp_path)) == 1
+    assert "text" in read_page(tmp_path).visible
+
+
+def test_one_item_is_enough(make_results, tmp_path):
+    results = make_results(tasks=("text",))
+    for run in results["runs"]:
+        run["items"] = {"text-0": run["items"]["text-0"]}
+    rows = write_report(results, tmp_path)
+    assert "nan" not in format_table(rows)
+
+
+def test_a_sweep_that_has_not_begun_has_an_empty_table(make_results, tmp_path):
+    assert write_report(make_results(tasks=()), tmp_path) == []
+    assert "policy" in read_page(tmp_path).visible
+
+
+def test_results_are_kept_when_they_cannot_be_compared(make_results, tmp_path):
+    results = make_results(tasks=("sums",))
+    results["runs"][3]["items"].popitem()
+    with pytest.raises(InputError, match="static k=3"):
+        write_report(results, tmp_path)
+    assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8")) == results
+
+
+def test_the_terminal_table_is_aligned_and_fits(make_results):
+    results = make_results()
+    results["runs"][1]["policy"]["label"] = "a router " * 20
+    results["runs"][1]["flops"]["seconds"] = 123456.7
+    lines = format_table(summarise(results)).splitlines()
+    cells = [line for line in lines if line.startswith("  ")]
+    assert {len(line) for line in cells} == {WIDTH}
+    assert all(len(line) <= WIDTH for line in lines)
+    assert len(cells) == 1 + len(results["runs"])
+    assert [line for line in lines if line not in cells] == [
+        "sums (exact_match)",
+        "piqa (choice)",
+        "text (nelbo)",
+    ]
+
+
+def test_a_small_p_is_not_shown_as_zero(make_results):
+    results = make_results(tasks=("text",), kinds=("full", "static"))
+    for run in results["runs"][1:]:
+        run["items"] = {key: score + 1 for key, score in results["runs"][0]["items"].items()}
+    assert format_table(summarise(results)).count("<0.001") == 4

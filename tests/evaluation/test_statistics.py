@@ -1,0 +1,137 @@
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from dials_jax.config import InputError
+from dials_jax.evaluation.statistics import (
+    Paired,
+    mean_and_stderr,
+    paired_test,
+    summarise,
+    wilson_interval,
+)
+
+
+def keyed(scores):
+    return {str(i): score for i, score in enumerate(scores)}
+
+
+def test_stderr_is_that_of_the_mean():
+    scores = np.random.default_rng(0).normal(size=50)
+    mean, stderr = mean_and_stderr(scores)
+    assert mean == pytest.approx(scores.mean())
+    assert stderr == pytest.approx(scipy.stats.sem(scores))
+
+
+def test_the_error_of_one_score_is_unknown():
+    mean, stderr = mean_and_stderr([0.25])
+    assert mean == 0.25 and math.isnan(stderr)
+
+
+@pytest.mark.parametrize(
+    "successes, n, low, high",  # Newcombe (1998), table I, method 3
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611)],
+)
+def test_wilson_interval_matches_published_values(successes, n, low, high):
+    assert wilson_interval(successes, n) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_a_higher_level_widens_the_interval():
+    narrow, wide = wilson_interval(7, 10, level=0.8), wilson_interval(7, 10, level=0.99)
+    assert wide[0] < narrow[0] < 0.7 < narrow[1] < wide[1]
+
+
+def test_mcnemar_counts_discordant_pairs_only():
+    baseline = [1] * 6 + [0] * 1
+    policy = [0] * 6 + [1] * 1
+    # Of 7 discordant pairs, at most one goes one way: 2 * (1 + 7) / 2^7.
+    few = paired_test(keyed(policy), keyed(baseline))
+    many = paired_test(keyed(policy + [1, 0] * 40), keyed(baseline + [1, 0] * 40))
+    assert few.p_value == pytest.approx(16 / 128)
+    assert many.p_value == pytest.approx(16 / 128)
+    assert few.test == many.test == "McNemar"
+    assert few.difference == pytest.approx(-5 / 7)
+    assert (few.num_items, many.num_items) == (7, 87)
+
+
+def test_real_scores_take_the_paired_t_test():
+    rng = np.random.default_rng(0)
+    baseline = rng.normal(3, 1, 30)
+    policy = baseline + rng.normal(0.05, 0.1, 30)
+    paired = paired_test(keyed(policy), keyed(baseline))
+    assert paired.test == "paired t"
+    assert paired.p_value == pytest.approx(scipy.stats.ttest_rel(policy, baseline).pvalue)
+    assert paired.stderr == pytest.approx(scipy.stats.sem(policy - baseline))
+
+
+@pytest.mark.parametrize("scores, test", [([0, 1, 1], "McNemar"), ([0.5, 2.0, 3.0], "paired t")])
+def test_equal_scores_have_p_one(scores, test):
+    assert paired_test(keyed(scores), keyed(scores)) == Paired(0.0, 0.0, 1.0, 3, test)
+
+
+def test_a_constant_difference_is_certain():
+    assert paired_test(keyed([1.5, 2.5, 3.5]), keyed([1.0, 2.0, 3.0])).p_value == 0
+
+
+def test_items_are_matched_by_key_not_by_order():
+    baseline = {"a": 1.0, "b": 2.0, "c": 4.0}
+    policy = {"c": 4.5, "a": 1.5, "b": 2.5}
+    assert paired_test(policy, baseline) == Paired(0.5, 0.0, 0.0, 3, "paired t")
+
+
+def test_different_items_are_an_error_that_names_one():
+    with pytest.raises(InputError, match=r"2 items .*'b'.*same items"):
+        paired_test({"a": 1, "b": 1}, {"a": 1, "c": 0})
+
+
+def test_a_row_compares_with_the_full_run_of_its_own_task(make_results):
+    results = make_results()
+    rows = summarise(results)
+    assert len(rows) == len(results["runs"])
+    for row, run in zip(rows, results["runs"], strict=True):
+        full = next(r for r in results["runs"] if r["task"] == row.task)
+        assert row.policy == run["policy"]["label"]
+        assert row.low < row.value < row.high
+        assert row.speedup == pytest.approx(full["flops"]["seconds"] / row.seconds)
+        if row.kind == "full":
+            assert row.speedup == 1 and row.difference is row.p_value is None
+        else:
+            paired = paired_test(run["items"], full["items"])
+            assert (row.difference, row.p_value) == (paired.difference, paired.p_value)
+            assert row.difference == pytest.approx(
+                row.value - np.mean(list(full["items"].values()))
+            )
+
+
+def test_without_a_full_run_nothing_is_compared(make_results):
+    for row in summarise(make_results(kinds=("static", "routed"))):
+        compared = (row.difference, row.difference_stderr, row.p_value, row.speedup)
+        assert compared == (None,) * 4
+        assert None not in dataclasses.astuple(row)[:8]
+
+
+def test_rows_of_a_task_stay_together_when_runs_are_interleaved(make_results):
+    results = make_results()
+    results["runs"].sort(key=lambda run: run["policy"]["label"])
+    tasks = [row.task for row in summarise(results)]
+    assert tasks == sorted(tasks, key=tasks.index)
+
+
+def test_an_error_names_the_task_and_the_policy(make_results):
+    results = make_results(tasks=("sums",))
+    results["runs"][2]["items"].popitem()
+    with pytest.raises(InputError, match="task 'sums', policy 'static k=2': 1 items"):
+        summarise(results)
+    results["runs"][0]["items"].clear()
+    with pytest.raises(InputError, match="policy 'full': no scores"):
+        summarise(results)
+
+
+def test_an_accuracy_must_be_scored_zero_or_one(make_results):
+    results = make_results(tasks=("sums",), kinds=("full",))
+    results["runs"][0]["items"]["sums-0"] = 0.5
+    with pytest.raises(InputError, match="'exact_match': scores must be 0 or 1"):
+        summarise(results)
