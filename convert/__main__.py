@@ -13,8 +13,8 @@ from dials_jax.config import InputError
 from dials_jax.models.checkpoint import DTYPES
 
 DESCRIPTION = """Convert a Hugging Face folder (config.json and safetensors) to a dials_jax model
-folder, which loads faster, sharded and checked. Needs neither PyTorch nor a GPU, and little more
-memory than one layer."""
+folder, which loads sharded and checked. Needs neither PyTorch nor a GPU; one layer at a time is in
+memory."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

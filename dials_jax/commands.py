@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import re
 import runpy
 import sys
 from collections.abc import Callable
@@ -10,7 +13,8 @@ from typing import Any, TypeVar
 
 import jax
 
-from dials_jax.config import InputError, require
+import dials_jax.config
+from dials_jax.config import InputError, nearest, require
 
 C = TypeVar("C")
 
@@ -26,6 +30,7 @@ def parse(config_class: type[C], description: str, argv: list[str] | None = None
     parser = argparse.ArgumentParser(
         description=description,
         add_help=False,
+        allow_abbrev=False,
         epilog="Every field of the configuration is an option; --config FILE --help lists them.",
     )
     parser.add_argument("--config", metavar="FILE", help="a file of configs/, with get_config()")
@@ -37,8 +42,10 @@ def parse(config_class: type[C], description: str, argv: list[str] | None = None
     )
     known, rest = parser.parse_known_args(argv)
     if known.config is None:
+        asked = known.workdir is None or {"-h", "--help"} & set(rest)
+        require(bool(asked), "--config FILE is missing; name a file of configs/")
         parser.print_help()
-        raise SystemExit(0 if {"-h", "--help"} & set(rest) or not rest else 2)
+        raise SystemExit(0)
     config = override(load_config(known.config, config_class), rest, description)
     require(known.workdir is not None, "--workdir DIR is missing; say where results go")
     if known.distributed:
@@ -53,7 +60,11 @@ def load_config(path: str, config_class: type[C]) -> C:
     )
     make = runpy.run_path(path).get("get_config")
     require(callable(make), f"configuration {path} has no function get_config()")
-    config = make()
+    try:
+        config = make()
+    except TypeError as error:
+        _require_known_fields(path, error)
+        raise
     require(
         isinstance(config, config_class),
         f"configuration {path} is a {type(config).__name__}, but this command takes a "
@@ -62,19 +73,44 @@ def load_config(path: str, config_class: type[C]) -> C:
     return config
 
 
+def _require_known_fields(path: str, error: TypeError) -> None:
+    """Explains a field that a dataclass of `config.py` does not have, or misses."""
+    match = re.match(r"(\w+)\.__init__\(\) (?:.*unexpected.*'(\w+)'|missing)", str(error))
+    config_class = match and getattr(dials_jax.config, match[1], None)
+    if config_class:
+        hint = nearest(match[2], config_class.__dataclass_fields__) if match[2] else "; add it"
+        raise InputError(f"configuration {path}: {error}{hint}") from error
+
+
 def override(config: C, arguments: list[str], description: str = "") -> C:
     """The configuration with `--some.field value` applied."""
     if not arguments:
         return config
     import tyro
 
-    return tyro.cli(
-        type(config),
-        default=config,
-        args=arguments,
-        description=description,
-        config=(tyro.conf.AvoidSubcommands,),
-    )
+    message = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(message):
+            return tyro.cli(
+                type(config),
+                default=config,
+                args=arguments,
+                description=description,
+                config=(tyro.conf.AvoidSubcommands,),
+            )
+    except SystemExit as stop:
+        if stop.code:  # not --help
+            raise InputError(_unframed(message.getvalue())) from None
+        raise
+
+
+def _unframed(message: str) -> str:
+    """One line of what tyro frames, with or without Unicode: a title, the message, a hint."""
+    words = " ".join(re.sub("[│╭╮╰╯]", " ", message).split())
+    title, *blocks = re.split(r" ?[─-]{3,} ?", words)
+    close = re.search(r"Perhaps you meant: (--[\w.-]+)", words)
+    hint = f"did you mean {close[1]}?" if close else "--help lists all options"
+    return f"{blocks[0] if blocks else title}; {hint}"
 
 
 def main(command: Callable[[], Any]) -> None:

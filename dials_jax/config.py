@@ -238,6 +238,7 @@ class EvalTask:
     steps: int | None = None  # denoising steps (exact_match); default: one a token
     block_length: int | None = None  # default: one block
     cfg_scale: float = 0.0
+    bucket: int = 64  # lengths are padded to a multiple of this: larger compiles fewer programs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,6 +255,7 @@ class EvalConfig:
     threshold: float | None = None  # overrides the routers' own
     batch_size: int = 32
     mesh: MeshConfig = MeshConfig()
+    layout: Literal["stacked", "unrolled", "auto"] = "stacked"  # stacked compiles much faster
     dtype: str | None = None
     seed: int = 0
 

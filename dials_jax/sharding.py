@@ -8,12 +8,13 @@ inserts the collectives. One device is a mesh of one.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.experimental import multihost_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
@@ -59,7 +60,7 @@ def make_mesh(cfg: MeshConfig = MeshConfig(), devices: Sequence[Any] | None = No
     return jax.make_mesh(tuple(sizes), AXES, (AxisType.Auto,) * 3, devices=devices)
 
 
-def partition_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+def partition_spec(name: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
     """The spec of the parameter called `name`; an axis that does not divide is not split."""
     matches = [spec for pattern, spec in RULES if re.fullmatch(pattern, name)]
     if len(matches) != 1:
@@ -103,7 +104,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
-def num_batch_shards(mesh: Mesh) -> int:
+def num_batch_shards(mesh: Mesh | AbstractMesh) -> int:
     return int(np.prod([mesh.shape[a] for a in BATCH_AXES]))
 
 
@@ -120,3 +121,11 @@ def constrain_rows(x: jax.Array) -> jax.Array:
     if mesh.empty or mesh.manual_axes or x.shape[0] % num_batch_shards(mesh):
         return x
     return jax.lax.with_sharding_constraint(x, P(BATCH_AXES, *[None] * (x.ndim - 1)))
+
+
+def on_first_process(action: Callable[[], Any]) -> None:
+    """Runs `action` on one process while the others wait: for files that all of them share."""
+    if jax.process_index() == 0:
+        action()
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("dials_jax.on_first_process")

@@ -1,14 +1,27 @@
 """Shared by all tests: shapes checked at run time, exact products, and a small model."""
 
+import os
+
 from jaxtyping import install_import_hook
 
 install_import_hook("dials_jax", "beartype.beartype")
 
+# Tests compile many small programs and run each for a moment: this halves their time.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-from dials_jax.config import RouterConfig  # noqa: E402
+from dials_jax import trees  # noqa: E402
+from dials_jax.config import (  # noqa: E402
+    ArithmeticData,
+    OptimizerConfig,
+    RouterConfig,
+    TrainConfig,
+)
+from dials_jax.data.arithmetic import ArithmeticTask  # noqa: E402
 from dials_jax.models import llada  # noqa: E402
+from dials_jax.models.checkpoint import save_model  # noqa: E402
 from dials_jax.models.model import Model  # noqa: E402
 from dials_jax.skipping.router import init_routers  # noqa: E402
 
@@ -45,5 +58,56 @@ def model(cfg):
 
 
 @pytest.fixture(scope="session")
+def lively(model):
+    """The same with weights so large that rows, tokens and layers differ. It never says [MASK]."""
+    params = trees.map_named(lambda name, x: x if "norm" in name else 8 * x, model.params)
+    kernel = params["head"]["kernel"].at[:, MASK].set(0.0)
+    return Model(model.config, {**params, "head": {"kernel": kernel}})
+
+
+@pytest.fixture(scope="session")
 def routers(cfg):
     return random_routers(cfg)
+
+
+def save_arithmetic_model(folder, seed=0):
+    """A random model over the characters of the arithmetic task, as training leaves it."""
+    tokenizer = ArithmeticTask(ArithmeticData()).tokenizer
+    tokenizer.save(folder)
+    cfg = small_config(vocab_size=19, mask_id=18, max_length=32)
+    params = llada.init(cfg, jax.random.key(seed))
+    save_model(folder / "model", cfg, params, tokenizer_files=[folder / "tokenizer.json"])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def arithmetic_model(tmp_path_factory):
+    """The folder of a small random model that knows the arithmetic task's characters."""
+    return save_arithmetic_model(tmp_path_factory.mktemp("arithmetic"))
+
+
+@pytest.fixture(scope="session")
+def other_model(tmp_path_factory):
+    """The same with other weights."""
+    return save_arithmetic_model(tmp_path_factory.mktemp("other"), seed=1)
+
+
+@pytest.fixture
+def train_config():
+    """Makes configurations of a few training steps on the arithmetic task."""
+
+    def make(backbone="", **changes):
+        model = small_config(num_layers=2, vocab_size=19, mask_id=18, max_length=32)
+        values = {
+            "backbone": str(backbone),
+            "model": None if backbone else model,
+            "router": RouterConfig(d_hidden=8, execute_bias=0.5),
+            "data": ArithmeticData(num_items=200),
+            "optimizer": OptimizerConfig(learning_rate=1e-2, num_steps=6, warmup_steps=1),
+            "batch_size": 8,
+            "log_every": 2,
+            "save_every": 2,
+        }
+        return TrainConfig(**(values | changes))
+
+    return make

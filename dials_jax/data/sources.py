@@ -20,22 +20,21 @@ def training_data(
 
     Raises: InputError for data that does not fit the model.
     """
-    if isinstance(cfg, ArithmeticData):
-        task = ArithmeticTask(cfg)
-        data, tokenizer = task.train, task.tokenizer
-        length = task.prompt_length + task.answer_length
+    task = ArithmeticTask(cfg) if isinstance(cfg, ArithmeticData) else cfg
+    if isinstance(task, ArithmeticTask):
+        tokenizer = task.tokenizer
     else:
         tokenizer = load_tokenizer(cfg.tokenizer or model_folder)
-        if isinstance(cfg, TextData):
-            length = cfg.length
-            data = pack_text(cfg, model_config.eos_id, model_config.mask_id, tokenizer)
-        else:
-            length = cfg.prompt_length + cfg.answer_length
-            data = load_task(cfg, model_config, tokenizer)
     check_tokenizer(tokenizer, model_config)
+    text = isinstance(task, TextData)
+    length = task.length if text else task.prompt_length + task.answer_length
     require(
         length <= model_config.max_length,
         f"rows of {length} tokens do not fit the model's {model_config.max_length} positions; "
         "shorten them or raise max_length",
     )
-    return data, tokenizer
+    if isinstance(task, ArithmeticTask):
+        return task.train, tokenizer
+    if text:
+        return pack_text(task, model_config.eos_id, model_config.mask_id, tokenizer), tokenizer
+    return load_task(task, model_config, tokenizer), tokenizer

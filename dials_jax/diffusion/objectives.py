@@ -13,7 +13,9 @@ def masked_log_probs(
     logits: Float[Array, "B T V"], tokens: Int[Array, "B T"], masked: Bool[Array, "B T"]
 ) -> Float[Array, "B T"]:
     """log p of the tokens where masked, 0 elsewhere; nats."""
-    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    # A comparison fuses with its neighbours; the gradient of a gather is a scatter over all logits.
+    is_token = jnp.arange(logits.shape[-1]) == tokens[..., None]
+    chosen = jnp.sum(jnp.where(is_token, logits, 0.0), axis=-1)
     return jnp.where(masked, chosen - jax.nn.logsumexp(logits, axis=-1), 0.0)
 
 

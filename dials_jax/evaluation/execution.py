@@ -18,7 +18,7 @@ class Execution:
         self.rows = np.zeros(NUM_BINS, np.int64)
 
     def add(
-        self, gates: Bool[np.ndarray, "*S L R"], masked_share: Float[np.ndarray, "*S R"]
+        self, gates: Bool[np.ndarray, "*S L R"], masked_share: Float[np.ndarray, "*S _"]
     ) -> None:
         """Adds model calls; under guidance R counts both halves and the shares repeat."""
         repeats = gates.shape[-1] // masked_share.shape[-1]

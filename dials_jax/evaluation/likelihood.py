@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from dials_jax.config import InputError, ModelConfig, require
@@ -29,10 +30,10 @@ from dials_jax.timing import Timed
 class Pairs(NamedTuple):
     """Prompts padded on the left and answers padded on the right, so that answers line up."""
 
-    prompts: Int[Array, "B P"]
-    answers: Int[Array, "B A"]
-    prompt_valid: Bool[Array, "B P"]
-    answer_valid: Bool[Array, "B A"]
+    prompts: Int[ArrayLike, "B P"]
+    answers: Int[ArrayLike, "B A"]
+    prompt_valid: Bool[ArrayLike, "B P"]
+    answer_valid: Bool[ArrayLike, "B A"]
 
 
 class Scores(NamedTuple):
@@ -79,9 +80,9 @@ def log_likelihood(
 
 def estimate_log_likelihood(
     model: Model,
-    tokens: Int[Array, "*B T"],
-    noisy: Int[Array, "B T"],
-    p_mask: Float[Array, "B T"],
+    tokens: Int[ArrayLike, "*B T"],
+    noisy: Int[ArrayLike, "B T"],
+    p_mask: Float[ArrayLike, "B T"],
     cfg_scale: float = 0.0,
     *,
     prompt_len: int,

@@ -196,7 +196,7 @@ def _share_by_bin(execution: Mapping[str, Any]) -> Float[np.ndarray, "bins"]:
     return _divide(np.mean(execution["executed"], axis=1), np.array(execution["rows"]))
 
 
-def _divide(executed: np.ndarray, rows: np.ndarray) -> np.ndarray:
+def _divide(executed: np.ndarray, rows: np.ndarray | np.integer) -> np.ndarray:
     """NaN where nothing ran."""
     return np.where(rows > 0, executed / np.maximum(rows, 1), np.nan)
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dials_jax.config import EvalTask, require
+from dials_jax.config import EvalTask, ModelConfig, require
 from dials_jax.data.items import Item, buckets, group_by_length, normalise_answer, pad_prompts
 from dials_jax.data.tokenizer import Tokenizer
 from dials_jax.evaluation.execution import Execution
@@ -23,7 +23,6 @@ from dials_jax.skipping.flops import Flops
 
 NUM_EXAMPLES = 5
 STRATUM = 16  # masked copies a round, over which their numbers of masks are spread
-BUCKET = 32  # lengths are rounded up to a multiple of this
 
 Progress = Callable[[int], Any]  # told how many rows are done
 
@@ -54,6 +53,7 @@ def score_task(
     progress: Progress = lambda n: None,
 ) -> TaskScores:
     """Scores every item. Keys come from seed and item: order and batches do not matter."""
+    check_task(task, items, model.config)
     scores = TaskScores(Execution(model.num_layers))
     if task.metric == "exact_match":
         _exact_match(scores, model, task, items, tokenizer, policy, batch_size, seed, progress)
@@ -68,6 +68,24 @@ def score_task(
     if task.metric == "choice":
         scores.also["accuracy_per_token"] = _accuracy_per_token(items, likelihoods)
     return scores
+
+
+def check_task(task: EvalTask, items: Sequence[Item], cfg: ModelConfig) -> None:
+    """Raises: InputError for settings under which `score_task` would fail half-way."""
+    if task.metric == "exact_match":
+        length = sampler_for(task, items).gen_length
+    else:
+        length = max(len(answer) for item in items for answer in item.answers)
+        require(
+            task.num_samples % min(STRATUM, task.num_samples) == 0,
+            f"task {task.name!r}: num_samples={task.num_samples} must be a multiple of {STRATUM}",
+        )
+    total = max(len(item.prompt) for item in items) + length
+    require(
+        total <= cfg.max_length,
+        f"task {task.name!r}: prompt and answer may take {total} tokens, but the model has "
+        f"{cfg.max_length} positions; shorten them",
+    )
 
 
 def num_rows(task: EvalTask, items: Sequence[Item]) -> int:
@@ -101,8 +119,8 @@ def _exact_match(
     scores: TaskScores, model, task, items, tokenizer, policy, batch_size, seed, progress
 ) -> None:
     cfg, sampler = model.config, sampler_for(task, items)
-    lengths = buckets([len(item.prompt) for item in items], BUCKET)
-    for group in group_by_length(items, lambda item: len(item.prompt), batch_size, BUCKET):
+    lengths = buckets([len(item.prompt) for item in items], task.bucket)
+    for group in group_by_length(items, lambda item: len(item.prompt), batch_size, task.bucket):
         members = [items[i] for i in group]
         tokens, valid = pad_prompts([m.prompt for m in members], lengths[group[0]], cfg.pad_id)
         out = generate(
@@ -145,13 +163,9 @@ def _likelihoods(
     owners = [i for i, item in enumerate(items) for _ in item.answers]
     keys = item_keys(seed, items)[np.asarray(owners)]  # choices of an item share their masks
     stratum = min(STRATUM, task.num_samples)
-    require(
-        task.num_samples % stratum == 0,
-        f"task {task.name!r}: num_samples={task.num_samples} must be a multiple of {STRATUM}",
-    )
     totals = np.zeros(len(pairs))
-    prompt_sizes = buckets([len(p) for p, _ in pairs], BUCKET)
-    answer_sizes = buckets([len(a) for _, a in pairs], BUCKET)
+    prompt_sizes = buckets([len(p) for p, _ in pairs], task.bucket)
+    answer_sizes = buckets([len(a) for _, a in pairs], task.bucket)
     shapes = list(zip(prompt_sizes, answer_sizes, strict=True))
     for shape in sorted(set(shapes), reverse=True):
         members = [i for i, s in enumerate(shapes) if s == shape]

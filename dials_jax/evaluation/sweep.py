@@ -19,7 +19,7 @@ from dials_jax.config import EvalConfig, EvalTask, InputError, read_json, requir
 from dials_jax.data.items import Item, load_items
 from dials_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dials_jax.evaluation.report import format_table, write_report
-from dials_jax.evaluation.scoring import num_rows, score_task
+from dials_jax.evaluation.scoring import check_task, num_rows, score_task
 from dials_jax.loading import load
 from dials_jax.models.model import Model
 from dials_jax.nn.stack import Policy
@@ -48,19 +48,31 @@ def sweep(cfg: EvalConfig, workdir: str | Path) -> dict[str, Any]:
     """
     workdir = Path(workdir).absolute()
     require(bool(cfg.tasks), "the sweep has no tasks; add some to the configuration")
-    model = load(cfg.model, dtype=cfg.dtype, mesh=sharding.make_mesh(cfg.mesh))
+    model = load(cfg.model, cfg.dtype, sharding.make_mesh(cfg.mesh), cfg.layout)
     tokenizer = load_tokenizer(model.path)
     tasks = [(task, load_items(task, tokenizer, model.config)) for task in cfg.tasks]
-    shared = [Candidate("full", "full", None), *_routed(cfg, model), *_random(cfg, model)]
+    _check(cfg, model, tasks)
+    shared = [Candidate("full", "full", None), *_routed(cfg, model), *_random(cfg)]
     results = _start(cfg, model, workdir)
     for task, items in tasks:
         static = _static(cfg, model, task, items)
         for candidate in [*shared[:1], *static, *shared[1:]]:
             _run_once(results, cfg, model, task, items, tokenizer, candidate, workdir)
-    rows = write_report(results, workdir)
-    print(format_table(rows))
-    print(f"report: {workdir / 'report.html'}")
+    if jax.process_index() == 0:
+        print(format_table(write_report(results, workdir)))
+        print(f"report: {workdir / 'report.html'}")
     return results
+
+
+def _check(cfg: EvalConfig, model: Model, tasks: Sequence[tuple[EvalTask, list[Item]]]) -> None:
+    """Raises: InputError for what would stop the sweep half-way, or run twice under one label."""
+    for task, items in tasks:
+        check_task(task, items, model.config)
+    repeatable = {"tasks": [t.name for t, _ in tasks], "static": cfg.static, "random": cfg.random}
+    for name, values in repeatable.items():
+        require(len(set(values)) == len(values), f"{name}: {values} names one twice; remove it")
+    for k in (*cfg.static, *cfg.random):
+        require(0 < k < model.num_layers, f"cannot skip {k} of {model.num_layers} layers")
 
 
 def _run_once(
@@ -121,9 +133,7 @@ def _routed(cfg: EvalConfig, model: Model) -> list[Candidate]:
     return sorted(found, key=lambda c: c.facts["lambda"])
 
 
-def _random(cfg: EvalConfig, model: Model) -> list[Candidate]:
-    for k in cfg.random:
-        require(0 < k < model.num_layers, f"random: cannot skip {k} of {model.num_layers} layers")
+def _random(cfg: EvalConfig) -> list[Candidate]:
     return [Candidate("random", f"random k={k}", Random(k), {"num_skipped": k}) for k in cfg.random]
 
 

@@ -18,7 +18,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
@@ -93,7 +92,7 @@ def save_model(
     require(overwrite or not folder.exists(), f"{folder} exists; remove it or name another folder")
     _require_space(folder, num_parameters * jnp.dtype(dtype).itemsize)
     unfinished = folder.with_name(folder.name + ".unfinished")
-    _on_first_process(lambda: _make_empty(unfinished))
+    sharding.on_first_process(lambda: _make_empty(unfinished))
 
     digests = {}
     for name in groups.progress(groups.group_shapes(cfg), "saving"):
@@ -119,7 +118,7 @@ def save_model(
             shutil.rmtree(folder)
         unfinished.rename(folder)
 
-    _on_first_process(finish)
+    sharding.on_first_process(finish)
 
 
 def _require_space(folder: Path, needed: int) -> None:
@@ -136,13 +135,6 @@ def _make_empty(folder: Path) -> None:
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
-
-
-def _on_first_process(action: Callable[[], None]) -> None:
-    """Runs `action` on one process while the others wait."""
-    if jax.process_index() == 0:
-        action()
-    multihost_utils.sync_global_devices("dials_jax.models.checkpoint")
 
 
 # ----------------------------------------------------------------------------------- loading

@@ -31,11 +31,14 @@ def abstract_params(cfg: ModelConfig) -> trees.Params:
 
 
 def group_shapes(cfg: ModelConfig) -> dict[str, PyTree]:
-    """Each group's tree of shapes, under the group's name."""
+    """Each group's tree of shapes, under the group's name; the largest groups come first.
+
+    What it takes to read the embedding is then over before the layers fill the memory.
+    """
     params = abstract_params(cfg)
     layer = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), params["layers"])
     layers = {f"layers/{i:03d}": layer for i in range(cfg.num_layers)}
-    return {"embed": params["embed"], **layers} | {k: params[k] for k in ("final_norm", "head")}
+    return {k: x for k, x in params.items() if k != "layers"} | layers
 
 
 def get_group(params: trees.Params, name: str) -> PyTree:

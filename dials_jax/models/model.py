@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from dials_jax import sharding, trees
-from dials_jax.config import InputError, ModelConfig
+from dials_jax.config import InputError, ModelConfig, require
 from dials_jax.models import llada
 from dials_jax.nn.stack import Executor, Policy
 from dials_jax.timing import Timed
@@ -54,8 +55,8 @@ class Model:
 
     def apply(
         self,
-        tokens: Int[Array, "B T"],
-        valid: Bool[Array, "B T"] | None = None,
+        tokens: Int[ArrayLike, "B T"],
+        valid: Bool[ArrayLike, "B T"] | None = None,
         policy: Policy | None = None,
         *,
         step: int = 0,
@@ -103,6 +104,8 @@ class Model:
 def row_keys(key: jax.Array | None, num_rows: int) -> jax.Array:
     """One key a row. A single key is folded with the row's number; None stands for seed 0."""
     key = jax.random.key(0) if key is None else key
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    require(typed, "the key is one of jax.random.PRNGKey; make it with jax.random.key")
     if key.ndim == 1:
         if key.shape[0] != num_rows:
             raise InputError(f"{key.shape[0]} keys for {num_rows} rows; give one key, or one a row")

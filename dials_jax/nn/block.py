@@ -41,7 +41,9 @@ class Embed(nnx.Module):
         self.dtype = cfg.dtype
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return self.table[...].astype(self.dtype)[tokens]
+        # Gather, then round: half of all training tokens are [MASK], and their gradients are summed
+        # into one row. In bfloat16 that sum is both wrong and, by contended atomics, slow.
+        return self.table[...][tokens].astype(self.dtype)
 
 
 class Head(nnx.Module):

@@ -12,7 +12,7 @@ three executors carries the gates out, with equal results.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from dials_jax import trees
 from dials_jax.sharding import BATCH_AXES, constrain_rows, num_batch_shards
 
 Executor = Literal["auto", "select", "cond", "compact"]
-Gate = Bool[Array, ""] | Bool[Array, "B"] | Float[Array, "B"]
+Gate = np.bool_ | Bool[Array, ""] | Bool[Array, "B"] | Float[Array, "B"]
 BlockFn = Callable[[trees.Params, Array, PyTree], Array]
 
 # `compact` compiles one branch a slice size. Eight a device keep programs small; above eight rows
@@ -41,6 +41,8 @@ class Denoising(NamedTuple):
     row_keys: PyTree  # one random key a row
 
 
+@runtime_checkable
+@runtime_checkable
 class Policy(Protocol):
     """Decides which rows run a layer."""
 
@@ -49,6 +51,8 @@ class Policy(Protocol):
 
     def gate(self, plan: PyTree, h: Float[Array, "B T D"], denoising: Denoising) -> Gate:
         """Whether to run a layer, from its slice of the plan. One boolean, or one a row.
+
+        A NumPy boolean is known while tracing and leaves no branch in the program.
 
         A float gate is 0 or 1 with a straight-through gradient; only `select` takes it.
         """

@@ -53,7 +53,8 @@ class Confidence:
             f"steps={self.steps} must be divisible by the {self.num_blocks} blocks "
             "(gen_length / block_length)",
         )
-        require(self.temperature >= 0, f"temperature={self.temperature} must not be negative")
+        for name in ("temperature", "cfg_scale"):
+            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
         require(
             self.remasking in ("low_confidence", "random"),
             f"remasking={self.remasking!r} must be 'low_confidence' or 'random'",

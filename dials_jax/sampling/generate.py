@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from dials_jax.config import InputError, ModelConfig, require
@@ -42,8 +43,8 @@ class Generation:
 
 def generate(
     model: Model,
-    prompts: Int[Array, "B P"],
-    valid: Bool[Array, "B P"] | None = None,
+    prompts: Int[ArrayLike, "B P"],
+    valid: Bool[ArrayLike, "B P"] | None = None,
     *,
     sampler: Confidence,
     policy: Policy | None = None,
@@ -87,7 +88,7 @@ def generate(
 
 
 def check_prompts(
-    cfg: ModelConfig, prompts: np.ndarray, valid: Bool[Array, "B P"] | None, gen_length: int
+    cfg: ModelConfig, prompts: np.ndarray, valid: Bool[ArrayLike, "B P"] | None, gen_length: int
 ) -> None:
     """Refuses prompts that the sampler would silently garble."""
     require(prompts.ndim == 2, f"prompts have shape {prompts.shape}; give [batch, length]")
@@ -104,12 +105,19 @@ def check_prompts(
     )
     if (np.diff(present.astype(int), axis=1) < 0).any():
         raise InputError("prompts must be padded on the left: valid goes from True to False")
+    outside = ((prompts < 0) | (prompts >= cfg.vocab_size)) & present
+    if outside.any():
+        row, column = np.argwhere(outside)[0]
+        raise InputError(
+            f"prompt {row} has token {prompts[row, column]}, outside the vocabulary of "
+            f"{cfg.vocab_size}; use the model's own tokenizer"
+        )
     rows = np.flatnonzero(((prompts == cfg.mask_id) & present).any(axis=1))
-    require(
-        rows.size == 0,
-        f"prompt {rows[0] if rows.size else ''} contains [MASK] (id {cfg.mask_id}); remove it: "
-        "masks in a prompt corrupt the quotas",
-    )
+    if rows.size:
+        raise InputError(
+            f"prompt {rows[0]} contains [MASK] (id {cfg.mask_id}); remove it: masks in a prompt "
+            "corrupt the quotas"
+        )
 
 
 def _generate_fn(

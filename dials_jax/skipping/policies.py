@@ -7,9 +7,9 @@ depend on the rest of its batch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +27,12 @@ def _static(**kwargs):
     return field(metadata={"static": True}, **kwargs)
 
 
-@partial(jax.tree_util.register_dataclass)
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Static:
     """Skips the same layers at every step (Goel et al. 2026)."""
 
-    layers: tuple[int, ...] = _static()
+    layers: Sequence[int] = _static()  # kept as a sorted tuple
 
     def __post_init__(self):
         object.__setattr__(self, "layers", tuple(sorted(int(i) for i in self.layers)))
@@ -45,11 +45,11 @@ class Static:
             )
         return ~np.isin(np.arange(num_layers), self.layers)
 
-    def gate(self, plan: Bool[Array, ""], h: Array, denoising: Denoising) -> Bool[Array, ""]:
+    def gate(self, plan: Array | np.bool_, h: Array, denoising: Denoising) -> Array | np.bool_:
         return plan
 
 
-@partial(jax.tree_util.register_dataclass)
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Random:
     """Skips `num_skipped` random layers (at most all), drawn anew for every row and step.
@@ -57,10 +57,9 @@ class Random:
     The number is an argument of compiled programs: one program serves all numbers.
     """
 
-    num_skipped: int | Int[Array, ""]
+    num_skipped: Any  # an integer; JAX also builds the class around tracers and shapes
 
     def plan(self, num_layers: int, denoising: Denoising) -> Bool[Array, "L B"]:
-
         def row(key):
             order = jax.random.permutation(jax.random.fold_in(key, denoising.step), num_layers)
             return order >= self.num_skipped
@@ -71,7 +70,7 @@ class Random:
         return plan
 
 
-@partial(jax.tree_util.register_dataclass)
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Routed:
     """Skips a layer for a row when more than `threshold` of its masked tokens vote so.
@@ -100,7 +99,7 @@ class StochasticPlan(NamedTuple):
     layer: Int[Array, "..."]
 
 
-@partial(jax.tree_util.register_dataclass)
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StochasticRouted:
     """`Routed` for training: Gumbel votes, and float gates with straight-through gradients."""

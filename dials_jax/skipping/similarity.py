@@ -22,12 +22,12 @@ def mean_cosine(
 
 
 def choose_static_layers(
-    similarities: Sequence[float],
+    similarities: Sequence[float] | Float[np.ndarray, "L"],
     max_skipped: int,
     threshold: float | None = 0.95,
     allow_adjacent: bool = False,
 ) -> tuple[int, ...]:
-    """The layers to skip, most redundant first, no two adjacent.
+    """The layers to skip: the most redundant ones, no two of them adjacent.
 
     Args:
       similarities: one number a layer: the cosine of its input and its output, in the residual

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
 from dials_jax import sharding, trees
-from dials_jax.config import RouterConfig, from_dict, read_json, require, to_dict, write_json
+from dials_jax.config import (
+    InputError,
+    RouterConfig,
+    from_dict,
+    read_json,
+    require,
+    to_dict,
+    write_json,
+)
 from dials_jax.skipping.policies import Routed
 from dials_jax.skipping.router import init_routers
 
 FORMAT = "dials_jax router"
+AGAIN = "run its training command again, which writes it from the last checkpoint"
 
 
+@runtime_checkable
 class Backbone(Protocol):
     """What a router must know of its model."""
 
@@ -34,19 +45,18 @@ def save_router(
 ) -> None:
     """Writes a folder for `load_router`; `skip_weight` is the lambda it was trained with."""
     folder = Path(folder).absolute()
-    ocp.save_pytree(folder / "params", routers, overwrite=True)
-    write_json(
-        folder / "config.json",
-        {
-            "format": FORMAT,
-            "version": 1,
-            "router": to_dict(cfg),
-            "num_layers": backbone.config.num_layers,
-            "d_model": backbone.config.d_model,
-            "backbone_fingerprint": backbone.fingerprint,
-            "skip_weight": skip_weight,
-        },
-    )
+    ocp.save(folder / "params", routers, overwrite=True)
+    facts = {
+        "format": FORMAT,
+        "version": 1,
+        "router": to_dict(cfg),
+        "num_layers": backbone.config.num_layers,
+        "d_model": backbone.config.d_model,
+        "backbone_fingerprint": backbone.fingerprint,
+        "skip_weight": skip_weight,
+        "digests": trees.digest_hex(routers),
+    }
+    sharding.on_first_process(lambda: write_json(folder / "config.json", facts))
 
 
 def router_facts(path: str | Path) -> tuple[Path, dict[str, Any]]:
@@ -75,7 +85,7 @@ def load_router(path: str | Path, model: Backbone, threshold: float | None = Non
     Args:
       threshold: tau; None keeps the one of training.
 
-    Raises: InputError if the router was trained on another backbone.
+    Raises: InputError if the router was trained on another backbone, or if it is damaged.
     """
     folder, facts = router_facts(path)
     require(
@@ -85,6 +95,8 @@ def load_router(path: str | Path, model: Backbone, threshold: float | None = Non
         "load the model it was trained on, or train a router for this one",
     )
     cfg = from_dict(RouterConfig, facts["router"], str(folder))
+    if threshold is not None:
+        cfg = dataclasses.replace(cfg, threshold=threshold)
     abstract = jax.eval_shape(
         lambda: init_routers(facts["d_model"], facts["num_layers"], cfg, jax.random.key(0))
     )
@@ -92,5 +104,14 @@ def load_router(path: str | Path, model: Backbone, threshold: float | None = Non
     placed = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), abstract
     )
-    routers = ocp.load_pytree(folder / "params", placed)
-    return Routed(routers, cfg.threshold if threshold is None else threshold)
+    try:
+        routers = ocp.load(folder / "params", placed)
+    except Exception as error:  # Orbax raises many kinds for damaged files
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"router {folder} cannot be read ({reason}); {AGAIN}") from error
+    # Orbax loads a flipped bit in silence.
+    require(
+        trees.digest_hex(routers) == facts["digests"],
+        f"router {folder} is damaged: its arrays do not match their digests; {AGAIN}",
+    )
+    return Routed(routers, cfg.threshold)

@@ -1,7 +1,8 @@
 """Checkpoints of a training state that are verified before older ones go.
 
-`checkpoints/00001000/` holds the arrays (Orbax) and `digest.json`, written last. A folder without
-it is an unfinished save. Orbax loads a flipped bit in silence, hence the digests.
+`checkpoints/00001000/` holds the arrays (Orbax) and `digest.json`. It is written as
+`00001000.partial` and renamed when it is whole. Orbax loads a flipped bit in silence, hence the
+digests.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
 from dials_jax import trees
 from dials_jax.config import InputError, read_json, write_json
+from dials_jax.sharding import on_first_process
 
 log = logging.getLogger(__name__)
 
@@ -31,25 +32,30 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps with a finished checkpoint, ascending."""
-        return sorted(int(p.parent.name) for p in self.folder.glob("[0-9]*/digest.json"))
+        found = self.folder.glob("*/digest.json")
+        return sorted(int(p.parent.name) for p in found if p.parent.name.isdecimal())
 
     def save(self, step: int, state: PyTree) -> None:
-        """Writes, reads back, compares, and only then removes what is older than `keep` saves.
+        """Writes, reads back, compares, and only then removes all but the `keep` newest.
 
         Raises: OSError if what was read back differs from what was written.
         """
         final = self.folder / f"{step:08d}"
         partial = self.folder / f"{step:08d}.partial"
-        if step in self.steps():
-            return
-        _once(lambda: [shutil.rmtree(p, ignore_errors=True) for p in (partial, final)])
+        on_first_process(lambda: shutil.rmtree(partial, ignore_errors=True))
         flat = flatten(state)
-        ocp.save_pytree(partial / "state", flat)
+        ocp.save(partial / "state", flat)
         digests = trees.digest_hex(flat)
         if trees.digest_hex(_load(partial, flat)) != digests:
             raise OSError(f"checkpoint {partial} reads back differently; the storage is failing")
-        _once(lambda: (partial.rename(final), write_json(final / "digest.json", digests)))
-        _once(self._prune)
+
+        def finish():
+            write_json(partial / "digest.json", digests)
+            shutil.rmtree(final, ignore_errors=True)  # a damaged one, whose step was run again
+            partial.rename(final)
+            self._prune(step)
+
+        on_first_process(finish)
 
     def restore(self, state: PyTree) -> PyTree | None:
         """The newest checkpoint whose digests match, shaped and placed like `state`, or None.
@@ -72,8 +78,11 @@ class Checkpoints:
             raise InputError(f"no checkpoint in {self.folder} is intact; remove it to start again")
         return None
 
-    def _prune(self) -> None:
-        for step in self.steps()[: -self.keep]:
+    def _prune(self, newest: int) -> None:
+        """Later checkpoints than `newest` were found damaged: training went on before them."""
+        steps = self.steps()
+        kept = [step for step in steps if step <= newest][-self.keep :]
+        for step in set(steps) - set(kept):
             shutil.rmtree(self.folder / f"{step:08d}")
 
 
@@ -91,12 +100,4 @@ def _load(folder: Path, flat: dict[str, jax.Array]) -> dict[str, jax.Array]:
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
         for name, x in flat.items()
     }
-    return ocp.load_pytree(folder / "state", abstract)
-
-
-def _once(action: Any) -> None:
-    """Runs on one process while the others wait."""
-    if jax.process_index() == 0:
-        action()
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("checkpoint")
+    return ocp.load(folder / "state", abstract)

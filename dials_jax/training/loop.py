@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -67,7 +68,7 @@ def _steps(
     state: TrainState,
     step_fn: Callable,
     total: int,
-    epoch: float,
+    epoch: int,
     checkpoints: Checkpoints,
     workdir: Path,
 ) -> TrainState:
@@ -75,7 +76,6 @@ def _steps(
     start = int(state.step)
     mesh = jax.sharding.get_mesh()
     schedule = make_schedule(cfg.optimizer, epoch)
-    writer = MetricsWriter(workdir, start)
     window: list[dict] = []
     since = time.perf_counter()
     what = "routers" if cfg.backbone else "model"
@@ -86,13 +86,18 @@ def _steps(
         )
         return sharding.place_batch(batch, mesh)
 
-    with progress_bar(total, start, what) as bar:
+    with (
+        contextlib.closing(MetricsWriter(workdir, start)) as writer,
+        progress_bar(total, start, what) as bar,
+    ):
         for step, batch in prefetch(load_batch, start, total):
             state, values = step_fn(state, run.frozen, batch)
             window.append(values)
             done = step + 1
             bar.update()
-            if done % cfg.log_every == 0 or done == total:
+            saving = done % cfg.save_every == 0 or done == total
+            # A save also ends a window, so that a continued run logs the same means.
+            if saving or done % cfg.log_every == 0:
                 means = _means(window)
                 _check_finite(state, workdir)
                 seconds = time.perf_counter() - since
@@ -103,12 +108,10 @@ def _steps(
                     "tokens_per_second": tokens / seconds,
                 }
                 writer.write(done, means)
-                bar.set_postfix_str(_summary(means))
+                bar.set_postfix_str(_summary(means), refresh=False)
+                if saving:
+                    checkpoints.save(done, state)
                 window, since = [], time.perf_counter()
-            if done % cfg.save_every == 0 or done == total:
-                _check_finite(state, workdir)
-                checkpoints.save(done, state)
-    writer.close()
     return state
 
 
@@ -134,7 +137,7 @@ def _summary(means: dict[str, float]) -> str:
     return ", ".join([*parts, f"{means['tokens_per_second']:,.0f} tokens/s"])
 
 
-def _describe(cfg: TrainConfig, run: Run, state: TrainState, total: int, epoch: float) -> None:
+def _describe(cfg: TrainConfig, run: Run, state: TrainState, total: int, epoch: int) -> None:
     if jax.process_index():
         return
     trained, frozen = (trees.count_parameters(t) for t in (state.params, run.frozen))

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
+
+LINE_SECONDS = 15  # between two lines of progress in a log
 
 
 class MetricsWriter:
@@ -22,7 +25,9 @@ class MetricsWriter:
         path = workdir / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         kept = [line for line in lines if _step_of(line) <= step]
-        path.write_text("".join(line + "\n" for line in kept))
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        temporary.replace(path)
         self._file = path.open("a")
         self._board = _tensorboard(workdir / "tensorboard", step)
 
@@ -45,7 +50,7 @@ class MetricsWriter:
 def _step_of(line: str) -> float:
     """The step of a line; a line cut short by a kill counts as later than everything."""
     try:
-        return json.loads(line)["step"]
+        return float(json.loads(line)["step"])
     except json.JSONDecodeError:
         return float("inf")
 
@@ -59,11 +64,31 @@ def _tensorboard(folder: Path, step: int):
 
 
 def progress_bar(total: int, start: int, what: str):
-    """A bar on standard error with the time left; plain lines where it is not a terminal."""
+    """A bar on standard error with the time left; now and then a line where it is no terminal."""
     from tqdm import tqdm
 
-    quiet = jax.process_index() != 0
-    interval = 0.5 if sys.stderr.isatty() else 15
+    live = sys.stderr.isatty()
     return tqdm(
-        total=total, initial=start, desc=what, unit="step", disable=quiet, mininterval=interval
+        total=total,
+        initial=start,
+        desc=what,
+        unit="step",
+        disable=jax.process_index() != 0,
+        file=sys.stderr if live else Lines(sys.stderr),
+        mininterval=0.5 if live else LINE_SECONDS,
+        miniters=1,  # look at the clock after every step, so that nothing is printed in between
     )
+
+
+class Lines:
+    """A file for tqdm that ends every state of the bar with a newline, for logs."""
+
+    def __init__(self, file: Any):
+        self._file = file
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            self._file.write(text.strip() + "\n")
+
+    def flush(self) -> None:
+        self._file.flush()

@@ -11,19 +11,22 @@ import jax
 from jax.sharding import Mesh
 
 from dials_jax import trees
-from dials_jax.config import ModelConfig, TrainConfig, read_json, require, to_dict, write_json
+from dials_jax.config import TrainConfig, read_json, require, to_dict, write_json
 from dials_jax.data.batches import TrainingData
 from dials_jax.data.sources import training_data
 from dials_jax.loading import load
 from dials_jax.models import llada
 from dials_jax.models.checkpoint import save_model
 from dials_jax.models.model import Model
+from dials_jax.sharding import on_first_process
 from dials_jax.skipping.router import init_routers
 from dials_jax.skipping.storage import save_router
 from dials_jax.training.losses import LossFn, model_loss, router_loss
 
 # Settings that may change between one part of a run and the next.
-FREE_FIELDS = ("log_every", "save_every", "keep_checkpoints", "mesh", "remat")
+FREE_FIELDS = tuple(
+    f"train.{name}" for name in ("log_every", "save_every", "keep_checkpoints", "mesh", "remat")
+)
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,6 @@ class Run:
       export: writes what the run is for into the workdir.
     """
 
-    model_config: ModelConfig
     data: TrainingData
     loss_fn: LossFn
     init: Callable[[], trees.Params]
@@ -55,12 +57,11 @@ def _model_run(cfg: TrainConfig) -> Run:
     data, tokenizer = training_data(cfg.data, cfg.model)
 
     def export(workdir: Path, params: trees.Params) -> None:
-        tokenizer.save(workdir)
+        on_first_process(lambda: tokenizer.save(workdir))
         files = [workdir / "tokenizer.json"]
         save_model(workdir / "model", cfg.model, params, tokenizer_files=files, overwrite=True)
 
     return Run(
-        model_config=cfg.model,
         data=data,
         loss_fn=model_loss(cfg.model, cfg.objective, cfg.remat),
         init=lambda: llada.init(cfg.model, jax.random.key(cfg.seed)),
@@ -81,7 +82,6 @@ def _router_run(cfg: TrainConfig, mesh: Mesh) -> Run:
         save_router(folder, routers, cfg.router, backbone, cfg.objective.skip_weight)
 
     return Run(
-        model_config=backbone.config,
         data=data,
         loss_fn=router_loss(backbone.config, cfg.router, cfg.objective, cfg.remat),
         init=lambda: init_routers(d_model, num_layers, cfg.router, jax.random.key(cfg.seed)),
@@ -103,10 +103,9 @@ def claim_workdir(workdir: Path, cfg: TrainConfig, identity: dict[str, Any]) -> 
     path = workdir / "config.json"
     mine = {"train": to_dict(cfg), **identity}
     if path.exists():
-        theirs = read_json(path)
-        for name, (old, new) in _differences(theirs, mine).items():
+        for name, (old, new) in _differences(read_json(path), mine).items():
             require(
-                name.split(".")[1:2] and name.split(".")[1] in FREE_FIELDS,
+                name.startswith(FREE_FIELDS),
                 f"{workdir} holds another experiment ({name.removeprefix('train.')} is {old!r} "
                 f"there and {new!r} here); choose another --workdir",
             )
@@ -117,7 +116,7 @@ def claim_workdir(workdir: Path, cfg: TrainConfig, identity: dict[str, Any]) -> 
 def _differences(a: Any, b: Any, name: str = "") -> dict[str, tuple[Any, Any]]:
     if isinstance(a, dict) and isinstance(b, dict):
         found = {}
-        for key in sorted(a.keys() | b.keys()):
+        for key in {**b, **a}:
             found |= _differences(a.get(key), b.get(key), f"{name}.{key}" if name else key)
         return found
     return {} if a == b else {name: (a, b)}

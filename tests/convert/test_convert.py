@@ -18,12 +18,6 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "llada_tiny"
 TOLERANCE = 2e-4
 
 
-@pytest.fixture(scope="module", autouse=True)
-def highest_precision():
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
 @pytest.fixture(scope="module")
 def golden():
     with np.load(GOLDEN / "golden.npz") as arrays:

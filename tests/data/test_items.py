@@ -187,7 +187,7 @@ def test_prompts_are_padded_on_the_left():
 
 def test_buckets_round_up_to_the_multiple():
     assert buckets([1, 32, 33, 64, 0]) == [32, 32, 64, 64, 0]
-    assert buckets([5], multiple=4) == [8]
+    assert buckets([5, 9], multiple=4) == [8, 9], "never longer than the longest"
 
 
 def test_groups_cover_every_item_once_and_never_mix_buckets():

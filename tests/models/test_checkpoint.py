@@ -204,5 +204,3 @@ def test_other_paths_and_arguments_are_refused(damaged, tmp_path):
     assert_refused(tmp_path / "empty", "holds no model")
     with pytest.raises(InputError, match="float16"):
         load(damaged, "float16")
-    with pytest.raises(InputError, match="layout='rows'"):
-        load(damaged, layout="rows")

@@ -1,0 +1,31 @@
+"""DIALS routers on LLaDA-8B for GSM8K, with the settings of the paper.
+
+python train.py --config configs/llada/router_gsm8k.py --workdir runs/gsm8k/router-1 \\
+    --backbone LLaDA-8B-Base --objective.skip-weight 1.0
+
+The backbone is the published folder, or what `python -m convert` made of it. Data: GSM8K as
+JSONL, fields "question" and "answer". On several devices: --mesh.fsdp 8. The paper does not give
+its lambdas; train several.
+"""
+
+from dials_jax.config import ObjectiveConfig, OptimizerConfig, TaskData, TrainConfig
+
+
+def get_config() -> TrainConfig:
+    return TrainConfig(
+        backbone="LLaDA-8B-Base",
+        data=TaskData(
+            paths=("data/gsm8k_train.jsonl",),
+            prompt="Question: {question}\nAnswer:",
+            answer=" {answer}",
+            prompt_length=512,
+            answer_length=256,
+            too_long="drop",
+        ),
+        objective=ObjectiveConfig(skip_weight=1.0),
+        # DIALS, appendix A.1: 10 epochs, of which 2 of warm-up.
+        optimizer=OptimizerConfig(num_epochs=10.0, warmup_epochs=2.0),
+        batch_size=64,
+        num_microbatches=8,
+        remat=True,
+    )

@@ -1,0 +1,33 @@
+"""DIALS routers for the text model. One run a lambda: --objective.skip-weight.
+
+python train.py --config configs/text/router.py --workdir runs/text/router \\
+    --data.paths data/text/train.jsonl.xz
+"""
+
+from dials_jax.config import (
+    ObjectiveConfig,
+    OptimizerConfig,
+    RouterConfig,
+    TextData,
+    TrainConfig,
+)
+
+
+def get_config() -> TrainConfig:
+    return TrainConfig(
+        backbone="runs/text/model",
+        router=RouterConfig(d_hidden=128),
+        # The first 128 tokens of a row stand for the prompt: they are never masked.
+        data=TextData(
+            paths=("data/text/train.jsonl.xz",),
+            length=512,
+            prompt_length=128,
+            random_length_prob=0.0,
+        ),
+        objective=ObjectiveConfig(skip_weight=1.0),
+        # The paper's settings but for the rate, which suits a run this short.
+        optimizer=OptimizerConfig(learning_rate=5e-4, num_steps=600, warmup_steps=120),
+        batch_size=64,
+        log_every=10,
+        save_every=200,
+    )

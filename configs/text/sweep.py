@@ -1,0 +1,57 @@
+"""The text model under full, static, random and routed execution.
+
+python eval.py --config configs/text/sweep.py --workdir runs/text/sweep \\
+    --routers runs/text/router-0.3 runs/text/router-1 runs/text/router-3
+
+Tasks: the NELBO of 384 tokens given 128 on validation text; GSM8K's solutions given their
+questions, by NELBO and by exact match of the final number.
+"""
+
+from dials_jax.config import EvalConfig, EvalTask, TaskData, TextData
+
+GSM8K = TaskData(
+    paths=("data/benchmarks/gsm8k_test.jsonl",),
+    prompt="Question: {question}\nAnswer:",
+    answer=" {answer}",
+    prompt_length=256,
+    answer_length=128,
+    too_long="drop",
+)
+
+
+def get_config() -> EvalConfig:
+    return EvalConfig(
+        model="runs/text/model",
+        routers=("runs/text/router",),
+        tasks=(
+            EvalTask(
+                name="text",
+                metric="nelbo",
+                data=TextData(
+                    paths=("data/text/validation.jsonl.xz",), length=512, prompt_length=128
+                ),
+                limit=512,
+                num_samples=32,
+            ),
+            EvalTask(
+                name="gsm8k nelbo",
+                metric="nelbo",
+                data=GSM8K,
+                limit=256,
+                num_samples=32,
+                bucket=256,
+            ),
+            EvalTask(
+                name="gsm8k",
+                metric="exact_match",
+                data=GSM8K,
+                extract=r"#### (-?[\d,.]+)",
+                limit=256,
+                steps=64,
+                bucket=256,
+            ),
+        ),
+        static=(1, 2, 3, 4),
+        random=(1, 2, 3, 4),
+        batch_size=128,
+    )

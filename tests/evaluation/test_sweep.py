@@ -1,0 +1,192 @@
+"""A whole sweep on a random model: what it writes, how it goes on, and what it refuses."""
+
+import csv
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from dials_jax.config import (
+    ArithmeticData,
+    EvalConfig,
+    EvalTask,
+    InputError,
+    RouterConfig,
+    TaskData,
+)
+from dials_jax.evaluation import report, sweep
+from dials_jax.loading import load
+from dials_jax.skipping.router import init_routers
+from dials_jax.skipping.storage import save_router
+
+ARITHMETIC = ArithmeticData(operations=("max", "add"))
+RECORDS = [{"prompt": f"+{a},{a + 7}=", "answer": str(2 * a + 7)} for a in range(11, 16)]
+LABELS = ["full", "static k=1", "routed λ=0.5", "random k=2"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, arithmetic_model):
+    """Router workdirs "a" and "b", of one lambda, and records for the NELBO."""
+    folder = tmp_path_factory.mktemp("sweep")
+    model, cfg = load(arithmetic_model), RouterConfig(d_hidden=8, threshold=0.5, execute_bias=0.0)
+    for seed, name in enumerate("ab"):
+        key = jax.random.key(seed)
+        routers = init_routers(model.config.d_model, model.num_layers, cfg, key)
+        routers["vote"] = 20 * jax.random.normal(key, routers["vote"].shape)
+        save_router(folder / name / "router", routers, cfg, model, skip_weight=0.5)
+    lines = "".join(json.dumps(record) + "\n" for record in RECORDS)
+    (folder / "records.jsonl").write_text(lines)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cfg(folder, arithmetic_model):
+    data = TaskData(paths=(str(folder / "records.jsonl"),), prompt_length=8, answer_length=4)
+    return EvalConfig(
+        model=str(arithmetic_model),
+        routers=(str(folder / "a"),),
+        tasks=(
+            EvalTask(name="sums", metric="exact_match", data=ARITHMETIC, limit=6, steps=2),
+            EvalTask(name="records", metric="nelbo", data=data, num_samples=4),
+        ),
+        static=(1,),
+        random=(2,),
+        num_calibration=4,
+        batch_size=4,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(cfg, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "_write_plots", lambda *args: {})  # slow, and made after every run
+        sweep.sweep(cfg, workdir)
+    return workdir
+
+
+def runs_of(workdir):
+    """What the runs found, measured times apart."""
+    runs = json.loads((workdir / "results.json").read_text())["runs"]
+    for run in runs:
+        assert run["flops"].pop("seconds") > 0
+    return runs
+
+
+def test_every_policy_is_scored_on_every_task(finished):
+    runs = runs_of(finished)
+    assert [(r["task"], r["policy"]["label"]) for r in runs] == [
+        (task, label) for task in ("sums", "records") for label in LABELS
+    ]
+    layers_run = {r["policy"]["label"]: r["flops"]["layers_run"] for r in runs}
+    assert 0 < layers_run.pop("routed λ=0.5") < 1
+    assert layers_run == {"full": 1.0, "static k=1": 0.75, "random k=2": 0.5}
+    for run in runs:
+        values = list(run["items"].values())
+        if run["task"] == "sums":
+            assert len(values) == 6 and set(values) <= {0.0, 1.0}
+        else:
+            assert len(values) == len(RECORDS) and min(values) > 0
+    assert len({json.dumps(r["items"]) for r in runs if r["task"] == "records"}) == len(LABELS)
+
+
+def test_the_report_is_written_again_without_a_run(cfg, finished, tmp_path, monkeypatch):
+    workdir = shutil.copytree(finished, tmp_path / "sweep")
+    monkeypatch.setattr(sweep, "score_task", None)
+    sweep.sweep(cfg, workdir)
+    with (workdir / "results.csv").open(newline="") as file:
+        assert [row["policy"] for row in csv.DictReader(file)] == 2 * LABELS
+    assert "routed λ=0.5" in (workdir / "report.html").read_text()
+    assert len(list((workdir / "plots").glob("*.png"))) >= 2
+
+
+@pytest.fixture
+def without_plots(monkeypatch):
+    monkeypatch.setattr(report, "_write_plots", lambda *args: {})
+
+
+class Scorer:
+    """`score_task`, counted; it stops the sweep before run `stop`."""
+
+    def __init__(self, stop):
+        self.stop, self.calls, self.score_task = stop, 0, sweep.score_task
+
+    def __call__(self, *args):
+        if self.calls == self.stop:
+            raise KeyboardInterrupt
+        self.calls += 1
+        return self.score_task(*args)
+
+
+def test_an_interrupted_sweep_goes_on_where_it_stopped(
+    cfg, finished, tmp_path, monkeypatch, without_plots
+):
+    first = Scorer(stop=5)
+    monkeypatch.setattr(sweep, "score_task", first)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.sweep(cfg, tmp_path)
+    assert len(runs_of(tmp_path)) == 5
+    monkeypatch.undo()
+    monkeypatch.setattr(report, "_write_plots", lambda *args: {})
+    second = Scorer(stop=None)
+    monkeypatch.setattr(sweep, "score_task", second)
+    sweep.sweep(cfg, tmp_path)
+    assert first.calls + second.calls == len(runs_of(finished))
+    assert runs_of(tmp_path) == runs_of(finished)
+
+
+def test_results_do_not_depend_on_the_batch_size(cfg, finished, tmp_path, without_plots):
+    sweep.sweep(dataclasses.replace(cfg, batch_size=5, static=()), tmp_path)
+    expected = {(r["task"], r["policy"]["label"]): r["items"] for r in runs_of(finished)}
+    for run in runs_of(tmp_path):
+        items = expected[run["task"], run["policy"]["label"]]
+        assert run["items"].keys() == items.keys()
+        np.testing.assert_allclose([*run["items"].values()], [*items.values()], rtol=1e-4)
+
+
+def test_the_workdir_of_another_sweep_is_refused(cfg, finished, tmp_path):
+    workdir = shutil.copytree(finished, tmp_path / "sweep")
+    with pytest.raises(InputError, match="holds another sweep"):
+        sweep.sweep(dataclasses.replace(cfg, seed=1), workdir)
+
+
+def test_broken_results_are_not_overwritten(cfg, tmp_path):
+    (tmp_path / "results.json").write_text('{"runs": [')
+    with pytest.raises(InputError, match=r"results.json is not valid JSON.*remove it"):
+        sweep.sweep(cfg, tmp_path)
+    assert (tmp_path / "results.json").read_text() == '{"runs": ['
+
+
+TASK = EvalTask(name="sums", metric="exact_match", data=ARITHMETIC, limit=4)
+NELBO = EvalTask(name="nelbo", metric="nelbo", data=ARITHMETIC, limit=4, num_samples=20)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tasks": ()}, "no tasks"),
+        ({"tasks": (TASK, TASK)}, "tasks: .* names one twice"),
+        ({"tasks": (TASK, NELBO)}, "num_samples=20 must be a multiple of 16"),
+        ({"tasks": (dataclasses.replace(TASK, block_length=3),)}, "must be divisible"),
+        ({"random": (4,)}, "cannot skip 4 of 4 layers"),
+        ({"static": (0,)}, "cannot skip 0 of 4 layers"),
+        ({"random": (2, 2)}, "random: .* names one twice"),
+        ({"threshold": 1.0}, "threshold=1.0"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_the_first_run(
+    changes, message, cfg, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(sweep, "score_task", None)
+    with pytest.raises(InputError, match=message):
+        sweep.sweep(dataclasses.replace(cfg, **changes), tmp_path)
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_two_routers_of_one_lambda_are_refused(cfg, folder, tmp_path):
+    both = dataclasses.replace(cfg, routers=(str(folder / "a"), str(folder / "b")))
+    with pytest.raises(InputError, match="two routers have the same lambda"):
+        sweep.sweep(both, tmp_path)

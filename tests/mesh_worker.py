@@ -1,0 +1,117 @@
+"""Runs training steps, likelihood and generation on several meshes of 8 fake CPU devices.
+
+A process of its own, since the number of devices is fixed when JAX starts: `test_mesh.py` starts
+it and compares what it writes. Usage: python mesh_worker.py OUT.npz
+"""
+
+import os
+import sys
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import conftest
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dials_jax import sharding, trees
+from dials_jax.config import (
+    ArithmeticData,
+    MeshConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    RouterConfig,
+)
+from dials_jax.data.arithmetic import ArithmeticTask
+from dials_jax.data.batches import batch_at
+from dials_jax.evaluation.likelihood import pad_pairs, score_pairs
+from dials_jax.models import llada
+from dials_jax.models.model import Model, row_keys
+from dials_jax.sampling.confidence import Confidence
+from dials_jax.sampling.generate import generate
+from dials_jax.skipping.policies import Routed
+from dials_jax.training.losses import model_loss, router_loss
+from dials_jax.training.optimizer import make_optimizer
+from dials_jax.training.step import init_state, make_train_step, shardings_of
+
+MESHES = {
+    "one": (MeshConfig(), 1),
+    "data8": (MeshConfig(data=8), 8),
+    "data2_fsdp4": (MeshConfig(data=2, fsdp=4), 8),
+    "data2_fsdp2_tensor2": (MeshConfig(data=2, fsdp=2, tensor=2), 8),
+}
+OPTIMIZER = make_optimizer(OptimizerConfig(num_steps=10, warmup_steps=1, learning_rate=1e-3), 1)
+
+
+def train_step(mesh, loss_fn, init, frozen, prefix):
+    """Two steps of training: metrics of the second, and the parameters after it."""
+    task = ArithmeticTask(ArithmeticData(num_items=400))
+    state = init_state(init, OPTIMIZER, mesh, prefix)
+    step = jax.jit(
+        make_train_step(loss_fn, OPTIMIZER, seed=0, num_microbatches=2),
+        out_shardings=(shardings_of(state, mesh, prefix), None),
+    )
+    with jax.set_mesh(mesh):
+        for i in range(2):
+            batch = sharding.place_batch(batch_at(task.train, 0, i, 16), mesh)
+            state, values = step(state, frozen, batch)
+    return {"params": state.params, "values": values}
+
+
+def evaluate(mesh, cfg, params, routers):
+    model = Model(cfg, params, mesh)
+    policy = Routed(routers, 0.3)
+    prompts = np.asarray(jax.random.randint(jax.random.key(5), (8, 6), 2, 60))
+    valid = np.arange(6) >= np.arange(8)[:, None] % 3
+    out = generate(
+        model, prompts, valid, sampler=Confidence(8, 4, 4, temperature=0.5), policy=policy
+    )
+    pairs = pad_pairs([(p[:3].tolist(), p[3:].tolist()) for p in prompts], cfg)
+    keys = row_keys(jax.random.key(7), 8)
+    scores, _ = score_pairs(model, pairs, keys, np.arange(8), stratum=8, policy=policy)
+    return {
+        "tokens": out.tokens,
+        "gates": out.gates,
+        "log_likelihood": scores.log_likelihood,
+        "scored_gates": scores.gates,
+    }
+
+
+def run(mesh):
+    cfg = conftest.small_config()
+    params = llada.init(cfg, jax.random.key(0))
+    # Routers that skip about half of all layers, and not the same for all rows.
+    routers = conftest.random_routers(cfg)
+    router_cfg = RouterConfig(d_hidden=8, threshold=0.3)
+    frozen = Model(cfg, params, mesh).params
+    objective = ObjectiveConfig()
+    return {
+        "model": train_step(
+            mesh,
+            model_loss(cfg, objective, True),
+            lambda: llada.init(cfg, jax.random.key(0)),
+            {},
+            "",
+        ),
+        "router": train_step(
+            mesh,
+            router_loss(cfg, router_cfg, objective, False),
+            lambda: jax.tree.map(jnp.copy, routers),
+            frozen,
+            "routers/",
+        ),
+        "evaluation": evaluate(mesh, cfg, params, routers),
+    }
+
+
+def main(path):
+    arrays = {}
+    for name, (mesh_cfg, count) in MESHES.items():
+        mesh = sharding.make_mesh(mesh_cfg, jax.devices()[:count])
+        for leaf, value in trees.named_leaves(run(mesh)):
+            arrays[f"{name}/{leaf}"] = np.asarray(value)
+    np.savez(path, **arrays)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,153 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dials_jax.config import InputError, ModelConfig
+from dials_jax.models import llada
+from dials_jax.models.model import Model, row_keys
+from dials_jax.nn.stack import Denoising
+from tests.conftest import small_config
+
+BASE = small_config()
+TOKENS = np.random.default_rng(0).integers(2, 60, (2, 8))
+
+# One other value a field, and the fields that change no output of a forward pass, with the reason.
+OTHER = {
+    "vocab_size": 65, "d_model": 48, "num_layers": 3, "num_heads": 8, "num_kv_heads": 2,
+    "head_dim": 10, "d_ff": 96, "rope_theta": 100.0, "norm_eps": 1e-2, "qkv_bias": True,
+    "bias": True, "dtype": "bfloat16",
+}  # fmt: skip
+WITHOUT_EFFECT = {
+    "model_type": "names the family in config.json",
+    "max_length": "bounds what generate and likelihood accept",
+    "mask_id": "tells policies which tokens vote, samplers which to fill",
+    "eos_id": "used by samplers and scoring",
+    "pad_id": "fills positions that `valid` hides",
+    "eot_id": "used by samplers and scoring",
+}
+
+
+def logits_of(cfg):
+    """Logits, and the stream's dtype, of random parameters, biases and norms included."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: llada.init(cfg, jax.random.key(0)))
+    params = jax.tree.map(lambda x: 0.3 * rng.normal(size=x.shape).astype(np.float32), shapes)
+
+    @jax.jit
+    def forward(params, tokens):
+        h = llada.run_layers(cfg, params, tokens, None).h
+        return h, llada.logits_of(cfg, params, h)
+
+    h, logits = forward(params, TOKENS)
+    return np.asarray(logits), h.dtype
+
+
+def test_every_field_is_tested_or_excused():
+    fields = {f.name for f in dataclasses.fields(ModelConfig)}
+    assert fields == OTHER.keys() | WITHOUT_EFFECT.keys()
+
+
+@pytest.fixture(scope="module")
+def base():
+    return logits_of(BASE)
+
+
+@pytest.mark.parametrize("field", OTHER)
+def test_every_field_changes_the_output(field, base):
+    other, dtype = logits_of(dataclasses.replace(BASE, **{field: OTHER[field]}))
+    assert other.dtype == np.float32
+    assert other.shape != base[0].shape or dtype != base[1] or np.abs(other - base[0]).max() > 1e-4
+
+
+def test_shapes_and_parameters_of_the_published_model():
+    cfg = llada.llada_8b()
+    params = jax.eval_shape(lambda: llada.init(cfg, jax.random.key(0)))
+    assert sum(int(np.prod(x.shape)) for x in jax.tree.leaves(params)) == 8_015_581_184
+    assert params["layers"]["attention"]["q"].shape == (32, 4096, 32, 128)
+
+
+def test_a_left_padded_row_equals_the_row_alone(model, cfg):
+    padded = np.concatenate([np.full((2, 5), cfg.pad_id), TOKENS], axis=1)
+    valid = np.broadcast_to(np.arange(13) >= 5, (2, 13))
+    alone = model.apply(TOKENS).logits
+    np.testing.assert_allclose(model.apply(padded, valid).logits[:, 5:], alone, atol=1e-5)
+    unlike = np.where(valid, padded, 7)  # whatever the padding holds
+    np.testing.assert_array_equal(
+        model.apply(unlike, valid).logits[:, 5:], model.apply(padded, valid).logits[:, 5:]
+    )
+    assert not np.allclose(model.apply(padded).logits[:, 5:], alone, atol=1e-3)
+
+
+def test_rows_of_different_length_share_a_batch(model, cfg):
+    valid = np.arange(8) >= np.array([0, 3])[:, None]
+    out = model.apply(TOKENS, valid).logits
+    np.testing.assert_allclose(out[0], model.apply(TOKENS).logits[0], atol=1e-5)
+    short = model.apply(np.repeat(TOKENS[1:, 3:], 2, axis=0)).logits
+    np.testing.assert_allclose(out[1, 3:], short[1], atol=1e-5)
+
+
+def test_every_position_sees_every_other(model):
+    changed = TOKENS.copy()
+    changed[:, -1] = 5
+    before, after = model.apply(TOKENS).logits, model.apply(changed).logits
+    assert (np.abs(before - after).max(axis=-1) > 0).all()  # the first token sees the last
+
+
+def test_policies_see_masked_tokens_without_padding(model, cfg):
+    seen = []
+
+    class Spy:
+        def plan(self, num_layers, denoising):
+            seen.append(denoising)
+            return np.ones(num_layers, bool)
+
+        def gate(self, plan, h, denoising):
+            return plan
+
+    tokens = jnp.array([[cfg.mask_id, 3, cfg.mask_id]])
+    valid = jnp.array([[False, True, True]])
+    llada.run_layers(cfg, model.params, tokens, valid, Spy(), step=7)
+    assert isinstance(seen[0], Denoising) and seen[0].step == 7
+    np.testing.assert_array_equal(seen[0].masked, [[False, False, True]])
+
+
+def test_recomputing_blocks_changes_no_gradient(model, cfg):
+    def loss(layers, remat):
+        params = {**model.params, "layers": layers}
+        return llada.run_layers(cfg, params, jnp.asarray(TOKENS), None, remat=remat).h.sum()
+
+    plain, remat = (jax.grad(loss)(model.params["layers"], r) for r in (False, True))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), plain, remat)
+
+
+# ------------------------------------------------------------------------------------- row keys
+
+
+def test_one_key_is_folded_with_the_row():
+    keys = row_keys(jax.random.key(3), 4)
+    data = np.asarray(jax.random.key_data(keys))
+    assert len(np.unique(data, axis=0)) == 4
+    np.testing.assert_array_equal(jax.random.key_data(row_keys(keys, 4)), data)
+    np.testing.assert_array_equal(
+        jax.random.key_data(row_keys(None, 2)), jax.random.key_data(row_keys(jax.random.key(0), 2))
+    )
+
+
+def test_a_wrong_number_of_keys_is_refused():
+    with pytest.raises(InputError, match="3 keys for 4 rows"):
+        row_keys(jax.random.split(jax.random.key(0), 3), 4)
+
+
+def test_keys_of_the_old_kind_are_refused():
+    with pytest.raises(InputError, match=r"jax\.random\.key"):
+        row_keys(jax.random.PRNGKey(0), 2)
+
+
+def test_rows_fill_up_to_a_multiple(cfg):
+    model = Model(cfg, llada.init(cfg, jax.random.key(0)))
+    rows = model.place_rows((np.arange(5), np.eye(5)), 4)
+    np.testing.assert_array_equal(rows[0], [0, 1, 2, 3, 4, 4, 4, 4])
+    assert rows[1].shape == (8, 5)

@@ -1,0 +1,244 @@
+"""The sampler's parts, and its loop with a `predict` that a test states."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dials_jax.config import InputError
+from dials_jax.sampling.confidence import Confidence, denoise, propose, step_quota, top_ranked
+from tests.conftest import EOS, MASK, small_config
+
+EOT = 2
+CFG = small_config(eot_id=EOT)
+VOCAB = CFG.vocab_size
+P = 3  # tokens of a prompt
+
+
+# ---------------------------------------------------------------------------------------- parts
+
+
+@pytest.mark.parametrize(
+    "present, num_steps, expected",
+    [(8, 4, [2, 2, 2, 2]), (10, 4, [3, 3, 2, 2]), (3, 5, [1, 1, 1, 0, 0]), (0, 2, [0, 0])],
+)
+def test_quota_is_the_floor_with_the_remainder_first(present, num_steps, expected):
+    quotas = [step_quota(jnp.array([present]), jnp.array(s), num_steps) for s in range(num_steps)]
+    assert [quota.item() for quota in quotas] == expected
+
+
+def test_ranking_is_by_row_and_ties_go_to_the_left():
+    confidence = jnp.array([[0.5, 0.9, 0.5, 0.9, 0.1], [0.1, 0.2, 0.3, 0.4, 0.5]])
+    picked = top_ranked(confidence, jnp.array([3, 1]))
+    np.testing.assert_array_equal(picked, [[1, 1, 0, 1, 0], [0, 0, 0, 0, 1]])
+    assert not top_ranked(confidence, jnp.array([0, 0])).any()
+
+
+def sampler_of(**changes):
+    return Confidence(**({"gen_length": 8, "block_length": 4, "steps": 4} | changes))
+
+
+def proposals(logits, seed=0, **changes):
+    logits = jnp.asarray(logits, jnp.float32)
+    keys = jax.random.split(jax.random.key(seed), len(logits))
+    return propose(sampler_of(**changes), CFG, logits, keys)
+
+
+def favouring(*tokens, high=3.0):
+    """Logits [1, len(tokens), V] that put `high` on one token each and 0 elsewhere."""
+    return high * jax.nn.one_hot(jnp.array([tokens]), VOCAB)
+
+
+def test_confidence_is_the_probability_of_the_guess():
+    guess, confidence = proposals(favouring(7, 9))
+    np.testing.assert_array_equal(guess, [[7, 9]])
+    np.testing.assert_allclose(confidence, np.exp(3) / (np.exp(3) + VOCAB - 1), rtol=1e-5)
+
+
+def test_noise_changes_guesses_but_not_probabilities():
+    logits = jnp.broadcast_to(favouring(7), (1, 200, VOCAB))
+    guess, confidence = proposals(logits, temperature=1.0)
+    probabilities = jax.nn.softmax(logits, axis=-1)
+    chosen = jnp.take_along_axis(probabilities, guess[..., None], -1)[..., 0]
+    np.testing.assert_allclose(confidence, chosen, rtol=1e-5)
+    share = float(jnp.mean(guess == 7))
+    p = float(probabilities[0, 0, 7])  # at temperature 1, Gumbel noise samples the softmax
+    assert abs(share - p) < 4 * (p * (1 - p) / 200) ** 0.5
+
+
+def test_a_small_temperature_hardly_strays():
+    guess, _ = proposals(jnp.broadcast_to(favouring(7), (1, 200, VOCAB)), temperature=0.1)
+    assert (guess == 7).all()
+
+
+def test_random_remasking_draws_confidences_a_row():
+    logits = jnp.broadcast_to(favouring(7, 8, 9), (2, 3, VOCAB))
+    guess, confidence = proposals(logits, remasking="random")
+    np.testing.assert_array_equal(guess, [[7, 8, 9]] * 2)
+    assert len(np.unique(confidence)) == 6
+    assert (confidence != proposals(logits, seed=1, remasking="random")[1]).all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_flag_never_yields_end_of_text(temperature):
+    logits = jnp.broadcast_to(favouring(EOS, high=20.0), (1, 100, VOCAB))
+    assert (proposals(logits, temperature=temperature)[0] == EOS).all()
+    guess, _ = proposals(logits, temperature=temperature, logits_eos_inf=True)
+    assert not (guess == EOS).any()
+
+
+def test_confidence_flag_at_temperature_0_suppresses_both_ends():
+    flagged = {"confidence_eos_eot_inf": True}
+    guess, confidence = proposals(favouring(EOS, EOT, 7), **flagged)
+    np.testing.assert_array_equal(guess, [[EOS, EOT, 7]])  # guesses stay
+    np.testing.assert_array_equal(confidence[0, :2], [0, 0])
+    # The others share the probability of both: 7 competes with VOCAB - 3 tokens.
+    np.testing.assert_allclose(confidence[0, 2], np.exp(3) / (np.exp(3) + VOCAB - 3), rtol=1e-5)
+
+
+def test_confidence_flag_above_temperature_0_suppresses_end_of_turn_only():
+    flagged = {"confidence_eos_eot_inf": True, "temperature": 1e-3}
+    guess, confidence = proposals(favouring(EOS, EOT), **flagged)
+    np.testing.assert_array_equal(guess, [[EOS, EOT]])
+    np.testing.assert_allclose(confidence[0, 0], np.exp(3) / (np.exp(3) + VOCAB - 2), rtol=1e-5)
+    assert confidence[0, 1] == 0
+
+
+# ----------------------------------------------------------------------------------------- loop
+
+
+def fill(logits_of, sampler, num_rows=2, seed=0):
+    """Runs the loop; `logits_of(tokens, start, step)` gives logits of the block."""
+    canvas = jnp.full((num_rows, P + sampler.gen_length), MASK).at[:, :P].set(5)
+    keys = jax.random.split(jax.random.key(seed), num_rows)
+
+    def predict(tokens, start, step):
+        gates = jnp.ones((1, num_rows), bool)
+        return logits_of(tokens, start, step), gates
+
+    tokens, steps = denoise(sampler, CFG, predict, canvas, keys)
+    return np.asarray(tokens), steps
+
+
+def random_logits(sampler, num_rows=2):
+    def logits_of(tokens, start, step):
+        key = jax.random.fold_in(jax.random.key(1), step)
+        logits = jax.random.normal(key, (num_rows, sampler.block_length, VOCAB))
+        return logits.at[..., MASK].set(-jnp.inf)
+
+    return logits_of
+
+
+CASES = [
+    {},
+    {"temperature": 0.8},
+    {"remasking": "random"},
+    {"temperature": 0.8, "remasking": "random"},
+    {"steps": 6},  # 3 steps for 4 tokens
+    {"steps": 10},  # more steps than tokens
+    {"block_length": 8, "steps": 3},
+]
+
+
+@pytest.mark.parametrize("changes", CASES)
+def test_the_prompt_stays_and_no_mask_is_left(changes):
+    sampler = sampler_of(**changes)
+    tokens, steps = fill(random_logits(sampler), sampler)
+    assert (tokens[:, :P] == 5).all()
+    assert not (tokens == MASK).any()
+    assert steps.gates.shape == (sampler.steps, 1, 2)
+
+
+@pytest.mark.parametrize("changes", CASES)
+def test_masked_shares_follow_the_quotas(changes):
+    # Every block has 4 masks (8 in the last case), committed by quota: the rest is what is left.
+    sampler = sampler_of(**changes)
+    _, steps = fill(random_logits(sampler), sampler)
+    left, expected = 8, []
+    for _ in range(sampler.num_blocks):
+        size, n = sampler.block_length, sampler.steps_per_block
+        for quota in [size // n + (i < size % n) for i in range(n)]:
+            expected.append(left / 8)
+            left -= quota
+    np.testing.assert_allclose(steps.masked_share, np.array([expected] * 2).T)
+
+
+def test_each_block_is_finished_before_the_next_starts():
+    sampler = sampler_of(gen_length=12, block_length=4, steps=6)
+    seen = []
+
+    def logits_of(tokens, start, step):
+        jax.debug.callback(lambda *x: seen.append(x), tokens, start, step, ordered=True)
+        return random_logits(sampler)(tokens, start, step)
+
+    fill(logits_of, sampler)
+    jax.effects_barrier()
+    assert [int(start) for _, start, _ in seen] == [3, 3, 7, 7, 11, 11]
+    for tokens, start, _ in seen:
+        assert not (tokens[:, :start] == MASK).any()  # the blocks before are done
+        assert (tokens[:, start + 4 :] == MASK).all()  # those after are untouched
+
+
+def test_the_most_confident_tokens_go_first():
+    sampler = sampler_of(gen_length=4, steps=4)
+    order = []
+
+    def logits_of(tokens, start, step):
+        jax.debug.callback(lambda t: order.append(t[0, P:] != MASK), tokens, ordered=True)
+        # Confidence rises with 2, 0, 3, 1; every position predicts its number plus 10.
+        high = jnp.array([3.0, 1.0, 4.0, 2.0])
+        row = high[:, None] * jax.nn.one_hot(jnp.arange(4) + 10, VOCAB)
+        return jnp.broadcast_to(row, (2, 4, VOCAB))
+
+    tokens, _ = fill(logits_of, sampler)
+    jax.effects_barrier()
+    np.testing.assert_array_equal(tokens[:, P:], [[10, 11, 12, 13]] * 2)
+    filled = [[], [2], [0, 2], [0, 2, 3]]
+    assert [list(np.flatnonzero(row)) for row in order] == filled
+
+
+def test_suppressed_tokens_are_committed_last():
+    """Confidence 0 is still above that of a token that is done."""
+    sampler = sampler_of(gen_length=4, steps=4, confidence_eos_eot_inf=True)
+
+    def logits_of(tokens, start, step):
+        return jnp.broadcast_to(favouring(EOS, 7, EOS, 8, high=9.0), (2, 4, VOCAB))
+
+    tokens, _ = fill(logits_of, sampler)
+    np.testing.assert_array_equal(tokens[:, P:], [[EOS, 7, EOS, 8]] * 2)
+
+
+def test_a_model_that_predicts_mask_uses_up_quota_and_leaves_masks():
+    """As in the reference: nothing forbids the prediction, and no later step makes up for it."""
+    sampler = sampler_of(gen_length=4, steps=4)
+
+    def logits_of(tokens, start, step):
+        return jnp.broadcast_to(favouring(MASK, 7, 8, 9, high=9.0).at[0, 0].mul(2), (2, 4, VOCAB))
+
+    tokens, _ = fill(logits_of, sampler)
+    np.testing.assert_array_equal(tokens[:, P:], [[MASK] * 4] * 2)
+
+
+# -------------------------------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"gen_length": 10}, "gen_length=10 must be divisible by block_length=4"),
+        ({"steps": 3}, "steps=3 must be divisible by the 2 blocks"),
+        ({"steps": 0}, "steps=0 must be positive"),
+        ({"temperature": -1.0}, "temperature=-1.0 must not be negative"),
+        ({"cfg_scale": -0.5}, "cfg_scale=-0.5 must not be negative"),
+    ],
+)
+def test_wrong_settings_are_refused(changes, message):
+    with pytest.raises(InputError, match=message):
+        sampler_of(**changes)
+
+
+def test_settings_compile_apart():
+    a = sampler_of()
+    assert hash(a) == hash(sampler_of()) and a != dataclasses.replace(a, temperature=0.1)

@@ -1,0 +1,71 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+from dials_jax.config import ModelConfig
+from dials_jax.models import llada
+from dials_jax.skipping.flops import Flops, count_flops, head_flops, layer_flops, router_flops
+
+TINY = ModelConfig(
+    vocab_size=10, d_model=4, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=2, d_ff=6,
+    max_length=8, rope_theta=1e4, norm_eps=1e-5, mask_id=9, eos_id=0, pad_id=0,
+)  # fmt: skip
+
+
+def test_a_layer_by_hand():
+    # Weights: q and o 4 * 4 each, k and v 4 * 2 each, three of 4 * 6: 16 + 16 + 8 + 8 + 72 = 120.
+    # Attention of one token to 3: scores and values, 3 * 4 products each: 24.
+    # Two FLOPs a product, 3 tokens: 2 * 3 * (120 + 24) = 864.
+    assert layer_flops(TINY, 3) == 864
+
+
+def test_head_and_router_by_hand():
+    assert head_flops(TINY, 3) == 2 * 3 * 4 * 10
+    assert router_flops(TINY, 3, 5) == 2 * 3 * (4 * 5 + 5 * 2)
+    assert router_flops(TINY, 3, 0) == 0
+
+
+def test_a_run_by_hand():
+    # 2 calls of 1 row; 3 of 4 layers run; head on 2 positions, 160;
+    # 2 routers of width 5 a call, 180 each.
+    gates = np.array([[[True], [True]], [[True], [False]]])
+    flops = count_flops(TINY, gates, num_tokens=3, head_tokens=2, d_router=5, seconds=1.5)
+    total = 3 * 864 + 2 * 160 + 2 * 2 * 180
+    assert flops.layers_run == 0.75
+    assert flops.model_total == total
+    assert flops.model == pytest.approx(total / (4 * 864 + 2 * 160))
+    assert flops.seconds == 1.5
+
+
+def test_one_layer_of_32_is_the_papers_number():
+    cfg = llada.llada_8b()
+    gates = np.ones((32, 1), bool)
+    gates[4] = False
+    flops = count_flops(cfg, gates, num_tokens=1000, head_tokens=1000)
+    assert flops.layers_run == 31 / 32 == 0.96875
+    head_share = head_flops(cfg, 1000) / (head_flops(cfg, 1000) + 32 * layer_flops(cfg, 1000))
+    assert head_share == pytest.approx(0.067, abs=0.002)
+    assert flops.model == pytest.approx(1 - (1 - head_share) / 32)
+
+
+def test_full_execution_costs_all():
+    flops = count_flops(TINY, np.ones((5, 2, 3), bool), num_tokens=7, head_tokens=7)
+    assert flops.layers_run == flops.model == 1
+    assert flops.model_total == 15 * (2 * layer_flops(TINY, 7) + head_flops(TINY, 7))
+
+
+def test_sums_weigh_shares_by_what_they_are_shares_of():
+    # Full runs of 100 and 300 FLOPs; 50 and 300 are spent.
+    total = Flops.sum([Flops(0.4, 0.5, 50.0, 1.0), Flops(1.0, 1.0, 300.0, 2.0)])
+    assert total == pytest.approx(Flops((0.4 * 100 + 300) / 400, 350 / 400, 350.0, 3.0))
+
+
+def test_a_sum_equals_one_count_over_all_rows():
+    gates = np.random.default_rng(0).random((6, 2, 4)) < 0.7
+    cfg = dataclasses.replace(TINY, d_ff=9)
+
+    def count(part):
+        return count_flops(cfg, part, num_tokens=5, head_tokens=2, d_router=3)
+
+    assert Flops.sum([count(gates[:2]), count(gates[2:])]) == pytest.approx(count(gates))

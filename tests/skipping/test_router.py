@@ -1,0 +1,95 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dials_jax import trees
+from dials_jax.config import RouterConfig
+from dials_jax.nn.stack import Denoising
+from dials_jax.skipping.policies import Routed
+from dials_jax.skipping.router import apply_router, init_routers, skip_share
+
+D, T = 8, 10
+
+
+@pytest.fixture(scope="module")
+def fresh():
+    return init_routers(D, 3, RouterConfig(d_hidden=4), jax.random.key(0))
+
+
+def h_of(num_rows, seed=0):
+    return jax.random.normal(jax.random.key(seed), (num_rows, T, D))
+
+
+def voting_router():
+    """A router whose token votes to skip if its first feature is positive; ties at 0 count so."""
+    router = trees.layer_slice(init_routers(D, 1, RouterConfig(d_hidden=2), jax.random.key(0)), 0)
+    down = jnp.zeros((D, 2)).at[0, 0].set(1.0).at[0, 1].set(-1.0)
+    vote = jnp.array([[1.0, 0.0], [0.0, 1.0]])
+    return {**router, "down": down, "vote": vote, "vote_bias": jnp.zeros(2)}
+
+
+def gates_of(first_features, masked, threshold=0.1):
+    h = jnp.zeros((1, T, D)).at[0, :, 0].set(jnp.asarray(first_features, jnp.float32))
+    h = h.at[:, :, 1].set(1.0)  # keeps the norm away from 0
+    denoising = Denoising(jnp.asarray(masked)[None], jnp.asarray(0), None)
+    return bool(Routed(None, threshold).gate(voting_router(), h, denoising)[0])
+
+
+def test_routers_start_by_voting_to_execute(fresh):
+    assert not fresh["vote"].any()
+    np.testing.assert_array_equal(fresh["vote_bias"], [[0, 3]] * 3)
+    assert len({bytes(np.asarray(layer)) for layer in fresh["down"]}) == 3  # independent draws
+    logits = apply_router(trees.layer_slice(fresh, 1), h_of(2))
+    np.testing.assert_array_equal(logits, np.broadcast_to([0, 3], (2, T, 2)))
+
+
+def test_router_by_hand():
+    key = jax.random.key(0)
+    router = trees.layer_slice(init_routers(D, 1, RouterConfig(d_hidden=4), key), 0)
+    leaves, structure = jax.tree.flatten(router)
+    keys = jax.random.split(key, len(leaves))
+    leaves = [jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    router = jax.tree.unflatten(structure, leaves)
+    h = np.asarray(h_of(2))
+    x = h / np.sqrt((h**2).mean(-1, keepdims=True) + 1e-5) * router["norm"]["scale"]
+    x = x @ router["down"] + router["down_bias"]
+    expected = x / (1 + np.exp(-x)) @ router["vote"] + router["vote_bias"]
+    np.testing.assert_allclose(apply_router(router, jnp.asarray(h)), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_share_counts_votes_of_masked_tokens_only():
+    votes = jnp.array([[1.0, 1, 0, 0], [1, 1, 1, 1], [0, 1, 1, 1]])
+    masked = jnp.array([[True, False, True, False], [False] * 4, [True, False, False, False]])
+    np.testing.assert_array_equal(skip_share(votes, masked), [0.5, 0, 0])
+
+
+def test_only_masked_tokens_vote():
+    skip_votes = [1.0] * 5 + [-1.0] * 5
+    assert not gates_of(skip_votes, [True] * 5 + [False] * 5)
+    assert gates_of(skip_votes, [False] * 5 + [True] * 5)
+
+
+def test_without_masked_tokens_the_layer_runs():
+    assert gates_of([1.0] * T, [False] * T)
+
+
+def test_one_vote_in_ten_does_not_exceed_a_tenth():
+    votes = [1.0] + [-1.0] * 9
+    assert gates_of(votes, [True] * T)
+    assert not gates_of(votes, [True] * 9 + [False])  # one in nine does
+
+
+def test_equal_logits_vote_to_skip():
+    assert not gates_of([0.0] * T, [True] * T)
+
+
+def test_padding_never_votes(lively, cfg, routers):
+    tokens = np.random.default_rng(0).integers(2, 60, (1, 6))
+    tokens[:, 4:] = cfg.mask_id
+    padded = np.concatenate([np.full((1, 4), cfg.mask_id), tokens], axis=1)  # [MASK] as padding
+    valid = np.arange(10)[None] >= 4
+    policy = Routed(routers, 0.4)
+    alone = lively.apply(tokens, np.ones((1, 6), bool), policy)
+    np.testing.assert_array_equal(lively.apply(padded, valid, policy).gates, alone.gates)
+    assert alone.gates.any() and not alone.gates.all()

@@ -1,0 +1,84 @@
+"""Routers come back as they were, and only to the model they were trained on."""
+
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from dials_jax.config import InputError, RouterConfig
+from dials_jax.loading import load
+from dials_jax.skipping.router import init_routers
+from dials_jax.skipping.storage import load_router, router_facts, save_router
+
+CFG = RouterConfig(d_hidden=8, threshold=0.25, execute_bias=0.0)
+
+
+@pytest.fixture(scope="module")
+def backbone(arithmetic_model):
+    return load(arithmetic_model)
+
+
+@pytest.fixture(scope="module")
+def router_params(backbone):
+    cfg = backbone.config
+    routers = init_routers(cfg.d_model, cfg.num_layers, CFG, jax.random.key(0))
+    return {**routers, "vote": jax.random.normal(jax.random.key(1), routers["vote"].shape)}
+
+
+@pytest.fixture
+def workdir(tmp_path, router_params, backbone):
+    save_router(tmp_path / "run" / "router", router_params, CFG, backbone, skip_weight=0.5)
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("inside", ["", "router"])  # the workdir, or the folder itself
+def test_routers_come_back_bitwise(inside, workdir, router_params, backbone):
+    policy = load_router(workdir / inside, backbone)
+    jax.tree.map(np.testing.assert_array_equal, policy.router, router_params)
+    assert policy.threshold == 0.25
+    assert router_facts(workdir / inside)[1]["skip_weight"] == 0.5
+
+
+def test_saving_again_replaces(workdir, router_params, backbone):
+    doubled = jax.tree.map(lambda x: 2 * x, router_params)
+    save_router(workdir / "router", doubled, CFG, backbone, skip_weight=0.7)
+    policy = load_router(workdir, backbone)
+    np.testing.assert_array_equal(policy.router["vote"], doubled["vote"])
+    assert router_facts(workdir)[1]["skip_weight"] == 0.7
+
+
+def test_a_threshold_overrides_the_one_of_training(workdir, backbone):
+    assert load_router(workdir, backbone, threshold=0.0).threshold == 0
+    with pytest.raises(InputError, match=r"threshold=1\.5"):
+        load_router(workdir, backbone, threshold=1.5)
+
+
+def test_the_router_of_another_backbone_is_refused(workdir, backbone, other_model):
+    other = load(other_model)
+    with pytest.raises(InputError, match="belongs to another backbone") as error:
+        load_router(workdir, other)
+    assert backbone.fingerprint in str(error.value) and other.fingerprint in str(error.value)
+
+
+def test_what_is_no_router_is_refused(arithmetic_model, tmp_path):
+    with pytest.raises(InputError, match="holds no router"):
+        router_facts(tmp_path)
+    with pytest.raises(InputError, match="is not a router but 'dials_jax model'"):
+        router_facts(arithmetic_model / "model")
+
+
+def test_a_flipped_bit_is_seen(workdir, backbone):
+    files = [p for p in (workdir / "router" / "params").rglob("*") if p.is_file()]
+    largest = max(files, key=lambda p: p.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(bytes(content))
+    with pytest.raises(InputError, match="run its training command again"):
+        load_router(workdir, backbone)
+
+
+def test_missing_arrays_are_one_error(workdir, backbone):
+    shutil.rmtree(workdir / "router" / "params")
+    with pytest.raises(InputError, match="cannot be read"):
+        load_router(workdir, backbone)

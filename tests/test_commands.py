@@ -1,0 +1,99 @@
+import pytest
+
+from dials_jax.commands import main, parse
+from dials_jax.config import EvalConfig, InputError, TrainConfig
+
+CONFIG = """
+from dials_jax.config import ArithmeticData, OptimizerConfig, TrainConfig
+
+def get_config():
+    optimizer = OptimizerConfig(num_steps=10, warmup_steps=1)
+    return TrainConfig(backbone="model", data=ArithmeticData(), optimizer=optimizer)
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "config.py"
+    path.write_text(CONFIG)
+    return str(path)
+
+
+def parsed(config, *arguments):
+    return parse(TrainConfig, "Trains.", ["--config", config, "--workdir", "run", *arguments])
+
+
+def test_the_file_decides_and_flags_override(config):
+    plain, workdir = parsed(config)
+    assert (plain.batch_size, plain.optimizer.num_steps, str(workdir)) == (64, 10, "run")
+    cfg, _ = parsed(config, "--batch-size", "8", "--optimizer.num-steps", "3", "--data.digits", "1")
+    assert (cfg.batch_size, cfg.optimizer.num_steps, cfg.data.digits) == (8, 3, 1)
+    assert cfg.backbone == "model" and cfg.optimizer.warmup_steps == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--batch-sise", "3"], "--batch-sise.*--batch-size"),
+        (["--optimizer.num-step", "3"], "--optimizer.num-step.*--optimizer.num-steps"),
+        (["--batch-size", "seven"], "--batch-size.*seven"),
+        (["--batch-size", "7", "--num-microbatches", "2"], "batch_size=7 must be divisible"),
+    ],
+)
+def test_wrong_flags_are_refused_in_one_line(config, arguments, message):
+    with pytest.raises(InputError, match=message) as error:
+        parsed(config, *arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_wrong_files_are_refused(config, tmp_path):
+    with pytest.raises(InputError, match=r"nowhere\.py is missing"):
+        parsed(str(tmp_path / "nowhere.py"))
+    empty = tmp_path / "empty.py"
+    empty.write_text("")
+    with pytest.raises(InputError, match=r"has no function get_config"):
+        parsed(str(empty))
+    with pytest.raises(InputError, match="is a TrainConfig, but this command takes a EvalConfig"):
+        parse(EvalConfig, "Evaluates.", ["--config", config, "--workdir", "run"])
+
+
+def test_missing_arguments_are_named(config):
+    with pytest.raises(InputError, match="--workdir DIR is missing"):
+        parse(TrainConfig, "Trains.", ["--config", config])
+    with pytest.raises(InputError, match="--config FILE is missing"):
+        parse(TrainConfig, "Trains.", ["--workdir", "run"])
+
+
+def test_help_says_how_to_list_every_field(config, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(TrainConfig, "Trains.", ["--help"])
+    assert stop.value.code == 0 and "--config FILE" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        parse(TrainConfig, "Trains.", ["--config", config, "--help"])
+    assert stop.value.code == 0 and "--optimizer.learning-rate" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "problem, code, line",
+    [
+        (InputError("x is wrong; do y"), 2, "error: x is wrong; do y\n"),
+        (
+            KeyboardInterrupt(),
+            130,
+            "stopped; the same command continues from the last checkpoint\n",
+        ),
+    ],
+)
+def test_a_command_ends_with_one_line_and_no_traceback(capsys, problem, code, line):
+    def command():
+        raise problem
+
+    with pytest.raises(SystemExit) as stop:
+        main(command)
+    assert stop.value.code == code and stop.value.__suppress_context__
+    assert capsys.readouterr().err == line
+
+
+def test_other_errors_keep_their_traceback():
+    with pytest.raises(ZeroDivisionError):
+        main(lambda: 1 / 0)

@@ -1,0 +1,53 @@
+"""Every file of configs/ stands for a run that could start, by the command that it names."""
+
+import re
+import runpy
+import shlex
+from pathlib import Path
+
+import jax
+import pytest
+
+from dials_jax import sharding, trees
+from dials_jax.commands import parse
+from dials_jax.config import EvalConfig, RouterConfig, TrainConfig
+from dials_jax.models import llada
+from dials_jax.skipping.router import init_routers
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "configs").rglob("*.py"))
+COMMANDS = {"train.py": TrainConfig, "eval.py": EvalConfig}
+
+
+def command_of(file):
+    """The script and the arguments that the file's docstring gives."""
+    text = runpy.run_path(str(ROOT / file))["__doc__"].replace("\\\n", " ")
+    [line] = re.findall(r"^python (.*)$", text, re.MULTILINE)
+    script, *arguments = shlex.split(line)
+    return script, arguments
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_the_command_in_the_docstring_works(file, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    script, arguments = command_of(file)
+    assert arguments[:2] == ["--config", file]
+    config, workdir = parse(COMMANDS[script], "", arguments)
+    assert isinstance(config, COMMANDS[script])
+    assert workdir.parts[0] == "runs"
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_the_model_builds_with_a_place_for_every_parameter(file):
+    config = runpy.run_path(str(ROOT / file))["get_config"]()
+    if isinstance(config, EvalConfig):
+        assert config.tasks
+        return
+    cfg = config.model or llada.llada_8b()
+    key = jax.random.key(0)
+    params = jax.eval_shape(lambda: llada.init(cfg, key))
+    assert trees.count_parameters(params) > 0
+    sharding.param_shardings(params, sharding.make_mesh())
+    assert isinstance(config.router, RouterConfig)
+    routers = jax.eval_shape(lambda: init_routers(cfg.d_model, cfg.num_layers, config.router, key))
+    sharding.param_shardings(routers, sharding.make_mesh(), "routers/")

@@ -1,0 +1,78 @@
+"""Imports point left: a module imports only from levels below its own, or from its own package."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LEVELS = (
+    {"config"},
+    {"timing", "trees"},
+    {"sharding"},
+    {"nn", "diffusion"},
+    {"models", "skipping"},
+    {"sampling", "data"},
+    {"loading"},
+    {"training", "analysis"},
+    {"evaluation"},
+    {"commands"},
+)
+LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}
+OPTIONAL = {
+    "matplotlib", "scipy", "tensorboardX", "tokenizers", "torch", "tqdm", "transformers", "tyro",
+}  # fmt: skip
+MODULES = sorted((ROOT / "dials_jax").rglob("*.py"))
+
+
+def imports(node, top_level_only=False):
+    """Dotted names of what a syntax tree imports, `from a import b` as `a.b`."""
+    nodes = node.body if top_level_only else ast.walk(node)
+    for n in nodes:
+        if isinstance(n, ast.Import):
+            yield from (alias.name for alias in n.names)
+        elif isinstance(n, ast.ImportFrom):
+            assert n.level == 0, "relative import"
+            yield from (f"{n.module}.{alias.name}" for alias in n.names)
+
+
+def package_of(path):
+    """`nn` for dials_jax/nn/stack.py, `config` for dials_jax/config.py."""
+    return path.relative_to(ROOT / "dials_jax").with_suffix("").parts[0]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_left(path):
+    package = package_of(path)
+    if package == "__init__":
+        return
+    assert package in LEVEL, f"{package} has no level; add it to LEVELS"
+    for name in imports(ast.parse(path.read_text())):
+        top, *rest = name.split(".")
+        if top != "dials_jax":
+            continue
+        other = rest[0]
+        assert other == package or LEVEL[other] < LEVEL[package], f"{package} imports {name}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_optional_packages_and_convert_are_imported_where_they_are_used(path):
+    tree = ast.parse(path.read_text())
+    top_level = {name.split(".")[0] for name in imports(tree, top_level_only=True)}
+    assert not top_level & (OPTIONAL | {"convert"})
+    if "convert" in {name.split(".")[0] for name in imports(tree)}:
+        assert package_of(path) == "loading"
+
+
+def test_every_package_of_the_table_exists():
+    assert {package_of(path) for path in MODULES} - {"__init__"} == LEVEL.keys()
+
+
+def test_no_import_hides_in_a_condition_at_the_top():
+    """The test of optional packages would not see it. `if TYPE_CHECKING` never runs."""
+    for path in MODULES:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+                continue
+            if isinstance(node, ast.If | ast.Try | ast.With):
+                assert not list(imports(node)), path

@@ -1,0 +1,44 @@
+"""Meshes of 8 devices give what one device gives."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Arrays by mesh and name, from a process with 8 fake CPU devices."""
+    path = tmp_path_factory.mktemp("mesh") / "results.npz"
+    command = [sys.executable, str(HERE / "mesh_worker.py"), str(path)]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = {}
+    for name, value in np.load(path).items():
+        mesh, _, leaf = name.partition("/")
+        found.setdefault(mesh, {})[leaf] = value
+    return found
+
+
+@pytest.mark.parametrize("mesh", ["data8", "data2_fsdp4", "data2_fsdp2_tensor2"])
+@pytest.mark.parametrize("kind", ["model", "router", "evaluation"])
+def test_mesh_equals_one_device(results, mesh, kind):
+    one = {name: x for name, x in results["one"].items() if name.startswith(kind)}
+    assert one, "nothing to compare"
+    for name, expected in one.items():
+        actual = results[mesh][name]
+        if expected.dtype.kind == "f":
+            np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5, err_msg=name)
+        else:
+            np.testing.assert_array_equal(actual, expected, err_msg=name)
+
+
+def test_rows_and_shards_really_differ(results):
+    """Otherwise the comparison above would not see compaction at all."""
+    gates = results["one"]["evaluation/gates"]  # [steps, L, B]
+    assert 0.2 < gates.mean() < 0.9
+    assert (gates != gates[..., :1]).any()

@@ -1,0 +1,92 @@
+import re
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
+
+from dials_jax import sharding, trees
+from dials_jax.config import InputError, MeshConfig
+from dials_jax.models import llada
+from tests.conftest import random_routers, small_config
+
+MESH = AbstractMesh((2, 4, 2), sharding.AXES)  # sizes without devices
+
+
+def named_parameters(unrolled=False):
+    cfg = small_config(bias=True, qkv_bias=True)
+    params = llada.init(cfg, jax.random.key(0))
+    if unrolled:
+        params = {**params, "layers": trees.unstack(params["layers"])}
+    yield from trees.named_leaves({**params, "routers": random_routers(cfg)})
+
+
+@pytest.mark.parametrize("unrolled", [False, True])
+def test_every_parameter_matches_exactly_one_rule(unrolled):
+    used = set()
+    for name, _ in named_parameters(unrolled):
+        matches = [pattern for pattern, _ in sharding.RULES if re.fullmatch(pattern, name)]
+        assert len(matches) == 1, name
+        used.update(matches)
+    assert used == {pattern for pattern, _ in sharding.RULES}  # no rule is dead
+
+
+def test_layouts_are_split_alike():
+    stacked = dict(named_parameters())
+    for name, x in named_parameters(unrolled=True):
+        if name.startswith("layers/"):
+            whole = "layers/" + name.split("/", 2)[2]
+            spec = sharding.partition_spec(whole, stacked[whole].shape, MESH)
+            assert spec == P(None, *sharding.partition_spec(name, x.shape, MESH))
+
+
+def test_large_matrices_are_split_over_both_axes():
+    def spec(name, *shape):
+        return sharding.partition_spec(name, shape, MESH)
+
+    assert spec("embed/table", 64, 32) == P("tensor", "fsdp")
+    assert spec("layers/attention/q", 3, 32, 4, 8) == P(None, "fsdp", "tensor", None)
+    assert spec("layers/2/attention/o", 4, 8, 32) == P("tensor", None, "fsdp")
+    assert spec("layers/mlp/down", 3, 64, 32) == P(None, "tensor", "fsdp")
+    assert spec("head/kernel", 32, 64) == P("fsdp", "tensor")
+    assert spec("layers/mlp_norm/scale", 3, 32) == P(None, None)
+
+
+def test_an_axis_that_does_not_divide_is_not_split():
+    assert sharding.partition_spec("layers/attention/k", (3, 32, 1, 8), MESH) == P(
+        None, "fsdp", None, None
+    )
+    assert sharding.partition_spec("embed/table", (63, 30), MESH) == P(None, None)
+
+
+@pytest.mark.parametrize("name", ["layers/attention/z", "heads/kernel", "layers/attention/q_norm"])
+def test_an_unknown_parameter_is_an_error(name):
+    with pytest.raises(ValueError, match="matches 0 sharding rules"):
+        sharding.partition_spec(name, (4, 4), MESH)
+
+
+def test_a_mesh_takes_all_devices():
+    mesh = sharding.make_mesh()
+    assert mesh.axis_names == ("data", "fsdp", "tensor")
+    assert mesh.devices.size == jax.device_count() == sharding.num_batch_shards(mesh)
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 3}, {"data": 2, "fsdp": 2}, {"data": 1, "tensor": 64}])
+def test_a_mesh_that_does_not_fit_is_refused(sizes):
+    with pytest.raises(InputError, match=r"does not fit 1 devices"):
+        sharding.make_mesh(MeshConfig(**sizes), devices=jax.devices()[:1])
+
+
+def test_optimiser_states_lie_beside_their_parameters():
+    mesh = sharding.make_mesh()
+    params = {"head": {"kernel": np.zeros((4, 6))}}
+    state = {"mu": params, "count": np.zeros(()), "other": {"head": {"kernel": np.zeros(3)}}}
+    found = sharding.state_shardings(state, params, mesh)
+    assert found["mu"]["head"]["kernel"].spec == P("fsdp", "tensor")
+    assert found["count"].spec == found["other"]["head"]["kernel"].spec == P()
+
+
+def test_rows_are_constrained_only_under_a_mesh():
+    x = jax.numpy.ones((4, 2))
+    assert sharding.constrain_rows(x) is x

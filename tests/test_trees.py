@@ -1,0 +1,87 @@
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from dials_jax import trees
+
+TREE = {"a": jnp.arange(6.0).reshape(2, 3), "b": {"c": jnp.ones((2, 4)), "d": jnp.arange(2)}}
+
+
+def test_leaves_are_named_by_their_path():
+    names = [name for name, _ in trees.named_leaves({"layers": ({"q": 1}, {"q": 2}), "head": 3})]
+    assert sorted(names) == ["head", "layers/0/q", "layers/1/q"]
+    doubled = trees.map_named(lambda name, x, y: f"{name}{x}{y}", {"a": 1}, {"a": 2})
+    assert doubled == {"a": "a12"}
+
+
+def test_parameters_are_counted():
+    assert trees.count_parameters(TREE) == 6 + 8 + 2
+
+
+def test_casts_touch_floating_points_only():
+    cast = trees.cast(TREE, jnp.bfloat16)
+    assert cast["a"].dtype == jnp.bfloat16 and cast["b"]["d"].dtype == TREE["b"]["d"].dtype
+    assert trees.cast(TREE, None) is TREE
+
+
+def test_unstacking_and_stacking_return_the_same():
+    layers = trees.unstack(TREE)
+    assert trees.is_unrolled(layers) and not trees.is_unrolled(TREE)
+    assert trees.num_layers(layers) == trees.num_layers(TREE) == 2
+    np.testing.assert_array_equal(layers[1]["a"], [3, 4, 5])
+    jax.tree.map(np.testing.assert_array_equal, trees.stack(layers), TREE)
+
+
+# --------------------------------------------------------------------------------------- digests
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "bool"])
+def test_a_digest_sees_a_changed_and_an_exchanged_element(dtype):
+    x = jnp.arange(-3, 9).reshape(3, 4).astype(dtype)
+    digest = trees.digest_hex({"x": x})["x"]
+    assert len(digest) == 16 and digest == trees.digest_hex({"x": x})["x"]
+    assert digest != trees.digest_hex({"x": x.at[0, 0].set(0)})["x"]
+    swapped = x.at[0, 0].set(x[0, 3]).at[0, 3].set(x[0, 0])
+    assert digest != trees.digest_hex({"x": swapped})["x"]
+
+
+def test_a_digest_sees_a_single_flipped_bit():
+    x = jnp.linspace(0, 1, 50)
+    flipped = np.asarray(x).copy()
+    flipped.view(np.uint32)[17] ^= 1
+    assert trees.digest_hex({"x": x}) != trees.digest_hex({"x": jnp.asarray(flipped)})
+
+
+def params_of(seed=0, num_layers=3):
+    keys = jax.random.split(jax.random.key(seed), 2)
+    return {
+        "embed": {"table": jax.random.normal(keys[0], (20, 4))},
+        "layers": {"w": jax.random.normal(keys[1], (num_layers, 4, 5))},
+    }
+
+
+def test_a_fingerprint_ignores_layout_and_dtype():
+    params = params_of()
+    fingerprint = trees.fingerprint(params)
+    unrolled = {**params, "layers": trees.unstack(params["layers"])}
+    assert trees.fingerprint(unrolled) == fingerprint
+    assert trees.fingerprint(trees.cast(params, jnp.bfloat16)) == fingerprint
+    host = jax.tree.map(lambda x: np.asarray(x).astype(ml_dtypes.bfloat16), params)
+    assert trees.fingerprint(host) == fingerprint
+
+
+def test_a_fingerprint_tells_weights_and_layers_apart():
+    params = params_of()
+    fingerprint = trees.fingerprint(params)
+    assert trees.fingerprint(params_of(seed=1)) != fingerprint
+    reversed_layers = {**params, "layers": {"w": params["layers"]["w"][::-1]}}
+    assert trees.fingerprint(reversed_layers) != fingerprint
+    last = {**params, "layers": {"w": params["layers"]["w"].at[2, 0, 0].add(1)}}
+    assert trees.fingerprint(last) != fingerprint
+
+
+def test_first_elements_count_in_row_order():
+    x = np.arange(24).reshape(2, 3, 4)
+    np.testing.assert_array_equal(trees.first_elements(x, 10, 5), [10, 11, 12, 13, 14])

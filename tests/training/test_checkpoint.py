@@ -1,0 +1,160 @@
+"""A checkpoint comes back bit for bit, or an older one does."""
+
+import logging
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dials_jax.config import InputError
+from dials_jax.training import checkpoint
+from dials_jax.training.checkpoint import Checkpoints
+from dials_jax.training.step import TrainState
+
+
+def make_state(step):
+    """Distinct bits for every step, with values that comparisons like to hide."""
+    rng = np.random.default_rng(step)
+    odd = jnp.array([jnp.nan, -0.0, jnp.inf, 1e-45, 1.5], jnp.float32)
+    params = {
+        "layers": {"q": jnp.asarray(rng.normal(size=(3, 40, 20)), jnp.float32), "odd": odd},
+        "head": jnp.asarray(rng.normal(size=(7, 5)), jnp.bfloat16),
+    }
+    opt_state = (jnp.int32(step), {"mu": jax.tree.map(jnp.negative, params)}, jnp.array([True]))
+    return TrainState(jnp.int32(step), params, opt_state, jnp.int32(-1))
+
+
+def assert_same_bits(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    return Checkpoints(tmp_path / "checkpoints", keep=2)
+
+
+@pytest.fixture(scope="module")
+def two_saves(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    for step in (10, 20):
+        Checkpoints(folder, keep=2).save(step, make_state(step))
+    return folder
+
+
+@pytest.fixture
+def copied(two_saves, tmp_path):
+    """Checkpoints 10 and 20, to damage."""
+    shutil.copytree(two_saves, tmp_path / "checkpoints")
+    return Checkpoints(tmp_path / "checkpoints", keep=2)
+
+
+def test_a_state_comes_back_bitwise(copied):
+    assert_same_bits(copied.restore(make_state(0)), make_state(20))
+
+
+def test_without_checkpoints_there_is_nothing_to_restore(checkpoints):
+    assert checkpoints.restore(make_state(0)) is None
+
+
+def test_only_the_newest_are_kept(copied):
+    copied.save(30, make_state(30))
+    assert copied.steps() == [20, 30]
+    assert sorted(p.name for p in copied.folder.iterdir()) == ["00000020", "00000030"]
+
+
+def test_nothing_is_removed_before_the_new_one_is_verified(copied, monkeypatch):
+    def misread(folder, flat):
+        return {name: x.at[(0,) * x.ndim].set(1) for name, x in flat.items()}
+
+    monkeypatch.setattr(checkpoint, "_load", misread)
+    with pytest.raises(OSError, match="reads back differently"):
+        copied.save(30, make_state(30))
+    monkeypatch.undo()
+    assert copied.steps() == [10, 20]
+    assert_same_bits(copied.restore(make_state(0)), make_state(20))
+
+
+# ------------------------------------------------------------------------------------ damage
+
+
+def largest_file(folder):
+    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def truncate(folder):
+    file = largest_file(folder)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def flip_a_bit(folder):
+    file = largest_file(folder)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(bytes(content))
+
+
+def lose_the_digests(folder):
+    (folder / "digest.json").unlink()
+
+
+def cut_the_digests(folder):
+    (folder / "digest.json").write_text('{"0.la')
+
+
+def lose_the_arrays(folder):
+    shutil.rmtree(folder / "state")
+
+
+def empty(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+DAMAGE = [truncate, flip_a_bit, lose_the_digests, cut_the_digests, lose_the_arrays, empty]
+UNFINISHED = [lose_the_digests, empty]  # what a save that was stopped may look like: no warning
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_falls_back_to_the_older_checkpoint(damage, copied, caplog):
+    damage(copied.folder / "00000020")
+    with caplog.at_level(logging.WARNING):
+        assert_same_bits(copied.restore(make_state(0)), make_state(10))
+    warned = [r for r in caplog.records if r.name == checkpoint.__name__]
+    assert len(warned) == (0 if damage in UNFINISHED else 1)
+    assert all("00000020 is damaged" in r.getMessage() for r in warned)
+
+
+def test_what_a_stopped_save_leaves_is_ignored_and_replaced(copied):
+    partial = copied.folder / "00000030.partial"
+    shutil.copytree(copied.folder / "00000020", partial)
+    assert copied.steps() == [10, 20]
+    assert_same_bits(copied.restore(make_state(0)), make_state(20))
+    copied.save(30, make_state(30))
+    assert not partial.exists()
+    assert_same_bits(copied.restore(make_state(0)), make_state(30))
+
+
+def test_none_intact_is_an_error(copied):
+    for step in (10, 20):
+        flip_a_bit(copied.folder / f"{step:08d}")
+    with pytest.raises(InputError, match=r"no checkpoint in .* is intact; remove it"):
+        copied.restore(make_state(0))
+
+
+def test_a_damaged_checkpoint_is_replaced_when_its_step_comes_again(copied):
+    flip_a_bit(copied.folder / "00000020")
+    copied.save(20, make_state(20))
+    assert_same_bits(copied.restore(make_state(0)), make_state(20))
+
+
+def test_damaged_later_checkpoints_never_displace_an_intact_one(copied):
+    flip_a_bit(copied.folder / "00000020")
+    checkpoints = Checkpoints(copied.folder, keep=1)
+    checkpoints.save(15, make_state(15))
+    assert checkpoints.steps() == [15]
+    assert_same_bits(checkpoints.restore(make_state(0)), make_state(15))

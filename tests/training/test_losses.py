@@ -1,0 +1,166 @@
+"""The losses against a slow reference: one row and one layer at a time, by the equations."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dials_jax.config import ObjectiveConfig, RouterConfig
+from dials_jax.data.batches import Batch
+from dials_jax.models import llada
+from dials_jax.nn.rope import positions_of, rope_angles
+from dials_jax.training.losses import model_loss, router_loss
+
+ROWS, LENGTH, PROMPT, LAYERS = 4, 10, 4, 2
+ROUTER = RouterConfig(d_hidden=8, threshold=0.4, temperature=0.7)
+OBJECTIVE = ObjectiveConfig(min_ratio=0.2, skip_weight=0.8, target_skip_rate=0.3)
+
+
+@pytest.fixture(scope="module")
+def cut(cfg, model, routers):
+    """The first layers of the small model and their routers: the reference is slow."""
+
+    def first(tree):
+        return jax.tree.map(lambda x: x[:LAYERS], tree)
+
+    params = {**model.params, "layers": first(model.params["layers"])}
+    return dataclasses.replace(cfg, num_layers=LAYERS), params, first(routers)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """Prompts with padding on the left; answers of different lengths."""
+    rng = np.random.default_rng(0)
+    valid, answer = np.ones((2, ROWS, LENGTH), bool)
+    answer[:, :PROMPT] = False
+    for row in range(ROWS):
+        valid[row, : row % 3] = False
+        answer[row, LENGTH - row % 4 :] = False
+    tokens = rng.integers(2, 60, (ROWS, LENGTH)).astype(np.int32)
+    batch = Batch(tokens, answer, valid, np.arange(ROWS, dtype=np.int32))
+    return jax.tree.map(jnp.asarray, batch)
+
+
+@pytest.fixture(scope="module")
+def row_keys():
+    return jax.random.split(jax.random.key(5), ROWS)
+
+
+def reference(cfg, params, routers, batch, keys, objective):
+    """The mean of these is the loss; also each row's skip rate, or None, and its masks."""
+    part, losses, rates, counts = llada.parts(cfg), [], [], []
+    for row in range(ROWS):
+        mask_key, gate_key = jax.random.split(keys[row])
+        ratio_key, position_key = jax.random.split(mask_key)
+        p = jax.random.uniform(ratio_key, minval=objective.min_ratio, maxval=1.0)
+        masked = (jax.random.uniform(position_key, (LENGTH,)) < p) & batch.answer[row]
+        tokens = jnp.where(masked, cfg.mask_id, batch.tokens[row])[None]
+        valid = jnp.asarray(batch.valid[row])[None]
+        angles = rope_angles(positions_of(valid), cfg.head_dim, cfg.rope_theta)
+        h, skips = part.embed(params["embed"], tokens), []
+        for layer in range(cfg.num_layers):
+            block = jax.tree.map(lambda x, i=layer: x[i], params["layers"])
+            new = part.block(block, h, angles, valid)
+            if routers is None:
+                h = new
+                continue
+            router = jax.tree.map(lambda x, i=layer: x[i], routers)
+            noise = jax.random.gumbel(jax.random.fold_in(gate_key, layer), (LENGTH, 2))
+            skip = skip_gate(router, h[0], noise, masked)
+            h = h + (1 - skip) * (new - h)
+            skips.append(skip)
+        count, length = int(masked.sum()), int(batch.answer[row].sum())
+        counts.append(count)
+        log_p = jax.nn.log_softmax(llada.logits_of(cfg, params, h)[0])
+        ce = -sum(log_p[t, batch.tokens[row, t]] for t in range(LENGTH) if masked[t])
+        loss = ce / length / p
+        if routers is not None:
+            rates.append(sum(skips) / cfg.num_layers)
+            skip_loss = objective.skip_weight * abs(rates[-1] - objective.target_skip_rate)
+            loss = loss + skip_loss / (p if objective.scale_skip_by_mask_ratio else 1)
+        losses.append(loss if count else 0.0)
+    return losses, rates, counts
+
+
+def skip_gate(router, h, noise, masked):
+    """Equations 4 to 6: votes, their mean over masked tokens, and a threshold one can train."""
+    x = h * jax.lax.rsqrt(jnp.mean(h**2, axis=-1, keepdims=True) + 1e-5) * router["norm"]["scale"]
+    logits = jax.nn.silu(x @ router["down"] + router["down_bias"]) @ router["vote"]
+    soft = jax.nn.softmax((logits + router["vote_bias"] + noise) / ROUTER.temperature)[:, 0]
+    votes = soft + jax.lax.stop_gradient((soft > 0.5) - soft)
+    share = sum(votes * masked) / max(int(masked.sum()), 1)
+    return share + jax.lax.stop_gradient((share > ROUTER.threshold) - share)
+
+
+def assert_trees_close(a, b):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-5), a, b)
+
+
+@pytest.mark.parametrize("scale", [True, False])
+def test_the_router_loss_and_its_gradient_are_the_papers(cut, batch, row_keys, scale):
+    cfg, params, routers = cut
+    objective = ObjectiveConfig(
+        min_ratio=0.2, skip_weight=0.8, target_skip_rate=0.3, scale_skip_by_mask_ratio=scale
+    )
+
+    def slow(routers):
+        losses, rates, counts = reference(cfg, params, routers, batch, row_keys, objective)
+        return sum(losses), (rates, counts)
+
+    loss_fn = router_loss(cfg, ROUTER, objective, remat=False)
+    grads, metrics = jax.grad(loss_fn, has_aux=True)(routers, params, batch, row_keys)
+    slow_grads, (rates, counts) = jax.grad(slow, has_aux=True)(routers)
+    total, _ = loss_fn(routers, params, batch, row_keys)
+    np.testing.assert_allclose(total, slow(routers)[0], rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"].value, total / ROWS, rtol=1e-6)
+    assert_trees_close(grads, slow_grads)
+    seen = [float(rate) for rate, count in zip(rates, counts, strict=True) if count]
+    assert 0 < np.mean(seen) < 1  # some layers ran and some did not
+    np.testing.assert_allclose(metrics["skip_rate"].value, np.mean(seen), rtol=1e-5)
+
+
+def test_the_model_loss_and_its_gradient_are_lladas(cut, batch, row_keys):
+    cfg, params, _ = cut
+
+    def slow(params):
+        return sum(reference(cfg, params, None, batch, row_keys, OBJECTIVE)[0])
+
+    loss_fn = model_loss(cfg, OBJECTIVE, remat=False)
+    grads, _ = jax.grad(loss_fn, has_aux=True)(params, {}, batch, row_keys)
+    np.testing.assert_allclose(loss_fn(params, {}, batch, row_keys)[0], slow(params), rtol=1e-5)
+    assert_trees_close(grads, jax.grad(slow)(params))
+
+
+def test_recomputing_blocks_changes_no_gradient(cut, batch, row_keys):
+    cfg, params, routers = cut
+
+    def grads(remat):
+        loss_fn = router_loss(cfg, ROUTER, OBJECTIVE, remat)
+        return jax.grad(loss_fn, has_aux=True)(routers, params, batch, row_keys)[0]
+
+    assert_trees_close(grads(True), grads(False))
+
+
+def test_a_row_without_masked_tokens_contributes_nothing(cut, batch, row_keys):
+    cfg, params, routers = cut
+    nothing = batch._replace(answer=jnp.zeros_like(batch.answer))
+    loss_fn = router_loss(cfg, ROUTER, OBJECTIVE, remat=False)
+    grads, metrics = jax.grad(loss_fn, has_aux=True)(routers, params, nothing, row_keys)
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(grads))
+    assert metrics["loss"].value == 0
+    assert metrics["skip_rate"].count == 0  # nor does it dilute the mean
+
+
+def test_lambda_weighs_the_skip_loss_alone(cut, batch, row_keys):
+    cfg, params, routers = cut
+
+    def loss(skip_weight):
+        objective = ObjectiveConfig(min_ratio=0.2, skip_weight=skip_weight)
+        loss_fn = router_loss(cfg, ROUTER, objective, remat=False)
+        return float(loss_fn(routers, params, batch, row_keys)[0])
+
+    none, one, three = loss(0.0), loss(1.0), loss(3.0)
+    assert one > none
+    assert three - none == pytest.approx(3 * (one - none), rel=1e-4)

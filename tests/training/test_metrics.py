@@ -1,0 +1,91 @@
+"""Metrics of a run that stops and goes on, and its progress where nobody watches."""
+
+import io
+import json
+
+import pytest
+
+from dials_jax.training import metrics
+from dials_jax.training.metrics import Lines, MetricsWriter, progress_bar
+
+
+def write(workdir, start, values):
+    writer = MetricsWriter(workdir, start)
+    for step, loss in values.items():
+        writer.write(step, {"loss": loss})
+    writer.close()
+
+
+def read(workdir):
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return {(line := json.loads(x))["step"]: line["loss"] for x in lines}
+
+
+def test_continuing_drops_what_came_after_the_checkpoint(tmp_path):
+    write(tmp_path, 0, {10: 1.0, 20: 2.0, 30: 3.0})
+    write(tmp_path, 20, {30: 4.0})
+    assert read(tmp_path) == {10: 1.0, 20: 2.0, 30: 4.0}
+
+
+def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path):
+    write(tmp_path, 0, {10: 1.0})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 20, "lo')
+    write(tmp_path, 20, {30: 3.0})
+    assert read(tmp_path) == {10: 1.0, 30: 3.0}
+
+
+def test_a_fresh_start_drops_everything(tmp_path):
+    write(tmp_path, 0, {10: 1.0})
+    write(tmp_path, 0, {10: 5.0})
+    assert read(tmp_path) == {10: 5.0}
+
+
+def test_tensorboard_files_are_written(tmp_path):
+    pytest.importorskip("tensorboardX")
+    write(tmp_path, 0, {10: 1.0})
+    [file] = (tmp_path / "tensorboard").iterdir()
+    assert "tfevents" in file.name and b"loss" in file.read_bytes()
+
+
+@pytest.fixture
+def run_bar(monkeypatch):
+    """Counts 50 steps on a standard error that is, or is not, a terminal; returns its text."""
+
+    def run(terminal):
+        stream = io.StringIO()
+        stream.isatty = lambda: terminal
+        monkeypatch.setattr("sys.stderr", stream)
+        with progress_bar(50, 0, "model") as bar:
+            for step in range(50):
+                bar.update()
+                bar.set_postfix_str(f"loss {step}", refresh=False)
+        return stream.getvalue()
+
+    return run
+
+
+def test_a_log_gets_whole_lines_and_few_of_them(run_bar):
+    text = run_bar(terminal=False)
+    assert "\r" not in text and text.endswith("\n")
+    first, last = text.splitlines()  # 50 steps take far less than the time between two lines
+    assert "0/50" in first
+    assert "50/50" in last and "loss 49" in last
+
+
+def test_a_log_gets_a_line_whenever_it_is_time(run_bar, monkeypatch):
+    monkeypatch.setattr(metrics, "LINE_SECONDS", 0)
+    lines = run_bar(terminal=False).splitlines()
+    assert len(lines) >= 50 and "\r" not in "".join(lines)
+
+
+def test_a_terminal_gets_a_live_bar(run_bar):
+    assert "\r" in run_bar(terminal=True)
+
+
+def test_lines_leave_out_blanks():
+    stream = io.StringIO()
+    lines = Lines(stream)
+    for text in ("\r1/3  ", "", "\n", "\r2/3"):
+        lines.write(text)
+    assert stream.getvalue() == "1/3\n2/3\n"

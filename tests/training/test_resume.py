@@ -1,0 +1,152 @@
+"""A run that is killed anywhere and continued is bitwise the run that was not."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from dials_jax.commands import load_config
+from dials_jax.config import ArithmeticData, InputError, ObjectiveConfig, TrainConfig
+from dials_jax.training.loop import train
+
+ROOT = Path(__file__).parents[2]
+CONFIG = """
+from dials_jax.config import ArithmeticData, OptimizerConfig, RouterConfig, TrainConfig
+from dials_jax.models.llada import small
+
+MODEL = small(num_layers=2, d_model=32, vocab_size=19, mask_id=18, eos_id=1, pad_id=0,
+              max_length=32, dtype="float32")
+
+def get_config():
+    return TrainConfig(
+        {subject},
+        router=RouterConfig(d_hidden=8, execute_bias=0.5),
+        data=ArithmeticData(num_items=100),
+        optimizer=OptimizerConfig(learning_rate=1e-2, num_steps=40, warmup_steps=5),
+        batch_size=8,
+        num_microbatches=2,
+        log_every=3,
+        save_every=4,
+    )
+"""
+
+
+def run_until(condition, config, workdir):
+    """Starts training and kills it as soon as `condition(workdir)` holds."""
+    process = subprocess.Popen(
+        [sys.executable, "train.py", "--config", str(config), "--workdir", str(workdir)],
+        cwd=ROOT,
+        # As in this process, which runs the other half.
+        env={**os.environ, "JAX_DEFAULT_MATMUL_PRECISION": "highest"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while process.poll() is None and not condition(workdir):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    _, errors = process.communicate()
+    assert process.returncode == -signal.SIGKILL, errors
+
+
+def logged(workdir):
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def logged_step_10(workdir):
+    return any(line["step"] >= 10 for line in logged(workdir))
+
+
+def saves_after_step_20(workdir):
+    partial = (workdir / "checkpoints").glob("*.partial")
+    return any(int(p.name.partition(".")[0]) > 20 for p in partial)
+
+
+def without_times(lines):
+    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("kind", "kills"),
+    [("model", [logged_step_10, saves_after_step_20]), ("routers", [saves_after_step_20])],
+)
+def test_killed_and_continued_equals_uninterrupted(kind, kills, arithmetic_model, tmp_path):
+    config = tmp_path / "config.py"
+    subject = "model=MODEL" if kind == "model" else f"backbone={str(arithmetic_model)!r}"
+    config.write_text(CONFIG.format(subject=subject))
+    cfg = load_config(str(config), TrainConfig)
+
+    for condition in kills:
+        run_until(condition, config, tmp_path / "killed")
+    assert 10 <= logged(tmp_path / "killed")[-1]["step"] < 40
+    killed = train(cfg, tmp_path / "killed")
+    whole = train(cfg, tmp_path / "whole")
+
+    assert int(killed.step) == 40
+    jax.tree.map(np.testing.assert_array_equal, killed, whole)
+    digests = [
+        json.loads((tmp_path / name / "checkpoints/00000040/digest.json").read_text())
+        for name in ("killed", "whole")
+    ]
+    assert digests[0] == digests[1]
+    lines = without_times(logged(tmp_path / "killed"))
+    assert lines == without_times(logged(tmp_path / "whole"))
+    steps = [line["step"] for line in lines]
+    assert steps == sorted(set(steps)) and {3, 4, 6, 39, 40} <= set(steps)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Makes a copy of a finished run of a configuration, which is trained once."""
+    runs = {}
+
+    def copy(cfg, folder):
+        if cfg not in runs:
+            runs[cfg] = tmp_path_factory.mktemp("finished")
+            train(cfg, runs[cfg])
+        return shutil.copytree(runs[cfg], folder)
+
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"seed": 1}, "seed is 0 there and 1 here"),
+        ({"data": ArithmeticData(num_items=150)}, "data.num_items is 200 there and 150 here"),
+        ({"objective": ObjectiveConfig(min_ratio=0.1)}, "objective.min_ratio is 0.001"),
+    ],
+)
+def test_the_workdir_of_another_experiment_is_refused(
+    changes, field, train_config, finished, tmp_path
+):
+    workdir = finished(train_config(), tmp_path / "run")
+    with pytest.raises(InputError, match=f"holds another experiment \\({field}"):
+        train(train_config(**changes), workdir)
+
+
+def test_what_only_concerns_logs_and_saves_may_change(train_config, finished, tmp_path):
+    workdir = finished(train_config(), tmp_path / "run")
+    state = train(train_config(log_every=1, save_every=5, keep_checkpoints=1), workdir)
+    assert int(state.step) == 6
+
+
+def test_routers_do_not_continue_on_another_backbone(
+    train_config, arithmetic_model, other_model, tmp_path
+):
+    backbone = shutil.copytree(arithmetic_model, tmp_path / "model")
+    train(train_config(backbone), tmp_path / "run")
+    shutil.rmtree(backbone)
+    shutil.copytree(other_model, backbone)
+    with pytest.raises(InputError, match="holds another experiment \\(backbone_fingerprint"):
+        train(train_config(backbone), tmp_path / "run")

@@ -1,0 +1,196 @@
+"""One training step, and what a whole run does and does not touch."""
+
+import hashlib
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dials_jax import sharding, trees
+from dials_jax.config import (
+    ArithmeticData,
+    InputError,
+    MeshConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    RouterConfig,
+)
+from dials_jax.data.arithmetic import ArithmeticTask
+from dials_jax.data.batches import Batch, batch_at
+from dials_jax.loading import load
+from dials_jax.skipping.router import init_routers
+from dials_jax.training import loop
+from dials_jax.training.losses import Mean, model_loss, router_loss
+from dials_jax.training.optimizer import make_optimizer
+from dials_jax.training.step import TrainState, init_state, make_train_step
+
+ROUTER = RouterConfig(d_hidden=8)
+
+
+@pytest.fixture(scope="module")
+def backbone(arithmetic_model):
+    return load(arithmetic_model, mesh=sharding.make_mesh(MeshConfig()), layout="stacked")
+
+
+@pytest.fixture(scope="module")
+def batch(arithmetic_data):
+    return batch_at(arithmetic_data, seed=0, step=0, batch_size=8)
+
+
+@pytest.fixture(scope="module")
+def arithmetic_data():
+    return ArithmeticTask(ArithmeticData(num_items=100)).train
+
+
+def assert_equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.parametrize("kind", ["model", "routers"])
+def test_one_microbatch_equals_four(kind, backbone, routers, batch):
+    """Plain gradient descent at rate 1: the change of a parameter is its gradient."""
+    cfg, optimizer = backbone.config, optax.sgd(1.0)
+    if kind == "model":
+        params, frozen = backbone.params, {}
+        loss_fn = model_loss(cfg, ObjectiveConfig(), remat=False)
+    else:
+        params, frozen = routers, backbone.params
+        loss_fn = router_loss(cfg, ROUTER, ObjectiveConfig(), remat=False)
+    state = TrainState(jnp.int32(3), params, optimizer.init(params), jnp.int32(-1))
+    one, four = (
+        jax.jit(make_train_step(loss_fn, optimizer, 0, parts))(state, frozen, batch)
+        for parts in (1, 4)
+    )
+    assert not np.array_equal(*(jax.tree.leaves(s.params)[0] for s in (one[0], state)))
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(four), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_step_has_randomness_of_its_own(backbone, batch):
+    cfg, optimizer = backbone.config, optax.sgd(0.0)
+    step = jax.jit(make_train_step(model_loss(cfg, ObjectiveConfig(), False), optimizer, 0))
+    state = TrainState(jnp.int32(0), backbone.params, optimizer.init({}), jnp.int32(-1))
+    state, first = step(state, {}, batch)
+    _, second = step(state, {}, batch)
+    assert state.step == 1
+    assert first["masked_share"] != second["masked_share"]
+
+
+def test_only_routers_have_optimiser_state(backbone):
+    cfg = backbone.config
+    optimizer = make_optimizer(OptimizerConfig(num_steps=9, warmup_steps=0), 1)
+    state = init_state(
+        lambda: init_routers(cfg.d_model, cfg.num_layers, ROUTER, jax.random.key(0)),
+        optimizer,
+        sharding.make_mesh(),
+        "routers/",
+    )
+    moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
+    assert len(moments) == 2 * len(jax.tree.leaves(state.params))
+    assert sum(x.size for x in moments) == 2 * trees.count_parameters(state.params)
+
+
+def test_a_skipped_layer_passes_gradient_to_its_router(backbone, batch):
+    cfg = backbone.config
+    router = RouterConfig(d_hidden=8, execute_bias=-2.0)  # nearly every token votes to skip
+    routers = init_routers(cfg.d_model, cfg.num_layers, router, jax.random.key(0))
+    objective = ObjectiveConfig(skip_weight=0.0)  # the skip loss would reach routers by itself
+    loss_fn = router_loss(cfg, router, objective, remat=False)
+    batch = jax.tree.map(jnp.asarray, batch)
+    keys = jax.random.split(jax.random.key(0), len(batch.row))
+    grads, metrics = jax.grad(loss_fn, has_aux=True)(routers, backbone.params, batch, keys)
+    assert metrics["skip_rate"].value == 1
+    assert np.all(np.any(grads["vote_bias"] != 0, axis=-1))  # in every layer
+
+
+# ------------------------------------------------------------------------------ non-finite values
+
+
+def test_a_non_finite_gradient_freezes_the_last_good_state():
+    def loss_fn(params, frozen, batch, keys):
+        loss = jnp.sum(params["w"] * frozen["x"])
+        return loss, {"loss": Mean.of(loss[None])}
+
+    optimizer = optax.adam(0.1)
+    params = {"w": jnp.array([1.0, 2.0])}
+    state = TrainState(jnp.int32(0), params, optimizer.init(params), jnp.int32(-1))
+    rows = np.zeros((2, 4), np.int32), np.ones((2, 4), bool), None, np.arange(2, dtype=np.int32)
+    step = jax.jit(make_train_step(loss_fn, optimizer, seed=0))
+    for _ in range(2):
+        state, _ = step(state, {"x": jnp.array([1.0, -1.0])}, Batch(*rows))
+    good = jax.device_get(state)
+    assert (good.step, good.bad_step) == (2, -1)
+    for x in (jnp.array([jnp.nan, 1.0]), jnp.array([jnp.inf, 1.0]), jnp.ones(2)):
+        state, _ = step(state, {"x": x}, Batch(*rows))
+        assert_equal(state, good._replace(bad_step=np.int32(2)))
+
+
+def test_training_stops_at_a_non_finite_loss_and_keeps_its_checkpoints(train_config, tmp_path):
+    optimizer = OptimizerConfig(learning_rate=1e37, num_steps=6, warmup_steps=1)
+    cfg = train_config(optimizer=optimizer, save_every=1, log_every=1)
+    # Step 0 still has rate 0 and step 1 makes the weights huge, so step 2 is the first bad one.
+    with pytest.raises(loop.NonFiniteLoss, match="not finite at step 2"):
+        loop.train(cfg, tmp_path)
+    saved = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert saved == ["00000001", "00000002"]
+    assert not (tmp_path / "model").exists()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+# -------------------------------------------------------------------------------- whole runs
+
+
+def files_digest(folder):
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_router_training_leaves_the_backbone_bitwise_alone(
+    train_config, arithmetic_model, tmp_path, monkeypatch
+):
+    seen = []
+
+    def prepare(cfg, mesh):
+        run = original(cfg, mesh)
+        seen.append((jax.device_get(run.frozen), run.frozen))
+        return run
+
+    original = loop.prepare
+    monkeypatch.setattr(loop, "prepare", prepare)
+    on_disk = files_digest(arithmetic_model)
+    state = loop.train(train_config(arithmetic_model), tmp_path)
+    [(before, after)] = seen
+    assert_equal(before, jax.device_get(after))
+    assert files_digest(arithmetic_model) == on_disk
+    assert np.any(state.params["vote"])  # which starts at zero
+
+
+def test_training_lowers_the_loss(train_config, tmp_path):
+    optimizer = OptimizerConfig(learning_rate=1e-2, num_steps=60, warmup_steps=5)
+    cfg = train_config(optimizer=optimizer, batch_size=32, save_every=60, log_every=10)
+    loop.train(cfg, tmp_path)
+    lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["masked_ce"] < 0.8 * lines[0]["masked_ce"]
+    assert load(tmp_path).config == cfg.model  # the workdir is a model now
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mesh": MeshConfig(data=3)}, "does not fit"),
+        ({"optimizer": OptimizerConfig(num_steps=3, warmup_steps=3)}, "warm-up"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_before_anything_is_written(
+    changes, message, train_config, tmp_path
+):
+    with pytest.raises(InputError, match=message):
+        loop.train(train_config(**changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
