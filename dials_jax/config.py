@@ -11,6 +11,7 @@ import difflib
 import json
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -22,7 +23,7 @@ class InputError(ValueError):
     """Something the user gave is wrong. The message is one line: the thing, then the remedy."""
 
 
-def nearest(name: str, valid: typing.Iterable[str]) -> str:
+def nearest(name: str, valid: Iterable[str]) -> str:
     """A hint such as `; did you mean 'd_model'?`, or the list of valid names."""
     valid = sorted(valid)
     close = difflib.get_close_matches(name, valid, n=1)
@@ -34,7 +35,15 @@ def require(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
+def require_positive(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(value > 0, f"{name}={value} must be positive")
+
+
 # --------------------------------------------------------------------------------------- models
+
+DTYPES = ("bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,17 +70,18 @@ class ModelConfig:
     dtype: str = "bfloat16"  # activations; norms, softmax, angles and logits stay float32
 
     def __post_init__(self):
-        for name in ("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "d_ff"):
-            require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
+        sizes = ("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim")
+        require_positive(self, *sizes, "d_ff", "max_length", "rope_theta", "norm_eps")
         require(
             self.num_heads % self.num_kv_heads == 0,
             f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}",
         )
         require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even for rotary halves")
-        for name in ("mask_id", "eos_id", "pad_id"):
+        require(self.dtype in DTYPES, f"dtype={self.dtype!r} must be one of {', '.join(DTYPES)}")
+        for name in ("mask_id", "eos_id", "pad_id", "eot_id"):
             value = getattr(self, name)
             require(
-                0 <= value < self.vocab_size,
+                value is None or 0 <= value < self.vocab_size,
                 f"{name}={value} is outside the vocabulary of {self.vocab_size} tokens",
             )
 
@@ -87,7 +97,7 @@ class RouterConfig:
 
     def __post_init__(self):
         require(0 <= self.threshold < 1, f"threshold={self.threshold} must lie in [0, 1)")
-        require(self.temperature > 0, f"temperature={self.temperature} must be positive")
+        require_positive(self, "d_hidden", "temperature")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +196,9 @@ class ObjectiveConfig:
     target_skip_rate: float = 0.5  # alpha_target
     scale_skip_by_mask_ratio: bool = True  # False: the unscaled ablation of DIALS, figure 4
 
+    def __post_init__(self):
+        require(0 < self.min_ratio <= 1, f"min_ratio={self.min_ratio} must lie in (0, 1]")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -211,6 +224,8 @@ class TrainConfig:
             bool(self.backbone) != (self.model is not None),
             "give either backbone= (train routers on it) or model= (train from scratch)",
         )
+        require_positive(self, "batch_size", "num_microbatches", "log_every", "save_every")
+        require_positive(self, "keep_checkpoints")
         require(
             self.batch_size % self.num_microbatches == 0,
             f"batch_size={self.batch_size} must be divisible by "
@@ -307,13 +322,15 @@ def _parse_union(options: tuple, value: Any, where: str) -> Any:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """Raises: InputError if the file is missing or is not JSON."""
+    """Reads a JSON object. Raises: InputError if the file is missing or holds none."""
     path = Path(path)
     require(path.is_file(), f"{path} is missing")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # not UTF-8, or not JSON
         raise InputError(f"{path} is not valid JSON: {error}") from error
+    require(isinstance(values, dict), f"{path} does not hold a JSON object")
+    return values
 
 
 def write_json(path: str | Path, values: Any) -> None:

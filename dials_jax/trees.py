@@ -90,12 +90,24 @@ def digest(tree: PyTree) -> PyTree:
     def one(x):
         if x.dtype == jnp.bool_:
             x = x.astype(jnp.uint8)
-        bits = lax.bitcast_convert_type(x, unsigned[x.dtype.itemsize])
-        bits = bits.astype(jnp.uint32).reshape(-1)
-        weights = lax.iota(jnp.uint32, bits.size) * jnp.uint32(2654435761) | jnp.uint32(1)
-        return jnp.stack([bits.sum(dtype=jnp.uint32), (bits * weights).sum(dtype=jnp.uint32)])
+        bits = lax.bitcast_convert_type(x, unsigned[x.dtype.itemsize]).astype(jnp.uint32)
+        weights = flat_index(x.shape) * jnp.uint32(2654435761) | jnp.uint32(1)
+        # One reduction of both: as two, XLA on CPU writes `bits` out, twice the size of the leaf.
+        zero, axes = jnp.uint32(0), tuple(range(x.ndim))
+        return jnp.stack(lax.reduce((bits, bits * weights), (zero, zero), add_pairs, axes))
+
+    def add_pairs(a, b):
+        return a[0] + b[0], a[1] + b[1]
 
     return jax.tree.map(one, tree)
+
+
+def flat_index(shape: tuple[int, ...]) -> jax.Array:
+    """Every element's place in row-major order, modulo 2^32. Sharded axes need no gather."""
+    index = jnp.zeros(shape, jnp.uint32)
+    for axis, size in enumerate(shape):
+        index = index * jnp.uint32(size) + lax.broadcasted_iota(jnp.uint32, shape, axis)
+    return index
 
 
 def digest_hex(tree: PyTree) -> dict[str, str]:

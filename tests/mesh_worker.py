@@ -6,6 +6,7 @@ it and compares what it writes. Usage: python mesh_worker.py OUT.npz
 
 import os
 import sys
+from functools import partial
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
@@ -78,27 +79,21 @@ def evaluate(mesh, cfg, params, routers):
 
 
 def run(mesh):
-    cfg = conftest.small_config()
-    params = llada.init(cfg, jax.random.key(0))
-    # Routers that skip about half of all layers, and not the same for all rows.
+    cfg, objective = conftest.small_config(), ObjectiveConfig()
+    # Weights so large that rows differ, and routers that skip some layers for some of them.
+    params = trees.map_named(
+        lambda name, x: x if "norm" in name else 8 * x, llada.init(cfg, jax.random.key(0))
+    )
     routers = conftest.random_routers(cfg)
     router_cfg = RouterConfig(d_hidden=8, threshold=0.3)
-    frozen = Model(cfg, params, mesh).params
-    objective = ObjectiveConfig()
+    placed = Model(cfg, params, mesh).params
+    new_model = partial(llada.init, cfg, jax.random.key(0))
+    same_routers = partial(jax.tree.map, jnp.copy, routers)
     return {
-        "model": train_step(
-            mesh,
-            model_loss(cfg, objective, True),
-            lambda: llada.init(cfg, jax.random.key(0)),
-            {},
-            "",
-        ),
+        "digest": trees.digest(placed),
+        "model": train_step(mesh, model_loss(cfg, objective, True), new_model, {}, ""),
         "router": train_step(
-            mesh,
-            router_loss(cfg, router_cfg, objective, False),
-            lambda: jax.tree.map(jnp.copy, routers),
-            frozen,
-            "routers/",
+            mesh, router_loss(cfg, router_cfg, objective, False), same_routers, placed, "routers/"
         ),
         "evaluation": evaluate(mesh, cfg, params, routers),
     }

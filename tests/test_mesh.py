@@ -1,5 +1,6 @@
 """Meshes of 8 devices give what one device gives."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,8 @@ def results(tmp_path_factory):
     """Arrays by mesh and name, from a process with 8 fake CPU devices."""
     path = tmp_path_factory.mktemp("mesh") / "results.npz"
     command = [sys.executable, str(HERE / "mesh_worker.py"), str(path)]
-    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=400)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)])}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     found = {}
     for name, value in np.load(path).items():
@@ -25,7 +27,7 @@ def results(tmp_path_factory):
 
 
 @pytest.mark.parametrize("mesh", ["data8", "data2_fsdp4", "data2_fsdp2_tensor2"])
-@pytest.mark.parametrize("kind", ["model", "router", "evaluation"])
+@pytest.mark.parametrize("kind", ["digest", "model", "router", "evaluation"])
 def test_mesh_equals_one_device(results, mesh, kind):
     one = {name: x for name, x in results["one"].items() if name.startswith(kind)}
     assert one, "nothing to compare"
@@ -40,5 +42,6 @@ def test_mesh_equals_one_device(results, mesh, kind):
 def test_rows_and_shards_really_differ(results):
     """Otherwise the comparison above would not see compaction at all."""
     gates = results["one"]["evaluation/gates"]  # [steps, L, B]
-    assert 0.2 < gates.mean() < 0.9
+    assert 0.2 < gates.mean() < 0.95
     assert (gates != gates[..., :1]).any()
+    assert 0.05 < results["one"]["router/values/skip_rate"] < 0.95

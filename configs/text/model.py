@@ -28,7 +28,7 @@ def get_config() -> TrainConfig:
             learning_rate=1e-3,
             weight_decay=0.1,
             final_scale=0.1,
-            num_steps=2100,
+            num_steps=3150,
             warmup_steps=200,
         ),
         batch_size=128,

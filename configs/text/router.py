@@ -26,7 +26,7 @@ def get_config() -> TrainConfig:
         ),
         objective=ObjectiveConfig(skip_weight=1.0),
         # The paper's settings but for the rate, which suits a run this short.
-        optimizer=OptimizerConfig(learning_rate=5e-4, num_steps=600, warmup_steps=120),
+        optimizer=OptimizerConfig(learning_rate=5e-4, num_steps=350, warmup_steps=70),
         batch_size=64,
         log_every=10,
         save_every=200,

@@ -1,7 +1,7 @@
 """The text model under full, static, random and routed execution.
 
 python eval.py --config configs/text/sweep.py --workdir runs/text/sweep \\
-    --routers runs/text/router-0.3 runs/text/router-1 runs/text/router-3
+    --routers runs/text/router-0.1 runs/text/router-0.4 runs/text/router-1.5
 
 Tasks: the NELBO of 384 tokens given 128 on validation text; GSM8K's solutions given their
 questions, by NELBO and by exact match of the final number.
@@ -34,10 +34,10 @@ def get_config() -> EvalConfig:
                 num_samples=32,
             ),
             EvalTask(
-                name="gsm8k nelbo",
+                name="gsm8k_nelbo",
                 metric="nelbo",
                 data=GSM8K,
-                limit=256,
+                limit=128,
                 num_samples=32,
                 bucket=256,
             ),
@@ -46,12 +46,12 @@ def get_config() -> EvalConfig:
                 metric="exact_match",
                 data=GSM8K,
                 extract=r"#### (-?[\d,.]+)",
-                limit=256,
+                limit=128,
                 steps=64,
                 bucket=256,
             ),
         ),
-        static=(1, 2, 3, 4),
-        random=(1, 2, 3, 4),
+        static=(1, 2, 4),
+        random=(1, 2, 4),
         batch_size=128,
     )

@@ -51,7 +51,7 @@ class Row:
     num_items: int
 
 
-def mean_and_stderr(scores: Sequence[float] | np.ndarray) -> tuple[float, float]:
+def mean_and_stderr(scores: Sequence[int | float] | np.ndarray) -> tuple[float, float]:
     """The mean and its standard error, sample standard deviation / sqrt(n).
 
     The error of a single score is unknown: NaN.
@@ -76,7 +76,7 @@ def wilson_interval(successes: int, n: int, level: float = 0.95) -> tuple[float,
     return float(interval.low), float(interval.high)
 
 
-def paired_test(scores: Mapping[str, float], baseline: Mapping[str, float]) -> Paired:
+def paired_test(scores: Mapping[str, int | float], baseline: Mapping[str, int | float]) -> Paired:
     """Compares two policies on the same items, matched by key.
 
     Scores that are all 0 or 1 take the exact McNemar test, others a paired t-test.
@@ -172,7 +172,7 @@ def _row(run: Mapping[str, Any], full: Mapping[str, Any] | None) -> Row:
     )
 
 
-def _interval(metric: str, scores: Sequence[float]) -> tuple[float, float]:
+def _interval(metric: str, scores: Sequence[int | float]) -> tuple[float, float]:
     """95 % interval of the mean: Wilson's for an accuracy, Student's t otherwise."""
     import scipy.stats
 

@@ -42,7 +42,6 @@ class Denoising(NamedTuple):
 
 
 @runtime_checkable
-@runtime_checkable
 class Policy(Protocol):
     """Decides which rows run a layer."""
 
@@ -96,6 +95,7 @@ def run_stack(
 
     count = trees.num_layers(layers)
     plan = policy.plan(count, denoising) if policy else None
+    h = constrain_rows(h)
     if not trees.is_unrolled(layers):
         h, (gates, observed) = lax.scan(run_layer, h, (layers, plan))
         return StackOutput(h, gates, observed)
@@ -116,6 +116,8 @@ def _execute(
     per_row = gate.ndim == 1
     if executor == "auto":
         executor = "compact" if per_row and h.shape[0] > 1 else "cond"
+    if jnp.issubdtype(gate.dtype, jnp.floating) and executor != "select":
+        raise ValueError(f"executor={executor!r} drops a float gate's gradient; use 'select'")
     if executor == "select":
         return choose(gate, h, block(params, h, context))
     if executor == "compact" and per_row:
@@ -173,12 +175,12 @@ def _compact_rows(
         def run():
             if size == 0:
                 return h
-            if size == num_rows:
+            if size == num_rows:  # nothing to move; rounding up may have taken in rows that skip
                 return choose(gate, h, block(params, h, context))
             rows = order[:size]
             old = h[rows]
             new = block(params, old, jax.tree.map(lambda x: x[rows], context))
-            # Rounding up may have taken in rows that skip: they keep their state.
+            # Rounding up again: rows that skip keep their state.
             return h.at[rows].set(choose(gate[rows], old, new), unique_indices=True)
 
         return run

@@ -21,6 +21,9 @@ from dials_jax.config import ModelConfig, require
 class Confidence:
     """Settings of the sampler.
 
+    As in the reference, a model that predicts [MASK] itself spends quota on it, and the token may
+    stay in the result.
+
     Attributes:
       gen_length: tokens to generate; a multiple of `block_length`.
       steps: denoising steps in all; a multiple of the number of blocks.
@@ -91,25 +94,25 @@ def denoise(
     prompt_length = canvas.shape[1] - sampler.gen_length
 
     def step(carry, i):
-        tokens, present = carry
+        tokens, block_masks = carry
         block, step_in_block = jnp.divmod(i, sampler.steps_per_block)
         start = prompt_length + block * sampler.block_length
         window = lax.dynamic_slice_in_dim(tokens, start, sampler.block_length, axis=1)
         masked = window == cfg.mask_id
         # Quotas count the masks that the row has when it enters the block.
-        present = jnp.where(step_in_block == 0, jnp.sum(masked, axis=1), present)
+        block_masks = jnp.where(step_in_block == 0, jnp.sum(masked, axis=1), block_masks)
         logits, gates = predict(tokens, start, i)
         keys = jax.vmap(jax.random.fold_in, (0, None))(noise_keys, i)
         guess, confidence = propose(sampler, cfg, logits, keys)
-        quota = step_quota(present, step_in_block, sampler.steps_per_block)
+        quota = step_quota(block_masks, step_in_block, sampler.steps_per_block)
         commit = top_ranked(jnp.where(masked, confidence, -jnp.inf), quota) & masked
         share = jnp.mean(tokens[:, prompt_length:] == cfg.mask_id, axis=1)
         window = jnp.where(commit, guess, window)
         tokens = lax.dynamic_update_slice_in_dim(tokens, window, start, axis=1)
-        return (tokens, present), Step(gates, share)
+        return (tokens, block_masks), Step(gates, share)
 
-    present = jnp.zeros(canvas.shape[0], jnp.int32)
-    (tokens, _), steps = lax.scan(step, (canvas, present), jnp.arange(sampler.steps))
+    block_masks = jnp.zeros(canvas.shape[0], jnp.int32)
+    (tokens, _), steps = lax.scan(step, (canvas, block_masks), jnp.arange(sampler.steps))
     return tokens, steps
 
 

@@ -128,10 +128,10 @@ def _generate_fn(
     given = jnp.concatenate([jnp.ones_like(prompts, bool), jnp.zeros_like(answer, bool)], axis=1)
     if valid is not None:
         valid = jnp.concatenate([valid, jnp.ones_like(answer, bool)], axis=1)
-    noise_keys, gate_keys, other_keys = jax.vmap(lambda k: jax.random.split(k, 3))(keys).T
+    noise_keys, gate_keys, uncond_gate_keys = jax.vmap(lambda k: jax.random.split(k, 3))(keys).T
     guided = sampler.cfg_scale > 0
     if guided:
-        gate_keys = jnp.concatenate([gate_keys, other_keys])
+        gate_keys = jnp.concatenate([gate_keys, uncond_gate_keys])
         valid = None if valid is None else jnp.concatenate([valid, valid])
 
     def predict(tokens, start, step):

@@ -59,6 +59,10 @@ class Random:
 
     num_skipped: Any  # an integer; JAX also builds the class around tracers and shapes
 
+    def __post_init__(self):
+        if isinstance(self.num_skipped, int):
+            require(self.num_skipped >= 0, f"Random: cannot skip {self.num_skipped} layers")
+
     def plan(self, num_layers: int, denoising: Denoising) -> Bool[Array, "L B"]:
         def row(key):
             order = jax.random.permutation(jax.random.fold_in(key, denoising.step), num_layers)

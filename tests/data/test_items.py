@@ -196,7 +196,8 @@ def test_groups_cover_every_item_once_and_never_mix_buckets():
     groups = list(group_by_length(items, len, batch_size=7))
     assert sorted(i for group in groups for i in group) == list(range(99))
     assert all(len(group) <= 7 for group in groups)
-    sizes = [set(buckets([len(items[i]) for i in group])) for group in groups]
+    bucket = buckets([len(item) for item in items])
+    sizes = [{bucket[i] for i in group} for group in groups]
     assert all(len(size) == 1 for size in sizes)
     flat = [size.pop() for size in sizes]
     assert flat == sorted(flat, reverse=True)
