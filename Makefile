@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+DEMO := runs/demo
 
 .PHONY: demo test lint format clean
 
@@ -12,7 +13,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: $(VENV)/.installed
-	$(BIN)/python -m demo runs/demo
+	$(BIN)/python train.py --config configs/demo/model.py --workdir $(DEMO)/model
+	$(BIN)/python train.py --config configs/demo/router.py --workdir $(DEMO)/router-low \
+		--objective.skip-weight 0.5
+	$(BIN)/python train.py --config configs/demo/router.py --workdir $(DEMO)/router-mid \
+		--objective.skip-weight 1
+	$(BIN)/python train.py --config configs/demo/router.py --workdir $(DEMO)/router-high \
+		--objective.skip-weight 2
+	$(BIN)/python eval.py --config configs/demo/sweep.py --workdir $(DEMO)/sweep
 
 test: $(VENV)/.installed
 	$(BIN)/python -m ruff check .
@@ -27,4 +35,4 @@ format: $(VENV)/.installed
 	$(BIN)/python -m ruff check --fix .
 
 clean:
-	rm -rf runs/demo .pytest_cache .ruff_cache
+	rm -rf $(DEMO) .pytest_cache .ruff_cache

@@ -19,10 +19,10 @@ def get_config() -> TrainConfig:
         backbone="runs/demo/model",
         router=RouterConfig(d_hidden=32),
         data=ArithmeticData(),
-        objective=ObjectiveConfig(skip_weight=0.1),
+        objective=ObjectiveConfig(skip_weight=1.0),
         # The paper's settings but for a rate that suits so small a model and so short a run.
-        optimizer=OptimizerConfig(learning_rate=3e-3, num_steps=250, warmup_steps=50),
-        batch_size=128,
+        optimizer=OptimizerConfig(learning_rate=3e-3, num_steps=400, warmup_steps=80),
+        batch_size=64,
         log_every=10,
-        save_every=100,
+        save_every=200,
     )

@@ -1,4 +1,4 @@
-"""The procedural task of the demo: four operations on a few digits, in characters.
+"""The procedural task of the demo: operations on a few digits, in characters.
 
     add      +37,58=   095    carries: a digit depends on those to its right
     reverse  r37,58=   8573   moves digits
@@ -6,7 +6,8 @@
     sort     s37,58=   3578   every digit depends on all
 
 All prompts have one length, and each operation's answers too. The operations differ in
-difficulty, so a decision a sequence has something to find.
+difficulty, so a decision a sequence has something to find. Sums take several times as long to
+learn as the others, and are not in the demo.
 """
 
 from __future__ import annotations
