@@ -9,6 +9,7 @@ out.tokens, out.gates, out.flops
 """
 
 from dials_jax.config import InputError, ModelConfig, RouterConfig
+from dials_jax.data.tokenizer import load_tokenizer
 from dials_jax.evaluation.likelihood import estimate_log_likelihood, log_likelihood
 from dials_jax.loading import load
 from dials_jax.models.model import Model
@@ -30,5 +31,6 @@ __all__ = [
     "generate",
     "load",
     "load_router",
+    "load_tokenizer",
     "log_likelihood",
 ]

@@ -77,7 +77,7 @@ def test_compact_equals_select(policies, kind, num_rows, unrolled):
     assert gates.any() and not gates.all()
 
 
-@pytest.mark.parametrize("num_rows", [1, 2, 3, 5, 8, 11])  # 11: slices are rounded up to pairs
+@pytest.mark.parametrize("num_rows", [*range(1, 9), 11])  # 11: slices are rounded up to pairs
 def test_compact_handles_every_number_of_executing_rows(num_rows):
     # Layer by layer, 0..3 and the last 1..4 rows execute, scattered by a permutation.
     rows = make_rows(num_rows)
