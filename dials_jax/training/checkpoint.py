@@ -72,7 +72,7 @@ class Checkpoints:
                     return unflatten(state, loaded)
                 problem = "its arrays do not match their digests"
             except Exception as error:  # Orbax raises many kinds for damaged files
-                problem = str(error).splitlines()[0]
+                problem = (str(error).splitlines() or [type(error).__name__])[0]
             log.warning("checkpoint %s is damaged (%s); trying an older one", folder, problem)
         if steps:
             raise InputError(f"no checkpoint in {self.folder} is intact; remove it to start again")

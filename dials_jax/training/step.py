@@ -90,7 +90,7 @@ def make_train_step(
         # Divided once, by all rows of the batch.
         grads = jax.tree.map(lambda g: g / batch.row.shape[0], grads)
         values = {name: mean.value for name, mean in metrics.items()}
-        values["grad_norm"] = optax.global_norm(grads)
+        values["grad_norm"] = optax.tree.norm(grads)
         good = jnp.isfinite(values["loss"]) & jnp.isfinite(values["grad_norm"])
         return update(optimizer, state, grads, good), values
 

@@ -8,7 +8,7 @@ from dials_jax.config import ArithmeticData, InputError
 from dials_jax.data.arithmetic import SYMBOLS, ArithmeticTask
 from dials_jax.data.batches import batch_at
 
-CFG = ArithmeticData(num_items=400)
+CFG = ArithmeticData(operations=tuple(SYMBOLS), num_items=400)
 
 
 def training_texts(task):
@@ -32,7 +32,7 @@ def right_answer(prompt):
 
 @pytest.mark.parametrize("digits", [1, 2, 3])
 def test_answers_are_right_and_of_fixed_width(digits):
-    task = ArithmeticTask(ArithmeticData(digits=digits, num_items=40))
+    task = ArithmeticTask(dataclasses.replace(CFG, digits=digits, num_items=40))
     pairs = [(r["prompt"], r["answer"]) for r in task.test_records(8)] + training_texts(task)
     for prompt, answer in pairs:
         assert len(prompt) == task.prompt_length
