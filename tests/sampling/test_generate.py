@@ -151,7 +151,8 @@ def test_nothing_is_fetched_while_it_runs(lively, prompts):
     program = module._generate
     lively.run(program, *rows, None, sampler=SAMPLER, executor="auto")  # compiles
     with jax.transfer_guard("disallow"):
-        lively.run(program, *rows, None, sampler=SAMPLER, executor="auto")
+        (out, _), _ = lively.run(program, *rows, None, sampler=SAMPLER, executor="auto")
+    assert not (out[:, P:] == lively.config.mask_id).any()
 
 
 # --------------------------------------------------------------------------------------- refusals

@@ -42,7 +42,6 @@ def test_a_fresh_start_drops_everything(tmp_path):
 
 
 def test_tensorboard_files_are_written(tmp_path):
-    pytest.importorskip("tensorboardX")
     write(tmp_path, 0, {10: 1.0})
     [file] = (tmp_path / "tensorboard").iterdir()
     assert "tfevents" in file.name and b"loss" in file.read_bytes()
