@@ -1,6 +1,6 @@
 """The report of an evaluation sweep: results.json, results.csv, plots and one HTML page.
 
-A sweep is written again after every run, so results may be partial: one run, or no full run yet.
+A sweep reports after every task, and a stopped one may have few runs, or no full run yet.
 """
 
 from __future__ import annotations

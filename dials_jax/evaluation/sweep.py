@@ -15,7 +15,15 @@ import jax
 
 from dials_jax import sharding, trees
 from dials_jax.analysis.similarity import layer_similarities
-from dials_jax.config import EvalConfig, EvalTask, InputError, read_json, require, to_dict
+from dials_jax.config import (
+    EvalConfig,
+    EvalTask,
+    InputError,
+    read_json,
+    require,
+    to_dict,
+    write_json,
+)
 from dials_jax.data.items import Item, load_items
 from dials_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dials_jax.evaluation.report import format_table, write_report
@@ -42,7 +50,9 @@ class Candidate:
 
 
 def sweep(cfg: EvalConfig, workdir: str | Path) -> dict[str, Any]:
-    """Runs what is not in `workdir/results.json` yet, and writes the report after every run.
+    """Runs what is not in `workdir/results.json` yet.
+
+    Results are written after every run, the report with its plots after every task.
 
     Raises: InputError before the first run for tasks, routers or layers that do not fit.
     """
@@ -58,8 +68,10 @@ def sweep(cfg: EvalConfig, workdir: str | Path) -> dict[str, Any]:
         static = _static(cfg, model, task, items)
         for candidate in [*shared[:1], *static, *shared[1:]]:
             _run_once(results, cfg, model, task, items, tokenizer, candidate, workdir)
+        if jax.process_index() == 0:
+            rows = write_report(results, workdir)
     if jax.process_index() == 0:
-        print(format_table(write_report(results, workdir)))
+        print(format_table(rows))
         print(f"report: {workdir / 'report.html'}")
     return results
 
@@ -109,7 +121,7 @@ def _run_once(
     }
     results["runs"].append(run)
     if jax.process_index() == 0:
-        write_report(results, workdir)
+        write_json(workdir / "results.json", results)
         mean = sum(scores.items.values()) / len(scores.items)
         print(f"{what}: {mean:.4f}, {scores.flops.layers_run:.1%} of layers", flush=True)
 
