@@ -1,7 +1,7 @@
 """Opens a Hugging Face folder as a configuration and a tree of parameters.
 
 To add a kind of model, write a module with `translate(values, dtype) -> ModelConfig` and `TABLE`
-(see `convert/llada.py`) and list it in `MODEL_TYPES`.
+(see `convert/llada.py`; `convert/settings.py` reads numbers) and list it in `MODEL_TYPES`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import ml_dtypes
 
-from convert import llada
+from convert import dream, llada, qwen2
 from convert.safetensors_reader import open_tensors
 from convert.table import fill
 from dials_jax import trees
@@ -19,7 +19,7 @@ from dials_jax.config import ModelConfig, nearest, read_json, require
 from dials_jax.models.checkpoint import dtype_name, save_model
 from dials_jax.models.groups import abstract_params
 
-MODEL_TYPES = {"llada": llada}  # the `model_type` of config.json
+MODEL_TYPES = {"llada": llada, "Dream": dream, "qwen2": qwen2}  # the `model_type` of config.json
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -53,7 +53,8 @@ def open_folder(source: str | Path, dtype: Any = None) -> tuple[ModelConfig, tre
     all_bfloat16 = all(x.dtype == ml_dtypes.bfloat16 for x in tensors.values())
     dtype = dtype_name(dtype) or ("bfloat16" if all_bfloat16 else "float32")
     cfg = MODEL_TYPES[kind].translate(values, dtype)
-    return cfg, fill(MODEL_TYPES[kind].TABLE, abstract_params(cfg), tensors, source)
+    tied = bool(values.get("tie_word_embeddings"))
+    return cfg, fill(MODEL_TYPES[kind].TABLE, abstract_params(cfg), tensors, source, tied)
 
 
 def convert(source: str | Path, target: str | Path, dtype: Any = None) -> ModelConfig:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from convert.settings import integer, number, require_options, width_of_heads
 from convert.table import Row
-from dials_jax.config import ModelConfig, require
+from dials_jax.config import ModelConfig
 
 _BLOCK = "model.transformer.blocks.{i}"
 
@@ -60,50 +61,30 @@ def translate(values: dict[str, Any], dtype: str) -> ModelConfig:
 
     Raises: InputError for an option that is not implemented and for a missing number.
     """
-    for name, wanted in REQUIRED.items():
-        given = values.get(name) or False
-        require(
-            given == wanted,
-            f"config.json: {name}={given!r} is not implemented; only {wanted!r} is",
-        )
-
-    def integer(name: str, default: int | None = None) -> int:
-        value = default if values.get(name) is None else values[name]
-        require(value is not None, f"config.json: {name} is missing; add it")
-        require(isinstance(value, int), f"config.json: {name}={value!r} must be an integer")
-        return value
-
-    def number(name: str) -> float:
-        value = values.get(name)
-        require(isinstance(value, (int, float)), f"config.json: {name} must be a number; add it")
-        return float(value)
-
-    d_model, num_heads = integer("d_model"), integer("n_heads")
-    vocab_size = integer("embedding_size", values.get("vocab_size"))
-    mask_id, eos_id = integer("mask_token_id"), integer("eos_token_id")
-    require(
-        num_heads > 0 and d_model % num_heads == 0,
-        f"config.json: d_model={d_model} must be a multiple of n_heads={num_heads}",
-    )
+    require_options(values, REQUIRED)
+    num_heads, head_dim = integer(values, "n_heads"), width_of_heads(values, "d_model", "n_heads")
+    vocab_size = integer(values, "embedding_size", values.get("vocab_size"))
+    mask_id, eos_id = integer(values, "mask_token_id"), integer(values, "eos_token_id")
+    num_kv_heads = 1 if values.get("multi_query_attention") else num_heads
     bias = bool(values.get("include_bias"))
     has_eot = mask_id == PUBLISHED_MASK_ID and vocab_size > PUBLISHED_EOT_ID
     return ModelConfig(
         model_type="llada",
         vocab_size=vocab_size,
-        d_model=d_model,
-        num_layers=integer("n_layers"),
+        d_model=integer(values, "d_model"),
+        num_layers=integer(values, "n_layers"),
         num_heads=num_heads,
-        num_kv_heads=integer("n_kv_heads", 1 if values.get("multi_query_attention") else num_heads),
-        head_dim=d_model // num_heads,
-        d_ff=integer("mlp_hidden_size"),
-        max_length=integer("max_sequence_length"),
-        rope_theta=number("rope_theta"),
-        norm_eps=number("rms_norm_eps"),
+        num_kv_heads=integer(values, "n_kv_heads", num_kv_heads),
+        head_dim=head_dim,
+        d_ff=integer(values, "mlp_hidden_size"),
+        max_length=integer(values, "max_sequence_length"),
+        rope_theta=number(values, "rope_theta"),
+        norm_eps=number(values, "rms_norm_eps"),
         qkv_bias=bias or bool(values.get("include_qkv_bias")),
         bias=bias,
         mask_id=mask_id,
         eos_id=eos_id,
-        pad_id=integer("pad_token_id", eos_id),
+        pad_id=integer(values, "pad_token_id", eos_id),
         eot_id=PUBLISHED_EOT_ID if has_eot else None,
         dtype=dtype,
     )

@@ -23,6 +23,7 @@ class Row(NamedTuple):
     upstream: str  # `{i}` is the number of the layer
     ours: str  # a path below the parameters, without the number of the layer
     inputs: int | None = None
+    tied: str = ""  # the tensor that stands in where config.json ties the two
 
 
 def fill(
@@ -30,6 +31,7 @@ def fill(
     shapes: trees.Params,
     tensors: dict[str, np.ndarray],
     source: Path,
+    tied: bool = False,
 ) -> trees.Params:
     """Our tree, layers unrolled, as views of the tensors: nothing is read or copied.
 
@@ -37,6 +39,7 @@ def fill(
       shapes: the tree to fill, layers stacked.
       tensors: names with or without the leading `model.`.
       source: where the tensors come from, for messages.
+      tied: a tensor that is absent may be the one that its row is tied to.
 
     Raises: InputError for a tensor that is missing, unknown or of another shape.
     """
@@ -46,7 +49,8 @@ def fill(
     def take(name: str, shape: tuple[int, ...], layer: int | None = None) -> np.ndarray:
         row = rows[name]
         key = row.upstream.format(i=layer)
-        found = next((k for k in (key, key.removeprefix("model.")) if k in tensors), None)
+        keys = (key, row.tied) if tied else (key,)
+        found = next((n for k in keys for n in (k, k.removeprefix("model.")) if n in tensors), None)
         require(found is not None, f"{source} lacks tensor {key!r}, which fills {name}")
         unused.discard(found)
         return _view(found, tensors[found], shape, row.inputs)

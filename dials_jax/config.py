@@ -48,7 +48,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Shape of one masked-diffusion transformer. Fields that change the maths have no default."""
+    """Shape of one transformer. Numbers that change the maths have no default."""
 
     model_type: str = "llada"
     vocab_size: int  # rows of the embedding and of the head
@@ -63,8 +63,10 @@ class ModelConfig:
     norm_eps: float
     qkv_bias: bool = False  # biases on the query, key and value projections
     bias: bool = False  # biases on every other projection, the head included
-    mask_id: int  # id of [MASK]
-    eos_id: int
+    causal: bool = False  # a token sees itself and what is to its left only
+    shift: bool = False  # the head's row i predicts token i + 1 (Dream); `apply` undoes it
+    mask_id: int | None  # id of [MASK]; None for a causal model that has none
+    eos_id: int | None  # end of text; None for a causal model that has none
     pad_id: int
     eot_id: int | None = None  # end of turn, where the tokenizer has one
     dtype: str = "bfloat16"  # activations; norms, softmax, angles and logits stay float32
@@ -84,6 +86,21 @@ class ModelConfig:
                 value is None or 0 <= value < self.vocab_size,
                 f"{name}={value} is outside the vocabulary of {self.vocab_size} tokens",
             )
+            require(
+                value is not None or self.causal or name == "eot_id",
+                f"{name} is missing; only a causal model can do without",
+            )
+        require(
+            not (self.causal and self.shift),
+            "shift=True is for models that fill in [MASK]; a causal model predicts the next token",
+        )
+
+    def require_mask(self) -> None:
+        """Raises: InputError for a causal model, which has no [MASK] to fill in."""
+        require(
+            not self.causal,
+            f"a causal model ({self.model_type}) fills in no [MASK]; give a masked diffusion model",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from dials_jax.config import (  # noqa: E402
     TrainConfig,
 )
 from dials_jax.data.arithmetic import ArithmeticTask  # noqa: E402
-from dials_jax.models import llada  # noqa: E402
+from dials_jax.models import llada, transformer  # noqa: E402
 from dials_jax.models.checkpoint import save_model  # noqa: E402
 from dials_jax.models.model import Model  # noqa: E402
 from dials_jax.skipping.router import init_routers  # noqa: E402
@@ -54,7 +54,7 @@ def cfg():
 
 @pytest.fixture(scope="session")
 def model(cfg):
-    return Model(cfg, llada.init(cfg, jax.random.key(0)))
+    return Model(cfg, transformer.init(cfg, jax.random.key(0)))
 
 
 @pytest.fixture(scope="session")
@@ -75,7 +75,7 @@ def save_arithmetic_model(folder, seed=0):
     tokenizer = ArithmeticTask(ArithmeticData()).tokenizer
     tokenizer.save(folder)
     cfg = small_config(vocab_size=19, mask_id=18, max_length=32)
-    params = llada.init(cfg, jax.random.key(seed))
+    params = transformer.init(cfg, jax.random.key(seed))
     save_model(folder / "model", cfg, params, tokenizer_files=[folder / "tokenizer.json"])
     return folder
 

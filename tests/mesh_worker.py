@@ -26,7 +26,7 @@ from dials_jax.config import (
 from dials_jax.data.arithmetic import ArithmeticTask
 from dials_jax.data.batches import batch_at
 from dials_jax.evaluation.likelihood import pad_pairs, score_pairs
-from dials_jax.models import llada
+from dials_jax.models import transformer
 from dials_jax.models.model import Model, row_keys
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.generate import generate
@@ -82,12 +82,12 @@ def run(mesh):
     cfg, objective = conftest.small_config(), ObjectiveConfig()
     # Weights so large that rows differ, and routers that skip some layers for some of them.
     params = trees.map_named(
-        lambda name, x: x if "norm" in name else 8 * x, llada.init(cfg, jax.random.key(0))
+        lambda name, x: x if "norm" in name else 8 * x, transformer.init(cfg, jax.random.key(0))
     )
     routers = conftest.random_routers(cfg)
     router_cfg = RouterConfig(d_hidden=8, threshold=0.3)
     placed = Model(cfg, params, mesh).params
-    new_model = partial(llada.init, cfg, jax.random.key(0))
+    new_model = partial(transformer.init, cfg, jax.random.key(0))
     same_routers = partial(jax.tree.map, jnp.copy, routers)
     return {
         "digest": trees.digest(placed),

@@ -11,7 +11,7 @@ import pytest
 from dials_jax import sharding, trees
 from dials_jax.commands import parse
 from dials_jax.config import EvalConfig, RouterConfig, TrainConfig
-from dials_jax.models import llada
+from dials_jax.models import llada, transformer
 from dials_jax.skipping.router import init_routers
 
 ROOT = Path(__file__).parents[1]
@@ -45,7 +45,7 @@ def test_the_model_builds_with_a_place_for_every_parameter(file):
         return
     cfg = config.model or llada.llada_8b()
     key = jax.random.key(0)
-    params = jax.eval_shape(lambda: llada.init(cfg, key))
+    params = jax.eval_shape(lambda: transformer.init(cfg, key))
     assert trees.count_parameters(params) > 0
     sharding.param_shardings(params, sharding.make_mesh())
     assert isinstance(config.router, RouterConfig)

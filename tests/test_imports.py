@@ -12,6 +12,7 @@ LEVELS = (
     {"sharding"},
     {"nn", "diffusion"},
     {"models", "skipping"},
+    {"caching"},
     {"sampling", "data"},
     {"loading"},
     {"training", "analysis"},

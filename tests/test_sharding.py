@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from dials_jax import sharding, trees
 from dials_jax.config import InputError, MeshConfig
-from dials_jax.models import llada
+from dials_jax.models import transformer
 from tests.conftest import random_routers, small_config
 
 MESH = AbstractMesh((2, 4, 2), sharding.AXES)  # sizes without devices
@@ -16,7 +16,7 @@ MESH = AbstractMesh((2, 4, 2), sharding.AXES)  # sizes without devices
 
 def named_parameters(unrolled=False):
     cfg = small_config(bias=True, qkv_bias=True)
-    params = llada.init(cfg, jax.random.key(0))
+    params = transformer.init(cfg, jax.random.key(0))
     if unrolled:
         params = {**params, "layers": trees.unstack(params["layers"])}
     yield from trees.named_leaves({**params, "routers": random_routers(cfg)})

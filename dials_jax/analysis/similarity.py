@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from dials_jax.data.items import pad_prompts
-from dials_jax.models import llada
+from dials_jax.models import transformer
 from dials_jax.models.model import Model
 from dials_jax.skipping.similarity import mean_cosine
 from dials_jax.timing import Timed
@@ -46,7 +46,7 @@ def _similarities_fn(params, prompts, valid, *, cfg, gen_length) -> Float[Array,
     def cosine(before, after):
         return mean_cosine(before, after, in_prompt)
 
-    return llada.run_layers(cfg, params, tokens, present, observe=cosine).observed
+    return transformer.run_layers(cfg, params, tokens, present, observe=cosine).observed
 
 
 _similarities = Timed(_similarities_fn, static_argnames=("cfg", "gen_length"))

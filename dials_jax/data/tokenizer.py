@@ -150,6 +150,7 @@ def check_ids(tokenizer: Tokenizer, mask_id: int, eos_id: int) -> None:
 
 def check_tokenizer(tokenizer: Tokenizer, model_config: ModelConfig) -> None:
     """Raises: InputError if model and tokenizer do not belong together."""
+    model_config.require_mask()
     check_ids(tokenizer, model_config.mask_id, model_config.eos_id)
     require(
         tokenizer.vocab_size <= model_config.vocab_size,

@@ -18,10 +18,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dials_jax.config import InputError, ModelConfig, require
 from dials_jax.diffusion.objectives import masked_log_probs
-from dials_jax.models import llada
+from dials_jax.models import transformer
 from dials_jax.models.model import Model, row_keys
 from dials_jax.nn.stack import Executor, Policy
-from dials_jax.sampling.generate import guide
+from dials_jax.sampling.denoise import guide
 from dials_jax.skipping.flops import Flops, count_flops
 from dials_jax.skipping.policies import router_width
 from dials_jax.timing import Timed
@@ -61,6 +61,7 @@ def log_likelihood(
       batch_size: copies of a round, over which the numbers of masks are stratified.
       key: None is `jax.random.key(0)`.
     """
+    model.config.require_mask()
     require(
         num_samples % batch_size == 0,
         f"num_samples={num_samples} must be a multiple of batch_size={batch_size}",
@@ -98,6 +99,7 @@ def estimate_log_likelihood(
       p_mask: the probability with which each position was masked.
       prompt_len: tokens of the prompt, which guidance hides.
     """
+    model.config.require_mask()
     noisy, p_mask = jnp.asarray(noisy, jnp.int32), jnp.asarray(p_mask, jnp.float32)
     tokens = jnp.broadcast_to(jnp.asarray(tokens, jnp.int32), noisy.shape)
     num_rows = noisy.shape[0]
@@ -209,8 +211,11 @@ def answer_logits(
         tokens = jnp.concatenate([tokens, hidden])
         keys = jnp.concatenate([keys, jax.vmap(jax.random.fold_in, (0, None))(keys, 1)])
         valid = None if valid is None else jnp.concatenate([valid, valid])
-    out = llada.run_layers(cfg, params, tokens, valid, policy, row_keys=keys, executor=executor)
-    logits = llada.logits_of(cfg, params, out.h[:, prompt_len:])
+    out = transformer.run_layers(
+        cfg, params, tokens, valid, policy, row_keys=keys, executor=executor
+    )
+    h = transformer.predicting(cfg, out.h, valid)[:, prompt_len:]
+    logits = transformer.logits_of(cfg, params, h)
     return guide(logits, cfg_scale) if cfg_scale > 0 else logits, out.gates
 
 

@@ -19,7 +19,7 @@ from jaxtyping import PyTree
 
 from dials_jax import sharding, trees
 from dials_jax.config import ModelConfig, require
-from dials_jax.models import llada
+from dials_jax.models import transformer
 
 Layout = Literal["auto", "stacked", "unrolled"]
 ReadGroup = Callable[[str, PyTree], PyTree]  # a group's name, its shardings -> its placed arrays
@@ -27,7 +27,7 @@ ReadGroup = Callable[[str, PyTree], PyTree]  # a group's name, its shardings -> 
 
 def abstract_params(cfg: ModelConfig) -> trees.Params:
     """Shapes of all parameters, layers stacked."""
-    return jax.eval_shape(lambda: llada.init(cfg, jax.random.key(0)))
+    return jax.eval_shape(lambda: transformer.init(cfg, jax.random.key(0)))
 
 
 def group_shapes(cfg: ModelConfig) -> dict[str, PyTree]:

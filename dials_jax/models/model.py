@@ -15,20 +15,23 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from dials_jax import sharding, trees
 from dials_jax.config import InputError, ModelConfig, require
-from dials_jax.models import llada
+from dials_jax.models import transformer
 from dials_jax.nn.stack import Executor, Policy
 from dials_jax.timing import Timed
 
 
 class Output(NamedTuple):
-    """`logits` predict each row's own position; `gates` are True where a layer ran."""
+    """`logits` of row i predict token i, or token i + 1 in a causal model.
+
+    `gates` are True where a layer ran.
+    """
 
     logits: Float[Array, "B T V"]
     gates: Bool[Array, "L B"]
 
 
 class Model:
-    """A masked diffusion language model with its weights.
+    """A language model, masked diffusion or causal, with its weights.
 
     Attributes:
       config: shape and special tokens.
@@ -114,10 +117,10 @@ def row_keys(key: jax.Array | None, num_rows: int) -> jax.Array:
 
 
 def _forward(params, tokens, valid, row_keys, step, policy, *, cfg, executor):
-    out = llada.run_layers(
+    out = transformer.run_layers(
         cfg, params, tokens, valid, policy, step=step, row_keys=row_keys, executor=executor
     )
-    return Output(llada.logits_of(cfg, params, out.h), out.gates)
+    return Output(transformer.predictions(cfg, params, out.h, valid), out.gates)
 
 
 _apply = Timed(_forward, static_argnames=("cfg", "executor"))

@@ -1,19 +1,20 @@
-"""Full (bidirectional) attention with grouped key/value heads."""
+"""Attention with grouped key/value heads: bidirectional, or causal."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from dials_jax.config import ModelConfig
 from dials_jax.nn.initializers import normal, zeros_if
+from dials_jax.nn.kv import KV
 from dials_jax.nn.rope import apply_rope
 
 
 class Attention(nnx.Module):
-    """Self-attention in which every token sees every valid token."""
+    """Self-attention in which every token sees every valid token, or those to its left (causal)."""
 
     def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
         d, n, k, h = cfg.d_model, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
@@ -26,19 +27,17 @@ class Attention(nnx.Module):
         self.v_bias = zeros_if(cfg.qkv_bias, (k, h))
         self.o_bias = zeros_if(cfg.bias, (d,))
 
-    @jax.named_scope("attention")
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        sin_cos: Float[Array, "B T 2 _"],
-        valid: Bool[Array, "B T"] | None,
-    ) -> Float[Array, "B T D"]:
+    def qkv(
+        self, x: Float[Array, "B T D"], sin_cos: Float[Array, "B T 2 _"]
+    ) -> tuple[Float[Array, "B T N H"], KV]:
+        """Rotated queries, and the tokens' rotated keys and values."""
         q = apply_rope(project(x, self.q, self.q_bias), sin_cos)
         k = apply_rope(project(x, self.k, self.k_bias), sin_cos)
-        v = project(x, self.v, self.v_bias)
-        y = attend(q, k, v, valid)
-        out = jnp.einsum("BTNH,NHD->BTD", y, self.o[...].astype(x.dtype))
-        return out if self.o_bias is None else out + self.o_bias[...].astype(x.dtype)
+        return q, KV(k, project(x, self.v, self.v_bias))
+
+    def out(self, y: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
+        out = jnp.einsum("BTNH,NHD->BTD", y, self.o[...].astype(y.dtype))
+        return out if self.o_bias is None else out + self.o_bias[...].astype(y.dtype)
 
 
 def project(
@@ -48,13 +47,17 @@ def project(
     return y if bias is None else y + bias[...].astype(x.dtype)
 
 
+@jax.named_scope("attention")
 def attend(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    kv: KV,
     valid: Bool[Array, "B S"] | None,
+    index: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Attention over valid keys; None means that all are.
+
+    Args:
+      index: the queries' places among the keys; a query then sees none to its right (causal).
 
     cuDNN's fused kernel takes half precision and heads of up to 128 only; on one H200 it is 1.5
     times as fast as XLA's.
@@ -62,8 +65,11 @@ def attend(
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     fused = jax.default_backend() == "gpu" and half and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
     attn_mask = None if valid is None else valid[:, None, None, :]
+    if index is not None:
+        causal = index[:, None, :, None] >= jnp.arange(kv.k.shape[1])
+        attn_mask = causal if attn_mask is None else causal & attn_mask
     if fused and attn_mask is not None:  # cuDNN wants the query axis spelled out
-        attn_mask = jnp.broadcast_to(attn_mask, (q.shape[0], 1, q.shape[1], k.shape[1]))
+        attn_mask = jnp.broadcast_to(attn_mask, (q.shape[0], 1, q.shape[1], kv.k.shape[1]))
     return jax.nn.dot_product_attention(
-        q, k, v, mask=attn_mask, implementation="cudnn" if fused else "xla"
+        q, *kv, mask=attn_mask, implementation="cudnn" if fused else "xla"
     )

@@ -2,34 +2,70 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from dials_jax.config import ModelConfig
-from dials_jax.nn.attention import Attention
+from dials_jax.nn.attention import Attention, attend
 from dials_jax.nn.initializers import normal, zeros_if
+from dials_jax.nn.kv import KV, Slots, write
 from dials_jax.nn.mlp import SwiGLU
 from dials_jax.nn.norm import RMSNorm
+
+
+class Rows(NamedTuple):
+    """What a block needs beside the hidden states; every leaf leads with the batch."""
+
+    angles: Float[Array, "B T 2 _"]  # sines and cosines of the tokens' positions
+    valid: Bool[Array, "B S"] | None  # False at keys that are padding; None: no padding
+    slots: Slots  # the tokens' places on the canvas
 
 
 class Block(nnx.Module):
     """Pre-norm residual block: attention, then SwiGLU."""
 
     def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
+        self.causal = cfg.causal
         self.attention_norm = RMSNorm(cfg.d_model, cfg.norm_eps, rngs)
         self.attention = Attention(cfg, rngs)
         self.mlp_norm = RMSNorm(cfg.d_model, cfg.norm_eps, rngs)
         self.mlp = SwiGLU(cfg, rngs)
 
     def __call__(
+        self, h: Float[Array, "B T D"], rows: Rows, kv: KV | None, *, contiguous: bool = False
+    ) -> tuple[Float[Array, "B T D"], KV]:
+        """The tokens' new hidden states, keys and values.
+
+        Args:
+          kv: keys and values of the canvas, which the tokens' own replace; None: the tokens are
+            the canvas.
+        """
+        q, new = self.qkv(h, rows.angles)
+        return self.mix(h, q, new, rows, kv, contiguous=contiguous), new
+
+    def qkv(
+        self, h: Float[Array, "B T D"], angles: Float[Array, "B T 2 _"]
+    ) -> tuple[Float[Array, "B T N H"], KV]:
+        return self.attention.qkv(self.attention_norm(h), angles)
+
+    def mix(
         self,
         h: Float[Array, "B T D"],
-        sin_cos: Float[Array, "B T 2 _"],
-        valid: Bool[Array, "B T"] | None,
+        q: Float[Array, "B T N H"],
+        new: KV,
+        rows: Rows,
+        kv: KV | None,
+        *,
+        contiguous: bool = False,
     ) -> Float[Array, "B T D"]:
-        h = h + self.attention(self.attention_norm(h), sin_cos, valid)
+        """The block from the queries, keys and values on."""
+        seen = new if kv is None else write(kv, new, rows.slots, contiguous=contiguous)
+        index = rows.slots.index if self.causal else None
+        h = h + self.attention.out(attend(q, seen, rows.valid, index))
         return h + self.mlp(self.mlp_norm(h))
 
 

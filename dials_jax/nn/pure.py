@@ -29,5 +29,5 @@ class Pure:
         """Independent draws for `num_layers` copies, stacked along a leading axis."""
         return jax.vmap(self.init)(jax.random.split(key, num_layers))
 
-    def __call__(self, params: Params, *args: Any, **kwargs: Any) -> Any:
-        return nnx.merge(self._graph, params)(*args, **kwargs)
+    def __call__(self, params: Params, *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
+        return getattr(nnx.merge(self._graph, params), method)(*args, **kwargs)

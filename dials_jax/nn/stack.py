@@ -1,7 +1,9 @@
 """Runs the layers of a transformer, each row through those that its gate opens.
 
-The stack knows gates, not routers: a `Policy` turns hidden states into a gate a row, and one of
-three executors carries the gates out, with equal results.
+The stack knows gates, not routers, and layers with a memory, not caches. A `Policy` turns hidden
+states into a gate a row, and one of three executors carries the gates out, with equal results. A
+layer that is skipped leaves its memory (keys and values) as it was: a later model call reads what
+the layer last wrote for that row.
 
 - `select`: every layer computed, rows chosen afterwards. Training, and the reference.
 - `cond`: one `lax.cond` a layer, for a decision that all rows share.
@@ -26,11 +28,24 @@ from dials_jax.sharding import BATCH_AXES, constrain_rows, num_batch_shards
 
 Executor = Literal["auto", "select", "cond", "compact"]
 Gate = np.bool_ | Bool[Array, ""] | Bool[Array, "B"] | Float[Array, "B"]
-BlockFn = Callable[[trees.Params, Array, PyTree], Array]
 
 # `compact` compiles one branch a slice size. Eight a device keep programs small; above eight rows
 # a slice is rounded up to a multiple of B/8, at most 1/8 of a layer's work.
 MAX_BRANCHES = 8
+
+
+class Layer(NamedTuple):
+    """What a layer does.
+
+    Attributes:
+      block: `block(params, h, context, memory) -> (h, update)`.
+      remember: `remember(memory, update, context, keep, rows) -> memory` writes an update. Rows
+        where `keep` is False stay as they were; `rows` are the memory's rows that the update
+        belongs to. None stands for all. Only called where there is a memory.
+    """
+
+    block: Callable[[trees.Params, Array, PyTree, PyTree], tuple[Array, PyTree]]
+    remember: Callable[..., PyTree] | None = None
 
 
 class Denoising(NamedTuple):
@@ -39,6 +54,7 @@ class Denoising(NamedTuple):
     masked: Bool[Array, "B T"]  # [MASK] now, and not padding
     step: Int[Array, ""]  # denoising step, from 0
     row_keys: PyTree  # one random key a row
+    vote_from: int = 0  # no token before this one is masked, so routers need not look there
 
 
 @runtime_checkable
@@ -58,74 +74,98 @@ class Policy(Protocol):
 
 
 class StackOutput(NamedTuple):
-    """`h` after the last layer; `gates` [L, B]; what `observe` returned, a leading axis a layer."""
+    """`gates` [L, B]; `memory` and what `observe` returned are one a layer, laid out as the layers."""
 
     h: Float[Array, "B T D"]
     gates: Array
+    memory: PyTree
     observed: PyTree
 
 
 def run_stack(
-    block: BlockFn,
+    layer: Layer,
     layers: trees.Params,
     h: Float[Array, "B T D"],
     context: PyTree,
     policy: Policy | None,
     denoising: Denoising,
     *,
+    span: tuple[int, int] | None = None,
+    memory: PyTree = None,
     executor: Executor = "auto",
     observe: Callable[[Array, Array], PyTree] | None = None,
 ) -> StackOutput:
     """Runs `layers`, stacked (a scan) or unrolled (a Python loop, no weight copies).
 
     Args:
-      block: `block(params, h, context)`.
       context: rows of whatever the block needs beside h; every leaf leads with the batch.
+      span: runs layers [first, last) only; None runs all.
+      memory: one a layer that runs, laid out as the layers are.
       observe: called with each layer's input and output.
 
     Raises: ValueError for decisions a row under `cond`.
     """
 
-    def run_layer(h, layer):
-        params, plan = layer
+    def run_layer(h, xs):
+        params, plan, memory = xs
         gate = np.True_ if policy is None else policy.gate(plan, h, denoising)
-        new = constrain_rows(_execute(block, params, h, context, gate, executor))
+        new, memory = _execute(layer, params, h, context, memory, gate, executor)
+        new = constrain_rows(new)
         seen = observe(h, new) if observe else None
-        return new, (jnp.broadcast_to(gate, h.shape[:1]), seen)
+        return new, (jnp.broadcast_to(gate, h.shape[:1]), memory, seen)
 
     count = trees.num_layers(layers)
+    first, last = span or (0, count)
     plan = policy.plan(count, denoising) if policy else None
     h = constrain_rows(h)
-    if not trees.is_unrolled(layers):
-        h, (gates, observed) = lax.scan(run_layer, h, (layers, plan))
-        return StackOutput(h, gates, observed)
-    outputs = []
-    for i, params in enumerate(layers):
-        h, output = run_layer(h, (params, trees.layer_slice(plan, i)))
-        outputs.append(output)
-    gates, observed = jax.tree.map(lambda *x: jnp.stack(x), *outputs)
-    return StackOutput(h, gates, observed)
+    if trees.is_unrolled(layers):
+        outputs = []
+        for i in range(first, last):
+            past = None if memory is None else memory[i - first]
+            h, output = run_layer(h, (layers[i], trees.layer_slice(plan, i), past))
+            outputs.append(output)
+        gates, memories, seen = zip(*outputs, strict=True)
+        observed = jax.tree.map(lambda *x: jnp.stack(x), *seen)
+        return StackOutput(h, jnp.stack(gates), None if memory is None else memories, observed)
+    if last - first == count:
+        xs, body = (layers, plan, memory), run_layer
+    else:  # by number: slicing the stack first would copy these layers' weights
+        xs = (jnp.arange(first, last), jax.tree.map(lambda x: x[first:last], plan), memory)
+
+        def body(h, xs):
+            return run_layer(h, (trees.layer_slice(layers, xs[0]), *xs[1:]))
+
+    h, (gates, memory, observed) = lax.scan(body, h, xs)
+    return StackOutput(h, gates, memory, observed)
 
 
 def _execute(
-    block: BlockFn, params: Any, h: Array, context: PyTree, gate: Any, executor: Executor
-) -> Array:
+    layer: Layer, params: Any, h: Array, context: PyTree, memory: PyTree, gate: Any, executor: str
+) -> tuple[Array, PyTree]:
     """One layer, by the executor that fits its gate."""
+
+    def run(keep=None):
+        new, update = layer.block(params, h, context, memory)
+        if memory is None:
+            return new, None
+        return new, layer.remember(memory, update, context, keep, None)
+
     if isinstance(gate, np.bool_):  # known while tracing: no branch in the program
-        return block(params, h, context) if gate else h
+        return run() if gate else (h, memory)
     per_row = gate.ndim == 1
     if executor == "auto":
         executor = "compact" if per_row and h.shape[0] > 1 else "cond"
     if jnp.issubdtype(gate.dtype, jnp.floating) and executor != "select":
         raise ValueError(f"executor={executor!r} drops a float gate's gradient; use 'select'")
     if executor == "select":
-        return choose(gate, h, block(params, h, context))
+        new, memory = run(None if memory is None else jnp.broadcast_to(gate, h.shape[:1]))
+        return choose(gate, h, new), memory
     if executor == "compact" and per_row:
-        return _compact(block, params, h, context, gate)
+        return _compact(layer, params, h, context, memory, gate)
     if per_row and h.shape[0] > 1:
         raise ValueError("executor='cond' needs one decision for all rows; use 'compact'")
     on = gate[0] if per_row else gate
-    return lax.cond(on, lambda: block(params, h, context), lambda: h)
+    return lax.cond(on, run, lambda: (h, memory))
 
 
 def choose(gate: Gate, h: Float[Array, "B T D"], new: Float[Array, "B T D"]) -> Array:
@@ -143,8 +183,8 @@ def choose(gate: Gate, h: Float[Array, "B T D"], new: Float[Array, "B T D"]) -> 
 
 
 def _compact(
-    block: BlockFn, params: Any, h: Array, context: PyTree, gate: Bool[Array, "B"]
-) -> Array:
+    layer: Layer, params: Any, h: Array, context: PyTree, memory: PyTree, gate: Bool[Array, "B"]
+) -> tuple[Array, PyTree]:
     """Compaction on every batch shard by itself, each with its own number of rows.
 
     Parameters enter whole along the batch axes: a gather inside a branch that other shards do not
@@ -152,37 +192,39 @@ def _compact(
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or num_batch_shards(mesh) == 1:
-        return _compact_rows(block, params, h, context, gate)
+        return _compact_rows(layer, params, h, context, memory, gate)
     rows = P(BATCH_AXES)
     return jax.shard_map(
-        lambda *args: _compact_rows(block, *args),
-        in_specs=(P(), rows, rows, rows),
+        lambda *args: _compact_rows(layer, *args),
+        in_specs=(P(), rows, rows, rows, rows),
         out_specs=rows,
         axis_names=set(BATCH_AXES),
         check_vma=False,
-    )(params, h, context, gate)
+    )(params, h, context, memory, gate)
 
 
 def _compact_rows(
-    block: BlockFn, params: Any, h: Array, context: PyTree, gate: Bool[Array, "B"]
-) -> Array:
+    layer: Layer, params: Any, h: Array, context: PyTree, memory: PyTree, gate: Bool[Array, "B"]
+) -> tuple[Array, PyTree]:
     num_rows = h.shape[0]
     unit = -(-num_rows // MAX_BRANCHES)
     sizes = [*range(0, num_rows, unit), num_rows]
     order = jnp.argsort(~gate, stable=True)  # rows that execute first
 
-    def branch(size):
-        def run():
-            if size == 0:
-                return h
-            if size == num_rows:  # nothing to move; rounding up may have taken in rows that skip
-                return choose(gate, h, block(params, h, context))
-            rows = order[:size]
-            old = h[rows]
-            new = block(params, old, jax.tree.map(lambda x: x[rows], context))
-            # Rounding up again: rows that skip keep their state.
-            return h.at[rows].set(choose(gate[rows], old, new), unique_indices=True)
+    def run_on(rows):
+        """The block on these rows (None: all). Rounding up may have taken in rows that skip."""
+        take = (lambda x: x) if rows is None else (lambda x: x[rows])
+        old, near, keep = take(h), jax.tree.map(take, context), take(gate) if unit > 1 else None
+        new, update = layer.block(params, old, near, jax.tree.map(take, memory))
+        new = new if keep is None else choose(keep, old, new)
+        out = new if rows is None else h.at[rows].set(new, unique_indices=True)
+        if memory is None:
+            return out, None
+        return out, layer.remember(memory, update, near, keep, rows)
 
-        return run
+    def branch(size):
+        if size == 0:
+            return lambda: (h, memory)
+        return lambda: run_on(None if size == num_rows else order[:size])
 
     return lax.switch(-(-jnp.sum(gate) // unit), [branch(size) for size in sizes])

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from dials_jax.config import ModelConfig, require
+from dials_jax.sampling.denoise import Turn
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,17 @@ class Confidence:
       cfg_scale: classifier-free guidance w: logits = u + (w + 1)(c - u), where u sees no prompt.
       remasking: keep the most confident tokens, or random ones.
       logits_eos_inf: never generate end of text.
+      threshold: reveal every token of the block of at least this confidence, and always the most
+        confident (Fast-dLLM). `steps` then counts for nothing.
+      factor: reveal the n most confident tokens as long as the n-th is at least 1 - factor/(n + 1)
+        (Fast-dLLM), and always the first. `steps` then counts for nothing.
+      logits_eos_inf: never generate end of text.
       confidence_eos_eot_inf: commit end of text and end of turn last. At a temperature above 0
         the reference suppresses only end of turn, and so does this.
+      delay_eos: no confidence in a row's first end of text while the token before it is masked
+        (ES-dLLM).
+      stop_at_eos: a row ends at an end of text once all before it is known; the rest is filled
+        with end of text, and costs no more steps.
     """
 
     gen_length: int
@@ -41,8 +50,12 @@ class Confidence:
     temperature: float = 0.0
     cfg_scale: float = 0.0
     remasking: Literal["low_confidence", "random"] = "low_confidence"
+    threshold: float | None = None
+    factor: float | None = None
     logits_eos_inf: bool = False
     confidence_eos_eot_inf: bool = False
+    delay_eos: bool = False
+    stop_at_eos: bool = False
 
     def __post_init__(self):
         for name in ("gen_length", "block_length", "steps"):
@@ -62,6 +75,13 @@ class Confidence:
             self.remasking in ("low_confidence", "random"),
             f"remasking={self.remasking!r} must be 'low_confidence' or 'random'",
         )
+        require(
+            self.threshold is None or self.factor is None,
+            "threshold and factor are two rules for the same choice; give one of them",
+        )
+        for name in ("threshold", "factor"):
+            value = getattr(self, name)
+            require(value is None or value >= 0, f"{name}={value} must not be negative")
 
     @property
     def num_blocks(self) -> int:
@@ -69,51 +89,27 @@ class Confidence:
 
     @property
     def steps_per_block(self) -> int:
-        return self.steps // self.num_blocks
+        return self.block_length if self.max_quota is None else self.steps // self.num_blocks
 
+    @property
+    def max_quota(self) -> int | None:
+        """Tokens that a step reveals in a row at most; None: any number."""
+        if self.threshold is not None or self.factor is not None:
+            return None
+        return -(-self.block_length * self.num_blocks // self.steps)
 
-class Step(NamedTuple):
-    """What one denoising step reports beside the tokens."""
+    def propose(self, cfg: ModelConfig, logits: Array, keys: jax.Array) -> tuple[Array, Array]:
+        return propose(self, cfg, logits, keys)
 
-    gates: Bool[Array, "L R"]
-    masked_share: Float[Array, "R"]  # masked share of the generated part before the step
-
-
-# predict(tokens, start, step) -> logits of the block that starts there, and gates
-Predict = Callable[[Array, Array, Array], tuple[Array, Array]]
-
-
-def denoise(
-    sampler: Confidence,
-    cfg: ModelConfig,
-    predict: Predict,
-    canvas: Int[Array, "B T"],
-    noise_keys: jax.Array,
-) -> tuple[Int[Array, "B T"], Step]:
-    """Fills the canvas: one scan over all steps of all blocks."""
-    prompt_length = canvas.shape[1] - sampler.gen_length
-
-    def step(carry, i):
-        tokens, block_masks = carry
-        block, step_in_block = jnp.divmod(i, sampler.steps_per_block)
-        start = prompt_length + block * sampler.block_length
-        window = lax.dynamic_slice_in_dim(tokens, start, sampler.block_length, axis=1)
-        masked = window == cfg.mask_id
-        # Quotas count the masks that the row has when it enters the block.
-        block_masks = jnp.where(step_in_block == 0, jnp.sum(masked, axis=1), block_masks)
-        logits, gates = predict(tokens, start, i)
-        keys = jax.vmap(jax.random.fold_in, (0, None))(noise_keys, i)
-        guess, confidence = propose(sampler, cfg, logits, keys)
-        quota = step_quota(block_masks, step_in_block, sampler.steps_per_block)
-        commit = top_ranked(jnp.where(masked, confidence, -jnp.inf), quota) & masked
-        share = jnp.mean(tokens[:, prompt_length:] == cfg.mask_id, axis=1)
-        window = jnp.where(commit, guess, window)
-        tokens = lax.dynamic_update_slice_in_dim(tokens, window, start, axis=1)
-        return (tokens, block_masks), Step(gates, share)
-
-    block_masks = jnp.zeros(canvas.shape[0], jnp.int32)
-    (tokens, _), steps = lax.scan(step, (canvas, block_masks), jnp.arange(sampler.steps))
-    return tokens, steps
+    def choose(
+        self, confidence: Float[Array, "B W"], turn: Turn, keys: jax.Array
+    ) -> Bool[Array, "B W"]:
+        if self.threshold is not None:
+            return (confidence >= self.threshold) | (ranks(confidence) == 0)
+        if self.factor is not None:
+            return confident_run(confidence, self.factor)
+        quota = step_quota(turn.present, turn.step_in_block, self.steps_per_block)
+        return ranks(confidence) < quota[:, None]
 
 
 def propose(
@@ -158,8 +154,18 @@ def step_quota(present: Int[Array, "B"], step: Int[Array, ""], num_steps: int) -
     return present // num_steps + (step < present % num_steps)
 
 
-def top_ranked(confidence: Float[Array, "B W"], quota: Int[Array, "B"]) -> Bool[Array, "B W"]:
-    """The `quota` most confident positions of each row; ties go to the left."""
+def ranks(confidence: Float[Array, "B W"]) -> Int[Array, "B W"]:
+    """Each position's place among its row's, the most confident first; ties go to the left."""
     order = jnp.argsort(-confidence, axis=-1, stable=True)
-    rank = jnp.argsort(order, axis=-1, stable=True)
-    return rank < quota[:, None]
+    return jnp.argsort(order, axis=-1, stable=True)
+
+
+def confident_run(confidence: Float[Array, "B W"], factor: float) -> Bool[Array, "B W"]:
+    """The n most confident positions, for the first n whose successor is below its bound.
+
+    The published code also accepts the very last position if that is the only one to fail.
+    """
+    place = ranks(confidence)
+    enough = (confidence >= 1 - factor / (place + 2)) | (place == 0)  # place 0 is the first
+    first_failing = jnp.min(jnp.where(enough, confidence.shape[1], place), axis=1, keepdims=True)
+    return place < first_failing

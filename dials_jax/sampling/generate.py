@@ -7,15 +7,16 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
+from dials_jax.caching.cache import Cache, NoCache, Work
+from dials_jax.caching.net import Net
 from dials_jax.config import InputError, ModelConfig, require
-from dials_jax.models import llada
+from dials_jax.models import transformer
 from dials_jax.models.model import Model, row_keys
 from dials_jax.nn.stack import Executor, Policy
-from dials_jax.sampling.confidence import Confidence, Step, denoise
+from dials_jax.sampling.denoise import Record, Sampler, blocks_of, denoise
 from dials_jax.skipping.flops import Flops, count_flops
 from dials_jax.skipping.policies import router_width
 from dials_jax.timing import Timed
@@ -28,16 +29,19 @@ class Generation:
     Attributes:
       tokens: [B, P + G], the prompts (padding as given) and the generated tokens.
       nfe: model calls. Under guidance a call has twice the rows.
-      gates: [steps, L, R], True where a layer ran. R is B, or 2B under guidance: the conditional
+      gates: [nfe, L, R], True where a layer ran. R is B, or 2B under guidance: the conditional
         rows, then the unconditional ones.
-      masked_share: [steps, R], masked share of the generated part before each step.
-      flops: the three numbers of `dials_jax.skipping.flops`.
+      masked_share: [nfe, R], masked share of the generated part before each call.
+      tokens_run: [nfe, L], tokens of each row that a layer computes where it runs.
+      flops: the three numbers of `dials_jax.skipping.flops`; the model's share is of as many calls
+        on the whole canvas.
     """
 
     tokens: Int[np.ndarray, "B T"]
     nfe: int
     gates: Bool[np.ndarray, "S L R"]
     masked_share: Float[np.ndarray, "S R"]
+    tokens_run: Int[np.ndarray, "S L"]
     flops: Flops
 
 
@@ -46,8 +50,9 @@ def generate(
     prompts: Int[ArrayLike, "B P"],
     valid: Bool[ArrayLike, "B P"] | None = None,
     *,
-    sampler: Confidence,
+    sampler: Sampler,
     policy: Policy | None = None,
+    cache: Cache | None = None,
     key: jax.Array | None = None,
     executor: Executor = "auto",
     fill_to: int = 1,
@@ -56,35 +61,51 @@ def generate(
 
     Args:
       prompts: token ids, padded on the left.
-      valid: False at padding; None means that there is none.
+      valid: False at padding; None means that there is none, and is faster.
       policy: which layers run at which step; None runs all.
+      cache: what a step runs; None runs the whole canvas. A layer that a policy skips leaves its
+        keys and values in the cache as they were.
       key: one key (folded with the row's number), or one a row, so that a row's result does not
         depend on its place in a batch. None is `jax.random.key(0)`.
       fill_to: run the program of this batch size, or of a multiple, also for fewer rows.
 
-    Raises: InputError for prompts that contain [MASK], padding that is not on the left, or more
-      tokens than the model has positions for.
+    Raises: InputError for prompts that contain [MASK], padding that is not on the left, more
+      tokens than the model has positions for, or settings that do not compose.
     """
     prompts = np.asarray(prompts)
     check_prompts(model.config, prompts, valid, sampler.gen_length)
-    num_rows = len(prompts)
+    model.config.require_mask()
+    num_rows, cache = len(prompts), cache or NoCache()
     rows = (jnp.asarray(prompts, jnp.int32), valid, row_keys(key, num_rows))
-    (tokens, steps), seconds = model.run(
-        _generate, *model.place_rows(rows, fill_to), policy, sampler=sampler, executor=executor
-    )
-    tokens, gates, share = jax.device_get((tokens, steps.gates, steps.masked_share))
+    static = {"sampler": sampler, "cache": cache, "executor": executor}
+    rows = model.place_rows(rows, fill_to)
+    (tokens, record), seconds = model.run(_generate, *rows, policy, **static)
+    tokens, (nfe, gates, share, kind) = jax.device_get((tokens, record))
     # Rows that only fill up the batch are dropped, in both halves under guidance.
-    keep = np.arange(gates.shape[-1]) % len(tokens) < num_rows
-    gates, share = gates[..., keep], share[..., keep]
+    gates = gates[:nfe, :, np.arange(gates.shape[-1]) % len(tokens) < num_rows]
+    share = np.tile(share[:nfe, :num_rows], gates.shape[-1] // num_rows)
+    work = work_of(model.config, sampler, cache, prompts.shape[1])
+    tokens_run = np.array([w.tokens for w in work])[kind[:nfe]]
     flops = count_flops(
         model.config,
         gates,
         num_tokens=tokens.shape[1],
-        head_tokens=sampler.block_length,
+        head_tokens=np.array([w.head for w in work])[kind[:nfe]],
+        tokens_run=tokens_run,
+        voting=tokens_run - np.array([[w.prompt] for w in work])[kind[:nfe]],
         d_router=router_width(policy),
         seconds=seconds,
     )
-    return Generation(tokens[:num_rows], sampler.steps, gates, share, flops)
+    return Generation(tokens[:num_rows], int(nfe), gates, share, tokens_run, flops)
+
+
+def work_of(cfg: ModelConfig, sampler: Sampler, cache: Cache, prompt_length: int) -> list[Work]:
+    """What each kind of model call computes."""
+    length = prompt_length + sampler.gen_length
+    rows = jax.eval_shape(lambda: transformer.rows_of(cfg, None, (1, length)))
+    known = prompt_length if sampler.cfg_scale == 0 else 0
+    sketch = Net(cfg, None, None, "auto", rows, None, None, known)
+    return [p.work for p in cache.passes(sketch, blocks_of(sampler, prompt_length))]
 
 
 def check_prompts(
@@ -121,41 +142,29 @@ def check_prompts(
 
 
 def _generate_fn(
-    params, prompts, valid, keys, policy, *, cfg: ModelConfig, sampler: Confidence, executor
-) -> tuple[Int[Array, "B T"], Step]:
+    params, prompts, valid, keys, policy, *, cfg: ModelConfig, sampler: Sampler, cache, executor
+) -> tuple[Int[Array, "B T"], Record]:
     answer = jnp.full((prompts.shape[0], sampler.gen_length), cfg.mask_id, prompts.dtype)
     canvas = jnp.concatenate([prompts, answer], axis=1)
-    given = jnp.concatenate([jnp.ones_like(prompts, bool), jnp.zeros_like(answer, bool)], axis=1)
     if valid is not None:
         valid = jnp.concatenate([valid, jnp.ones_like(answer, bool)], axis=1)
     noise_keys, gate_keys, uncond_gate_keys = jax.vmap(lambda k: jax.random.split(k, 3))(keys).T
-    guided = sampler.cfg_scale > 0
-    if guided:
+    given, prompt_length = None, prompts.shape[1]
+    if sampler.cfg_scale > 0:
+        given = jnp.broadcast_to(jnp.arange(canvas.shape[1]) < prompt_length, canvas.shape)
         gate_keys = jnp.concatenate([gate_keys, uncond_gate_keys])
         valid = None if valid is None else jnp.concatenate([valid, valid])
-
-    def predict(tokens, start, step):
-        if guided:
-            tokens = jnp.concatenate([tokens, jnp.where(given, cfg.mask_id, tokens)])
-        out = llada.run_layers(
-            cfg, params, tokens, valid, policy, step=step, row_keys=gate_keys, executor=executor
-        )
-        # Only the block's tokens can be committed, so only they need logits.
-        h = lax.dynamic_slice_in_dim(out.h, start, sampler.block_length, axis=1)
-        logits = llada.logits_of(cfg, params, h)
-        return guide(logits, sampler.cfg_scale) if guided else logits, out.gates
-
-    tokens, steps = denoise(sampler, cfg, predict, canvas, noise_keys)
-    if guided:
-        share = jnp.concatenate([steps.masked_share] * 2, axis=1)
-        steps = steps._replace(masked_share=share)
-    return tokens, steps
+    net = Net(
+        cfg,
+        params,
+        policy,
+        executor,
+        transformer.rows_of(cfg, valid, (gate_keys.shape[0], canvas.shape[1])),
+        gate_keys,
+        given,
+        prompt_length if given is None else 0,
+    )
+    return denoise(sampler, cache, net, canvas, noise_keys, prompt_length)
 
 
-def guide(logits: Float[Array, "R W V"], cfg_scale: float) -> Float[Array, "B W V"]:
-    """Classifier-free guidance of the conditional (first) by the unconditional half."""
-    conditional, unconditional = jnp.split(logits, 2)
-    return unconditional + (cfg_scale + 1) * (conditional - unconditional)
-
-
-_generate = Timed(_generate_fn, static_argnames=("cfg", "sampler", "executor"))
+_generate = Timed(_generate_fn, static_argnames=("cfg", "sampler", "cache", "executor"))

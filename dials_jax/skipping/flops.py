@@ -6,10 +6,10 @@ head, attention by length and the routers. `seconds` is measured, compilation ap
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 
 from dials_jax.config import ModelConfig
 
@@ -36,20 +36,25 @@ class Flops(NamedTuple):
         )
 
 
-def layer_flops(cfg: ModelConfig, num_tokens: int) -> int:
-    """One layer on one row: projections, and attention of every token to every token."""
+def layer_flops(cfg: ModelConfig, num_tokens: Any, num_keys: Any = None) -> Any:
+    """One layer on one row: projections, and attention of every token to every key.
+
+    Args:
+      num_keys: None: the tokens themselves.
+    """
+    num_keys = num_tokens if num_keys is None else num_keys
     heads = (2 * cfg.num_heads + 2 * cfg.num_kv_heads) * cfg.head_dim
     projections = cfg.d_model * heads + 3 * cfg.d_model * cfg.d_ff
-    attention = 2 * num_tokens * cfg.num_heads * cfg.head_dim
+    attention = 2 * num_keys * cfg.num_heads * cfg.head_dim
     return 2 * num_tokens * (projections + attention)
 
 
-def head_flops(cfg: ModelConfig, num_tokens: int) -> int:
+def head_flops(cfg: ModelConfig, num_tokens: Any) -> Any:
     return 2 * num_tokens * cfg.d_model * cfg.vocab_size
 
 
-def router_flops(cfg: ModelConfig, num_tokens: int, d_hidden: int) -> int:
-    """One router on one row; 0 for `d_hidden` 0. A fixed shape runs it on every token."""
+def router_flops(cfg: ModelConfig, num_tokens: Any, d_hidden: int) -> Any:
+    """One router on one row; 0 for `d_hidden` 0."""
     return 2 * num_tokens * d_hidden * (cfg.d_model + 2)
 
 
@@ -57,7 +62,9 @@ def count_flops(
     cfg: ModelConfig,
     gates: Bool[np.ndarray, "*S L B"],
     num_tokens: int,
-    head_tokens: int,
+    head_tokens: int | Int[np.ndarray, "S"],
+    tokens_run: Int[np.ndarray, "S L"] | None = None,
+    voting: Int[np.ndarray, "S L"] | None = None,
     d_router: int = 0,
     seconds: float = 0.0,
 ) -> Flops:
@@ -65,12 +72,19 @@ def count_flops(
 
     Args:
       num_tokens: length of a row, padding included, for that is what the device computes.
-      head_tokens: positions a row whose logits were computed.
+      head_tokens: positions a row whose logits were computed, or those of each call.
+      tokens_run: tokens a row on which a layer ran; None: all.
+      voting: tokens a row that a layer's router ran on; None: those the layer ran on.
       d_router: hidden width of the routers; 0 without routers.
     """
-    calls = gates.size / cfg.num_layers  # rows times model calls
-    layer, head = layer_flops(cfg, num_tokens), head_flops(cfg, head_tokens)
-    router = cfg.num_layers * router_flops(cfg, num_tokens, d_router)
-    full = calls * (cfg.num_layers * layer + head)
-    total = float(gates.sum()) * layer + calls * (head + router)
+    num_calls, num_layers, num_rows = np.prod(gates.shape[:-2], dtype=int), *gates.shape[-2:]
+    gates = gates.reshape(num_calls, num_layers, num_rows)
+    run = np.full(gates.shape[:2], num_tokens) if tokens_run is None else tokens_run
+    voting = run if voting is None else voting
+    head = np.broadcast_to(head_tokens, num_calls)
+    layers = (gates.sum(axis=-1) * layer_flops(cfg, run.astype(float), num_tokens)).sum()
+    rest = router_flops(cfg, voting.astype(float), d_router).sum() + head_flops(cfg, head).sum()
+    total = float(layers + num_rows * rest)
+    most = head_flops(cfg, head.max(initial=0))
+    full = num_calls * num_rows * (num_layers * layer_flops(cfg, num_tokens) + most)
     return Flops(float(gates.mean()), total / full, total, seconds)

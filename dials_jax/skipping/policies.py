@@ -93,8 +93,9 @@ class Routed:
     def gate(
         self, plan: PyTree, h: Float[Array, "B T D"], denoising: Denoising
     ) -> Bool[Array, "B"]:
-        votes = jnp.argmax(apply_router(plan, h), axis=-1) == SKIP
-        share = skip_share(votes.astype(jnp.float32), denoising.masked)
+        start = denoising.vote_from
+        votes = jnp.argmax(apply_router(plan, h[:, start:]), axis=-1) == SKIP
+        share = skip_share(votes.astype(jnp.float32), denoising.masked[:, start:])
         return ~(share > self.threshold)
 
 

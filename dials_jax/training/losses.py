@@ -14,7 +14,7 @@ from dials_jax.config import ModelConfig, ObjectiveConfig, RouterConfig
 from dials_jax.data.batches import Batch
 from dials_jax.diffusion.corruption import corrupt
 from dials_jax.diffusion.objectives import dials_loss, diffusion_loss, masked_log_probs
-from dials_jax.models import llada
+from dials_jax.models import transformer
 from dials_jax.nn.stack import StackOutput
 from dials_jax.skipping.policies import StochasticRouted
 
@@ -87,7 +87,7 @@ def _forward(
     mask_keys, gate_keys = jax.vmap(jax.random.split)(row_keys).T
     masked, ratio = corrupt(mask_keys, batch.answer, objective.min_ratio)
     noisy = jnp.where(masked, cfg.mask_id, batch.tokens)
-    out = llada.run_layers(
+    out = transformer.run_layers(
         cfg,
         params,
         noisy,
@@ -97,7 +97,8 @@ def _forward(
         executor="select",
         remat=remat,
     )
-    log_probs = masked_log_probs(llada.logits_of(cfg, params, out.h), batch.tokens, masked)
+    logits = transformer.predictions(cfg, params, out.h, batch.valid)
+    log_probs = masked_log_probs(logits, batch.tokens, masked)
     sums = _Masked(
         cross_entropy=-jnp.sum(log_probs, axis=1),
         count=jnp.sum(masked, axis=1),

@@ -15,7 +15,7 @@ from dials_jax.config import TrainConfig, read_json, require, to_dict, write_jso
 from dials_jax.data.batches import TrainingData
 from dials_jax.data.sources import training_data
 from dials_jax.loading import load
-from dials_jax.models import llada
+from dials_jax.models import transformer
 from dials_jax.models.checkpoint import save_model
 from dials_jax.models.model import Model
 from dials_jax.sharding import on_first_process
@@ -64,7 +64,7 @@ def _model_run(cfg: TrainConfig) -> Run:
     return Run(
         data=data,
         loss_fn=model_loss(cfg.model, cfg.objective, cfg.remat),
-        init=lambda: llada.init(cfg.model, jax.random.key(cfg.seed)),
+        init=lambda: transformer.init(cfg.model, jax.random.key(cfg.seed)),
         frozen={},
         prefix="",
         identity={"data_fingerprint": data.fingerprint},

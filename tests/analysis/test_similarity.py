@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dials_jax.analysis.similarity import layer_similarities
-from dials_jax.models import llada
+from dials_jax.models import transformer
 from dials_jax.models.model import Model
 
 PROMPTS = [(3, 4, 5, 6, 7), (8, 9), (10, 11)]
@@ -15,7 +15,7 @@ def by_hand(model, prompt, gen_length):
     tokens = jnp.array([[*prompt, *[cfg.mask_id] * gen_length]])
     states = jax.jit(
         lambda params: (
-            llada.run_layers(
+            transformer.run_layers(
                 cfg, params, tokens, None, observe=lambda before, after: (before, after)
             ).observed
         )

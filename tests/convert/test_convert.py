@@ -12,7 +12,7 @@ from convert.__main__ import main
 from convert.hugging_face import convert, open_folder
 from dials_jax import trees
 from dials_jax.loading import load
-from dials_jax.models import checkpoint, llada
+from dials_jax.models import checkpoint, llada, transformer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llada_tiny"
 TOLERANCE = 2e-4
@@ -53,8 +53,10 @@ def test_logits_are_those_of_the_authors_code(model, golden):
 
 def test_every_layer_gives_the_authors_hidden_state(model, golden):
     tokens = jnp.asarray(golden["input_ids"], jnp.int32)
-    out = llada.run_layers(model.config, model.params, tokens, None, observe=lambda old, new: new)
-    part = llada.parts(model.config)
+    out = transformer.run_layers(
+        model.config, model.params, tokens, None, observe=lambda old, new: new
+    )
+    part = transformer.parts(model.config)
     embedded = part.embed(model.params["embed"], tokens)
     last = part.final_norm(model.params["final_norm"], out.observed[-1])
     ours = jnp.concatenate([embedded[None], out.observed[:-1], last[None]])

@@ -97,6 +97,7 @@ def test_model_and_tokenizer_must_belong_together(tokenizer, model_config):
         ({"mask_id": n + 1}, f"no token mask_id={n + 1}"),
         ({"eos_id": n + 2}, f"no token eos_id={n + 2}"),
         ({"mask_id": 5}, "mask_id=5 is the ordinary token"),
+        ({"mask_id": None, "causal": True}, "a causal model"),
         ({"vocab_size": n - 1, "mask_id": 0}, f"only vocab_size={n - 1}"),
     ]:
         with pytest.raises(InputError, match=message):

@@ -1,3 +1,4 @@
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -41,6 +42,15 @@ def test_published_code_estimates_the_same(cfg_scale, name):
         prompt_len=len(golden["ll_prompt"]),
     )
     assert value == pytest.approx(float(golden[name]), rel=1e-4)
+
+
+def test_a_shifted_models_answer_begins_with_the_prediction_of_the_prompts_last_row(model):
+    shifted = Model(dataclasses.replace(model.config, shift=True), model.params)
+    tokens = np.array([[3, 4, 5, 6, 7]])
+    noisy = np.where(np.arange(5) == 3, model.config.mask_id, tokens)  # the answer's first token
+    value = estimate_log_likelihood(shifted, tokens, noisy, np.ones((1, 5)), prompt_len=3)
+    log_p = jax.nn.log_softmax(model.apply(noisy).logits[0])
+    assert value == pytest.approx(float(log_p[2, 6]), abs=1e-5)
 
 
 # masks of (key, copy) pairs for one answer and one number of copies a round

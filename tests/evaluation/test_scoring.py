@@ -12,7 +12,7 @@ from dials_jax.data.arithmetic import ArithmeticTask
 from dials_jax.data.items import load_items, make_item
 from dials_jax.evaluation.likelihood import log_likelihood
 from dials_jax.evaluation.scoring import item_keys, num_rows, score_task
-from dials_jax.models import llada
+from dials_jax.models import transformer
 from dials_jax.models.model import Model
 from dials_jax.skipping.policies import Random, Static
 from tests.conftest import small_config
@@ -30,7 +30,7 @@ def scorer():
     names = ("mask", "eos", "pad")
     ids = {f"{name}_id": TOKENIZER.token_to_id(f"[{name.upper()}]") for name in names}
     cfg = small_config(vocab_size=TOKENIZER.vocab_size, num_layers=2, **ids)
-    params = llada.init(cfg, jax.random.key(0))
+    params = transformer.init(cfg, jax.random.key(0))
     kernel = 60 * params["head"]["kernel"]
     kernel = kernel.at[:, jnp.array([cfg.mask_id, cfg.pad_id, cfg.eos_id])].set(0.0)
     return Model(cfg, {**params, "head": {"kernel": kernel}})
@@ -87,7 +87,7 @@ def test_text_after_the_end_does_not_count(scorer, items):
     silent = Model(
         dataclasses.replace(cfg, bias=True),
         jax.tree.map(
-            jnp.zeros_like, llada.init(dataclasses.replace(cfg, bias=True), jax.random.key(0))
+            jnp.zeros_like, transformer.init(dataclasses.replace(cfg, bias=True), jax.random.key(0))
         )
         | {"head": {"kernel": jnp.zeros((32, cfg.vocab_size)), "bias": bias}},
     )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dials_jax.config import InputError, ModelConfig
-from dials_jax.models import llada
+from dials_jax.models import dream, llada, qwen2, transformer
 from dials_jax.models.model import Model, row_keys
 from dials_jax.nn.stack import Denoising
 from tests.conftest import small_config
@@ -18,7 +18,7 @@ TOKENS = np.random.default_rng(0).integers(2, 60, (2, 8))
 OTHER = {
     "vocab_size": 65, "d_model": 48, "num_layers": 3, "num_heads": 8, "num_kv_heads": 2,
     "head_dim": 10, "d_ff": 96, "rope_theta": 100.0, "norm_eps": 1e-2, "qkv_bias": True,
-    "bias": True, "dtype": "bfloat16",
+    "bias": True, "causal": True, "shift": True, "dtype": "bfloat16",
 }  # fmt: skip
 WITHOUT_EFFECT = {
     "model_type": "names the family in config.json",
@@ -33,13 +33,13 @@ WITHOUT_EFFECT = {
 def logits_of(cfg):
     """Logits, and the stream's dtype, of random parameters, biases and norms included."""
     rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: llada.init(cfg, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: transformer.init(cfg, jax.random.key(0)))
     params = jax.tree.map(lambda x: 0.3 * rng.normal(size=x.shape).astype(np.float32), shapes)
 
     @jax.jit
     def forward(params, tokens):
-        h = llada.run_layers(cfg, params, tokens, None).h
-        return h, llada.logits_of(cfg, params, h)
+        h = transformer.run_layers(cfg, params, tokens, None).h
+        return h, transformer.predictions(cfg, params, h)
 
     h, logits = forward(params, TOKENS)
     return np.asarray(logits), h.dtype
@@ -62,11 +62,19 @@ def test_every_field_changes_the_output(field, base):
     assert other.shape != base[0].shape or dtype != base[1] or np.abs(other - base[0]).max() > 1e-4
 
 
-def test_shapes_and_parameters_of_the_published_model():
-    cfg = llada.llada_8b()
-    params = jax.eval_shape(lambda: llada.init(cfg, jax.random.key(0)))
-    assert sum(int(np.prod(x.shape)) for x in jax.tree.leaves(params)) == 8_015_581_184
-    assert params["layers"]["attention"]["q"].shape == (32, 4096, 32, 128)
+@pytest.mark.parametrize(
+    ("preset", "parameters", "q_shape"),
+    [
+        (llada.llada_8b, 8_015_581_184, (32, 4096, 32, 128)),
+        (dream.dream_7b, 7_615_616_512, (28, 3584, 28, 128)),
+        (qwen2.qwen2_5_7b, 7_615_616_512, (28, 3584, 28, 128)),
+    ],
+)
+def test_shapes_and_parameters_of_the_published_models(preset, parameters, q_shape):
+    cfg = preset()
+    params = jax.eval_shape(lambda: transformer.init(cfg, jax.random.key(0)))
+    assert sum(int(np.prod(x.shape)) for x in jax.tree.leaves(params)) == parameters
+    assert params["layers"]["attention"]["q"].shape == q_shape
 
 
 def test_a_left_padded_row_equals_the_row_alone(model, cfg):
@@ -96,6 +104,51 @@ def test_every_position_sees_every_other(model):
     assert (np.abs(before - after).max(axis=-1) > 0).all()  # the first token sees the last
 
 
+def test_a_causal_model_sees_no_token_to_the_right(model, cfg):
+    causal = Model(dataclasses.replace(cfg, causal=True), model.params)
+    changed = TOKENS.copy()
+    changed[:, 5] = (changed[:, 5] + 1) % 60
+    before, after = causal.apply(TOKENS).logits, causal.apply(changed).logits
+    np.testing.assert_array_equal(before[:, :5], after[:, :5])
+    assert (np.abs(before - after).max(axis=-1) > 0)[:, 5:].all()
+    padded = np.concatenate([np.full((2, 3), cfg.pad_id), TOKENS], axis=1)
+    valid = np.broadcast_to(np.arange(11) >= 3, (2, 11))
+    np.testing.assert_allclose(causal.apply(padded, valid).logits[:, 3:], before, atol=1e-5)
+
+
+# --------------------------------------------------------------------------------------- shift
+
+
+def test_a_shifted_model_predicts_every_token_from_the_row_to_its_left(model, cfg):
+    raw = model.apply(TOKENS).logits
+    logits = Model(dataclasses.replace(cfg, shift=True), model.params).apply(TOKENS).logits
+    np.testing.assert_allclose(logits[:, 1:], raw[:, :-1], atol=1e-6)
+    np.testing.assert_allclose(logits[:, 0], raw[:, 0], atol=1e-6)
+
+
+def test_a_left_padded_row_of_a_shifted_model_equals_the_row_alone(model, cfg):
+    shifted = Model(dataclasses.replace(cfg, shift=True), model.params)
+    valid = np.arange(8) >= np.array([0, 3])[:, None]
+    out = shifted.apply(TOKENS, valid).logits
+    np.testing.assert_allclose(out[0], shifted.apply(TOKENS[:1]).logits[0], atol=1e-5)
+    np.testing.assert_allclose(out[1, 3:], shifted.apply(TOKENS[1:, 3:]).logits[0], atol=1e-5)
+
+
+# ------------------------------------------------------------------------------- configurations
+
+
+@pytest.mark.parametrize("name", ["mask_id", "eos_id"])
+def test_only_a_causal_model_does_without_special_tokens(name):
+    with pytest.raises(InputError, match=f"{name} is missing"):
+        dataclasses.replace(BASE, **{name: None})
+    assert getattr(dataclasses.replace(BASE, causal=True, **{name: None}), name) is None
+
+
+def test_a_causal_model_is_not_shifted():
+    with pytest.raises(InputError, match="shift"):
+        small_config(causal=True, shift=True)
+
+
 def test_policies_see_masked_tokens_without_padding(model, cfg):
     seen = []
 
@@ -109,7 +162,7 @@ def test_policies_see_masked_tokens_without_padding(model, cfg):
 
     tokens = jnp.array([[cfg.mask_id, 3, cfg.mask_id]])
     valid = jnp.array([[False, True, True]])
-    llada.run_layers(cfg, model.params, tokens, valid, Spy(), step=7)
+    transformer.run_layers(cfg, model.params, tokens, valid, Spy(), step=7)
     assert isinstance(seen[0], Denoising) and seen[0].step == 7
     np.testing.assert_array_equal(seen[0].masked, [[False, False, True]])
 
@@ -117,7 +170,7 @@ def test_policies_see_masked_tokens_without_padding(model, cfg):
 def test_recomputing_blocks_changes_no_gradient(model, cfg):
     def loss(layers, remat):
         params = {**model.params, "layers": layers}
-        return llada.run_layers(cfg, params, jnp.asarray(TOKENS), None, remat=remat).h.sum()
+        return transformer.run_layers(cfg, params, jnp.asarray(TOKENS), None, remat=remat).h.sum()
 
     plain, remat = (jax.grad(loss)(model.params["layers"], r) for r in (False, True))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), plain, remat)
@@ -147,7 +200,7 @@ def test_keys_of_the_old_kind_are_refused():
 
 
 def test_rows_fill_up_to_a_multiple(cfg):
-    model = Model(cfg, llada.init(cfg, jax.random.key(0)))
+    model = Model(cfg, transformer.init(cfg, jax.random.key(0)))
     rows = model.place_rows((np.arange(5), np.eye(5)), 4)
     np.testing.assert_array_equal(rows[0], [0, 1, 2, 3, 4, 4, 4, 4])
     assert rows[1].shape == (8, 5)

@@ -1,0 +1,44 @@
+"""Reads numbers and options from a published `config.json`; null counts as absent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dials_jax.config import require
+
+
+def require_options(values: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raises: InputError for an option that changes the maths and has another value than ours."""
+    for name, only in wanted.items():
+        given = values.get(name) or False
+        require(
+            given == only, f"config.json: {name}={given!r} is not implemented; only {only!r} is"
+        )
+
+
+def integer(values: dict[str, Any], name: str, default: int | None = None) -> int:
+    value = default if values.get(name) is None else values[name]
+    require(value is not None, f"config.json: {name} is missing; add it")
+    require(isinstance(value, int), f"config.json: {name}={value!r} must be an integer")
+    return value
+
+
+def number(values: dict[str, Any], name: str) -> float:
+    value = values.get(name)
+    require(isinstance(value, (int, float)), f"config.json: {name} must be a number; add it")
+    return float(value)
+
+
+def token_id(values: dict[str, Any], name: str) -> int | None:
+    """The id of a special token, or None for a model that has none."""
+    return None if values.get(name) is None else integer(values, name)
+
+
+def width_of_heads(values: dict[str, Any], width: str, heads: str) -> int:
+    """The model's width over the number of heads; `width` and `heads` are their names upstream."""
+    d_model, num_heads = integer(values, width), integer(values, heads)
+    require(
+        num_heads > 0 and d_model % num_heads == 0,
+        f"config.json: {width}={d_model} must be a multiple of {heads}={num_heads}",
+    )
+    return d_model // num_heads

@@ -1,0 +1,251 @@
+"""The denoising loop: every sampler over every cache, as one program.
+
+A block of the canvas is filled step by step; a step is one model call and the tokens it reveals.
+The loop ends when no row has a masked token left, which the device finds out by itself.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from dials_jax.caching.cache import Blocks, Cache, Pass, Progress, Revealed
+from dials_jax.caching.net import Net
+from dials_jax.config import ModelConfig
+from dials_jax.models import transformer
+
+
+class Sampler(Protocol):
+    """Which tokens a step reveals. Settings only: hashable, static in compiled programs."""
+
+    gen_length: int
+    block_length: int
+    steps_per_block: int  # at most; a block also ends when it is full
+    max_quota: int | None  # tokens a step reveals in a row at most; None: any number
+    cfg_scale: float
+    delay_eos: bool
+    stop_at_eos: bool
+
+    def propose(
+        self, cfg: ModelConfig, logits: Float[Array, "B W V"], keys: jax.Array
+    ) -> tuple[Int[Array, "B W"], Float[Array, "B W"]]:
+        """A token for every position, and how sure the model is of it."""
+
+    def choose(
+        self, confidence: Float[Array, "B W"], turn: Turn, keys: jax.Array
+    ) -> Bool[Array, "B W"]:
+        """The positions to reveal. The confidence is -inf where there is nothing to reveal."""
+
+
+class Turn(NamedTuple):
+    """What a sampler may know of a step."""
+
+    step_in_block: Int[Array, ""]
+    present: Int[Array, "B"]  # masked tokens of the block when it was entered
+    remaining: Int[Array, "B"]  # masked tokens of the block now
+
+
+class Record(NamedTuple):
+    """What every model call was. Arrays are as long as the most calls there could be."""
+
+    nfe: Int[Array, ""]
+    gates: Bool[Array, "S L R"]
+    masked_share: Float[Array, "S B"]  # of the generated part, before the call
+    kind: Int[Array, "S"]  # of the cache's passes
+
+
+class State(NamedTuple):
+    tokens: Int[Array, "B T"]
+    block: Int[Array, ""]
+    step_in_block: Int[Array, ""]
+    present: Int[Array, "B"]
+    memory: PyTree
+    record: Record
+
+
+def blocks_of(sampler: Sampler, prompt_length: int) -> Blocks:
+    count = sampler.gen_length // sampler.block_length
+    return Blocks(prompt_length, sampler.block_length, count, sampler.max_quota)
+
+
+def step_limit(sampler: Sampler, cache: Cache) -> int:
+    """Steps of a block at most.
+
+    Where a cache leaves masked tokens out of a call, a step may find fewer than its quota; the
+    block then takes longer, and every step still reveals one.
+    """
+    return sampler.block_length if cache.partial else sampler.steps_per_block
+
+
+def denoise(
+    sampler: Sampler,
+    cache: Cache,
+    net: Net,
+    canvas: Int[Array, "B T"],
+    noise_keys: jax.Array,
+    prompt_length: int,
+) -> tuple[Int[Array, "B T"], Record]:
+    """Fills the canvas."""
+    blocks = blocks_of(sampler, prompt_length)
+    passes = cache.passes(net, blocks)
+    limit = step_limit(sampler, cache)
+
+    def progress_of(state: State) -> Progress:
+        step = state.block * limit + state.step_in_block
+        unfinished = jnp.any(_block_masked(net, blocks, state), axis=1)
+        return Progress(state.tokens, step, state.block, state.step_in_block, unfinished)
+
+    def due(state: State, kind: int) -> Array:
+        more = state.block < blocks.count
+        if len(passes) == 1:
+            return more
+        return more & (cache.kind(progress_of(state), state.memory, net, blocks) == kind)
+
+    def advance(state: State, kind: int) -> State:
+        """One model call, the tokens it reveals, and where that leads."""
+        masked = _block_masked(net, blocks, state)
+        present = jnp.where(state.step_in_block == 0, jnp.sum(masked, axis=1), state.present)
+        turn = Turn(state.step_in_block, present, jnp.sum(masked, axis=1))
+        progress = progress_of(state)
+        tokens, gates, memory = _call(
+            sampler, cache, net, blocks, passes[kind], progress, turn, state.memory, noise_keys
+        )
+        share = jnp.mean(_generated_masked(net, blocks, state.tokens), axis=(1, 2))
+        record = _note(state.record, gates, share, kind)
+        block, step_in_block = _next(net, blocks, tokens, state, limit)
+        return State(tokens, block, step_in_block, present, memory, record)
+
+    def run(kind: int, state: State) -> State:
+        return lax.while_loop(lambda s: due(s, kind), lambda s: advance(s, kind), state)
+
+    def all_kinds(state: State) -> State:
+        # Loops one after the other, not a `lax.switch`: a loop updates the caches in place.
+        for kind in range(len(passes)):
+            state = run(kind, state)
+        return state
+
+    state = _start(sampler, cache, net, blocks, canvas, limit)
+    if len(passes) == 1:
+        state = run(0, state)
+    else:
+        state = lax.while_loop(lambda s: s.block < blocks.count, all_kinds, state)
+    return state.tokens, state.record
+
+
+def _start(
+    sampler: Sampler, cache: Cache, net: Net, blocks: Blocks, canvas: Array, limit: int
+) -> State:
+    num_rows, num_calls = canvas.shape[0], blocks.count * limit
+    zero = jnp.asarray(0, jnp.int32)
+    record = Record(
+        nfe=zero,
+        gates=jnp.zeros((num_calls, net.cfg.num_layers, net.num_rows), bool),
+        masked_share=jnp.zeros((num_calls, num_rows)),
+        kind=jnp.zeros(num_calls, jnp.int32),
+    )
+    present = jnp.zeros(num_rows, jnp.int32)
+    return State(canvas, zero, zero, present, cache.start(net, blocks), record)
+
+
+def _call(
+    sampler: Sampler,
+    cache: Cache,
+    net: Net,
+    blocks: Blocks,
+    made: Pass,
+    progress: Progress,
+    turn: Turn,
+    memory: PyTree,
+    noise_keys: jax.Array,
+) -> tuple[Int[Array, "B T"], Array, PyTree]:
+    """The canvas after one model call."""
+    tokens = progress.tokens
+    call = made.call(progress, memory)
+    logits = transformer.logits_of(net.cfg, net.params, call.h)
+    if net.given is not None:
+        logits = guide(logits, sampler.cfg_scale)
+    keys = jax.vmap(jax.random.fold_in, (0, None))(noise_keys, progress.step)
+    guess, confidence = sampler.propose(net.cfg, logits, keys)
+    window = jnp.take_along_axis(tokens, call.index, axis=1)
+    masked = transformer.is_masked(net.cfg, window)
+    if call.active is not None:
+        masked &= call.active
+    shown = jnp.where(masked, confidence, 0.0)
+    if sampler.delay_eos:
+        delayed = (guess == net.cfg.eos_id) & too_early(net.cfg, blocks, progress, call.index)
+        confidence = jnp.where(delayed, 0.0, confidence)
+        shown = shown if net.cfg.shift else jnp.where(masked, confidence, 0.0)
+    commit = masked & sampler.choose(jnp.where(masked, confidence, -jnp.inf), turn, keys)
+    tokens = _put(tokens, call.index, jnp.where(commit, guess, window))
+    if sampler.stop_at_eos:
+        tokens = close(net.cfg, tokens, blocks.start)
+    revealed = Revealed(call.index, call.active, shown, commit, progress.unfinished)
+    return tokens, call.gates, cache.learn(call.memory, revealed, net)
+
+
+def guide(logits: Float[Array, "R W V"], cfg_scale: float) -> Float[Array, "B W V"]:
+    """Classifier-free guidance of the conditional (first) by the unconditional half."""
+    conditional, unconditional = jnp.split(logits, 2)
+    return unconditional + (cfg_scale + 1) * (conditional - unconditional)
+
+
+def too_early(
+    cfg: ModelConfig, blocks: Blocks, progress: Progress, index: Int[Array, "B W"]
+) -> Bool[Array, "B W"]:
+    """Where ES-dLLM delays an end of text.
+
+    That is while the row has none, unless the token before it is known or in an earlier block.
+    """
+    generated = progress.tokens[:, blocks.start :]
+    without = ~jnp.any(generated == cfg.eos_id, axis=1, keepdims=True)
+    before = jnp.take_along_axis(progress.tokens, jnp.maximum(index - 1, 0), axis=1)
+    inside = index > blocks.start + progress.block * blocks.length
+    return without & transformer.is_masked(cfg, before) & inside
+
+
+def close(cfg: ModelConfig, tokens: Int[Array, "B T"], prompt_length: int) -> Int[Array, "B T"]:
+    """Fills with end of text all that follows one which has no masked token before it."""
+    answer = tokens[:, prompt_length:]
+    masked = transformer.is_masked(cfg, answer)
+    known = jnp.cumsum(masked, axis=1) == 0
+    ended = jnp.cumsum((answer == cfg.eos_id) & known, axis=1) > 0
+    return tokens.at[:, prompt_length:].set(jnp.where(ended & masked, cfg.eos_id, answer))
+
+
+def _block_masked(net: Net, blocks: Blocks, state: State) -> Bool[Array, "B W"]:
+    start = blocks.start + state.block * blocks.length
+    window = lax.dynamic_slice_in_dim(state.tokens, start, blocks.length, axis=1)
+    return transformer.is_masked(net.cfg, window)
+
+
+def _generated_masked(net: Net, blocks: Blocks, tokens: Array) -> Bool[Array, "B blocks W"]:
+    answer = tokens[:, blocks.start :]
+    return transformer.is_masked(net.cfg, answer).reshape(-1, blocks.count, blocks.length)
+
+
+def _next(net: Net, blocks: Blocks, tokens: Array, state: State, limit: int) -> tuple[Array, Array]:
+    """Stays while the block has masks and steps left; then the next block that has masks."""
+    has = jnp.any(_generated_masked(net, blocks, tokens), axis=(0, 2))
+    number = jnp.arange(blocks.count)
+    stay = has[jnp.minimum(state.block, blocks.count - 1)] & (state.step_in_block + 1 < limit)
+    later = jnp.min(jnp.where(has & (number > state.block), number, blocks.count))
+    block = jnp.where(stay, state.block, later).astype(jnp.int32)
+    return block, jnp.where(stay, state.step_in_block + 1, 0).astype(jnp.int32)
+
+
+def _note(record: Record, gates: Array, share: Array, kind: int) -> Record:
+    at = record.nfe
+    return Record(
+        nfe=at + 1,
+        gates=record.gates.at[at].set(gates),
+        masked_share=record.masked_share.at[at].set(share),
+        kind=record.kind.at[at].set(kind),
+    )
+
+
+def _put(tokens: Array, index: Array, new: Array) -> Array:
+    return jax.vmap(lambda row, at, x: row.at[at].set(x, unique_indices=True))(tokens, index, new)
