@@ -287,7 +287,9 @@ class EvalConfig:
     threshold: float | None = None  # overrides the routers' own
     batch_size: int = 32
     mesh: MeshConfig = MeshConfig()
-    layout: Literal["stacked", "unrolled", "auto"] = "stacked"  # stacked compiles much faster
+    layout: Literal["stacked", "unrolled", "fused", "auto"] = (
+        "stacked"  # stacked compiles much faster
+    )
     dtype: str | None = None
     seed: int = 0
 

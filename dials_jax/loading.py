@@ -22,7 +22,7 @@ def load(
       path: a folder of one of these kinds. Hugging Face folders hold safetensors.
       dtype: of weights and activations, "bfloat16" or "float32"; None keeps those stored.
       mesh: None is a mesh over all devices.
-      layout: of the layers; "auto" is unrolled on GPUs, stacked elsewhere.
+      layout: of the layers; "auto": see `groups.chosen_layout`.
 
     Raises: InputError for any other path, and for a folder that is broken.
     """

@@ -28,11 +28,11 @@ BATCH_AXES = ("data", "fsdp")
 # which is never split.
 RULES: tuple[tuple[str, P], ...] = (
     (r"embed/table", P("tensor", "fsdp")),
-    (r"layers/.*attention/[qkv]", P("fsdp", "tensor", None)),
-    (r"layers/.*attention/[qkv]_bias", P("tensor", None)),
+    (r"layers/.*attention/(qkv|[qkv])", P("fsdp", "tensor", None)),
+    (r"layers/.*attention/(qkv|[qkv])_bias", P("tensor", None)),
     (r"layers/.*attention/o", P("tensor", None, "fsdp")),
-    (r"layers/.*mlp/(gate|up)", P("fsdp", "tensor")),
-    (r"layers/.*mlp/(gate|up)_bias", P("tensor")),
+    (r"layers/.*mlp/(gate|up|gate_up)", P("fsdp", "tensor")),
+    (r"layers/.*mlp/(gate|up|gate_up)_bias", P("tensor")),
     (r"layers/.*mlp/down", P("tensor", "fsdp")),
     (r"layers/.*(attention/o|mlp/down)_bias", P(None)),
     (r"(layers/.*)?\w*norm/scale", P(None)),

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import PyTree
+from jaxtyping import Array, Int, PyTree
 
 Params = PyTree
 
@@ -67,7 +67,7 @@ def stack(layers: tuple[PyTree, ...]) -> PyTree:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
 
 
-def layer_slice(stacked: PyTree, layer: int) -> PyTree:
+def layer_slice(stacked: PyTree, layer: int | Int[Array, ""]) -> PyTree:
     return jax.tree.map(lambda x: x[layer], stacked)
 
 
@@ -116,16 +116,19 @@ def digest_hex(tree: PyTree) -> dict[str, str]:
     return {name: f"{int(a):08x}{int(b):08x}" for name, (a, b) in pairs.items()}
 
 
-def fingerprint(params: Params) -> str:
+def fingerprint(params: Params, plain: Callable[[PyTree], PyTree] = lambda layer: layer) -> str:
     """Names a set of weights, whatever their layout, sharding or dtype (float32 or bfloat16).
 
     Reads the first elements of each array, as bfloat16. A router belongs to one fingerprint.
+
+    Args:
+      plain: turns an unrolled layer into the arrays that it is saved as.
     """
     sha = hashlib.sha256()
     layers = params["layers"]
     for i in range(num_layers(layers)):
         if is_unrolled(layers):
-            _hash_into(sha, layers[i], None)
+            _hash_into(sha, plain(layers[i]), None)
         else:
             _hash_into(sha, layers, i)
     _hash_into(sha, {k: v for k, v in params.items() if k != "layers"}, None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from dials_jax.caching.net import Net
 
 # Windows whose length depends on the block are rounded up to one of so many sizes, all compiled.
-MAX_SIZES = 4
+MAX_SIZES = 8
 
 
 class Blocks(NamedTuple):
@@ -80,6 +80,7 @@ class Pass(NamedTuple):
     work: Work
 
 
+@runtime_checkable
 class Cache(Protocol):
     """A strategy of what to run at a step. Settings only: hashable, static in compiled programs.
 
@@ -130,6 +131,29 @@ def at_block(
     return Call(near, index[: progress.tokens.shape[0]], None, gates, memory)
 
 
+def at_work(net: Net, progress: Progress) -> Bool[Array, "R 1"]:
+    """Rows that have not finished the block.
+
+    The others must not write while they wait, wherever that could be read later: what a row keeps
+    would depend on its batch.
+    """
+    copies = net.num_rows // progress.unfinished.shape[0]  # 2 under guidance
+    return jnp.tile(progress.unfinished, copies)[:, None]
+
+
+def writing(
+    net: Net, blocks: Blocks, progress: Progress, index: Int[Array, "R W"]
+) -> Bool[Array, "R W"] | None:
+    """The slots that a window of a prefix or dual cache writes; None: all.
+
+    With fixed quotas all rows finish together. Without a policy the next block's first call writes
+    everything anew; a layer that is skipped there would keep what a waiting row wrote.
+    """
+    if net.policy is None or blocks.max_quota is not None:
+        return None
+    return jnp.broadcast_to(at_work(net, progress), index.shape)
+
+
 @dataclass(frozen=True)
 class NoCache:
     """Every call runs the whole canvas."""
@@ -165,7 +189,7 @@ class DualCache:
         return [whole_canvas(net, blocks), block_only(net, blocks)]
 
     def kind(self, progress: Progress, memory: PyTree, net: Net, blocks: Blocks) -> Int[Array, ""]:
-        return (progress.step_in_block > 0).astype(jnp.int32)
+        return jnp.where(progress.step_in_block > 0, 1, 0)
 
     def learn(self, memory: PyTree, revealed: Revealed, net: Net) -> PyTree:
         return memory
@@ -176,7 +200,8 @@ def block_only(net: Net, blocks: Blocks) -> Pass:
 
     def call(progress: Progress, memory: PyTree) -> Call:
         start = blocks.start + progress.block * blocks.length - net.offset
-        out = net.run_range(progress.tokens, start, blocks.length, progress.step, memory)
+        active = writing(net, blocks, progress, net.range(start, blocks.length))
+        out = net.run_range(progress.tokens, start, blocks.length, progress.step, memory, active)
         index = net.range(start + net.offset, blocks.length)[: progress.tokens.shape[0]]
         return Call(out.h, index, None, out.gates, out.memory)
 
@@ -206,8 +231,10 @@ class PrefixCache:
         def call(progress: Progress, memory: PyTree) -> Call:
             start = blocks.start + progress.block * blocks.length - net.offset
             first = blocks.end - size
-            exact = blocks.count <= MAX_SIZES
-            active = None if exact else net.range(first, size) >= start
+            index = net.range(first, size)
+            active = writing(net, blocks, progress, index)
+            if blocks.count > MAX_SIZES:
+                active = index >= start if active is None else active & (index >= start)
             out = net.run_range(progress.tokens, first, size, progress.step, memory, active)
             return at_block(net, blocks, progress, out.h, first, out.gates, out.memory)
 

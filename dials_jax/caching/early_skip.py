@@ -101,24 +101,17 @@ class EarlySkip:
     def kind(self, progress: Progress, memory: Memory, net: Net, blocks: Blocks) -> Int[Array, ""]:
         kinds = self.kinds(blocks)
         place = progress.block * blocks.length + progress.step_in_block
-        few = self.plan(net.cfg.num_layers, blocks).kept[-1]
-        revealed = jnp.max(jnp.sum(memory.revealed, axis=1))
+        refresh = place % self.prompt_every == 0
         # The first that holds, from top to bottom.
-        due = [
-            ("canvas", place == 0),
-            *(
-                (n, (place % self.prompt_every == 0) & (progress.block < n))
-                for n in kinds
-                if isinstance(n, int)
-            ),
-            ("two_blocks", progress.step_in_block == 0),
-            ("block", place % self.block_every == 0),
-            ("skip_few", jnp.minimum(revealed + 2, blocks.length) > few),
-        ]
-        due = [(kinds.index(name), holds) for name, holds in due if name in kinds]
-        return jnp.select(
-            [holds for _, holds in due], [index for index, _ in due], kinds.index("skip")
-        )
+        due = {"canvas": place == 0}
+        due |= {n: refresh & (progress.block < n) for n in kinds if isinstance(n, int)}
+        due |= {"two_blocks": progress.step_in_block == 0, "block": place % self.block_every == 0}
+        if "skip_few" in kinds:
+            revealed = jnp.max(jnp.sum(memory.revealed, axis=1))
+            few = self.plan(net.cfg.num_layers, blocks).kept[-1]
+            due["skip_few"] = jnp.minimum(revealed + 2, blocks.length) > few
+        due = {kinds.index(name): holds for name, holds in due.items() if name in kinds}
+        return jnp.select(list(due.values()), list(due), kinds.index("skip"))
 
     # --------------------------------------------------------------------------- the protocol
 

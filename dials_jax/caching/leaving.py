@@ -13,7 +13,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from dials_jax import trees
-from dials_jax.caching.cache import MAX_SIZES, Blocks, Call, Pass, Progress, Work, at_block
+from dials_jax.caching.cache import (
+    MAX_SIZES,
+    Blocks,
+    Call,
+    Pass,
+    Progress,
+    Work,
+    at_block,
+    at_work,
+)
 from dials_jax.caching.importance import change, importance, top
 from dials_jax.caching.net import Net
 from dials_jax.models import transformer
@@ -114,7 +123,7 @@ def up_to(plan: Plan, net: Net, blocks: Blocks, num_blocks: int | None) -> Pass:
     def call(progress: Progress, memory: Memory) -> Call:
         index, active = net.range(0, size), None
         if num_blocks is not None:
-            active = _awake(blocks, progress)
+            active = _awake(net, blocks, progress)
             if blocks.count > MAX_SIZES:
                 end = blocks.start + (progress.block + 1) * blocks.length - net.offset
                 active = index < end if active is None else active & (index < end)
@@ -149,7 +158,7 @@ def block(plan: Plan, net: Net, blocks: Blocks) -> Pass:
     """Brings the block up to date."""
 
     def call(progress: Progress, memory: Memory) -> Call:
-        index, active = _block_range(net, blocks, progress), _awake(blocks, progress)
+        index, active = _block_range(net, blocks, progress), _awake(net, blocks, progress)
         return _refresh(plan, net, blocks, progress, memory, index, active)
 
     return Pass(call, Work((blocks.length,) * net.cfg.num_layers, blocks.length))
@@ -177,7 +186,7 @@ def skip(plan: Plan, net: Net, blocks: Blocks, *, few: bool) -> Pass:
         return rows, gather(active, rows) & (jnp.arange(blocks.length) < count)
 
     def call(progress: Progress, memory: Memory) -> Call:
-        index, active = _block_range(net, blocks, progress), _awake(blocks, progress)
+        index, active = _block_range(net, blocks, progress), _awake(net, blocks, progress)
         going, gates, memory = _travel(plan, net, progress, memory, index, active, leave)
         slots = going.window.slots
         return Call(going.h, slots.index + net.offset, slots.active, gates, memory)
@@ -194,12 +203,13 @@ def _block_range(net: Net, blocks: Blocks, progress: Progress) -> Int[Array, "R 
     return net.range(first, blocks.length)
 
 
-def _awake(blocks: Blocks, progress: Progress) -> Bool[Array, "R 1"] | None:
-    """Rows that have finished the block rest, or what they keep would depend on the others.
+def _awake(net: Net, blocks: Blocks, progress: Progress) -> Bool[Array, "R 1"] | None:
+    """Rows that write; None: all.
 
-    With fixed quotas all rows finish together.
+    With one token a step all rows finish together. With more, a row may find fewer masked tokens
+    among those that have not left than another does.
     """
-    return None if blocks.max_quota is not None else progress.unfinished[:, None]
+    return None if blocks.max_quota == 1 else at_work(net, progress)
 
 
 def _refresh(
@@ -297,9 +307,10 @@ def _within(
     leave,
 ) -> tuple[Going, PyTree, Array]:
     """One layer in which tokens leave once their queries, keys and values are known."""
-    module, layers = transformer.parts(net.cfg).block, net.params["layers"]
+    layers = net.params["layers"]
     unrolled = trees.is_unrolled(layers)
     params = layers[layer] if unrolled else trees.layer_slice(layers, layer)
+    module = transformer.block_of(net.cfg, params)
     old = kv[0] if unrolled else trees.layer_slice(kv, 0)
     q, new = module(params, going.h, going.window.angles, method="qkv")
     if leave is not None:

@@ -92,10 +92,14 @@ class Net:
     ) -> StackOutput:
         """Runs the layers of `span` on the tokens of a window.
 
+        Tokens that are not active in the window do not vote.
+
         Args:
           contiguous: the window is one range, the same in every row.
           vote_from: no token of the window before this one is masked.
         """
+        active = window.slots.active
+        masked = masked if active is None else masked & active
         return run_stack(
             transformer.layer_of(self.cfg, contiguous=contiguous),
             self.params["layers"],
@@ -115,7 +119,7 @@ class Net:
         size: int,
         step: Int[Array, ""],
         memory: PyTree = None,
-        active: Bool[Array, "R T"] | None = None,
+        active: Bool[Array, "R W"] | None = None,
     ) -> StackOutput:
         """Runs all layers on the canvas's tokens from `start` on."""
         index = self.range(start, size)

@@ -43,6 +43,7 @@ from dials_jax.config import (
 from dials_jax.models import groups
 from dials_jax.models.groups import Layout
 from dials_jax.models.model import Model
+from dials_jax.nn import fusing
 
 FORMAT = "dials_jax model"
 VERSION = 1
@@ -97,7 +98,7 @@ def save_model(
     digests = {}
     for name in groups.progress(groups.group_shapes(cfg), "saving"):
         group = jax.tree.map(
-            partial(groups.materialise, dtype=dtype), groups.get_group(params, name)
+            partial(groups.materialise, dtype=dtype), groups.get_group(cfg, params, name)
         )
         digests[name] = group_digest(group)
         _write_group(unfinished, name, group)
@@ -106,7 +107,7 @@ def save_model(
         model=cfg,
         dtype=dtype,
         parameters=num_parameters,
-        fingerprint=trees.fingerprint(params),
+        fingerprint=trees.fingerprint(params, partial(fusing.unfuse, cfg=cfg)),
         digests=digests,
     )
 
@@ -167,7 +168,7 @@ def load_model(
     Args:
       dtype: of weights and activations; None keeps those stored.
       mesh: None is a mesh over all devices.
-      layout: of the layers; "auto" is unrolled on GPUs, stacked elsewhere.
+      layout: of the layers; "auto": see `groups.chosen_layout`.
 
     Raises: InputError if something is missing, broken or not what was saved.
     """

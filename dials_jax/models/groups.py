@@ -20,8 +20,9 @@ from jaxtyping import PyTree
 from dials_jax import sharding, trees
 from dials_jax.config import ModelConfig, require
 from dials_jax.models import transformer
+from dials_jax.nn import fusing
 
-Layout = Literal["auto", "stacked", "unrolled"]
+Layout = Literal["auto", "stacked", "unrolled", "fused"]
 ReadGroup = Callable[[str, PyTree], PyTree]  # a group's name, its shardings -> its placed arrays
 
 
@@ -41,12 +42,14 @@ def group_shapes(cfg: ModelConfig) -> dict[str, PyTree]:
     return {k: x for k, x in params.items() if k != "layers"} | layers
 
 
-def get_group(params: trees.Params, name: str) -> PyTree:
+def get_group(cfg: ModelConfig, params: trees.Params, name: str) -> PyTree:
     key, _, layer = name.partition("/")
     if not layer:
         return params[key]
     i, layers = int(layer), params[key]
-    return layers[i] if trees.is_unrolled(layers) else trees.layer_slice(layers, i)
+    if trees.is_unrolled(layers):
+        return fusing.unfuse(layers[i], cfg)
+    return trees.layer_slice(layers, i)
 
 
 def place(
@@ -64,31 +67,50 @@ def place(
         return jax.make_array_from_callback(x.shape, sharding, part)
 
     def read(name: str, shardings: PyTree) -> PyTree:
-        return jax.tree.map(put, get_group(params, name), shardings)
+        return jax.tree.map(put, get_group(cfg, params, name), shardings)
 
     return assemble(cfg, read, mesh or sharding.make_mesh(), layout)
 
 
 def assemble(cfg: ModelConfig, read: ReadGroup, mesh: Mesh, layout: Layout) -> trees.Params:
     """All groups, read one after the other, with the layers in the layout asked for."""
-    require(
-        layout in ("auto", "stacked", "unrolled"),
-        f"layout={layout!r}: give 'auto', 'stacked' or 'unrolled'",
-    )
-    if layout == "auto":
-        layout = "unrolled" if jax.default_backend() == "gpu" else "stacked"
+    layout = chosen_layout(layout, mesh)
     params: dict[str, Any] = {"layers": ()}
     for name, shapes in progress(group_shapes(cfg).items(), "loading"):
         key, _, layer = name.partition("/")
         group = read(name, sharding.param_shardings(shapes, mesh, f"{key}/"))
         if not layer:
             params[key] = group
-        elif layout == "unrolled":
-            params[key] += (group,)
+        elif layout != "stacked":
+            params[key] += (_fuse(group) if layout == "fused" else group,)
         else:
             stacked = params[key] or _empty_stack(group, cfg.num_layers, mesh)
             params[key] = _set_layer(stacked, group, int(layer))
     return params
+
+
+def chosen_layout(layout: Layout, mesh: Mesh) -> Layout:
+    """The layout meant by "auto".
+
+    A scan over stacked layers copies each layer's weights out of the stack, 6 to 8 ms a pass of 8B
+    parameters on an H200, but compiles in seconds: TPUs, CPUs and many hosts. On GPUs every layer
+    has its own arrays, fused where heads are not split over devices.
+    """
+    choices = ("auto", "stacked", "unrolled", "fused")
+    require(layout in choices, f"layout={layout!r}: give one of {', '.join(map(repr, choices))}")
+    split = mesh.shape["tensor"] > 1
+    require(
+        not (split and layout == "fused"),
+        "layout='fused' needs whole heads, but the mesh splits them (tensor > 1); use 'unrolled'",
+    )
+    if layout != "auto":
+        return layout
+    if jax.default_backend() != "gpu":
+        return "stacked"
+    return "unrolled" if split else "fused"
+
+
+_fuse = jax.jit(fusing.fuse)
 
 
 def _empty_stack(layer: PyTree, num_layers: int, mesh: Mesh) -> PyTree:

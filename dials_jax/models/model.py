@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from dials_jax import sharding, trees
 from dials_jax.config import InputError, ModelConfig, require
 from dials_jax.models import transformer
+from dials_jax.nn import fusing
 from dials_jax.nn.stack import Executor, Policy
 from dials_jax.timing import Timed
 
@@ -50,7 +51,7 @@ class Model:
     @cached_property
     def fingerprint(self) -> str:
         """Names the weights, whatever their layout or dtype; routers remember it."""
-        return trees.fingerprint(self.params)
+        return trees.fingerprint(self.params, partial(fusing.unfuse, cfg=self.config))
 
     @property
     def num_layers(self) -> int:

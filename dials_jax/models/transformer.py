@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from dials_jax import trees
 from dials_jax.config import ModelConfig
 from dials_jax.nn.block import Block, Embed, Head, Rows
+from dials_jax.nn.fusing import is_fused
 from dials_jax.nn.kv import Slots, write
 from dials_jax.nn.norm import RMSNorm
 from dials_jax.nn.pure import Pure
@@ -32,6 +33,7 @@ class Parts(NamedTuple):
 
     embed: Pure
     block: Pure
+    fused_block: Pure  # the same with its products joined
     final_norm: Pure
     head: Pure
 
@@ -41,9 +43,15 @@ def parts(cfg: ModelConfig) -> Parts:
     return Parts(
         embed=Pure(lambda rngs: Embed(cfg, rngs)),
         block=Pure(lambda rngs: Block(cfg, rngs)),
+        fused_block=Pure(lambda rngs: Block(cfg, rngs, fused=True)),
         final_norm=Pure(lambda rngs: RMSNorm(cfg.d_model, cfg.norm_eps, rngs)),
         head=Pure(lambda rngs: Head(cfg, rngs)),
     )
+
+
+def block_of(cfg: ModelConfig, layer: trees.Params) -> Pure:
+    """The block that takes a layer's parameters as they are laid out."""
+    return parts(cfg).fused_block if is_fused(layer) else parts(cfg).block
 
 
 def init(cfg: ModelConfig, key: jax.Array) -> trees.Params:
@@ -75,7 +83,7 @@ def layer_of(cfg: ModelConfig, *, contiguous: bool = False, remat: bool = False)
     """
 
     def block(params, h, rows, kv):
-        return parts(cfg).block(params, h, rows, kv, contiguous=contiguous)
+        return block_of(cfg, params)(params, h, rows, kv, contiguous=contiguous)
 
     def remember(kv, new, rows, keep, memory_rows):
         return write(kv, new, rows.slots, contiguous=contiguous, rows=memory_rows, keep=keep)
@@ -92,6 +100,7 @@ def run_layers(
     *,
     step: Int[Array, ""] | int = 0,
     row_keys: PyTree = None,
+    vote_from: int = 0,
     executor: Executor = "auto",
     observe: Callable[[Array, Array], PyTree] | None = None,
     remat: bool = False,
@@ -100,6 +109,7 @@ def run_layers(
 
     Args:
       valid: False at padding, which no token attends to. None means no padding, and is faster.
+      vote_from: no token before this one is masked, so routers need not look there.
       remat: recompute each block in the backward pass.
     """
     masked = is_masked(cfg, tokens) if valid is None else is_masked(cfg, tokens) & valid
@@ -109,7 +119,7 @@ def run_layers(
         parts(cfg).embed(params["embed"], tokens),
         rows_of(cfg, valid, tokens.shape),
         policy,
-        Denoising(masked, jnp.asarray(step), row_keys),
+        Denoising(masked, jnp.asarray(step), row_keys, vote_from),
         executor=executor,
         observe=observe,
     )

@@ -14,26 +14,32 @@ from dials_jax.nn.rope import apply_rope
 
 
 class Attention(nnx.Module):
-    """Self-attention in which every token sees every valid token, or those to its left (causal)."""
+    """Self-attention in which every token sees every valid token, or those to its left (causal).
 
-    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
+    `fused`: see `dials_jax.nn.fusing`.
+    """
+
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs, fused: bool = False):
         d, n, k, h = cfg.d_model, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-        self.q = nnx.Param(normal(rngs, (d, n, h)))
-        self.k = nnx.Param(normal(rngs, (d, k, h)))
-        self.v = nnx.Param(normal(rngs, (d, k, h)))
+        self.fused, self.num_heads, self.num_kv_heads = fused, n, k
+        for name, heads in ({"qkv": n + 2 * k} if fused else {"q": n, "k": k, "v": k}).items():
+            setattr(self, name, nnx.Param(normal(rngs, (d, heads, h))))
+            setattr(self, f"{name}_bias", zeros_if(cfg.qkv_bias, (heads, h)))
         self.o = nnx.Param(normal(rngs, (n, h, d), depth=cfg.num_layers))
-        self.q_bias = zeros_if(cfg.qkv_bias, (n, h))
-        self.k_bias = zeros_if(cfg.qkv_bias, (k, h))
-        self.v_bias = zeros_if(cfg.qkv_bias, (k, h))
         self.o_bias = zeros_if(cfg.bias, (d,))
 
-    def qkv(
+    def rotated(
         self, x: Float[Array, "B T D"], sin_cos: Float[Array, "B T 2 _"]
     ) -> tuple[Float[Array, "B T N H"], KV]:
         """Rotated queries, and the tokens' rotated keys and values."""
-        q = apply_rope(project(x, self.q, self.q_bias), sin_cos)
-        k = apply_rope(project(x, self.k, self.k_bias), sin_cos)
-        return q, KV(k, project(x, self.v, self.v_bias))
+        if self.fused:
+            cuts = (self.num_heads, self.num_heads + self.num_kv_heads)
+            q, k, v = jnp.split(project(x, self.qkv, self.qkv_bias), cuts, axis=2)
+        else:
+            q = project(x, self.q, self.q_bias)
+            k = project(x, self.k, self.k_bias)
+            v = project(x, self.v, self.v_bias)
+        return apply_rope(q, sin_cos), KV(apply_rope(k, sin_cos), v)
 
     def out(self, y: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
         out = jnp.einsum("BTNH,NHD->BTD", y, self.o[...].astype(y.dtype))

@@ -26,14 +26,14 @@ class Rows(NamedTuple):
 
 
 class Block(nnx.Module):
-    """Pre-norm residual block: attention, then SwiGLU."""
+    """Pre-norm residual block: attention, then SwiGLU. `fused`: see `dials_jax.nn.fusing`."""
 
-    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs, fused: bool = False):
         self.causal = cfg.causal
         self.attention_norm = RMSNorm(cfg.d_model, cfg.norm_eps, rngs)
-        self.attention = Attention(cfg, rngs)
+        self.attention = Attention(cfg, rngs, fused)
         self.mlp_norm = RMSNorm(cfg.d_model, cfg.norm_eps, rngs)
-        self.mlp = SwiGLU(cfg, rngs)
+        self.mlp = SwiGLU(cfg, rngs, fused)
 
     def __call__(
         self, h: Float[Array, "B T D"], rows: Rows, kv: KV | None, *, contiguous: bool = False
@@ -50,7 +50,7 @@ class Block(nnx.Module):
     def qkv(
         self, h: Float[Array, "B T D"], angles: Float[Array, "B T 2 _"]
     ) -> tuple[Float[Array, "B T N H"], KV]:
-        return self.attention.qkv(self.attention_norm(h), angles)
+        return self.attention.rotated(self.attention_norm(h), angles)
 
     def mix(
         self,

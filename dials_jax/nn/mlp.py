@@ -12,20 +12,24 @@ from dials_jax.nn.initializers import normal, zeros_if
 
 
 class SwiGLU(nnx.Module):
-    """silu(x W_gate) * (x W_up), projected back."""
+    """silu(x W_gate) * (x W_up), projected back. `fused`: see `dials_jax.nn.fusing`."""
 
-    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
-        self.gate = nnx.Param(normal(rngs, (cfg.d_model, cfg.d_ff)))
-        self.up = nnx.Param(normal(rngs, (cfg.d_model, cfg.d_ff)))
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs, fused: bool = False):
+        self.fused = fused
+        sizes = {"gate_up": 2 * cfg.d_ff} if fused else {"gate": cfg.d_ff, "up": cfg.d_ff}
+        for name, size in sizes.items():
+            setattr(self, name, nnx.Param(normal(rngs, (cfg.d_model, size))))
+            setattr(self, f"{name}_bias", zeros_if(cfg.bias, (size,)))
         self.down = nnx.Param(normal(rngs, (cfg.d_ff, cfg.d_model), depth=cfg.num_layers))
-        self.gate_bias = zeros_if(cfg.bias, (cfg.d_ff,))
-        self.up_bias = zeros_if(cfg.bias, (cfg.d_ff,))
         self.down_bias = zeros_if(cfg.bias, (cfg.d_model,))
 
     @jax.named_scope("mlp")
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        gate = linear(x, self.gate, self.gate_bias)
-        up = linear(x, self.up, self.up_bias)
+        if self.fused:
+            gate, up = jnp.split(linear(x, self.gate_up, self.gate_up_bias), 2, axis=-1)
+        else:
+            gate = linear(x, self.gate, self.gate_bias)
+            up = linear(x, self.up, self.up_bias)
         return linear(jax.nn.silu(gate) * up, self.down, self.down_bias)
 
 

@@ -74,7 +74,7 @@ class Policy(Protocol):
 
 
 class StackOutput(NamedTuple):
-    """`gates` [L, B]; `memory` and what `observe` returned are one a layer, laid out as the layers."""
+    """`gates` [L, B]; memories, and what `observe` returned, are laid out as the layers."""
 
     h: Float[Array, "B T D"]
     gates: Array
@@ -209,15 +209,16 @@ def _compact_rows(
     num_rows = h.shape[0]
     unit = -(-num_rows // MAX_BRANCHES)
     sizes = [*range(0, num_rows, unit), num_rows]
-    order = jnp.argsort(~gate, stable=True)  # rows that execute first
+    place, order = _rows_that_run_first(gate)
 
     def run_on(rows):
         """The block on these rows (None: all). Rounding up may have taken in rows that skip."""
         take = (lambda x: x) if rows is None else (lambda x: x[rows])
-        old, near, keep = take(h), jax.tree.map(take, context), take(gate) if unit > 1 else None
-        new, update = layer.block(params, old, near, jax.tree.map(take, memory))
-        new = new if keep is None else choose(keep, old, new)
-        out = new if rows is None else h.at[rows].set(new, unique_indices=True)
+        near, keep = jax.tree.map(take, context), take(gate) if unit > 1 else None
+        new, update = layer.block(params, take(h), near, jax.tree.map(take, memory))
+        if rows is not None:  # every row fetches its own: one pass over h, which a scatter is not
+            new = new[jnp.minimum(place, rows.shape[0] - 1)]
+        out = new if rows is None and keep is None else choose(gate, h, new)
         if memory is None:
             return out, None
         return out, layer.remember(memory, update, near, keep, rows)
@@ -228,3 +229,14 @@ def _compact_rows(
         return lambda: run_on(None if size == num_rows else order[:size])
 
     return lax.switch(-(-jnp.sum(gate) // unit), [branch(size) for size in sizes])
+
+
+def _rows_that_run_first(gate: Bool[Array, "B"]) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
+    """Each row's place when those that run come first, and the row at each place.
+
+    By comparing all pairs: for the few rows of a batch that is quicker than a sort.
+    """
+    rows = jnp.arange(gate.shape[0])
+    key = jnp.where(gate, rows, rows + gate.shape[0])
+    place = jnp.sum(key[:, None] > key, axis=1)
+    return place, jnp.sum(jnp.where(place[:, None] == rows, rows[:, None], 0), axis=0)

@@ -89,7 +89,10 @@ class Confidence:
 
     @property
     def steps_per_block(self) -> int:
-        return self.block_length if self.max_quota is None else self.steps // self.num_blocks
+        """At most: a step that reveals nothing need not be made."""
+        if self.max_quota is None:
+            return self.block_length
+        return min(self.steps // self.num_blocks, self.block_length)
 
     @property
     def max_quota(self) -> int | None:

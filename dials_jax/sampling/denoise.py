@@ -6,7 +6,9 @@ The loop ends when no row has a masked token left, which the device finds out by
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Iterable
+from functools import partial
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +19,10 @@ from dials_jax.caching.cache import Blocks, Cache, Pass, Progress, Revealed
 from dials_jax.caching.net import Net
 from dials_jax.config import ModelConfig
 from dials_jax.models import transformer
+from dials_jax.sampling.timetable import block_timetable, fold, follow
 
 
+@runtime_checkable
 class Sampler(Protocol):
     """Which tokens a step reveals. Settings only: hashable, static in compiled programs."""
 
@@ -81,6 +85,15 @@ def step_limit(sampler: Sampler, cache: Cache) -> int:
     return sampler.block_length if cache.partial else sampler.steps_per_block
 
 
+def is_fixed(sampler: Sampler, cache: Cache) -> bool:
+    """Whether all steps are known beforehand: each reveals its quota, and no row ends early.
+
+    The loops then have constant trip counts, and the device never waits for a condition.
+    """
+    by_quota = sampler.max_quota is not None and not sampler.stop_at_eos
+    return by_quota and not (cache.partial and sampler.max_quota > 1)
+
+
 def denoise(
     sampler: Sampler,
     cache: Cache,
@@ -92,20 +105,14 @@ def denoise(
     """Fills the canvas."""
     blocks = blocks_of(sampler, prompt_length)
     passes = cache.passes(net, blocks)
-    limit = step_limit(sampler, cache)
+    limit, fixed = step_limit(sampler, cache), is_fixed(sampler, cache)
 
     def progress_of(state: State) -> Progress:
         step = state.block * limit + state.step_in_block
         unfinished = jnp.any(_block_masked(net, blocks, state), axis=1)
         return Progress(state.tokens, step, state.block, state.step_in_block, unfinished)
 
-    def due(state: State, kind: int) -> Array:
-        more = state.block < blocks.count
-        if len(passes) == 1:
-            return more
-        return more & (cache.kind(progress_of(state), state.memory, net, blocks) == kind)
-
-    def advance(state: State, kind: int) -> State:
+    def advance(kind: int, state: State) -> State:
         """One model call, the tokens it reveals, and where that leads."""
         masked = _block_masked(net, blocks, state)
         present = jnp.where(state.step_in_block == 0, jnp.sum(masked, axis=1), state.present)
@@ -116,23 +123,35 @@ def denoise(
         )
         share = jnp.mean(_generated_masked(net, blocks, state.tokens), axis=(1, 2))
         record = _note(state.record, gates, share, kind)
-        block, step_in_block = _next(net, blocks, tokens, state, limit)
+        block, step_in_block = _next(net, blocks, tokens, state, limit, fixed)
         return State(tokens, block, step_in_block, present, memory, record)
 
-    def run(kind: int, state: State) -> State:
-        return lax.while_loop(lambda s: due(s, kind), lambda s: advance(s, kind), state)
+    def dispatch(kinds: Iterable[int], state: State, calls: int | None = None) -> State:
+        """The model calls of these kinds that are due, one kind after the other.
 
-    def all_kinds(state: State) -> State:
-        # Loops one after the other, not a `lax.switch`: a loop updates the caches in place.
-        for kind in range(len(passes)):
-            state = run(kind, state)
+        Loops in a row, not a `lax.switch`: a loop updates the caches in place.
+
+        Args:
+          calls: so many at most.
+        """
+        first = state.record.nfe
+
+        def due(kind: int, state: State) -> Array:
+            due = cache.kind(progress_of(state), state.memory, net, blocks) == kind
+            due &= state.block < blocks.count
+            return due if calls is None else due & (state.record.nfe < first + calls)
+
+        for kind in kinds:
+            state = lax.while_loop(partial(due, kind), partial(advance, kind), state)
         return state
 
     state = _start(sampler, cache, net, blocks, canvas, limit)
-    if len(passes) == 1:
-        state = run(0, state)
+    if fixed:
+        steps = fold(block_timetable(cache, net, blocks, limit))
+        state = follow([(blocks.count, steps)], advance, dispatch, state)
     else:
-        state = lax.while_loop(lambda s: s.block < blocks.count, all_kinds, state)
+        every = partial(dispatch, range(len(passes)))
+        state = lax.while_loop(lambda s: s.block < blocks.count, every, state)
     return state.tokens, state.record
 
 
@@ -227,8 +246,14 @@ def _generated_masked(net: Net, blocks: Blocks, tokens: Array) -> Bool[Array, "B
     return transformer.is_masked(net.cfg, answer).reshape(-1, blocks.count, blocks.length)
 
 
-def _next(net: Net, blocks: Blocks, tokens: Array, state: State, limit: int) -> tuple[Array, Array]:
+def _next(
+    net: Net, blocks: Blocks, tokens: Array, state: State, limit: int, fixed: bool
+) -> tuple[Array, Array]:
     """Stays while the block has masks and steps left; then the next block that has masks."""
+    if fixed:
+        more = state.step_in_block + 1 < limit
+        step = jnp.where(more, state.step_in_block + 1, 0)
+        return jnp.where(more, state.block, state.block + 1), step
     has = jnp.any(_generated_masked(net, blocks, tokens), axis=(0, 2))
     number = jnp.arange(blocks.count)
     stay = has[jnp.minimum(state.block, blocks.count - 1)] & (state.step_in_block + 1 < limit)

@@ -16,6 +16,7 @@ from dials_jax.config import InputError, ModelConfig, require
 from dials_jax.models import transformer
 from dials_jax.models.model import Model, row_keys
 from dials_jax.nn.stack import Executor, Policy
+from dials_jax.sampling.autoregressive import Autoregressive, decode, filler
 from dials_jax.sampling.denoise import Record, Sampler, blocks_of, denoise
 from dials_jax.skipping.flops import Flops, count_flops
 from dials_jax.skipping.policies import router_width
@@ -50,7 +51,7 @@ def generate(
     prompts: Int[ArrayLike, "B P"],
     valid: Bool[ArrayLike, "B P"] | None = None,
     *,
-    sampler: Sampler,
+    sampler: Sampler | Autoregressive,
     policy: Policy | None = None,
     cache: Cache | None = None,
     key: jax.Array | None = None,
@@ -73,8 +74,11 @@ def generate(
       tokens than the model has positions for, or settings that do not compose.
     """
     prompts = np.asarray(prompts)
-    check_prompts(model.config, prompts, valid, sampler.gen_length)
-    model.config.require_mask()
+    present = check_prompts(model.config, prompts, valid, sampler.gen_length)
+    if isinstance(sampler, Autoregressive):
+        sampler.check(model.config, present, policy, cache)
+    else:
+        model.config.require_mask()
     num_rows, cache = len(prompts), cache or NoCache()
     rows = (jnp.asarray(prompts, jnp.int32), valid, row_keys(key, num_rows))
     static = {"sampler": sampler, "cache": cache, "executor": executor}
@@ -99,8 +103,12 @@ def generate(
     return Generation(tokens[:num_rows], int(nfe), gates, share, tokens_run, flops)
 
 
-def work_of(cfg: ModelConfig, sampler: Sampler, cache: Cache, prompt_length: int) -> list[Work]:
+def work_of(
+    cfg: ModelConfig, sampler: Sampler | Autoregressive, cache: Cache, prompt_length: int
+) -> list[Work]:
     """What each kind of model call computes."""
+    if isinstance(sampler, Autoregressive):
+        return sampler.work(cfg, prompt_length)
     length = prompt_length + sampler.gen_length
     rows = jax.eval_shape(lambda: transformer.rows_of(cfg, None, (1, length)))
     known = prompt_length if sampler.cfg_scale == 0 else 0
@@ -110,8 +118,8 @@ def work_of(cfg: ModelConfig, sampler: Sampler, cache: Cache, prompt_length: int
 
 def check_prompts(
     cfg: ModelConfig, prompts: np.ndarray, valid: Bool[ArrayLike, "B P"] | None, gen_length: int
-) -> None:
-    """Refuses prompts that the sampler would silently garble."""
+) -> Bool[np.ndarray, "B P"]:
+    """Refuses prompts that the sampler would silently garble; returns where they are real."""
     require(prompts.ndim == 2, f"prompts have shape {prompts.shape}; give [batch, length]")
     total = prompts.shape[1] + gen_length
     require(
@@ -139,12 +147,15 @@ def check_prompts(
             f"prompt {rows[0]} contains [MASK] (id {cfg.mask_id}); remove it: masks in a prompt "
             "corrupt the quotas"
         )
+    return present
 
 
 def _generate_fn(
-    params, prompts, valid, keys, policy, *, cfg: ModelConfig, sampler: Sampler, cache, executor
+    params, prompts, valid, keys, policy, *, cfg: ModelConfig, sampler, cache, executor
 ) -> tuple[Int[Array, "B T"], Record]:
-    answer = jnp.full((prompts.shape[0], sampler.gen_length), cfg.mask_id, prompts.dtype)
+    causal = isinstance(sampler, Autoregressive)
+    blank = filler(cfg) if causal else cfg.mask_id
+    answer = jnp.full((prompts.shape[0], sampler.gen_length), blank, prompts.dtype)
     canvas = jnp.concatenate([prompts, answer], axis=1)
     if valid is not None:
         valid = jnp.concatenate([valid, jnp.ones_like(answer, bool)], axis=1)
@@ -164,6 +175,8 @@ def _generate_fn(
         given,
         prompt_length if given is None else 0,
     )
+    if causal:
+        return decode(sampler, net, canvas, noise_keys, prompt_length)
     return denoise(sampler, cache, net, canvas, noise_keys, prompt_length)
 
 

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from dials_jax.nn.attention import Attention, attend
+from dials_jax.nn.kv import KV
 from dials_jax.nn.mlp import SwiGLU
 from dials_jax.nn.norm import RMSNorm
 from dials_jax.nn.rope import apply_rope, positions_of, rope_angles
@@ -94,33 +95,48 @@ def test_attention_by_hand():
     scores = np.einsum("BTNH,BSNH->BNTS", q, k) / 4**0.5
     weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
     expected = np.einsum("BNTS,BSNH->BTNH", weights, v)  # no causal order
-    np.testing.assert_allclose(attend(q, k, v, None), expected, atol=1e-5)
+    np.testing.assert_allclose(attend(q, KV(k, v), None), expected, atol=1e-5)
 
 
 def test_attention_ignores_padded_keys():
     q, k, v = normal(2, 5, 2, 4), normal(2, 5, 2, 4, seed=1), normal(2, 5, 2, 4, seed=2)
     valid = jnp.array([[False, False, True, True, True], [True] * 5])
-    out = attend(q, k, v, valid)
+    out = attend(q, KV(k, v), valid)
     noise = jnp.where(valid[..., None, None], 0, 100 * normal(2, 5, 2, 4, seed=3))
-    np.testing.assert_array_equal(attend(q, k + noise, v + noise, valid), out)
-    np.testing.assert_allclose(out[0], attend(q[:1], k[:1, 2:], v[:1, 2:], None)[0], atol=1e-5)
-    assert not np.allclose(attend(q, k + noise, v + noise, None)[0], out[0])
+    noisy = KV(k + noise, v + noise)
+    np.testing.assert_array_equal(attend(q, noisy, valid), out)
+    alone = attend(q[:1], KV(k[:1, 2:], v[:1, 2:]), None)
+    np.testing.assert_allclose(out[0], alone[0], atol=1e-5)
+    assert not np.allclose(attend(q, noisy, None)[0], out[0])
+
+
+def test_a_causal_query_sees_its_own_place_and_those_to_its_left():
+    q, k, v = normal(1, 2, 2, 4), normal(1, 5, 2, 4, seed=1), normal(1, 5, 2, 4, seed=2)
+    out = attend(q, KV(k, v), None, jnp.array([[3, 1]]))
+    for i, place in enumerate((3, 1)):
+        seen = KV(k[:, : place + 1], v[:, : place + 1])
+        np.testing.assert_allclose(out[:, i], attend(q[:, i : i + 1], seen, None)[:, 0], atol=1e-5)
 
 
 def test_grouped_heads_equal_repeated_heads():
     q, k, v = normal(2, 5, 4, 8), normal(2, 5, 2, 8, seed=1), normal(2, 5, 2, 8, seed=2)
-    repeated = attend(q, jnp.repeat(k, 2, axis=2), jnp.repeat(v, 2, axis=2), None)
-    np.testing.assert_allclose(attend(q, k, v, None), repeated, atol=1e-5)
+    repeated = attend(q, KV(jnp.repeat(k, 2, axis=2), jnp.repeat(v, 2, axis=2)), None)
+    np.testing.assert_allclose(attend(q, KV(k, v), None), repeated, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["q_bias", "k_bias", "v_bias", "o_bias"])
 def test_attention_uses_its_biases(name):
     attention = Attention(small_config(bias=True, qkv_bias=True), nnx.Rngs(0))
     x, sin_cos = normal(1, 4, 32), rope_angles(jnp.arange(4)[None], 8, 1e4)
-    before = attention(x, sin_cos, None)
+
+    def run():
+        q, kv = attention.qkv(x, sin_cos)
+        return attention.out(attend(q, kv, None))
+
+    before = run()
     bias = getattr(attention, name)
     bias[...] = normal(*bias.shape, seed=1)
-    assert not np.allclose(attention(x, sin_cos, None), before, atol=1e-4)
+    assert not np.allclose(run(), before, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["gate_bias", "up_bias", "down_bias"])

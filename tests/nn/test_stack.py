@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from jax.test_util import check_grads
 
 from dials_jax import trees
 from dials_jax.models.model import Model
-from dials_jax.nn.stack import Denoising, choose, run_stack
+from dials_jax.nn.stack import Denoising, Layer, choose, run_stack
 from dials_jax.skipping.policies import Random, Routed, Static
 
 T, D, L = 5, 32, 4  # D and L are those of the routers fixture
@@ -32,12 +33,26 @@ class Given:
         return plan
 
 
-def block(params, h, context):
-    """A residual block that mixes the valid tokens of a row."""
+def block(params, h, context, memory):
+    """A residual block that mixes the valid tokens of a row with what it remembers of the row."""
     valid = context["valid"][..., None]
     mean = jnp.sum(h * valid, axis=1, keepdims=True) / jnp.sum(valid, axis=1, keepdims=True)
-    return h + jnp.tanh((h + mean) @ params["w"])
+    past = 0.0 if memory is None else memory["mean"][:, None]
+    return h + jnp.tanh((h + mean + past) @ params["w"]), {"mean": mean[:, 0]}
 
+
+def remember(memory, update, context, keep, rows):
+    """Replaces what is remembered, in the rows named."""
+
+    def put(old, new):
+        old_rows = old if rows is None else old[rows]
+        new = new if keep is None else jnp.where(keep[:, None], new, old_rows)
+        return new if rows is None else old.at[rows].set(new)
+
+    return jax.tree.map(put, memory, update)
+
+
+LAYER = Layer(block, remember)
 
 LAYERS = {"w": 0.3 * jax.random.normal(jax.random.key(0), (L, D, D))}
 
@@ -51,11 +66,17 @@ def make_rows(num_rows, seed=1):
     return h, {"valid": valid}, Denoising(masked, jnp.asarray(3), keys)
 
 
+@partial(jax.jit, static_argnames=("span", "executor"))
+def jitted(layers, h, context, policy, denoising, memory=None, *, executor, span=None):
+    denoising = denoising._replace(vote_from=0)  # an argument would be traced
+    return run_stack(
+        LAYER, layers, h, context, policy, denoising, span=span, memory=memory, executor=executor
+    )
+
+
 def run(policy, rows, executor="auto", unrolled=False):
     layers = trees.unstack(LAYERS) if unrolled else LAYERS
-    out = jax.jit(run_stack, static_argnames=("block", "executor"))(
-        block, layers, rows[0], rows[1], policy, rows[2], executor=executor
-    )
+    out = jitted(layers, rows[0], rows[1], policy, rows[2], executor=executor)
     return np.asarray(out.h), np.asarray(out.gates)
 
 
@@ -120,7 +141,7 @@ def test_a_row_does_not_depend_on_the_rest_of_its_batch(policies, kind):
 
 
 def _row(rows, i):
-    h, context, (masked, step, keys) = rows
+    h, context, (masked, step, keys, _) = rows
     only = slice(i, i + 1)
     return h[only], {"valid": context["valid"][only]}, Denoising(masked[only], step, keys[only])
 
@@ -146,7 +167,7 @@ def test_layers_run_in_order_in_both_layouts():
     rows = make_rows(2)
     expected = rows[0]
     for i in range(L):
-        expected = block(trees.layer_slice(LAYERS, i), expected, rows[1])
+        expected, _ = block(trees.layer_slice(LAYERS, i), expected, rows[1], None)
     for unrolled in (False, True):
         np.testing.assert_allclose(run(None, rows, unrolled=unrolled)[0], expected, atol=1e-5)
 
@@ -160,7 +181,7 @@ def test_observe_sees_the_input_and_the_output_of_every_layer():
     h, context, denoising = make_rows(2)
     for layers in (LAYERS, trees.unstack(LAYERS)):
         out = run_stack(
-            block, layers, h, context, Static((2,)), denoising, observe=lambda a, b: (a, b)
+            LAYER, layers, h, context, Static((2,)), denoising, observe=lambda a, b: (a, b)
         )
         before, after = out.observed
         np.testing.assert_array_equal(before[0], h)
@@ -169,13 +190,70 @@ def test_observe_sees_the_input_and_the_output_of_every_layer():
         np.testing.assert_array_equal(after[-1], out.h)
 
 
+# ------------------------------------------------------------------------------------ memory
+
+
+def run_with_memory(policy, rows, executor, unrolled=False, span=None, layers=LAYERS):
+    """Hidden states, gates, and the memory before and after, [layers that run, B, D]."""
+    first, last = span or (0, trees.num_layers(layers))
+    shape = (last - first, rows[0].shape[0], D)
+    before = {"mean": jax.random.normal(jax.random.key(8), shape)}
+    layers, memory = (trees.unstack(x) if unrolled else x for x in (layers, before))
+    h, context, denoising = rows
+    out = jitted(layers, h, context, policy, denoising, memory, executor=executor, span=span)
+    after = jnp.stack([m["mean"] for m in out.memory]) if unrolled else out.memory["mean"]
+    return np.asarray(out.h), np.asarray(out.gates), np.asarray(before["mean"]), np.asarray(after)
+
+
+@pytest.mark.parametrize("num_rows", [3, 11])  # 11: slices are rounded up, rows that skip join in
+@pytest.mark.parametrize(
+    "executor, unrolled", [("select", True), ("compact", False), ("compact", True)]
+)
+def test_a_layer_that_is_skipped_keeps_its_memory(executor, unrolled, num_rows):
+    rows, policy = make_rows(num_rows), Random(2)
+    expected_h, gates, before, expected = run_with_memory(policy, rows, "select")
+    np.testing.assert_array_equal(expected[~gates], before[~gates])
+    assert (expected[gates] != before[gates]).all()
+    h, other_gates, _, after = run_with_memory(policy, rows, executor, unrolled)
+    np.testing.assert_array_equal(other_gates, gates)
+    np.testing.assert_array_equal(after[~gates], before[~gates])
+    np.testing.assert_allclose(after, expected, atol=1e-5)
+    np.testing.assert_allclose(h, expected_h, atol=1e-5)
+    assert np.abs(h - run(policy, rows)[0]).max() > 0.1  # the memory is read
+
+
+@pytest.mark.parametrize("executor", ["select", "cond", "compact"])
+@pytest.mark.parametrize("unrolled", [False, True])
+def test_a_shared_gate_keeps_the_memory_of_a_skipped_layer(executor, unrolled):
+    rows = make_rows(3)
+    expected = run_with_memory(Static((0, 3)), rows, "select")  # no branch in the program
+    policy = Given(jnp.array([False, True, True, False]))
+    out = run_with_memory(policy, rows, executor, unrolled)
+    for actual, wanted in zip(out, expected, strict=True):
+        np.testing.assert_allclose(actual, wanted, atol=1e-5)
+    np.testing.assert_array_equal(out[3][[0, 3]], out[2][[0, 3]])
+    assert (out[3][1:3] != out[2][1:3]).all()
+
+
+@pytest.mark.parametrize("unrolled", [False, True])
+@pytest.mark.parametrize("span", [(0, 2), (1, 3), (3, 4)])
+def test_a_span_is_a_smaller_stack(span, unrolled):
+    rows, middle = make_rows(3), slice(*span)
+    gates = jax.random.bernoulli(jax.random.key(3), 0.5, (L, 3))
+    smaller = jax.tree.map(lambda x: x[middle], LAYERS)
+    expected = run_with_memory(Given(gates[middle]), rows, "select", layers=smaller)
+    out = run_with_memory(Given(gates), rows, "compact", unrolled, span)
+    for actual, wanted in zip(out, expected, strict=True):
+        np.testing.assert_allclose(actual, wanted, atol=1e-5)
+
+
 # ------------------------------------------------------------------------- straight-through gates
 
 
 @pytest.mark.parametrize("opened", [0.0, 1.0])
 def test_a_float_gate_selects_bitwise_like_a_boolean(opened):
     h, context, _ = make_rows(3)
-    new = block(trees.layer_slice(LAYERS, 0), h, context)
+    new, _ = block(trees.layer_slice(LAYERS, 0), h, context, None)
     gate = jnp.full(3, opened)
     np.testing.assert_array_equal(choose(gate, h, new), choose(gate > 0.5, h, new))
 
@@ -186,7 +264,7 @@ def test_a_float_gate_has_the_gradient_of_interpolation():
     w = trees.layer_slice(LAYERS, 0)
 
     def loss(combine):
-        return lambda gate, h, w: jnp.sum(jnp.sin(combine(gate, h, block(w, h, context))))
+        return lambda gate, h, w: jnp.sum(jnp.sin(combine(gate, h, block(w, h, context, None)[0])))
 
     def interpolate(gate, h, new):
         return h + gate[:, None, None] * (new - h)
@@ -206,7 +284,7 @@ def num_conditionals(policy, num_rows, executor="auto"):
     h, context, denoising = make_rows(num_rows)
     program = jax.jit(
         lambda layers, policy: run_stack(
-            block, layers, h, context, policy, denoising, executor=executor
+            LAYER, layers, h, context, policy, denoising, executor=executor
         )
     )
     text = program.lower(trees.unstack(LAYERS), policy).compile().as_text()

@@ -1,14 +1,19 @@
-"""The sampler's parts, and its loop with a `predict` that a test states."""
+"""The sampler's parts, and the loop with logits that a test states."""
 
 import dataclasses
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dials_jax.caching.cache import Call, NoCache, Pass, Work
+from dials_jax.caching.net import Net
 from dials_jax.config import InputError
-from dials_jax.sampling.confidence import Confidence, denoise, propose, step_quota, top_ranked
+from dials_jax.models import transformer
+from dials_jax.sampling.confidence import Confidence, confident_run, propose, ranks, step_quota
+from dials_jax.sampling.denoise import close, denoise
 from tests.conftest import EOS, MASK, small_config
 
 EOT = 2
@@ -31,9 +36,29 @@ def test_quota_is_the_floor_with_the_remainder_first(present, num_steps, expecte
 
 def test_ranking_is_by_row_and_ties_go_to_the_left():
     confidence = jnp.array([[0.5, 0.9, 0.5, 0.9, 0.1], [0.1, 0.2, 0.3, 0.4, 0.5]])
-    picked = top_ranked(confidence, jnp.array([3, 1]))
-    np.testing.assert_array_equal(picked, [[1, 1, 0, 1, 0], [0, 0, 0, 0, 1]])
-    assert not top_ranked(confidence, jnp.array([0, 0])).any()
+    np.testing.assert_array_equal(ranks(confidence), [[2, 0, 3, 1, 4], [4, 3, 2, 1, 0]])
+
+
+@pytest.mark.parametrize(
+    "confidence, factor, expected",
+    [
+        # The n-th most confident passes from 1 - factor / (n + 1) on: 1/2, 2/3, 3/4, 4/5 here.
+        ([0.1, 0.2, 0.6, 0.3], 1.0, [0, 0, 1, 0]),  # 0.3 < 2/3: one
+        ([0.7, 0.74, 0.9, 0.1], 1.0, [0, 1, 1, 0]),  # 0.74 passes as second, 0.7 < 3/4
+        ([0.8, 0.76, 0.9, 0.1], 1.0, [1, 1, 1, 0]),  # and 0.76 as third
+        ([0.1, 0.1, 0.2, 0.1], 1.0, [0, 0, 1, 0]),  # the first always
+        ([0.9, 0.5, 0.9, 0.85], 1.0, [1, 0, 1, 1]),  # only the last fails
+        ([0.81, 0.82, 0.9, 0.85], 1.0, [1, 1, 1, 1]),
+        # 2/3, 7/9, ... with factor 2/3 the second needs 7/9 = 0.778, the third 5/6 = 0.833
+        ([0.80, 0.77, 0.79, 0.9], 2 / 3, [1, 0, 0, 1]),
+        # A failing second stops those behind it, however low their own bound is.
+        ([0.6, 0.3, 0.29, 0.28], 2.0, [1, 0, 0, 0]),
+        ([-np.inf, 0.9, -np.inf, 0.8], 1.0, [0, 1, 0, 1]),  # nothing to reveal there
+    ],
+)
+def test_the_factor_rule_by_hand(confidence, factor, expected):
+    picked = confident_run(jnp.array([confidence, confidence[::-1]]), factor)
+    np.testing.assert_array_equal(picked, [expected, expected[::-1]])
 
 
 def sampler_of(**changes):
@@ -109,17 +134,36 @@ def test_confidence_flag_above_temperature_0_suppresses_end_of_turn_only():
 # ----------------------------------------------------------------------------------------- loop
 
 
-def fill(logits_of, sampler, num_rows=2, seed=0):
+class Stated(NoCache):
+    """One kind of call, on the block: its logits are what a test says."""
+
+    def __init__(self, logits_of):
+        object.__setattr__(self, "logits_of", logits_of)
+
+    def passes(self, net, blocks):
+        def call(progress, memory):
+            start = blocks.start + progress.block * blocks.length
+            gates = jnp.ones((net.cfg.num_layers, net.num_rows), bool)
+            logits = self.logits_of(progress.tokens, start, progress.step)
+            return Call(logits, net.range(start, blocks.length), None, gates, memory)
+
+        return [Pass(call, Work((blocks.length,) * net.cfg.num_layers, blocks.length))]
+
+
+@pytest.fixture
+def fill(monkeypatch):
     """Runs the loop; `logits_of(tokens, start, step)` gives logits of the block."""
-    canvas = jnp.full((num_rows, P + sampler.gen_length), MASK).at[:, :P].set(5)
-    keys = jax.random.split(jax.random.key(seed), num_rows)
+    monkeypatch.setattr(transformer, "logits_of", lambda cfg, params, h: h)
 
-    def predict(tokens, start, step):
-        gates = jnp.ones((1, num_rows), bool)
-        return logits_of(tokens, start, step), gates
+    def run(logits_of, sampler, num_rows=2, seed=0):
+        canvas = jnp.full((num_rows, P + sampler.gen_length), MASK).at[:, :P].set(5)
+        keys = jax.random.split(jax.random.key(seed), num_rows)
+        rows = transformer.rows_of(CFG, None, canvas.shape)
+        net = Net(CFG, {}, None, "auto", rows, keys, None, P)
+        tokens, record = denoise(sampler, Stated(logits_of), net, canvas, keys, P)
+        return np.asarray(tokens), record
 
-    tokens, steps = denoise(sampler, CFG, predict, canvas, keys)
-    return np.asarray(tokens), steps
+    return run
 
 
 def random_logits(sampler, num_rows=2):
@@ -143,29 +187,32 @@ CASES = [
 
 
 @pytest.mark.parametrize("changes", CASES)
-def test_the_prompt_stays_and_no_mask_is_left(changes):
+def test_the_prompt_stays_and_no_mask_is_left(fill, changes):
     sampler = sampler_of(**changes)
-    tokens, steps = fill(random_logits(sampler), sampler)
+    tokens, record = fill(random_logits(sampler), sampler)
     assert (tokens[:, :P] == 5).all()
     assert not (tokens == MASK).any()
-    assert steps.gates.shape == (sampler.steps, 1, 2)
+    assert record.gates.shape == (sampler.steps, CFG.num_layers, 2)
+    assert record.nfe == min(sampler.steps, sampler.gen_length)  # a step reveals one at least
 
 
 @pytest.mark.parametrize("changes", CASES)
-def test_masked_shares_follow_the_quotas(changes):
+def test_masked_shares_follow_the_quotas(fill, changes):
     # Every block has 4 masks (8 in the last case), committed by quota: the rest is what is left.
     sampler = sampler_of(**changes)
-    _, steps = fill(random_logits(sampler), sampler)
+    _, record = fill(random_logits(sampler), sampler)
     left, expected = 8, []
     for _ in range(sampler.num_blocks):
         size, n = sampler.block_length, sampler.steps_per_block
         for quota in [size // n + (i < size % n) for i in range(n)]:
-            expected.append(left / 8)
+            if quota:  # a block that is full is left at once
+                expected.append(left / 8)
             left -= quota
-    np.testing.assert_allclose(steps.masked_share, np.array([expected] * 2).T)
+    shares = record.masked_share[: record.nfe]
+    np.testing.assert_allclose(shares, np.array([expected] * 2).T)
 
 
-def test_each_block_is_finished_before_the_next_starts():
+def test_each_block_is_finished_before_the_next_starts(fill):
     sampler = sampler_of(gen_length=12, block_length=4, steps=6)
     seen = []
 
@@ -181,7 +228,7 @@ def test_each_block_is_finished_before_the_next_starts():
         assert (tokens[:, start + 4 :] == MASK).all()  # those after are untouched
 
 
-def test_the_most_confident_tokens_go_first():
+def test_the_most_confident_tokens_go_first(fill):
     sampler = sampler_of(gen_length=4, steps=4)
     order = []
 
@@ -199,7 +246,7 @@ def test_the_most_confident_tokens_go_first():
     assert [list(np.flatnonzero(row)) for row in order] == filled
 
 
-def test_suppressed_tokens_are_committed_last():
+def test_suppressed_tokens_are_committed_last(fill):
     """Confidence 0 is still above that of a token that is done."""
     sampler = sampler_of(gen_length=4, steps=4, confidence_eos_eot_inf=True)
 
@@ -210,7 +257,7 @@ def test_suppressed_tokens_are_committed_last():
     np.testing.assert_array_equal(tokens[:, P:], [[EOS, 7, EOS, 8]] * 2)
 
 
-def test_a_model_that_predicts_mask_uses_up_quota_and_leaves_masks():
+def test_a_model_that_predicts_mask_uses_up_quota_and_leaves_masks(fill):
     """As in the reference: nothing forbids the prediction, and no later step makes up for it."""
     sampler = sampler_of(gen_length=4, steps=4)
 
@@ -219,6 +266,92 @@ def test_a_model_that_predicts_mask_uses_up_quota_and_leaves_masks():
 
     tokens, _ = fill(logits_of, sampler)
     np.testing.assert_array_equal(tokens[:, P:], [[MASK] * 4] * 2)
+
+
+@pytest.mark.parametrize(
+    "changes, nfe",
+    [
+        # Odd places of a block are sure (0.9998), even ones are not (0.24).
+        ({"threshold": 0.9}, 3),  # two at once, then one by one
+        ({"threshold": 0.2}, 1),
+        ({"threshold": 1.0}, 4),  # always the most confident
+        ({"factor": 0.1}, 3),  # the second needs 0.967
+        ({"factor": 0.0}, 4),
+    ],
+)
+def test_parallel_rules_end_as_soon_as_a_block_is_full(fill, changes, nfe):
+    sampler = sampler_of(**changes)
+
+    def logits_of(tokens, start, step):
+        return jnp.broadcast_to(UNSURE, (2, 4, VOCAB))
+
+    tokens, record = fill(logits_of, sampler)
+    np.testing.assert_array_equal(tokens[:, P:], [[7, 8, 9, 10] * 2] * 2)
+    assert record.nfe == 2 * nfe
+
+
+UNSURE = jnp.array([3.0, 13.0, 3.0, 13.0])[:, None] * jax.nn.one_hot(jnp.arange(7, 11), VOCAB)
+
+
+def test_a_row_that_is_sure_waits_for_one_that_is_not(fill):
+    sampler = sampler_of(gen_length=4, threshold=0.9)
+    sure = 20 * jax.nn.one_hot(jnp.arange(7, 11), VOCAB)
+
+    def logits_of(tokens, start, step):
+        later = jnp.where(step > 0, 20, sure) * 1.0  # would change what is revealed already
+        return jnp.stack([later, UNSURE])
+
+    tokens, record = fill(logits_of, sampler)
+    np.testing.assert_array_equal(tokens[:, P:], [[7, 8, 9, 10]] * 2)
+    assert record.nfe == 3
+    np.testing.assert_allclose(record.masked_share[:3], [[1, 1], [0, 0.5], [0, 0.25]])
+
+
+# ---------------------------------------------------------------------------------- ends of text
+
+
+def order_of(fill, logits, **changes):
+    """In which order a row's tokens are revealed, one a step."""
+    sampler = sampler_of(gen_length=4, **changes)
+    states = []
+
+    def logits_of(tokens, start, step):
+        jax.debug.callback(lambda t: states.append(t[0, P:] != MASK), tokens, ordered=True)
+        return jnp.broadcast_to(logits, (1, 4, VOCAB))
+
+    tokens, _ = fill(logits_of, sampler, num_rows=1)
+    jax.effects_barrier()
+    states.append(tokens[0, P:] != MASK)
+    return [int(np.flatnonzero(b & ~a)[0]) for a, b in pairwise(states)]
+
+
+def test_a_delayed_end_of_text_waits_for_its_left_neighbour(fill):
+    # Confidence falls from the end to the start: without delay the text ends first.
+    high = jnp.array([3.0, 4.0, 5.0, 6.0])[:, None]
+    logits = high * jax.nn.one_hot(jnp.array([7, 8, EOS, EOS]), VOCAB)
+    assert order_of(fill, logits) == [3, 2, 1, 0]
+    # With it neither end counts until token 1 is known; then one is there, and the rest is free.
+    assert order_of(fill, logits, delay_eos=True) == [1, 2, 3, 0]
+
+
+def test_the_first_token_of_a_block_may_end_the_text(fill):
+    high = jnp.array([6.0, 5.0, 4.0, 3.0])[:, None]
+    logits = high * jax.nn.one_hot(jnp.array([EOS, 7, 8, 9]), VOCAB)
+    assert order_of(fill, logits, delay_eos=True) == [0, 1, 2, 3]
+
+
+def test_all_after_a_known_end_is_closed():
+    tokens = jnp.array(
+        [
+            [5, EOS, 5, 8, EOS, MASK, MASK],  # ends; an end of text in the prompt does not
+            [5, 5, 5, MASK, EOS, MASK, MASK],  # not yet: a token before it is not known
+            [5, 5, 5, EOS, 9, MASK, MASK],  # what is known stays
+            [5, 5, 5, 8, 9, MASK, MASK],
+        ]
+    )
+    expected = np.array(tokens)
+    expected[0, 5:] = expected[2, 5:] = EOS
+    np.testing.assert_array_equal(close(CFG, tokens, P), expected)
 
 
 # -------------------------------------------------------------------------------------- settings
@@ -232,6 +365,8 @@ def test_a_model_that_predicts_mask_uses_up_quota_and_leaves_masks():
         ({"steps": 0}, "steps=0 must be positive"),
         ({"temperature": -1.0}, "temperature=-1.0 must not be negative"),
         ({"cfg_scale": -0.5}, "cfg_scale=-0.5 must not be negative"),
+        ({"threshold": -0.1}, "threshold=-0.1 must not be negative"),
+        ({"threshold": 0.9, "factor": 1.0}, "give one of them"),
     ],
 )
 def test_wrong_settings_are_refused(changes, message):

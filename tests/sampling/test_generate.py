@@ -6,11 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dials_jax.caching.cache import NoCache
 from dials_jax.config import InputError
 from dials_jax.loading import load
 from dials_jax.sampling import generate as module
 from dials_jax.sampling.confidence import Confidence
-from dials_jax.sampling.generate import generate, guide
+from dials_jax.sampling.denoise import guide
+from dials_jax.sampling.generate import generate
 from dials_jax.skipping.policies import Random, Routed, Static
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llada_tiny"
@@ -149,9 +151,10 @@ def test_nothing_is_fetched_while_it_runs(lively, prompts):
     tokens, valid = prompts
     rows = lively.place_rows((jnp.asarray(tokens, jnp.int32), jnp.asarray(valid), keys_of(3)))
     program = module._generate
-    lively.run(program, *rows, None, sampler=SAMPLER, executor="auto")  # compiles
+    static = {"sampler": SAMPLER, "cache": NoCache(), "executor": "auto"}
+    lively.run(program, *rows, None, **static)  # compiles
     with jax.transfer_guard("disallow"):
-        (out, _), _ = lively.run(program, *rows, None, sampler=SAMPLER, executor="auto")
+        (out, _), _ = lively.run(program, *rows, None, **static)
     assert not (out[:, P:] == lively.config.mask_id).any()
 
 

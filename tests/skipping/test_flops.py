@@ -38,6 +38,28 @@ def test_a_run_by_hand():
     assert flops.seconds == 1.5
 
 
+def test_a_window_pays_for_its_tokens_and_sees_all_keys():
+    # 2 tokens of 3: each pays 120 for the weights and 24 for attention to 3 keys.
+    assert layer_flops(TINY, 2, 3) == 2 * 2 * (120 + 24)
+    assert layer_flops(TINY, 3, 3) == layer_flops(TINY, 3)
+
+
+def test_a_cached_run_by_hand():
+    # 2 calls of 2 rows on canvases of 3: one whole, one on 2 tokens and then on 1. The second row
+    # skips the second layer of the second call. A call gives logits of 2 tokens, then of 1.
+    gates = np.ones((2, 2, 2), bool)
+    gates[1, 1, 1] = False
+    flops = count_flops(
+        TINY, gates, num_tokens=3, head_tokens=np.array([2, 1]), d_router=5,
+        tokens_run=np.array([[3, 3], [2, 1]]), voting=np.array([[1, 1], [2, 1]]),
+    )  # fmt: skip
+    a_token = 2 * (120 + 24)
+    total = (12 + 4 + 1) * a_token + 2 * (3 * 80 + 5 * 60)
+    assert flops.model_total == total
+    assert flops.model == pytest.approx(total / (4 * (6 * a_token + 160)))
+    assert flops.layers_run == 7 / 8  # of the layers, whatever they run on
+
+
 def test_one_layer_of_32_is_the_papers_number():
     cfg = llada.llada_8b()
     gates = np.ones((32, 1), bool)

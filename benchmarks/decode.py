@@ -1,0 +1,140 @@
+"""Whole generations, timed: `python -m benchmarks.decode --help`.
+
+Weights are random, of the true shape and made on the device. Compilation is timed apart. The
+figures of a case do not depend on the weights' values as long as every step reveals a fixed number
+of tokens; with `--threshold` they do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.profile import print_profile
+from benchmarks.random_model import MODELS, make_config, make_model, make_routers
+from benchmarks.report import Table, peak_gigabytes
+from dials_jax.caching.cache import Cache, DualCache, PrefixCache
+from dials_jax.caching.early_skip import EarlySkip
+from dials_jax.config import InputError, ModelConfig, nearest, require
+from dials_jax.models.model import Model
+from dials_jax.nn.stack import Policy
+from dials_jax.sampling import generate as module
+from dials_jax.sampling.confidence import Confidence
+from dials_jax.sampling.generate import generate
+from dials_jax.skipping.policies import Random, Static
+
+COLUMNS = {
+    "cache": "<12", "policy": "<12", "batch": ">5d", "nfe": ">5d", "ms_a_call": ">9.2f",
+    "tokens_a_second": ">15.1f", "layers_run": ">10.3f", "flops_share": ">11.3f",
+    "seconds": ">8.2f", "compile_s": ">9.1f", "peak_gb": ">7.1f",
+}  # fmt: skip
+
+
+def parse_cache(text: str) -> Cache | None:
+    """`none`, `prefix`, `dual`, or `es-PROMPT-BLOCK`, as in `es-64-4`."""
+    name, *numbers = text.split("-")
+    if name == "es":
+        require(
+            len(numbers) == 2 and all(n.isdigit() for n in numbers),
+            f"cache {text!r}: give es-PROMPT-BLOCK, as in es-64-4",
+        )
+        return EarlySkip(prompt_every=int(numbers[0]), block_every=int(numbers[1]))
+    caches = {"none": None, "prefix": PrefixCache(), "dual": DualCache()}
+    require(text in caches, f"cache {text!r} is not known{nearest(text, [*caches, 'es-64-4'])}")
+    return caches[text]
+
+
+def parse_policy(text: str, model: Model) -> Policy | None:
+    """`full`, `static-N`, `random-N` (N layers skipped), `routed` (every layer runs)."""
+    name, _, number = text.partition("-")
+    if name in ("static", "random"):
+        require(number.isdigit(), f"policy {text!r}: give the number of layers, as in {name}-4")
+        # From the middle on, no two adjacent: which layers does not matter to the time.
+        chosen = tuple(range(1, 2 * int(number), 2))
+        return Static(chosen) if name == "static" else Random(int(number))
+    policies = {"full": lambda: None, "routed": lambda: make_routers(model)}
+    require(
+        text in policies, f"policy {text!r} is not known{nearest(text, [*policies, 'static-4'])}"
+    )
+    return policies[text]()
+
+
+def run_case(model: Model, options: argparse.Namespace, cache: str, policy: str) -> dict[str, Any]:
+    cfg = model.config
+    prompts = np.random.default_rng(0).integers(
+        2, min(1000, cfg.vocab_size // 2), (options.batch, options.prompt)
+    )
+    sampler = Confidence(
+        options.gen, options.block, options.steps or options.gen, threshold=options.threshold
+    )
+    settings = {
+        "sampler": sampler, "cache": parse_cache(cache), "policy": parse_policy(policy, model),
+    }  # fmt: skip
+    before = module._generate.compile_seconds
+    generate(model, prompts, **settings)
+    compiled = module._generate.compile_seconds - before
+    runs = [generate(model, prompts, **settings) for _ in range(options.repeats)]
+    best = sorted(runs, key=lambda r: r.flops.seconds)[len(runs) // 2]
+    if options.profile:
+        folder = Path(options.profile) / f"{cache}_{policy}"
+        with jax.profiler.trace(str(folder)):
+            generate(model, prompts, **settings)
+        print_profile(folder, best.nfe)
+    return {
+        "cache": cache, "policy": policy, "batch": options.batch, "nfe": best.nfe,
+        "ms_a_call": 1e3 * best.flops.seconds / best.nfe,
+        "tokens_a_second": options.batch * options.gen / best.flops.seconds,
+        "layers_run": best.flops.layers_run, "flops_share": best.flops.model,
+        "seconds": best.flops.seconds, "all_seconds": [r.flops.seconds for r in runs],
+        "compile_s": compiled, "peak_gb": peak_gigabytes(),
+        "model": dataclasses.asdict(cfg),
+    }  # fmt: skip
+
+
+def options_of(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.decode", description=__doc__)
+    parser.add_argument("--model", default="llada_8b", help=f"one of {', '.join(MODELS)}")
+    parser.add_argument("--batch", type=int, default=8, help="rows")
+    parser.add_argument("--prompt", type=int, default=256, help="tokens of a prompt")
+    parser.add_argument("--gen", type=int, default=512, help="tokens to generate")
+    parser.add_argument("--block", type=int, default=64, help="tokens of a block")
+    parser.add_argument("--steps", type=int, help="denoising steps; default: one a token")
+    parser.add_argument("--threshold", type=float, help="reveal all tokens of this confidence")
+    parser.add_argument("--caches", nargs="+", default=["none", "dual", "es-64-4", "es-64-16"])
+    parser.add_argument("--policies", nargs="+", default=["full"])
+    parser.add_argument(
+        "--layout", default="auto", choices=["auto", "stacked", "unrolled", "fused"]
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="timed generations; the median counts"
+    )
+    parser.add_argument("--profile", metavar="DIR", help="trace one generation a case to DIR")
+    parser.add_argument("--out", metavar="FILE", help="write the figures as JSON")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = options_of(arguments)
+    try:
+        cfg: ModelConfig = make_config(options.model)
+        for cache in options.caches:
+            parse_cache(cache)
+        table = Table(COLUMNS, options.out, vars(options))
+        model = make_model(cfg, options.layout)
+        for cache in options.caches:
+            for policy in options.policies:
+                table.add(**run_case(model, options, cache, policy))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""Models of a true shape with random weights, made on the device: no checkpoint, no network."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from dials_jax import sharding, trees
+from dials_jax.config import ModelConfig, RouterConfig, nearest, require
+from dials_jax.models import dream, groups, llada, qwen2, transformer
+from dials_jax.models.groups import Layout
+from dials_jax.models.model import Model
+from dials_jax.skipping.policies import Routed
+from dials_jax.skipping.router import init_routers
+
+MODELS = {
+    "llada_8b": llada.llada_8b,
+    "dream_7b": dream.dream_7b,
+    "qwen2_5_7b": qwen2.qwen2_5_7b,
+    # The same family on a laptop, to try a benchmark out.
+    "tiny": partial(llada.small, 8, 64, 512, mask_id=511, eos_id=1, pad_id=0),
+}
+
+
+def make_config(name: str) -> ModelConfig:
+    require(name in MODELS, f"model {name!r} is not known{nearest(name, MODELS)}")
+    return MODELS[name]()
+
+
+def make_model(cfg: ModelConfig, layout: Layout = "auto", seed: int = 0) -> Model:
+    """Random weights in the configuration's dtype, one group of parameters at a time."""
+    mesh, key, part = sharding.make_mesh(), jax.random.key(seed), transformer.parts(cfg)
+    makers = {
+        "embed": part.embed, "layers": part.block, "final_norm": part.final_norm, "head": part.head,
+    }  # fmt: skip
+    made = {}
+
+    def read(name, shardings):
+        kind, _, number = name.partition("/")
+        if kind not in made:
+            made[kind] = jax.jit(
+                lambda key: trees.cast(makers[kind].init(key), cfg.dtype), out_shardings=shardings
+            )
+        group = made[kind](jax.random.fold_in(key, int(number or 0)))
+        if kind == "head" and cfg.mask_id is not None:  # a trained model never says [MASK]
+            return group | {"kernel": group["kernel"].at[:, cfg.mask_id].set(0)}
+        return group
+
+    return Model(cfg, groups.assemble(cfg, read, mesh, layout), mesh)
+
+
+def make_routers(model: Model, share: float = 1.0, d_hidden: int = 512, seed: int = 1) -> Routed:
+    """Routers of the papers' size. With `share` 1 every layer runs, with 0 none does."""
+    cfg = model.config
+    routers = init_routers(
+        cfg.d_model, cfg.num_layers, RouterConfig(d_hidden=d_hidden), jax.random.key(seed)
+    )
+    if share < 1:
+        routers["vote_bias"] = jnp.broadcast_to(jnp.array([9.0, 0.0]), (cfg.num_layers, 2))
+    routers = trees.cast(routers, cfg.dtype)
+    return Routed(jax.device_put(routers, sharding.replicated(model.mesh)), 0.1)

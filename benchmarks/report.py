@@ -1,0 +1,71 @@
+"""What the benchmarks print and write."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from dials_jax.config import write_json
+
+
+def machine() -> dict[str, Any]:
+    device = jax.devices()[0]
+    return {
+        "device": device.device_kind,
+        "num_devices": jax.device_count(),
+        "jax": jax.__version__,
+        "date": datetime.date.today().isoformat(),
+        "command": " ".join(["python -m", *_module_and_arguments()]),
+    }
+
+
+def _module_and_arguments() -> list[str]:
+    name = Path(sys.argv[0])
+    return [f"{name.parent.name}.{name.stem}", *sys.argv[1:]]
+
+
+def peak_gigabytes() -> float | None:
+    """Most device memory in use since the start; None where the backend does not say."""
+    stats = jax.devices()[0].memory_stats() or {}
+    return stats["peak_bytes_in_use"] / 1e9 if "peak_bytes_in_use" in stats else None
+
+
+class Table:
+    """Rows that are printed as they come, and kept for JSON."""
+
+    def __init__(self, columns: dict[str, str], out: str | None, settings: dict[str, Any]):
+        """
+        Args:
+          columns: a column's name to its format, such as `>10.2f`.
+          out: file for JSON, rewritten after every row; None writes none.
+        """
+        self._columns, self._out = columns, out
+        self._results = {"machine": machine(), "settings": settings, "rows": []}
+        print(json.dumps(self._results["machine"]))
+        self._print([name for name in columns])
+
+    def add(self, **values: Any) -> None:
+        self._results["rows"].append(values)
+        cells = []
+        for name, form in self._columns.items():
+            value = values.get(name)
+            cells.append("" if value is None else format(value, form.lstrip("<>0123456789")))
+        self._print(cells)
+        if self._out:
+            write_json(self._out, self._results)
+
+    def _print(self, cells: Sequence[str]) -> None:
+        widths = [
+            int("".join(c for c in f.split(".")[0] if c.isdigit())) for f in self._columns.values()
+        ]
+        aligned = [
+            cell.ljust(width) if form.startswith("<") else cell.rjust(width)
+            for cell, width, form in zip(cells, widths, self._columns.values(), strict=True)
+        ]
+        print("  ".join(aligned), flush=True)

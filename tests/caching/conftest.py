@@ -1,0 +1,71 @@
+"""A shifted model, prompts of different lengths, and caches small enough for four layers."""
+
+import jax
+import numpy as np
+import pytest
+
+from dials_jax import trees
+from dials_jax.caching.cache import DualCache, NoCache, PrefixCache
+from dials_jax.caching.early_skip import EarlySkip
+from dials_jax.models import transformer
+from dials_jax.models.model import Model
+from dials_jax.sampling.confidence import Confidence
+from dials_jax.skipping.policies import Random, Routed, Static
+from tests.conftest import MASK, random_routers, small_config
+
+P = 5
+PLACES = {"proportions": (1.0, 0.5, 0.25), "depths": (0.0, 0.25, 0.5)}  # leave after layers 1, 2
+CACHES = {
+    "none": NoCache(),
+    "prefix": PrefixCache(),
+    "dual": DualCache(),
+    # Of 3 blocks of 8: the canvas, skips, the block, and 2 blocks without or with a refresh.
+    "skip": EarlySkip(**PLACES, prompt_every=16, block_every=4),
+} | {
+    name: EarlySkip((1.0, 0.5), (0.0, 0.5), prompt_every=16, block_every=4, indicator=name)
+    for name in ("query", "key")
+}
+QUOTA = Confidence(gen_length=24, block_length=8, steps=24)
+QUOTA_4 = Confidence(gen_length=24, block_length=8, steps=6)
+THRESHOLD = Confidence(gen_length=24, block_length=8, steps=24, threshold=0.5)
+
+
+def make_lively(cfg, seed):
+    """A model whose rows, tokens, layers and confidences differ, and which never says [MASK]."""
+    params = transformer.init(cfg, jax.random.key(seed))
+    params = trees.map_named(lambda name, x: x if "norm" in name else 8 * x, params)
+    kernel = 3 * params["head"]["kernel"].at[:, MASK].set(0.0)
+    return Model(cfg, {**params, "head": {"kernel": kernel}})
+
+
+@pytest.fixture(scope="session")
+def models():
+    """In a Dream token i is predicted by row i - 1; here two heads share keys and values, too."""
+    dream = make_lively(small_config(shift=True, num_kv_heads=2), 1)
+    layers = trees.unstack(dream.params["layers"])
+    return {
+        "llada": make_lively(small_config(), 0),
+        "dream": dream,
+        "unrolled": Model(dream.config, {**dream.params, "layers": layers}),
+    }
+
+
+@pytest.fixture(scope="session")
+def prompts():
+    """Three rows, padded on the left by 0, 1 and 3."""
+    tokens = np.random.default_rng(0).integers(2, 60, (3, P))
+    return tokens, np.arange(P) >= np.array([0, 1, 3])[:, None]
+
+
+@pytest.fixture(scope="session")
+def policies(cfg):
+    return {
+        "full": None,
+        "static": Static((1,)),
+        "random": Random(1),
+        "routed": Routed(random_routers(cfg, seed=4), 0.3),
+    }
+
+
+def keys_of(num_rows):
+    return jax.random.split(jax.random.key(7), num_rows)

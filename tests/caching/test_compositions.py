@@ -1,0 +1,86 @@
+"""Caches, policies and samplers together, against a plain decoder of one row."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from dials_jax.caching import cache as cache_module
+from dials_jax.caching import leaving
+from dials_jax.sampling.generate import generate
+from tests.caching.conftest import CACHES, QUOTA, QUOTA_4, THRESHOLD, P, keys_of
+from tests.caching.reference import Decoder
+from tests.conftest import MASK
+
+SAMPLERS = {"quota": QUOTA, "quota 4": QUOTA_4, "threshold": THRESHOLD}
+# Compaction only where it matters that rows move: its programs take long to compile.
+CASES = [
+    ("llada", "none", "routed", "threshold", "compact"),
+    ("llada", "prefix", "routed", "quota", "select"),
+    ("llada", "prefix", "random", "threshold", "select"),
+    ("llada", "dual", "routed", "quota", "compact"),
+    ("llada", "dual", "routed", "threshold", "select"),
+    ("llada", "skip", "static", "quota 4", "auto"),
+    ("llada", "skip", "routed", "quota", "compact"),
+    ("llada", "skip", "routed", "threshold", "select"),
+    ("llada", "query", "full", "quota", "auto"),
+    ("dream", "key", "full", "threshold", "auto"),
+    ("dream", "none", "routed", "threshold", "select"),
+    ("dream", "prefix", "routed", "quota", "select"),
+    ("unrolled", "dual", "random", "quota", "select"),
+    ("dream", "dual", "routed", "threshold", "select"),
+    ("unrolled", "skip", "routed", "quota", "select"),
+]
+
+
+@pytest.mark.parametrize("family, cache, policy, rule, executor", CASES)
+def test_every_row_of_a_padded_batch_is_what_the_plain_decoder_gives(
+    models, prompts, policies, family, cache, policy, rule, executor
+):
+    settings = {
+        "sampler": SAMPLERS[rule], "cache": CACHES[cache], "policy": policies[policy],
+        "key": keys_of(3),
+    }  # fmt: skip
+    out = generate(models[family], *prompts, **settings, executor=executor)
+    stacked = models["dream" if family == "unrolled" else family]
+    gates = assert_rows_equal_the_decoder(out, stacked, prompts, **settings)
+    if policy in ("random", "routed"):  # or the comparison would not see the rows decide
+        seen = np.array([g for row in gates for g in row.values()])
+        assert 0.2 < seen.mean() < 0.95 and (seen != seen[:1]).any()
+    if rule == "threshold":
+        assert out.nfe < 24 and len({len(g) for g in gates}) > 1
+
+
+def assert_rows_equal_the_decoder(out, model, prompts, key, **settings):
+    """Tokens and gates, row by row; returns the gates that the decoder gives."""
+    tokens, valid = prompts
+    rows = [Decoder(model, tokens[i, valid[i]], **settings, key=key[i]) for i in range(3)]
+    gates = [row.decode() for row in rows]
+    calls = sorted(set().union(*gates))  # a batch goes on until its last row has filled a block
+    assert out.nfe == len(calls)
+    np.testing.assert_array_equal(out.tokens[:, :P], tokens)
+    assert not (out.tokens[:, P:] == MASK).any()
+    for i, row in enumerate(rows):
+        np.testing.assert_array_equal(out.tokens[i, P:], row.tokens[row.start :], err_msg=f"{i}")
+        for call, expected in gates[i].items():
+            actual = out.gates[calls.index(call), :, i]
+            np.testing.assert_array_equal(actual, expected, err_msg=f"row {i}, call {call}")
+    return gates
+
+
+@pytest.mark.parametrize("cache", ["prefix", "skip"])
+def test_rounding_windows_up_changes_nothing(models, prompts, policies, monkeypatch, cache):
+    # Windows of 1, 2 and 3 blocks become windows of 2, 2 and 3.
+    monkeypatch.setattr(cache_module, "MAX_SIZES", 2)
+    monkeypatch.setattr(leaving, "MAX_SIZES", 2)
+    settings = {
+        "sampler": dataclasses.replace(THRESHOLD, threshold=0.49),  # a program of its own
+        "cache": dataclasses.replace(CACHES[cache], **EVERY_BLOCK if cache == "skip" else {}),
+        "policy": policies["routed"],
+        "key": keys_of(3),
+    }
+    out = generate(models["llada"], *prompts, **settings, executor="select")
+    assert_rows_equal_the_decoder(out, models["llada"], prompts, **settings)
+
+
+EVERY_BLOCK = {"prompt_every": 8}

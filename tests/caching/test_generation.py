@@ -1,0 +1,168 @@
+"""What every cache keeps to when it generates: limits, costs, refusals and programs."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dials_jax.caching.cache import DualCache, NoCache, PrefixCache
+from dials_jax.caching.early_skip import EarlySkip
+from dials_jax.config import InputError
+from dials_jax.models.model import Model
+from dials_jax.sampling import generate as module
+from dials_jax.sampling.confidence import Confidence
+from dials_jax.sampling.generate import generate
+from tests.caching.conftest import CACHES, PLACES, QUOTA, P, keys_of
+from tests.caching.reference import Decoder
+from tests.conftest import EOS, MASK
+
+CACHED = ["prefix", "dual", "skip"]
+
+# ---------------------------------------------------------------------------------------- limits
+
+ONE_BLOCK = Confidence(gen_length=8, block_length=8, steps=8, threshold=0.5)
+EVERYTHING = {"proportions": (1.0,), "depths": (0.0,), "prompt_every": 8}
+
+
+def test_in_one_block_the_limits_of_the_caches_are_each_other(models, prompts):
+    def tokens(cache):
+        return generate(models["llada"], *prompts, sampler=ONE_BLOCK, cache=cache).tokens
+
+    dual, whole = tokens(DualCache()), tokens(NoCache())
+    assert (dual != whole).any()
+    np.testing.assert_array_equal(tokens(PrefixCache()), dual)  # nothing comes after the block
+    # No token leaves, so that every step brings the block up to date, or the canvas.
+    np.testing.assert_array_equal(tokens(EarlySkip(**EVERYTHING, block_every=8)), dual)
+    always = EarlySkip(**EVERYTHING | {"prompt_every": 1}, block_every=1)
+    np.testing.assert_array_equal(tokens(always), whole)
+
+
+# ------------------------------------------------------------------------------------------ cost
+
+
+WHOLE, BLOCK = [P + 24] * 4, [8] * 4
+# Tokens leave after layers 1 and 2: half of 8, then a quarter, but never fewer than 3.
+SKIP = [8, 8, 4, 3]
+RUNS = {
+    "prefix": [(WHOLE, 1), ([24] * 4, 7), (WHOLE, 1), ([16] * 4, 7), (WHOLE, 1), (BLOCK, 7)],
+    "dual": [(WHOLE, 1), (BLOCK, 7)] * 3,
+    "skip": [
+        (WHOLE, 1), (SKIP, 3), (BLOCK, 1), (SKIP, 3),
+        ([16] * 4, 1), (SKIP, 3), (BLOCK, 1), (SKIP, 3),  # from the last token on, in two blocks
+        (WHOLE, 1), (SKIP, 3), (BLOCK, 1), (SKIP, 3),  # the prompt's turn
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("cache", CACHED)
+def test_the_tokens_that_run_are_those_of_the_schedule(models, prompts, policies, cache):
+    out = run_quota(models, prompts, policies, cache)
+    expected = [tokens for tokens, times in RUNS[cache] for _ in range(times)]
+    np.testing.assert_array_equal(out.tokens_run, expected)
+    np.testing.assert_allclose(out.masked_share[:, 0], np.arange(24, 0, -1) / 24)
+    assert out.flops.model < 0.9 * out.flops.layers_run
+
+
+def run_quota(models, prompts, policies, name, **changes):
+    """With the settings of a composition, whose program is there already."""
+    settings = {"executor": "select" if name == "prefix" else "compact", "key": keys_of(3)}
+    settings |= {"sampler": QUOTA, "cache": CACHES[name], "policy": policies["routed"]}
+    return generate(models["llada"], *prompts, **settings | changes)
+
+
+# -------------------------------------------------------------------------------------- programs
+
+
+@pytest.mark.parametrize("cache", CACHED)
+def test_one_program_serves_one_shape(models, prompts, policies, cache):
+    out = run_quota(models, prompts, policies, cache)
+    before = module._generate.num_programs
+    turned = [x[::-1].copy() for x in prompts]
+    other = run_quota(models, turned, policies, cache)
+    assert module._generate.num_programs == before
+    np.testing.assert_array_equal(other.tokens, out.tokens[::-1])
+    np.testing.assert_array_equal(other.gates, out.gates[..., ::-1])
+
+
+@pytest.mark.parametrize("cache", CACHED)
+def test_nothing_is_fetched_while_it_runs(models, prompts, policies, cache):
+    expected = run_quota(models, prompts, policies, cache).tokens
+    model, (tokens, valid) = models["llada"], prompts
+    rows = model.place_rows((jnp.asarray(tokens, jnp.int32), jnp.asarray(valid), keys_of(3)))
+    executor = "select" if cache == "prefix" else "compact"
+    static = {"sampler": QUOTA, "cache": CACHES[cache], "executor": executor}
+    with jax.transfer_guard("disallow"):
+        (out, _), _ = model.run(module._generate, *rows, policies["routed"], **static)
+    np.testing.assert_array_equal(out, expected)
+
+
+# ---------------------------------------------------------------------------------- ends of text
+
+
+@pytest.fixture(scope="module")
+def ending(models):
+    """A model that ends its texts: end of text takes the part of a token that it likes."""
+    model = models["llada"]
+    kernel = model.params["head"]["kernel"]
+    kernel = kernel.at[:, EOS].set(kernel[:, FAVOURITE]).at[:, FAVOURITE].set(kernel[:, EOS])
+    return Model(model.config, {**model.params, "head": {"kernel": kernel}})
+
+
+FAVOURITE = 62  # after these prompts
+
+
+@pytest.mark.parametrize("cache", ["dual", "skip"])
+def test_stopping_at_an_end_changes_nothing_before_it(ending, cache):
+    tokens = np.random.default_rng(28).integers(2, 60, (2, P))
+    valid = np.arange(P) >= np.arange(2)[:, None]
+    sampler = dataclasses.replace(QUOTA, stop_at_eos=True)
+    out = generate(ending, tokens, valid, cache=CACHES[cache], sampler=sampler)
+    for i in range(2):
+        row = Decoder(ending, tokens[i, valid[i]], QUOTA, CACHES[cache])  # never stops
+        row.decode()
+        whole, part = row.tokens[row.start :], out.tokens[i, P:]
+        end = np.flatnonzero(whole == EOS)[0]
+        np.testing.assert_array_equal(part[: end + 1], whole[: end + 1])
+        assert (part[8 * (end // 8 + 1) :] == EOS).all()  # the blocks that follow
+    assert not (out.tokens[:, P:] == MASK).any()
+    assert out.nfe <= 8
+
+
+# --------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"sampler": dataclasses.replace(QUOTA, cfg_scale=1.0)}, "does not compose with guidance"),
+        ({"cache": EarlySkip(**PLACES, block_every=3)}, "block_every=3 must divide block_length=8"),
+        ({"cache": EarlySkip(indicator="key")}, "depths=.* fall on layers .*; keep them apart"),
+        (
+            {"cache": EarlySkip(**PLACES, indicator="key")},
+            "indicator='key' reads a layer that a policy may skip; use indicator='hidden'",
+        ),
+    ],
+)
+def test_what_does_not_compose_is_refused(models, prompts, policies, changes, message):
+    with pytest.raises(InputError, match=message) as info:
+        run_quota(models, prompts, policies, "skip", **changes)
+    assert "\n" not in str(info.value)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"proportions": (1.0, 0.5)}, "2 proportions for 3 depths"),
+        ({"proportions": (0.9, 0.5, 0.25)}, "begin with 1 at depth 0"),
+        ({"depths": (0.1, 0.2, 0.3)}, "begin with 1 at depth 0"),
+        ({"proportions": (1.0, 0.5, 0.5)}, "must fall"),
+        ({"depths": (0.0, 0.5, 1.0)}, "must fall .* rise, within"),
+        ({"alpha": 1.5}, r"alpha=1.5 must lie in \[0, 1\]"),
+        ({"prompt_every": 0}, "prompt_every=0 must be positive"),
+    ],
+)
+def test_wrong_settings_of_early_skip_are_refused(changes, message):
+    with pytest.raises(InputError, match=message):
+        EarlySkip(**changes)

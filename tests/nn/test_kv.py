@@ -1,0 +1,77 @@
+"""Writing a few places of a canvas: every way to say which."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dials_jax.nn.kv import KV, Slots, write
+
+B, S = 3, 7
+
+
+def numbered(*shape, start=1.0):
+    return start + jnp.arange(np.prod(shape), dtype=jnp.float32).reshape(shape)
+
+
+CANVAS = KV(numbered(B, S, 2, 4), -numbered(B, S, 2, 4))
+
+
+def by_hand(new, index, active=None, rows=range(B), keep=None):
+    """The same with loops."""
+    out = [np.array(x) for x in CANVAS]
+    for i, row in enumerate(rows):
+        for t in range(index.shape[1]):
+            written = (active is None or active[i, t]) and (keep is None or keep[i])
+            if written:
+                for part, x in zip(out, new, strict=True):
+                    part[row, index[i, t]] = x[i, t]
+    return out
+
+
+def new_of(num_rows, size):
+    return KV(numbered(num_rows, size, 2, 4, start=1e3), numbered(num_rows, size, 2, 4, start=1e4))
+
+
+def check(actual, expected):
+    for ours, wanted in zip(actual, expected, strict=True):
+        np.testing.assert_array_equal(ours, wanted)
+
+
+@pytest.mark.parametrize("contiguous", [False, True])
+def test_a_range_is_written_and_the_rest_stays(contiguous):
+    index, new = jnp.broadcast_to(2 + jnp.arange(3), (B, 3)), new_of(B, 3)
+    write_jit = jax.jit(write, static_argnames="contiguous")
+    out = write_jit(CANVAS, new, Slots(index), contiguous=contiguous)
+    check(out, by_hand(new, index))
+
+
+SCATTERED = jnp.array([[6, 0, 3], [1, 2, 5], [4, 6, 0]])
+ACTIVE = jnp.array([[True, False, True], [False] * 3, [True] * 3])
+
+
+@pytest.mark.parametrize("active", [None, ACTIVE])
+@pytest.mark.parametrize("keep", [None, jnp.array([True, True, False])])
+@pytest.mark.parametrize("contiguous", [False, True])
+def test_only_active_slots_of_kept_rows_are_written(active, keep, contiguous):
+    # A contiguous window with inactive slots is not one slice any more.
+    index = jnp.broadcast_to(4 + jnp.arange(3), (B, 3)) if contiguous else SCATTERED
+    new = new_of(B, 3)
+    out = write(CANVAS, new, Slots(index, active), contiguous=contiguous, keep=keep)
+    check(out, by_hand(new, index, active, keep=keep))
+
+
+@pytest.mark.parametrize("active", [None, ACTIVE[:2]])
+@pytest.mark.parametrize("keep", [None, jnp.array([False, True])])
+def test_slots_of_some_rows_leave_the_others_alone(active, keep):
+    rows, index, new = jnp.array([2, 0]), SCATTERED[:2], new_of(2, 3)
+    out = write(CANVAS, new, Slots(index, active), rows=rows, keep=keep)
+    check(out, by_hand(new, index, active, [2, 0], keep))
+
+
+def test_a_canvas_may_be_any_tree_of_places():
+    flat = {"confidence": numbered(B, S)}
+    out = write(flat, {"confidence": jnp.zeros((B, 3))}, Slots(SCATTERED))
+    expected = np.array(flat["confidence"])
+    np.put_along_axis(expected, np.asarray(SCATTERED), 0.0, axis=1)
+    np.testing.assert_array_equal(out["confidence"], expected)
