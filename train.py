@@ -3,13 +3,14 @@
 python train.py --config configs/demo/model.py --workdir runs/model [--optimizer.num-steps 100]
 """
 
-from dials_jax.commands import main, parse
+from dials_jax.commands import keep_programs, main, parse
 from dials_jax.config import TrainConfig
 from dials_jax.training.loop import train
 
 
 def command() -> None:
     config, workdir = parse(TrainConfig, __doc__)
+    keep_programs()
     train(config, workdir)
 
 

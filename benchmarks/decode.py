@@ -3,6 +3,9 @@
 Weights are random, of the true shape and made on the device. Compilation is timed apart. The
 figures of a case do not depend on the weights' values as long as every step reveals a fixed number
 of tokens; with `--threshold` they do.
+
+`compile_s` is short for a program that an earlier run has left in JAX's compilation cache;
+JAX_ENABLE_COMPILATION_CACHE=false compiles all of them.
 """
 
 from __future__ import annotations
@@ -19,8 +22,8 @@ import numpy as np
 from benchmarks.profile import print_profile
 from benchmarks.random_model import MODELS, make_config, make_model, make_routers
 from benchmarks.report import Table, peak_gigabytes
-from dials_jax.caching.cache import Cache, DualCache, PrefixCache
-from dials_jax.caching.early_skip import EarlySkip
+from dials_jax.caching.parse import parse_cache
+from dials_jax.commands import keep_programs
 from dials_jax.config import InputError, ModelConfig, nearest, require
 from dials_jax.models.model import Model
 from dials_jax.nn.stack import Policy
@@ -36,33 +39,19 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def parse_cache(text: str) -> Cache | None:
-    """`none`, `prefix`, `dual`, or `es-PROMPT-BLOCK`, as in `es-64-4`."""
-    name, *numbers = text.split("-")
-    if name == "es":
-        require(
-            len(numbers) == 2 and all(n.isdigit() for n in numbers),
-            f"cache {text!r}: give es-PROMPT-BLOCK, as in es-64-4",
-        )
-        return EarlySkip(prompt_every=int(numbers[0]), block_every=int(numbers[1]))
-    caches = {"none": None, "prefix": PrefixCache(), "dual": DualCache()}
-    require(text in caches, f"cache {text!r} is not known{nearest(text, [*caches, 'es-64-4'])}")
-    return caches[text]
-
-
 def parse_policy(text: str, model: Model) -> Policy | None:
-    """`full`, `static-N`, `random-N` (N layers skipped), `routed` (every layer runs)."""
+    """`full`, or `static-N`, `random-N` or `routed-N`, where N is the number of layers skipped."""
     name, _, number = text.partition("-")
-    if name in ("static", "random"):
-        require(number.isdigit(), f"policy {text!r}: give the number of layers, as in {name}-4")
-        # From the middle on, no two adjacent: which layers does not matter to the time.
-        chosen = tuple(range(1, 2 * int(number), 2))
-        return Static(chosen) if name == "static" else Random(int(number))
-    policies = {"full": lambda: None, "routed": lambda: make_routers(model)}
-    require(
-        text in policies, f"policy {text!r} is not known{nearest(text, [*policies, 'static-4'])}"
-    )
-    return policies[text]()
+    if text == "full":
+        return None
+    makers = {
+        "static": lambda n: Static(range(model.num_layers - n, model.num_layers)),
+        "random": Random,
+        "routed": lambda n: make_routers(model, n),
+    }
+    require(name in makers, f"policy {text!r} is not known{nearest(name, ['full', *makers])}")
+    require(number.isdigit(), f"policy {text!r}: give the number of layers, as in {name}-4")
+    return makers[name](int(number))
 
 
 def run_case(model: Model, options: argparse.Namespace, cache: str, policy: str) -> dict[str, Any]:
@@ -77,9 +66,9 @@ def run_case(model: Model, options: argparse.Namespace, cache: str, policy: str)
         "sampler": sampler, "cache": parse_cache(cache), "policy": parse_policy(policy, model),
     }  # fmt: skip
     before = module._generate.compile_seconds
-    generate(model, prompts, **settings)
+    first = generate(model, prompts, **settings)
     compiled = module._generate.compile_seconds - before
-    runs = [generate(model, prompts, **settings) for _ in range(options.repeats)]
+    runs = [generate(model, prompts, **settings) for _ in range(options.repeats)] or [first]
     best = sorted(runs, key=lambda r: r.flops.seconds)[len(runs) // 2]
     if options.profile:
         folder = Path(options.profile) / f"{cache}_{policy}"
@@ -100,6 +89,7 @@ def run_case(model: Model, options: argparse.Namespace, cache: str, policy: str)
 def options_of(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.decode", description=__doc__)
     parser.add_argument("--model", default="llada_8b", help=f"one of {', '.join(MODELS)}")
+    parser.add_argument("--layers", type=int, help="only so many layers; default: all")
     parser.add_argument("--batch", type=int, default=8, help="rows")
     parser.add_argument("--prompt", type=int, default=256, help="tokens of a prompt")
     parser.add_argument("--gen", type=int, default=512, help="tokens to generate")
@@ -112,7 +102,10 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
         "--layout", default="auto", choices=["auto", "stacked", "unrolled", "fused"]
     )
     parser.add_argument(
-        "--repeats", type=int, default=3, help="timed generations; the median counts"
+        "--repeats",
+        type=int,
+        default=3,
+        help="timed generations after a first one; the median counts; 0 times the first",
     )
     parser.add_argument("--profile", metavar="DIR", help="trace one generation a case to DIR")
     parser.add_argument("--out", metavar="FILE", help="write the figures as JSON")
@@ -121,8 +114,9 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = options_of(arguments)
+    keep_programs()
     try:
-        cfg: ModelConfig = make_config(options.model)
+        cfg: ModelConfig = make_config(options.model, options.layers)
         for cache in options.caches:
             parse_cache(cache)
         table = Table(COLUMNS, options.out, vars(options))

@@ -2,12 +2,16 @@
 
 The head is left out: what is compared is what skipping can save. Weights are random, of the true
 shape and made on the device.
+
+`compile_s` is short for a program that an earlier run has left in JAX's compilation cache;
+JAX_ENABLE_COMPILATION_CACHE=false compiles all of them.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -16,11 +20,12 @@ import numpy as np
 
 from benchmarks.random_model import MODELS, make_config, make_model, make_routers
 from benchmarks.report import Table, peak_gigabytes
+from dials_jax.commands import keep_programs
 from dials_jax.config import InputError
 from dials_jax.models import transformer
 from dials_jax.models.model import Model, row_keys
 from dials_jax.skipping.flops import layer_flops
-from dials_jax.skipping.policies import Random, Static
+from dials_jax.skipping.policies import Static
 from dials_jax.timing import Timed
 
 COLUMNS = {
@@ -28,6 +33,27 @@ COLUMNS = {
     "executed": ">8.3f", "saved_of_flops_saved": ">20.1%", "tflops_a_second": ">15.0f",
     "compile_s": ">9.1f", "peak_gb": ">7.1f",
 }  # fmt: skip
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Drawn:
+    """Gates drawn beforehand: what is timed is how they are carried out."""
+
+    gates: Any  # [L, B]
+
+    @classmethod
+    def of_share(cls, share: float, num_layers: int, batch: int) -> Drawn:
+        """Random layers for each row, equally many in all of them."""
+        rng, count = np.random.default_rng(0), round(share * num_layers)
+        rows = [rng.permutation(num_layers) < count for _ in range(batch)]
+        return cls(jnp.asarray(np.stack(rows, axis=1)))
+
+    def plan(self, num_layers, denoising):
+        return self.gates
+
+    def gate(self, plan, h, denoising):
+        return plan
 
 
 def _layers(params, tokens, keys, policy, *, cfg, executor, prompt):
@@ -61,14 +87,12 @@ def run_batch(model: Model, options: argparse.Namespace, batch: int, table: Tabl
     per_row = "cond" if batch == 1 else "compact"
     cases = [("every layer, no gate", None, "auto")]
     for share in options.shares:
-        skipped = round((1 - share) * cfg.num_layers)
-        cases.append(
-            (f"{per_row}, {cfg.num_layers - skipped} of {cfg.num_layers}", Random(skipped), per_row)
-        )
+        policy = Drawn.of_share(share, cfg.num_layers, batch)
+        cases.append((f"{per_row}, {share:.0%} of layers", policy, per_row))
     half = tuple(range(1, cfg.num_layers, 2))
     cases.append(("static, half the layers", Static(half), "auto"))
     cases.append(("routers, every layer runs", make_routers(model), per_row))
-    cases.append(("routers, no layer runs", make_routers(model, share=0), per_row))
+    cases.append(("routers, no layer runs", make_routers(model, cfg.num_layers), per_row))
     full = None
     for name, policy, executor in cases:
         seconds, executed, compiled = measure(model, options, batch, policy, executor)
@@ -85,6 +109,7 @@ def run_batch(model: Model, options: argparse.Namespace, batch: int, table: Tabl
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.forward", description=__doc__)
     parser.add_argument("--model", default="llada_8b", help=f"one of {', '.join(MODELS)}")
+    parser.add_argument("--layers", type=int, help="only so many layers; default: all")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--tokens", type=int, default=768, help="tokens of a row")
     parser.add_argument("--prompt", type=int, default=256, help="of them known, at the front")
@@ -98,8 +123,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=15, help="timed passes; the median counts")
     parser.add_argument("--out", metavar="FILE", help="write the figures as JSON")
     options = parser.parse_args(arguments)
+    keep_programs()
     try:
-        cfg = make_config(options.model)
+        cfg = make_config(options.model, options.layers)
         table = Table(COLUMNS, options.out, vars(options))
         model = make_model(cfg, options.layout)
         for batch in options.batches:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -24,9 +25,11 @@ MODELS = {
 }
 
 
-def make_config(name: str) -> ModelConfig:
+def make_config(name: str, num_layers: int | None = None) -> ModelConfig:
+    """A model by name, or its first layers only."""
     require(name in MODELS, f"model {name!r} is not known{nearest(name, MODELS)}")
-    return MODELS[name]()
+    cfg = MODELS[name]()
+    return cfg if num_layers is None else dataclasses.replace(cfg, num_layers=num_layers)
 
 
 def make_model(cfg: ModelConfig, layout: Layout = "auto", seed: int = 0) -> Model:
@@ -51,13 +54,13 @@ def make_model(cfg: ModelConfig, layout: Layout = "auto", seed: int = 0) -> Mode
     return Model(cfg, groups.assemble(cfg, read, mesh, layout), mesh)
 
 
-def make_routers(model: Model, share: float = 1.0, d_hidden: int = 512, seed: int = 1) -> Routed:
-    """Routers of the papers' size. With `share` 1 every layer runs, with 0 none does."""
+def make_routers(model: Model, skipped: int = 0, d_hidden: int = 512, seed: int = 1) -> Routed:
+    """Routers of the papers' size that agree on skipping so many layers, the last of all."""
     cfg = model.config
     routers = init_routers(
         cfg.d_model, cfg.num_layers, RouterConfig(d_hidden=d_hidden), jax.random.key(seed)
     )
-    if share < 1:
-        routers["vote_bias"] = jnp.broadcast_to(jnp.array([9.0, 0.0]), (cfg.num_layers, 2))
+    skip = jnp.arange(cfg.num_layers) >= cfg.num_layers - skipped
+    routers["vote_bias"] = jnp.where(skip[:, None], jnp.array([9.0, 0.0]), jnp.array([0.0, 9.0]))
     routers = trees.cast(routers, cfg.dtype)
     return Routed(jax.device_put(routers, sharding.replicated(model.mesh)), 0.1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import runpy
 import sys
@@ -31,7 +32,9 @@ def parse(config_class: type[C], description: str, argv: list[str] | None = None
         description=description,
         add_help=False,
         allow_abbrev=False,
-        epilog="Every field of the configuration is an option; --config FILE --help lists them.",
+        epilog="Every field of the configuration is an option; --config FILE --help lists them. "
+        "Compiled programs are kept in ~/.cache/dials_jax/xla, or in $JAX_COMPILATION_CACHE_DIR; "
+        "JAX_ENABLE_COMPILATION_CACHE=false keeps none.",
     )
     parser.add_argument("--config", metavar="FILE", help="a file of configs/, with get_config()")
     parser.add_argument(
@@ -111,6 +114,17 @@ def _unframed(message: str) -> str:
     close = re.search(r"Perhaps you meant: (--[\w.-]+)", words)
     hint = f"did you mean {close[1]}?" if close else "--help lists all options"
     return f"{blocks[0] if blocks else title}; {hint}"
+
+
+def keep_programs() -> None:
+    """Keeps on disk what takes a second or more to compile, for the next run of the same program.
+
+    Call it before anything is compiled. The variables of JAX win: JAX_COMPILATION_CACHE_DIR names
+    another folder, JAX_ENABLE_COMPILATION_CACHE=false keeps nothing.
+    """
+    if not jax.config.jax_compilation_cache_dir:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(Path(home) / "dials_jax" / "xla"))
 
 
 def main(command: Callable[[], Any]) -> None:

@@ -270,7 +270,23 @@ class EvalTask:
     steps: int | None = None  # denoising steps (exact_match); default: one a token
     block_length: int | None = None  # default: one block
     cfg_scale: float = 0.0
-    bucket: int = 64  # lengths are padded to a multiple of this: larger compiles fewer programs
+    threshold: float | None = None  # reveal all tokens of this confidence (exact_match)
+    factor: float | None = None  # or as many as are confident together (exact_match)
+    delay_eos: bool = False  # no end of text after a masked token (exact_match)
+    stop_at_eos: bool = False  # a row ends at its end of text (exact_match)
+    cache: str = "none"  # or prefix, dual, es-PROMPT-BLOCK such as es-64-4 (exact_match)
+    bucket: int = 64  # lengths are padded to multiples of this
+    max_programs: int = 4  # lengths, or shapes of prompt and answer, that are compiled
+
+    def __post_init__(self):
+        require_positive(self, "num_samples", "bucket", "max_programs")
+        for name in ("threshold", "factor", "delay_eos", "stop_at_eos", "cache"):
+            value, default = getattr(self, name), self.__dataclass_fields__[name].default
+            require(
+                self.metric == "exact_match" or value == default,
+                f"task {self.name!r}: {name}={value!r} is for generation, but metric "
+                f"{self.metric!r} generates nothing; leave it out",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,8 @@ install_import_hook("dials_jax", "beartype.beartype")
 
 # Tests compile many small programs and run each for a moment: this halves their time.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+# Commands that tests start leave nothing in the user's folder.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

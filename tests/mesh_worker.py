@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dials_jax import sharding, trees
+from dials_jax.caching.cache import DualCache
+from dials_jax.caching.early_skip import EarlySkip
 from dials_jax.config import (
     ArithmeticData,
     MeshConfig,
@@ -41,6 +43,10 @@ MESHES = {
     "data2_fsdp4": (MeshConfig(data=2, fsdp=4), 8),
     "data2_fsdp2_tensor2": (MeshConfig(data=2, fsdp=2, tensor=2), 8),
 }
+CACHES = [
+    ("dual", DualCache()),
+    ("skip", EarlySkip((1.0, 0.5, 0.25), (0.0, 0.25, 0.5), block_every=4)),
+]
 OPTIMIZER = make_optimizer(OptimizerConfig(num_steps=10, warmup_steps=1, learning_rate=1e-3), 1)
 
 
@@ -67,6 +73,7 @@ def evaluate(mesh, cfg, params, routers):
     out = generate(
         model, prompts, valid, sampler=Confidence(8, 4, 4, temperature=0.5), policy=policy
     )
+    cached = {name: generate_over(cache, model, prompts, valid, policy) for name, cache in CACHES}
     pairs = pad_pairs([(p[:3].tolist(), p[3:].tolist()) for p in prompts], cfg)
     keys = row_keys(jax.random.key(7), 8)
     scores, _ = score_pairs(model, pairs, keys, np.arange(8), stratum=8, policy=policy)
@@ -75,7 +82,14 @@ def evaluate(mesh, cfg, params, routers):
         "gates": out.gates,
         "log_likelihood": scores.log_likelihood,
         "scored_gates": scores.gates,
+        "cached": cached,
     }
+
+
+def generate_over(cache, model, prompts, valid, policy):
+    sampler = Confidence(8, 8, 8, temperature=0.5)
+    out = generate(model, prompts, valid, sampler=sampler, policy=policy, cache=cache)
+    return {"tokens": out.tokens, "gates": out.gates}
 
 
 def run(mesh):

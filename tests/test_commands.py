@@ -1,6 +1,12 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
 import pytest
 
-from dials_jax.commands import main, parse
+from dials_jax.commands import keep_programs, main, parse
 from dials_jax.config import EvalConfig, InputError, TrainConfig
 
 CONFIG = """
@@ -97,3 +103,45 @@ def test_a_command_ends_with_one_line_and_no_traceback(capsys, problem, code, li
 def test_other_errors_keep_their_traceback():
     with pytest.raises(ZeroDivisionError):
         main(lambda: 1 / 0)
+
+
+RUN = """
+from dials_jax.commands import keep_programs
+keep_programs()
+import jax
+from dials_jax.timing import Timed
+
+misses = []
+jax.monitoring.register_event_listener(lambda e, **_: misses.append(e) if "miss" in e else None)
+out, _ = Timed(lambda x: jax.numpy.sin(x) @ x)(jax.numpy.ones((3, 3)))
+print(float(out.sum()), len(misses))
+"""
+
+
+def test_the_next_process_finds_the_programs_of_the_last(tmp_path):
+    always = {"XDG_CACHE_HOME": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+    def run():
+        env = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")} | always
+        env["PYTHONPATH"] = str(Path(__file__).parents[1])
+        command = [sys.executable, "-c", RUN]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+        value, num_misses = done.stdout.split()
+        return value, int(num_misses), {path for path in tmp_path.rglob("*") if path.is_file()}
+
+    value, num_misses, programs = run()
+    assert 0 < num_misses <= len(programs)
+    assert {path.parent for path in programs} == {tmp_path / "dials_jax" / "xla"}
+    assert run() == (value, 0, programs)
+
+
+@pytest.mark.parametrize("given, used", [(None, "cache/dials_jax/xla"), ("mine", "mine")])
+def test_programs_are_kept_in_the_folder_that_jax_is_given(given, used, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", given and str(tmp_path / given))
+        keep_programs()
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / used)
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)

@@ -88,6 +88,10 @@ def optimizer(**changes):
     return OptimizerConfig(**({"num_steps": 10, "warmup_steps": 1} | changes))
 
 
+def task(**changes):
+    return EvalTask(name="text", metric="nelbo", data=TextData(), **changes)
+
+
 @pytest.mark.parametrize(
     "make, message",
     [
@@ -107,6 +111,10 @@ def optimizer(**changes):
         (lambda: optimizer(warmup_steps=None), "exactly one of warmup_steps and warmup_epochs"),
         (lambda: dataclasses.replace(TRAIN, backbone="x"), "either backbone= .* or model="),
         (lambda: dataclasses.replace(TRAIN, model=None), "either backbone= .* or model="),
+        (lambda: task(bucket=0), "bucket=0 must be positive"),
+        (lambda: task(max_programs=0), "max_programs=0 must be positive"),
+        (lambda: task(cache="dual"), "cache='dual' is for generation, but metric 'nelbo'"),
+        (lambda: task(stop_at_eos=True), "stop_at_eos=True is for generation"),
         (lambda: dataclasses.replace(TRAIN, num_microbatches=3), "batch_size=64 must be divisible"),
     ],
 )

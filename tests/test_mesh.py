@@ -41,7 +41,8 @@ def test_mesh_equals_one_device(results, mesh, kind):
 
 def test_rows_and_shards_really_differ(results):
     """Otherwise the comparison above would not see compaction at all."""
-    gates = results["one"]["evaluation/gates"]  # [steps, L, B]
-    assert 0.2 < gates.mean() < 0.95
-    assert (gates != gates[..., :1]).any()
+    for name in ("gates", "cached/dual/gates", "cached/skip/gates"):
+        gates = results["one"][f"evaluation/{name}"]  # [steps, L, B]
+        assert 0.2 < gates.mean() < 0.95
+        assert (gates != gates[..., :1]).any()
     assert 0.05 < results["one"]["router/values/skip_rate"] < 0.95

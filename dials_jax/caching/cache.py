@@ -11,12 +11,16 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from dials_jax.caching.net import Net
 
 # Windows whose length depends on the block are rounded up to one of so many sizes, all compiled.
 MAX_SIZES = 8
+
+
+Number = Int[Array, "..."] | Int[np.ndarray, "..."]
 
 
 class Blocks(NamedTuple):
@@ -96,8 +100,10 @@ class Cache(Protocol):
     def passes(self, net: Net, blocks: Blocks) -> list[Pass]:
         """Every kind of model call."""
 
-    def kind(self, progress: Progress, memory: PyTree, net: Net, blocks: Blocks) -> Int[Array, ""]:
-        """Which of them is due."""
+    def kind(
+        self, block: Number, step_in_block: Number, memory: PyTree, net: Net, blocks: Blocks
+    ) -> Number:
+        """Which of them is due. Elementwise, and without the memory where steps are fixed."""
 
     def learn(self, memory: PyTree, revealed: Revealed, net: Net) -> PyTree:
         """The memory after the sampler has revealed tokens."""
@@ -166,8 +172,10 @@ class NoCache:
     def passes(self, net: Net, blocks: Blocks) -> list[Pass]:
         return [whole_canvas(net, blocks)]
 
-    def kind(self, progress: Progress, memory: PyTree, net: Net, blocks: Blocks) -> Int[Array, ""]:
-        return jnp.asarray(0)
+    def kind(
+        self, block: Number, step_in_block: Number, memory: PyTree, net: Net, blocks: Blocks
+    ) -> Number:
+        return jnp.zeros_like(step_in_block)
 
     def learn(self, memory: PyTree, revealed: Revealed, net: Net) -> PyTree:
         return memory
@@ -188,8 +196,10 @@ class DualCache:
     def passes(self, net: Net, blocks: Blocks) -> list[Pass]:
         return [whole_canvas(net, blocks), block_only(net, blocks)]
 
-    def kind(self, progress: Progress, memory: PyTree, net: Net, blocks: Blocks) -> Int[Array, ""]:
-        return jnp.where(progress.step_in_block > 0, 1, 0)
+    def kind(
+        self, block: Number, step_in_block: Number, memory: PyTree, net: Net, blocks: Blocks
+    ) -> Number:
+        return jnp.where(step_in_block > 0, 1, 0)
 
     def learn(self, memory: PyTree, revealed: Revealed, net: Net) -> PyTree:
         return memory
@@ -240,11 +250,13 @@ class PrefixCache:
 
         return Pass(call, Work((size,) * net.cfg.num_layers, blocks.length))
 
-    def kind(self, progress: Progress, memory: PyTree, net: Net, blocks: Blocks) -> Int[Array, ""]:
+    def kind(
+        self, block: Number, step_in_block: Number, memory: PyTree, net: Net, blocks: Blocks
+    ) -> Number:
         return jnp.where(
-            progress.step_in_block == 0,
+            step_in_block == 0,
             0,
-            1 + which_size(blocks.count - progress.block, blocks.count),
+            1 + which_size(blocks.count - block, blocks.count),
         )
 
     def learn(self, memory: PyTree, revealed: Revealed, net: Net) -> PyTree:
@@ -257,6 +269,6 @@ def window_sizes(num_blocks: int) -> list[int]:
     return [*range(unit, num_blocks, unit), num_blocks]
 
 
-def which_size(wanted: Int[Array, ""], num_blocks: int) -> Int[Array, ""]:
+def which_size(wanted: Number, num_blocks: int) -> Number:
     """The number of the smallest size that holds `wanted` blocks."""
     return jnp.searchsorted(jnp.asarray(window_sizes(num_blocks)), wanted)

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import jax.numpy as jnp
-from jaxtyping import Array, Int
 
 from dials_jax.caching import leaving
-from dials_jax.caching.cache import Blocks, Pass, Progress, Revealed, window_sizes
+from dials_jax.caching.cache import Blocks, Number, Pass, Revealed, window_sizes
 from dials_jax.caching.leaving import Indicator, Memory, Plan
 from dials_jax.caching.net import Net
 from dials_jax.config import require
@@ -98,14 +97,21 @@ class EarlySkip:
             *["skip_few"] * (blocks.max_quota is None),
         ]
 
-    def kind(self, progress: Progress, memory: Memory, net: Net, blocks: Blocks) -> Int[Array, ""]:
+    def kind(
+        self,
+        block: Number,
+        step_in_block: Number,
+        memory: Memory | None,
+        net: Net,
+        blocks: Blocks,
+    ) -> Number:
         kinds = self.kinds(blocks)
-        place = progress.block * blocks.length + progress.step_in_block
+        place = block * blocks.length + step_in_block
         refresh = place % self.prompt_every == 0
         # The first that holds, from top to bottom.
         due = {"canvas": place == 0}
-        due |= {n: refresh & (progress.block < n) for n in kinds if isinstance(n, int)}
-        due |= {"two_blocks": progress.step_in_block == 0, "block": place % self.block_every == 0}
+        due |= {n: refresh & (block < n) for n in kinds if isinstance(n, int)}
+        due |= {"two_blocks": step_in_block == 0, "block": place % self.block_every == 0}
         if "skip_few" in kinds:
             revealed = jnp.max(jnp.sum(memory.revealed, axis=1))
             few = self.plan(net.cfg.num_layers, blocks).kept[-1]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -27,7 +27,6 @@ from dials_jax.data.tasks import fill, fits, require_unmasked, warn_dropped
 from dials_jax.data.text import pack_text
 from dials_jax.data.tokenizer import Ids, Tokenizer, check_tokenizer, encode_pair
 
-Thing = TypeVar("Thing")
 NUM_ARITHMETIC = 1000  # test items of the procedural task when no limit is set
 
 
@@ -203,9 +202,6 @@ def normalise_answer(text: str, extract: str) -> str:
     return text.replace(",", "").removesuffix(".") if is_number else text
 
 
-# ------------------------------------------------------------------------- shapes for compiling
-
-
 def pad_prompts(
     prompts: Sequence[Ids], length: int, pad_id: int
 ) -> tuple[Int[np.ndarray, "B P"], Bool[np.ndarray, "B P"]]:
@@ -220,26 +216,3 @@ def pad_prompts(
         tokens[row, length - len(ids) :] = ids
         valid[row, length - len(ids) :] = True
     return tokens, valid
-
-
-def buckets(lengths: Sequence[int], multiple: int = 32) -> list[int]:
-    """Every length rounded up to a multiple, so that a data set compiles few programs.
-
-    None is longer than the longest: lengths that are all alike stay as they are.
-    """
-    return [min(-(-length // multiple) * multiple, max(lengths)) for length in lengths]
-
-
-def group_by_length(
-    items: Sequence[Thing], length_fn: Callable[[Thing], int], batch_size: int, multiple: int = 32
-) -> Iterator[list[int]]:
-    """Yields indices of at most `batch_size` items of one bucket, the longest bucket first.
-
-    Longest first, so that a batch that does not fit in memory fails at once. The caller puts
-    results back by index: `results[i]` belongs to `items[i]`.
-    """
-    bucket = buckets([length_fn(item) for item in items], multiple)
-    for size in sorted(set(bucket), reverse=True):
-        members = [i for i, b in enumerate(bucket) if b == size]
-        for start in range(0, len(members), batch_size):
-            yield members[start : start + batch_size]

@@ -133,9 +133,14 @@ def format_table(rows: Sequence[Row]) -> str:
     for row, row_cells in zip(rows, cells, strict=True):
         if row.task != task:
             task = row.task
-            text.append(_shorten(f"{task} ({row.metric})", WIDTH))
+            text.append(_shorten(f"{task} ({_how(row)})", WIDTH))
         text.append(line(*row_cells))
     return "\n".join(text)
+
+
+def _how(row: Row) -> str:
+    """A task's metric, and the cache it generates with."""
+    return row.metric if row.cache == "none" else f"{row.metric}, cache {row.cache}"
 
 
 def _shorten(text: str, width: int) -> str:
@@ -227,7 +232,7 @@ def _table_html(rows: Sequence[Row]) -> str:
     for row in rows:
         if row.task != task:
             task = row.task
-            heading = f"{escape(task)} <small>{escape(row.metric)}</small>"
+            heading = f"{escape(task)} <small>{escape(_how(row))}</small>"
             lines.append(f'<tr class="task"><th colspan="{len(columns)}">{heading}</th></tr>')
         cells = "".join(f"<td>{escape(text(row))}</td>" for text in columns.values())
         color = plots.COLORS.get(row.kind, plots.GREY)

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
-from dials_jax.config import EvalTask, ModelConfig, require
-from dials_jax.data.items import Item, buckets, group_by_length, normalise_answer, pad_prompts
+from dials_jax.caching.cache import NoCache
+from dials_jax.caching.net import Net
+from dials_jax.caching.parse import parse_cache
+from dials_jax.config import EvalTask, require
+from dials_jax.data.buckets import batches, buckets, pair_buckets
+from dials_jax.data.items import Item, normalise_answer, pad_prompts
 from dials_jax.data.tokenizer import Tokenizer
 from dials_jax.evaluation.execution import Execution
 from dials_jax.evaluation.likelihood import pad_pairs, score_pairs
+from dials_jax.models import transformer
 from dials_jax.models.model import Model
 from dials_jax.nn.stack import Policy
 from dials_jax.sampling.confidence import Confidence
+from dials_jax.sampling.denoise import blocks_of
 from dials_jax.sampling.generate import generate
 from dials_jax.skipping.flops import Flops
 
@@ -53,7 +60,7 @@ def score_task(
     progress: Progress = lambda n: None,
 ) -> TaskScores:
     """Scores every item. Keys come from seed and item: order and batches do not matter."""
-    check_task(task, items, model.config)
+    check_task(task, items, model)
     scores = TaskScores(Execution(model.num_layers))
     if task.metric == "exact_match":
         _exact_match(scores, model, task, items, tokenizer, policy, batch_size, seed, progress)
@@ -70,22 +77,41 @@ def score_task(
     return scores
 
 
-def check_task(task: EvalTask, items: Sequence[Item], cfg: ModelConfig) -> None:
+def check_settings(task: EvalTask) -> None:
+    """Raises: InputError for settings that are wrong whatever the model and the items."""
+    parse_cache(task.cache)
+    sampler_of(replace(task, steps=None, block_length=None), length=1)
+
+
+def check_task(task: EvalTask, items: Sequence[Item], model: Model) -> None:
     """Raises: InputError for settings under which `score_task` would fail half-way."""
+    prompt_length = max(len(item.prompt) for item in items)
     if task.metric == "exact_match":
-        length = sampler_for(task, items).gen_length
+        sampler = sampler_for(task, items)
+        length = sampler.gen_length
+        check_cache(task, sampler, model, prompt_length)
     else:
         length = max(len(answer) for item in items for answer in item.answers)
         require(
             task.num_samples % min(STRATUM, task.num_samples) == 0,
             f"task {task.name!r}: num_samples={task.num_samples} must be a multiple of {STRATUM}",
         )
-    total = max(len(item.prompt) for item in items) + length
+    total, limit = prompt_length + length, model.config.max_length
     require(
-        total <= cfg.max_length,
+        total <= limit,
         f"task {task.name!r}: prompt and answer may take {total} tokens, but the model has "
-        f"{cfg.max_length} positions; shorten them",
+        f"{limit} positions; shorten them",
     )
+
+
+def check_cache(task: EvalTask, sampler: Confidence, model: Model, prompt_length: int) -> None:
+    """Raises: InputError for a cache that does not fit the sampler or the model."""
+    cfg, shape = model.config, (1, prompt_length + sampler.gen_length)
+    rows = jax.eval_shape(lambda: transformer.rows_of(cfg, None, shape))
+    given = jnp.ones(shape, bool) if sampler.cfg_scale > 0 else None
+    net = Net(cfg, model.params, None, "auto", rows, None, given, prompt_length)
+    cache, blocks = parse_cache(task.cache) or NoCache(), blocks_of(sampler, prompt_length)
+    jax.eval_shape(lambda: cache.start(net, blocks))
 
 
 def num_rows(task: EvalTask, items: Sequence[Item]) -> int:
@@ -104,39 +130,56 @@ def item_keys(seed: int, items: Sequence[Item]) -> jax.Array:
 
 
 def sampler_for(task: EvalTask, items: Sequence[Item]) -> Confidence:
-    """The task's sampler: as many tokens as its answers may have, one block, one token a step."""
+    """The task's sampler: as many tokens as its answers may have."""
     length = getattr(task.data, "answer_length", None)
-    length = length or max(len(item.answers[0]) for item in items)
+    return sampler_of(task, length or max(len(item.answers[0]) for item in items))
+
+
+def sampler_of(task: EvalTask, length: int) -> Confidence:
+    """By default one block, and one token a step."""
     return Confidence(
         gen_length=length,
         block_length=task.block_length or length,
         steps=task.steps or length,
         cfg_scale=task.cfg_scale,
+        threshold=task.threshold,
+        factor=task.factor,
+        delay_eos=task.delay_eos,
+        stop_at_eos=task.stop_at_eos,
     )
 
 
 def _exact_match(
     scores: TaskScores, model, task, items, tokenizer, policy, batch_size, seed, progress
 ) -> None:
-    cfg, sampler = model.config, sampler_for(task, items)
-    lengths = buckets([len(item.prompt) for item in items], task.bucket)
-    for group in group_by_length(items, lambda item: len(item.prompt), batch_size, task.bucket):
+    cfg, sampler, cache = model.config, sampler_for(task, items), parse_cache(task.cache)
+    lengths = [len(item.prompt) for item in items]
+    sizes = buckets(lengths, task.bucket, task.max_programs, batch_size)
+    padded = {size for length, size in zip(lengths, sizes, strict=True) if length < size}
+    for group in batches(sizes, batch_size):
         members = [items[i] for i in group]
-        tokens, valid = pad_prompts([m.prompt for m in members], lengths[group[0]], cfg.pad_id)
+        tokens, valid = pad_prompts([m.prompt for m in members], sizes[group[0]], cfg.pad_id)
         out = generate(
             model,
             tokens,
-            None if valid.all() else valid,
+            valid if sizes[group[0]] in padded else None,  # one program for the whole bucket
             sampler=sampler,
             policy=policy,
+            cache=cache,
             key=item_keys(seed, members),
             fill_to=batch_size,
         )
-        scores.execution.add(out.gates, out.masked_share)
+        scores.execution.add(out.gates, at_work(out.masked_share))
         scores.costs.append(out.flops)
         for item, row in zip(members, out.tokens[:, tokens.shape[1] :], strict=True):
             _score_output(scores, task, item, row.tolist(), tokenizer, cfg)
         progress(len(members))
+
+
+def at_work(masked_share: Float[np.ndarray, "S R"]) -> Float[np.ndarray, "S R"]:
+    """The shares, 0 where a call revealed nothing: there a row waited for others of its batch."""
+    after = np.append(masked_share[1:], np.zeros_like(masked_share[:1]), axis=0)
+    return np.where(after < masked_share, masked_share, 0.0)
 
 
 def _score_output(scores: TaskScores, task, item: Item, row: list[int], tokenizer, cfg) -> None:
@@ -164,9 +207,8 @@ def _likelihoods(
     keys = item_keys(seed, items)[np.asarray(owners)]  # choices of an item share their masks
     stratum = min(STRATUM, task.num_samples)
     totals = np.zeros(len(pairs))
-    prompt_sizes = buckets([len(p) for p, _ in pairs], task.bucket)
-    answer_sizes = buckets([len(a) for _, a in pairs], task.bucket)
-    shapes = list(zip(prompt_sizes, answer_sizes, strict=True))
+    lengths = [(len(prompt), len(answer)) for prompt, answer in pairs]
+    shapes = pair_buckets(lengths, task.bucket, task.max_programs)
     for shape in sorted(set(shapes), reverse=True):
         members = [i for i, s in enumerate(shapes) if s == shape]
         rows = np.repeat(members, task.num_samples)

@@ -35,6 +35,7 @@ class Row:
 
     task: str
     metric: str
+    cache: str  # "none" without, as in runs that name none
     policy: str  # its label
     kind: str  # full, static, random or routed
     value: float  # mean over items
@@ -155,6 +156,7 @@ def _row(run: Mapping[str, Any], full: Mapping[str, Any] | None) -> Row:
     return Row(
         task=run["task"],
         metric=run["metric"],
+        cache=run.get("cache", "none"),
         policy=label,
         kind=run["policy"]["kind"],
         value=value,

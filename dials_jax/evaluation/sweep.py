@@ -27,7 +27,7 @@ from dials_jax.config import (
 from dials_jax.data.items import Item, load_items
 from dials_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dials_jax.evaluation.report import format_table, write_report
-from dials_jax.evaluation.scoring import check_task, num_rows, score_task
+from dials_jax.evaluation.scoring import check_settings, check_task, num_rows, score_task
 from dials_jax.loading import load
 from dials_jax.models.model import Model
 from dials_jax.nn.stack import Policy
@@ -58,6 +58,8 @@ def sweep(cfg: EvalConfig, workdir: str | Path) -> dict[str, Any]:
     """
     workdir = Path(workdir).absolute()
     require(bool(cfg.tasks), "the sweep has no tasks; add some to the configuration")
+    for task in cfg.tasks:
+        check_settings(task)
     model = load(cfg.model, cfg.dtype, sharding.make_mesh(cfg.mesh), cfg.layout)
     tokenizer = load_tokenizer(model.path)
     tasks = [(task, load_items(task, tokenizer, model.config)) for task in cfg.tasks]
@@ -79,7 +81,7 @@ def sweep(cfg: EvalConfig, workdir: str | Path) -> dict[str, Any]:
 def _check(cfg: EvalConfig, model: Model, tasks: Sequence[tuple[EvalTask, list[Item]]]) -> None:
     """Raises: InputError for what would stop the sweep half-way, or run twice under one label."""
     for task, items in tasks:
-        check_task(task, items, model.config)
+        check_task(task, items, model)
     repeatable = {"tasks": [t.name for t, _ in tasks], "static": cfg.static, "random": cfg.random}
     for name, values in repeatable.items():
         require(len(set(values)) == len(values), f"{name}: {values} names one twice; remove it")
@@ -112,6 +114,7 @@ def _run_once(
     run = {
         "task": task.name,
         "metric": task.metric,
+        "cache": task.cache,
         "policy": candidate.describe(),
         "items": scores.items,
         "also": scores.also,

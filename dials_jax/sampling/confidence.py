@@ -5,7 +5,6 @@ Source: `generate.py` of ML-GSAI/LLaDA, whose behaviour this follows token for t
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,6 +42,8 @@ class Confidence:
       stop_at_eos: a row ends at an end of text once all before it is known; the rest is filled
         with end of text, and costs no more steps.
     """
+
+    is_probability = True
 
     gen_length: int
     block_length: int
@@ -127,10 +128,10 @@ def propose(
     noisy = logits
     if sampler.temperature > 0:
         # argmax(logits + T * Gumbel) is the reference's argmax of exp(logits) / (-ln u)^T.
-        noisy = logits + sampler.temperature * _per_row(_gumbel, keys, logits)
+        noisy = logits + sampler.temperature * gumbel_like(logits, keys)
     guess = jnp.argmax(noisy, axis=-1)
     if sampler.remasking == "random":
-        draw = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1), guess.shape[1:]))
+        draw = jax.vmap(jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1))))
         return guess, draw(keys)
     if sampler.confidence_eos_eot_inf:
         # In the reference the noisy logits are the logits themselves at temperature 0, so there
@@ -143,13 +144,13 @@ def propose(
     return guess, jnp.exp(chosen - jax.nn.logsumexp(logits, axis=-1))
 
 
-def _gumbel(key: jax.Array, logits: Float[Array, "W V"]) -> Float[Array, "W V"]:
-    # The default mode truncates the upper tail, which biases large vocabularies.
-    return jax.random.gumbel(key, logits.shape, mode="high")
+def gumbel_like(logits: Float[Array, "B W V"], keys: jax.Array) -> Float[Array, "B W V"]:
+    """Gumbel noise from one key a position.
 
-
-def _per_row(fn: Callable, keys: jax.Array, rows: Array) -> Array:
-    return jax.vmap(fn)(keys, rows)
+    The default mode of JAX truncates the upper tail, which biases large vocabularies.
+    """
+    draw = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:], mode="high"))
+    return jax.vmap(draw)(keys)
 
 
 def step_quota(present: Int[Array, "B"], step: Int[Array, ""], num_steps: int) -> Int[Array, "B"]:

@@ -17,19 +17,23 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from dials_jax.caching.cache import Blocks, Cache, Pass, Progress, Revealed
 from dials_jax.caching.net import Net
-from dials_jax.config import ModelConfig
+from dials_jax.config import ModelConfig, require
 from dials_jax.models import transformer
 from dials_jax.sampling.timetable import block_timetable, fold, follow
 
 
 @runtime_checkable
 class Sampler(Protocol):
-    """Which tokens a step reveals. Settings only: hashable, static in compiled programs."""
+    """Which tokens a step reveals. Settings only: hashable, static in compiled programs.
+
+    Keys come one a position, [B, W].
+    """
 
     gen_length: int
     block_length: int
     steps_per_block: int  # at most; a block also ends when it is full
     max_quota: int | None  # tokens a step reveals in a row at most; None: any number
+    is_probability: bool  # the confidence is, or lies in [0, 1] like one
     cfg_scale: float
     delay_eos: bool
     stop_at_eos: bool
@@ -79,10 +83,12 @@ def blocks_of(sampler: Sampler, prompt_length: int) -> Blocks:
 def step_limit(sampler: Sampler, cache: Cache) -> int:
     """Steps of a block at most.
 
-    Where a cache leaves masked tokens out of a call, a step may find fewer than its quota; the
-    block then takes longer, and every step still reveals one.
+    Where a cache leaves masked tokens out of a call, a step may find fewer than its quota. The
+    block then takes longer, and each of the steps beyond the sampler's own reveals one at least.
     """
-    return sampler.block_length if cache.partial else sampler.steps_per_block
+    if not cache.partial or sampler.max_quota is None or is_fixed(sampler, cache):
+        return sampler.steps_per_block
+    return sampler.steps_per_block + sampler.block_length
 
 
 def is_fixed(sampler: Sampler, cache: Cache) -> bool:
@@ -103,6 +109,11 @@ def denoise(
     prompt_length: int,
 ) -> tuple[Int[Array, "B T"], Record]:
     """Fills the canvas."""
+    require(
+        sampler.is_probability or not cache.partial,
+        "EarlySkip weighs confidence against change, so it must be like a probability; "
+        "use alg='maskgit_plus' or 'topk_margin'",
+    )
     blocks = blocks_of(sampler, prompt_length)
     passes = cache.passes(net, blocks)
     limit, fixed = step_limit(sampler, cache), is_fixed(sampler, cache)
@@ -137,8 +148,8 @@ def denoise(
         first = state.record.nfe
 
         def due(kind: int, state: State) -> Array:
-            due = cache.kind(progress_of(state), state.memory, net, blocks) == kind
-            due &= state.block < blocks.count
+            due = cache.kind(state.block, state.step_in_block, state.memory, net, blocks)
+            due = (due == kind) & (state.block < blocks.count)
             return due if calls is None else due & (state.record.nfe < first + calls)
 
         for kind in kinds:
@@ -184,15 +195,15 @@ def _call(
     """The canvas after one model call."""
     tokens = progress.tokens
     call = made.call(progress, memory)
-    logits = transformer.logits_of(net.cfg, net.params, call.h)
-    if net.given is not None:
-        logits = guide(logits, sampler.cfg_scale)
-    keys = jax.vmap(jax.random.fold_in, (0, None))(noise_keys, progress.step)
-    guess, confidence = sampler.propose(net.cfg, logits, keys)
     window = jnp.take_along_axis(tokens, call.index, axis=1)
     masked = transformer.is_masked(net.cfg, window)
     if call.active is not None:
         masked &= call.active
+    keys = position_keys(noise_keys, progress.step, call.index - blocks.start)
+    logits = transformer.logits_of(net.cfg, net.params, call.h)
+    if net.given is not None:
+        logits = guide(logits, sampler.cfg_scale)
+    guess, confidence = sampler.propose(net.cfg, logits, keys)
     shown = jnp.where(masked, confidence, 0.0)
     if sampler.delay_eos:
         delayed = (guess == net.cfg.eos_id) & too_early(net.cfg, blocks, progress, call.index)
@@ -210,6 +221,14 @@ def guide(logits: Float[Array, "R W V"], cfg_scale: float) -> Float[Array, "B W 
     """Classifier-free guidance of the conditional (first) by the unconditional half."""
     conditional, unconditional = jnp.split(logits, 2)
     return unconditional + (cfg_scale + 1) * (conditional - unconditional)
+
+
+def position_keys(
+    noise_keys: jax.Array, step: Int[Array, ""], place: Int[Array, "B W"]
+) -> jax.Array:
+    """One key a place of the answer: its noise is the same in any batch and any window."""
+    of_step = jax.vmap(jax.random.fold_in, (0, None))(noise_keys, step)
+    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(of_step, place)
 
 
 def too_early(

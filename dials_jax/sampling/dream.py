@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from dials_jax.config import ModelConfig, require, require_positive
-from dials_jax.sampling.confidence import ranks
+from dials_jax.sampling.confidence import gumbel_like, ranks
 from dials_jax.sampling.denoise import Turn
 
 Algorithm = Literal["origin", "maskgit_plus", "topk_margin", "entropy"]
@@ -73,6 +73,10 @@ class Dream:
         )
 
     @property
+    def is_probability(self) -> bool:
+        return self.alg in ("maskgit_plus", "topk_margin")
+
+    @property
     def gen_length(self) -> int:
         return self.max_new_tokens
 
@@ -104,8 +108,7 @@ class Dream:
         logits = most_probable(logits, self.top_p, self.top_k)
         guess = jnp.argmax(logits, axis=-1)
         if self.temperature > 0:
-            draw = jax.vmap(lambda key, row: jax.random.categorical(key, row, mode="high"))
-            guess = draw(keys_for(TOKEN, keys), logits)
+            guess = jnp.argmax(logits + gumbel_like(logits, keys_for(TOKEN, keys)), axis=-1)
         return guess, certainty(self.alg, logits, guess)
 
     def choose(
@@ -114,12 +117,12 @@ class Dream:
         """The positions to reveal. Where a cache left some out, the last step is repeated."""
         step = jnp.minimum(turn.step_in_block, self.steps - 1)
         share = jnp.asarray(revealed_shares(self.steps, self.eps))[step]
-        keys, width = keys_for(ORDER, keys), confidence.shape[1:]
+        keys = keys_for(ORDER, keys)
         if self.alg == "origin":
-            return jax.vmap(lambda key: jax.random.uniform(key, width))(keys) < share
+            return jax.vmap(jax.vmap(jax.random.uniform))(keys) < share
         if self.alg_temp:  # the largest of these are draws without replacement
-            gumbel = jax.vmap(lambda key: jax.random.gumbel(key, width, mode="high"))(keys)
-            confidence = confidence / self.alg_temp + gumbel
+            noise = gumbel_like(confidence[..., None], keys)[..., 0]
+            confidence = confidence / self.alg_temp + noise
         quota = (turn.remaining * share).astype(jnp.int32)
         return ranks(confidence) < quota[:, None]
 
@@ -171,4 +174,4 @@ def certainty(
 
 def keys_for(purpose: int, keys: jax.Array) -> jax.Array:
     """Keys for independent noise of the same step."""
-    return jax.vmap(jax.random.fold_in, (0, None))(keys, purpose)
+    return jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(keys, purpose)

@@ -6,24 +6,29 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from dials_jax.caching.cache import Blocks, Cache, Progress
+from dials_jax.caching.cache import Blocks, Cache
 from dials_jax.caching.net import Net
 
 # A step: the kind of its model call, or the kinds that it may be, depending on the block.
 Step = int | tuple[int, ...]
-# Steps and loops: (times, body).
-Timetable = list[tuple[int, "Step | Timetable"]]
+# Steps and loops: (times, body), where a body is a step or again a timetable.
+Timetable = list[tuple[int, Any]]
 
 
 def block_timetable(cache: Cache, net: Net, blocks: Blocks, num_steps: int) -> list[Step]:
     """The model calls of every block."""
-    block, step = np.arange(blocks.count)[:, None], np.arange(num_steps)
+
+    def kind(block, step):
+        return cache.kind(block, step, None, net, blocks)
+
+    every_step = jax.vmap(kind, (None, 0))
     with jax.ensure_compile_time_eval():
-        progress = Progress(None, block * num_steps + step, block, step, None)
-        kinds = np.broadcast_to(cache.kind(progress, None, net, blocks), (blocks.count, num_steps))
+        kinds = jax.vmap(every_step, (0, None))(jnp.arange(blocks.count), jnp.arange(num_steps))
+        kinds = np.asarray(kinds)
     return [int(k[0]) if len(k) == 1 else tuple(k.tolist()) for k in map(np.unique, kinds.T)]
 
 

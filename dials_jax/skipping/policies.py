@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
@@ -20,7 +19,7 @@ from dials_jax import trees
 from dials_jax.config import require
 from dials_jax.nn.stack import Denoising
 from dials_jax.skipping.gumbel import gumbel_votes, straight_through_threshold
-from dials_jax.skipping.router import SKIP, apply_router, skip_share
+from dials_jax.skipping.router import SKIP, apply_router, skip_share, votes_to_skip
 
 
 def _static(**kwargs):
@@ -94,9 +93,8 @@ class Routed:
         self, plan: PyTree, h: Float[Array, "B T D"], denoising: Denoising
     ) -> Bool[Array, "B"]:
         start = denoising.vote_from
-        votes = jnp.argmax(apply_router(plan, h[:, start:]), axis=-1) == SKIP
-        share = skip_share(votes.astype(jnp.float32), denoising.masked[:, start:])
-        return ~(share > self.threshold)
+        votes = votes_to_skip(plan, h[:, start:])
+        return skip_share(votes, denoising.masked[:, start:]) <= self.threshold
 
 
 class StochasticPlan(NamedTuple):

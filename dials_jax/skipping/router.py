@@ -35,17 +35,28 @@ class Router(nnx.Module):
         self.vote = nnx.Param(jnp.zeros((cfg.d_hidden, 2)))
         self.vote_bias = nnx.Param(jnp.array([0.0, cfg.execute_bias]))
 
-    @jax.named_scope("router")
-    def __call__(self, h: Float[Array, "B T D"]) -> Float[Array, "B T 2"]:
-        """Float32 logits. Only the wide product runs in the stream's dtype."""
+    def hidden(self, h: Float[Array, "B T D"]) -> Float[Array, "B T R"]:
+        """Only this wide product runs in the stream's dtype."""
         x = jnp.einsum(
             "BTD,DR->BTR",
             self.norm(h),
             self.down[...].astype(h.dtype),
             preferred_element_type=jnp.float32,
         )
-        x = jax.nn.silu(x + self.down_bias[...])
-        return jnp.einsum("BTR,RK->BTK", x, self.vote[...]) + self.vote_bias[...]
+        return jax.nn.silu(x + self.down_bias[...])
+
+    @jax.named_scope("router")
+    def __call__(self, h: Float[Array, "B T D"]) -> Float[Array, "B T 2"]:
+        """Float32 logits."""
+        return jnp.einsum("BTR,RK->BTK", self.hidden(h), self.vote[...]) + self.vote_bias[...]
+
+    @jax.named_scope("router")
+    def margin(self, h: Float[Array, "B T D"]) -> Float[Array, "B T"]:
+        """By how much skipping is ahead. As a sum, not a thin product, it fuses with the rest."""
+        vote, bias = (
+            x[..., SKIP] - x[..., 1 - SKIP] for x in (self.vote[...], self.vote_bias[...])
+        )
+        return jnp.sum(self.hidden(h) * vote, axis=-1) + bias
 
 
 @lru_cache
@@ -62,6 +73,13 @@ def apply_router(router: trees.Params, h: Float[Array, "B T D"]) -> Float[Array,
     """Vote logits of one layer's router."""
     d_model, d_hidden = router["down"].shape
     return router_module(d_model, RouterConfig(d_hidden=d_hidden))(router, h)
+
+
+def votes_to_skip(router: trees.Params, h: Float[Array, "B T D"]) -> Float[Array, "B T"]:
+    """1 where one layer's router votes to skip, without noise; a draw is one."""
+    d_model, d_hidden = router["down"].shape
+    module = router_module(d_model, RouterConfig(d_hidden=d_hidden))
+    return (module(router, h, method="margin") >= 0).astype(jnp.float32)
 
 
 def skip_share(votes: Float[Array, "B T"], masked: Bool[Array, "B T"]) -> Float[Array, "B"]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from dials_jax.caching.cache import NoCache, PrefixCache
 from dials_jax.caching.early_skip import EarlySkip
+from dials_jax.sampling.denoise import step_limit
 from dials_jax.skipping.policies import Random, Routed, Static
 
 
@@ -126,9 +127,7 @@ class Decoder:
         if isinstance(self.policy, Static):
             return layer not in self.policy.layers
         if isinstance(self.policy, Random):
-            partial = isinstance(self.cache, EarlySkip) or self.sampler.threshold is not None
-            steps = self.sampler.steps // self.sampler.num_blocks
-            number = block * (self.sampler.block_length if partial else steps) + step
+            number = block * step_limit(self.sampler, self.cache) + step  # names the draw
             key = jax.random.fold_in(self.gate_key, number)
             order = jax.random.permutation(key, self.cfg.num_layers)
             return bool(order[layer] >= self.policy.num_skipped)

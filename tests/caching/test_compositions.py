@@ -2,11 +2,14 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dials_jax.caching import cache as cache_module
 from dials_jax.caching import leaving
+from dials_jax.caching.early_skip import EarlySkip
 from dials_jax.sampling.generate import generate
 from tests.caching.conftest import CACHES, QUOTA, QUOTA_4, THRESHOLD, P, keys_of
 from tests.caching.reference import Decoder
@@ -70,12 +73,10 @@ def assert_rows_equal_the_decoder(out, model, prompts, key, **settings):
 
 @pytest.mark.parametrize("cache", ["prefix", "skip"])
 def test_rounding_windows_up_changes_nothing(models, prompts, policies, monkeypatch, cache):
-    # Windows of 1, 2 and 3 blocks become windows of 2, 2 and 3.
-    monkeypatch.setattr(cache_module, "MAX_SIZES", 2)
-    monkeypatch.setattr(leaving, "MAX_SIZES", 2)
+    round_up(monkeypatch)
     settings = {
         "sampler": dataclasses.replace(THRESHOLD, threshold=0.49),  # a program of its own
-        "cache": dataclasses.replace(CACHES[cache], **EVERY_BLOCK if cache == "skip" else {}),
+        "cache": {"prefix": CACHES["prefix"], "skip": EVERY_BLOCK}[cache],
         "policy": policies["routed"],
         "key": keys_of(3),
     }
@@ -83,4 +84,32 @@ def test_rounding_windows_up_changes_nothing(models, prompts, policies, monkeypa
     assert_rows_equal_the_decoder(out, models["llada"], prompts, **settings)
 
 
-EVERY_BLOCK = {"prompt_every": 8}
+def round_up(monkeypatch):
+    """Windows of one and two blocks become windows of three."""
+    monkeypatch.setattr(cache_module, "MAX_SIZES", 1)
+    monkeypatch.setattr(leaving, "MAX_SIZES", 1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Crowd:
+    """Skips all layers where more tokens vote than a block has."""
+
+    def plan(self, num_layers, denoising):
+        return np.arange(num_layers)
+
+    def gate(self, plan, h, denoising):
+        return jnp.sum(denoising.masked, axis=1) <= 8
+
+
+def test_tokens_that_only_fill_a_window_do_not_vote(models, prompts, monkeypatch):
+    round_up(monkeypatch)
+    out = generate(
+        models["llada"], *prompts, sampler=QUOTA, cache=EVERY_BLOCK, policy=Crowd(),
+        executor="select",
+    )  # fmt: skip
+    np.testing.assert_array_equal(out.tokens_run[[8, 16]], P + 24)  # refreshed, and rounded up
+    assert not out.gates[0].any() and out.gates[1:].all()
+
+
+EVERY_BLOCK = EarlySkip((1.0, 0.5), (0.0, 0.5), prompt_every=8, block_every=4)

@@ -22,7 +22,7 @@ CACHED = ["prefix", "dual", "skip"]
 
 # ---------------------------------------------------------------------------------------- limits
 
-ONE_BLOCK = Confidence(gen_length=8, block_length=8, steps=8, threshold=0.5)
+ONE_BLOCK = Confidence(gen_length=8, block_length=8, steps=8)
 EVERYTHING = {"proportions": (1.0,), "depths": (0.0,), "prompt_every": 8}
 
 

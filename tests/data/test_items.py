@@ -1,5 +1,4 @@
 import dataclasses
-import random
 
 import numpy as np
 import pytest
@@ -7,8 +6,6 @@ import pytest
 from dials_jax.config import ArithmeticData, EvalTask, InputError, TaskData, TextData
 from dials_jax.data.arithmetic import ArithmeticTask
 from dials_jax.data.items import (
-    buckets,
-    group_by_length,
     load_items,
     make_item,
     normalise_answer,
@@ -183,22 +180,3 @@ def test_prompts_are_padded_on_the_left():
     assert tokens.dtype == np.int32 and valid.dtype == bool
     with pytest.raises(InputError, match="prompt 0 has 2 tokens"):
         pad_prompts([[5, 6]], 1, pad_id=0)
-
-
-def test_buckets_round_up_to_the_multiple():
-    assert buckets([1, 32, 33, 64, 0]) == [32, 32, 64, 64, 0]
-    assert buckets([5, 9], multiple=4) == [8, 9], "never longer than the longest"
-
-
-def test_groups_cover_every_item_once_and_never_mix_buckets():
-    items = ["x" * n for n in range(1, 100)]
-    random.Random(0).shuffle(items)
-    groups = list(group_by_length(items, len, batch_size=7))
-    assert sorted(i for group in groups for i in group) == list(range(99))
-    assert all(len(group) <= 7 for group in groups)
-    bucket = buckets([len(item) for item in items])
-    sizes = [{bucket[i] for i in group} for group in groups]
-    assert all(len(size) == 1 for size in sizes)
-    flat = [size.pop() for size in sizes]
-    assert flat == sorted(flat, reverse=True)
-    assert len(groups) == sum(-(-n // 7) for n in (32, 32, 32, 3))

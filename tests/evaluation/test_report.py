@@ -151,13 +151,15 @@ def test_the_terminal_table_is_aligned_and_fits(make_results):
     results = make_results()
     results["runs"][1]["policy"]["label"] = "a router " * 20
     results["runs"][1]["flops"]["seconds"] = 123456.7
+    for run in results["runs"]:
+        run["cache"] = "es-64-4" if run["task"] == "sums" else "none"
     lines = format_table(summarise(results)).splitlines()
     cells = [line for line in lines if line.startswith("  ")]
     assert {len(line) for line in cells} == {WIDTH}
     assert all(len(line) <= WIDTH for line in lines)
     assert len(cells) == 1 + len(results["runs"])
     assert [line for line in lines if line not in cells] == [
-        "sums (exact_match)",
+        "sums (exact_match, cache es-64-4)",
         "piqa (choice)",
         "text (nelbo)",
     ]

@@ -7,13 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dials_jax import trees
+from dials_jax.caching.cache import DualCache
 from dials_jax.config import ArithmeticData, EvalTask, InputError
 from dials_jax.data.arithmetic import ArithmeticTask
 from dials_jax.data.items import load_items, make_item
+from dials_jax.evaluation import likelihood, scoring
 from dials_jax.evaluation.likelihood import log_likelihood
 from dials_jax.evaluation.scoring import item_keys, num_rows, score_task
 from dials_jax.models import transformer
 from dials_jax.models.model import Model
+from dials_jax.sampling import generate as generation
+from dials_jax.sampling.confidence import Confidence
 from dials_jax.skipping.policies import Random, Static
 from tests.conftest import small_config
 
@@ -34,6 +39,13 @@ def scorer():
     kernel = 60 * params["head"]["kernel"]
     kernel = kernel.at[:, jnp.array([cfg.mask_id, cfg.pad_id, cfg.eos_id])].set(0.0)
     return Model(cfg, {**params, "head": {"kernel": kernel}})
+
+
+@pytest.fixture(scope="module")
+def excited(scorer):
+    """The same with weights so large that what it says depends on the prompt."""
+    params = trees.map_named(lambda name, x: x if "norm" in name else 8 * x, scorer.params)
+    return Model(scorer.config, {**params, "head": scorer.params["head"]})
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +117,92 @@ def test_order_and_batches_change_no_exact_match(scorer, items):
     assert outputs[0] == outputs[1]
 
 
+MIXED = ("1", "23", "456", "7", "18", "249", "0", "35", "1111111", "2222222")
+FIRST = dataclasses.replace(GENERATION, block_length=2)
+
+
+@pytest.fixture(scope="module")
+def mixed():
+    """Prompts of lengths from 1 to 7, and four tokens to generate."""
+    return [make_item(TOKENIZER.encode(text), [(2, 3, 4, 5)], reference="?") for text in MIXED]
+
+
+def outputs(monkeypatch, model, task, items, **kwargs):
+    """The scores, and what was generated for each item."""
+    found = {}
+    monkeypatch.setattr(
+        scoring, "_score_output", lambda s, t, item, row, *_: found.update({item.key: row})
+    )
+    return run(model, task, items, **kwargs), found
+
+
+def test_the_tasks_settings_reach_generation(scorer, mixed, monkeypatch):
+    asked = {}
+
+    def spy(*args, **kwargs):
+        asked.update(kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(scoring, "generate", spy)
+    choice = {"cfg_scale": 0.5, "threshold": 0.7, "delay_eos": True, "stop_at_eos": True}
+    task = dataclasses.replace(FIRST, steps=2, cache="dual", **choice)
+    with pytest.raises(KeyboardInterrupt):
+        run(scorer, task, mixed)
+    assert asked["sampler"] == Confidence(4, 2, 2, **choice)
+    assert asked["cache"] == DualCache()
+    with pytest.raises(KeyboardInterrupt):
+        run(scorer, dataclasses.replace(FIRST, factor=0.5), mixed)
+    assert asked["sampler"] == Confidence(4, 2, 4, factor=0.5) and asked["cache"] is None
+
+
+def test_neither_batch_nor_bucket_changes_what_a_threshold_generates(excited, mixed, monkeypatch):
+    task = dataclasses.replace(FIRST, threshold=0.8, cache="dual", bucket=1, max_programs=1)
+    whole, rows = outputs(monkeypatch, excited, task, mixed, batch_size=5)
+    assert len(set(map(tuple, rows.values()))) > 5
+    task = dataclasses.replace(task, max_programs=2)
+    parts, others = outputs(monkeypatch, excited, task, mixed[::-1], batch_size=1)
+    assert others == rows
+    # Batches take different numbers of calls; rows that wait for others count in none of them.
+    assert parts.execution.to_dict() == whole.execution.to_dict()
+    assert 10 * 2 < whole.execution.rows.sum() < 10 * 4
+    assert whole.flops.layers_run == 1 and whole.flops.model < 1
+
+
+def test_a_shifted_model_generates_from_the_prompts_last_token(scorer):
+    """Its layers do nothing and its head says which digit follows: 0 after 9 after 8, and so on."""
+    cfg = dataclasses.replace(scorer.config, shift=True)
+    digits = np.array([TOKENIZER.encode(str(digit))[0] for digit in range(10)])
+    params = jax.tree.map(jnp.zeros_like, scorer.params)
+    params = trees.map_named(lambda name, x: jnp.ones_like(x) if "norm" in name else x, params)
+    embed = params["embed"]["table"].at[digits, np.arange(10)].set(1.0)
+    head = params["head"]["kernel"].at[np.arange(10), np.roll(digits, -1)].set(2.0)
+    model = Model(cfg, params | {"embed": {"table": embed}, "head": {"kernel": head}})
+    items = [
+        make_item(TOKENIZER.encode(text), [(2, 3, 4, 5)], reference=answer)
+        for text, answer in (("1", "2345"), ("298", "9012"))
+    ]
+    for cache in ("none", "dual"):
+        task = dataclasses.replace(GENERATION, cache=cache)
+        assert set(run(model, task, items).items.values()) == {1.0}
+
+
+def test_a_row_that_waits_for_its_batch_counts_in_no_call():
+    #                 row 0 waits once, row 1 ends early
+    share = np.array([[1.0, 1.0], [0.5, 0.25], [0.5, 0.0], [0.25, 0.0]])
+    expected = [[1.0, 1.0], [0.0, 0.25], [0.5, 0.0], [0.25, 0.0]]
+    np.testing.assert_array_equal(scoring.at_work(share), expected)
+
+
+@pytest.mark.parametrize("max_programs", [1, 3])
+def test_mixed_lengths_compile_few_programs(max_programs, scorer, mixed):
+    task = dataclasses.replace(
+        FIRST, bucket=1, max_programs=max_programs, cfg_scale=max_programs / 2
+    )
+    before = generation._generate.num_programs
+    run(scorer, task, mixed, batch_size=2)  # batches with and without padding in each bucket
+    assert generation._generate.num_programs - before == max_programs
+
+
 # ------------------------------------------------------------------------------------ likelihood
 
 
@@ -123,6 +221,20 @@ def test_order_and_batches_change_no_likelihood(scorer, items):
     parts = run(scorer, NELBO, items[::-1], batch_size=3, policy=Random(1))
     assert_equal_scores(whole.items, parts.items)
     assert parts.execution.to_dict() == whole.execution.to_dict()
+
+
+def test_mixed_pairs_take_few_programs_and_score_the_same(scorer, mixed):
+    pairs = [
+        dataclasses.replace(item, answers=((2, 3, 4, 5, 6)[: 1 + i % 5],))
+        for i, item in enumerate(mixed[:7])
+    ]
+    found = []
+    for max_programs in (1, 4):
+        task = dataclasses.replace(NELBO, num_samples=2, bucket=1, max_programs=max_programs)
+        before = likelihood._score_pairs.num_programs
+        found.append(run(scorer, task, pairs, batch_size=6))
+        assert 1 <= likelihood._score_pairs.num_programs - before <= max_programs
+    assert_equal_scores(found[0].items, found[1].items)
 
 
 def test_the_most_likely_choice_is_chosen(scorer, uniform, choices):

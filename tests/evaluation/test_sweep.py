@@ -161,13 +161,47 @@ def test_broken_results_are_not_overwritten(cfg, tmp_path):
 
 
 TASK = EvalTask(name="sums", metric="exact_match", data=ARITHMETIC, limit=4)
+ES = dataclasses.replace(TASK, cache="es-1-1")
 NELBO = EvalTask(name="nelbo", metric="nelbo", data=ARITHMETIC, limit=4, num_samples=20)
+
+
+DEFAULTS = {"threshold": 0.5, "factor": 1.0, "stop_at_eos": True, "cache": "dual"}
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_another_way_to_generate_is_another_sweep(name, cfg, finished, tmp_path):
+    workdir = shutil.copytree(finished, tmp_path / "sweep")
+    task = dataclasses.replace(cfg.tasks[0], **{name: DEFAULTS[name]})
+    with pytest.raises(InputError, match="holds another sweep"):
+        sweep.sweep(dataclasses.replace(cfg, tasks=(task, *cfg.tasks[1:])), workdir)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cache": "duel"}, "cache 'duel' is not known; did you mean 'dual'"),
+        ({"cache": "es-64"}, "give es-PROMPT-BLOCK"),
+        ({"threshold": 0.9, "factor": 1.0}, "give one of them"),
+        ({"threshold": -0.1}, "threshold=-0.1 must not be negative"),
+    ],
+)
+def test_a_wrong_way_to_generate_is_refused_before_a_model_is_loaded(
+    changes, message, cfg, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(sweep, "load", None)
+    task = dataclasses.replace(TASK, **changes)
+    with pytest.raises(InputError, match=message) as error:
+        sweep.sweep(dataclasses.replace(cfg, tasks=(task,)), tmp_path)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"tasks": ()}, "no tasks"),
+        ({"tasks": (dataclasses.replace(TASK, cache="es-8-4", block_length=1),)}, "must divide"),
+        ({"tasks": (dataclasses.replace(ES, cfg_scale=0.5),)}, "does not compose with guidance"),
+        ({"tasks": (ES,)}, "fall on layers"),
         ({"tasks": (TASK, TASK)}, "tasks: .* names one twice"),
         ({"tasks": (TASK, NELBO)}, "num_samples=20 must be a multiple of 16"),
         ({"tasks": (dataclasses.replace(TASK, block_length=3),)}, "must be divisible"),

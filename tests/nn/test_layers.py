@@ -130,7 +130,7 @@ def test_attention_uses_its_biases(name):
     x, sin_cos = normal(1, 4, 32), rope_angles(jnp.arange(4)[None], 8, 1e4)
 
     def run():
-        q, kv = attention.qkv(x, sin_cos)
+        q, kv = attention.rotated(x, sin_cos)
         return attention.out(attend(q, kv, None))
 
     before = run()

@@ -67,7 +67,7 @@ def sampler_of(**changes):
 
 def proposals(logits, seed=0, **changes):
     logits = jnp.asarray(logits, jnp.float32)
-    keys = jax.random.split(jax.random.key(seed), len(logits))
+    keys = jax.random.split(jax.random.key(seed), logits.shape[:2])  # one a position
     return propose(sampler_of(**changes), CFG, logits, keys)
 
 
@@ -192,7 +192,7 @@ def test_the_prompt_stays_and_no_mask_is_left(fill, changes):
     tokens, record = fill(random_logits(sampler), sampler)
     assert (tokens[:, :P] == 5).all()
     assert not (tokens == MASK).any()
-    assert record.gates.shape == (sampler.steps, CFG.num_layers, 2)
+    assert record.gates.shape == (min(sampler.steps, 8), CFG.num_layers, 2)
     assert record.nfe == min(sampler.steps, sampler.gen_length)  # a step reveals one at least
 
 

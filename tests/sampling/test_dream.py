@@ -38,6 +38,11 @@ def keys_of(num_rows, seed=7):
     return jax.random.split(jax.random.key(seed), num_rows)
 
 
+def keys_like(x):
+    """One key a position."""
+    return jax.random.split(jax.random.key(7), x.shape[:2])
+
+
 def test_published_code_generates_the_same_tokens():
     golden, model = np.load(GOLDEN / "golden.npz"), load(GOLDEN)
     for i in range(5):
@@ -90,7 +95,7 @@ def test_rows_count_their_own_masks():
     shown = jnp.where(jnp.arange(6) < jnp.array([[6], [3]]), -jnp.arange(6.0), -jnp.inf)
     turn = Turn(jnp.asarray(0), jnp.array([6, 3]), jnp.array([6, 3]))
     sampler = Dream(6, 2, eps=1e-6)
-    revealed = sampler.choose(shown, turn, keys_of(2))
+    revealed = sampler.choose(shown, turn, keys_like(shown))
     np.testing.assert_array_equal(revealed.sum(axis=1), [2, 1])  # 0.4999995 of them
     assert revealed[0, :2].all() and revealed[1, 0]
 
@@ -99,14 +104,17 @@ def test_after_the_last_step_all_is_revealed():
     """A cache may have left tokens out of the last step; the block then goes on."""
     for alg in ("origin", "entropy"):
         turn = Turn(jnp.asarray(9), jnp.array([6]), jnp.array([6]))
-        assert Dream(6, 2, alg=alg).choose(jnp.zeros((1, 6)), turn, keys_of(1)).all()
+        assert (
+            Dream(6, 2, alg=alg).choose(jnp.zeros((1, 6)), turn, keys_like(jnp.zeros((1, 6)))).all()
+        )
 
 
 def test_origin_reveals_each_token_by_chance():
     turn = Turn(jnp.asarray(1), jnp.array([4000]), jnp.array([4000]))
     sampler = Dream(4000, 4, alg="origin", eps=0.2)
     share = float(revealed_shares(4, 0.2)[1])
-    revealed = sampler.choose(jnp.zeros((1, 4000)), turn, keys_of(1))
+    shown = jnp.zeros((1, 4000))
+    revealed = sampler.choose(shown, turn, keys_like(shown))
     assert abs(float(revealed.mean()) - share) < 4 * (share * (1 - share) / 4000) ** 0.5
 
 
@@ -115,7 +123,8 @@ def test_places_are_drawn_from_the_softmax_of_confidence():
     num_rows = 4000
     shown = jnp.broadcast_to(jnp.array([0, 0.5, 1.0, -jnp.inf]), (num_rows, 4))
     turn = Turn(jnp.asarray(0), *[jnp.full(num_rows, 3)] * 2)
-    revealed = Dream(4, 2, alg="maskgit_plus", alg_temp=0.5).choose(shown, turn, keys_of(num_rows))
+    sampler = Dream(4, 2, alg="maskgit_plus", alg_temp=0.5)
+    revealed = sampler.choose(shown, turn, keys_like(shown))
     np.testing.assert_array_equal(revealed.sum(axis=1), 1)  # int(3 * 0.4995)
     np.testing.assert_allclose(
         revealed.mean(axis=0), [*jax.nn.softmax(jnp.arange(3.0)), 0], atol=0.03
@@ -151,7 +160,7 @@ def test_filters_by_hand(top_p, top_k, kept):
 def test_confidence_by_hand(cfg, alg, plain, filtered):
     """Filters act at temperature 0, too: two tokens share the probability of four."""
     for settings, expected in (({}, plain), ({"top_k": 2}, filtered)):
-        guess, confidence = Dream(1, 1, alg=alg, **settings).propose(cfg, LOGITS, keys_of(1))
+        guess, confidence = Dream(1, 1, alg=alg, **settings).propose(cfg, LOGITS, keys_like(LOGITS))
         assert guess[0, 0] == 0
         np.testing.assert_allclose(confidence[0, 0], expected, rtol=1e-4)
 
@@ -159,7 +168,7 @@ def test_confidence_by_hand(cfg, alg, plain, filtered):
 def test_tokens_are_drawn_from_the_filtered_distribution_at_a_temperature(cfg):
     logits = jnp.broadcast_to(LOGITS, (1, 4000, 4))
     sampler = Dream(4000, 1, alg="maskgit_plus", temperature=0.5, top_k=3)
-    guess, confidence = sampler.propose(cfg, logits, keys_of(1))
+    guess, confidence = sampler.propose(cfg, logits, keys_like(logits))
     p = np.array([0.25, 0.09, 0.0225]) / 0.3625  # squares, at temperature 0.5
     share = np.bincount(guess[0], minlength=4) / 4000
     np.testing.assert_allclose(share, [*p, 0], atol=0.03)
@@ -179,8 +188,8 @@ def test_every_setting_changes_a_step(cfg, change):
 
     def step(**settings):
         sampler = Dream(**({"max_new_tokens": 16, "steps": 4} | settings))
-        guess, confidence = sampler.propose(cfg, logits, keys_of(1))
-        return jnp.stack([guess, confidence, sampler.choose(confidence, turn, keys_of(1))])
+        guess, confidence = sampler.propose(cfg, logits, keys_like(logits))
+        return jnp.stack([guess, confidence, sampler.choose(confidence, turn, keys_like(logits))])
 
     assert (step() != step(**change)).any()
 

@@ -1,0 +1,81 @@
+"""Items of mixed lengths padded to few lengths, for each length is a program to compile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from jaxtyping import Float, Int
+
+
+def buckets(
+    lengths: Sequence[int], multiple: int, max_sizes: int, batch_size: int = 1
+) -> list[int]:
+    """The length that every item is padded to, so that the device computes the fewest tokens.
+
+    A size is a multiple of `multiple`, or the longest length: none is longer than that. Equal
+    lengths get equal sizes, whatever the order.
+
+    Args:
+      max_sizes: different sizes at most.
+      batch_size: a batch that is not full costs as much as a full one.
+    """
+    rounded = [min(-(-length // multiple) * multiple, max(lengths)) for length in lengths]
+    sizes, counts = np.unique(rounded, return_counts=True)
+    chosen = _fewest_tokens(sizes, counts, max_sizes, batch_size)
+    return chosen[np.searchsorted(chosen, rounded)].tolist()
+
+
+def pair_buckets(
+    pairs: Sequence[tuple[int, int]], multiple: int, max_shapes: int
+) -> list[tuple[int, int]]:
+    """The (prompt, answer) lengths that every pair is padded to, at most so many different ones.
+
+    Prompts and answers have sizes of their own; of the numbers of sizes that make few enough
+    shapes, those with the fewest tokens.
+    """
+    prompts, answers = (
+        [buckets(lengths, multiple, most) for most in range(1, max_shapes + 1)]
+        for lengths in zip(*pairs, strict=True)
+    )
+    ways = [list(zip(p, a, strict=True)) for p in prompts for a in answers]
+    few = [way for way in ways if len(set(way)) <= max_shapes]
+    return min(few, key=lambda way: sum(map(sum, way)))
+
+
+def batches(sizes: Sequence, batch_size: int) -> Iterator[list[int]]:
+    """Yields indices of at most `batch_size` items of one size, the largest size first.
+
+    Largest first, so that a batch that does not fit in memory fails at once. The caller puts
+    results back by index: `results[i]` belongs to `items[i]`.
+    """
+    for size in sorted(set(sizes), reverse=True):
+        members = [i for i, one in enumerate(sizes) if one == size]
+        for start in range(0, len(members), batch_size):
+            yield members[start : start + batch_size]
+
+
+def _fewest_tokens(
+    sizes: Int[np.ndarray, "n"], counts: Int[np.ndarray, "n"], max_sizes: int, batch_size: int
+) -> Int[np.ndarray, "k"]:
+    """The sizes to keep, by dynamic programming; the fewest among equals.
+
+    least[k, j] is the cost of the j smallest sizes in k buckets: the last of them holds those from
+    some i on, padded to the largest.
+    """
+    n, max_sizes = len(sizes), min(max_sizes, len(sizes))
+    before = np.append(0, np.cumsum(counts))
+    least = np.full((max_sizes + 1, n + 1), np.inf)
+    least[0, 0] = 0
+    first = np.zeros((max_sizes + 1, n + 1), int)
+    for k in range(1, max_sizes + 1):
+        for j in range(1, n + 1):
+            rows = -(-(before[j] - before[:j]) // batch_size) * batch_size
+            cost: Float[np.ndarray, "j"] = least[k - 1, :j] + rows * sizes[j - 1]
+            first[k, j] = np.argmin(cost)
+            least[k, j] = cost[first[k, j]]
+    k, j, kept = int(np.argmin(least[:, n])), n, []
+    while k:
+        kept.append(sizes[j - 1])
+        k, j = k - 1, first[k, j]
+    return np.array(kept[::-1])

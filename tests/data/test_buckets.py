@@ -1,0 +1,91 @@
+"""The lengths that items are padded to: the cheapest, few, and the same in any order."""
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+from dials_jax.data.buckets import batches, buckets, pair_buckets
+
+
+def cheapest(lengths, multiple, max_sizes, batch_size):
+    """The fewest tokens, by trying every choice of sizes."""
+    largest = max(lengths)
+    rounded = [min(-(-n // multiple) * multiple, largest) for n in lengths]
+    found = []
+    for k in range(1, max_sizes + 1):
+        for sizes in combinations(sorted(set(rounded)), k):
+            if sizes[-1] == largest:
+                counts = {size: 0 for size in sizes}
+                for n in rounded:
+                    counts[next(size for size in sizes if size >= n)] += 1
+                found.append(sum(-(-c // batch_size) * batch_size * s for s, c in counts.items()))
+    return min(found)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("max_sizes, batch_size", [(1, 1), (2, 1), (3, 1), (3, 4), (4, 7)])
+def test_no_choice_of_sizes_computes_fewer_tokens(seed, max_sizes, batch_size):
+    rng = np.random.default_rng(seed)
+    lengths, multiple = rng.integers(0, 40, rng.integers(1, 25)).tolist(), int(rng.integers(1, 6))
+    sizes = buckets(lengths, multiple, max_sizes, batch_size)
+    assert all(size >= length for size, length in zip(sizes, lengths, strict=True))
+    assert len(set(sizes)) <= max_sizes and max(sizes) == max(lengths)
+    assert all(size % multiple == 0 or size == max(lengths) for size in sizes)
+    tokens = sum(size * len(group) for group, size in full_batches(sizes, batch_size))
+    assert tokens == cheapest(lengths, multiple, max_sizes, batch_size)
+
+
+def full_batches(sizes, batch_size):
+    for group in batches(sizes, batch_size):
+        yield group + [None] * (batch_size - len(group)), sizes[group[0]]
+
+
+def test_order_changes_no_items_size():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 90, 50)
+    order = rng.permutation(50)
+    sizes = np.array(buckets(lengths.tolist(), 8, 3))
+    np.testing.assert_array_equal(buckets(lengths[order].tolist(), 8, 3), sizes[order])
+
+
+def test_sizes_by_hand():
+    assert buckets([1, 32, 33, 64, 0], 32, 9) == [32, 32, 64, 64, 0]
+    assert buckets([5, 9], 4, 2) == [8, 9], "never longer than the longest"
+    assert buckets([2, 3, 90, 100], 1, 2) == [3, 3, 100, 100]
+    # One batch of both costs 2 x 4 tokens, two batches would cost 2 x 2 + 2 x 4.
+    assert buckets([2, 4], 1, 2, batch_size=2) == [4, 4]
+
+
+def test_shapes_of_pairs_spend_their_number_where_lengths_differ():
+    prompts, answers = [10, 20, 30, 40], [3, 4]
+    pairs = [(p, a) for p in prompts for a in answers]
+    assert pair_buckets(pairs, 1, 4) == [(p, 4) for p, _ in pairs]
+    assert pair_buckets([pair[::-1] for pair in pairs], 1, 4) == [(4, p) for p, _ in pairs]
+    assert pair_buckets(pairs, 1, 8) == pairs
+    both = [(p, a) for p in (10, 40) for a in (10, 40)]
+    assert pair_buckets(both, 1, 4) == both
+    alike = [(n, n) for n in prompts]
+    assert pair_buckets(alike, 1, 4) == alike
+    assert pair_buckets(both, 1, 1) == [(40, 40)] * 4
+
+
+@pytest.mark.parametrize("max_shapes", [1, 2, 3, 4, 5, 7])
+def test_shapes_of_pairs_are_at_most_so_many(max_shapes):
+    rng = np.random.default_rng(max_shapes)
+    pairs = [tuple(pair) for pair in rng.integers(1, 50, (60, 2)).tolist()]
+    shapes = pair_buckets(pairs, 4, max_shapes)
+    assert len(set(shapes)) <= max_shapes
+    assert all(p <= q and a <= b for (p, a), (q, b) in zip(pairs, shapes, strict=True))
+
+
+def test_batches_cover_every_item_once_and_never_mix_buckets():
+    lengths = np.random.default_rng(0).permutation(np.arange(1, 100)).tolist()
+    sizes = buckets(lengths, 32, 4)
+    groups = list(batches(sizes, batch_size=7))
+    assert sorted(i for group in groups for i in group) == list(range(99))
+    assert all(len(group) <= 7 for group in groups)
+    assert all(len({sizes[i] for i in group}) == 1 for group in groups)
+    longest_first = [sizes[group[0]] for group in groups]
+    assert longest_first == sorted(longest_first, reverse=True)
+    assert len(groups) == sum(-(-n // 7) for n in (32, 32, 32, 3))
