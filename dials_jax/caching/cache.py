@@ -72,7 +72,10 @@ class Revealed(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What a pass computes in each row, for counting FLOPs."""
+    """What a pass computes in each row, for counting FLOPs.
+
+    Counted in full: that the last layer's queries are only those of the block is left out.
+    """
 
     tokens: tuple[int, ...]  # tokens a layer
     head: int  # tokens whose logits are computed
@@ -113,28 +116,21 @@ def whole_canvas(net: Net, blocks: Blocks) -> Pass:
     """Runs everything and writes all of the memory, where there is one."""
 
     def call(progress: Progress, memory: PyTree) -> Call:
-        out = net.run_range(progress.tokens, 0, net.length, progress.step, memory)
-        return at_block(net, blocks, progress, out.h, 0, out.gates, out.memory)
+        rows, index = block_rows(net, blocks, progress, 0)
+        out = net.run_range(progress.tokens, 0, net.length, progress.step, memory, wanted=rows)
+        return Call(out.h, index, None, out.gates, out.memory)
 
     work = Work((net.length,) * net.cfg.num_layers, blocks.length, net.prompt_length)
     return Pass(call, work)
 
 
-def at_block(
-    net: Net,
-    blocks: Blocks,
-    progress: Progress,
-    h: Float[Array, "R T D"],
-    first: Int[Array, ""] | int,
-    gates: Array,
-    memory: PyTree,
-) -> Call:
-    """The states that predict the block, out of those of a window that begins at `first`."""
-    start = blocks.start + progress.block * blocks.length
-    index = net.range(start, blocks.length)
+def block_rows(
+    net: Net, blocks: Blocks, progress: Progress, first: Int[Array, ""] | int
+) -> tuple[Int[Array, "R W"], Int[Array, "B W"]]:
+    """The places that predict the block, in a window that begins at `first`; what they predict."""
+    index = net.range(blocks.start + progress.block * blocks.length, blocks.length)
     rows = jnp.maximum(index - net.offset - first, 0)  # nothing predicts the canvas's first token
-    near = jnp.take_along_axis(h, rows[..., None], axis=1)
-    return Call(near, index[: progress.tokens.shape[0]], None, gates, memory)
+    return rows, index[: progress.tokens.shape[0]]
 
 
 def at_work(net: Net, progress: Progress) -> Bool[Array, "R 1"]:
@@ -245,8 +241,11 @@ class PrefixCache:
             active = writing(net, blocks, progress, index)
             if blocks.count > MAX_SIZES:
                 active = index >= start if active is None else active & (index >= start)
-            out = net.run_range(progress.tokens, first, size, progress.step, memory, active)
-            return at_block(net, blocks, progress, out.h, first, out.gates, out.memory)
+            rows, predicted = block_rows(net, blocks, progress, first)
+            out = net.run_range(
+                progress.tokens, first, size, progress.step, memory, active, wanted=rows
+            )
+            return Call(out.h, predicted, None, out.gates, out.memory)
 
         return Pass(call, Work((size,) * net.cfg.num_layers, blocks.length))
 

@@ -20,8 +20,8 @@ from dials_jax.caching.cache import (
     Pass,
     Progress,
     Work,
-    at_block,
     at_work,
+    block_rows,
 )
 from dials_jax.caching.importance import change, importance, top
 from dials_jax.caching.net import Net
@@ -222,8 +222,9 @@ def _refresh(
     active: Bool[Array, "R _"] | None,
 ) -> Call:
     """Runs a range of the canvas through all layers."""
-    going, gates, memory = _travel(plan, net, progress, memory, index, active, None)
-    return at_block(net, blocks, progress, going.h, index[0, 0], gates, memory)
+    rows, predicted = block_rows(net, blocks, progress, index[0, 0])
+    going, gates, memory = _travel(plan, net, progress, memory, index, active, None, rows)
+    return Call(going.h, predicted, None, gates, memory)
 
 
 # ----------------------------------------------------------------------------------- the way
@@ -237,10 +238,12 @@ def _travel(
     index: Int[Array, "R W"],
     active: Bool[Array, "R _"] | None,
     leave,
+    wanted: Int[Array, "R W"] | None = None,
 ) -> tuple[Going, Array, Memory]:
     """Runs the tokens at `index`; at each layer of the plan `leave` says who goes on.
 
     Args:
+      wanted: of the window, the tokens whose states are asked for; None: all that go on.
       leave: `leave(depth, going, delta, memory) -> (rows, active)`; None: all go on.
     """
     going = _enter(plan, net, progress, memory, index, active)
@@ -258,7 +261,7 @@ def _travel(
             continue
         out = net.run(
             going.h, going.window, going.masked, progress.step, kv[i],
-            span=span, contiguous=contiguous,
+            span=span, contiguous=contiguous, wanted=wanted,
         )  # fmt: skip
         going, kv[i] = going._replace(h=out.h), out.memory
         gates.append(out.gates)
@@ -323,7 +326,8 @@ def _within(
         going, (q, new) = going.take(rows, active), gather((q, new), rows)
     if plan.indicator == "query":
         seen = write(seen, q, going.window.slots)
-    h = module(params, going.h, q, new, going.window, old, method="mix")
-    kept: KV = write(old, new, going.window.slots)
+    slots = going.window.slots
+    h = module(params, going.h, q, new, going.window, old, slots.index, method="mix")
+    kept: KV = write(old, new, slots)
     kv = (kept,) if unrolled else jax.tree.map(lambda x: x[None], kept)
     return going._replace(h=h), kv, seen

@@ -89,14 +89,17 @@ class Net:
         span: tuple[int, int] | None = None,
         contiguous: bool = False,
         vote_from: int = 0,
+        wanted: Int[Array, "R W"] | None = None,
     ) -> StackOutput:
         """Runs the layers of `span` on the tokens of a window.
 
-        Tokens that are not active in the window do not vote.
+        Tokens that are not active in the window do not vote. The first call fills an empty memory,
+        so no gate skips a layer there: later calls would attend to keys that nobody computed.
 
         Args:
           contiguous: the window is one range, the same in every row.
           vote_from: no token of the window before this one is masked.
+          wanted: places in the window of the tokens whose states are asked for; None: all.
         """
         active = window.slots.active
         masked = masked if active is None else masked & active
@@ -109,6 +112,8 @@ class Net:
             Denoising(masked, step, self.row_keys, vote_from),
             span=span,
             memory=memory,
+            must_run=None if memory is None else step == 0,
+            wanted=wanted,
             executor=self.executor,
         )
 
@@ -120,6 +125,7 @@ class Net:
         step: Int[Array, ""],
         memory: PyTree = None,
         active: Bool[Array, "R W"] | None = None,
+        wanted: Int[Array, "R _"] | None = None,
     ) -> StackOutput:
         """Runs all layers on the canvas's tokens from `start` on."""
         index = self.range(start, size)
@@ -132,6 +138,7 @@ class Net:
             memory,
             contiguous=True,
             vote_from=self.prompt_length if isinstance(start, int) and start == 0 else 0,
+            wanted=wanted,
         )
 
     def empty(self, span: tuple[int, int] | None = None) -> Any:

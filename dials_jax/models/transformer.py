@@ -82,8 +82,8 @@ def layer_of(cfg: ModelConfig, *, contiguous: bool = False, remat: bool = False)
       remat: recompute each block in the backward pass.
     """
 
-    def block(params, h, rows, kv):
-        return block_of(cfg, params)(params, h, rows, kv, contiguous=contiguous)
+    def block(params, h, rows, kv, wanted=None):
+        return block_of(cfg, params)(params, h, rows, kv, wanted, contiguous=contiguous)
 
     def remember(kv, new, rows, keep, memory_rows):
         return write(kv, new, rows.slots, contiguous=contiguous, rows=memory_rows, keep=keep)

@@ -36,16 +36,26 @@ class Block(nnx.Module):
         self.mlp = SwiGLU(cfg, rngs, fused)
 
     def __call__(
-        self, h: Float[Array, "B T D"], rows: Rows, kv: KV | None, *, contiguous: bool = False
-    ) -> tuple[Float[Array, "B T D"], KV]:
+        self,
+        h: Float[Array, "B T D"],
+        rows: Rows,
+        kv: KV | None,
+        wanted: Int[Array, "B W"] | None = None,
+        *,
+        contiguous: bool = False,
+    ) -> tuple[Float[Array, "B W D"], KV]:
         """The tokens' new hidden states, keys and values.
 
         Args:
+          wanted: places of the tokens whose hidden states are asked for; None: all.
           kv: keys and values of the canvas, which the tokens' own replace; None: the tokens are
             the canvas.
         """
         q, new = self.qkv(h, rows.angles)
-        return self.mix(h, q, new, rows, kv, contiguous=contiguous), new
+        at = rows.slots.index
+        if wanted is not None:
+            h, q, at = (jax.vmap(lambda x, i: x[i])(x, wanted) for x in (h, q, at))
+        return self.mix(h, q, new, rows, kv, at, contiguous=contiguous), new
 
     def qkv(
         self, h: Float[Array, "B T D"], angles: Float[Array, "B T 2 _"]
@@ -59,12 +69,13 @@ class Block(nnx.Module):
         new: KV,
         rows: Rows,
         kv: KV | None,
+        at: Int[Array, "B T"],
         *,
         contiguous: bool = False,
     ) -> Float[Array, "B T D"]:
-        """The block from the queries, keys and values on."""
+        """The block from the queries, keys and values on; the queries lie `at` these places."""
         seen = new if kv is None else write(kv, new, rows.slots, contiguous=contiguous)
-        index = rows.slots.index if self.causal else None
+        index = at if self.causal else None
         h = h + self.attention.out(attend(q, seen, rows.valid, index))
         return h + self.mlp(self.mlp_norm(h))
 

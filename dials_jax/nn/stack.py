@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from dials_jax import trees
 from dials_jax.sharding import BATCH_AXES, constrain_rows, num_batch_shards
@@ -38,13 +38,14 @@ class Layer(NamedTuple):
     """What a layer does.
 
     Attributes:
-      block: `block(params, h, context, memory) -> (h, update)`.
+      block: `block(params, h, context, memory, wanted) -> (h, update)`. `wanted` are places [B, W]
+        of the tokens whose output is asked for; None: all.
       remember: `remember(memory, update, context, keep, rows) -> memory` writes an update. Rows
         where `keep` is False stay as they were; `rows` are the memory's rows that the update
         belongs to. None stands for all. Only called where there is a memory.
     """
 
-    block: Callable[[trees.Params, Array, PyTree, PyTree], tuple[Array, PyTree]]
+    block: Callable[..., tuple[Array, PyTree]]
     remember: Callable[..., PyTree] | None = None
 
 
@@ -92,6 +93,8 @@ def run_stack(
     *,
     span: tuple[int, int] | None = None,
     memory: PyTree = None,
+    must_run: Bool[Array, ""] | None = None,
+    wanted: Int[Array, "B W"] | None = None,
     executor: Executor = "auto",
     observe: Callable[[Array, Array], PyTree] | None = None,
 ) -> StackOutput:
@@ -101,18 +104,33 @@ def run_stack(
       context: rows of whatever the block needs beside h; every leaf leads with the batch.
       span: runs layers [first, last) only; None runs all.
       memory: one a layer that runs, laid out as the layers are.
+      must_run: True while the memories are empty: no gate can skip a layer then, but for one that
+        is known to skip it at every step.
+      wanted: places of the tokens whose output is asked for; None: all. The last layer then
+        computes queries, and all that follows them, for these only.
       observe: called with each layer's input and output.
 
     Raises: ValueError for decisions a row under `cond`.
     """
 
+    def gate_of(plan, h):
+        gate = np.True_ if policy is None else policy.gate(plan, h, denoising)
+        return gate if must_run is None or isinstance(gate, np.bool_) else gate | must_run
+
     def run_layer(h, xs):
         params, plan, memory = xs
-        gate = np.True_ if policy is None else policy.gate(plan, h, denoising)
+        gate = gate_of(plan, h)
         new, memory = _execute(layer, params, h, context, memory, gate, executor)
         new = constrain_rows(new)
         seen = observe(h, new) if observe else None
         return new, (jnp.broadcast_to(gate, h.shape[:1]), memory, seen)
+
+    def run_last(h, xs):
+        params, plan, memory = xs
+        gate, near = gate_of(plan, h), take(h, wanted)
+        context_here = (h, context, wanted)
+        new, memory = _execute(_last(layer), params, near, context_here, memory, gate, executor)
+        return constrain_rows(new), (jnp.broadcast_to(gate, h.shape[:1]), memory, None)
 
     count = trees.num_layers(layers)
     first, last = span or (0, count)
@@ -122,7 +140,8 @@ def run_stack(
         outputs = []
         for i in range(first, last):
             past = None if memory is None else memory[i - first]
-            h, output = run_layer(h, (layers[i], trees.layer_slice(plan, i), past))
+            run = run_layer if wanted is None or i < count - 1 else run_last
+            h, output = run(h, (layers[i], trees.layer_slice(plan, i), past))
             outputs.append(output)
         gates, memories, seen = zip(*outputs, strict=True)
         observed = jax.tree.map(lambda *x: jnp.stack(x), *seen)
@@ -136,7 +155,26 @@ def run_stack(
             return run_layer(h, (trees.layer_slice(layers, xs[0]), *xs[1:]))
 
     h, (gates, memory, observed) = lax.scan(body, h, xs)
+    h = h if wanted is None or last < count else take(h, wanted)
     return StackOutput(h, gates, memory, observed)
+
+
+def take(x: Shaped[Array, "B T *D"], index: Int[Array, "B W"]) -> Shaped[Array, "B W *D"]:
+    """Each row's entries at `index`."""
+    return jax.vmap(lambda row, at: row[at])(x, index)
+
+
+def _last(layer: Layer) -> Layer:
+    """The layer as a step from the wanted tokens to their output; all of h is in its context."""
+
+    def block(params, near, context, memory):
+        h, context, wanted = context
+        return layer.block(params, h, context, memory, wanted)
+
+    def remember(memory, update, context, keep, rows):
+        return layer.remember(memory, update, context[1], keep, rows)
+
+    return Layer(block, remember)
 
 
 def _execute(
