@@ -10,14 +10,15 @@ Source: ES-dLLM, and its published code for the constants and the schedule.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import jax.numpy as jnp
 
-from dials_jax.caching import leaving
 from dials_jax.caching.cache import Blocks, Number, Pass, Revealed, window_sizes
-from dials_jax.caching.leaving import Indicator, Memory, Plan
+from dials_jax.caching.leaving import EarlyPasses
 from dials_jax.caching.net import Net
+from dials_jax.caching.plan import Indicator, Memory, Plan
 from dials_jax.config import require
 from dials_jax.nn.kv import Slots, write
 
@@ -123,7 +124,7 @@ class EarlySkip:
 
     def start(self, net: Net, blocks: Blocks) -> Memory:
         self.check(net, blocks)
-        return leaving.start(self.plan(net.cfg.num_layers, blocks), net)
+        return EarlyPasses(self.plan(net.cfg.num_layers, blocks), net, blocks).start()
 
     def check(self, net: Net, blocks: Blocks) -> None:
         require(
@@ -142,16 +143,16 @@ class EarlySkip:
         )
 
     def passes(self, net: Net, blocks: Blocks) -> list[Pass]:
-        plan = self.plan(net.cfg.num_layers, blocks)
+        passes = EarlyPasses(self.plan(net.cfg.num_layers, blocks), net, blocks)
         make = {
-            "canvas": lambda: leaving.up_to(plan, net, blocks, None),
-            "two_blocks": lambda: leaving.two_blocks(plan, net, blocks),
-            "block": lambda: leaving.block(plan, net, blocks),
-            "skip": lambda: leaving.skip(plan, net, blocks, few=False),
-            "skip_few": lambda: leaving.skip(plan, net, blocks, few=True),
+            "canvas": passes.canvas,
+            "two_blocks": passes.two_blocks,
+            "block": passes.block,
+            "skip": passes.skip,
+            "skip_few": partial(passes.skip, few=True),
         }
         kinds = self.kinds(blocks)
-        return [make[k]() if k in make else leaving.up_to(plan, net, blocks, k) for k in kinds]
+        return [make[kind]() if kind in make else passes.up_to(kind) for kind in kinds]
 
     def learn(self, memory: Memory, revealed: Revealed, net: Net) -> Memory:
         slots = Slots(revealed.index - net.offset, revealed.active)

@@ -13,7 +13,7 @@ from dials_jax import trees
 from dials_jax.config import ModelConfig
 from dials_jax.models import transformer
 from dials_jax.nn.block import Rows
-from dials_jax.nn.kv import KV, Slots
+from dials_jax.nn.kv import KV, Slots, gather
 from dials_jax.nn.stack import Denoising, Executor, Policy, StackOutput, run_stack
 from dials_jax.sharding import constrain_rows
 
@@ -65,8 +65,7 @@ class Net:
 
     def window(self, index: Int[Array, "R T"], active: Bool[Array, "R T"] | None = None) -> Rows:
         """The rows of the tokens at `index`."""
-        take = jax.vmap(lambda x, at: x[at])
-        return Rows(take(self.rows.angles, index), self.rows.valid, Slots(index, active))
+        return Rows(gather(self.rows.angles, index), self.rows.valid, Slots(index, active))
 
     def embed(self, tokens: Int[Array, "R T"]) -> Array:
         return transformer.parts(self.cfg).embed(self.params["embed"], tokens)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dials_jax.config import ModelConfig
 from dials_jax.nn.attention import Attention, attend
 from dials_jax.nn.initializers import normal, zeros_if
-from dials_jax.nn.kv import KV, Slots, write
+from dials_jax.nn.kv import KV, Slots, gather, write
 from dials_jax.nn.mlp import SwiGLU
 from dials_jax.nn.norm import RMSNorm
 
@@ -54,7 +54,7 @@ class Block(nnx.Module):
         q, new = self.qkv(h, rows.angles)
         at = rows.slots.index
         if wanted is not None:
-            h, q, at = (jax.vmap(lambda x, i: x[i])(x, wanted) for x in (h, q, at))
+            h, q, at = gather((h, q, at), wanted)
         return self.mix(h, q, new, rows, kv, at, contiguous=contiguous), new
 
     def qkv(

@@ -24,6 +24,12 @@ class Slots(NamedTuple):
     active: Bool[Array, "B T"] | None = None  # only these are written; None: all
 
 
+def gather(tree: PyTree, index: Int[Array, "B T"]) -> PyTree:
+    """Each row's entries at `index` along the second axis, of every leaf."""
+    take = jax.vmap(lambda row, at: row[at])
+    return jax.tree.map(lambda x: take(x, index), tree)
+
+
 def write(
     canvas: PyTree,
     new: PyTree,

@@ -21,9 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from dials_jax import trees
+from dials_jax.nn.kv import gather
 from dials_jax.sharding import BATCH_AXES, constrain_rows, num_batch_shards
 
 Executor = Literal["auto", "select", "cond", "compact"]
@@ -127,7 +128,7 @@ def run_stack(
 
     def run_last(h, xs):
         params, plan, memory = xs
-        gate, near = gate_of(plan, h), take(h, wanted)
+        gate, near = gate_of(plan, h), gather(h, wanted)
         context_here = (h, context, wanted)
         new, memory = _execute(_last(layer), params, near, context_here, memory, gate, executor)
         return constrain_rows(new), (jnp.broadcast_to(gate, h.shape[:1]), memory, None)
@@ -135,6 +136,8 @@ def run_stack(
     count = trees.num_layers(layers)
     first, last = span or (0, count)
     plan = policy.plan(count, denoising) if policy else None
+    if isinstance(plan, np.ndarray) and plan.dtype == bool:  # the gates of every step
+        must_run = None
     h = constrain_rows(h)
     if trees.is_unrolled(layers):
         outputs = []
@@ -155,13 +158,8 @@ def run_stack(
             return run_layer(h, (trees.layer_slice(layers, xs[0]), *xs[1:]))
 
     h, (gates, memory, observed) = lax.scan(body, h, xs)
-    h = h if wanted is None or last < count else take(h, wanted)
+    h = h if wanted is None or last < count else gather(h, wanted)
     return StackOutput(h, gates, memory, observed)
-
-
-def take(x: Shaped[Array, "B T *D"], index: Int[Array, "B W"]) -> Shaped[Array, "B W *D"]:
-    """Each row's entries at `index`."""
-    return jax.vmap(lambda row, at: row[at])(x, index)
 
 
 def _last(layer: Layer) -> Layer:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from dials_jax.caching.cache import Blocks, Cache, Pass, Progress, Revealed
+from dials_jax.caching.cache import Blocks, Cache, Call, Progress, Revealed
 from dials_jax.caching.net import Net
 from dials_jax.config import ModelConfig, require
 from dials_jax.models import transformer
@@ -114,30 +114,41 @@ def denoise(
         "EarlySkip weighs confidence against change, so it must be like a probability; "
         "use alg='maskgit_plus' or 'topk_margin'",
     )
-    blocks = blocks_of(sampler, prompt_length)
-    passes = cache.passes(net, blocks)
-    limit, fixed = step_limit(sampler, cache), is_fixed(sampler, cache)
+    loop = Loop(sampler, cache, net, blocks_of(sampler, prompt_length), noise_keys)
+    state = loop.start(canvas)
+    if is_fixed(sampler, cache):
+        steps = fold(block_timetable(cache, net, loop.blocks, loop.limit))
+        state = follow([(loop.blocks.count, steps)], loop.advance, loop.dispatch, state)
+    else:
+        every = partial(loop.dispatch, range(len(loop.passes)))
+        state = lax.while_loop(lambda s: s.block < loop.blocks.count, every, state)
+    return state.tokens, state.record
 
-    def progress_of(state: State) -> Progress:
-        step = state.block * limit + state.step_in_block
-        unfinished = jnp.any(_block_masked(net, blocks, state), axis=1)
-        return Progress(state.tokens, step, state.block, state.step_in_block, unfinished)
 
-    def advance(kind: int, state: State) -> State:
-        """One model call, the tokens it reveals, and where that leads."""
-        masked = _block_masked(net, blocks, state)
-        present = jnp.where(state.step_in_block == 0, jnp.sum(masked, axis=1), state.present)
-        turn = Turn(state.step_in_block, present, jnp.sum(masked, axis=1))
-        progress = progress_of(state)
-        tokens, gates, memory = _call(
-            sampler, cache, net, blocks, passes[kind], progress, turn, state.memory, noise_keys
+class Loop:
+    """The steps of one generation, as functions from state to state."""
+
+    def __init__(
+        self, sampler: Sampler, cache: Cache, net: Net, blocks: Blocks, noise_keys: jax.Array
+    ):
+        self.sampler, self.cache, self.net, self.blocks = sampler, cache, net, blocks
+        self.noise_keys = noise_keys
+        self.passes = cache.passes(net, blocks)
+        self.limit = step_limit(sampler, cache)
+
+    def start(self, canvas: Int[Array, "B T"]) -> State:
+        num_rows, num_calls = canvas.shape[0], self.blocks.count * self.limit
+        zero = jnp.asarray(0, jnp.int32)
+        record = Record(
+            nfe=zero,
+            gates=jnp.zeros((num_calls, self.net.cfg.num_layers, self.net.num_rows), bool),
+            masked_share=jnp.zeros((num_calls, num_rows)),
+            kind=jnp.zeros(num_calls, jnp.int32),
         )
-        share = jnp.mean(_generated_masked(net, blocks, state.tokens), axis=(1, 2))
-        record = _note(state.record, gates, share, kind)
-        block, step_in_block = _next(net, blocks, tokens, state, limit, fixed)
-        return State(tokens, block, step_in_block, present, memory, record)
+        memory = self.cache.start(self.net, self.blocks)
+        return State(canvas, zero, zero, jnp.zeros(num_rows, jnp.int32), memory, record)
 
-    def dispatch(kinds: Iterable[int], state: State, calls: int | None = None) -> State:
+    def dispatch(self, kinds: Iterable[int], state: State, calls: int | None = None) -> State:
         """The model calls of these kinds that are due, one kind after the other.
 
         Loops in a row, not a `lax.switch`: a loop updates the caches in place.
@@ -145,76 +156,80 @@ def denoise(
         Args:
           calls: so many at most.
         """
-        first = state.record.nfe
+        first, cache, count = state.record.nfe, self.cache, self.blocks.count
 
         def due(kind: int, state: State) -> Array:
-            due = cache.kind(state.block, state.step_in_block, state.memory, net, blocks)
-            due = (due == kind) & (state.block < blocks.count)
+            due = cache.kind(state.block, state.step_in_block, state.memory, self.net, self.blocks)
+            due = (due == kind) & (state.block < count)
             return due if calls is None else due & (state.record.nfe < first + calls)
 
         for kind in kinds:
-            state = lax.while_loop(partial(due, kind), partial(advance, kind), state)
+            state = lax.while_loop(partial(due, kind), partial(self.advance, kind), state)
         return state
 
-    state = _start(sampler, cache, net, blocks, canvas, limit)
-    if fixed:
-        steps = fold(block_timetable(cache, net, blocks, limit))
-        state = follow([(blocks.count, steps)], advance, dispatch, state)
-    else:
-        every = partial(dispatch, range(len(passes)))
-        state = lax.while_loop(lambda s: s.block < blocks.count, every, state)
-    return state.tokens, state.record
+    def advance(self, kind: int, state: State) -> State:
+        """One model call, the tokens it reveals, and where that leads."""
+        masked = self.masked_by_block(state.tokens)
+        remaining = jnp.sum(jnp.take(masked, state.block, axis=1), axis=1)
+        present = jnp.where(state.step_in_block == 0, remaining, state.present)
+        turn = Turn(state.step_in_block, present, remaining)
+        step = state.block * self.limit + state.step_in_block
+        progress = Progress(
+            state.tokens, step, state.block, state.step_in_block, unfinished=remaining > 0
+        )
+        call = self.passes[kind].call(progress, state.memory)
+        tokens, revealed = self.reveal(call, progress, turn)
+        memory = self.cache.learn(call.memory, revealed, self.net)
+        record = _note(state.record, call.gates, jnp.mean(masked, axis=(1, 2)), kind)
+        block, step_in_block = self.next_step(tokens, state)
+        return State(tokens, block, step_in_block, present, memory, record)
 
+    def reveal(
+        self, call: Call, progress: Progress, turn: Turn
+    ) -> tuple[Int[Array, "B T"], Revealed]:
+        """The canvas after a model call."""
+        sampler, cfg, blocks = self.sampler, self.net.cfg, self.blocks
+        tokens = progress.tokens
+        window = jnp.take_along_axis(tokens, call.index, axis=1)
+        masked = transformer.is_masked(cfg, window)
+        if call.active is not None:
+            masked &= call.active
+        keys = position_keys(self.noise_keys, progress.step, call.index - blocks.start)
+        logits = transformer.logits_of(cfg, self.net.params, call.h)
+        if self.net.given is not None:
+            logits = guide(logits, sampler.cfg_scale)
+        guess, confidence = sampler.propose(cfg, logits, keys)
+        shown = jnp.where(masked, confidence, 0.0)
+        if sampler.delay_eos:
+            delayed = (guess == cfg.eos_id) & too_early(cfg, blocks, progress, call.index)
+            confidence = jnp.where(delayed, 0.0, confidence)
+            # The published code shows a delayed token's own confidence to a shifted model's cache.
+            shown = shown if cfg.shift else jnp.where(masked, confidence, 0.0)
+        commit = masked & sampler.choose(jnp.where(masked, confidence, -jnp.inf), turn, keys)
+        tokens = _put(tokens, call.index, jnp.where(commit, guess, window))
+        if sampler.stop_at_eos:
+            tokens = close(cfg, tokens, blocks.start)
+        return tokens, Revealed(call.index, call.active, shown, commit, progress.unfinished)
 
-def _start(
-    sampler: Sampler, cache: Cache, net: Net, blocks: Blocks, canvas: Array, limit: int
-) -> State:
-    num_rows, num_calls = canvas.shape[0], blocks.count * limit
-    zero = jnp.asarray(0, jnp.int32)
-    record = Record(
-        nfe=zero,
-        gates=jnp.zeros((num_calls, net.cfg.num_layers, net.num_rows), bool),
-        masked_share=jnp.zeros((num_calls, num_rows)),
-        kind=jnp.zeros(num_calls, jnp.int32),
-    )
-    present = jnp.zeros(num_rows, jnp.int32)
-    return State(canvas, zero, zero, present, cache.start(net, blocks), record)
+    def next_step(self, tokens: Int[Array, "B T"], state: State) -> tuple[Array, Array]:
+        """The block and step after this one.
 
+        Stays while the block has masks and steps left; goes on to the next block that has masks.
+        Where all steps are fixed, every block takes all of its own.
+        """
+        more = state.step_in_block + 1 < self.limit
+        number, later = jnp.arange(self.blocks.count), state.block + 1
+        if not is_fixed(self.sampler, self.cache):
+            has = jnp.any(self.masked_by_block(tokens), axis=(0, 2))
+            more &= jnp.take(has, state.block)
+            later = jnp.min(jnp.where(has & (number >= later), number, self.blocks.count))
+        block = jnp.where(more, state.block, later).astype(jnp.int32)
+        return block, jnp.where(more, state.step_in_block + 1, 0).astype(jnp.int32)
 
-def _call(
-    sampler: Sampler,
-    cache: Cache,
-    net: Net,
-    blocks: Blocks,
-    made: Pass,
-    progress: Progress,
-    turn: Turn,
-    memory: PyTree,
-    noise_keys: jax.Array,
-) -> tuple[Int[Array, "B T"], Array, PyTree]:
-    """The canvas after one model call."""
-    tokens = progress.tokens
-    call = made.call(progress, memory)
-    window = jnp.take_along_axis(tokens, call.index, axis=1)
-    masked = transformer.is_masked(net.cfg, window)
-    if call.active is not None:
-        masked &= call.active
-    keys = position_keys(noise_keys, progress.step, call.index - blocks.start)
-    logits = transformer.logits_of(net.cfg, net.params, call.h)
-    if net.given is not None:
-        logits = guide(logits, sampler.cfg_scale)
-    guess, confidence = sampler.propose(net.cfg, logits, keys)
-    shown = jnp.where(masked, confidence, 0.0)
-    if sampler.delay_eos:
-        delayed = (guess == net.cfg.eos_id) & too_early(net.cfg, blocks, progress, call.index)
-        confidence = jnp.where(delayed, 0.0, confidence)
-        shown = shown if net.cfg.shift else jnp.where(masked, confidence, 0.0)
-    commit = masked & sampler.choose(jnp.where(masked, confidence, -jnp.inf), turn, keys)
-    tokens = _put(tokens, call.index, jnp.where(commit, guess, window))
-    if sampler.stop_at_eos:
-        tokens = close(net.cfg, tokens, blocks.start)
-    revealed = Revealed(call.index, call.active, shown, commit, progress.unfinished)
-    return tokens, call.gates, cache.learn(call.memory, revealed, net)
+    def masked_by_block(self, tokens: Int[Array, "B T"]) -> Bool[Array, "B blocks W"]:
+        answer = tokens[:, self.blocks.start :]
+        shape = (-1, self.blocks.count, self.blocks.length)
+        return transformer.is_masked(self.net.cfg, answer).reshape(shape)
 
 
 def guide(logits: Float[Array, "R W V"], cfg_scale: float) -> Float[Array, "B W V"]:
@@ -252,33 +267,6 @@ def close(cfg: ModelConfig, tokens: Int[Array, "B T"], prompt_length: int) -> In
     known = jnp.cumsum(masked, axis=1) == 0
     ended = jnp.cumsum((answer == cfg.eos_id) & known, axis=1) > 0
     return tokens.at[:, prompt_length:].set(jnp.where(ended & masked, cfg.eos_id, answer))
-
-
-def _block_masked(net: Net, blocks: Blocks, state: State) -> Bool[Array, "B W"]:
-    start = blocks.start + state.block * blocks.length
-    window = lax.dynamic_slice_in_dim(state.tokens, start, blocks.length, axis=1)
-    return transformer.is_masked(net.cfg, window)
-
-
-def _generated_masked(net: Net, blocks: Blocks, tokens: Array) -> Bool[Array, "B blocks W"]:
-    answer = tokens[:, blocks.start :]
-    return transformer.is_masked(net.cfg, answer).reshape(-1, blocks.count, blocks.length)
-
-
-def _next(
-    net: Net, blocks: Blocks, tokens: Array, state: State, limit: int, fixed: bool
-) -> tuple[Array, Array]:
-    """Stays while the block has masks and steps left; then the next block that has masks."""
-    if fixed:
-        more = state.step_in_block + 1 < limit
-        step = jnp.where(more, state.step_in_block + 1, 0)
-        return jnp.where(more, state.block, state.block + 1), step
-    has = jnp.any(_generated_masked(net, blocks, tokens), axis=(0, 2))
-    number = jnp.arange(blocks.count)
-    stay = has[jnp.minimum(state.block, blocks.count - 1)] & (state.step_in_block + 1 < limit)
-    later = jnp.min(jnp.where(has & (number > state.block), number, blocks.count))
-    block = jnp.where(stay, state.block, later).astype(jnp.int32)
-    return block, jnp.where(stay, state.step_in_block + 1, 0).astype(jnp.int32)
 
 
 def _note(record: Record, gates: Array, share: Array, kind: int) -> Record:

@@ -1,4 +1,8 @@
-"""A shifted model, prompts of different lengths, and caches small enough for four layers."""
+"""A shifted model, prompts of different lengths, and caches small enough for three or four layers.
+
+Compiling takes nearly all of the time: a program has each kind of model call, and each kind its
+ranges of layers. So there are two blocks, and more than one place to leave only once.
+"""
 
 import jax
 import numpy as np
@@ -19,15 +23,16 @@ CACHES = {
     "none": NoCache(),
     "prefix": PrefixCache(),
     "dual": DualCache(),
-    # Of 3 blocks of 8: the canvas, skips, the block, and 2 blocks without or with a refresh.
-    "skip": EarlySkip(**PLACES, prompt_every=16, block_every=4),
+    # Of 2 blocks of 8: the canvas, skips, the block, 2 blocks, and a refresh within the second.
+    "skip": EarlySkip(**PLACES, prompt_every=12, block_every=4),
 } | {
-    name: EarlySkip((1.0, 0.5), (0.0, 0.5), prompt_every=16, block_every=4, indicator=name)
-    for name in ("query", "key")
+    name: EarlySkip((1.0, 0.5), (0.0, 0.3), prompt_every=12, block_every=4, indicator=name)
+    for name in ("hidden", "query", "key")
 }
-QUOTA = Confidence(gen_length=24, block_length=8, steps=24)
-QUOTA_4 = Confidence(gen_length=24, block_length=8, steps=6)
-THRESHOLD = Confidence(gen_length=24, block_length=8, steps=24, threshold=0.5)
+G = 16
+QUOTA = Confidence(gen_length=G, block_length=8, steps=G)
+QUOTA_4 = Confidence(gen_length=G, block_length=8, steps=4)
+THRESHOLD = Confidence(gen_length=G, block_length=8, steps=G, threshold=0.5)
 
 
 def make_lively(cfg, seed):
@@ -41,7 +46,7 @@ def make_lively(cfg, seed):
 @pytest.fixture(scope="session")
 def models():
     """In a Dream token i is predicted by row i - 1; here two heads share keys and values, too."""
-    dream = make_lively(small_config(shift=True, num_kv_heads=2), 1)
+    dream = make_lively(small_config(num_layers=3, shift=True, num_kv_heads=2), 1)
     layers = trees.unstack(dream.params["layers"])
     return {
         "llada": make_lively(small_config(), 0),
@@ -59,6 +64,10 @@ def prompts():
 
 @pytest.fixture(scope="session")
 def policies(cfg):
+    return policies_of(cfg)
+
+
+def policies_of(cfg):
     return {
         "full": None,
         "static": Static((1,)),

@@ -1,6 +1,7 @@
 """Caches, policies and samplers together, against a plain decoder of one row."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,18 @@ import pytest
 from dials_jax.caching import cache as cache_module
 from dials_jax.caching import leaving
 from dials_jax.caching.early_skip import EarlySkip
+from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.generate import generate
-from tests.caching.conftest import CACHES, QUOTA, QUOTA_4, THRESHOLD, P, keys_of
+from tests.caching.conftest import (
+    CACHES,
+    QUOTA,
+    QUOTA_4,
+    THRESHOLD,
+    G,
+    P,
+    keys_of,
+    policies_of,
+)
 from tests.caching.reference import Decoder
 from tests.conftest import MASK
 
@@ -23,26 +34,26 @@ CASES = [
     ("llada", "prefix", "random", "threshold", "select"),
     ("llada", "dual", "routed", "quota", "compact"),
     ("llada", "dual", "routed", "threshold", "select"),
-    ("llada", "skip", "static", "quota 4", "auto"),
+    ("llada", "hidden", "static", "quota 4", "auto"),
     ("llada", "skip", "routed", "quota", "compact"),
-    ("llada", "skip", "routed", "threshold", "select"),
+    ("llada", "hidden", "routed", "threshold", "select"),
     ("llada", "query", "full", "quota", "auto"),
     ("dream", "key", "full", "threshold", "auto"),
     ("dream", "none", "routed", "threshold", "select"),
     ("dream", "prefix", "routed", "quota", "select"),
     ("unrolled", "dual", "random", "quota", "select"),
     ("dream", "dual", "routed", "threshold", "select"),
-    ("unrolled", "skip", "routed", "quota", "select"),
+    ("unrolled", "hidden", "routed", "quota", "select"),
 ]
 
 
 @pytest.mark.parametrize("family, cache, policy, rule, executor", CASES)
 def test_every_row_of_a_padded_batch_is_what_the_plain_decoder_gives(
-    models, prompts, policies, family, cache, policy, rule, executor
+    models, prompts, family, cache, policy, rule, executor
 ):
     settings = {
-        "sampler": SAMPLERS[rule], "cache": CACHES[cache], "policy": policies[policy],
-        "key": keys_of(3),
+        "sampler": SAMPLERS[rule], "cache": CACHES[cache], "key": keys_of(3),
+        "policy": policies_of(models[family].config)[policy],
     }  # fmt: skip
     out = generate(models[family], *prompts, **settings, executor=executor)
     stacked = models["dream" if family == "unrolled" else family]
@@ -51,7 +62,7 @@ def test_every_row_of_a_padded_batch_is_what_the_plain_decoder_gives(
         seen = np.array([g for row in gates for g in row.values()])
         assert 0.2 < seen.mean() < 0.95 and (seen != seen[:1]).any()
     if rule == "threshold":
-        assert out.nfe < 24 and len({len(g) for g in gates}) > 1
+        assert out.nfe < G and len({len(g) for g in gates}) > 1
 
 
 def assert_rows_equal_the_decoder(out, model, prompts, key, **settings):
@@ -74,14 +85,17 @@ def assert_rows_equal_the_decoder(out, model, prompts, key, **settings):
 @pytest.mark.parametrize("cache", ["prefix", "skip"])
 def test_rounding_windows_up_changes_nothing(models, prompts, policies, monkeypatch, cache):
     round_up(monkeypatch)
+    sampler = {"prefix": THRESHOLD, "skip": QUOTA}[cache]
     settings = {
-        "sampler": dataclasses.replace(THRESHOLD, threshold=0.49),  # a program of its own
+        "sampler": dataclasses.replace(sampler, gen_length=24, steps=24),
         "cache": {"prefix": CACHES["prefix"], "skip": EVERY_BLOCK}[cache],
         "policy": policies["routed"],
         "key": keys_of(3),
     }
     out = generate(models["llada"], *prompts, **settings, executor="select")
     assert_rows_equal_the_decoder(out, models["llada"], prompts, **settings)
+    if cache == "skip":
+        np.testing.assert_array_equal(out.tokens_run[[8, 16]], P + 24)
 
 
 def round_up(monkeypatch):
@@ -93,23 +107,33 @@ def round_up(monkeypatch):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Crowd:
-    """Skips all layers where more tokens vote than a block has."""
+    """Skips all layers where more tokens vote than `limit`."""
+
+    limit: Any
 
     def plan(self, num_layers, denoising):
         return np.arange(num_layers)
 
     def gate(self, plan, h, denoising):
-        return jnp.sum(denoising.masked, axis=1) <= 8
+        return jnp.sum(denoising.masked, axis=1) <= self.limit
 
 
 def test_tokens_that_only_fill_a_window_do_not_vote(models, prompts, monkeypatch):
+    """A block's first step sees its 8 masked tokens, and not those of the blocks that follow."""
     round_up(monkeypatch)
-    out = generate(
-        models["llada"], *prompts, sampler=QUOTA, cache=EVERY_BLOCK, policy=Crowd(),
-        executor="select",
-    )  # fmt: skip
-    np.testing.assert_array_equal(out.tokens_run[[8, 16]], P + 24)  # refreshed, and rounded up
-    assert not out.gates[0].any() and out.gates[1:].all()
+    sampler = Confidence(gen_length=24, block_length=8, steps=24)
+
+    def gates(limit):
+        return generate(
+            models["llada"], *prompts, sampler=sampler, cache=STAYING, policy=Crowd(limit),
+            executor="select",
+        ).gates  # fmt: skip
+
+    assert gates(8).all()
+    fewer = gates(7)
+    assert fewer[0].all()  # nothing is cached yet, so that no gate counts
+    assert not fewer[[8, 16]].any() and np.delete(fewer, [8, 16], axis=0).all()
 
 
-EVERY_BLOCK = EarlySkip((1.0, 0.5), (0.0, 0.5), prompt_every=8, block_every=4)
+EVERY_BLOCK = EarlySkip((1.0, 0.5), (0.0, 0.5), prompt_every=8, block_every=8)
+STAYING = EarlySkip((1.0,), (0.0,), prompt_every=8, block_every=8)

@@ -14,7 +14,7 @@ from dials_jax.models.model import Model
 from dials_jax.sampling import generate as module
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.generate import generate
-from tests.caching.conftest import CACHES, PLACES, QUOTA, P, keys_of
+from tests.caching.conftest import CACHES, PLACES, QUOTA, G, P, keys_of
 from tests.caching.reference import Decoder
 from tests.conftest import EOS, MASK
 
@@ -42,16 +42,16 @@ def test_in_one_block_the_limits_of_the_caches_are_each_other(models, prompts):
 # ------------------------------------------------------------------------------------------ cost
 
 
-WHOLE, BLOCK = [P + 24] * 4, [8] * 4
+WHOLE, BLOCK, BOTH = [P + G] * 4, [8] * 4, [16] * 4
 # Tokens leave after layers 1 and 2: half of 8, then a quarter, but never fewer than 3.
 SKIP = [8, 8, 4, 3]
 RUNS = {
-    "prefix": [(WHOLE, 1), ([24] * 4, 7), (WHOLE, 1), ([16] * 4, 7), (WHOLE, 1), (BLOCK, 7)],
-    "dual": [(WHOLE, 1), (BLOCK, 7)] * 3,
+    "prefix": [(WHOLE, 1), (BOTH, 7), (WHOLE, 1), (BLOCK, 7)],
+    "dual": [(WHOLE, 1), (BLOCK, 7)] * 2,
     "skip": [
         (WHOLE, 1), (SKIP, 3), (BLOCK, 1), (SKIP, 3),
-        ([16] * 4, 1), (SKIP, 3), (BLOCK, 1), (SKIP, 3),  # from the last token on, in two blocks
-        (WHOLE, 1), (SKIP, 3), (BLOCK, 1), (SKIP, 3),  # the prompt's turn
+        (BOTH, 1), (SKIP, 3),  # from the last token on, in two blocks
+        (WHOLE, 1), (SKIP, 3),  # the prompt's turn
     ],
 }  # fmt: skip
 
@@ -61,7 +61,7 @@ def test_the_tokens_that_run_are_those_of_the_schedule(models, prompts, policies
     out = run_quota(models, prompts, policies, cache)
     expected = [tokens for tokens, times in RUNS[cache] for _ in range(times)]
     np.testing.assert_array_equal(out.tokens_run, expected)
-    np.testing.assert_allclose(out.masked_share[:, 0], np.arange(24, 0, -1) / 24)
+    np.testing.assert_allclose(out.masked_share[:, 0], np.arange(G, 0, -1) / G)
     assert out.flops.model < 0.9 * out.flops.layers_run
 
 

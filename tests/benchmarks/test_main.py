@@ -1,0 +1,62 @@
+"""The benchmarks run at all, write what they print, and refuse names in one line."""
+
+import json
+
+import pytest
+
+from benchmarks import decode, forward
+
+
+@pytest.fixture(autouse=True)
+def quietly(monkeypatch):
+    """No compilation cache is set up in the process of the tests."""
+    for module in (decode, forward):
+        monkeypatch.setattr(module, "keep_programs", lambda: None)
+
+
+def test_decode_prints_and_writes_a_row_a_case(tmp_path, capsys):
+    path = tmp_path / "out.json"
+    arguments = "--model tiny --layers 2 --batch 2 --prompt 4 --gen 4 --block 4 --repeats 1"
+    arguments += f" --caches none dual --policies static-1 --out {path}"
+    assert decode.main(arguments.split()) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["cache"] for row in rows] == ["none", "dual"]
+    for row in rows:
+        assert row["nfe"] == 4 and row["layers_run"] == 0.5 and row["ms_a_call"] > 0
+    assert rows[1]["flops_share"] < rows[0]["flops_share"]
+    *_, none, dual = capsys.readouterr().out.splitlines()
+    assert none.split()[:4] == ["none", "static-1", "2", "4"] and dual.startswith("dual")
+
+
+def test_forward_prints_and_writes_a_row_a_case(tmp_path, capsys):
+    path = tmp_path / "out.json"
+    arguments = "--model tiny --layers 2 --batches 2 --tokens 6 --prompt 3 --shares 0.5"
+    assert forward.main([*arguments.split(), "--repeats", "1", "--out", str(path)]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    executed = {row["case"]: row["executed"] for row in rows}
+    assert executed == {
+        "every layer, no gate": 1.0,
+        "compact, 50% of layers": 0.5,
+        "static, half the layers": 0.5,
+        "routers, every layer runs": 1.0,
+        "routers, no layer runs": 0.0,
+    }
+    assert len(capsys.readouterr().out.splitlines()) == 2 + len(rows)
+
+
+@pytest.mark.parametrize(
+    "module, arguments, message",
+    [
+        (decode, "--model tyni", "model 'tyni' is not known; did you mean 'tiny'?"),
+        (forward, "--model tyni", "model 'tyni' is not known; did you mean 'tiny'?"),
+        (decode, "--model tiny --caches duel", "cache 'duel' is not known; did you mean 'dual'?"),
+        (
+            decode,
+            "--model tiny --layers 1 --prompt 2 --gen 4 --block 4 --policies rooted-1",
+            "policy 'rooted-1' is not known; did you mean 'routed'?",
+        ),
+    ],
+)
+def test_wrong_names_give_one_line(capsys, module, arguments, message):
+    assert module.main(arguments.split()) == 2
+    assert capsys.readouterr().err == f"error: {message}\n"

@@ -1,0 +1,93 @@
+"""Fused layers are the same model: weights, results, names and files."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh
+
+from dials_jax import sharding, trees
+from dials_jax.config import InputError
+from dials_jax.models import checkpoint, groups
+from dials_jax.models.checkpoint import load_model, save_model
+from dials_jax.models.model import Model
+from dials_jax.nn import fusing
+from dials_jax.sampling.confidence import Confidence
+from dials_jax.sampling.generate import generate
+from tests.conftest import small_config
+
+LAYOUTS = ["stacked", "unrolled", "fused"]
+# Two query heads share a key head, and every product has a bias.
+CFG = small_config(num_layers=2, num_kv_heads=2, bias=True, qkv_bias=True)
+
+
+@pytest.fixture(scope="module")
+def params():
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), jnp.float32),
+        groups.abstract_params(CFG),
+    )
+
+
+@pytest.fixture(scope="module")
+def models(params):
+    return {layout: Model(CFG, groups.place(CFG, params, layout=layout)) for layout in LAYOUTS}
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_layers_come_apart_as_they_were(params, biased):
+    layer = trees.layer_slice(params["layers"], 1)
+    if not biased:
+        for module, arrays in layer.items():
+            layer[module] = {k: x for k, x in arrays.items() if not k.endswith("_bias")}
+    fused = fusing.fuse(layer)
+    assert fusing.is_fused(fused) and not fusing.is_fused(layer)
+    assert not {"q", "k", "v"} & fused["attention"].keys() and "gate" not in fused["mlp"]
+    back = fusing.unfuse(fused, CFG)
+    assert jax.tree.structure(back) == jax.tree.structure(layer)
+    jax.tree.map(np.testing.assert_array_equal, back, layer)
+    assert fusing.unfuse(layer, CFG) is layer
+
+
+def test_all_layouts_give_the_same_logits_and_tokens(models):
+    tokens = np.random.default_rng(1).integers(2, 60, (2, 6))
+    valid = np.arange(6) >= np.array([0, 2])[:, None]
+    expected = models["stacked"].apply(tokens, valid).logits
+    sampler = Confidence(gen_length=4, block_length=4, steps=4)
+    answer = generate(models["stacked"], tokens, valid, sampler=sampler).tokens
+    assert "qkv" in models["fused"].params["layers"][0]["attention"]
+    for layout in ("unrolled", "fused"):
+        logits = models[layout].apply(tokens, valid).logits
+        np.testing.assert_allclose(logits[valid], expected[valid], atol=1e-5)
+        out = generate(models[layout], tokens, valid, sampler=sampler).tokens
+        np.testing.assert_array_equal(out, answer)
+
+
+def test_all_layouts_have_one_fingerprint(models):
+    assert len({model.fingerprint for model in models.values()}) == 1
+
+
+def test_all_layouts_save_the_same_folder(models, tmp_path):
+    for layout, model in models.items():
+        save_model(tmp_path / layout, CFG, model.params)
+    stacked = load_model(tmp_path / "stacked", layout="stacked").params
+    for layout in ("unrolled", "fused"):
+        assert checkpoint.read_info(tmp_path / layout) == checkpoint.read_info(tmp_path / "stacked")
+        again = load_model(tmp_path / layout, layout="stacked").params
+        jax.tree.map(np.testing.assert_array_equal, again, stacked)
+    fused = load_model(tmp_path / "stacked", layout="fused").params
+    jax.tree.map(np.testing.assert_array_equal, fused, models["fused"].params)
+
+
+def test_split_heads_are_not_fused(params):
+    mesh = AbstractMesh((1, 1, 2), sharding.AXES)  # sizes without devices
+    with pytest.raises(InputError, match="needs whole heads.*tensor > 1.*'unrolled'") as info:
+        groups.chosen_layout("fused", mesh)
+    assert "\n" not in str(info.value)
+    assert groups.chosen_layout("unrolled", mesh) == "unrolled"
+
+
+def test_other_layouts_are_refused():
+    with pytest.raises(InputError, match="layout='flat': give one of 'auto'"):
+        groups.chosen_layout("flat", sharding.make_mesh())

@@ -1,0 +1,124 @@
+"""Steps known beforehand are the steps that the loop would take, folded without a loss."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dials_jax.caching.cache import Blocks, DualCache, NoCache, PrefixCache
+from dials_jax.caching.early_skip import EarlySkip
+from dials_jax.models import transformer
+from dials_jax.models.model import Model
+from dials_jax.sampling import denoise as denoise_module
+from dials_jax.sampling import generate as module
+from dials_jax.sampling.confidence import Confidence
+from dials_jax.sampling.timetable import block_timetable, fold, follow
+from dials_jax.timing import Timed
+from tests.conftest import MASK, small_config
+
+EVERYONE = {"proportions": (1.0,), "depths": (0.0,)}  # no token leaves: little to compile
+# A refresh within a block, at every block's start, within and at a start, and beyond the blocks.
+CACHES = {
+    "none": NoCache(),
+    "dual": DualCache(),
+    "prefix": PrefixCache(),
+    **{f"skip {n}": EarlySkip(**EVERYONE, prompt_every=n, block_every=2) for n in (2, 4, 6, 16)},
+}
+
+
+def expand(timetable):
+    """The steps of a timetable, one after the other."""
+    steps = []
+    for times, body in timetable:
+        steps += times * (expand(body) if isinstance(body, list) else [body])
+    return steps
+
+
+@pytest.mark.parametrize(
+    "steps, folded",
+    [
+        ([], []),
+        ([3], [(1, 3)]),
+        ([5, 2, 2, 1, 2, 2, 1, 2, 2], [(1, 5), (2, 2), (2, [(1, 1), (2, 2)])]),
+        ([0, 1, 0, 1, 0], [(2, [(1, 0), (1, 1)]), (1, 0)]),
+        ([(0, 2), 1, 1], [(1, (0, 2)), (2, 1)]),
+    ],
+)
+def test_folding_by_hand(steps, folded):
+    assert expand(fold(steps)) == steps
+    if steps[:1] != [5]:
+        assert fold(steps) == folded
+    else:  # pairs begin where the first run of a pair does
+        assert len(fold(steps)) <= 3
+
+
+def test_unfolding_gives_the_steps_again():
+    rng = np.random.default_rng(0)
+    choices = [0, 1, 2, (0, 1)]
+    for length in [*range(12), *[30] * 30]:
+        steps = [choices[i] for i in rng.integers(0, rng.integers(1, 5), length)]
+        assert expand(fold(steps)) == steps
+
+
+def test_following_takes_every_step_once_and_in_order():
+    steps = [5, 2, 2, 1, 2, 2, 1, 2, 2, (7, 8), (7, 8)]
+
+    def note(kind, state):
+        seen, count = state
+        return seen.at[count].set(kind), count + 1
+
+    def dispatch(kinds, state, times):
+        for _ in range(times):
+            state = note(10 * kinds[0] + kinds[1], state)
+        return state
+
+    state = jnp.zeros(12, int), jnp.asarray(0)
+    seen, count = follow(fold(steps), note, dispatch, state)
+    assert count == len(steps)
+    np.testing.assert_array_equal(seen[:-1], [*steps[:-2], 78, 78])
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_the_timetable_has_the_kind_of_every_step(name):
+    cache, blocks = CACHES[name], Blocks(5, 4, 3, 1)
+    steps = block_timetable(cache, None, blocks, 4)
+    assert len(steps) == 4
+    for step, kinds in enumerate(steps):
+        due = {int(cache.kind(np.array(b), np.array(step), None, None, blocks)) for b in range(3)}
+        assert due == ({kinds} if isinstance(kinds, int) else set(kinds))
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Of two layers, and lively enough that tokens differ."""
+    cfg = small_config(num_layers=2)
+    params = jax.tree.map(lambda x: 8 * x, transformer.init(cfg, jax.random.key(3)))
+    kernel = params["head"]["kernel"].at[:, MASK].set(0.0)
+    return Model(cfg, {**params, "head": {"kernel": kernel}})
+
+
+@pytest.mark.parametrize("name", [name for name in CACHES if name != "none"])
+def test_known_steps_are_those_that_a_search_takes(model, monkeypatch, name):
+    """The loop that asks before every call, whether it needs to or not, gives the same."""
+    sampler = Confidence(gen_length=12, block_length=4, steps=12)
+    if name in ("dual", "prefix"):
+        sampler = dataclasses.replace(sampler, steps=6)  # two tokens a step
+    prompts = jax.random.randint(jax.random.key(0), (2, 5), 2, 60)
+    rows = model.place_rows((prompts, None, jax.random.split(jax.random.key(1), 2)))
+    settings = {"sampler": sampler, "cache": CACHES[name], "executor": "auto"}
+    assert denoise_module.is_fixed(sampler, CACHES[name])
+
+    def run():
+        static = ("cfg", "sampler", "cache", "executor")
+        program = Timed(lambda *args, **kw: module._generate_fn(*args, **kw), static)
+        return model.run(program, *rows, None, **settings)[0]
+
+    tokens, known = run()
+    monkeypatch.setattr(denoise_module, "is_fixed", lambda sampler, cache: False)
+    other, searched = run()
+    np.testing.assert_array_equal(other, tokens)
+    assert known.nfe == searched.nfe == sampler.steps
+    np.testing.assert_array_equal(known.kind, searched.kind[: known.nfe])
+    np.testing.assert_allclose(known.masked_share, searched.masked_share[: known.nfe])
