@@ -9,6 +9,7 @@ Source: ES-dLLM, and its published code for the constants and the schedule.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -69,7 +70,12 @@ class EarlySkip:
 
     def leave_at(self, num_layers: int) -> list[int]:
         """The layers where tokens leave."""
-        first = [next(i for i in range(num_layers) if i >= d * num_layers) for d in self.depths]
+        first = [math.ceil(depth * num_layers) for depth in self.depths]
+        require(
+            first[-1] < num_layers - 1,
+            f"depths={self.depths}: nothing is left to skip behind layer {first[-1]} of "
+            f"{num_layers}; choose smaller ones",
+        )
         require(
             len(set(first)) == len(first),
             f"depths={self.depths} fall on layers {first} of {num_layers}; keep them apart",

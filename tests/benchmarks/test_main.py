@@ -47,8 +47,8 @@ def test_forward_prints_and_writes_a_row_a_case(tmp_path, capsys):
 @pytest.mark.parametrize(
     "module, arguments, message",
     [
-        (decode, "--model tyni", "model 'tyni' is not known; did you mean 'tiny'?"),
-        (forward, "--model tyni", "model 'tyni' is not known; did you mean 'tiny'?"),
+        (decode, "--model tinny", "model 'tinny' is not known; did you mean 'tiny'?"),
+        (forward, "--model tinny", "model 'tinny' is not known; did you mean 'tiny'?"),
         (decode, "--model tiny --caches duel", "cache 'duel' is not known; did you mean 'dual'?"),
         (
             decode,

@@ -46,7 +46,7 @@ def make_lively(cfg, seed):
 @pytest.fixture(scope="session")
 def models():
     """In a Dream token i is predicted by row i - 1; here two heads share keys and values, too."""
-    dream = make_lively(small_config(num_layers=3, shift=True, num_kv_heads=2), 1)
+    dream = make_lively(small_config(num_layers=3, shift=True, num_kv_heads=2), 4)
     layers = trees.unstack(dream.params["layers"])
     return {
         "llada": make_lively(small_config(), 0),

@@ -67,7 +67,7 @@ def test_the_tokens_that_run_are_those_of_the_schedule(models, prompts, policies
 
 def run_quota(models, prompts, policies, name, **changes):
     """With the settings of a composition, whose program is there already."""
-    settings = {"executor": "select" if name == "prefix" else "compact", "key": keys_of(3)}
+    settings = {"executor": "compact" if name == "dual" else "select", "key": keys_of(3)}
     settings |= {"sampler": QUOTA, "cache": CACHES[name], "policy": policies["routed"]}
     return generate(models["llada"], *prompts, **settings | changes)
 
@@ -91,7 +91,7 @@ def test_nothing_is_fetched_while_it_runs(models, prompts, policies, cache):
     expected = run_quota(models, prompts, policies, cache).tokens
     model, (tokens, valid) = models["llada"], prompts
     rows = model.place_rows((jnp.asarray(tokens, jnp.int32), jnp.asarray(valid), keys_of(3)))
-    executor = "select" if cache == "prefix" else "compact"
+    executor = "compact" if cache == "dual" else "select"
     static = {"sampler": QUOTA, "cache": CACHES[cache], "executor": executor}
     with jax.transfer_guard("disallow"):
         (out, _), _ = model.run(module._generate, *rows, policies["routed"], **static)
@@ -113,7 +113,7 @@ def ending(models):
 FAVOURITE = 62  # after these prompts
 
 
-@pytest.mark.parametrize("cache", ["dual", "skip"])
+@pytest.mark.parametrize("cache", ["dual", "hidden"])
 def test_stopping_at_an_end_changes_nothing_before_it(ending, cache):
     tokens = np.random.default_rng(28).integers(2, 60, (2, P))
     valid = np.arange(P) >= np.arange(2)[:, None]
@@ -139,6 +139,7 @@ def test_stopping_at_an_end_changes_nothing_before_it(ending, cache):
         ({"sampler": dataclasses.replace(QUOTA, cfg_scale=1.0)}, "does not compose with guidance"),
         ({"cache": EarlySkip(**PLACES, block_every=3)}, "block_every=3 must divide block_length=8"),
         ({"cache": EarlySkip(indicator="key")}, "depths=.* fall on layers .*; keep them apart"),
+        ({"cache": EarlySkip((1.0, 0.5), (0.0, 0.9))}, "nothing is left to skip behind layer 4"),
         (
             {"cache": EarlySkip(**PLACES, indicator="key")},
             "indicator='key' reads a layer that a policy may skip; use indicator='hidden'",

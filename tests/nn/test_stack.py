@@ -13,6 +13,7 @@ from jax.test_util import check_grads
 
 from dials_jax import trees
 from dials_jax.models.model import Model
+from dials_jax.nn.kv import gather
 from dials_jax.nn.stack import Denoising, Layer, choose, run_stack
 from dials_jax.skipping.policies import Random, Routed, Static
 
@@ -245,6 +246,105 @@ def test_a_span_is_a_smaller_stack(span, unrolled):
     out = run_with_memory(Given(gates), rows, "compact", unrolled, span)
     for actual, wanted in zip(out, expected, strict=True):
         np.testing.assert_allclose(actual, wanted, atol=1e-5)
+
+
+# ------------------------------------------------------------------------- wanted, and must_run
+
+
+def attend_block(params, h, context, memory, wanted=None):
+    """`block`, whose output is asked for at some places only."""
+    new, update = block(params, h, context, memory)
+    return (new if wanted is None else gather(new, wanted)), update
+
+
+@partial(jax.jit, static_argnames="executor")
+def jitted_wanted(layers, h, context, policy, denoising, memory, wanted, must_run, *, executor):
+    return run_stack(
+        Layer(attend_block, remember), layers, h, context, policy,
+        denoising._replace(vote_from=0), memory=memory, wanted=wanted, must_run=must_run,
+        executor=executor,
+    )  # fmt: skip
+
+
+def run_wanted(policy, rows, executor, unrolled, wanted=None, must_run=None):
+    """Hidden states, gates and memory, layer by layer."""
+    (h, context, denoising), layers = rows, LAYERS
+    memory = {"mean": jax.random.normal(jax.random.key(8), (L, h.shape[0], D))}
+    if unrolled:
+        layers, memory = trees.unstack(layers), trees.unstack(memory)
+    out = jitted_wanted(
+        layers, h, context, policy, denoising, memory, wanted, must_run, executor=executor
+    )
+    after = jnp.stack([m["mean"] for m in out.memory]) if unrolled else out.memory["mean"]
+    return np.asarray(out.h), np.asarray(out.gates), np.asarray(after)
+
+
+GATES = jnp.array([[1, 0, 1], [1, 1, 0], [0, 1, 1], [1, 0, 0]], bool)  # [L, B]
+MANY_GATES = jax.random.bernoulli(jax.random.key(5), 0.5, (L, 11))  # slices are rounded up
+
+
+@pytest.mark.parametrize(
+    "gates, executor",
+    [
+        (GATES, "select"),
+        (GATES, "compact"),
+        (MANY_GATES, "compact"),
+        (GATES[:, 0], "cond"),
+        (~GATES[:, 0], "cond"),
+    ],
+)
+@pytest.mark.parametrize("unrolled", [False, True])
+def test_wanted_tokens_are_those_of_the_whole(gates, executor, unrolled):
+    rows = make_rows(gates.shape[1] if gates.ndim == 2 else 3)
+    wanted = (jnp.arange(2) + jnp.arange(rows[0].shape[0])[:, None]) % T  # other places a row
+    expected, gates_of_all, memory = run_wanted(Given(gates), rows, "select", False)
+    h, gates, after = run_wanted(Given(gates), rows, executor, unrolled, wanted)
+    np.testing.assert_allclose(h, gather(jnp.asarray(expected), wanted), atol=1e-5)
+    np.testing.assert_array_equal(gates, gates_of_all)
+    np.testing.assert_allclose(after, memory, atol=1e-5)  # of all tokens, wanted or not
+
+
+@pytest.mark.parametrize("unrolled", [False, True])
+@pytest.mark.parametrize("policy", [None, Static((1, 3))])
+def test_wanted_tokens_without_branches(policy, unrolled):
+    rows = make_rows(3)
+    wanted = jnp.array([[0, 4], [3, 1], [2, 2]])
+    expected, _, memory = run_wanted(policy, rows, "auto", False)
+    h, _, after = run_wanted(policy, rows, "auto", unrolled, wanted)
+    np.testing.assert_allclose(h, gather(jnp.asarray(expected), wanted), atol=1e-5)
+    np.testing.assert_allclose(after, memory, atol=1e-5)
+
+
+def test_the_last_block_is_asked_for_the_wanted_tokens_only():
+    asked = []
+
+    def block_of(params, h, context, memory, wanted=None):
+        asked.append(None if wanted is None else wanted.shape)
+        return attend_block(params, h, context, memory, wanted)
+
+    h, context, denoising = make_rows(3)
+    wanted = jnp.zeros((3, 2), int)
+    layer = Layer(block_of, remember)
+    out = run_stack(layer, trees.unstack(LAYERS), h, context, None, denoising, wanted=wanted)
+    assert asked == [None, None, None, (3, 2)] and out.h.shape == (3, 2, D)
+
+
+@pytest.mark.parametrize("unrolled", [False, True])
+@pytest.mark.parametrize("executor", ["select", "compact"])
+def test_layers_that_must_run_do(executor, unrolled):
+    """All but those that are skipped at every step, in either layout."""
+    rows = make_rows(3)
+    expected = run_wanted(None, rows, "select", False)
+    for policy in (Given(GATES), Given(GATES[:, 1]), Random(2)):
+        out = run_wanted(policy, rows, executor, unrolled, must_run=jnp.array(True))
+        for actual, of_all in zip(out, expected, strict=True):
+            np.testing.assert_allclose(actual, of_all, atol=1e-5)
+        free = run_wanted(policy, rows, executor, unrolled)
+        out = run_wanted(policy, rows, executor, unrolled, must_run=jnp.array(False))
+        jax.tree.map(np.testing.assert_array_equal, out, free)
+        assert not free[1].all()
+    _, gates, _ = run_wanted(Static((1, 3)), rows, executor, unrolled, must_run=jnp.array(True))
+    np.testing.assert_array_equal(gates, [[True] * 3, [False] * 3] * 2)
 
 
 # ------------------------------------------------------------------------- straight-through gates

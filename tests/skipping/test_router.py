@@ -7,7 +7,8 @@ from dials_jax import trees
 from dials_jax.config import RouterConfig
 from dials_jax.nn.stack import Denoising
 from dials_jax.skipping.policies import Routed
-from dials_jax.skipping.router import apply_router, init_routers, skip_share
+from dials_jax.skipping.router import SKIP, apply_router, init_routers, skip_share, votes_to_skip
+from tests.conftest import random_routers, small_config
 
 D, T = 8, 10
 
@@ -56,6 +57,18 @@ def test_router_by_hand():
     x = x @ router["down"] + router["down_bias"]
     expected = x / (1 + np.exp(-x)) @ router["vote"] + router["vote_bias"]
     np.testing.assert_allclose(apply_router(router, jnp.asarray(h)), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_votes_are_for_the_higher_logit(seed):
+    routers = random_routers(small_config(d_model=D, num_layers=1), seed)
+    router = trees.layer_slice(routers, 0)
+    router["vote_bias"] = jax.random.normal(jax.random.key(seed), (2,))
+    h = h_of(4, seed)
+    logits = apply_router(router, h)
+    votes = votes_to_skip(router, h)
+    np.testing.assert_array_equal(votes, jnp.argmax(logits, axis=-1) == SKIP)
+    assert 0 < votes.mean() < 1
 
 
 def test_share_counts_votes_of_masked_tokens_only():
