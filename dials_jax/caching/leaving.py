@@ -264,7 +264,7 @@ class EarlyPasses:
         params = layers[layer] if unrolled else trees.layer_slice(layers, layer)
         block = transformer.block_of(self.net.cfg, params)
         old = kv[0] if unrolled else trees.layer_slice(kv, 0)
-        q, new = block(params, going.h, going.window.angles, method="qkv")
+        q, new = block(params, going.h, going.window, method="project")
         if leave is not None:
             now, before = {"query": (q, seen), "key": (new.k, old.k), "value": (new.v, old.v)}[
                 plan.indicator
@@ -276,7 +276,7 @@ class EarlyPasses:
         slots = going.window.slots
         if plan.indicator == "query":
             seen = write(seen, q, slots)
-        h = block(params, going.h, q, new, going.window, old, slots.index, method="mix")
         kept: KV = write(old, new, slots)
+        h = block(params, going.h, q, kept, going.window, method="mix")
         kv = (kept,) if unrolled else jax.tree.map(lambda x: x[None], kept)
         return going._replace(h=h), kv, seen

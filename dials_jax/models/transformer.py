@@ -82,13 +82,19 @@ def layer_of(cfg: ModelConfig, *, contiguous: bool = False, remat: bool = False)
       remat: recompute each block in the backward pass.
     """
 
-    def block(params, h, rows, kv, wanted=None):
-        return block_of(cfg, params)(params, h, rows, kv, wanted, contiguous=contiguous)
+    def block(params, h, rows, wanted=None):
+        return block_of(cfg, params)(params, h, rows, wanted)
 
-    def remember(kv, new, rows, keep, memory_rows):
-        return write(kv, new, rows.slots, contiguous=contiguous, rows=memory_rows, keep=keep)
+    def project(params, h, rows, wanted=None):
+        return block_of(cfg, params)(params, h, rows, wanted, method="project")
 
-    return Layer(jax.checkpoint(block) if remat else block, remember)
+    def mix(params, h, q, kv, rows, wanted=None):
+        return block_of(cfg, params)(params, h, q, kv, rows, wanted, method="mix")
+
+    def remember(kv, new, rows, keep):
+        return write(kv, new, rows.slots, contiguous=contiguous, keep=keep)
+
+    return Layer(jax.checkpoint(block) if remat else block, project, mix, remember)
 
 
 def run_layers(

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dials_jax.config import ModelConfig
 from dials_jax.nn.attention import Attention, attend
 from dials_jax.nn.initializers import normal, zeros_if
-from dials_jax.nn.kv import KV, Slots, gather, write
+from dials_jax.nn.kv import KV, Slots, gather
 from dials_jax.nn.mlp import SwiGLU
 from dials_jax.nn.norm import RMSNorm
 
@@ -39,43 +39,35 @@ class Block(nnx.Module):
         self,
         h: Float[Array, "B T D"],
         rows: Rows,
-        kv: KV | None,
         wanted: Int[Array, "B W"] | None = None,
-        *,
-        contiguous: bool = False,
-    ) -> tuple[Float[Array, "B W D"], KV]:
-        """The tokens' new hidden states, keys and values.
+    ) -> Float[Array, "B W D"]:
+        """The tokens' new hidden states, where they are all there is to attend to.
 
         Args:
           wanted: places of the tokens whose hidden states are asked for; None: all.
-          kv: keys and values of the canvas, which the tokens' own replace; None: the tokens are
-            the canvas.
         """
-        q, new = self.qkv(h, rows.angles)
-        at = rows.slots.index
-        if wanted is not None:
-            h, q, at = gather((h, q, at), wanted)
-        return self.mix(h, q, new, rows, kv, at, contiguous=contiguous), new
+        q, new = self.project(h, rows, wanted)
+        return self.mix(h if wanted is None else gather(h, wanted), q, new, rows, wanted)
 
-    def qkv(
-        self, h: Float[Array, "B T D"], angles: Float[Array, "B T 2 _"]
-    ) -> tuple[Float[Array, "B T N H"], KV]:
-        return self.attention.rotated(self.attention_norm(h), angles)
+    def project(
+        self, h: Float[Array, "B T D"], rows: Rows, wanted: Int[Array, "B W"] | None = None
+    ) -> tuple[Float[Array, "B W N H"], KV]:
+        """Queries of the wanted tokens, keys and values of all."""
+        q, new = self.attention.rotated(self.attention_norm(h), rows.angles)
+        return q if wanted is None else gather(q, wanted), new
 
     def mix(
         self,
-        h: Float[Array, "B T D"],
-        q: Float[Array, "B T N H"],
-        new: KV,
+        h: Float[Array, "B W D"],
+        q: Float[Array, "B W N H"],
+        seen: KV,
         rows: Rows,
-        kv: KV | None,
-        at: Int[Array, "B T"],
-        *,
-        contiguous: bool = False,
-    ) -> Float[Array, "B T D"]:
-        """The block from the queries, keys and values on; the queries lie `at` these places."""
-        seen = new if kv is None else write(kv, new, rows.slots, contiguous=contiguous)
-        index = at if self.causal else None
+        wanted: Int[Array, "B W"] | None = None,
+    ) -> Float[Array, "B W D"]:
+        """The rest of the block, once all keys and values that the queries see are there."""
+        index = None
+        if self.causal:
+            index = rows.slots.index if wanted is None else gather(rows.slots.index, wanted)
         h = h + self.attention.out(attend(q, seen, rows.valid, index))
         return h + self.mlp(self.mlp_norm(h))
 

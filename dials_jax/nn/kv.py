@@ -36,7 +36,6 @@ def write(
     slots: Slots,
     *,
     contiguous: bool = False,
-    rows: Int[Array, "B"] | None = None,
     keep: Bool[Array, "B"] | None = None,
 ) -> PyTree:
     """The canvas with new values in the slots; the rest stays as it was.
@@ -45,28 +44,29 @@ def write(
       canvas: leaves [B, S, ...], a `KV` for example.
       new: leaves [B, T, ...].
       contiguous: the slots are one range, the same in every row; they are written as a slice.
-      rows: the canvas's rows that the slots belong to; None: all of them, in order.
       keep: False at rows that are not written.
     """
     index, active = slots
-    if contiguous and active is None and rows is None and keep is None:
-        start = index[0, 0]
-        return jax.tree.map(
-            lambda old, x: lax.dynamic_update_slice_in_dim(old, x, start, axis=1), canvas, new
-        )
     if keep is not None:
         active = keep[:, None] if active is None else active & keep[:, None]
+    if contiguous:
+        return jax.tree.map(lambda old, x: _write_range(old, x, index[0, 0], active), canvas, new)
     if active is not None:  # out of range, each at its own place, and dropped
         beyond = jax.tree.leaves(canvas)[0].shape[1] + jnp.arange(index.shape[1])
         index = jnp.where(active, index, beyond)
 
-    def put(old, x):
-        if rows is not None:
-            return old.at[rows[:, None], index].set(x, mode="drop", unique_indices=True)
+    def one(old, x, at):
+        return old.at[at].set(x, mode="drop", unique_indices=True)
 
-        def one(old, x, at):
-            return old.at[at].set(x, mode="drop", unique_indices=True)
+    rows_apart = jax.vmap(one)  # rows stay on their own devices
+    return jax.tree.map(lambda old, x: rows_apart(old, x, index), canvas, new)
 
-        return jax.vmap(one)(old, x, index)  # rows stay on their own devices
 
-    return jax.tree.map(put, canvas, new)
+def _write_range(
+    old: Array, new: Array, start: Int[Array, ""], active: Bool[Array, "B _"] | None
+) -> Array:
+    """What is not written is read back first: a slice stays in place, a scatter may not."""
+    if active is not None:
+        before = lax.dynamic_slice_in_dim(old, start, new.shape[1], axis=1)
+        new = jnp.where(active.reshape(active.shape + (1,) * (new.ndim - 2)), new, before)
+    return lax.dynamic_update_slice_in_dim(old, new, start, axis=1)

@@ -14,6 +14,7 @@ the layer last wrote for that row.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -36,17 +37,22 @@ MAX_BRANCHES = 8
 
 
 class Layer(NamedTuple):
-    """What a layer does.
+    """What a layer does; `wanted` are places [B, W] whose output is asked for, None: all.
+
+    With a memory it has two halves, and the memory is written between them: then no choice of rows
+    carries a memory along, and none is copied.
 
     Attributes:
-      block: `block(params, h, context, memory, wanted) -> (h, update)`. `wanted` are places [B, W]
-        of the tokens whose output is asked for; None: all.
-      remember: `remember(memory, update, context, keep, rows) -> memory` writes an update. Rows
-        where `keep` is False stay as they were; `rows` are the memory's rows that the update
-        belongs to. None stands for all. Only called where there is a memory.
+      block: `block(params, h, context, wanted) -> h`, without a memory.
+      project: `project(params, h, context, wanted) -> (queries, update)`, both rows by rows.
+      mix: `mix(params, h, queries, memory, context, wanted) -> h`, of the wanted tokens' h.
+      remember: `remember(memory, update, context, keep) -> memory`. Rows where `keep` is False
+        stay as they were; None: all are written.
     """
 
-    block: Callable[..., tuple[Array, PyTree]]
+    block: Callable[..., Array]
+    project: Callable[..., tuple[PyTree, PyTree]] | None = None
+    mix: Callable[..., Array] | None = None
     remember: Callable[..., PyTree] | None = None
 
 
@@ -165,14 +171,19 @@ def run_stack(
 def _last(layer: Layer) -> Layer:
     """The layer as a step from the wanted tokens to their output; all of h is in its context."""
 
-    def block(params, near, context, memory):
-        h, context, wanted = context
-        return layer.block(params, h, context, memory, wanted)
+    def block(params, near, context):
+        return layer.block(params, *context)
 
-    def remember(memory, update, context, keep, rows):
-        return layer.remember(memory, update, context[1], keep, rows)
+    def project(params, near, context):
+        return layer.project(params, *context)
 
-    return Layer(block, remember)
+    def mix(params, near, q, memory, context):
+        return layer.mix(params, near, q, memory, *context[1:])
+
+    def remember(memory, update, context, keep):
+        return layer.remember(memory, update, context[1], keep)
+
+    return Layer(block, project, mix, remember)
 
 
 def _execute(
@@ -181,10 +192,11 @@ def _execute(
     """One layer, by the executor that fits its gate."""
 
     def run(keep=None):
-        new, update = layer.block(params, h, context, memory)
         if memory is None:
-            return new, None
-        return new, layer.remember(memory, update, context, keep, None)
+            return layer.block(params, h, context), None
+        q, update = layer.project(params, h, context)
+        written = layer.remember(memory, update, context, keep)
+        return layer.mix(params, h, q, written, context), written
 
     if isinstance(gate, np.bool_):  # known while tracing: no branch in the program
         return run() if gate else (h, memory)
@@ -242,29 +254,39 @@ def _compact(
 def _compact_rows(
     layer: Layer, params: Any, h: Array, context: PyTree, memory: PyTree, gate: Bool[Array, "B"]
 ) -> tuple[Array, PyTree]:
-    num_rows = h.shape[0]
+    compact = _compaction(gate)
+    if memory is None:
+        new = compact(lambda h, context: layer.block(params, h, context), h, context)
+        return choose(gate, h, new), None
+    q, update = compact(lambda h, context: layer.project(params, h, context), h, context)
+    memory = layer.remember(memory, update, context, gate)
+    new = compact(lambda *rows: layer.mix(params, *rows), h, q, memory, context)
+    return choose(gate, h, new), memory
+
+
+def _compaction(gate: Bool[Array, "B"]) -> Callable[..., PyTree]:
+    """`compact(fn, *rows)` is `fn(*rows)` where the gate is open, and anything elsewhere."""
+    num_rows = gate.shape[0]
     unit = -(-num_rows // MAX_BRANCHES)
-    sizes = [*range(0, num_rows, unit), num_rows]
+    sizes = [*range(unit, num_rows, unit), num_rows]
     place, order = _rows_that_run_first(gate)
 
-    def run_on(rows):
-        """The block on these rows (None: all). Rounding up may have taken in rows that skip."""
-        take = (lambda x: x) if rows is None else (lambda x: x[rows])
-        near, keep = jax.tree.map(take, context), take(gate) if unit > 1 else None
-        new, update = layer.block(params, take(h), near, jax.tree.map(take, memory))
-        if rows is not None:  # every row fetches its own: one pass over h, which a scatter is not
-            new = new[jnp.minimum(place, rows.shape[0] - 1)]
-        out = new if rows is None and keep is None else choose(gate, h, new)
-        if memory is None:
-            return out, None
-        return out, layer.remember(memory, update, near, keep, rows)
+    def compact(fn, *rows):
+        def of_first(size):
+            if size == num_rows:
+                return fn(*rows)
+            out = fn(*jax.tree.map(lambda x: x[order[:size]], rows))
+            # Every row fetches its own: one pass, which a scatter is not.
+            return jax.tree.map(lambda x: x[jnp.minimum(place, size - 1)], out)
 
-    def branch(size):
-        if size == 0:
-            return lambda: (h, memory)
-        return lambda: run_on(None if size == num_rows else order[:size])
+        def of_none():
+            shapes = jax.eval_shape(lambda: fn(*rows))
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
-    return lax.switch(-(-jnp.sum(gate) // unit), [branch(size) for size in sizes])
+        branches = [of_none, *(partial(of_first, size) for size in sizes)]
+        return lax.switch(-(-jnp.sum(gate) // unit), branches)
+
+    return compact
 
 
 def _rows_that_run_first(gate: Bool[Array, "B"]) -> tuple[Int[Array, "B"], Int[Array, "B"]]:

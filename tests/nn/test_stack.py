@@ -34,26 +34,34 @@ class Given:
         return plan
 
 
-def block(params, h, context, memory):
-    """A residual block that mixes the valid tokens of a row with what it remembers of the row."""
+def project(params, h, context, wanted=None):
+    """The mean of a row's valid tokens: once to mix in, and once to remember."""
     valid = context["valid"][..., None]
-    mean = jnp.sum(h * valid, axis=1, keepdims=True) / jnp.sum(valid, axis=1, keepdims=True)
-    past = 0.0 if memory is None else memory["mean"][:, None]
-    return h + jnp.tanh((h + mean + past) @ params["w"]), {"mean": mean[:, 0]}
+    mean = jnp.sum(h * valid, axis=1) / jnp.sum(valid, axis=1)
+    return mean, {"mean": mean}
 
 
-def remember(memory, update, context, keep, rows):
-    """Replaces what is remembered, in the rows named."""
+def mix(params, h, mean, memory, context, wanted=None):
+    """A residual block that mixes the tokens of a row with what it remembers of the row."""
+    return h + jnp.tanh((h + (mean + memory["mean"])[:, None]) @ params["w"])
+
+
+def block(params, h, context, wanted=None):
+    mean, update = project(params, h, context)
+    return mix(params, h if wanted is None else gather(h, wanted), mean, update, context)
+
+
+def remember(memory, update, context, keep):
+    """Adds to half of what was remembered, in the rows to keep."""
 
     def put(old, new):
-        old_rows = old if rows is None else old[rows]
-        new = new if keep is None else jnp.where(keep[:, None], new, old_rows)
-        return new if rows is None else old.at[rows].set(new)
+        new = old / 2 + new
+        return new if keep is None else jnp.where(keep[:, None], new, old)
 
     return jax.tree.map(put, memory, update)
 
 
-LAYER = Layer(block, remember)
+LAYER = Layer(block, project, mix, remember)
 
 LAYERS = {"w": 0.3 * jax.random.normal(jax.random.key(0), (L, D, D))}
 
@@ -168,7 +176,7 @@ def test_layers_run_in_order_in_both_layouts():
     rows = make_rows(2)
     expected = rows[0]
     for i in range(L):
-        expected, _ = block(trees.layer_slice(LAYERS, i), expected, rows[1], None)
+        expected = block(trees.layer_slice(LAYERS, i), expected, rows[1])
     for unrolled in (False, True):
         np.testing.assert_allclose(run(None, rows, unrolled=unrolled)[0], expected, atol=1e-5)
 
@@ -251,16 +259,10 @@ def test_a_span_is_a_smaller_stack(span, unrolled):
 # ------------------------------------------------------------------------- wanted, and must_run
 
 
-def attend_block(params, h, context, memory, wanted=None):
-    """`block`, whose output is asked for at some places only."""
-    new, update = block(params, h, context, memory)
-    return (new if wanted is None else gather(new, wanted)), update
-
-
 @partial(jax.jit, static_argnames="executor")
 def jitted_wanted(layers, h, context, policy, denoising, memory, wanted, must_run, *, executor):
     return run_stack(
-        Layer(attend_block, remember), layers, h, context, policy,
+        LAYER, layers, h, context, policy,
         denoising._replace(vote_from=0), memory=memory, wanted=wanted, must_run=must_run,
         executor=executor,
     )  # fmt: skip
@@ -318,14 +320,14 @@ def test_wanted_tokens_without_branches(policy, unrolled):
 def test_the_last_block_is_asked_for_the_wanted_tokens_only():
     asked = []
 
-    def block_of(params, h, context, memory, wanted=None):
+    def block_of(params, h, context, wanted=None):
         asked.append(None if wanted is None else wanted.shape)
-        return attend_block(params, h, context, memory, wanted)
+        return block(params, h, context, wanted)
 
     h, context, denoising = make_rows(3)
     wanted = jnp.zeros((3, 2), int)
-    layer = Layer(block_of, remember)
-    out = run_stack(layer, trees.unstack(LAYERS), h, context, None, denoising, wanted=wanted)
+    layers = trees.unstack(LAYERS)
+    out = run_stack(Layer(block_of), layers, h, context, None, denoising, wanted=wanted)
     assert asked == [None, None, None, (3, 2)] and out.h.shape == (3, 2, D)
 
 
@@ -353,7 +355,7 @@ def test_layers_that_must_run_do(executor, unrolled):
 @pytest.mark.parametrize("opened", [0.0, 1.0])
 def test_a_float_gate_selects_bitwise_like_a_boolean(opened):
     h, context, _ = make_rows(3)
-    new, _ = block(trees.layer_slice(LAYERS, 0), h, context, None)
+    new = block(trees.layer_slice(LAYERS, 0), h, context)
     gate = jnp.full(3, opened)
     np.testing.assert_array_equal(choose(gate, h, new), choose(gate > 0.5, h, new))
 
@@ -364,7 +366,7 @@ def test_a_float_gate_has_the_gradient_of_interpolation():
     w = trees.layer_slice(LAYERS, 0)
 
     def loss(combine):
-        return lambda gate, h, w: jnp.sum(jnp.sin(combine(gate, h, block(w, h, context, None)[0])))
+        return lambda gate, h, w: jnp.sum(jnp.sin(combine(gate, h, block(w, h, context))))
 
     def interpolate(gate, h, new):
         return h + gate[:, None, None] * (new - h)

@@ -65,7 +65,7 @@ def reference(cfg, params, routers, batch, keys, objective):
         h, skips = part.embed(params["embed"], tokens), []
         for layer in range(cfg.num_layers):
             block = jax.tree.map(lambda x, i=layer: x[i], params["layers"])
-            new, _ = part.block(block, h, Rows(angles, valid, slots), None)
+            new = part.block(block, h, Rows(angles, valid, slots))
             if routers is None:
                 h = new
                 continue
