@@ -87,4 +87,4 @@ def count_flops(
     total = float(layers + num_rows * rest)
     most = head_flops(cfg, head.max(initial=0))
     full = num_calls * num_rows * (num_layers * layer_flops(cfg, num_tokens) + most)
-    return Flops(float(gates.mean()), total / full, total, seconds)
+    return Flops(float(gates.mean()), float(total / full), total, seconds)
