@@ -21,10 +21,9 @@ import numpy as np
 
 from benchmarks.profile import print_profile
 from benchmarks.random_model import MODELS, make_config, make_model, make_routers
-from benchmarks.report import Table, peak_gigabytes
+from benchmarks.report import Table, exit_status, peak_gigabytes
 from dials_jax.caching.parse import parse_cache
-from dials_jax.commands import keep_programs
-from dials_jax.config import InputError, ModelConfig, nearest, require
+from dials_jax.config import ModelConfig, nearest, require
 from dials_jax.models.model import Model
 from dials_jax.nn.stack import Policy
 from dials_jax.sampling import generate as module
@@ -112,22 +111,20 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def run(options: argparse.Namespace) -> None:
+    cfg: ModelConfig = make_config(options.model, options.layers)
+    for cache in options.caches:
+        parse_cache(cache)
+    table = Table(COLUMNS, options.out, vars(options))
+    model = make_model(cfg, options.layout)
+    for cache in options.caches:
+        for policy in options.policies:
+            table.add(**run_case(model, options, cache, policy))
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = options_of(arguments)
-    keep_programs()
-    try:
-        cfg: ModelConfig = make_config(options.model, options.layers)
-        for cache in options.caches:
-            parse_cache(cache)
-        table = Table(COLUMNS, options.out, vars(options))
-        model = make_model(cfg, options.layout)
-        for cache in options.caches:
-            for policy in options.policies:
-                table.add(**run_case(model, options, cache, policy))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: run(options))
 
 
 if __name__ == "__main__":

@@ -19,9 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.random_model import MODELS, make_config, make_model, make_routers
-from benchmarks.report import Table, peak_gigabytes
-from dials_jax.commands import keep_programs
-from dials_jax.config import InputError
+from benchmarks.report import Table, exit_status, peak_gigabytes
 from dials_jax.models import transformer
 from dials_jax.models.model import Model, row_keys
 from dials_jax.skipping.flops import layer_flops
@@ -106,6 +104,14 @@ def run_batch(model: Model, options: argparse.Namespace, batch: int, table: Tabl
         )  # fmt: skip
 
 
+def run(options: argparse.Namespace) -> None:
+    cfg = make_config(options.model, options.layers)
+    table = Table(COLUMNS, options.out, vars(options))
+    model = make_model(cfg, options.layout)
+    for batch in options.batches:
+        run_batch(model, options, batch, table)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.forward", description=__doc__)
     parser.add_argument("--model", default="llada_8b", help=f"one of {', '.join(MODELS)}")
@@ -123,17 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=15, help="timed passes; the median counts")
     parser.add_argument("--out", metavar="FILE", help="write the figures as JSON")
     options = parser.parse_args(arguments)
-    keep_programs()
-    try:
-        cfg = make_config(options.model, options.layers)
-        table = Table(COLUMNS, options.out, vars(options))
-        model = make_model(cfg, options.layout)
-        for batch in options.batches:
-            run_batch(model, options, batch, table)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: run(options))
 
 
 if __name__ == "__main__":

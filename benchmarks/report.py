@@ -5,13 +5,14 @@ from __future__ import annotations
 import datetime
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from dials_jax.config import write_json
+from dials_jax.commands import keep_programs
+from dials_jax.config import InputError, write_json
 
 
 def machine() -> dict[str, Any]:
@@ -34,6 +35,17 @@ def peak_gigabytes() -> float | None:
     """Most device memory in use since the start; None where the backend does not say."""
     stats = jax.devices()[0].memory_stats() or {}
     return stats["peak_bytes_in_use"] / 1e9 if "peak_bytes_in_use" in stats else None
+
+
+def exit_status(run: Callable[[], None]) -> int:
+    """Runs a benchmark: 0, or 2 after one line that says what is wrong with the input."""
+    keep_programs()
+    try:
+        run()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 class Table:

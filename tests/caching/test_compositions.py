@@ -36,6 +36,7 @@ CASES = [
     ("llada", "dual", "routed", "quota", "compact"),
     ("llada", "dual", "routed", "threshold", "select"),
     ("llada", "hidden", "static", "quota 4", "auto"),
+    ("dream", "hidden", "static", "quota", "auto"),
     ("llada", "skip", "routed", "quota", "select"),
     ("llada", "hidden", "routed", "threshold", "select"),
     ("llada", "query", "full", "quota", "auto"),
