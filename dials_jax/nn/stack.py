@@ -25,15 +25,11 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from dials_jax import trees
+from dials_jax.nn.compaction import MAX_BRANCHES, Gate, choose, compaction
 from dials_jax.nn.kv import gather
 from dials_jax.sharding import BATCH_AXES, constrain_rows, num_batch_shards
 
 Executor = Literal["auto", "select", "cond", "compact"]
-Gate = np.bool_ | Bool[Array, ""] | Bool[Array, "B"] | Float[Array, "B"]
-
-# `compact` compiles one branch a slice size. Eight a device keep programs small; above eight rows
-# a slice is rounded up to a multiple of B/8, at most 1/8 of a layer's work.
-MAX_BRANCHES = 8
 
 
 class Layer(NamedTuple):
@@ -216,20 +212,6 @@ def _execute(
     return lax.cond(on, run, lambda: (h, memory))
 
 
-def choose(gate: Gate, h: Float[Array, "B T D"], new: Float[Array, "B T D"]) -> Array:
-    """The new rows where the gate is open.
-
-    A float gate adds `(gate - stop_gradient(gate)) * (new - h)`, which is zero forward. Training
-    then sees bitwise the hidden states of inference, with the gradients of
-    `h + gate * (new - h)`, also to the router of a layer that was skipped.
-    """
-    rows = gate[:, None, None] if gate.ndim else gate
-    if not jnp.issubdtype(gate.dtype, jnp.floating):
-        return jnp.where(rows, new, h)
-    through = (rows - lax.stop_gradient(rows)).astype(h.dtype)
-    return jnp.where(rows > 0.5, new, h) + through * (new - h)
-
-
 def _compact(
     layer: Layer, params: Any, h: Array, context: PyTree, memory: PyTree, gate: Bool[Array, "B"]
 ) -> tuple[Array, PyTree]:
@@ -254,47 +236,12 @@ def _compact(
 def _compact_rows(
     layer: Layer, params: Any, h: Array, context: PyTree, memory: PyTree, gate: Bool[Array, "B"]
 ) -> tuple[Array, PyTree]:
-    compact = _compaction(gate)
     if memory is None:
-        new = compact(lambda h, context: layer.block(params, h, context), h, context)
-        return choose(gate, h, new), None
-    q, update = compact(lambda h, context: layer.project(params, h, context), h, context)
+        compact = compaction(gate, MAX_BRANCHES)
+        block = partial(layer.block, params)
+        return compact(block, h, context, skipped=h), None
+    # Two choices a layer, over windows too short for their time to fall row by row.
+    compact = compaction(gate, MAX_BRANCHES // 2)
+    q, update = compact(partial(layer.project, params), h, context)
     memory = layer.remember(memory, update, context, gate)
-    new = compact(lambda *rows: layer.mix(params, *rows), h, q, memory, context)
-    return choose(gate, h, new), memory
-
-
-def _compaction(gate: Bool[Array, "B"]) -> Callable[..., PyTree]:
-    """`compact(fn, *rows)` is `fn(*rows)` where the gate is open, and anything elsewhere."""
-    num_rows = gate.shape[0]
-    unit = -(-num_rows // MAX_BRANCHES)
-    sizes = [*range(unit, num_rows, unit), num_rows]
-    place, order = _rows_that_run_first(gate)
-
-    def compact(fn, *rows):
-        def of_first(size):
-            if size == num_rows:
-                return fn(*rows)
-            out = fn(*jax.tree.map(lambda x: x[order[:size]], rows))
-            # Every row fetches its own: one pass, which a scatter is not.
-            return jax.tree.map(lambda x: x[jnp.minimum(place, size - 1)], out)
-
-        def of_none():
-            shapes = jax.eval_shape(lambda: fn(*rows))
-            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-
-        branches = [of_none, *(partial(of_first, size) for size in sizes)]
-        return lax.switch(-(-jnp.sum(gate) // unit), branches)
-
-    return compact
-
-
-def _rows_that_run_first(gate: Bool[Array, "B"]) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
-    """Each row's place when those that run come first, and the row at each place.
-
-    By comparing all pairs: for the few rows of a batch that is quicker than a sort.
-    """
-    rows = jnp.arange(gate.shape[0])
-    key = jnp.where(gate, rows, rows + gate.shape[0])
-    place = jnp.sum(key[:, None] > key, axis=1)
-    return place, jnp.sum(jnp.where(place[:, None] == rows, rows[:, None], 0), axis=0)
+    return compact(partial(layer.mix, params), h, q, memory, context, skipped=h), memory
