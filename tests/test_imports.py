@@ -38,7 +38,7 @@ def imports(node, top_level_only=False):
 
 
 def package_of(path):
-    """`nn` for dials_jax/nn/stack.py, `config` for dials_jax/config.py."""
+    """`nn` for dials_jax/nn/stack.py, `trees` for dials_jax/trees.py."""
     return path.relative_to(ROOT / "dials_jax").with_suffix("").parts[0]
 
 

@@ -1,0 +1,44 @@
+"""Every setting, as frozen dataclasses: hashable, serialisable, checked when made.
+
+A dataclass here is a static argument of `jax.jit`, the content of `config.json` and the schema of
+the command line. A function takes the smallest of them that it needs.
+"""
+
+from dials_jax.config.base import (
+    InputError,
+    from_dict,
+    nearest,
+    read_json,
+    require,
+    require_positive,
+    to_dict,
+    write_json,
+)
+from dials_jax.config.data import ArithmeticData, Data, TaskData, TextData
+from dials_jax.config.evaluation import EvalConfig, EvalTask
+from dials_jax.config.model import DTYPES, MeshConfig, ModelConfig, RouterConfig
+from dials_jax.config.training import ObjectiveConfig, OptimizerConfig, TrainConfig
+
+__all__ = [
+    "DTYPES",
+    "ArithmeticData",
+    "Data",
+    "EvalConfig",
+    "EvalTask",
+    "InputError",
+    "MeshConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "OptimizerConfig",
+    "RouterConfig",
+    "TaskData",
+    "TextData",
+    "TrainConfig",
+    "from_dict",
+    "nearest",
+    "read_json",
+    "require",
+    "require_positive",
+    "to_dict",
+    "write_json",
+]

@@ -1,0 +1,48 @@
+"""What a model is trained and evaluated on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextData:
+    """Documents packed end to end into rows of `length` tokens."""
+
+    kind: Literal["text"] = "text"
+    paths: tuple[str, ...] = ()  # .txt, .jsonl or .jsonl.xz files, or folders of them
+    tokenizer: str = ""  # a tokenizer.json, or a folder with one or with vocab.json and merges.txt
+    length: int = 1024
+    prompt_length: int = 0  # tokens at the front that are never masked
+    random_length_prob: float = 0.01  # rows cut to U{1..length}, as LLaDA does (appendix B.1)
+    cache: str = ".cache/dials_jax"  # packed tokens are kept here
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskData:
+    """Prompt/answer pairs from JSONL. Fields enter templates as `{name}` or `{name.inner}`."""
+
+    kind: Literal["task"] = "task"
+    paths: tuple[str, ...] = ()
+    tokenizer: str = ""
+    prompt: str = "{prompt}"
+    answer: str = "{answer}"
+    prompt_length: int = 512  # longest prompt in tokens; prompts are padded on the left
+    answer_length: int = 256  # longest answer in tokens, end of text included
+    pad_answer: bool = True  # fill the answer with end-of-text tokens and train on them (LLaDA SFT)
+    too_long: Literal["error", "drop"] = "error"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArithmeticData:
+    """The procedural task of the demo: reversals, maxima, sorted digits; sums are harder."""
+
+    kind: Literal["arithmetic"] = "arithmetic"
+    operations: tuple[str, ...] = ("reverse", "max", "sort")
+    digits: int = 2
+    num_items: int = 20_000  # distinct training items
+    split_seed: int = 0  # decides which items are held out
+
+
+Data = TextData | TaskData | ArithmeticData

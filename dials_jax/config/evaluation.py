@@ -1,0 +1,67 @@
+"""Evaluation: tasks, and the policies that are compared on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dials_jax.config.base import require, require_positive
+from dials_jax.config.data import Data
+from dials_jax.config.model import MeshConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalTask:
+    """One evaluation task. `metric` decides how items are scored."""
+
+    name: str
+    metric: Literal["exact_match", "choice", "nelbo"]
+    data: Data
+    choices: tuple[str, ...] = ()  # templates, one a choice ("{sol1}", "{sol2}")
+    choice_list: str = ""  # or one field that holds a list ("choices.text")
+    label: str = "label"  # field with the index, or with the name, of the right choice
+    label_names: str = ""  # field that lists the choices' names ("choices.label")
+    extract: str = ""  # regular expression; its last match is compared, in answer and output
+    limit: int | None = None  # first items only
+    num_samples: int = 128  # Monte-Carlo masks an item (choice, nelbo)
+    steps: int | None = None  # denoising steps (exact_match); default: one a token
+    block_length: int | None = None  # default: one block
+    cfg_scale: float = 0.0
+    threshold: float | None = None  # reveal all tokens of this confidence (exact_match)
+    factor: float | None = None  # or as many as are confident together (exact_match)
+    delay_eos: bool = False  # no end of text after a masked token (exact_match)
+    stop_at_eos: bool = False  # a row ends at its end of text (exact_match)
+    cache: str = "none"  # or prefix, dual, es-PROMPT-BLOCK such as es-64-4 (exact_match)
+    bucket: int = 64  # lengths are padded to multiples of this
+    max_programs: int = 4  # lengths, or shapes of prompt and answer, that are compiled
+
+    def __post_init__(self):
+        require_positive(self, "num_samples", "bucket", "max_programs")
+        for name in ("threshold", "factor", "delay_eos", "stop_at_eos", "cache"):
+            value, default = getattr(self, name), self.__dataclass_fields__[name].default
+            require(
+                self.metric == "exact_match" or value == default,
+                f"task {self.name!r}: {name}={value!r} is for generation, but metric "
+                f"{self.metric!r} generates nothing; leave it out",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """A sweep of policies over tasks."""
+
+    model: str
+    routers: tuple[str, ...] = ()  # workdirs of router training, one a lambda
+    tasks: tuple[EvalTask, ...] = ()
+    static: tuple[int, ...] = (1, 2, 3, 4)  # numbers of layers to skip; layers by Algorithm 1
+    random: tuple[int, ...] = (1, 2, 3, 4)
+    similarity_threshold: float | None = None  # tau of Algorithm 1 (0.95 in Goel et al.)
+    num_calibration: int = 64  # prompts whose similarities choose the static layers
+    threshold: float | None = None  # overrides the routers' own
+    batch_size: int = 32
+    mesh: MeshConfig = MeshConfig()
+    layout: Literal["stacked", "unrolled", "fused", "auto"] = (
+        "stacked"  # stacked compiles much faster
+    )
+    dtype: str | None = None
+    seed: int = 0

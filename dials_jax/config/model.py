@@ -1,0 +1,94 @@
+"""Shape of a model, of its routers and of the mesh they live on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dials_jax.config.base import require, require_positive
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape of one transformer. Numbers that change the maths have no default."""
+
+    model_type: str = "llada"
+    vocab_size: int  # rows of the embedding and of the head
+    d_model: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    d_ff: int  # width of the SwiGLU
+    max_length: int  # positions the model was trained for
+    rope_theta: float
+    norm_eps: float
+    qkv_bias: bool = False  # biases on the query, key and value projections
+    bias: bool = False  # biases on every other projection, the head included
+    causal: bool = False  # a token sees itself and what is to its left only
+    shift: bool = False  # the head's row i predicts token i + 1 (Dream); `apply` undoes it
+    mask_id: int | None  # id of [MASK]; None for a causal model that has none
+    eos_id: int | None  # end of text; None for a causal model that has none
+    pad_id: int
+    eot_id: int | None = None  # end of turn, where the tokenizer has one
+    dtype: str = "bfloat16"  # activations; norms, softmax, angles and logits stay float32
+
+    def __post_init__(self):
+        sizes = ("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim")
+        require_positive(self, *sizes, "d_ff", "max_length", "rope_theta", "norm_eps")
+        require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}",
+        )
+        require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even for rotary halves")
+        require(self.dtype in DTYPES, f"dtype={self.dtype!r} must be one of {', '.join(DTYPES)}")
+        for name in ("mask_id", "eos_id", "pad_id", "eot_id"):
+            value = getattr(self, name)
+            require(
+                value is None or 0 <= value < self.vocab_size,
+                f"{name}={value} is outside the vocabulary of {self.vocab_size} tokens",
+            )
+            require(
+                value is not None or self.causal or name == "eot_id",
+                f"{name} is missing; only a causal model can do without",
+            )
+        require(
+            not (self.causal and self.shift),
+            "shift=True is for models that fill in [MASK]; a causal model predicts the next token",
+        )
+
+    def require_mask(self) -> None:
+        """Raises: InputError for a causal model, which has no [MASK] to fill in."""
+        require(
+            not self.causal,
+            f"a causal model ({self.model_type}) fills in no [MASK]; give a masked diffusion model",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """One DIALS router before every layer (DIALS, section 3.2)."""
+
+    d_hidden: int = 512
+    threshold: float = 0.1  # tau: skip a layer when a larger share of masked tokens votes so
+    temperature: float = 1.0  # of the Gumbel-softmax
+    execute_bias: float = 3.0  # first bias of the vote to execute; sigmoid(-3) = 4.7 % skip
+
+    def __post_init__(self):
+        require(0 <= self.threshold < 1, f"threshold={self.threshold} must lie in [0, 1)")
+        require_positive(self, "d_hidden", "temperature")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along each mesh axis. One axis may be -1: it takes what the others leave."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self):
+        sizes = (self.data, self.fsdp, self.tensor)
+        require(sizes.count(-1) <= 1, f"mesh {sizes}: at most one axis may be -1")
+        require(all(s == -1 or s > 0 for s in sizes), f"mesh {sizes}: sizes are positive or -1")
