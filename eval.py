@@ -1,17 +1,20 @@
-"""Evaluates a model under full, static, random and routed execution, side by side.
+"""Evaluates a model under several policies, or studies model schedules, as the file says.
 
 python eval.py --config configs/demo/sweep.py --workdir runs/sweep [--batch-size 64]
+python eval.py --config configs/mdlm/study_search.py --workdir runs/search
 """
 
 from dials_jax.commands import keep_programs, main, parse
-from dials_jax.config import EvalConfig
+from dials_jax.config import EvalConfig, StudyConfig
+from dials_jax.evaluation.study import run_study
 from dials_jax.evaluation.sweep import sweep
 
 
 def command() -> None:
-    config, workdir = parse(EvalConfig, __doc__)
+    config, workdir = parse(EvalConfig | StudyConfig, __doc__)
     keep_programs()
-    sweep(config, workdir)
+    run = sweep if isinstance(config, EvalConfig) else run_study
+    run(config, workdir)
 
 
 if __name__ == "__main__":

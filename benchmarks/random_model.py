@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from dials_jax import sharding, trees
 from dials_jax.config import ModelConfig, RouterConfig, nearest, require
-from dials_jax.models import dream, groups, llada, qwen2, transformer
+from dials_jax.models import dream, groups, llada, mdlm, qwen2, transformer
 from dials_jax.models.groups import Layout
 from dials_jax.models.model import Model
 from dials_jax.skipping.policies import Routed
@@ -20,8 +20,10 @@ MODELS = {
     "llada_8b": llada.llada_8b,
     "dream_7b": dream.dream_7b,
     "qwen2_5_7b": qwen2.qwen2_5_7b,
-    # The same family on a laptop, to try a benchmark out.
+    "mdlm": mdlm.mdlm,
+    # The same families on a laptop, to try a benchmark out.
     "tiny": partial(llada.small, 8, 64, 512, mask_id=511, eos_id=1, pad_id=0),
+    "tiny_mdlm": partial(mdlm.small, 4, 64, 512, mask_id=511, eos_id=1, pad_id=0),
 }
 
 
@@ -37,6 +39,7 @@ def make_model(cfg: ModelConfig, layout: Layout = "auto", seed: int = 0) -> Mode
     mesh, key, part = sharding.make_mesh(), jax.random.key(seed), transformer.parts(cfg)
     makers = {
         "embed": part.embed, "layers": part.block, "final_norm": part.final_norm, "head": part.head,
+        "time": part.time,
     }  # fmt: skip
     made = {}
 

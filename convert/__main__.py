@@ -5,38 +5,63 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 
-from convert.hugging_face import MODEL_TYPES, convert
-from dials_jax.config import InputError
+from convert import lightning
+from convert.hugging_face import MODEL_TYPES, convert, write
+from dials_jax.config import InputError, ModelConfig
 from dials_jax.models.checkpoint import DTYPES
 
 DESCRIPTION = """Convert a Hugging Face folder (config.json and safetensors) to a dials_jax model
 folder, which loads sharded and checked. Needs neither PyTorch nor a GPU; one layer at a time is in
-memory."""
+memory. A Lightning checkpoint of MDLM (*.ckpt) needs PyTorch and --allow-pickle."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, or 2 after one line that says what is wrong with the input."""
     parser = argparse.ArgumentParser(prog="python -m convert", description=DESCRIPTION)
-    parser.add_argument("source", metavar="SRC", help="folder with config.json and *.safetensors")
+    parser.add_argument(
+        "source", metavar="SRC", help="folder with config.json and *.safetensors, or a .ckpt"
+    )
     parser.add_argument("target", metavar="DST", help="folder to write; it must not exist")
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
         help="of the written weights; default: bfloat16 if all of SRC is, otherwise float32",
     )
+    parser.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        help="read a .ckpt, which is a pickle; only its weights are unpickled, no code is run",
+    )
+    parser.add_argument(
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="of a .ckpt: the averaged weights, or those of the last step",
+    )
     parser.epilog = f"Known model types: {', '.join(MODEL_TYPES)}."
     options = parser.parse_args(arguments)
     jax.config.update("jax_platforms", "cpu")  # leave the GPU's memory to others
     try:
-        cfg = convert(options.source, options.target, options.dtype)
+        cfg = run(options)
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{options.target}: {cfg.model_type}, {cfg.num_layers} layers, {cfg.dtype}")
     return 0
+
+
+def run(options: argparse.Namespace) -> ModelConfig:
+    source = Path(options.source).expanduser()
+    if source.suffix != lightning.SUFFIX:
+        return convert(source, options.target, options.dtype)
+    opened = lightning.open_checkpoint(
+        source, options.dtype, allow_pickle=options.allow_pickle, ema=options.ema
+    )
+    return write(options.target, *opened, source.parent)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -69,6 +70,29 @@ def fill(
         f"{min(unused, default='')!r} first",
     )
     return params
+
+
+def split(
+    tensors: dict[str, np.ndarray], module: str, parts: tuple[str, ...], axis: int
+) -> dict[str, np.ndarray]:
+    """Tensors that hold several projections, cut into equal parts: `x.weight` to `x.q.weight`.
+
+    Args:
+      module: a pattern of the names that are cut, without `.weight` or `.bias`.
+    """
+    out = {}
+    for name, x in tensors.items():
+        stem, _, kind = name.rpartition(".")
+        if re.fullmatch(module, stem) is None:
+            out[name] = x
+            continue
+        require(
+            x.shape[axis] % len(parts) == 0,
+            f"{name} has shape {x.shape}, which does not divide into {', '.join(parts)}",
+        )
+        pieces = np.split(x, len(parts), axis)
+        out |= {f"{stem}.{part}.{kind}": y for part, y in zip(parts, pieces, strict=True)}
+    return out
 
 
 def _view(key: str, tensor: np.ndarray, shape: tuple[int, ...], inputs: int | None) -> np.ndarray:

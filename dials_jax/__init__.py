@@ -15,14 +15,17 @@ from dials_jax.data.tokenizer import load_tokenizer
 from dials_jax.evaluation.likelihood import estimate_log_likelihood, log_likelihood
 from dials_jax.loading import load
 from dials_jax.models.model import Model
+from dials_jax.sampling.ancestral import Ancestral
 from dials_jax.sampling.autoregressive import Autoregressive
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.dream import Dream
 from dials_jax.sampling.generate import generate
+from dials_jax.sampling.schedule import Schedule
 from dials_jax.skipping.policies import Random, Routed, Static
 from dials_jax.skipping.storage import load_router
 
 __all__ = [
+    "Ancestral",
     "Autoregressive",
     "Confidence",
     "Dream",
@@ -35,6 +38,7 @@ __all__ = [
     "Random",
     "Routed",
     "RouterConfig",
+    "Schedule",
     "Static",
     "estimate_log_likelihood",
     "generate",

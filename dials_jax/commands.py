@@ -10,7 +10,8 @@ import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, get_args
 
 import jax
 
@@ -20,7 +21,12 @@ from dials_jax.config import InputError, nearest, require
 C = TypeVar("C")
 
 
-def parse(config_class: type[C], description: str, argv: list[str] | None = None) -> tuple[C, Path]:
+def parse(
+    config_class: type[C] | UnionType,
+    description: str,
+    argv: list[str] | None = None,
+    needs_workdir: bool = True,
+) -> tuple[C, Path]:
     """Reads `--config FILE --workdir DIR [--some.field value]`.
 
     FILE is Python with a function `get_config()`; every field of what it returns is an option,
@@ -50,13 +56,16 @@ def parse(config_class: type[C], description: str, argv: list[str] | None = None
         parser.print_help()
         raise SystemExit(0)
     config = override(load_config(known.config, config_class), rest, description)
-    require(known.workdir is not None, "--workdir DIR is missing; say where results go")
+    require(
+        known.workdir is not None or not needs_workdir,
+        "--workdir DIR is missing; say where results go",
+    )
     if known.distributed:
         jax.distributed.initialize()
-    return config, Path(known.workdir)
+    return config, Path(known.workdir or ".")
 
 
-def load_config(path: str, config_class: type[C]) -> C:
+def load_config(path: str, config_class: type[C] | UnionType) -> C:
     """Runs a configuration file and returns what its `get_config()` returns."""
     require(
         Path(path).is_file(), f"configuration {path} is missing; configs/ lists those there are"
@@ -68,16 +77,17 @@ def load_config(path: str, config_class: type[C]) -> C:
     except TypeError as error:
         _require_known_fields(path, error)
         raise
+    taken = " or ".join(c.__name__ for c in get_args(config_class) or (config_class,))
     require(
         isinstance(config, config_class),
-        f"configuration {path} is a {type(config).__name__}, but this command takes a "
-        f"{config_class.__name__}; use the other command",
+        f"configuration {path} is a {type(config).__name__}, but this command takes a {taken}; "
+        "use the other command",
     )
     return config
 
 
 def _require_known_fields(path: str, error: TypeError) -> None:
-    """Explains a field that a dataclass of `config.py` does not have, or misses."""
+    """Explains a field that a dataclass of `dials_jax.config` does not have, or misses."""
     match = re.match(r"(\w+)\.__init__\(\) (?:.*unexpected.*'(\w+)'|missing)", str(error))
     config_class = match and getattr(dials_jax.config, match[1], None)
     if config_class:

@@ -28,6 +28,10 @@ BATCH_AXES = ("data", "fsdp")
 # which is never split.
 RULES: tuple[tuple[str, P], ...] = (
     (r"embed/table", P("tensor", "fsdp")),
+    (r"embed/positions", P(None, None)),
+    (r"time/(up|down)(_bias)?", P()),
+    (r"(layers/.*|final_norm/)modulation/kernel", P("fsdp", None, None)),
+    (r"(layers/.*|final_norm/)modulation/(bias|constant)", P(None, None)),
     (r"layers/.*attention/(qkv|[qkv])", P("fsdp", "tensor", None)),
     (r"layers/.*attention/(qkv|[qkv])_bias", P("tensor", None)),
     (r"layers/.*attention/o", P("tensor", None, "fsdp")),
@@ -35,8 +39,8 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"layers/.*mlp/(gate|up|gate_up)_bias", P("tensor")),
     (r"layers/.*mlp/down", P("tensor", "fsdp")),
     (r"layers/.*(attention/o|mlp/down)_bias", P(None)),
-    (r"(layers/.*)?\w*norm/scale", P(None)),
-    (r"head/kernel", P("fsdp", "tensor")),
+    (r"(layers/.*)?\w*norm/(scale|bias)", P(None)),
+    (r"head/(kernel|padded)", P("fsdp", "tensor")),
     (r"head/bias", P("tensor")),
     (r"routers/norm/scale", P(None)),
     (r"routers/(down|vote)(_bias)?", P()),

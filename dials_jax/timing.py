@@ -24,7 +24,7 @@ class Timed:
         self.compile_seconds = 0.0
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, float]:
-        program = self._program(args, kwargs)
+        program = self.program(*args, **kwargs)
         dynamic = {k: v for k, v in kwargs.items() if k not in self._static}
         jax.block_until_ready((args, dynamic))
         start = time.perf_counter()
@@ -35,7 +35,11 @@ class Timed:
     def num_programs(self) -> int:
         return len(self._programs)
 
-    def _program(self, args: tuple, kwargs: dict) -> Any:
+    def program(self, *args: Any, **kwargs: Any) -> Callable[..., Any]:
+        """The compiled program for such arguments: it takes those that are not static.
+
+        Called by itself, it returns at once, and several run one after another without a wait.
+        """
         static = tuple(kwargs.get(k) for k in self._static)
         leaves, structure = jax.tree.flatten((args, {**kwargs, **dict.fromkeys(self._static)}))
         shapes = tuple(

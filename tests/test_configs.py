@@ -10,13 +10,15 @@ import pytest
 
 from dials_jax import sharding, trees
 from dials_jax.commands import parse
-from dials_jax.config import EvalConfig, RouterConfig, TrainConfig
+from dials_jax.config import EvalConfig, RouterConfig, ScheduleStudy, StudyConfig, TrainConfig
+from dials_jax.evaluation.sampled import check_schedules
 from dials_jax.models import llada, transformer
+from dials_jax.sampling.schedule import Schedule
 from dials_jax.skipping.router import init_routers
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "configs").rglob("*.py"))
-COMMANDS = {"train.py": TrainConfig, "eval.py": EvalConfig}
+COMMANDS = {"train.py": TrainConfig, "eval.py": EvalConfig | StudyConfig}
 
 
 def command_of(file):
@@ -42,6 +44,10 @@ def test_the_model_builds_with_a_place_for_every_parameter(file):
     config = runpy.run_path(str(ROOT / file))["get_config"]()
     if isinstance(config, EvalConfig):
         assert config.tasks
+        return
+    if isinstance(config, StudyConfig):
+        if isinstance(config, ScheduleStudy):
+            check_schedules(config, [Schedule.parse(text) for text in config.schedules])
         return
     cfg = config.model or llada.llada_8b()
     key = jax.random.key(0)

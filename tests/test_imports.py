@@ -21,7 +21,8 @@ LEVELS = (
 )
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}
 OPTIONAL = {
-    "matplotlib", "scipy", "tensorboardX", "tokenizers", "torch", "tqdm", "transformers", "tyro",
+    "array_record", "datasets", "grain", "matplotlib", "scipy", "tensorboardX",
+    "tensorflow_datasets", "tokenizers", "torch", "tqdm", "transformers", "tyro",
 }  # fmt: skip
 MODULES = sorted((ROOT / "dials_jax").rglob("*.py"))
 

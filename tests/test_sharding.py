@@ -8,14 +8,21 @@ from jax.sharding import PartitionSpec as P
 
 from dials_jax import sharding, trees
 from dials_jax.config import InputError, MeshConfig
-from dials_jax.models import transformer
+from dials_jax.models import gpt2, mdlm, transformer
 from tests.conftest import random_routers, small_config
 
 MESH = AbstractMesh((2, 4, 2), sharding.AXES)  # sizes without devices
 
 
-def named_parameters(unrolled=False):
-    cfg = small_config(bias=True, qkv_bias=True)
+CONFIGS = {
+    "llada": small_config(bias=True, qkv_bias=True),
+    "mdlm": mdlm.small(2, 32, 64, 63, 1, 0),
+    "gpt2": gpt2.small(2, 32, 64, 1, 0),
+}
+
+
+def named_parameters(family="llada", unrolled=False):
+    cfg = CONFIGS[family]
     params = transformer.init(cfg, jax.random.key(0))
     if unrolled:
         params = {**params, "layers": trees.unstack(params["layers"])}
@@ -25,16 +32,18 @@ def named_parameters(unrolled=False):
 @pytest.mark.parametrize("unrolled", [False, True])
 def test_every_parameter_matches_exactly_one_rule(unrolled):
     used = set()
-    for name, _ in named_parameters(unrolled):
-        matches = [pattern for pattern, _ in sharding.RULES if re.fullmatch(pattern, name)]
-        assert len(matches) == 1, name
-        used.update(matches)
+    for family in CONFIGS:
+        for name, _ in named_parameters(family, unrolled):
+            matches = [pattern for pattern, _ in sharding.RULES if re.fullmatch(pattern, name)]
+            assert len(matches) == 1, name
+            used.update(matches)
     assert used == {pattern for pattern, _ in sharding.RULES}  # no rule is dead
 
 
-def test_layouts_are_split_alike():
-    stacked = dict(named_parameters())
-    for name, x in named_parameters(unrolled=True):
+@pytest.mark.parametrize("family", CONFIGS)
+def test_layouts_are_split_alike(family):
+    stacked = dict(named_parameters(family))
+    for name, x in named_parameters(family, unrolled=True):
         if name.startswith("layers/"):
             whole = "layers/" + name.split("/", 2)[2]
             spec = sharding.partition_spec(whole, stacked[whole].shape, MESH)

@@ -72,7 +72,7 @@ class Line:
 
 
 @contextlib.contextmanager
-def _figure(path: str | Path, width: float, height: float) -> Iterator[Figure]:
+def figure_at(path: str | Path, width: float, height: float) -> Iterator[Figure]:
     """A figure of `width` x `height` inches, written to `path` on leaving."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -84,7 +84,7 @@ def _figure(path: str | Path, width: float, height: float) -> Iterator[Figure]:
         figure.savefig(path, dpi=150)  # Agg, as for every PNG
 
 
-def _blues(count: int) -> list:
+def shades(count: int) -> list:
     """`count` blues from light to dark; a single one is the colour of the routed policy."""
     from matplotlib import colormaps
 
@@ -101,7 +101,7 @@ def tradeoff_curve(panels: Sequence[Panel], path: str | Path) -> Path:
     require(len(panels) > 0, "tradeoff_curve: no panels; give at least one task")
     columns = min(2, len(panels))
     rows = math.ceil(len(panels) / columns)
-    with _figure(path, 4.4 * columns + 0.6, 3.5 * rows + 0.5) as figure:
+    with figure_at(path, 4.4 * columns + 0.6, 3.5 * rows + 0.5) as figure:
         figure.get_layout_engine().set(hspace=0.08, wspace=0.06)
         axes = figure.subplots(rows, columns, squeeze=False).ravel()
         for ax, panel in zip(axes, panels, strict=False):
@@ -187,7 +187,7 @@ def execution_heatmap(
     num_policies, num_layers = values.shape
     written = num_layers <= 16 and values.size <= 200
     width = max(5.0, 2.0 + (0.5 if written else 0.3) * num_layers)
-    with _figure(path, width, 1.4 + 0.32 * num_policies) as figure:
+    with figure_at(path, width, 1.4 + 0.32 * num_policies) as figure:
         ax = figure.subplots()
         image = ax.pcolormesh(values, cmap="Blues", vmin=0, vmax=1, edgecolors="white", linewidth=1)
         if written:
@@ -232,7 +232,7 @@ def executed_by_mask_ratio(lines: Sequence[Line], path: str | Path, title: str =
     routed = [line for line in lines if line.kind == "routed"]
     # Static goes on top, in dashes: at equal k it coincides with random.
     references = [line for kind in ("random", "static") for line in lines if line.kind == kind]
-    with _figure(path, 6.6, 3.8) as figure:
+    with figure_at(path, 6.6, 3.8) as figure:
         ax = figure.subplots()
         for line in references:
             ax.plot(
@@ -243,7 +243,7 @@ def executed_by_mask_ratio(lines: Sequence[Line], path: str | Path, title: str =
                 linewidth=1.2,
                 label=line.kind,
             )
-        for line, color in zip(routed, _blues(len(routed)), strict=True):
+        for line, color in zip(routed, shades(len(routed)), strict=True):
             ax.plot(
                 _bin_centres(line),
                 line.shares,
@@ -304,7 +304,7 @@ def training_curves(metrics: str | Path | Sequence[str | Path], path: str | Path
     panels = [("loss", "loss")]
     if any("skip_rate" in record for records in runs.values() for record in records):
         panels.append(("skip_rate", "skip rate"))
-    with _figure(path, 5.4 * len(panels), 3.6) as figure:
+    with figure_at(path, 5.4 * len(panels), 3.6) as figure:
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
         for ax, (name, ylabel) in zip(axes, panels, strict=True):
             _training_panel(ax, runs, name)
@@ -316,7 +316,7 @@ def training_curves(metrics: str | Path | Sequence[str | Path], path: str | Path
 
 def _training_panel(ax: Axes, runs: Mapping[Path, list[dict]], name: str) -> None:
     raw = []
-    for (file, records), color in zip(runs.items(), _blues(len(runs)), strict=True):
+    for (file, records), color in zip(runs.items(), shades(len(runs)), strict=True):
         points = [(r["step"], r[name]) for r in records if math.isfinite(r.get(name, math.nan))]
         if points:
             steps, values = np.array(points, dtype=float).T

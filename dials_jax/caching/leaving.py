@@ -68,7 +68,7 @@ class EarlyPasses:
         self.plan, self.net, self.blocks = plan, net, blocks
 
     def start(self) -> Memory:
-        cfg, (rows, length) = self.net.cfg, self.net.rows.angles.shape[:2]
+        cfg, (rows, length) = self.net.cfg, (self.net.num_rows, self.net.length)
         shape = {"hidden": (cfg.d_model,), "query": (cfg.num_heads, cfg.head_dim)}
         # Old keys and values are in the cache anyway.
         seen = jnp.zeros((rows, length, *shape.get(self.plan.indicator, (0,))), cfg.dtype)
@@ -247,7 +247,9 @@ class EarlyPasses:
         if self.plan.alpha < 1:
             bonus = jnp.where(gather(memory.revealed, index), 3.0, bonus)
         window, confidence = net.window(index, active), gather(memory.confidence, index)
-        return Going(net.embed(tokens), window, net.masked(tokens, index), confidence, bonus)
+        return Going(
+            net.embed(tokens, window), window, net.masked(tokens, index), confidence, bonus
+        )
 
     def within(
         self,

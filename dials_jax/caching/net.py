@@ -47,11 +47,11 @@ class Net:
 
     @property
     def length(self) -> int:
-        return self.rows.angles.shape[1]
+        return self.rows.slots.index.shape[1]
 
     @property
     def num_rows(self) -> int:
-        return self.rows.angles.shape[0]
+        return self.rows.slots.index.shape[0]
 
     def view(self, tokens: Int[Array, "B T"]) -> Int[Array, "R T"]:
         """What the model sees of the canvases."""
@@ -65,10 +65,11 @@ class Net:
 
     def window(self, index: Int[Array, "R T"], active: Bool[Array, "R T"] | None = None) -> Rows:
         """The rows of the tokens at `index`."""
-        return Rows(gather(self.rows.angles, index), self.rows.valid, Slots(index, active))
+        angles = gather(self.rows.angles, index)
+        return self.rows._replace(angles=angles, slots=Slots(index, active))
 
-    def embed(self, tokens: Int[Array, "R T"]) -> Array:
-        return transformer.parts(self.cfg).embed(self.params["embed"], tokens)
+    def embed(self, tokens: Int[Array, "R T"], window: Rows) -> Array:
+        return transformer.embed(self.cfg, self.params, tokens, window)
 
     def masked(self, tokens: Int[Array, "R T"], index: Int[Array, "R T"]) -> Bool[Array, "R T"]:
         """Where a token is [MASK] and not padding."""
@@ -129,9 +130,10 @@ class Net:
         """Runs all layers on the canvas's tokens from `start` on."""
         index = self.range(start, size)
         seen = jnp.take_along_axis(self.view(tokens), index, axis=1)
+        window = self.window(index, active)
         return self.run(
-            self.embed(seen),
-            self.window(index, active),
+            self.embed(seen, window),
+            window,
             self.masked(seen, index),
             step,
             memory,
@@ -143,7 +145,7 @@ class Net:
     def empty(self, span: tuple[int, int] | None = None) -> Any:
         """A memory of zeros for the layers of `span`, laid out as they are."""
         cfg, (first, last) = self.cfg, span or (0, self.cfg.num_layers)
-        shape = (*self.rows.angles.shape[:2], cfg.num_kv_heads, cfg.head_dim)
+        shape = (self.num_rows, self.length, cfg.num_kv_heads, cfg.head_dim)
 
         def kv(*lead: int) -> KV:
             return KV(*(jnp.zeros((*lead, *shape), cfg.dtype) for _ in KV._fields))

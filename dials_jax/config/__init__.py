@@ -14,23 +14,38 @@ from dials_jax.config.base import (
     to_dict,
     write_json,
 )
-from dials_jax.config.data import ArithmeticData, Data, TaskData, TextData
+from dials_jax.config.data import ArithmeticData, CorpusData, Data, TaskData, TextData
 from dials_jax.config.evaluation import EvalConfig, EvalTask
 from dials_jax.config.model import DTYPES, MeshConfig, ModelConfig, RouterConfig
+from dials_jax.config.study import (
+    ImportanceStudy,
+    ProposeStudy,
+    SamplingStudy,
+    ScheduleStudy,
+    SearchStudy,
+    StudyConfig,
+)
 from dials_jax.config.training import ObjectiveConfig, OptimizerConfig, TrainConfig
 
 __all__ = [
     "DTYPES",
     "ArithmeticData",
+    "CorpusData",
     "Data",
     "EvalConfig",
     "EvalTask",
+    "ImportanceStudy",
     "InputError",
     "MeshConfig",
     "ModelConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
+    "ProposeStudy",
     "RouterConfig",
+    "SamplingStudy",
+    "ScheduleStudy",
+    "SearchStudy",
+    "StudyConfig",
     "TaskData",
     "TextData",
     "TrainConfig",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from dials_jax.config.base import require
+
 
 @dataclass(frozen=True, kw_only=True)
 class TextData:
@@ -17,6 +19,39 @@ class TextData:
     prompt_length: int = 0  # tokens at the front that are never masked
     random_length_prob: float = 0.01  # rows cut to U{1..length}, as LLaDA does (appendix B.1)
     cache: str = ".cache/dials_jax"  # packed tokens are kept here
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusData:
+    """A large corpus that `prepare.py` once turns into rows of `length` tokens, kept in `folder`.
+
+    It comes from a Hugging Face data set or from files. Training reads `folder` only.
+    """
+
+    kind: Literal["corpus"] = "corpus"
+    folder: str  # the rows, for all hosts of a pod
+    dataset: str = ""  # name or folder for `datasets.load_dataset`: "Skylion007/openwebtext"
+    dataset_config: str = ""
+    dataset_split: str = "train"
+    paths: tuple[str, ...] = ()  # or .txt, .jsonl, .jsonl.gz, .jsonl.xz files, or folders of them
+    text_field: str = "text"
+    skip_bad_files: bool = False  # leave out files that cannot be read, instead of stopping
+    tokenizer: str = ""  # as in TextData; training takes the one in `folder` where this is empty
+    length: int = 1024
+    packing: Literal["mdlm", "stream"] = "mdlm"  # see dials_jax/data/packing.py
+    num_validation: int = 100_000  # so many last documents are the split "validation"
+    split: Literal["train", "validation"] = "train"  # what is read
+    reader: Literal["auto", "grain", "numpy"] = "auto"  # the same rows in the same order
+    prompt_length: int = 0  # tokens at the front that are never masked
+    random_length_prob: float = 0.0  # as in TextData
+
+    def __post_init__(self):
+        require(self.length > 2, f"length={self.length} must be more than 2 tokens")
+        require(
+            0 <= self.prompt_length < self.length,
+            f"prompt_length={self.prompt_length} must lie in [0, length={self.length})",
+        )
+        require(self.num_validation >= 0, f"num_validation={self.num_validation} is negative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,4 +80,4 @@ class ArithmeticData:
     split_seed: int = 0  # decides which items are held out
 
 
-Data = TextData | TaskData | ArithmeticData
+Data = TextData | CorpusData | TaskData | ArithmeticData

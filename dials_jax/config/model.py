@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from dials_jax.config.base import require, require_positive
 
 DTYPES = ("bfloat16", "float16", "float32")
+NORMS = ("rms", "layer")
+MLPS = ("swiglu", "gelu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,12 +22,19 @@ class ModelConfig:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    d_ff: int  # width of the SwiGLU
+    d_ff: int  # hidden width of the MLP
     max_length: int  # positions the model was trained for
-    rope_theta: float
+    rope_theta: float | None  # base of the rotary angles; None: learned positions, embedded
     norm_eps: float
     qkv_bias: bool = False  # biases on the query, key and value projections
-    bias: bool = False  # biases on every other projection, the head included
+    bias: bool = False  # biases on the MLP's products, and on the two that follow
+    o_bias: bool | None = None  # a bias on the projection out of attention; None: as `bias`
+    head_bias: bool | None = None  # a bias on the head; None: as `bias`
+    norm: str = "rms"  # or "layer"
+    norm_bias: bool = False  # a bias in every layer norm
+    mlp: str = "swiglu"  # or "gelu": its tanh approximation, without a gate
+    cond_dim: int = 0  # width of the vector that modulates the layers (adaLN); 0: nothing does
+    time_conditioning: bool = False  # it depends on the time t; otherwise it is a learned constant
     causal: bool = False  # a token sees itself and what is to its left only
     shift: bool = False  # the head's row i predicts token i + 1 (Dream); `apply` undoes it
     mask_id: int | None  # id of [MASK]; None for a causal model that has none
@@ -36,13 +45,28 @@ class ModelConfig:
 
     def __post_init__(self):
         sizes = ("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim")
-        require_positive(self, *sizes, "d_ff", "max_length", "rope_theta", "norm_eps")
+        rotary = () if self.rope_theta is None else ("rope_theta",)
+        require_positive(self, *sizes, "d_ff", "max_length", "norm_eps", *rotary)
         require(
             self.num_heads % self.num_kv_heads == 0,
             f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}",
         )
-        require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even for rotary halves")
-        require(self.dtype in DTYPES, f"dtype={self.dtype!r} must be one of {', '.join(DTYPES)}")
+        require(
+            not rotary or self.head_dim % 2 == 0,
+            f"head_dim={self.head_dim} must be even for rotary halves",
+        )
+        for name, valid in {"dtype": DTYPES, "norm": NORMS, "mlp": MLPS}.items():
+            value = getattr(self, name)
+            require(value in valid, f"{name}={value!r} must be one of {', '.join(valid)}")
+        require(self.cond_dim >= 0, f"cond_dim={self.cond_dim} must not be negative")
+        require(
+            self.norm == "layer" or not (self.norm_bias or self.cond_dim),
+            "norm_bias and cond_dim are for layer norms; set norm='layer'",
+        )
+        require(
+            self.cond_dim > 0 or not self.time_conditioning,
+            "time_conditioning=True needs the width of the conditioning; set cond_dim",
+        )
         for name in ("mask_id", "eos_id", "pad_id", "eot_id"):
             value = getattr(self, name)
             require(

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
-from dials_jax.config.base import require, require_positive
+from dials_jax.config.base import nearest, require, require_positive
 from dials_jax.config.data import Data
 from dials_jax.config.model import MeshConfig, ModelConfig, RouterConfig
+
+RateSchedule = Literal["cosine", "constant"]
+Objective = Literal["llada", "mdlm", "causal"]
+
+
+def _require_one_of(name: str, value: str, valid: tuple[str, ...]) -> None:
+    require(value in valid, f"{name}={value!r} is not known{nearest(value, valid)}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up, then half a cosine to `final_scale` (DIALS, appendix A.1)."""
+    """AdamW with a linear warm-up.
+
+    After it the rate falls by half a cosine to `final_scale` (DIALS, appendix A.1), or it stays
+    ("constant": MDLM).
+    """
 
     learning_rate: float = 5e-5
     b1: float = 0.9
@@ -19,7 +31,9 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.02
     clip_norm: float = 1.0
-    final_scale: float = 0.0
+    schedule: RateSchedule = "cosine"
+    final_scale: float = 0.0  # cosine only: last rate / learning_rate
+    ema: float | None = None  # decay of a moving average, which then is the model that comes out
     num_steps: int | None = None  # give steps or epochs, not both
     num_epochs: float | None = None
     warmup_steps: int | None = None
@@ -32,27 +46,43 @@ class OptimizerConfig:
                 sum(given) == 1,
                 f"optimizer: give exactly one of {unit}_steps and {unit}_epochs",
             )
+        _require_one_of("optimizer.schedule", self.schedule, get_args(RateSchedule))
+        require(
+            self.ema is None or 0 < self.ema < 1,
+            f"optimizer: ema={self.ema} must lie between 0 and 1, or be None",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """What a training step minimises."""
+    """What a training step minimises.
 
+    - llada: mask ratios drawn for each row by itself; cross-entropy / ratio / answer length.
+    - mdlm: times spread evenly over the batch, [MASK] never predicted (SUBS); else the same.
+    - causal: cross-entropy of the next token, for causal models.
+    """
+
+    kind: Objective = "llada"
     min_ratio: float = 1e-3  # mask ratios are uniform between this and 1
     skip_weight: float = 1.0  # lambda (DIALS, equation 10); routers only
     target_skip_rate: float = 0.5  # alpha_target
     scale_skip_by_mask_ratio: bool = True  # False: the unscaled ablation of DIALS, figure 4
 
     def __post_init__(self):
+        _require_one_of("objective.kind", self.kind, get_args(Objective))
         require(0 < self.min_ratio <= 1, f"min_ratio={self.min_ratio} must lie in (0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One training run: `backbone` empty trains a model, otherwise routers for that backbone."""
+    """One training run: `backbone` empty trains a model, otherwise routers for that backbone.
+
+    The exported model is the moving average of the weights if `optimizer.ema` keeps one.
+    """
 
     backbone: str = ""  # a checkpoint or Hugging Face folder; it stays frozen
-    model: ModelConfig | None = None  # the model to train from scratch
+    model: ModelConfig | None = None  # the model to train
+    init_from: str = ""  # a model folder whose weights it starts from; empty: random weights
     router: RouterConfig = RouterConfig()
     data: Data
     optimizer: OptimizerConfig
@@ -61,15 +91,25 @@ class TrainConfig:
     batch_size: int = 64  # rows a step over all devices and microbatches
     num_microbatches: int = 1
     remat: bool = False  # recompute blocks in the backward pass: less memory, a third more work
+    unrolled: bool = False  # own arrays for each layer: faster steps, slower to compile
     seed: int = 0
     log_every: int = 10
     save_every: int = 1000
     keep_checkpoints: int = 2
+    max_minutes: float | None = None  # stop cleanly after so long, compilation apart
 
     def __post_init__(self):
         require(
             bool(self.backbone) != (self.model is not None),
             "give either backbone= (train routers on it) or model= (train from scratch)",
+        )
+        require(
+            not (self.backbone and self.init_from),
+            "init_from= is for training a model; routers start from scratch on their backbone",
+        )
+        require(
+            self.max_minutes is None or self.max_minutes > 0,
+            f"max_minutes={self.max_minutes} must be positive, or None",
         )
         require_positive(self, "batch_size", "num_microbatches", "log_every", "save_every")
         require_positive(self, "keep_checkpoints")

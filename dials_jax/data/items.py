@@ -14,6 +14,7 @@ from jaxtyping import Bool, Int
 
 from dials_jax.config import (
     ArithmeticData,
+    CorpusData,
     EvalTask,
     InputError,
     ModelConfig,
@@ -22,6 +23,7 @@ from dials_jax.config import (
     require,
 )
 from dials_jax.data.arithmetic import ArithmeticTask
+from dials_jax.data.corpus import load_corpus
 from dials_jax.data.records import located, lookup, read_records
 from dials_jax.data.tasks import fill, fits, require_unmasked, warn_dropped
 from dials_jax.data.text import pack_text
@@ -64,8 +66,9 @@ def load_items(
     if isinstance(task.data, ArithmeticData):
         tokenizer = ArithmeticTask(task.data).tokenizer
     require(tokenizer is not None, f"task {task.name!r} needs the model's tokenizer; pass it")
+    model_config.require_mask()
     check_tokenizer(tokenizer, model_config)
-    if isinstance(task.data, TextData):
+    if isinstance(task.data, TextData | CorpusData):
         return _text_items(task, task.data, tokenizer, model_config)
     cfg, records = _records(task)
     items, num_dropped = [], 0
@@ -159,7 +162,10 @@ def _label(task: EvalTask, record: dict[str, Any], num_choices: int) -> int:
 
 
 def _text_items(
-    task: EvalTask, cfg: TextData, tokenizer: Tokenizer, model_config: ModelConfig
+    task: EvalTask,
+    cfg: TextData | CorpusData,
+    tokenizer: Tokenizer,
+    model_config: ModelConfig,
 ) -> list[Item]:
     """Rows packed as in training, the first tokens being the prompt."""
     require(
@@ -172,9 +178,12 @@ def _text_items(
         f"task {task.name!r}: prompt_length={cfg.prompt_length} must lie between 0 and "
         f"length={cfg.length}",
     )
-    data = pack_text(cfg, model_config.eos_id, model_config.mask_id, tokenizer)
+    if isinstance(cfg, CorpusData):
+        data = load_corpus(cfg, model_config.eos_id, tokenizer)
+    else:
+        data = pack_text(cfg, model_config.eos_id, model_config.mask_id, tokenizer)
     count = data.num_rows if task.limit is None else min(task.limit, data.num_rows)
-    rows = data.tokens[:count].tolist()
+    rows = data.tokens[np.arange(count)].tolist()
     require(bool(rows), f"task {task.name!r} has no items; raise limit")
     start = cfg.prompt_length
     return [make_item(row[:start], [row[start:]]) for row in rows]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import lzma
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,10 @@ from typing import Any
 from dials_jax.config import InputError, nearest, require
 
 TEXT = (".txt",)
-JSON_LINES = (".jsonl", ".jsonl.xz")
+JSON_LINES = (".jsonl", ".jsonl.xz", ".jsonl.gz")
+_OPEN = {".xz": lzma.open, ".gz": gzip.open}
+# What a truncated or damaged archive raises, or a file that the disk does not give.
+_BROKEN = (EOFError, OSError, lzma.LZMAError, zlib.error)
 
 
 @contextlib.contextmanager
@@ -42,15 +47,14 @@ def expand_paths(paths: Iterable[str], suffixes: tuple[str, ...] = JSON_LINES) -
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields (line number from 1, record) from a .jsonl or .jsonl.xz file; skips blank lines.
+    """Yields (line number from 1, record) from a .jsonl file, compressed or not; skips blank lines.
 
     Raises: InputError, "path:line: ...", at the first line that is not one JSON object.
     """
     path, line_number = Path(path), 0
     require(path.is_file(), f"{path} is missing")
-    opened = lzma.open(path, "rb") if path.suffix == ".xz" else path.open("rb")
     try:
-        with opened as file:
+        with _OPEN.get(path.suffix, open)(path, "rb") as file:
             for line_number, line in enumerate(file, start=1):
                 if line.strip():
                     record = json.loads(line)
@@ -58,11 +62,42 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     yield line_number, record
     # InputError and JSONDecodeError are ValueErrors too, but the consumer's own errors never
     # arrive here: a generator sees only what its own body raises.
-    except (ValueError, EOFError, lzma.LZMAError) as error:
+    except (ValueError, *_BROKEN) as error:
         # A broken archive fails before it hands out the line that follows.
-        broken = line_number + isinstance(error, EOFError | lzma.LZMAError)
+        broken = line_number + isinstance(error, _BROKEN)
         reason = getattr(error, "msg", error)  # without JSON's own "line 1 column 8"
         raise InputError(f"{path}:{broken}: {reason}; mend or delete the line") from error
+
+
+def read_documents(path: Path, field: str = "text") -> Iterator[tuple[str, str]]:
+    """Yields (where, text): a .txt file is one document, a line of JSON its `field`.
+
+    Raises: InputError for what cannot be read or has no such text.
+    """
+    if path.suffix in TEXT:
+        try:
+            yield str(path), path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path} is not UTF-8: {error}; convert or remove it") from error
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror}; mend or remove it") from error
+        return
+    for line_number, record in read_jsonl(path):
+        where = f"{path}:{line_number}"
+        with located(where):
+            text = lookup(record, field)
+            require(isinstance(text, str), f"field {field!r} is {text!r}; it must be a string")
+            # JSON can spell half of a surrogate pair, which is no character.
+            require(_is_unicode(text), f"field {field!r} is not Unicode; mend or delete the line")
+        yield where, text
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_records(paths: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:

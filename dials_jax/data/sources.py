@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dials_jax.config import ArithmeticData, Data, ModelConfig, TextData, require
+from dials_jax.config import ArithmeticData, CorpusData, Data, ModelConfig, TextData, require
 from dials_jax.data.arithmetic import ArithmeticTask
 from dials_jax.data.batches import TrainingData
+from dials_jax.data.corpus import load_corpus, read_manifest
 from dials_jax.data.tasks import load_task
 from dials_jax.data.text import pack_text
 from dials_jax.data.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
@@ -21,20 +22,31 @@ def training_data(
     Raises: InputError for data that does not fit the model.
     """
     task = ArithmeticTask(cfg) if isinstance(cfg, ArithmeticData) else cfg
+    if isinstance(task, CorpusData):
+        read_manifest(task)  # "not prepared" comes before "no tokenizer"
     if isinstance(task, ArithmeticTask):
         tokenizer = task.tokenizer
     else:
-        tokenizer = load_tokenizer(cfg.tokenizer or model_folder)
+        prepared = task.folder if isinstance(task, CorpusData) else ""
+        tokenizer = load_tokenizer(cfg.tokenizer or model_folder or prepared)
     check_tokenizer(tokenizer, model_config)
-    text = isinstance(task, TextData)
+    text = isinstance(task, TextData | CorpusData)
     length = task.length if text else task.prompt_length + task.answer_length
     require(
         length <= model_config.max_length,
         f"rows of {length} tokens do not fit the model's {model_config.max_length} positions; "
         "shorten them or raise max_length",
     )
+    return _rows(task, model_config, tokenizer), tokenizer
+
+
+def _rows(
+    task: ArithmeticTask | Data, model_config: ModelConfig, tokenizer: Tokenizer
+) -> TrainingData:
     if isinstance(task, ArithmeticTask):
-        return task.train, tokenizer
-    if text:
-        return pack_text(task, model_config.eos_id, model_config.mask_id, tokenizer), tokenizer
-    return load_task(task, model_config, tokenizer), tokenizer
+        return task.train
+    if isinstance(task, CorpusData):
+        return load_corpus(task, model_config.eos_id, tokenizer)
+    if isinstance(task, TextData):
+        return pack_text(task, model_config.eos_id, model_config.mask_id, tokenizer)
+    return load_task(task, model_config, tokenizer)

@@ -130,10 +130,10 @@ def load_task(
     )
 
 
-def require_unmasked(where: str, what: str, ids: Ids, mask_id: int) -> None:
+def require_unmasked(where: str, what: str, ids: Ids, mask_id: int | None) -> None:
     """A mask token in the data would be taken for a position to denoise."""
     require(
-        mask_id not in ids,
+        mask_id is None or mask_id not in ids,
         f"{where}: the {what} contains [MASK] (id {mask_id}); remove it from the text",
     )
 

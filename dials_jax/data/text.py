@@ -11,24 +11,36 @@ import json
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import Int, Integer
 
-from dials_jax.config import InputError, TextData, read_json, require, write_json
+from dials_jax.config import TextData, read_json, require, write_json
 from dials_jax.data.batches import Batch, Indices, Rows, generator
-from dials_jax.data.records import JSON_LINES, TEXT, expand_paths, located, lookup, read_jsonl
+from dials_jax.data.packing import encode_documents, stream_rows, token_dtype
+from dials_jax.data.records import JSON_LINES, TEXT, expand_paths, read_documents
 from dials_jax.data.tokenizer import Tokenizer, check_ids, load_tokenizer
 
 BATCH_CHARACTERS = 1_000_000  # tokenised together; bounds the memory that packing takes
+
+
+@runtime_checkable
+class RowStore(Protocol):
+    """Rows on disk: as much of an array as `PackedText` needs."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, indices: Int[np.ndarray, "B"]) -> Integer[np.ndarray, "B T"]: ...
 
 
 @dataclass(frozen=True, eq=False)
 class PackedText:
     """Rows of packed text (TrainingData). The first `prompt_length` tokens are never masked."""
 
-    tokens: np.ndarray  # [num_rows, length], memory-mapped
+    tokens: RowStore  # [num_rows, length], on disk
     fingerprint: str
     prompt_length: int
     random_length_prob: float
@@ -64,7 +76,7 @@ class PackedText:
 
 
 def pack_text(
-    cfg: TextData, eos_id: int, mask_id: int, tokenizer: Tokenizer | None = None
+    cfg: TextData, eos_id: int, mask_id: int | None, tokenizer: Tokenizer | None = None
 ) -> PackedText:
     """Packs the documents of `cfg.paths` (a .txt file is one document), or finds them packed.
 
@@ -110,23 +122,6 @@ def _fingerprint(files: list[Path], tokenizer: Tokenizer, eos_id: int, length: i
     return digest.hexdigest()[:16]
 
 
-def _documents(files: list[Path]) -> Iterator[tuple[str, str]]:
-    """Yields (where, text)."""
-    for path in files:
-        if path.suffix in TEXT:
-            try:
-                yield str(path), path.read_text(encoding="utf-8")
-            except UnicodeDecodeError as error:
-                raise InputError(f"{path} is not UTF-8: {error}; convert or remove it") from error
-            continue
-        for line_number, record in read_jsonl(path):
-            where = f"{path}:{line_number}"
-            with located(where):
-                text = lookup(record, "text")
-                require(isinstance(text, str), f"field 'text' is {text!r}; it must be a string")
-            yield where, text
-
-
 def _batched(documents: Iterator[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
     batch, size = [], 0
     for where, text in documents:
@@ -140,28 +135,30 @@ def _batched(documents: Iterator[tuple[str, str]]) -> Iterator[list[tuple[str, s
 
 
 def _tokenised(
-    files: list[Path], tokenizer: Tokenizer, eos_id: int, mask_id: int
-) -> Iterator[list[int]]:
-    """Yields the tokens of every document that has any, its EOS included."""
+    files: list[Path], tokenizer: Tokenizer, eos_id: int, mask_id: int | None
+) -> Iterator[list[list[int]]]:
+    """Yields batches of documents' tokens, each document ending with EOS."""
     from tqdm import tqdm
 
     plain = tokenizer.plain()
+    documents = chain.from_iterable(map(read_documents, files))
     # disable=None: no bar where stderr is a file.
     with tqdm(desc="tokenising", unit=" documents", disable=None) as progress:
-        for batch in _batched(_documents(files)):
-            encoded = plain.encode_batch([text for _, text in batch])
-            for (where, _), ids in zip(batch, encoded, strict=True):
-                require(mask_id not in ids, f"{where}: contains the mask token; remove it")
-                if ids:
-                    yield [*ids, eos_id]
+        for batch in _batched(documents):
+            yield encode_documents(batch, plain, eos_id, mask_id)
             progress.update(len(batch))
 
 
 def _pack(
-    files: list[Path], tokenizer: Tokenizer, eos_id: int, mask_id: int, length: int, packed: Path
+    files: list[Path],
+    tokenizer: Tokenizer,
+    eos_id: int,
+    mask_id: int | None,
+    length: int,
+    packed: Path,
 ) -> None:
     packed.parent.mkdir(parents=True, exist_ok=True)
-    dtype = np.dtype("<u2" if max(tokenizer.vocab_size, eos_id + 1) <= 2**16 else "<u4")
+    dtype = token_dtype(tokenizer.vocab_size - 1, eos_id)
     # Several processes may pack the same text at once; the last rename wins, with equal bytes.
     temporary = packed.with_name(f"{packed.stem}.{uuid.uuid4().hex}.tmp")
     try:
@@ -191,17 +188,16 @@ def _write_header(out: BinaryIO, dtype: np.dtype, shape: tuple[int, int]) -> Non
 
 
 def _write_rows(
-    out: BinaryIO, documents: Iterator[list[int]], dtype: np.dtype, length: int
+    out: BinaryIO, batches: Iterator[list[list[int]]], dtype: np.dtype, length: int
 ) -> dict[str, int]:
-    """Appends the documents' tokens in whole rows; returns the counts."""
+    """Appends the documents' tokens in whole rows; returns the counts, empty documents left out."""
     counts = {"documents": 0, "tokens": 0, "rows": 0}
-    pending: list[int] = []  # less than a row, between documents
-    for ids in documents:
-        pending += ids
-        rows = len(pending) // length
-        out.write(np.asarray(pending[: rows * length], dtype).tobytes())
-        pending = pending[rows * length :]
-        counts["documents"] += 1
-        counts["tokens"] += len(ids)
-        counts["rows"] += rows
+    rest: list[int] = []  # less than a row, between batches
+    for documents in batches:
+        rows, rest = stream_rows(documents, rest, length, dtype)
+        out.write(rows.tobytes())
+        kept = [len(ids) for ids in documents if len(ids) > 1]
+        counts["documents"] += len(kept)
+        counts["tokens"] += sum(kept)
+        counts["rows"] += len(rows)
     return counts

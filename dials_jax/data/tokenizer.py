@@ -50,6 +50,12 @@ class Tokenizer:
         """Highest id + 1, added tokens included; ids may have holes."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
+    @property
+    def num_text_ids(self) -> int:
+        """Highest id that text can be spelt with + 1."""
+        added = self.backend.get_added_tokens_decoder()
+        return 1 + max(i for i in self.backend.get_vocab().values() if i not in added)
+
     def id_to_token(self, token_id: int) -> str | None:
         return self.backend.id_to_token(token_id)
 
@@ -133,28 +139,29 @@ def character_tokenizer(characters: str) -> Tokenizer:
     return Tokenizer(backend)
 
 
-def check_ids(tokenizer: Tokenizer, mask_id: int, eos_id: int) -> None:
+def check_ids(tokenizer: Tokenizer, mask_id: int | None, eos_id: int | None) -> None:
     """Raises: InputError if the tokenizer has no such tokens, or spells text with the mask."""
     for name, token_id in (("mask_id", mask_id), ("eos_id", eos_id)):
         require(
-            tokenizer.id_to_token(token_id) is not None,
+            token_id is None or tokenizer.id_to_token(token_id) is not None,
             f"the tokenizer has no token {name}={token_id} (it has {tokenizer.vocab_size} ids); "
             "add the token to the tokenizer or correct the id in the model's config",
         )
-    require(
-        tokenizer.is_added(mask_id),
-        f"mask_id={mask_id} is the ordinary token {tokenizer.id_to_token(mask_id)!r}; "
-        "set it to the tokenizer's mask token",
-    )
+    if mask_id is not None and not tokenizer.is_added(mask_id):
+        raise InputError(
+            f"mask_id={mask_id} is the ordinary token {tokenizer.id_to_token(mask_id)!r}; "
+            "set it to the tokenizer's mask token"
+        )
 
 
 def check_tokenizer(tokenizer: Tokenizer, model_config: ModelConfig) -> None:
     """Raises: InputError if model and tokenizer do not belong together."""
-    model_config.require_mask()
     check_ids(tokenizer, model_config.mask_id, model_config.eos_id)
+    # Text is never spelt with added tokens, so a model without [MASK] needs no room for them.
+    size = tokenizer.vocab_size if model_config.mask_id is not None else tokenizer.num_text_ids
     require(
-        tokenizer.vocab_size <= model_config.vocab_size,
-        f"the tokenizer has {tokenizer.vocab_size} ids but the model only "
+        size <= model_config.vocab_size,
+        f"the tokenizer has {size} ids but the model only "
         f"vocab_size={model_config.vocab_size}; take the tokenizer that the model was trained with",
     )
 

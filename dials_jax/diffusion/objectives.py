@@ -19,41 +19,58 @@ def masked_log_probs(
     return jnp.where(masked, chosen - jax.nn.logsumexp(logits, axis=-1), 0.0)
 
 
-def diffusion_loss(
-    cross_entropy: Float[Array, "B"],
-    answer_length: Int[Array, "B"],
-    ratio: Float[Array, "B"],
-) -> Float[Array, "B"]:
-    """LLaDA's loss of a row: sum(CE) / answer_length / p, in nats a token.
+def diffusion_weights(
+    masked: Bool[Array, "B T"], answer: Bool[Array, "B T"], weight: Float[Array, "B"]
+) -> Float[Array, "B T"]:
+    """What a token's cross-entropy counts in its row's loss: weight / answer length where masked.
 
-    It bounds the negative log-likelihood a token. With the whole row as the answer this is the
-    pre-training loss, otherwise the fine-tuning loss (Nie et al. 2025, equations 3 and 5).
+    The loss bounds the negative log-likelihood a token, in nats. With the whole row as the answer
+    it is that of pre-training, otherwise that of fine-tuning (LLaDA, equations 3 and 5; MDLM,
+    equation 10, whose mean over a batch of whole rows is the mean over its tokens).
 
     Args:
-      cross_entropy: summed over the masked tokens.
-      ratio: the probability p with which tokens were masked.
+      weight: of the row, from its noise level.
     """
-    return cross_entropy / jnp.maximum(answer_length, 1) / ratio
+    return masked * (weight / answer_length(answer))[:, None]
 
 
-def dials_loss(
-    cross_entropy: Float[Array, "B"],
-    answer_length: Int[Array, "B"],
+def causal_weights(counted: Bool[Array, "B T"]) -> Float[Array, "B T"]:
+    """A row's loss is the mean over its tokens that count."""
+    return counted / answer_length(counted)[:, None]
+
+
+def answer_length(answer: Bool[Array, "B T"]) -> Int[Array, "B"]:
+    """At least 1: a row without an answer has no loss to divide."""
+    return jnp.maximum(jnp.sum(answer, axis=1), 1)
+
+
+def next_tokens(
+    tokens: Int[Array, "B T"], answer: Bool[Array, "B T"], valid: Bool[Array, "B T"] | None
+) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
+    """What a causal model predicts at each place, and where it is an answer token with a left.
+
+    Nothing predicts the first token of a row.
+    """
+    counted = answer[:, 1:] if valid is None else answer[:, 1:] & valid[:, :-1]
+    return jnp.roll(tokens, -1, axis=1), jnp.pad(counted, ((0, 0), (0, 1)))
+
+
+def skip_loss(
     num_masked: Int[Array, "B"],
     ratio: Float[Array, "B"],
     skip_rate: Float[Array, "B"],
     cfg: ObjectiveConfig,
 ) -> Float[Array, "B"]:
-    """(CE / answer_length + lambda |alpha - alpha_target|) / p (DIALS, equations 8 to 10).
+    """lambda |alpha - alpha_target| / p, what DIALS adds to a row's loss (equations 8 to 10).
 
     A row without a masked token contributes nothing: its skip loss would be weighed by up to
     1 / min_ratio although its routers saw nothing.
 
     Args:
+      ratio: the probability p with which tokens were masked.
       skip_rate: alpha, the mean over layers of the binary skip gate.
     """
-    skip_loss = cfg.skip_weight * jnp.abs(skip_rate - cfg.target_skip_rate)
+    loss = cfg.skip_weight * jnp.abs(skip_rate - cfg.target_skip_rate)
     if cfg.scale_skip_by_mask_ratio:
-        skip_loss = skip_loss / ratio
-    loss = diffusion_loss(cross_entropy, answer_length, ratio) + skip_loss
+        loss = loss / ratio
     return jnp.where(num_masked > 0, loss, 0.0)

@@ -64,6 +64,15 @@ def mean_and_stderr(scores: Sequence[int | float] | np.ndarray) -> tuple[float, 
     return mean, float(np.std(scores, ddof=1)) / math.sqrt(len(scores))
 
 
+def mean_interval(scores: Sequence[int | float] | np.ndarray) -> tuple[float, float]:
+    """Student's 95 % interval of the mean; NaN for a single score."""
+    import scipy.stats
+
+    mean, stderr = mean_and_stderr(scores)
+    half_width = float(scipy.stats.t.ppf(0.975, len(scores) - 1)) * stderr
+    return mean - half_width, mean + half_width
+
+
 def wilson_interval(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
     """Interval of a proportion. It stays within [0, 1], and is not empty at 0 or n successes.
 
@@ -176,11 +185,7 @@ def _row(run: Mapping[str, Any], full: Mapping[str, Any] | None) -> Row:
 
 def _interval(metric: str, scores: Sequence[int | float]) -> tuple[float, float]:
     """95 % interval of the mean: Wilson's for an accuracy, Student's t otherwise."""
-    import scipy.stats
-
     if metric in ACCURACIES:
         require(set(scores) <= {0, 1}, f"metric {metric!r}: scores must be 0 or 1")
         return wilson_interval(int(sum(scores)), len(scores))
-    mean, stderr = mean_and_stderr(scores)
-    half_width = float(scipy.stats.t.ppf(0.975, len(scores) - 1)) * stderr
-    return mean - half_width, mean + half_width
+    return mean_interval(scores)

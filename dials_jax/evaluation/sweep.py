@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import datetime
-import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import flax
 import jax
 
 from dials_jax import sharding, trees
@@ -27,6 +24,7 @@ from dials_jax.config import (
 from dials_jax.data.items import Item, load_items
 from dials_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dials_jax.evaluation.report import format_table, write_report
+from dials_jax.evaluation.results import environment
 from dials_jax.evaluation.scoring import check_settings, check_task, num_rows, score_task
 from dials_jax.loading import load
 from dials_jax.models.model import Model
@@ -191,7 +189,7 @@ def _start(cfg: EvalConfig, model: Model, workdir: Path) -> dict[str, Any]:
             "parameters": trees.count_parameters(model.params),
             "fingerprint": model.fingerprint,
         },
-        "environment": _environment(cfg, model),
+        "environment": environment(model, cfg.seed),
         "runs": [],
     }
     if not path.exists():
@@ -206,18 +204,3 @@ def _start(cfg: EvalConfig, model: Model, workdir: Path) -> dict[str, Any]:
         "choose another --workdir",
     )
     return old
-
-
-def _environment(cfg: EvalConfig, model: Model) -> dict[str, Any]:
-    devices = model.mesh.devices
-    return {
-        "device": f"{devices.size} x {devices.flat[0].device_kind}",
-        "mesh": ", ".join(f"{name} {size}" for name, size in model.mesh.shape.items()),
-        "dtype": model.config.dtype,
-        "jax": jax.__version__,
-        "flax": flax.__version__,
-        "python": platform.python_version(),
-        "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python", *sys.argv]),
-        "seed": cfg.seed,
-    }

@@ -2,6 +2,7 @@
 
     config.json          what the weights are: see `ModelInfo`
     params/embed/        one Orbax checkpoint a group, so that one group at a time is in memory
+    params/time/         only where adaLN modulates the layers
     params/layers/000/
     ...
     params/final_norm/

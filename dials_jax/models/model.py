@@ -57,12 +57,19 @@ class Model:
     def num_layers(self) -> int:
         return self.config.num_layers
 
+    @cached_property
+    def ready(self) -> trees.Params:
+        """What compiled functions are given: see `transformer.ready`."""
+        with jax.set_mesh(self.mesh):
+            return transformer.ready(self.config, self.params)
+
     def apply(
         self,
         tokens: Int[ArrayLike, "B T"],
         valid: Bool[ArrayLike, "B T"] | None = None,
         policy: Policy | None = None,
         *,
+        time: Float[ArrayLike, "..."] | float | None = None,
         step: int = 0,
         key: jax.Array | None = None,
         executor: Executor = "auto",
@@ -72,19 +79,23 @@ class Model:
         Args:
           valid: False at padding. None: no padding.
           policy: which layers run; None runs all.
+          time: of denoising, t in (0, 1], one or one a row; None: 0. Read by models with
+            `time_conditioning` only.
           step: denoising step, for random policies.
           key: for random policies; one key, or one a row. None is `jax.random.key(0)`.
         """
         num_rows = np.shape(tokens)[0]
         keys = row_keys(key, num_rows)
-        tokens, valid, keys = self.place_rows((jnp.asarray(tokens, jnp.int32), valid, keys))
-        out, _ = self.run(_apply, tokens, valid, keys, jnp.asarray(step), policy, executor=executor)
+        if time is not None:
+            time = jnp.broadcast_to(jnp.asarray(time, jnp.float32), num_rows)
+        rows = self.place_rows((jnp.asarray(tokens, jnp.int32), valid, time, keys))
+        out, _ = self.run(_apply, *rows, jnp.asarray(step), policy, executor=executor)
         return Output(out.logits[:num_rows], out.gates[:, :num_rows])
 
     def run(self, fn: Timed, *args: Any, **static: Any) -> tuple[Any, float]:
         """Runs a compiled function of (params, ...) under this model's mesh."""
         with jax.set_mesh(self.mesh):
-            return fn(self.params, *args, cfg=self.config, **static)
+            return fn(self.ready, *args, cfg=self.config, **static)
 
     def place_rows(self, rows: PyTree, multiple: int = 1) -> PyTree:
         """Splits rows over the mesh; repeats the last one until they divide evenly.
@@ -117,11 +128,12 @@ def row_keys(key: jax.Array | None, num_rows: int) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(num_rows))
 
 
-def _forward(params, tokens, valid, row_keys, step, policy, *, cfg, executor):
+def _forward(params, tokens, valid, time, row_keys, step, policy, *, cfg, executor):
     out = transformer.run_layers(
-        cfg, params, tokens, valid, policy, step=step, row_keys=row_keys, executor=executor
-    )
-    return Output(transformer.predictions(cfg, params, out.h, valid), out.gates)
+        cfg, params, tokens, valid, policy,
+        time=time, step=step, row_keys=row_keys, executor=executor,
+    )  # fmt: skip
+    return Output(transformer.predictions(cfg, params, out.h, valid, time), out.gates)
 
 
 _apply = Timed(_forward, static_argnames=("cfg", "executor"))

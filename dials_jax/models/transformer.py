@@ -1,4 +1,4 @@
-"""The Llama-shaped transformer of LLaDA, Dream and Qwen2; `ModelConfig` tells them apart."""
+"""The transformer of every family; `ModelConfig` tells them apart."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from dials_jax import trees
 from dials_jax.config import ModelConfig
-from dials_jax.nn.block import Block, Embed, Head, Rows
+from dials_jax.nn.block import VOCABULARY_UNIT, Block, Embed, Head, Rows, pad_vocabulary
 from dials_jax.nn.fusing import is_fused
-from dials_jax.nn.kv import Slots, write
-from dials_jax.nn.norm import RMSNorm
+from dials_jax.nn.kv import Slots, gather, write
+from dials_jax.nn.modulation import AdaptiveNorm, TimeEmbed, fold, is_folded
+from dials_jax.nn.norm import make_norm
 from dials_jax.nn.pure import Pure
 from dials_jax.nn.rope import positions_of, rope_angles
 from dials_jax.nn.stack import (
@@ -27,51 +28,123 @@ from dials_jax.nn.stack import (
     run_stack,
 )
 
+NOISE_EPS = 1e-3  # of the linear schedule, whose noise is finite at t = 1
+
 
 class Parts(NamedTuple):
-    """The pure functions that a model is put together from."""
+    """The pure functions that a model is put together from, a group of parameters each."""
 
     embed: Pure
     block: Pure
-    fused_block: Pure  # the same with its products joined
     final_norm: Pure
     head: Pure
+    time: Pure | None  # of a model with adaLN
 
 
 @lru_cache
-def parts(cfg: ModelConfig) -> Parts:
+def parts(cfg: ModelConfig, *, fused: bool = False, ready: bool = False) -> Parts:
+    """See `nn.fusing` for what is fused, and `ready` below."""
+
+    def final_norm(rngs):
+        return AdaptiveNorm(cfg, ready) if cfg.cond_dim else make_norm(cfg, rngs)
+
     return Parts(
         embed=Pure(lambda rngs: Embed(cfg, rngs)),
-        block=Pure(lambda rngs: Block(cfg, rngs)),
-        fused_block=Pure(lambda rngs: Block(cfg, rngs, fused=True)),
-        final_norm=Pure(lambda rngs: RMSNorm(cfg.d_model, cfg.norm_eps, rngs)),
-        head=Pure(lambda rngs: Head(cfg, rngs)),
+        block=Pure(lambda rngs: Block(cfg, rngs, fused, folded=ready)),
+        final_norm=Pure(final_norm),
+        head=Pure(lambda rngs: Head(cfg, rngs, padded=ready)),
+        time=Pure(lambda rngs: TimeEmbed(cfg, rngs)) if cfg.cond_dim else None,
     )
 
 
 def block_of(cfg: ModelConfig, layer: trees.Params) -> Pure:
     """The block that takes a layer's parameters as they are laid out."""
-    return parts(cfg).fused_block if is_fused(layer) else parts(cfg).block
+    return parts(cfg, fused=is_fused(layer), ready=is_folded(layer)).block
 
 
 def init(cfg: ModelConfig, key: jax.Array) -> trees.Params:
     """Random float32 parameters, layers stacked."""
     embed_key, layers_key, head_key = jax.random.split(key, 3)
     part = parts(cfg)
-    return {
+    params = {
         "embed": part.embed.init(embed_key),
         "layers": part.block.init_stack(layers_key, cfg.num_layers),
         "final_norm": part.final_norm.init(head_key),
         "head": part.head.init(head_key),
     }
+    return params | ({"time": part.time.init(jax.random.fold_in(key, 3))} if part.time else {})
+
+
+# ------------------------------------------------------------------- what no call changes
+
+
+def ready(cfg: ModelConfig, params: trees.Params) -> trees.Params:
+    """The parameters for inference, with what is the same in every call worked out beforehand.
+
+    The constants of adaLN are there, and the head's kernel is there once more with its vocabulary
+    padded. Every function here takes the parameters either way, with equal results.
+    """
+    head = params["head"]
+    if "padded" not in head and head["kernel"].shape[1] % VOCABULARY_UNIT:
+        head = {**head, "padded": pad_vocabulary(head["kernel"])}
+    return {**_fold_layers(cfg, _fold_final(cfg, params)), "head": head}
+
+
+def _fold_layers(cfg: ModelConfig, params: trees.Params) -> trees.Params:
+    layers = params["layers"]
+    unrolled = trees.is_unrolled(layers)
+    if not cfg.cond_dim or is_folded(layers[0] if unrolled else layers):
+        return params
+    c = _constant(cfg, params)
+    layers = tuple(fold(cfg, x, c) for x in layers) if unrolled else fold(cfg, layers, c)
+    return {**params, "layers": layers}
+
+
+def _fold_final(cfg: ModelConfig, params: trees.Params) -> trees.Params:
+    if not cfg.cond_dim or is_folded(params["final_norm"]):
+        return params
+    c = _constant(cfg, params)
+    return {**params, "final_norm": fold(cfg, params["final_norm"], c)}
+
+
+def _constant(cfg: ModelConfig, params: trees.Params) -> Float[Array, "C"]:
+    return parts(cfg).time(params["time"], jnp.zeros(1))[0]
+
+
+def conditioning(
+    cfg: ModelConfig, params: trees.Params, time: Float[Array, "B"] | None
+) -> Float[Array, "B C"] | None:
+    """What modulates the layers at the denoising time t; None where it is the folded constant.
+
+    The time enters as sigma = -log(1 - (1 - 1e-3) t), the total noise of the linear schedule.
+    """
+    if time is None or not cfg.time_conditioning:
+        return None
+    sigma = -jnp.log1p(-(1 - NOISE_EPS) * time.astype(jnp.float32))
+    return parts(cfg).time(params["time"], sigma)
+
+
+# ----------------------------------------------------------------------------------- layers
 
 
 def rows_of(cfg: ModelConfig, valid: Bool[Array, "B T"] | None, shape: tuple[int, int]) -> Rows:
     """The rows of a whole canvas: positions count from each row's first real token."""
-    present = jnp.ones(shape, bool) if valid is None else valid
-    angles = rope_angles(positions_of(present), cfg.head_dim, cfg.rope_theta)
     index = jnp.broadcast_to(jnp.arange(shape[1]), shape)
-    return Rows(angles, valid, Slots(index))
+    if cfg.rope_theta is None:
+        return Rows(None, valid, Slots(index))
+    positions = index if valid is None else positions_of(valid)
+    return Rows(rope_angles(positions, cfg.head_dim, cfg.rope_theta), valid, Slots(index))
+
+
+def embed(
+    cfg: ModelConfig, params: trees.Params, tokens: Int[Array, "B T"], rows: Rows
+) -> Float[Array, "B T D"]:
+    """The residual stream before the first layer."""
+    positions = None
+    if cfg.rope_theta is None:
+        index = rows.slots.index
+        positions = index if rows.valid is None else gather(positions_of(rows.valid), index)
+    return parts(cfg).embed(params["embed"], tokens, positions)
 
 
 def layer_of(cfg: ModelConfig, *, contiguous: bool = False, remat: bool = False) -> Layer:
@@ -104,6 +177,7 @@ def run_layers(
     valid: Bool[Array, "B T"] | None,
     policy: Policy | None = None,
     *,
+    time: Float[Array, "B"] | None = None,
     step: Int[Array, ""] | int = 0,
     row_keys: PyTree = None,
     vote_from: int = 0,
@@ -115,15 +189,18 @@ def run_layers(
 
     Args:
       valid: False at padding, which no token attends to. None means no padding, and is faster.
+      time: of denoising, t in (0, 1], 1 where all is masked; None: 0. Read by models with
+        `time_conditioning` only.
       vote_from: no token before this one is masked, so routers need not look there.
       remat: recompute each block in the backward pass.
     """
     masked = is_masked(cfg, tokens) if valid is None else is_masked(cfg, tokens) & valid
+    rows = rows_of(cfg, valid, tokens.shape)
     return run_stack(
         layer_of(cfg, remat=remat),
-        params["layers"],
-        parts(cfg).embed(params["embed"], tokens),
-        rows_of(cfg, valid, tokens.shape),
+        _fold_layers(cfg, params)["layers"],
+        embed(cfg, params, tokens, rows),
+        rows._replace(c=conditioning(cfg, params, time)),
         policy,
         Denoising(masked, jnp.asarray(step), row_keys, vote_from),
         executor=executor,
@@ -137,11 +214,27 @@ def is_masked(cfg: ModelConfig, tokens: Int[Array, "*B T"]) -> Bool[Array, "*B T
 
 
 def logits_of(
-    cfg: ModelConfig, params: trees.Params, h: Float[Array, "B T D"]
+    cfg: ModelConfig,
+    params: trees.Params,
+    h: Float[Array, "B T D"],
+    time: Float[Array, "B"] | None = None,
 ) -> Float[Array, "B T V"]:
     """Final norm and head of the rows given: float32 logits."""
-    part = parts(cfg)
-    return part.head(params["head"], part.final_norm(params["final_norm"], h))
+    head = params["head"]
+    return parts(cfg, ready="padded" in head).head(head, normed(cfg, params, h, time))
+
+
+def normed(
+    cfg: ModelConfig,
+    params: trees.Params,
+    h: Float[Array, "B T D"],
+    time: Float[Array, "B"] | None = None,
+) -> Float[Array, "B T D"]:
+    """The stream after the final norm: what the head multiplies."""
+    if not cfg.cond_dim:
+        return parts(cfg).final_norm(params["final_norm"], h)
+    c = conditioning(cfg, params, time)
+    return parts(cfg, ready=True).final_norm(_fold_final(cfg, params)["final_norm"], h, c)
 
 
 def predicting(
@@ -168,6 +261,7 @@ def predictions(
     params: trees.Params,
     h: Float[Array, "B T D"],
     valid: Bool[Array, "B T"] | None = None,
+    time: Float[Array, "B"] | None = None,
 ) -> Float[Array, "B T V"]:
     """Float32 logits: row i predicts token i, or token i + 1 in a causal model."""
-    return logits_of(cfg, params, predicting(cfg, h, valid))
+    return logits_of(cfg, params, predicting(cfg, h, valid), time)

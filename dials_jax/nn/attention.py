@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from dials_jax.config import ModelConfig
-from dials_jax.nn.initializers import normal, zeros_if
+from dials_jax.nn.initializers import normal, residual_depth, zeros_if
 from dials_jax.nn.kv import KV
 from dials_jax.nn.rope import apply_rope
 
@@ -25,13 +25,13 @@ class Attention(nnx.Module):
         for name, heads in ({"qkv": n + 2 * k} if fused else {"q": n, "k": k, "v": k}).items():
             setattr(self, name, nnx.Param(normal(rngs, (d, heads, h))))
             setattr(self, f"{name}_bias", zeros_if(cfg.qkv_bias, (heads, h)))
-        self.o = nnx.Param(normal(rngs, (n, h, d), depth=cfg.num_layers))
-        self.o_bias = zeros_if(cfg.bias, (d,))
+        self.o = nnx.Param(normal(rngs, (n, h, d), depth=residual_depth(cfg)))
+        self.o_bias = zeros_if(cfg.bias if cfg.o_bias is None else cfg.o_bias, (d,))
 
     def rotated(
-        self, x: Float[Array, "B T D"], sin_cos: Float[Array, "B T 2 _"]
+        self, x: Float[Array, "B T D"], sin_cos: Float[Array, "B T 2 _"] | None
     ) -> tuple[Float[Array, "B T N H"], KV]:
-        """Rotated queries, and the tokens' rotated keys and values."""
+        """Rotated queries, and the tokens' rotated keys and values; None: nothing turns."""
         if self.fused:
             cuts = (self.num_heads, self.num_heads + self.num_kv_heads)
             q, k, v = jnp.split(project(x, self.qkv, self.qkv_bias), cuts, axis=2)
@@ -39,6 +39,8 @@ class Attention(nnx.Module):
             q = project(x, self.q, self.q_bias)
             k = project(x, self.k, self.k_bias)
             v = project(x, self.v, self.v_bias)
+        if sin_cos is None:
+            return q, KV(k, v)
         return apply_rope(q, sin_cos), KV(apply_rope(k, sin_cos), v)
 
     def out(self, y: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
@@ -59,11 +61,13 @@ def attend(
     kv: KV,
     valid: Bool[Array, "B S"] | None,
     index: Int[Array, "B T"] | None = None,
+    causal: bool = False,
 ) -> Float[Array, "B T N H"]:
     """Attention over valid keys; None means that all are.
 
     Args:
-      index: the queries' places among the keys; a query then sees none to its right (causal).
+      index: the queries' places among the keys; a query then sees none to its right.
+      causal: the same for queries and keys of the same tokens. It needs no array of who sees whom.
 
     cuDNN's fused kernel takes half precision and heads of up to 128 only; on one H200 it is 1.5
     times as fast as XLA's.
@@ -72,10 +76,10 @@ def attend(
     fused = jax.default_backend() == "gpu" and half and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
     attn_mask = None if valid is None else valid[:, None, None, :]
     if index is not None:
-        causal = index[:, None, :, None] >= jnp.arange(kv.k.shape[1])
-        attn_mask = causal if attn_mask is None else causal & attn_mask
+        to_the_left = index[:, None, :, None] >= jnp.arange(kv.k.shape[1])
+        attn_mask = to_the_left if attn_mask is None else to_the_left & attn_mask
     if fused and attn_mask is not None:  # cuDNN wants the query axis spelled out
         attn_mask = jnp.broadcast_to(attn_mask, (q.shape[0], 1, q.shape[1], kv.k.shape[1]))
     return jax.nn.dot_product_attention(
-        q, *kv, mask=attn_mask, implementation="cudnn" if fused else "xla"
+        q, *kv, mask=attn_mask, is_causal=causal, implementation="cudnn" if fused else "xla"
     )

@@ -13,27 +13,35 @@ from dials_jax.config import ModelConfig
 from dials_jax.nn.attention import Attention, attend
 from dials_jax.nn.initializers import normal, zeros_if
 from dials_jax.nn.kv import KV, Slots, gather
-from dials_jax.nn.mlp import SwiGLU
-from dials_jax.nn.norm import RMSNorm
+from dials_jax.nn.mlp import MLP
+from dials_jax.nn.modulation import IN_BLOCK, Modulation
+from dials_jax.nn.norm import make_norm
+
+VOCABULARY_UNIT = 128  # products with the vocabulary run several times as fast on whole tiles
 
 
 class Rows(NamedTuple):
     """What a block needs beside the hidden states; every leaf leads with the batch."""
 
-    angles: Float[Array, "B T 2 _"]  # sines and cosines of the tokens' positions
+    angles: Float[Array, "B T 2 _"] | None  # sines and cosines of the positions; None: learned
     valid: Bool[Array, "B S"] | None  # False at keys that are padding; None: no padding
     slots: Slots  # the tokens' places on the canvas
+    c: Float[Array, "B C"] | None = None  # of the denoising time; None: what is folded is used
 
 
 class Block(nnx.Module):
-    """Pre-norm residual block: attention, then SwiGLU. `fused`: see `dials_jax.nn.fusing`."""
+    """Pre-norm residual block: attention, then MLP, both modulated where the model has adaLN.
 
-    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs, fused: bool = False):
+    `fused`: see `dials_jax.nn.fusing`; `folded`: see `dials_jax.nn.modulation`.
+    """
+
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs, fused: bool = False, folded: bool = False):
         self.causal = cfg.causal
-        self.attention_norm = RMSNorm(cfg.d_model, cfg.norm_eps, rngs)
+        self.attention_norm = make_norm(cfg, rngs)
         self.attention = Attention(cfg, rngs, fused)
-        self.mlp_norm = RMSNorm(cfg.d_model, cfg.norm_eps, rngs)
-        self.mlp = SwiGLU(cfg, rngs, fused)
+        self.mlp_norm = make_norm(cfg, rngs)
+        self.mlp = MLP(cfg, rngs, fused)
+        self.modulation = Modulation(cfg, IN_BLOCK, folded) if cfg.cond_dim else None
 
     def __call__(
         self,
@@ -47,13 +55,16 @@ class Block(nnx.Module):
           wanted: places of the tokens whose hidden states are asked for; None: all.
         """
         q, new = self.project(h, rows, wanted)
-        return self.mix(h if wanted is None else gather(h, wanted), q, new, rows, wanted)
+        if wanted is not None:
+            return self.mix(gather(h, wanted), q, new, rows, wanted)
+        return self.finish(h, attend(q, new, rows.valid, causal=self.causal), rows)
 
     def project(
         self, h: Float[Array, "B T D"], rows: Rows, wanted: Int[Array, "B W"] | None = None
     ) -> tuple[Float[Array, "B W N H"], KV]:
         """Queries of the wanted tokens, keys and values of all."""
-        q, new = self.attention.rotated(self.attention_norm(h), rows.angles)
+        normed = self.attention_norm(h, *self.modulations(rows)[0:2])
+        q, new = self.attention.rotated(normed, rows.angles)
         return q if wanted is None else gather(q, wanted), new
 
     def mix(
@@ -68,32 +79,68 @@ class Block(nnx.Module):
         index = None
         if self.causal:
             index = rows.slots.index if wanted is None else gather(rows.slots.index, wanted)
-        h = h + self.attention.out(attend(q, seen, rows.valid, index))
-        return h + self.mlp(self.mlp_norm(h))
+        return self.finish(h, attend(q, seen, rows.valid, index), rows)
+
+    def finish(
+        self, h: Float[Array, "B W D"], attended: Float[Array, "B W N H"], rows: Rows
+    ) -> Float[Array, "B W D"]:
+        m = self.modulations(rows)
+        h = h + gated(self.attention.out(attended), *m[2:3])
+        return h + gated(self.mlp(self.mlp_norm(h, *m[3:5])), *m[5:6])
+
+    def modulations(self, rows: Rows) -> list[Float[Array, "b 1 D"]]:
+        """Shift, scale and gate of attention, then of the MLP; none without adaLN."""
+        return [] if self.modulation is None else self.modulation(rows.c)
+
+
+def gated(
+    update: Float[Array, "B T D"], gate: Float[Array, "b 1 D"] | None = None
+) -> Float[Array, "B T D"]:
+    return update if gate is None else gate.astype(update.dtype) * update
 
 
 class Embed(nnx.Module):
-    """Token embedding."""
+    """Token embedding, and that of positions where they are learned."""
 
     def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
         self.table = nnx.Param(normal(rngs, (cfg.vocab_size, cfg.d_model)))
+        learned = cfg.rope_theta is None
+        shape = (cfg.max_length, cfg.d_model)
+        self.positions = nnx.Param(normal(rngs, shape)) if learned else None
         self.dtype = cfg.dtype
 
-    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    def __call__(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"] | None = None
+    ) -> Float[Array, "B T D"]:
         # Gather, then round: half of all training tokens are [MASK], and their gradients are summed
         # into one row. In bfloat16 that sum is both wrong and, by contended atomics, slow.
-        return self.table[...][tokens].astype(self.dtype)
+        h = self.table[...][tokens]
+        if self.positions is not None:
+            h = h + self.positions[...][positions]
+        return h.astype(self.dtype)
 
 
 class Head(nnx.Module):
-    """Untied projection to the vocabulary; float32 logits from products in the stream's dtype."""
+    """Untied projection to the vocabulary; float32 logits from products in the stream's dtype.
 
-    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
+    Args:
+      padded: holds the kernel a second time, zeros added until the vocabulary fills whole tiles.
+    """
+
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs, padded: bool = False):
         self.kernel = nnx.Param(normal(rngs, (cfg.d_model, cfg.vocab_size)))
-        self.bias = zeros_if(cfg.bias, (cfg.vocab_size,))
+        biased = cfg.bias if cfg.head_bias is None else cfg.head_bias
+        self.bias = zeros_if(biased, (cfg.vocab_size,))
+        self.padded = nnx.Param(pad_vocabulary(self.kernel[...])) if padded else None
+        self.vocab_size = cfg.vocab_size
 
     @jax.named_scope("head")
     def __call__(self, h: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        kernel = self.kernel[...].astype(h.dtype)
+        kernel = (self.kernel if self.padded is None else self.padded)[...].astype(h.dtype)
         logits = jnp.einsum("BTD,DV->BTV", h, kernel, preferred_element_type=jnp.float32)
+        logits = logits[..., : self.vocab_size]
         return logits if self.bias is None else logits + self.bias[...].astype(jnp.float32)
+
+
+def pad_vocabulary(kernel: Float[Array, "D V"]) -> Float[Array, "D _"]:
+    return jnp.pad(kernel, ((0, 0), (0, -kernel.shape[1] % VOCABULARY_UNIT)))

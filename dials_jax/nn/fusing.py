@@ -27,8 +27,8 @@ def fuse(layer: Params) -> Params:
     for module, joined in PARTS.items():
         for name, parts in joined.items():
             for suffix, axis in SUFFIXES.items():
-                pieces = [out[module].pop(part + suffix, None) for part in parts]
-                if pieces[0] is not None:
+                if parts[0] + suffix in out[module]:
+                    pieces = [out[module].pop(part + suffix) for part in parts]
                     out[module][name + suffix] = jnp.concatenate(pieces, axis=axis)
     return out
 

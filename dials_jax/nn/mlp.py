@@ -1,4 +1,4 @@
-"""SwiGLU feed-forward layer."""
+"""Feed-forward layers."""
 
 from __future__ import annotations
 
@@ -8,29 +8,39 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dials_jax.config import ModelConfig
-from dials_jax.nn.initializers import normal, zeros_if
+from dials_jax.nn.initializers import normal, residual_depth, zeros_if
 
 
-class SwiGLU(nnx.Module):
-    """silu(x W_gate) * (x W_up), projected back. `fused`: see `dials_jax.nn.fusing`."""
+class MLP(nnx.Module):
+    """silu(x W_gate) * (x W_up), or gelu(x W_up), projected back.
+
+    `fused`: see `dials_jax.nn.fusing`.
+    """
 
     def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs, fused: bool = False):
-        self.fused = fused
-        sizes = {"gate_up": 2 * cfg.d_ff} if fused else {"gate": cfg.d_ff, "up": cfg.d_ff}
+        self.kind, self.fused = cfg.mlp, fused and cfg.mlp == "swiglu"
+        sizes = {"gate_up": 2 * cfg.d_ff} if self.fused else {"gate": cfg.d_ff, "up": cfg.d_ff}
+        if cfg.mlp == "gelu":
+            del sizes["gate"]
         for name, size in sizes.items():
             setattr(self, name, nnx.Param(normal(rngs, (cfg.d_model, size))))
             setattr(self, f"{name}_bias", zeros_if(cfg.bias, (size,)))
-        self.down = nnx.Param(normal(rngs, (cfg.d_ff, cfg.d_model), depth=cfg.num_layers))
+        self.down = nnx.Param(normal(rngs, (cfg.d_ff, cfg.d_model), depth=residual_depth(cfg)))
         self.down_bias = zeros_if(cfg.bias, (cfg.d_model,))
 
     @jax.named_scope("mlp")
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return linear(self.hidden(x), self.down, self.down_bias)
+
+    def hidden(self, x: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
+        if self.kind == "gelu":
+            return jax.nn.gelu(linear(x, self.up, self.up_bias), approximate=True)
         if self.fused:
             gate, up = jnp.split(linear(x, self.gate_up, self.gate_up_bias), 2, axis=-1)
         else:
             gate = linear(x, self.gate, self.gate_bias)
             up = linear(x, self.up, self.up_bias)
-        return linear(jax.nn.silu(gate) * up, self.down, self.down_bias)
+        return jax.nn.silu(gate) * up
 
 
 def linear(

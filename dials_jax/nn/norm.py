@@ -1,4 +1,4 @@
-"""RMS normalisation."""
+"""RMS and layer normalisation."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
+
+from dials_jax.config import ModelConfig
+from dials_jax.nn.initializers import zeros_if
 
 
 class RMSNorm(nnx.Module):
@@ -23,3 +26,36 @@ class RMSNorm(nnx.Module):
         variance = jnp.mean(x32 * x32, axis=-1, keepdims=True)
         normed = (x32 * jax.lax.rsqrt(variance + self.eps)).astype(x.dtype)
         return normed * self.scale[...].astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm, in float32 to the end; a bias only if asked for (GPT-2; MDLM has none)."""
+
+    def __init__(self, size: int, eps: float, bias: bool):
+        self.scale = nnx.Param(jnp.ones(size))
+        self.bias = zeros_if(bias, (size,))
+        self.eps = eps
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        shift: Float[Array, "b 1 D"] | None = None,
+        scale: Float[Array, "b 1 D"] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Normalised x, then `x * (1 + scale) + shift` (adaLN) where these are given."""
+        y = x.astype(jnp.float32)
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        y = y * self.scale[...].astype(jnp.float32)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(jnp.float32)
+        if shift is not None:
+            y = y * (1 + scale) + shift
+        return y.astype(x.dtype)
+
+
+def make_norm(cfg: ModelConfig, rngs: nnx.Rngs) -> RMSNorm | LayerNorm:
+    """The norm that the configuration names."""
+    if cfg.norm == "rms":
+        return RMSNorm(cfg.d_model, cfg.norm_eps, rngs)
+    return LayerNorm(cfg.d_model, cfg.norm_eps, cfg.norm_bias)

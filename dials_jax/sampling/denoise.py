@@ -64,6 +64,7 @@ class Record(NamedTuple):
     gates: Bool[Array, "S L R"]
     masked_share: Float[Array, "S B"]  # of the generated part, before the call
     kind: Int[Array, "S"]  # of the cache's passes
+    step: Int[Array, "S"]  # that the call belongs to: it names the model, under a schedule
 
 
 class State(NamedTuple):
@@ -78,6 +79,11 @@ class State(NamedTuple):
 def blocks_of(sampler: Sampler, prompt_length: int) -> Blocks:
     count = sampler.gen_length // sampler.block_length
     return Blocks(prompt_length, sampler.block_length, count, sampler.max_quota)
+
+
+def num_steps(sampler: Sampler, cache: Cache) -> int:
+    """Steps of all blocks, at most."""
+    return sampler.gen_length // sampler.block_length * step_limit(sampler, cache)
 
 
 def step_limit(sampler: Sampler, cache: Cache) -> int:
@@ -100,67 +106,65 @@ def is_fixed(sampler: Sampler, cache: Cache) -> bool:
     return by_quota and not (cache.partial and sampler.max_quota > 1)
 
 
-def denoise(
-    sampler: Sampler,
-    cache: Cache,
-    net: Net,
-    canvas: Int[Array, "B T"],
-    noise_keys: jax.Array,
-    prompt_length: int,
-) -> tuple[Int[Array, "B T"], Record]:
-    """Fills the canvas."""
-    require(
-        sampler.is_probability or not cache.partial,
-        "EarlySkip weighs confidence against change, so it must be like a probability; "
-        "use alg='maskgit_plus' or 'topk_margin'",
-    )
-    loop = Loop(sampler, cache, net, blocks_of(sampler, prompt_length), noise_keys)
-    state = loop.start(canvas)
-    if is_fixed(sampler, cache):
-        steps = fold(block_timetable(cache, net, loop.blocks, loop.limit))
-        state = follow([(loop.blocks.count, steps)], loop.advance, loop.dispatch, state)
-    else:
-        every = partial(loop.dispatch, range(len(loop.passes)))
-        state = lax.while_loop(lambda s: s.block < loop.blocks.count, every, state)
-    return state.tokens, state.record
-
-
 class Loop:
     """The steps of one generation, as functions from state to state."""
 
     def __init__(
-        self, sampler: Sampler, cache: Cache, net: Net, blocks: Blocks, noise_keys: jax.Array
+        self, sampler: Sampler, cache: Cache, net: Net, prompt_length: int, noise_keys: jax.Array
     ):
-        self.sampler, self.cache, self.net, self.blocks = sampler, cache, net, blocks
-        self.noise_keys = noise_keys
-        self.passes = cache.passes(net, blocks)
-        self.limit = step_limit(sampler, cache)
-
-    def start(self, canvas: Int[Array, "B T"]) -> State:
-        num_rows, num_calls = canvas.shape[0], self.blocks.count * self.limit
-        zero = jnp.asarray(0, jnp.int32)
-        record = Record(
-            nfe=zero,
-            gates=jnp.zeros((num_calls, self.net.cfg.num_layers, self.net.num_rows), bool),
-            masked_share=jnp.zeros((num_calls, num_rows)),
-            kind=jnp.zeros(num_calls, jnp.int32),
+        require(
+            sampler.is_probability or not cache.partial,
+            "EarlySkip weighs confidence against change, so it must be like a probability; "
+            "use alg='maskgit_plus' or 'topk_margin'",
         )
+        self.sampler, self.cache, self.net = sampler, cache, net
+        self.blocks = blocks_of(sampler, prompt_length)
+        self.noise_keys = noise_keys
+        self.passes = cache.passes(net, self.blocks)
+        self.limit = step_limit(sampler, cache)
+        self.num_steps = num_steps(sampler, cache)
+
+    def start(self, canvas: Int[Array, "B T"], num_layers: int) -> State:
+        num_rows, zero = canvas.shape[0], jnp.asarray(0, jnp.int32)
+        record = start_record(self.num_steps, num_layers, num_rows, self.net.num_rows)
         memory = self.cache.start(self.net, self.blocks)
         return State(canvas, zero, zero, jnp.zeros(num_rows, jnp.int32), memory, record)
 
-    def dispatch(self, kinds: Iterable[int], state: State, calls: int | None = None) -> State:
+    def run(self, state: State, stop: Int[Array, ""] | None = None) -> State:
+        """The steps before number `stop`; None: all of them."""
+        if stop is None and is_fixed(self.sampler, self.cache):
+            steps = fold(block_timetable(self.cache, self.net, self.blocks, self.limit))
+            return follow([(self.blocks.count, steps)], self.advance, self.dispatch, state)
+        every = partial(self.dispatch, range(len(self.passes)), stop=stop)
+        last = self.num_steps if stop is None else stop
+        return lax.while_loop(lambda s: self.number(s) < last, every, state)
+
+    def number(self, state: State) -> Int[Array, ""]:
+        """Of the step that is due, counted through all blocks."""
+        return state.block * self.limit + state.step_in_block
+
+    def dispatch(
+        self,
+        kinds: Iterable[int],
+        state: State,
+        calls: int | None = None,
+        stop: Int[Array, ""] | None = None,
+    ) -> State:
         """The model calls of these kinds that are due, one kind after the other.
 
         Loops in a row, not a `lax.switch`: a loop updates the caches in place.
 
         Args:
           calls: so many at most.
+          stop: none of this step, or of a later one.
         """
         first, cache, count = state.record.nfe, self.cache, self.blocks.count
 
         def due(kind: int, state: State) -> Array:
             due = cache.kind(state.block, state.step_in_block, state.memory, self.net, self.blocks)
             due = (due == kind) & (state.block < count)
+            if stop is not None:
+                due &= self.number(state) < stop
             return due if calls is None else due & (state.record.nfe < first + calls)
 
         for kind in kinds:
@@ -173,14 +177,14 @@ class Loop:
         remaining = jnp.sum(jnp.take(masked, state.block, axis=1), axis=1)
         present = jnp.where(state.step_in_block == 0, remaining, state.present)
         turn = Turn(state.step_in_block, present, remaining)
-        step = state.block * self.limit + state.step_in_block
+        step = self.number(state)
         progress = Progress(
             state.tokens, step, state.block, state.step_in_block, unfinished=remaining > 0
         )
         call = self.passes[kind].call(progress, state.memory)
         tokens, revealed = self.reveal(call, progress, turn)
         memory = self.cache.learn(call.memory, revealed, self.net)
-        record = _note(state.record, call.gates, jnp.mean(masked, axis=(1, 2)), kind)
+        record = note(state.record, call.gates, jnp.mean(masked, axis=(1, 2)), kind, step)
         block, step_in_block = self.next_step(tokens, state)
         return State(tokens, block, step_in_block, present, memory, record)
 
@@ -269,13 +273,29 @@ def close(cfg: ModelConfig, tokens: Int[Array, "B T"], prompt_length: int) -> In
     return tokens.at[:, prompt_length:].set(jnp.where(ended & masked, cfg.eos_id, answer))
 
 
-def _note(record: Record, gates: Array, share: Array, kind: int) -> Record:
+def start_record(
+    num_calls: int, num_layers: int, num_rows: int, gated_rows: int | None = None
+) -> Record:
+    """An empty record.
+
+    Args:
+      num_layers: of the deepest model; the gates of others are False beyond their own.
+      gated_rows: None: as many as there are rows.
+    """
+    calls = jnp.zeros(num_calls, jnp.int32)
+    gates = jnp.zeros((num_calls, num_layers, gated_rows or num_rows), bool)
+    return Record(jnp.asarray(0, jnp.int32), gates, jnp.zeros((num_calls, num_rows)), calls, calls)
+
+
+def note(record: Record, gates: Array, share: Array, kind: int, step: Array) -> Record:
+    """The record with one more call."""
     at = record.nfe
     return Record(
         nfe=at + 1,
-        gates=record.gates.at[at].set(gates),
+        gates=record.gates.at[at, : gates.shape[0]].set(gates),
         masked_share=record.masked_share.at[at].set(share),
         kind=record.kind.at[at].set(kind),
+        step=record.step.at[at].set(step),
     )
 
 

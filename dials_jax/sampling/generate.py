@@ -1,7 +1,8 @@
-"""`generate`: from prompts to text, as one compiled program with nothing fetched inside it."""
+"""`generate`: from prompts, or from nothing, to text, with nothing fetched before the end."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import jax
@@ -10,17 +11,28 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from dials_jax.caching.cache import Cache, NoCache, Work
-from dials_jax.caching.net import Net
-from dials_jax.config import InputError, ModelConfig, require
-from dials_jax.models import transformer
+from dials_jax.caching.cache import Cache, NoCache
+from dials_jax.config import InputError, ModelConfig, nearest, require
 from dials_jax.models.model import Model, row_keys
 from dials_jax.nn.stack import Executor, Policy
-from dials_jax.sampling.autoregressive import Autoregressive, decode, filler
-from dials_jax.sampling.denoise import Record, Sampler, blocks_of, denoise
-from dials_jax.skipping.flops import Flops, count_flops
-from dials_jax.skipping.policies import router_width
+from dials_jax.sampling.ancestral import Ancestral
+from dials_jax.sampling.autoregressive import Autoregressive, decode
+from dials_jax.sampling.costs import Part, total_cost, work_of
+from dials_jax.sampling.denoise import Record
+from dials_jax.sampling.programs import (
+    STATIC,
+    AnySampler,
+    Role,
+    count_steps,
+    set_out,
+    steps_of,
+    take_turns,
+)
+from dials_jax.sampling.schedule import Schedule
+from dials_jax.skipping.flops import Flops
 from dials_jax.timing import Timed
+
+ALONE = "M"  # the letter of a model that takes all steps
 
 
 @dataclass(frozen=True)
@@ -31,11 +43,14 @@ class Generation:
       tokens: [B, P + G], the prompts (padding as given) and the generated tokens.
       nfe: model calls. Under guidance a call has twice the rows.
       gates: [nfe, L, R], True where a layer ran. R is B, or 2B under guidance: the conditional
-        rows, then the unconditional ones.
+        rows, then the unconditional ones. Under a schedule L is that of the deepest model that
+        takes steps, and layers that a model does not have are False.
       masked_share: [nfe, R], masked share of the generated part before each call.
       tokens_run: [nfe, L], tokens of each row that a layer computes where it runs.
+      steps: [nfe], the denoising step of each call. Rows of `Ancestral` leave out the steps that
+        reveal nothing in them: there it only says which model's run of steps a call is of.
       flops: the three numbers of `dials_jax.skipping.flops`; the model's share is of as many calls
-        on the whole canvas.
+        on the whole canvas, by the largest of the models.
     """
 
     tokens: Int[np.ndarray, "B T"]
@@ -43,27 +58,32 @@ class Generation:
     gates: Bool[np.ndarray, "S L R"]
     masked_share: Float[np.ndarray, "S R"]
     tokens_run: Int[np.ndarray, "S L"]
+    steps: Int[np.ndarray, "S"]
     flops: Flops
 
 
 def generate(
-    model: Model,
-    prompts: Int[ArrayLike, "B P"],
+    model: Model | Mapping[str, Model],
+    prompts: Int[ArrayLike, "B P"] | None = None,
     valid: Bool[ArrayLike, "B P"] | None = None,
     *,
-    sampler: Sampler | Autoregressive,
-    policy: Policy | None = None,
+    sampler: AnySampler,
+    schedule: Schedule | None = None,
+    policy: Policy | Mapping[str, Policy | None] | None = None,
     cache: Cache | None = None,
     key: jax.Array | None = None,
+    num_rows: int | None = None,
     executor: Executor = "auto",
     fill_to: int = 1,
 ) -> Generation:
     """Generates `sampler.gen_length` tokens after every prompt.
 
     Args:
-      prompts: token ids, padded on the left.
+      model: one, or those that a schedule names, by letter.
+      prompts: token ids, padded on the left. None: no prompts, for `num_rows` rows.
       valid: False at padding; None means that there is none, and is faster.
-      policy: which layers run at which step; None runs all.
+      schedule: which model takes which steps; see `Schedule`.
+      policy: which layers run at which step; None runs all. A mapping gives models their own.
       cache: what a step runs; None runs the whole canvas. A layer that a policy skips leaves its
         keys and values in the cache as they were.
       key: one key (folded with the row's number), or one a row, so that a row's result does not
@@ -73,47 +93,128 @@ def generate(
     Raises: InputError for prompts that contain [MASK], padding that is not on the left, more
       tokens than the model has positions for, or settings that do not compose.
     """
-    prompts = np.asarray(prompts)
-    present = check_prompts(model.config, prompts, valid, sampler.gen_length)
-    if isinstance(sampler, Autoregressive):
-        sampler.check(model.config, present, policy, cache)
-    else:
-        model.config.require_mask()
-    num_rows, cache = len(prompts), cache or NoCache()
-    rows = (jnp.asarray(prompts, jnp.int32), valid, row_keys(key, num_rows))
-    static = {"sampler": sampler, "cache": cache, "executor": executor}
-    rows = model.place_rows(rows, fill_to)
-    (tokens, record), seconds = model.run(_generate, *rows, policy, **static)
-    tokens, (nfe, gates, share, kind) = jax.device_get((tokens, record))
-    # Rows that only fill up the batch are dropped, in both halves under guidance.
-    gates = gates[:nfe, :, np.arange(gates.shape[-1]) % len(tokens) < num_rows]
-    share = np.tile(share[:nfe, :num_rows], gates.shape[-1] // num_rows)
-    work = work_of(model.config, sampler, cache, prompts.shape[1])
-    tokens_run = np.array([w.tokens for w in work])[kind[:nfe]]
-    flops = count_flops(
-        model.config,
-        gates,
-        num_tokens=tokens.shape[1],
-        head_tokens=np.array([w.head for w in work])[kind[:nfe]],
-        tokens_run=tokens_run,
-        voting=tokens_run - np.array([[w.prompt] for w in work])[kind[:nfe]],
-        d_router=router_width(policy),
-        seconds=seconds,
+    cache_given, cache = cache, cache or NoCache()
+    prompts = rows_without_prompts(num_rows) if prompts is None else np.asarray(prompts)
+    require(
+        num_rows in (None, len(prompts)),
+        f"num_rows={num_rows} and {len(prompts)} prompts; num_rows is for rows without prompts",
     )
-    return Generation(tokens[:num_rows], int(nfe), gates, share, tokens_run, flops)
+    roles = roles_of(model, schedule, policy)
+    for role in roles.values():
+        cfg = role.model.config
+        present = check_prompts(cfg, prompts, valid, sampler.gen_length)
+        if isinstance(sampler, Autoregressive):
+            sampler.check(cfg, present, role.policy, cache_given)
+        elif isinstance(sampler, Ancestral):
+            sampler.check(cfg, cache_given)
+        else:
+            cfg.require_mask()
+    turns = schedule or Schedule(((ALONE, count_steps(sampler, cache)),))
+    check_turns(roles, turns, sampler, cache)
+    first, num_rows = next(iter(roles.values())), len(prompts)
+    rows = (jnp.asarray(prompts, jnp.int32), valid, row_keys(key, num_rows))
+    rows = first.model.place_rows(rows, fill_to)
+    static = {"sampler": sampler, "cache": cache, "executor": executor}
+    if schedule or isinstance(sampler, Ancestral):
+        out, seconds = take_turns(roles, turns, rows, **static)
+    else:
+        out, seconds = first.model.run(_generate, *rows, first.policy, **static)
+    return account(*jax.device_get(out), roles, turns, sampler, cache, prompts, seconds)
 
 
-def work_of(
-    cfg: ModelConfig, sampler: Sampler | Autoregressive, cache: Cache, prompt_length: int
-) -> list[Work]:
-    """What each kind of model call computes."""
-    if isinstance(sampler, Autoregressive):
-        return sampler.work(cfg, prompt_length)
-    length = prompt_length + sampler.gen_length
-    rows = jax.eval_shape(lambda: transformer.rows_of(cfg, None, (1, length)))
-    known = prompt_length if sampler.cfg_scale == 0 else 0
-    sketch = Net(cfg, None, None, "auto", rows, None, None, known)
-    return [p.work for p in cache.passes(sketch, blocks_of(sampler, prompt_length))]
+def account(
+    tokens, record: Record, roles, turns: Schedule, sampler, cache, prompts, seconds: float
+) -> Generation:
+    """What was generated without the rows that only fill up the batch, and its price."""
+    nfe, num_rows, (_, length) = int(record.nfe), len(prompts), tokens.shape
+    require(
+        nfe <= len(record.kind),
+        f"{nfe} model calls are more than the record's {len(record.kind)}; give the sampler more "
+        "slots",
+    )
+    gates, kind, steps = record.gates[:nfe], record.kind[:nfe], record.step[:nfe]
+    gates = gates[..., np.arange(gates.shape[-1]) % len(tokens) < num_rows]  # in both halves
+    share = np.tile(record.masked_share[:nfe, :num_rows], gates.shape[-1] // num_rows)
+    parts = [
+        Part(model.config, policy, work_of(model.config, sampler, cache, prompts.shape[1]))
+        for model, policy in roles.values()
+    ]
+    number = {letter: i for i, letter in enumerate(roles)}
+    # A call after the last step is that of its model.
+    letters = np.array([number[letter] for letter in turns.each_step])
+    taken = letters[np.minimum(steps, len(letters) - 1)]
+    tokens_run = np.zeros((nfe, gates.shape[1]), int)
+    for i, part in enumerate(parts):
+        mine = taken == i
+        if mine.any():
+            tokens_run[mine, : part.cfg.num_layers] = part.tokens(kind[mine])
+    flops = total_cost(parts, taken, gates, kind, length, seconds)
+    return Generation(tokens[:num_rows], nfe, gates, share, tokens_run, steps, flops)
+
+
+def rows_without_prompts(num_rows: int | None) -> Int[np.ndarray, "B 0"]:
+    require(num_rows is not None, "without prompts the number of rows is open; give num_rows")
+    require(num_rows > 0, f"num_rows={num_rows} must be positive")
+    return np.zeros((num_rows, 0), np.int32)
+
+
+def roles_of(
+    model: Model | Mapping[str, Model],
+    schedule: Schedule | None,
+    policy: Policy | Mapping[str, Policy | None] | None,
+) -> dict[str, Role]:
+    """Every model with its policy, by letter."""
+    several = isinstance(model, Mapping)
+    require(
+        several == (schedule is not None),
+        "a schedule names models by letter; give both, as in {'L': light, 'H': heavy} and "
+        "Schedule.parse('L125,H750,L125'), or neither",
+    )
+    models = dict(model) if several else {ALONE: model}
+    policies = policy if isinstance(policy, Mapping) else dict.fromkeys(models, policy)
+    for letter in policies:
+        known = f"no model is called {letter!r}{nearest(letter, models)}"
+        require(letter in models, f"policy: {known}")
+    for letter in schedule.letters if schedule else ():
+        known = f"no model is called {letter!r}{nearest(letter, models)}"
+        require(letter in models, f"schedule {schedule}: {known}")
+    return {letter: Role(one, policies.get(letter)) for letter, one in models.items()}
+
+
+def check_turns(
+    roles: dict[str, Role], schedule: Schedule, sampler: AnySampler, cache: Cache
+) -> None:
+    """Raises: InputError for models that cannot fill one canvas together."""
+    if len(roles) == 1 and ALONE in roles:
+        return
+    require(
+        not isinstance(sampler, Autoregressive),
+        "Autoregressive has no denoising steps to divide; leave out `schedule`",
+    )
+    steps = count_steps(sampler, cache)
+    require(
+        schedule.num_steps == steps,
+        f"schedule {schedule} has {schedule.num_steps} steps and the sampler {steps}; make them "
+        "equal",
+    )
+    (letter, first), *others = ((letter, role.model) for letter, role in roles.items())
+    for other, model in others:
+        for name in ("vocab_size", "mask_id"):
+            one, two = getattr(first.config, name), getattr(model.config, name)
+            require(
+                one == two,
+                f"models {letter} and {other} have {name} {one} and {two}; a schedule needs models "
+                "of one tokenizer",
+            )
+        require(
+            first.mesh == model.mesh,
+            f"models {letter} and {other} lie on different meshes; load them on the same",
+        )
+    require(
+        len(schedule.letters) == 1 or isinstance(cache, NoCache),
+        "a cache holds one model's keys and values, of no use to another; leave out `cache`, or "
+        "schedule one model",
+    )
 
 
 def check_prompts(
@@ -153,31 +254,15 @@ def check_prompts(
 def _generate_fn(
     params, prompts, valid, keys, policy, *, cfg: ModelConfig, sampler, cache, executor
 ) -> tuple[Int[Array, "B T"], Record]:
-    causal = isinstance(sampler, Autoregressive)
-    blank = filler(cfg) if causal else cfg.mask_id
-    answer = jnp.full((prompts.shape[0], sampler.gen_length), blank, prompts.dtype)
-    canvas = jnp.concatenate([prompts, answer], axis=1)
-    if valid is not None:
-        valid = jnp.concatenate([valid, jnp.ones_like(answer, bool)], axis=1)
-    noise_keys, gate_keys, uncond_gate_keys = jax.vmap(lambda k: jax.random.split(k, 3))(keys).T
-    given, prompt_length = None, prompts.shape[1]
-    if sampler.cfg_scale > 0:
-        given = jnp.broadcast_to(jnp.arange(canvas.shape[1]) < prompt_length, canvas.shape)
-        gate_keys = jnp.concatenate([gate_keys, uncond_gate_keys])
-        valid = None if valid is None else jnp.concatenate([valid, valid])
-    net = Net(
-        cfg,
-        params,
-        policy,
-        executor,
-        transformer.rows_of(cfg, valid, (gate_keys.shape[0], canvas.shape[1])),
-        gate_keys,
-        given,
-        prompt_length if given is None else 0,
+    setting = set_out(
+        params, prompts, valid, keys, policy, cfg=cfg, sampler=sampler, executor=executor
     )
-    if causal:
+    net, canvas, noise_keys, prompt_length = setting
+    if isinstance(sampler, Autoregressive):
         return decode(sampler, net, canvas, noise_keys, prompt_length)
-    return denoise(sampler, cache, net, canvas, noise_keys, prompt_length)
+    steps = steps_of(sampler, cache, setting)
+    state = steps.run(steps.start(canvas, cfg.num_layers))
+    return state.tokens, state.record
 
 
-_generate = Timed(_generate_fn, static_argnames=("cfg", "sampler", "cache", "executor"))
+_generate = Timed(_generate_fn, static_argnames=STATIC)

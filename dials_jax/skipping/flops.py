@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from dials_jax.config import ModelConfig
+from dials_jax.nn.modulation import IN_BLOCK
 
 
 class Flops(NamedTuple):
@@ -39,14 +40,18 @@ class Flops(NamedTuple):
 def layer_flops(cfg: ModelConfig, num_tokens: Any, num_keys: Any = None) -> Any:
     """One layer on one row: projections, and attention of every token to every key.
 
+    Where the time modulates a layer, it also pays for the map from c; a constant is free.
+
     Args:
       num_keys: None: the tokens themselves.
     """
     num_keys = num_tokens if num_keys is None else num_keys
     heads = (2 * cfg.num_heads + 2 * cfg.num_kv_heads) * cfg.head_dim
-    projections = cfg.d_model * heads + 3 * cfg.d_model * cfg.d_ff
+    mlp = {"swiglu": 3, "gelu": 2}[cfg.mlp] * cfg.d_ff
+    projections = cfg.d_model * (heads + mlp)
     attention = 2 * num_keys * cfg.num_heads * cfg.head_dim
-    return 2 * num_tokens * (projections + attention)
+    modulation = cfg.time_conditioning * cfg.cond_dim * IN_BLOCK * cfg.d_model
+    return 2 * (num_tokens * (projections + attention) + modulation)
 
 
 def head_flops(cfg: ModelConfig, num_tokens: Any) -> Any:

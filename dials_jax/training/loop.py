@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from dials_jax import sharding, trees
 from dials_jax.config import InputError, TrainConfig, require
@@ -27,7 +29,8 @@ class NonFiniteLoss(InputError):
 def train(cfg: TrainConfig, workdir: str | Path) -> TrainState:
     """Trains to the end, from the newest intact checkpoint if there is one.
 
-    Stopping anywhere and calling this again gives bitwise the run that was not stopped.
+    Stopping anywhere and calling this again gives bitwise the run that was not stopped. The end is
+    the last step, or that after `max_minutes`; calling this again then goes on for as long.
 
     Raises:
       InputError: for settings or data that do not fit, before any expensive work.
@@ -46,19 +49,21 @@ def train(cfg: TrainConfig, workdir: str | Path) -> TrainState:
     epoch = steps_per_epoch(run.data, cfg.batch_size)
     optimizer, total = make_optimizer(cfg.optimizer, epoch), num_steps(cfg.optimizer, epoch)
     claim_workdir(workdir, cfg, run.identity)
-    state = init_state(run.init, optimizer, mesh, run.prefix)
+    ema = cfg.optimizer.ema
+    state = init_state(run.init, optimizer, mesh, run.prefix, ema=ema, source=run.source)
+    run = dataclasses.replace(run, source=())  # its memory is needed
     checkpoints = Checkpoints(workdir / "checkpoints", cfg.keep_checkpoints)
     state = checkpoints.restore(state) or state
     _describe(cfg, run, state, total, epoch)
 
     step_fn = jax.jit(
-        make_train_step(run.loss_fn, optimizer, cfg.seed, cfg.num_microbatches),
+        make_train_step(run.loss_fn, optimizer, cfg.seed, cfg.num_microbatches, ema),
         donate_argnums=0,
         out_shardings=(shardings_of(state, mesh, run.prefix), None),
     )
     with jax.set_mesh(mesh):
         state = _steps(cfg, run, state, step_fn, total, epoch, checkpoints, workdir)
-    run.export(workdir, state.params)
+    run.export(workdir, state.result)
     return state
 
 
@@ -72,12 +77,13 @@ def _steps(
     checkpoints: Checkpoints,
     workdir: Path,
 ) -> TrainState:
-    """All steps that are left. The host looks at results only when it logs or saves."""
+    """The steps that are left. The host looks at results only when it logs or saves."""
     start = int(state.step)
     mesh = jax.sharding.get_mesh()
     schedule = make_schedule(cfg.optimizer, epoch)
     window: list[dict] = []
     since = time.perf_counter()
+    clock = Clock(cfg.max_minutes)
     what = "routers" if cfg.backbone else "model"
 
     def load_batch(step: int) -> Batch:
@@ -92,6 +98,7 @@ def _steps(
     ):
         for step, batch in prefetch(load_batch, start, total):
             state, values = step_fn(state, run.frozen, batch)
+            clock.start()
             window.append(values)
             done = step + 1
             bar.update()
@@ -100,6 +107,8 @@ def _steps(
             if saving or done % cfg.log_every == 0:
                 means = _means(window)
                 _check_finite(state, workdir)
+                stop = clock.is_over()
+                saving = saving or stop
                 seconds = time.perf_counter() - since
                 tokens = len(window) * cfg.batch_size * batch.tokens.shape[1]
                 means |= {
@@ -112,7 +121,33 @@ def _steps(
                 if saving:
                     checkpoints.save(done, state)
                 window, since = [], time.perf_counter()
+                if stop:
+                    break
     return state
+
+
+class Clock:
+    """Says when the time for training is over, the same on every host."""
+
+    def __init__(self, minutes: float | None):
+        self._minutes = minutes
+        self._start: float | None = None
+
+    def start(self) -> None:
+        """Starts at the first call: a step that has been compiled."""
+        if self._start is None:
+            self._start = self.now()
+
+    def is_over(self) -> bool:
+        if self._minutes is None:
+            return False
+        over = np.array(self.now() - self._start >= 60 * self._minutes)
+        if jax.process_count() > 1:
+            over = multihost_utils.broadcast_one_to_all(over)
+        return bool(over)
+
+    def now(self) -> float:
+        return time.perf_counter()
 
 
 def _means(window: list[dict]) -> dict[str, float]:
@@ -131,7 +166,8 @@ def _check_finite(state: TrainState, workdir: Path) -> None:
 
 
 def _summary(means: dict[str, float]) -> str:
-    parts = [f"loss {means['loss']:.3f}", f"ce {means['masked_ce']:.3f}"]
+    parts = [f"loss {means['loss']:.3f}"]
+    parts += [f"ce {means[name]:.3f}" for name in ("masked_ce", "token_ce") if name in means]
     if "skip_rate" in means:
         parts.append(f"skip {means['skip_rate']:.1%}")
     return ", ".join([*parts, f"{means['tokens_per_second']:,.0f} tokens/s"])

@@ -7,13 +7,20 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from dials_jax import trees
-from dials_jax.config import ModelConfig, ObjectiveConfig, RouterConfig
+from dials_jax.config import ModelConfig, ObjectiveConfig, RouterConfig, require
 from dials_jax.data.batches import Batch
 from dials_jax.diffusion.corruption import corrupt
-from dials_jax.diffusion.objectives import dials_loss, diffusion_loss, masked_log_probs
+from dials_jax.diffusion.cross_entropy import Head, weighted_cross_entropy
+from dials_jax.diffusion.objectives import (
+    causal_weights,
+    diffusion_weights,
+    next_tokens,
+    skip_loss,
+)
+from dials_jax.diffusion.schedule import stratified, stratified_noise, uniform_noise
 from dials_jax.models import transformer
 from dials_jax.nn.stack import StackOutput
 from dials_jax.skipping.policies import StochasticRouted
@@ -35,28 +42,37 @@ class Mean(NamedTuple):
         return self.total / jnp.maximum(self.count, 1)
 
 
+class Draws(NamedTuple):
+    """The randomness of each row, from the step and the row's number in the whole batch."""
+
+    key: jax.Array
+    place: Float[Array, "B"]  # in [0, 1), spread evenly over the whole batch
+
+    @classmethod
+    def of(cls, step_key: jax.Array, row: Int[Array, "B"], num_rows: int) -> Draws:
+        """
+        Args:
+          row: of a microbatch or of all.
+          num_rows: of the whole batch.
+        """
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, row)
+        return cls(keys, stratified(step_key, row, num_rows))
+
+
 Metrics = dict[str, Mean]
-# loss(trainable, frozen, batch, row_keys) -> (sum over rows, metrics)
-LossFn = Callable[[trees.Params, trees.Params, Batch, jax.Array], tuple[Array, Metrics]]
-
-
-class _Masked(NamedTuple):
-    """Sums over the masked tokens of each row."""
-
-    cross_entropy: Float[Array, "B"]
-    count: Array
-    answer_length: Array
-    ratio: Array
+# loss(trainable, frozen, batch, draws) -> (sum over rows, metrics)
+LossFn = Callable[[trees.Params, trees.Params, Batch, Draws], tuple[Array, Metrics]]
 
 
 def model_loss(cfg: ModelConfig, objective: ObjectiveConfig, remat: bool) -> LossFn:
-    """The diffusion loss of all parameters; `frozen` is unused."""
+    """The loss of all parameters; `frozen` is unused."""
 
-    def loss(params, frozen, batch, row_keys):
+    def loss(params, frozen, batch, draws):
         del frozen
-        sums, _ = _forward(cfg, params, batch, row_keys, objective, None, remat)
-        rows = diffusion_loss(sums.cross_entropy, sums.answer_length, sums.ratio)
-        return jnp.sum(rows), {"loss": Mean.of(rows), **_metrics(sums)}
+        view = _view(cfg, objective, batch, draws)
+        out = _run(cfg, params, batch, view, None, remat)
+        total, metrics = _cross_entropy(cfg, objective, params, out, batch, view, True)
+        return total, {"loss": Mean(total, _num_rows(batch)), **metrics}
 
     return loss
 
@@ -66,52 +82,107 @@ def router_loss(
 ) -> LossFn:
     """The DIALS loss of the routers; `frozen` holds the backbone, which gets no gradient."""
 
-    def loss(routers, backbone, batch, row_keys):
+    def loss(routers, backbone, batch, draws):
+        view = _view(cfg, objective, batch, draws)
         policy = StochasticRouted(routers, router.threshold, router.temperature)
-        sums, out = _forward(cfg, backbone, batch, row_keys, objective, policy, remat)
+        out = _run(cfg, backbone, batch, view, policy, remat)
+        total, metrics = _cross_entropy(cfg, objective, backbone, out, batch, view, False)
         skip_rate = 1.0 - jnp.mean(out.gates, axis=0)
-        rows = dials_loss(
-            sums.cross_entropy, sums.answer_length, sums.count, sums.ratio, skip_rate, objective
-        )
-        seen = (sums.count > 0).astype(jnp.float32)
-        metrics = {"skip_rate": Mean.of(skip_rate, seen), **_metrics(sums)}
-        return jnp.sum(rows), {"loss": Mean.of(rows), **metrics}
+        num_masked = jnp.sum(view.weights != 0, axis=1)
+        total += jnp.sum(skip_loss(num_masked, view.ratio, skip_rate, objective))
+        seen = (num_masked > 0).astype(jnp.float32)
+        metrics |= {"loss": Mean(total, _num_rows(batch)), "skip_rate": Mean.of(skip_rate, seen)}
+        return total, metrics
 
     return loss
 
 
-def _forward(
-    cfg: ModelConfig, params, batch: Batch, row_keys, objective, policy, remat: bool
-) -> tuple[_Masked, StackOutput]:
-    """One pass over corrupted rows."""
-    mask_keys, gate_keys = jax.vmap(jax.random.split)(row_keys).T
-    masked, ratio = corrupt(mask_keys, batch.answer, objective.min_ratio)
-    noisy = jnp.where(masked, cfg.mask_id, batch.tokens)
-    out = transformer.run_layers(
+def check_objective(cfg: ModelConfig, objective: ObjectiveConfig, routers: bool = False) -> None:
+    """Raises: InputError for an objective that the model cannot be trained with."""
+    causal = objective.kind == "causal"
+    require(
+        causal == cfg.causal,
+        f"objective.kind={objective.kind!r} does not fit a model with causal={cfg.causal}; "
+        "'causal' is for causal models, 'llada' and 'mdlm' are for the others",
+    )
+    require(not (causal and routers), "routers vote at [MASK]; give a masked diffusion backbone")
+
+
+# ---------------------------------------------------------------------------------- inside
+
+
+class _View(NamedTuple):
+    """A batch as an objective sees it."""
+
+    tokens: Int[Array, "B T"]  # what the model reads
+    targets: Int[Array, "B T"]  # what each place is to predict
+    weights: Float[Array, "B T"]  # of each prediction in the sum over rows; 0: it has no loss
+    gate_keys: jax.Array
+    time: Float[Array, "B"] | None = None
+    ratio: Float[Array, "B"] | None = None
+
+
+def _view(cfg: ModelConfig, objective: ObjectiveConfig, batch: Batch, draws: Draws) -> _View:
+    mask_keys, gate_keys = jax.vmap(jax.random.split)(draws.key).T
+    if objective.kind == "causal":
+        targets, counted = next_tokens(batch.tokens, batch.answer, batch.valid)
+        return _View(batch.tokens, targets, causal_weights(counted), gate_keys)
+    ratio_keys, position_keys = jax.vmap(jax.random.split)(mask_keys).T
+    if objective.kind == "mdlm":
+        noise = stratified_noise(draws.place, objective.min_ratio)
+    else:
+        noise = uniform_noise(ratio_keys, objective.min_ratio)
+    masked = corrupt(position_keys, batch.answer, noise.ratio)
+    return _View(
+        tokens=jnp.where(masked, cfg.mask_id, batch.tokens),
+        targets=batch.tokens,
+        weights=diffusion_weights(masked, batch.answer, noise.weight),
+        gate_keys=gate_keys,
+        time=noise.time,
+        ratio=noise.ratio,
+    )
+
+
+def _run(cfg: ModelConfig, params, batch: Batch, view: _View, policy, remat: bool) -> StackOutput:
+    return transformer.run_layers(
         cfg,
         params,
-        noisy,
+        view.tokens,
         batch.valid,
         policy,
-        row_keys=gate_keys,
+        time=view.time,
+        row_keys=view.gate_keys,
         executor="select",
         remat=remat,
     )
-    logits = transformer.predictions(cfg, params, out.h, batch.valid)
-    log_probs = masked_log_probs(logits, batch.tokens, masked)
-    sums = _Masked(
-        cross_entropy=-jnp.sum(log_probs, axis=1),
-        count=jnp.sum(masked, axis=1),
-        answer_length=jnp.sum(batch.answer, axis=1),
-        ratio=ratio,
+
+
+def _cross_entropy(
+    cfg: ModelConfig,
+    objective: ObjectiveConfig,
+    params: trees.Params,
+    out: StackOutput,
+    batch: Batch,
+    view: _View,
+    train_head: bool,
+) -> tuple[Array, Metrics]:
+    """Its weighted sum, and in nats a predicted token; the share of the answers that was masked."""
+    h = transformer.predicting(cfg, out.h, batch.valid)
+    total, nats = weighted_cross_entropy(
+        transformer.normed(cfg, params, h, view.time),
+        Head(params["head"]["kernel"], params["head"].get("bias")),
+        view.targets,
+        view.weights,
+        never=cfg.mask_id if objective.kind == "mdlm" else None,
+        train_head=train_head,
     )
-    return sums, out
+    count = jnp.sum(view.weights != 0, dtype=jnp.float32)
+    nats = Mean(jnp.sum(nats), count)
+    if objective.kind == "causal":
+        return total, {"token_ce": nats}
+    share = Mean(count, jnp.sum(batch.answer, dtype=jnp.float32))
+    return total, {"masked_ce": nats, "masked_share": share}
 
 
-def _metrics(sums: _Masked) -> Metrics:
-    """Cross-entropy in nats a masked token, and the share of the answers that was masked."""
-    count = jnp.sum(sums.count).astype(jnp.float32)
-    return {
-        "masked_ce": Mean(jnp.sum(sums.cross_entropy), count),
-        "masked_share": Mean(count, jnp.sum(sums.answer_length).astype(jnp.float32)),
-    }
+def _num_rows(batch: Batch) -> Float[Array, ""]:
+    return jnp.float32(batch.row.shape[0])

@@ -1,9 +1,13 @@
-"""AdamW with clipping, linear warm-up and half a cosine (DIALS, appendix A.1)."""
+"""AdamW with clipping and a linear warm-up, then half a cosine or a constant rate."""
 
 from __future__ import annotations
 
+import jax
+import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Int
 
+from dials_jax import trees
 from dials_jax.config import OptimizerConfig, require
 
 
@@ -20,7 +24,7 @@ def _in_steps(steps: int | None, epochs: float | None, steps_per_epoch: int) -> 
 
 
 def make_schedule(cfg: OptimizerConfig, steps_per_epoch: int) -> optax.Schedule:
-    """Learning rate by step: 0 to the peak over the warm-up, then half a cosine to the end.
+    """Learning rate by step: 0 to the peak over the warm-up, then as `cfg.schedule` says.
 
     Raises: InputError if the warm-up does not end before training does.
     """
@@ -30,6 +34,8 @@ def make_schedule(cfg: OptimizerConfig, steps_per_epoch: int) -> optax.Schedule:
         warmup < total,
         f"optimizer: a warm-up of {warmup} steps does not end within {total} steps; shorten it",
     )
+    if cfg.schedule == "constant":
+        return optax.warmup_constant_schedule(0.0, cfg.learning_rate, warmup)
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=cfg.learning_rate,
@@ -50,3 +56,15 @@ def make_optimizer(cfg: OptimizerConfig, steps_per_epoch: int) -> optax.Gradient
             weight_decay=cfg.weight_decay,
         ),
     )
+
+
+def move_average(
+    average: trees.Params, params: trees.Params, num_updates: Int[Array, ""], decay: float
+) -> trees.Params:
+    """The moving average after one more update of the parameters, the n-th.
+
+    Its decay is min(decay, (1 + n) / (10 + n)), so that the random start is soon forgotten
+    (MDLM's `ema.py`).
+    """
+    rest = jnp.maximum(1 - decay, 9 / (10 + num_updates))
+    return jax.tree.map(lambda a, p: a + rest * (p - a), average, params)

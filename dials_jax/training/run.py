@@ -21,11 +21,13 @@ from dials_jax.models.model import Model
 from dials_jax.sharding import on_first_process
 from dials_jax.skipping.router import init_routers
 from dials_jax.skipping.storage import save_router
-from dials_jax.training.losses import LossFn, model_loss, router_loss
+from dials_jax.training.losses import LossFn, check_objective, model_loss, router_loss
+from dials_jax.training.source import grow_vocabulary, load_source
 
 # Settings that may change between one part of a run and the next.
 FREE_FIELDS = tuple(
-    f"train.{name}" for name in ("log_every", "save_every", "keep_checkpoints", "mesh", "remat")
+    f"train.{name}"
+    for name in ("log_every", "save_every", "keep_checkpoints", "mesh", "remat", "max_minutes")
 )
 
 
@@ -34,6 +36,7 @@ class Run:
     """One kind of training, ready for the loop.
 
     Attributes:
+      init: makes the first parameters from the arrays of `source`.
       frozen: parameters that the loss reads and nothing changes.
       prefix: of the trained parameters in the sharding table.
       export: writes what the run is for into the workdir.
@@ -41,20 +44,33 @@ class Run:
 
     data: TrainingData
     loss_fn: LossFn
-    init: Callable[[], trees.Params]
+    init: Callable[..., trees.Params]
     frozen: trees.Params
     prefix: str
     identity: dict[str, Any]
     export: Callable[[Path, trees.Params], None]
+    source: tuple = ()
 
 
 def prepare(cfg: TrainConfig, mesh: Mesh) -> Run:
     """Loads and checks all that a run needs, before anything expensive."""
-    return _router_run(cfg, mesh) if cfg.backbone else _model_run(cfg)
+    return _router_run(cfg, mesh) if cfg.backbone else _model_run(cfg, mesh)
 
 
-def _model_run(cfg: TrainConfig) -> Run:
+def _model_run(cfg: TrainConfig, mesh: Mesh) -> Run:
+    check_objective(cfg.model, cfg.objective)
     data, tokenizer = training_data(cfg.data, cfg.model)
+    identity, source = {"data_fingerprint": data.fingerprint}, ()
+    if cfg.init_from:
+        model = load_source(cfg.init_from, cfg.model, mesh)
+        identity["source_fingerprint"], source = model.fingerprint, (model.params,)
+
+    def init(*source: trees.Params) -> trees.Params:
+        if source:
+            params = grow_vocabulary(*source, cfg.model.vocab_size)
+        else:
+            params = transformer.init(cfg.model, jax.random.key(cfg.seed))
+        return unroll(params) if cfg.unrolled else params
 
     def export(workdir: Path, params: trees.Params) -> None:
         on_first_process(lambda: tokenizer.save(workdir))
@@ -64,16 +80,27 @@ def _model_run(cfg: TrainConfig) -> Run:
     return Run(
         data=data,
         loss_fn=model_loss(cfg.model, cfg.objective, cfg.remat),
-        init=lambda: transformer.init(cfg.model, jax.random.key(cfg.seed)),
+        init=init,
         frozen={},
         prefix="",
-        identity={"data_fingerprint": data.fingerprint},
+        identity=identity,
         export=export,
+        source=source,
     )
+
+
+def unroll(params: trees.Params) -> trees.Params:
+    """The same parameters with own arrays for each layer.
+
+    A scan copies every layer's weights out of the stack, and what the backward pass needs into
+    another: a fifth of a small model's step.
+    """
+    return {**params, "layers": trees.unstack(params["layers"])}
 
 
 def _router_run(cfg: TrainConfig, mesh: Mesh) -> Run:
     backbone: Model = load(cfg.backbone, mesh=mesh, layout="stacked")
+    check_objective(backbone.config, cfg.objective, routers=True)
     data, _ = training_data(cfg.data, backbone.config, backbone.path)
     d_model, num_layers = backbone.config.d_model, backbone.config.num_layers
 

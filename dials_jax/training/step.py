@@ -13,7 +13,8 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from dials_jax import sharding, trees
 from dials_jax.data.batches import Batch
-from dials_jax.training.losses import LossFn
+from dials_jax.training.losses import Draws, LossFn
+from dials_jax.training.optimizer import move_average
 
 
 class TrainState(NamedTuple):
@@ -23,12 +24,19 @@ class TrainState(NamedTuple):
       step: steps taken.
       bad_step: the first step whose loss or gradient was not finite, else -1. From there on
         nothing changes any more, so the state stays the last good one until the host looks.
+      average: the moving average of the parameters, where one is kept.
     """
 
     step: Int[Array, ""]
     params: trees.Params
     opt_state: optax.OptState
     bad_step: Int[Array, ""]
+    average: trees.Params | None = None
+
+    @property
+    def result(self) -> trees.Params:
+        """What training is for: the moving average, or the parameters without one."""
+        return self.params if self.average is None else self.average
 
 
 TrainStep = Callable[
@@ -37,24 +45,30 @@ TrainStep = Callable[
 
 
 def init_state(
-    init: Callable[[], trees.Params],
+    init: Callable[..., trees.Params],
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     prefix: str = "",
+    *,
+    ema: float | None = None,
+    source: tuple = (),
 ) -> TrainState:
     """A fresh state, each array made where it belongs.
 
     Args:
       prefix: put before parameter names when the sharding table is asked (`routers/`).
+      ema: keep a moving average; it starts as the parameters do.
+      source: arrays that `init` makes the parameters from.
     """
 
-    def make():
-        params = init()
-        return TrainState(jnp.int32(0), params, optimizer.init(params), jnp.int32(-1))
+    def make(*source):
+        params = init(*source)
+        average = None if ema is None else params
+        return TrainState(jnp.int32(0), params, optimizer.init(params), jnp.int32(-1), average)
 
-    shardings = shardings_of(jax.eval_shape(make), mesh, prefix)
+    shardings = shardings_of(jax.eval_shape(make, *source), mesh, prefix)
     with jax.set_mesh(mesh):
-        return jax.jit(make, out_shardings=shardings)()
+        return jax.jit(make, out_shardings=shardings)(*source)
 
 
 def shardings_of(state: TrainState, mesh: Mesh, prefix: str = "") -> TrainState:
@@ -63,6 +77,7 @@ def shardings_of(state: TrainState, mesh: Mesh, prefix: str = "") -> TrainState:
         params=sharding.param_shardings(state.params, mesh, prefix),
         opt_state=sharding.state_shardings(state.opt_state, state.params, mesh, prefix),
         bad_step=sharding.replicated(mesh),
+        average=sharding.param_shardings(state.average, mesh, prefix),
     )
 
 
@@ -71,20 +86,24 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     seed: int,
     num_microbatches: int = 1,
+    ema: float | None = None,
 ) -> TrainStep:
     """`step(state, frozen, batch) -> (state, metrics)`, a pure function of its arguments.
 
     Every random number is folded from the seed, the step and the row's number in its batch, so
     the result depends neither on the number of microbatches nor on that of devices.
+
+    Args:
+      ema: the decay of the moving average, if the state has one.
     """
 
     def step(state: TrainState, frozen: trees.Params, batch: Batch):
         step_key = jax.random.fold_in(jax.random.key(seed), state.step)
 
         def gradients(microbatch):
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, microbatch.row)
+            draws = Draws.of(step_key, microbatch.row, batch.row.shape[0])
             grad_fn = jax.grad(loss_fn, has_aux=True)
-            return grad_fn(state.params, frozen, microbatch, keys)
+            return grad_fn(state.params, frozen, microbatch, draws)
 
         grads, metrics = sum_over(gradients, split_rows(batch, num_microbatches))
         # Divided once, by all rows of the batch.
@@ -92,7 +111,7 @@ def make_train_step(
         values = {name: mean.value for name, mean in metrics.items()}
         values["grad_norm"] = optax.tree.norm(grads)
         good = jnp.isfinite(values["loss"]) & jnp.isfinite(values["grad_norm"])
-        return update(optimizer, state, grads, good), values
+        return update(optimizer, state, grads, good, ema), values
 
     return step
 
@@ -102,12 +121,16 @@ def update(
     state: TrainState,
     grads: trees.Params,
     good: Bool[Array, ""],
+    ema: float | None = None,
 ) -> TrainState:
     """The next state, or the same one for ever after a step that was not good."""
     good = good & (state.bad_step < 0)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    new = TrainState(state.step + 1, params, opt_state, state.bad_step)
+    average = state.average
+    if average is not None:
+        average = move_average(average, params, state.step + 1, ema)
+    new = TrainState(state.step + 1, params, opt_state, state.bad_step, average)
     old = state._replace(bad_step=jnp.where(state.bad_step < 0, state.step, state.bad_step))
     return jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
 

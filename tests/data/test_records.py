@@ -1,3 +1,4 @@
+import gzip
 import lzma
 
 import pytest
@@ -9,11 +10,15 @@ GOOD = '{"text": "one"}\n\n{"text": "twö"}\n'
 
 
 def test_plain_and_compressed_files_give_the_same_numbered_records(tmp_path):
-    plain, compressed = tmp_path / "a.jsonl", tmp_path / "a.jsonl.xz"
-    plain.write_text(GOOD, encoding="utf-8")
-    compressed.write_bytes(lzma.compress(GOOD.encode()))
-    expected = [(1, {"text": "one"}), (3, {"text": "twö"})]
-    assert list(read_jsonl(plain)) == list(read_jsonl(compressed)) == expected
+    contents = {
+        "a.jsonl": GOOD.encode(),
+        "a.jsonl.xz": lzma.compress(GOOD.encode()),
+        "a.jsonl.gz": gzip.compress(GOOD.encode()),
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        expected = [(1, {"text": "one"}), (3, {"text": "twö"})]
+        assert list(read_jsonl(tmp_path / name)) == expected
 
 
 @pytest.mark.parametrize("bad", [b'{"text": \n', b"[1, 2]\n", b'{"text": "\xff"}\n'])
@@ -28,10 +33,11 @@ def test_a_bad_line_is_named_by_file_and_line(tmp_path, bad, compress):
 
 
 @pytest.mark.parametrize("damage", ["cut", "not an archive"])
-def test_a_damaged_archive_is_an_input_error(tmp_path, damage):
-    path = tmp_path / "a.jsonl.xz"
-    path.write_bytes(lzma.compress(GOOD.encode() * 99)[:-20] if damage == "cut" else b"hello")
-    with pytest.raises(InputError, match=r"a\.jsonl\.xz:\d+: "):
+@pytest.mark.parametrize("archive", [lzma, gzip])
+def test_a_damaged_archive_is_an_input_error(tmp_path, damage, archive):
+    path = tmp_path / f"a.jsonl.{'xz' if archive is lzma else 'gz'}"
+    path.write_bytes(archive.compress(GOOD.encode() * 99)[:-20] if damage == "cut" else b"hello")
+    with pytest.raises(InputError, match=r"a\.jsonl\.[xg]z:\d+: "):
         list(read_jsonl(path))
 
 

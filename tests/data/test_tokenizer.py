@@ -93,11 +93,15 @@ def test_model_and_tokenizer_must_belong_together(tokenizer, model_config):
     n = tokenizer.vocab_size
     wider = dataclasses.replace(model_config, vocab_size=n + 9)
     check_tokenizer(tokenizer, wider)
+    # A model that has no [MASK] needs no row for it: the last id, which text is never spelt with.
+    check_tokenizer(
+        tokenizer, dataclasses.replace(wider, causal=True, mask_id=None, vocab_size=n - 1)
+    )
     for change, message in [
         ({"mask_id": n + 1}, f"no token mask_id={n + 1}"),
         ({"eos_id": n + 2}, f"no token eos_id={n + 2}"),
         ({"mask_id": 5}, "mask_id=5 is the ordinary token"),
-        ({"mask_id": None, "causal": True}, "a causal model"),
+        ({"vocab_size": n - 2, "mask_id": None, "causal": True}, f"only vocab_size={n - 2}"),
         ({"vocab_size": n - 1, "mask_id": 0}, f"only vocab_size={n - 1}"),
     ]:
         with pytest.raises(InputError, match=message):

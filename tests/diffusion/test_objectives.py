@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 
 from dials_jax.config import ObjectiveConfig
-from dials_jax.diffusion.objectives import dials_loss, diffusion_loss, masked_log_probs
+from dials_jax.diffusion.objectives import (
+    causal_weights,
+    diffusion_weights,
+    masked_log_probs,
+    next_tokens,
+    skip_loss,
+)
 
 
 def test_log_probs_by_hand():
@@ -15,24 +21,39 @@ def test_log_probs_by_hand():
     np.testing.assert_allclose(masked_log_probs(logits, tokens, masked), expected, rtol=1e-6)
 
 
-def test_diffusion_loss_by_hand():
-    # 6 nats over an answer of 4 tokens, masked with p = 0.5: 6 / 4 / 0.5 = 3.
-    loss = diffusion_loss(jnp.array([6.0]), jnp.array([4]), jnp.array([0.5]))
-    np.testing.assert_allclose(loss, [3.0])
+def test_diffusion_weights_by_hand():
+    # An answer of 4 tokens, 2 of them masked with p = 0.5: each nat counts 1 / 4 / 0.5.
+    masked = jnp.array([[False, True, False, True, False]])
+    answer = jnp.array([[False, True, True, True, True]])
+    weights = diffusion_weights(masked, answer, jnp.array([2.0]))
+    np.testing.assert_allclose(weights, [[0, 0.5, 0, 0.5, 0]])
 
 
 def test_a_row_without_an_answer_costs_nothing():
-    loss = diffusion_loss(jnp.array([0.0]), jnp.array([0]), jnp.array([0.001]))
-    np.testing.assert_array_equal(loss, [0.0])
-
-
-@pytest.mark.parametrize("scaled, expected", [(True, 4.2), (False, 3.6)])
-def test_dials_loss_by_hand(scaled, expected):
-    # CE part 3, as above. Skip part: lambda 2 * |0.2 - 0.5| = 0.6, divided by p = 0.5 if scaled.
-    cfg = ObjectiveConfig(skip_weight=2.0, target_skip_rate=0.5, scale_skip_by_mask_ratio=scaled)
-    loss = dials_loss(
-        jnp.array([6.0]), jnp.array([4]), jnp.array([3]), jnp.array([0.5]), jnp.array([0.2]), cfg
+    nothing = jnp.zeros((1, 3), bool)
+    np.testing.assert_array_equal(
+        diffusion_weights(nothing, nothing, jnp.array([1e3])), 0 * nothing
     )
+    np.testing.assert_array_equal(causal_weights(nothing), 0 * nothing)
+
+
+def test_the_next_tokens_by_hand():
+    """Padding on the left predicts nothing, the first answer token of a prompt-less row neither."""
+    tokens = jnp.array([[5, 6, 7, 8], [0, 5, 6, 7]])
+    answer = jnp.array([[True, True, True, True], [False, True, True, False]])
+    valid = jnp.array([[True, True, True, True], [False, True, True, True]])
+    targets, counted = next_tokens(tokens, answer, valid)
+    np.testing.assert_array_equal(targets[:, :3], tokens[:, 1:])
+    np.testing.assert_array_equal(counted, [[1, 1, 1, 0], [0, 1, 0, 0]])
+    np.testing.assert_array_equal(next_tokens(tokens, answer, None)[1][1], [1, 1, 0, 0])
+    np.testing.assert_allclose(causal_weights(counted), [[1 / 3, 1 / 3, 1 / 3, 0], [0, 1, 0, 0]])
+
+
+@pytest.mark.parametrize("scaled, expected", [(True, 1.2), (False, 0.6)])
+def test_the_skip_loss_by_hand(scaled, expected):
+    # lambda 2 * |0.2 - 0.5| = 0.6, divided by p = 0.5 if scaled.
+    cfg = ObjectiveConfig(skip_weight=2.0, target_skip_rate=0.5, scale_skip_by_mask_ratio=scaled)
+    loss = skip_loss(jnp.array([3]), jnp.array([0.5]), jnp.array([0.2]), cfg)
     np.testing.assert_allclose(loss, [expected], rtol=1e-6)
 
 
@@ -41,9 +62,7 @@ def test_a_row_without_masked_tokens_gives_neither_loss_nor_gradient(scaled):
     cfg = ObjectiveConfig(scale_skip_by_mask_ratio=scaled)
 
     def loss(skip_rate):
-        return dials_loss(
-            jnp.zeros(2), jnp.array([4, 4]), jnp.array([0, 1]), jnp.full(2, 0.001), skip_rate, cfg
-        )
+        return skip_loss(jnp.array([0, 1]), jnp.full(2, 0.001), skip_rate, cfg)
 
     skip_rate = jnp.array([0.1, 0.1])
     assert loss(skip_rate)[0] == 0 and loss(skip_rate)[1] > 0

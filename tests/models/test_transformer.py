@@ -1,4 +1,5 @@
 import dataclasses
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +7,7 @@ import numpy as np
 import pytest
 
 from dials_jax.config import InputError, ModelConfig
-from dials_jax.models import dream, llada, qwen2, transformer
+from dials_jax.models import dream, gpt2, llada, mdlm, qwen2, transformer
 from dials_jax.models.model import Model, row_keys
 from dials_jax.nn.stack import Denoising
 from tests.conftest import small_config
@@ -18,8 +19,16 @@ TOKENS = np.random.default_rng(0).integers(2, 60, (2, 8))
 OTHER = {
     "vocab_size": 65, "d_model": 48, "num_layers": 3, "num_heads": 8, "num_kv_heads": 2,
     "head_dim": 10, "d_ff": 96, "rope_theta": 100.0, "norm_eps": 1e-2, "qkv_bias": True,
-    "bias": True, "causal": True, "shift": True, "dtype": "bfloat16",
+    "bias": True, "o_bias": True, "head_bias": True, "norm": "layer", "mlp": "gelu",
+    "norm_bias": True, "cond_dim": 8, "time_conditioning": True,
+    "causal": True, "shift": True, "dtype": "bfloat16",
 }  # fmt: skip
+# What else must hold, before and after, for a field to be there at all.
+WITH = {
+    "norm_bias": {"norm": "layer"},
+    "cond_dim": {"norm": "layer"},
+    "time_conditioning": {"norm": "layer", "cond_dim": 8},
+}
 WITHOUT_EFFECT = {
     "model_type": "names the family in config.json",
     "max_length": "bounds what generate and likelihood accept",
@@ -38,8 +47,9 @@ def logits_of(cfg):
 
     @jax.jit
     def forward(params, tokens):
-        h = transformer.run_layers(cfg, params, tokens, None).h
-        return h, transformer.predictions(cfg, params, h)
+        time = jnp.full(2, 0.5)
+        h = transformer.run_layers(cfg, params, tokens, None, time=time).h
+        return h, transformer.predictions(cfg, params, h, time=time)
 
     h, logits = forward(params, TOKENS)
     return np.asarray(logits), h.dtype
@@ -52,14 +62,18 @@ def test_every_field_is_tested_or_excused():
 
 @pytest.fixture(scope="module")
 def base():
-    return logits_of(BASE)
+    return lru_cache(logits_of)
 
 
-@pytest.mark.parametrize("field", OTHER)
+@pytest.mark.parametrize("field", [*OTHER, "positions"])
 def test_every_field_changes_the_output(field, base):
-    other, dtype = logits_of(dataclasses.replace(BASE, **{field: OTHER[field]}))
+    cfg = dataclasses.replace(BASE, **WITH.get(field, {}))
+    change = {"rope_theta": None} if field == "positions" else {field: OTHER[field]}
+    (before, dtype), (other, other_dtype) = base(cfg), base(dataclasses.replace(cfg, **change))
     assert other.dtype == np.float32
-    assert other.shape != base[0].shape or dtype != base[1] or np.abs(other - base[0]).max() > 1e-4
+    assert (
+        other.shape != before.shape or other_dtype != dtype or np.abs(other - before).max() > 1e-4
+    )
 
 
 @pytest.mark.parametrize(
@@ -68,6 +82,10 @@ def test_every_field_changes_the_output(field, base):
         (llada.llada_8b, 8_015_581_184, (32, 4096, 32, 128)),
         (dream.dream_7b, 7_615_616_512, (28, 3584, 28, 128)),
         (qwen2.qwen2_5_7b, 7_615_616_512, (28, 3584, 28, 128)),
+        (mdlm.mdlm, 169_627_218, (12, 768, 12, 64)),
+        # The published numbers, and a head apart from the embedding.
+        (gpt2.gpt2, 124_439_808 + 50257 * 768, (12, 768, 12, 64)),
+        (gpt2.gpt2_large, 774_030_080 + 50257 * 1280, (36, 1280, 20, 64)),
     ],
 )
 def test_shapes_and_parameters_of_the_published_models(preset, parameters, q_shape):
@@ -135,6 +153,22 @@ def test_a_left_padded_row_of_a_shifted_model_equals_the_row_alone(model, cfg):
 
 
 # ------------------------------------------------------------------------------- configurations
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"norm": "batch"}, "norm='batch' must be one of rms, layer"),
+        ({"mlp": "relu"}, "mlp='relu' must be one of swiglu, gelu"),
+        ({"cond_dim": 8}, "set norm='layer'"),
+        ({"norm_bias": True}, "set norm='layer'"),
+        ({"time_conditioning": True}, "set cond_dim"),
+        ({"cond_dim": -1}, "cond_dim=-1"),
+    ],
+)
+def test_settings_that_do_not_fit_are_named(changes, words):
+    with pytest.raises(InputError, match=words):
+        small_config(**changes)
 
 
 @pytest.mark.parametrize("name", ["mask_id", "eos_id"])

@@ -8,7 +8,7 @@ from flax import nnx
 
 from dials_jax.nn.attention import Attention, attend
 from dials_jax.nn.kv import KV
-from dials_jax.nn.mlp import SwiGLU
+from dials_jax.nn.mlp import MLP
 from dials_jax.nn.norm import RMSNorm
 from dials_jax.nn.rope import apply_rope, positions_of, rope_angles
 from tests.conftest import small_config
@@ -141,7 +141,7 @@ def test_attention_uses_its_biases(name):
 
 @pytest.mark.parametrize("name", ["gate_bias", "up_bias", "down_bias"])
 def test_swiglu_uses_its_biases(name):
-    mlp = SwiGLU(small_config(bias=True), nnx.Rngs(0))
+    mlp = MLP(small_config(bias=True), nnx.Rngs(0))
     x = normal(1, 4, 32)
     before = mlp(x)
     bias = getattr(mlp, name)
@@ -150,7 +150,7 @@ def test_swiglu_uses_its_biases(name):
 
 
 def test_swiglu_by_hand():
-    mlp = SwiGLU(small_config(), nnx.Rngs(0))
+    mlp = MLP(small_config(), nnx.Rngs(0))
     x = np.asarray(normal(1, 3, 32))
     gate, up = x @ np.asarray(mlp.gate[...]), x @ np.asarray(mlp.up[...])
     expected = (gate / (1 + np.exp(-gate)) * up) @ np.asarray(mlp.down[...])

@@ -13,7 +13,7 @@ from dials_jax.caching.net import Net
 from dials_jax.config import InputError
 from dials_jax.models import transformer
 from dials_jax.sampling.confidence import Confidence, confident_run, propose, ranks, step_quota
-from dials_jax.sampling.denoise import close, denoise
+from dials_jax.sampling.denoise import Loop, close
 from tests.conftest import EOS, MASK, small_config
 
 EOT = 2
@@ -160,8 +160,9 @@ def fill(monkeypatch):
         keys = jax.random.split(jax.random.key(seed), num_rows)
         rows = transformer.rows_of(CFG, None, canvas.shape)
         net = Net(CFG, {}, None, "auto", rows, keys, None, P)
-        tokens, record = denoise(sampler, Stated(logits_of), net, canvas, keys, P)
-        return np.asarray(tokens), record
+        loop = Loop(sampler, Stated(logits_of), net, P, keys)
+        state = loop.run(loop.start(canvas, CFG.num_layers))
+        return np.asarray(state.tokens), state.record
 
     return run
 

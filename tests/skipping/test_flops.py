@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dials_jax.config import ModelConfig
-from dials_jax.models import llada
+from dials_jax.models import llada, mdlm
 from dials_jax.skipping.flops import Flops, count_flops, head_flops, layer_flops, router_flops
 
 TINY = ModelConfig(
@@ -18,6 +18,24 @@ def test_a_layer_by_hand():
     # Attention of one token to 3: scores and values, 3 * 4 products each: 24.
     # Two FLOPs a product, 3 tokens: 2 * 3 * (120 + 24) = 864.
     assert layer_flops(TINY, 3) == 864
+
+
+def test_a_dit_layer_by_hand():
+    # Weights: q, k, v and o 8 * 8 each, two of 8 * 32: 256 + 512 = 768. Attention of one token to
+    # 3: scores and values, 3 * 8 products each: 48. Biases, norms and constants count nothing.
+    cfg = mdlm.small(2, 8, 10, 9, 0, 0, head_dim=4, cond_dim=5)
+    assert layer_flops(cfg, 3) == 2 * 3 * (768 + 48)
+    # The time costs a map from 5 to 6 vectors of 8, once a row.
+    timed = dataclasses.replace(cfg, time_conditioning=True)
+    assert layer_flops(timed, 3) - layer_flops(cfg, 3) == 2 * 5 * 6 * 8
+
+
+def test_the_head_of_mdlm_is_the_share_that_the_paper_leaves_out():
+    # Protocols, Sedykh et al.: about 31 % of 12 blocks and 58 % of 4.
+    for num_blocks, share in ((12, 0.29), (4, 0.55)):
+        cfg = mdlm.mdlm(num_blocks)
+        head, body = head_flops(cfg, 1024), num_blocks * layer_flops(cfg, 1024)
+        assert head / (head + body) == pytest.approx(share, abs=0.03)
 
 
 def test_head_and_router_by_hand():

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dials_jax.config import ObjectiveConfig, RouterConfig
+from dials_jax import trees
+from dials_jax.config import InputError, ObjectiveConfig, RouterConfig
 from dials_jax.data.batches import Batch
-from dials_jax.models import transformer
+from dials_jax.models import mdlm, transformer
 from dials_jax.nn.block import Rows
 from dials_jax.nn.kv import Slots
 from dials_jax.nn.rope import positions_of, rope_angles
-from dials_jax.training.losses import model_loss, router_loss
+from dials_jax.training.losses import Draws, check_objective, model_loss, router_loss
 
 ROWS, LENGTH, PROMPT, LAYERS = 4, 10, 4, 2
 ROUTER = RouterConfig(d_hidden=8, threshold=0.4, temperature=0.7)
@@ -46,17 +47,26 @@ def batch():
 
 
 @pytest.fixture(scope="module")
-def row_keys():
-    return jax.random.split(jax.random.key(5), ROWS)
+def draws():
+    return Draws.of(jax.random.key(5), jnp.arange(ROWS), ROWS)
 
 
-def reference(cfg, params, routers, batch, keys, objective):
+def noise_of(objective, ratio_key, place):
+    """A row's mask probability and what its loss is multiplied with."""
+    if objective.kind == "llada":
+        p = jax.random.uniform(ratio_key, minval=objective.min_ratio, maxval=1.0)
+        return p, 1 / p
+    t = (1 - objective.min_ratio) * place + objective.min_ratio
+    return (1 - objective.min_ratio) * t, 1 / t
+
+
+def reference(cfg, params, routers, batch, draws, objective):
     """The mean of these is the loss; also each row's skip rate, or None, and its masks."""
     part, losses, rates, counts = transformer.parts(cfg), [], [], []
     for row in range(ROWS):
-        mask_key, gate_key = jax.random.split(keys[row])
+        mask_key, gate_key = jax.random.split(draws.key[row])
         ratio_key, position_key = jax.random.split(mask_key)
-        p = jax.random.uniform(ratio_key, minval=objective.min_ratio, maxval=1.0)
+        p, weight = noise_of(objective, ratio_key, draws.place[row])
         masked = (jax.random.uniform(position_key, (LENGTH,)) < p) & batch.answer[row]
         tokens = jnp.where(masked, cfg.mask_id, batch.tokens[row])[None]
         valid = jnp.asarray(batch.valid[row])[None]
@@ -76,10 +86,13 @@ def reference(cfg, params, routers, batch, keys, objective):
             skips.append(skip)
         count, length = int(masked.sum()), int(batch.answer[row].sum())
         counts.append(count)
-        log_p = jax.nn.log_softmax(transformer.logits_of(cfg, params, h)[0])
+        logits = transformer.logits_of(cfg, params, h)[0]
+        if objective.kind == "mdlm":
+            logits = logits.at[:, cfg.mask_id].set(-jnp.inf)
+        log_p = jax.nn.log_softmax(logits)
         # Dream's head predicts one token to the right of its row.
         ce = -sum(log_p[t - cfg.shift, batch.tokens[row, t]] for t in range(LENGTH) if masked[t])
-        loss = ce / length / p
+        loss = ce / length * weight
         if routers is not None:
             rates.append(sum(skips) / cfg.num_layers)
             skip_loss = objective.skip_weight * abs(rates[-1] - objective.target_skip_rate)
@@ -103,20 +116,20 @@ def assert_trees_close(a, b):
 
 
 @pytest.mark.parametrize("scale", [True, False])
-def test_the_router_loss_and_its_gradient_are_the_papers(cut, batch, row_keys, scale):
+def test_the_router_loss_and_its_gradient_are_the_papers(cut, batch, draws, scale):
     cfg, params, routers = cut
     objective = ObjectiveConfig(
         min_ratio=0.2, skip_weight=0.8, target_skip_rate=0.3, scale_skip_by_mask_ratio=scale
     )
 
     def slow(routers):
-        losses, rates, counts = reference(cfg, params, routers, batch, row_keys, objective)
+        losses, rates, counts = reference(cfg, params, routers, batch, draws, objective)
         return sum(losses), (rates, counts)
 
     loss_fn = router_loss(cfg, ROUTER, objective, remat=False)
-    grads, metrics = jax.grad(loss_fn, has_aux=True)(routers, params, batch, row_keys)
+    grads, metrics = jax.grad(loss_fn, has_aux=True)(routers, params, batch, draws)
     slow_grads, (rates, counts) = jax.grad(slow, has_aux=True)(routers)
-    total, _ = loss_fn(routers, params, batch, row_keys)
+    total, _ = loss_fn(routers, params, batch, draws)
     np.testing.assert_allclose(total, slow(routers)[0], rtol=1e-5)
     np.testing.assert_allclose(metrics["loss"].value, total / ROWS, rtol=1e-6)
     assert_trees_close(grads, slow_grads)
@@ -125,47 +138,101 @@ def test_the_router_loss_and_its_gradient_are_the_papers(cut, batch, row_keys, s
     np.testing.assert_allclose(metrics["skip_rate"].value, np.mean(seen), rtol=1e-5)
 
 
-@pytest.mark.parametrize("shift", [False, True])
-def test_the_model_loss_and_its_gradient_are_lladas(cut, batch, row_keys, shift):
+@pytest.mark.parametrize("kind, shift", [("llada", False), ("llada", True), ("mdlm", False)])
+def test_the_model_loss_and_its_gradient_are_the_papers(cut, batch, draws, kind, shift):
     cfg, params, _ = cut
     cfg = dataclasses.replace(cfg, shift=shift)
+    objective = dataclasses.replace(OBJECTIVE, kind=kind)
 
     def slow(params):
-        return sum(reference(cfg, params, None, batch, row_keys, OBJECTIVE)[0])
+        return sum(reference(cfg, params, None, batch, draws, objective)[0])
 
-    loss_fn = model_loss(cfg, OBJECTIVE, remat=False)
-    grads, _ = jax.grad(loss_fn, has_aux=True)(params, {}, batch, row_keys)
-    np.testing.assert_allclose(loss_fn(params, {}, batch, row_keys)[0], slow(params), rtol=1e-5)
+    loss_fn = model_loss(cfg, objective, remat=False)
+    grads, metrics = jax.grad(loss_fn, has_aux=True)(params, {}, batch, draws)
+    total, _ = loss_fn(params, {}, batch, draws)
+    np.testing.assert_allclose(total, slow(params), rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"].value, total / ROWS, rtol=1e-6)
     assert_trees_close(grads, jax.grad(slow)(params))
 
 
-def test_recomputing_blocks_changes_no_gradient(cut, batch, row_keys):
+def test_the_causal_loss_is_the_mean_of_the_next_tokens(cut, batch, draws):
+    cfg, params, _ = cut
+    cfg = dataclasses.replace(cfg, causal=True, mask_id=None)
+    objective = ObjectiveConfig(kind="causal")
+
+    def slow(params):
+        h = transformer.run_layers(cfg, params, batch.tokens, batch.valid).h
+        log_p = jax.nn.log_softmax(transformer.logits_of(cfg, params, h))
+        rows = []
+        for row in range(ROWS):
+            places = [t for t in range(1, LENGTH) if batch.answer[row, t]]  # prompts come before
+            rows.append(-sum(log_p[row, t - 1, batch.tokens[row, t]] for t in places) / len(places))
+        return sum(rows)
+
+    loss_fn = model_loss(cfg, objective, remat=False)
+    grads, metrics = jax.grad(loss_fn, has_aux=True)(params, {}, batch, draws)
+    np.testing.assert_allclose(metrics["loss"].value, slow(params) / ROWS, rtol=1e-5)
+    assert_trees_close(grads, jax.grad(slow)(params))
+
+
+@pytest.mark.parametrize("part", ["layers", "final_norm"])
+def test_a_model_with_time_conditioning_is_told_the_time(part, batch, draws):
+    small = {"num_blocks": 1, "d_model": 16, "head_dim": 8, "vocab_size": 64, "mask_id": 63}
+    cfg = mdlm.small(**small, eos_id=1, pad_id=0, dtype="float32", time_conditioning=True)
+    # Modulations start at zero, where no time can show.
+    params = trees.map_named(
+        lambda name, x: x + 0.1 if name.startswith(part) and "modulation" in name else x,
+        transformer.init(cfg, jax.random.key(0)),
+    )
+
+    def loss(time_conditioning):
+        changed = dataclasses.replace(cfg, time_conditioning=time_conditioning)
+        loss_fn = model_loss(changed, ObjectiveConfig(kind="mdlm"), remat=False)
+        return loss_fn(params, {}, batch, draws)[0]
+
+    assert loss(True) != loss(False)
+
+
+@pytest.mark.parametrize("kind, causal", [("causal", False), ("llada", True), ("mdlm", True)])
+def test_an_objective_for_another_kind_of_model_is_refused(cfg, kind, causal):
+    cfg = dataclasses.replace(cfg, causal=causal)
+    with pytest.raises(InputError, match=f"objective.kind='{kind}' does not fit"):
+        check_objective(cfg, ObjectiveConfig(kind=kind))
+
+
+def test_routers_of_a_causal_model_are_refused(cfg):
+    cfg = dataclasses.replace(cfg, causal=True)
+    with pytest.raises(InputError, match="masked diffusion backbone"):
+        check_objective(cfg, ObjectiveConfig(kind="causal"), routers=True)
+
+
+def test_recomputing_blocks_changes_no_gradient(cut, batch, draws):
     cfg, params, routers = cut
 
     def grads(remat):
         loss_fn = router_loss(cfg, ROUTER, OBJECTIVE, remat)
-        return jax.grad(loss_fn, has_aux=True)(routers, params, batch, row_keys)[0]
+        return jax.grad(loss_fn, has_aux=True)(routers, params, batch, draws)[0]
 
     assert_trees_close(grads(True), grads(False))
 
 
-def test_a_row_without_masked_tokens_contributes_nothing(cut, batch, row_keys):
+def test_a_row_without_masked_tokens_contributes_nothing(cut, batch, draws):
     cfg, params, routers = cut
     nothing = batch._replace(answer=jnp.zeros_like(batch.answer))
     loss_fn = router_loss(cfg, ROUTER, OBJECTIVE, remat=False)
-    grads, metrics = jax.grad(loss_fn, has_aux=True)(routers, params, nothing, row_keys)
+    grads, metrics = jax.grad(loss_fn, has_aux=True)(routers, params, nothing, draws)
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(grads))
     assert metrics["loss"].value == 0
     assert metrics["skip_rate"].count == 0  # nor does it dilute the mean
 
 
-def test_lambda_weighs_the_skip_loss_alone(cut, batch, row_keys):
+def test_lambda_weighs_the_skip_loss_alone(cut, batch, draws):
     cfg, params, routers = cut
 
     def loss(skip_weight):
         objective = ObjectiveConfig(min_ratio=0.2, skip_weight=skip_weight)
         loss_fn = router_loss(cfg, ROUTER, objective, remat=False)
-        return float(loss_fn(routers, params, batch, row_keys)[0])
+        return float(loss_fn(routers, params, batch, draws)[0])
 
     none, one, three = loss(0.0), loss(1.0), loss(3.0)
     assert one > none

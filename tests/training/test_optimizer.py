@@ -32,6 +32,15 @@ def test_without_warm_up_the_first_step_has_the_peak():
     assert make_schedule(cfg, EPOCH)(0) == pytest.approx(0.4)
 
 
+def test_a_constant_rate_stays_after_the_warm_up():
+    cfg = OptimizerConfig(
+        learning_rate=0.4, num_steps=30, warmup_steps=10, schedule="constant", final_scale=0.1
+    )
+    schedule = make_schedule(cfg, EPOCH)
+    rates = [float(schedule(step)) for step in (0, 5, 10, 20, 29)]
+    assert rates == pytest.approx([0, 0.2, 0.4, 0.4, 0.4])
+
+
 def test_epochs_become_steps():
     cfg = OptimizerConfig(num_epochs=2.5, warmup_epochs=0.5)
     assert (num_steps(cfg, EPOCH), warmup_steps(cfg, EPOCH)) == (25, 5)
@@ -51,6 +60,11 @@ def test_training_without_steps_is_refused():
     cfg = OptimizerConfig(num_steps=0, warmup_steps=0)
     with pytest.raises(InputError, match="no steps"):
         make_schedule(cfg, EPOCH)
+
+
+def test_a_moving_average_that_never_moves_is_refused():
+    with pytest.raises(InputError, match=r"ema=1\.0 must lie between"):
+        OptimizerConfig(num_steps=30, warmup_steps=0, ema=1.0)
 
 
 CFG = OptimizerConfig(

@@ -1,5 +1,6 @@
 """One training step, and what a whole run does and does not touch."""
 
+import dataclasses
 import hashlib
 import json
 
@@ -23,7 +24,7 @@ from dials_jax.data.batches import Batch, batch_at
 from dials_jax.loading import load
 from dials_jax.skipping.router import init_routers
 from dials_jax.training import loop
-from dials_jax.training.losses import Mean, model_loss, router_loss
+from dials_jax.training.losses import Draws, Mean, model_loss, router_loss
 from dials_jax.training.optimizer import make_optimizer
 from dials_jax.training.step import TrainState, init_state, make_train_step
 
@@ -50,13 +51,13 @@ def assert_equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-@pytest.mark.parametrize("kind", ["model", "routers"])
+@pytest.mark.parametrize("kind", ["llada", "mdlm", "routers"])
 def test_one_microbatch_equals_four(kind, backbone, routers, batch):
     """Plain gradient descent at rate 1: the change of a parameter is its gradient."""
     cfg, optimizer = backbone.config, optax.sgd(1.0)
-    if kind == "model":
+    if kind != "routers":
         params, frozen = backbone.params, {}
-        loss_fn = model_loss(cfg, ObjectiveConfig(), remat=False)
+        loss_fn = model_loss(cfg, ObjectiveConfig(kind=kind), remat=False)
     else:
         params, frozen = routers, backbone.params
         loss_fn = router_loss(cfg, ROUTER, ObjectiveConfig(), remat=False)
@@ -101,25 +102,46 @@ def test_a_skipped_layer_passes_gradient_to_its_router(backbone, batch):
     objective = ObjectiveConfig(skip_weight=0.0)  # the skip loss would reach routers by itself
     loss_fn = router_loss(cfg, router, objective, remat=False)
     batch = jax.tree.map(jnp.asarray, batch)
-    keys = jax.random.split(jax.random.key(0), len(batch.row))
-    grads, metrics = jax.grad(loss_fn, has_aux=True)(routers, backbone.params, batch, keys)
+    draws = Draws.of(jax.random.key(0), batch.row, len(batch.row))
+    grads, metrics = jax.grad(loss_fn, has_aux=True)(routers, backbone.params, batch, draws)
     assert metrics["skip_rate"].value == 1
     assert np.all(np.any(grads["vote_bias"] != 0, axis=-1))  # in every layer
+
+
+def test_the_moving_average_follows_the_parameters_with_the_published_ramp():
+    def loss_fn(params, frozen, batch, draws):
+        loss = jnp.sum(params["norm"]["scale"])  # gradient 1, rate 1: it falls by 1 a step
+        return loss, {"loss": Mean.of(loss[None])}
+
+    optimizer, ema = optax.sgd(1.0), 0.3
+    start = {"norm": {"scale": jnp.full(1, 10.0)}}
+    state = init_state(lambda: start, optimizer, sharding.make_mesh(), ema=ema)
+    step = jax.jit(make_train_step(loss_fn, optimizer, seed=0, ema=ema))
+    rows = np.zeros((1, 2), np.int32), np.ones((1, 2), bool), None, np.arange(1, dtype=np.int32)
+    average, decays = 10.0, []
+    for n in range(1, 6):
+        state, _ = step(state, {}, Batch(*rows))
+        decays.append(min(ema, (1 + n) / (10 + n)))
+        average = decays[-1] * average + (1 - decays[-1]) * (10.0 - n)
+        np.testing.assert_allclose(state.average["norm"]["scale"], [average], rtol=1e-6)
+        np.testing.assert_allclose(state.params["norm"]["scale"], [10.0 - n])
+    assert decays[0] == 2 / 11 and decays[-1] == ema  # the ramp, and its end
+    assert state.result is state.average
 
 
 # ------------------------------------------------------------------------------ non-finite values
 
 
 def test_a_non_finite_gradient_freezes_the_last_good_state():
-    def loss_fn(params, frozen, batch, keys):
+    def loss_fn(params, frozen, batch, draws):
         loss = jnp.sum(params["w"] * frozen["x"])
         return loss, {"loss": Mean.of(loss[None])}
 
     optimizer = optax.adam(0.1)
     params = {"w": jnp.array([1.0, 2.0])}
-    state = TrainState(jnp.int32(0), params, optimizer.init(params), jnp.int32(-1))
+    state = TrainState(jnp.int32(0), params, optimizer.init(params), jnp.int32(-1), params)
     rows = np.zeros((2, 4), np.int32), np.ones((2, 4), bool), None, np.arange(2, dtype=np.int32)
-    step = jax.jit(make_train_step(loss_fn, optimizer, seed=0))
+    step = jax.jit(make_train_step(loss_fn, optimizer, seed=0, ema=0.9))
     for _ in range(2):
         state, _ = step(state, {"x": jnp.array([1.0, -1.0])}, Batch(*rows))
     good = jax.device_get(state)
@@ -172,13 +194,43 @@ def test_router_training_leaves_the_backbone_bitwise_alone(
     assert np.any(state.params["vote"])  # which starts at zero
 
 
-def test_training_lowers_the_loss(train_config, tmp_path):
+def logged(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("kind", ["llada", "mdlm", "causal"])
+def test_training_lowers_the_loss(kind, train_config, tmp_path):
     optimizer = OptimizerConfig(learning_rate=1e-2, num_steps=60, warmup_steps=5)
-    cfg = train_config(optimizer=optimizer, batch_size=32, save_every=60, log_every=10)
+    model = dataclasses.replace(train_config().model, causal=kind == "causal")
+    cfg = train_config(
+        model=model, objective=ObjectiveConfig(kind=kind), optimizer=optimizer, batch_size=32,
+        save_every=60, log_every=10,
+    )  # fmt: skip
     loop.train(cfg, tmp_path)
-    lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert lines[-1]["masked_ce"] < 0.8 * lines[0]["masked_ce"]
+    lines, name = logged(tmp_path), "token_ce" if kind == "causal" else "masked_ce"
+    assert lines[-1][name] < 0.8 * lines[0][name]
     assert load(tmp_path).config == cfg.model  # the workdir is a model now
+
+
+def test_the_model_that_comes_out_is_the_moving_average(train_config, tmp_path):
+    optimizer = OptimizerConfig(learning_rate=1e-2, num_steps=4, warmup_steps=1, ema=0.9)
+    state = loop.train(train_config(optimizer=optimizer), tmp_path)
+    assert_equal(jax.device_get(load(tmp_path, layout="stacked").params), state.average)
+    assert not np.array_equal(state.average["embed"]["table"], state.params["embed"]["table"])
+
+
+def test_training_stops_when_its_time_is_over_and_goes_on_from_there(
+    train_config, tmp_path, monkeypatch
+):
+    """After as many steps as the clock allows, each of which it did as the whole run does."""
+    whole = loop.train(train_config(log_every=1), tmp_path / "whole")
+    minutes = iter([0, 1, 2, 3, 10, 11, 12, 13, 14, 15])
+    monkeypatch.setattr(loop.Clock, "now", lambda self: 60.0 * next(minutes))
+    cfg = train_config(log_every=1, save_every=100, max_minutes=2.5)
+    part = loop.train(cfg, tmp_path / "part")
+    assert int(part.step) == 3 and load(tmp_path / "part").config == cfg.model
+    assert_equal(loop.train(cfg, tmp_path / "part"), whole)
+    assert [line["step"] for line in logged(tmp_path / "part")] == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,173 @@
+"""Training steps of a model, timed: `python -m benchmarks.train --help`.
+
+Random tokens and random weights, made on the device, in the loop's own step: loss, gradients,
+AdamW and the moving average. Steps are started one after another, as in training, and the clock
+stops when the last of them is done.
+
+`compile_s` is short for a program that an earlier run has left in JAX's compilation cache;
+JAX_ENABLE_COMPILATION_CACHE=false compiles all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.profile import print_profile
+from benchmarks.report import Table, exit_status, peak_gigabytes
+from dials_jax import sharding, trees
+from dials_jax.config import (
+    MeshConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    nearest,
+    require,
+)
+from dials_jax.data.batches import Batch
+from dials_jax.models import gpt2, llada, mdlm, transformer
+from dials_jax.skipping.flops import head_flops, layer_flops
+from dials_jax.training.losses import check_objective, model_loss
+from dials_jax.training.optimizer import make_optimizer
+from dials_jax.training.run import unroll
+from dials_jax.training.step import init_state, make_train_step, shardings_of
+
+COLUMNS = {
+    "model": "<6", "objective": "<9", "blocks": ">6d", "batch": ">5d", "microbatches": ">12d",
+    "unrolled": ">8", "ms": ">8.2f", "tokens_a_second": ">15,.0f", "tflops_a_second": ">15.0f",
+    "compile_s": ">9.1f", "peak_gb": ">7.1f", "parameters": ">11,d",
+}  # fmt: skip
+
+GPT2_IDS = {"vocab_size": 50258, "mask_id": 50257, "eos_id": 50256, "pad_id": 50256}
+TINY_IDS = {"vocab_size": 512, "mask_id": 511, "eos_id": 1, "pad_id": 0}
+# By blocks: the published width, as the families of configs/mdlm/ have it.
+MODELS = {
+    "mdlm": mdlm.mdlm,
+    "llada": lambda blocks: llada.small(blocks, 768, **GPT2_IDS),
+    "gpt2": lambda blocks: gpt2.small(blocks, 768, **GPT2_IDS),
+    "tiny": lambda blocks: mdlm.small(blocks, 64, **TINY_IDS),  # on a laptop
+}
+
+
+def random_batch(cfg: ModelConfig, batch: int, length: int, seed: int = 0) -> Batch:
+    """Whole rows of tokens below [MASK]."""
+    shape, rng = (batch, length), np.random.default_rng(seed)
+    tokens = rng.integers(0, (cfg.mask_id or cfg.vocab_size) - 1, shape, dtype=np.int32)
+    return Batch(tokens, np.ones(shape, bool), None, np.arange(batch, dtype=np.int32))
+
+
+def step_flops(cfg: ModelConfig, objective: str, batch: int, length: int) -> float:
+    """Forward and backward of every layer, and of the head where tokens have a loss."""
+    share = 1.0 if objective == "causal" else 0.5
+    forward = cfg.num_layers * layer_flops(cfg, length) + share * head_flops(cfg, length)
+    return 3.0 * batch * forward
+
+
+class Case:
+    """A compiled training step with its state."""
+
+    def __init__(self, cfg: ModelConfig, options: argparse.Namespace):
+        mesh = sharding.make_mesh(MeshConfig(fsdp=options.fsdp, tensor=options.tensor))
+        objective = ObjectiveConfig(kind=options.objective)
+        check_objective(cfg, objective)
+        optimizer = make_optimizer(
+            OptimizerConfig(
+                learning_rate=3e-4, b2=0.999, weight_decay=0.0, schedule="constant",
+                num_steps=1_000_000, warmup_steps=2500,
+            ),
+            1,
+        )  # fmt: skip
+
+        def init():
+            params = transformer.init(cfg, jax.random.key(0))
+            return unroll(params) if options.unrolled else params
+
+        self._state = init_state(init, optimizer, mesh, ema=options.ema)
+        self.parameters = trees.count_parameters(self._state.params)
+        self._batch = sharding.place_batch(random_batch(cfg, options.batch, options.length), mesh)
+        step = jax.jit(
+            make_train_step(
+                model_loss(cfg, objective, options.remat), optimizer, 0, options.microbatches,
+                options.ema,
+            ),
+            donate_argnums=0,
+            out_shardings=(shardings_of(self._state, mesh), None),
+        )  # fmt: skip
+        start = time.perf_counter()
+        with jax.set_mesh(mesh):
+            self._step = step.lower(self._state, {}, self._batch).compile()
+        self.compile_seconds = time.perf_counter() - start
+
+    def seconds(self, steps: int) -> float:
+        """Of one step, with the others waiting behind it."""
+        jax.block_until_ready(self._state)
+        start = time.perf_counter()
+        for _ in range(steps):
+            self._state, values = self._step(self._state, {}, self._batch)
+        require(
+            bool(np.isfinite(values["loss"])), "the loss is not finite; the timing says nothing"
+        )
+        return (time.perf_counter() - start) / steps
+
+
+def run(options: argparse.Namespace) -> None:
+    require(
+        options.model in MODELS,
+        f"model {options.model!r} is not known{nearest(options.model, MODELS)}",
+    )
+    table = Table(COLUMNS, options.out, vars(options))
+    for blocks in options.blocks:
+        cfg = MODELS[options.model](blocks)
+        cfg = dataclasses.replace(cfg, max_length=max(cfg.max_length, options.length))
+        case = Case(cfg, options)
+        case.seconds(options.warm_up)
+        seconds = float(np.median([case.seconds(options.steps) for _ in range(options.repeats)]))
+        flops = step_flops(cfg, options.objective, options.batch, options.length)
+        table.add(
+            model=options.model, objective=options.objective, blocks=blocks, batch=options.batch,
+            microbatches=options.microbatches, unrolled=options.unrolled, ms=1e3 * seconds,
+            tokens_a_second=options.batch * options.length / seconds,
+            tflops_a_second=flops / seconds / 1e12, compile_s=case.compile_seconds,
+            peak_gb=peak_gigabytes(), parameters=case.parameters,
+        )  # fmt: skip
+        if options.profile:
+            profile(case, Path(options.profile) / f"{options.model}_{blocks}")
+
+
+def profile(case: Any, folder: Path, steps: int = 3) -> None:
+    with jax.profiler.trace(str(folder)):
+        case.seconds(steps)
+    print_profile(folder, steps)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.train", description=__doc__)
+    parser.add_argument("--model", default="mdlm", help=f"one of {', '.join(MODELS)}")
+    parser.add_argument("--blocks", type=int, nargs="+", default=[12])
+    parser.add_argument("--objective", default="mdlm", choices=["llada", "mdlm", "causal"])
+    parser.add_argument("--batch", type=int, default=32, help="rows a step, over all devices")
+    parser.add_argument("--length", type=int, default=1024, help="tokens of a row")
+    parser.add_argument("--microbatches", type=int, default=1)
+    parser.add_argument("--remat", action="store_true", help="recompute blocks: less memory")
+    parser.add_argument("--unrolled", action="store_true", help="own arrays for each layer")
+    parser.add_argument("--ema", type=float, default=0.9999)
+    parser.add_argument("--fsdp", type=int, default=1, help="devices along this axis of the mesh")
+    parser.add_argument("--tensor", type=int, default=1, help="devices along this axis of the mesh")
+    parser.add_argument("--steps", type=int, default=20, help="of one timing")
+    parser.add_argument("--warm-up", type=int, default=3, help="steps before the first timing")
+    parser.add_argument("--repeats", type=int, default=3, help="timings; the median counts")
+    parser.add_argument("--profile", metavar="DIR", help="write a trace and say where time goes")
+    parser.add_argument("--out", metavar="FILE", help="write the figures as JSON")
+    options = parser.parse_args(arguments)
+    return exit_status(lambda: run(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,15 @@
+"""A diffusion model that goes on from the causal twin, as Dream did from Qwen2.5.
+
+python train.py --config configs/mdlm/continued.py --workdir runs/mdlm/continued
+
+Attention sees both sides now, and every prediction still comes from the place to its left. Needs
+runs/mdlm/causal. Expected: the loss of blocks_12.py in a fraction of its steps.
+"""
+
+from configs.mdlm.blocks_12 import openwebtext
+from dials_jax.config import TrainConfig
+from dials_jax.models.mdlm import mdlm
+
+
+def get_config() -> TrainConfig:
+    return openwebtext(mdlm(12, shift=True), init_from="runs/mdlm/causal")

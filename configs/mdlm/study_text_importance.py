@@ -1,0 +1,25 @@
+"""How far 4 blocks are from 12 at each noise level, trained for minutes on local text.
+
+python eval.py --config configs/mdlm/study_text_importance.py \\
+    --workdir runs/mdlm/study_text_importance
+
+Expected: docs/results/scheduling.md.
+"""
+
+from dials_jax.config import ImportanceStudy, TextData
+
+
+def get_config() -> ImportanceStudy:
+    return ImportanceStudy(
+        models=(
+            ("H", "runs/mdlm/text_12"),
+            ("Z", "runs/mdlm/text_heavy_2"),
+            ("L", "runs/mdlm/text_4"),
+        ),
+        heavy2="Z",
+        data=TextData(
+            paths=("data/text/validation.jsonl.xz",), tokenizer="data/gpt2_bpe", length=1024
+        ),
+        num_sequences=256,
+        batch_size=32,
+    )

@@ -1,0 +1,52 @@
+"""MDLM with 12 blocks on a folder of text, for minutes on one GPU.
+
+python train.py --config configs/mdlm/text_12.py --workdir runs/mdlm/text_12 \\
+    --data.paths data/text/train.jsonl.xz --data.tokenizer data/gpt2_bpe
+
+Data: any .txt or .jsonl(.xz) files with a field "text", and GPT-2's vocab.json and merges.txt.
+Training stops after 8 minutes of steps (--max-minutes). It may stop anywhere, for the rate is
+constant and the result a moving average. Expected: docs/results/scheduling.md.
+"""
+
+from dials_jax.config import (
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    TextData,
+    TrainConfig,
+)
+from dials_jax.models.mdlm import mdlm
+
+
+def text(model: ModelConfig, kind: str = "mdlm", **changes) -> TrainConfig:
+    """The settings that the models on text share: larger rates than on OpenWebText, fewer steps."""
+    values = dict(
+        model=model,
+        objective=ObjectiveConfig(kind=kind),
+        data=TextData(
+            paths=("data/text/train.jsonl.xz",),
+            tokenizer="data/gpt2_bpe",
+            length=1024,
+            random_length_prob=0.0,
+        ),
+        optimizer=OptimizerConfig(
+            learning_rate=1e-3,
+            b1=0.9,
+            b2=0.99,
+            weight_decay=0.1,
+            schedule="constant",
+            num_steps=20_000,
+            warmup_steps=200,
+            ema=0.9999,
+        ),
+        batch_size=32,
+        unrolled=True,
+        log_every=20,
+        save_every=2000,
+        max_minutes=8.0,
+    )
+    return TrainConfig(**(values | changes))
+
+
+def get_config() -> TrainConfig:
+    return text(mdlm(12))

@@ -1,0 +1,15 @@
+"""MDLM with 4 blocks on a folder of text: the light model.
+
+python train.py --config configs/mdlm/text_4.py --workdir runs/mdlm/text_4 \\
+    --data.paths data/text/train.jsonl.xz --data.tokenizer data/gpt2_bpe
+
+Settings and time as in text_12.py. Expected: docs/results/scheduling.md.
+"""
+
+from configs.mdlm.text_12 import text
+from dials_jax.config import TrainConfig
+from dials_jax.models.mdlm import mdlm
+
+
+def get_config() -> TrainConfig:
+    return text(mdlm(4))

@@ -1,0 +1,15 @@
+"""The causal twin of the 12-block MDLM on text: it scores what the others write.
+
+python train.py --config configs/mdlm/text_causal.py --workdir runs/mdlm/text_causal \\
+    --data.paths data/text/train.jsonl.xz --data.tokenizer data/gpt2_bpe
+
+Settings and time as in text_12.py. Expected: docs/results/scheduling.md.
+"""
+
+from configs.mdlm.text_12 import text
+from dials_jax.config import TrainConfig
+from dials_jax.models.mdlm import mdlm
+
+
+def get_config() -> TrainConfig:
+    return text(mdlm(12, causal=True), "causal")

@@ -1,0 +1,15 @@
+"""A diffusion model on text that goes on from the causal twin, as Dream did.
+
+python train.py --config configs/mdlm/text_continued.py --workdir runs/mdlm/text_continued \\
+    --data.paths data/text/train.jsonl.xz --data.tokenizer data/gpt2_bpe
+
+Needs runs/mdlm/text_causal. Expected: a lower loss than text_12.py after as many steps of its own.
+"""
+
+from configs.mdlm.text_12 import text
+from dials_jax.config import TrainConfig
+from dials_jax.models.mdlm import mdlm
+
+
+def get_config() -> TrainConfig:
+    return text(mdlm(12, shift=True), init_from="runs/mdlm/text_causal")

@@ -1,0 +1,30 @@
+"""Work on a few positions at a time, where a vocabulary's width at all of them would not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+
+def over_positions(fn: Callable[..., PyTree], size: int, *arrays: PyTree) -> PyTree:
+    """`fn` of slices [B, size, ...] of the arrays [B, T, ...], one after another, joined again.
+
+    Rows stay whole, so their split over devices stays too.
+    """
+    num_positions = jax.tree.leaves(arrays)[0].shape[1]
+    size = min(size, num_positions)
+    count = -(-num_positions // size)
+
+    def split(x):
+        x = jnp.pad(x, [(0, 0), (0, count * size - num_positions), *[(0, 0)] * (x.ndim - 2)])
+        return jnp.moveaxis(x.reshape(x.shape[0], count, size, *x.shape[2:]), 1, 0)
+
+    def join(x):
+        x = jnp.moveaxis(x, 0, 1)
+        return x.reshape(x.shape[0], count * size, *x.shape[3:])[:, :num_positions]
+
+    out = jax.lax.map(lambda slices: fn(*slices), jax.tree.map(split, arrays))
+    return jax.tree.map(join, out)

@@ -1,0 +1,118 @@
+"""Rows as ArrayRecord: written by a tensorflow-datasets builder, read through Grain.
+
+Neither needs TensorFlow. What tensorflow-datasets offers besides is to be avoided: tfrecord, its
+default, wants TensorFlow, and its parquet loses examples without a word.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int, Integer
+
+from dials_jax.config import InputError
+from dials_jax.data.text import RowStore
+
+# The last is tensorflow-datasets' own need, which it does not declare.
+PACKAGES = ("array_record", "grain", "tensorflow_datasets", "importlib_resources")
+
+
+def missing_packages() -> list[str]:
+    return [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+
+
+class RecordRows:
+    """One split of a folder that `write_records` made, a row by its number (RowStore)."""
+
+    def __init__(self, folder: Path, split: str):
+        import grain
+        import tensorflow_datasets as tfds
+
+        try:
+            records = tfds.builder_from_directory(folder).as_data_source(split)
+        except Exception as error:  # the package raises nothing more precise
+            raise InputError(
+                f"{folder} cannot be read ({type(error).__name__}); delete the folder and run "
+                'prepare.py again, or set reader="numpy"'
+            ) from error
+        self.records = grain.MapDataset.source(records)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, indices: Int[np.ndarray, "B"]) -> Integer[np.ndarray, "B T"]:
+        return np.stack([self.records[int(i)]["tokens"] for i in indices])
+
+
+def write_records(splits: Mapping[str, RowStore], length: int, folder: Path) -> None:
+    """Writes the rows of every split into `folder`, or nothing at all.
+
+    Raises: InputError if what is read back has another number of rows or another last row.
+    """
+    # Next to its final name, so that a folder of that name is always whole.
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    builder = _builder(splits, length, temporary)
+    # The package announces a download, which there is none of, and draws bars into log files.
+    with contextlib.redirect_stdout(io.StringIO()):
+        builder.download_and_prepare()
+    written = Path(builder.data_path)
+    for split, rows in splits.items():
+        require_equal_ends(RecordRows(written, split), rows, f"{written}, {split}")
+    shutil.rmtree(folder, ignore_errors=True)
+    written.rename(folder)
+    shutil.rmtree(temporary)
+
+
+def require_equal_ends(found: RowStore, wanted: RowStore, where: str) -> None:
+    """Raises: InputError unless both have as many rows, and equal first and last ones."""
+    ends = np.array([0, len(wanted) - 1])
+    if len(found) != len(wanted) or not np.array_equal(found[ends], wanted[ends]):
+        raise InputError(
+            f"{where} holds {len(found)} rows, or other ones than the {len(wanted)} written; "
+            "delete the folder and run prepare.py again"
+        )
+
+
+def _builder(splits: Mapping[str, RowStore], length: int, folder: Path) -> Any:
+    import tensorflow_datasets as tfds
+    from tqdm import tqdm
+
+    tfds.disable_progress_bar()
+    dtype = next(iter(splits.values()))[np.array([0])].dtype
+    # As bytes: the default spells integers out one by one, five times slower.
+    row = tfds.features.Tensor(
+        shape=(length,), dtype=dtype.type, encoding=tfds.features.Encoding.BYTES
+    )
+
+    # Not registered, since a process may define it twice.
+    with tfds.core.registered.skip_registration():
+
+        class PackedRows(tfds.core.GeneratorBasedBuilder):
+            VERSION = tfds.core.Version("1.0.0")
+
+            def _info(self):
+                features = tfds.features.FeaturesDict({"tokens": row})
+                return tfds.core.DatasetInfo(
+                    builder=self,
+                    description="Text, tokenised and packed into rows.",
+                    features=features,
+                    disable_shuffling=True,
+                )
+
+            def _split_generators(self, _):
+                return {name: self._generate_examples(rows) for name, rows in splits.items()}
+
+            def _generate_examples(self, rows):
+                # disable=None: no bar where stderr is a file.
+                for i in tqdm(range(len(rows)), "ArrayRecord", unit=" rows", disable=None):
+                    yield i, {"tokens": rows[np.array([i])][0]}
+
+        return PackedRows(data_dir=folder, file_format="array_record")

@@ -1,0 +1,140 @@
+"""Reading a corpus that `prepare.py` has written.
+
+    manifest.json     settings, counts and digests; written last, so it stands for a whole folder
+    tokenizer.json    the one that made the rows
+    parts/            the rows of some thousand documents each, as .npy
+    array_record/     the same rows as ArrayRecord
+
+The .npy parts are what makes preparing continue where it stopped. They stay, because they also
+serve machines without Grain, for as much disk again (18 GB for OpenWebText).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int, Integer
+
+from dials_jax.config import CorpusData, InputError, nearest, read_json, require
+from dials_jax.data.arrayrecord import RecordRows, missing_packages
+from dials_jax.data.text import PackedText, RowStore
+from dials_jax.data.tokenizer import Tokenizer
+
+MANIFEST, PARTS, RECORDS = "manifest.json", "parts", "array_record"
+
+
+class PartRows:
+    """The rows of several .npy files, one after the other, memory-mapped (RowStore)."""
+
+    def __init__(self, files: Sequence[Path]):
+        try:
+            self.parts = [np.load(file, mmap_mode="r") for file in files]
+        except (OSError, ValueError) as error:
+            raise InputError(f"{error}; delete the folder and run prepare.py again") from error
+        self.ends = np.cumsum([len(part) for part in self.parts])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, indices: Int[np.ndarray, "B"]) -> Integer[np.ndarray, "B T"]:
+        number = np.searchsorted(self.ends, indices, side="right")
+        rows = np.empty((len(indices), self.parts[0].shape[1]), self.parts[0].dtype)
+        for n in np.unique(number):
+            here = number == n
+            part = self.parts[n]
+            rows[here] = part[indices[here] - (self.ends[n] - len(part))]
+        return rows
+
+
+def read_manifest(cfg: CorpusData) -> dict[str, Any]:
+    """Raises: InputError if the folder is not prepared, or otherwise than `cfg` asks for."""
+    folder = Path(cfg.folder)
+    require(
+        (folder / MANIFEST).is_file(),
+        f"{folder} is {'only half' if (folder / PARTS).is_dir() else 'not'} prepared; "
+        "run prepare.py with this configuration",
+    )
+    manifest = read_json(folder / MANIFEST)
+    named = ("dataset",) if cfg.dataset else ()  # a reader need not say where rows came from
+    for name in ("length", "packing", "num_validation", *named):
+        there, here = manifest["settings"][name], getattr(cfg, name)
+        require(
+            there == here,
+            f"{folder} was prepared with {name}={there!r}, not {here!r}; change the setting, or "
+            "prepare another folder",
+        )
+    require(
+        cfg.split in manifest["splits"],
+        f"{folder} has no split {cfg.split!r}{nearest(cfg.split, manifest['splits'])}",
+    )
+    return manifest
+
+
+def load_corpus(cfg: CorpusData, eos_id: int | None, tokenizer: Tokenizer) -> PackedText:
+    """The rows of `cfg.split` in `cfg.folder`: equal ones in equal order, whatever the reader.
+
+    Raises: InputError for a folder that is not prepared, damaged, or made for another length,
+      tokenizer or end of text.
+    """
+    folder, manifest = Path(cfg.folder), read_manifest(cfg)
+    settings, split = manifest["settings"], manifest["splits"][cfg.split]
+    require(
+        settings["tokenizer"] == tokenizer.fingerprint,
+        f"{folder} was prepared with another tokenizer; take {folder}/tokenizer.json, or prepare "
+        "another folder",
+    )
+    require(
+        settings["eos_id"] == eos_id,
+        f"{folder} was prepared with eos_id={settings['eos_id']}, but the model has {eos_id}; "
+        "prepare another folder",
+    )
+    rows: RowStore
+    if _reader(cfg) == "grain":
+        rows = RecordRows(folder / RECORDS, cfg.split)
+        require(len(rows) == split["rows"], f"{folder / RECORDS} is incomplete; prepare it again")
+    else:
+        rows = part_rows(folder, split)
+    digests = "".join(part["sha256"] for part in split["parts"])
+    return PackedText(
+        tokens=rows,
+        fingerprint=hashlib.sha256(f"{cfg.split} {digests}".encode()).hexdigest()[:16],
+        prompt_length=cfg.prompt_length,
+        random_length_prob=cfg.random_length_prob,
+        fill_id=eos_id,
+    )
+
+
+def part_rows(folder: Path, split: dict[str, Any]) -> PartRows:
+    """The .npy rows of one split of the manifest. Raises: InputError if some are missing."""
+    files = [folder / PARTS / part["file"] for part in split["parts"]]
+    rows = PartRows(files)
+    for file, part, found in zip(files, split["parts"], rows.parts, strict=True):
+        require(
+            len(found) == part["rows"],
+            f"{file} holds {len(found)} rows instead of {part['rows']}; delete the folder and "
+            "run prepare.py again",
+        )
+    return rows
+
+
+def _reader(cfg: CorpusData) -> str:
+    """Grain where it is installed and ArrayRecord is there, unless the configuration says."""
+    missing, records = missing_packages(), Path(cfg.folder) / RECORDS
+    if cfg.reader == "auto":
+        return "numpy" if missing or not records.is_dir() else "grain"
+    if cfg.reader == "grain":
+        require_packages(missing)
+        require(records.is_dir(), f"{records} is missing; run prepare.py again, it adds it")
+    return cfg.reader
+
+
+def require_packages(missing: Sequence[str]) -> None:
+    require(
+        not missing,
+        f"reader='grain' needs {', '.join(missing)}; pip install 'dials_jax[data]', or set "
+        "reader='numpy'",
+    )

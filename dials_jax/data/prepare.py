@@ -1,0 +1,201 @@
+"""Preparing a corpus once: documents to rows on disk, stopped and continued at will.
+
+The documents are taken part by part. A part is written next to its final name, renamed, and noted
+in a .json of its own; what has such a note is never done again. So a run that was stopped anywhere
+continues after its last part, and leaves the bytes that it would have left without stopping.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dials_jax.config import CorpusData, ModelConfig, read_json, require, write_json
+from dials_jax.data.arrayrecord import (
+    RecordRows,
+    missing_packages,
+    require_equal_ends,
+    write_records,
+)
+from dials_jax.data.corpus import (
+    MANIFEST,
+    PARTS,
+    RECORDS,
+    part_rows,
+    require_packages,
+)
+from dials_jax.data.documents import Documents, open_documents
+from dials_jax.data.packing import BATCH_DOCUMENTS, PACKINGS, encode_documents, token_dtype
+from dials_jax.data.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
+
+PART_BATCHES = 20  # batches of documents in a part: at most a minute's work is lost
+
+
+def prepare(cfg: CorpusData, model_config: ModelConfig) -> dict[str, Any]:
+    """Tokenises and packs the corpus into `cfg.folder`, or continues, or verifies what is there.
+
+    Returns: the manifest, with the counts and digests of every split.
+    Raises: InputError for a corpus, tokenizer or folder that does not fit, before work begins.
+    """
+    tokenizer = load_tokenizer(cfg.tokenizer)
+    check_tokenizer(tokenizer, model_config)
+    require(model_config.eos_id is not None, "the model has no eos_id; packing needs one")
+    if cfg.reader == "grain":
+        require_packages(missing_packages())
+    documents = open_documents(cfg)
+    require(
+        cfg.num_validation < documents.count,
+        f"num_validation={cfg.num_validation} leaves nothing of {documents.count} documents; "
+        "lower it",
+    )
+    folder = Path(cfg.folder)
+    settings = _settings(cfg, model_config, tokenizer, documents)
+    _claim(folder, settings)
+    tokenizer.save(folder)
+    packer = _Packer(cfg, model_config, tokenizer.plain(), documents, folder / PARTS)
+    border = documents.count - cfg.num_validation
+    ranges = {"train": range(border), "validation": range(border, documents.count)}
+    splits = {name: packer.pack(name, numbers) for name, numbers in ranges.items() if numbers}
+    for name, split in splits.items():
+        _verify(folder, name, split, len(ranges[name]), cfg.length)
+    _add_records(cfg, folder, splits)
+    manifest = {"settings": settings, "splits": splits, "skipped": documents.skipped}
+    write_json(folder / MANIFEST, manifest)
+    return manifest
+
+
+def _settings(
+    cfg: CorpusData, model_config: ModelConfig, tokenizer: Tokenizer, documents: Documents
+) -> dict[str, Any]:
+    """All that the rows depend on."""
+    return {
+        "documents": documents.count,
+        "source": documents.digest,
+        "dataset": cfg.dataset,
+        "num_validation": cfg.num_validation,
+        "tokenizer": tokenizer.fingerprint,
+        "eos_id": model_config.eos_id,
+        "packing": cfg.packing,
+        "length": cfg.length,
+        "part_documents": PART_BATCHES * BATCH_DOCUMENTS,
+    }
+
+
+def _claim(folder: Path, settings: dict[str, Any]) -> None:
+    """Notes what the folder is for. Raises: InputError if it holds something else."""
+    path = folder / "settings.json"
+    for name, there in (read_json(path) if path.exists() else {}).items():
+        require(
+            there == settings.get(name),
+            f"{folder} was begun with {name}={there!r}, not {settings.get(name)!r}; choose "
+            "another folder, or delete it",
+        )
+    write_json(path, settings)
+
+
+@dataclass(frozen=True)
+class _Packer:
+    """Documents to parts."""
+
+    cfg: CorpusData
+    model_config: ModelConfig
+    plain: Tokenizer
+    documents: Documents
+    folder: Path
+
+    def pack(self, split: str, numbers: range) -> dict[str, Any]:
+        """Writes the parts of one split that are missing; returns what the manifest says of it."""
+        from tqdm import tqdm
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        size, rest, parts = PART_BATCHES * BATCH_DOCUMENTS, [], []
+        documents, at = iter(()), None  # one pass over the corpus, from the first missing part on
+        # disable=None: no bar where stderr is a file.
+        with tqdm(desc=split, total=len(numbers), unit=" documents", disable=None) as progress:
+            for part, first in enumerate(range(0, len(numbers), size)):
+                note = self.folder / f"{split}-{part:05d}.json"
+                if not note.exists():
+                    if at != first:
+                        documents = self.documents.read(numbers[first], numbers.stop)
+                    self._write(note, islice(documents, size), rest, progress.update)
+                    at = first + size
+                parts.append(read_json(note))
+                rest = parts[-1].pop("rest")
+                progress.update(first + parts[-1]["documents"] - progress.n)
+        counts = {name: sum(p[name] for p in parts) for name in ("documents", "tokens", "rows")}
+        return {**counts, "parts": parts}
+
+    def _write(
+        self,
+        note: Path,
+        documents: Iterator[tuple[str, str]],
+        rest: list[int],
+        advance: Callable[[int], Any],
+    ) -> None:
+        dtype = token_dtype(self.plain.vocab_size - 1, self.model_config.eos_id)
+        rows, counts = [], {"documents": 0, "tokens": 0}
+        for ids in self._encoded(documents):
+            more, rest = PACKINGS[self.cfg.packing](ids, rest, self.cfg.length, dtype)
+            rows.append(more)
+            counts["documents"] += len(ids)
+            counts["tokens"] += sum(map(len, ids))
+            advance(len(ids))
+        data, temporary = note.with_suffix(".npy"), note.with_suffix(".tmp")
+        with temporary.open("wb") as file:
+            np.save(file, np.concatenate(rows))
+        digest = _sha256(temporary)
+        temporary.replace(data)
+        counts |= {"rows": sum(map(len, rows)), "sha256": digest, "rest": rest}
+        write_json(note, {"file": data.name, **counts})
+
+    def _encoded(self, documents: Iterator[tuple[str, str]]) -> Iterator[list[list[int]]]:
+        """Yields the tokens of a batch of documents at a time."""
+        while batch := list(islice(documents, BATCH_DOCUMENTS)):
+            cfg = self.model_config
+            yield encode_documents(batch, self.plain, cfg.eos_id, cfg.mask_id)
+
+
+def _verify(folder: Path, name: str, split: dict[str, Any], documents: int, length: int) -> None:
+    """Raises: InputError if counts do not add up, or a part is not what was written."""
+    require(
+        split["documents"] == documents,
+        f"{folder}, {name}: {split['documents']} of {documents} documents were packed; the corpus "
+        "changed meanwhile: delete the folder and start again",
+    )
+    require(
+        split["rows"] > 0,
+        f"{name}: {split['tokens']} tokens of {documents} documents do not fill one row of "
+        f"length={length}; add text, shorten the rows or change num_validation",
+    )
+    for part in split["parts"]:
+        path = folder / PARTS / part["file"]
+        require(
+            path.is_file() and _sha256(path) == part["sha256"],
+            f"{path} is damaged; delete its .json and run prepare.py again",
+        )
+
+
+def _add_records(cfg: CorpusData, folder: Path, splits: dict[str, dict[str, Any]]) -> None:
+    """Writes the rows as ArrayRecord too, where the packages are installed and wanted."""
+    if cfg.reader == "numpy":
+        return
+    if missing := missing_packages():
+        print(f"no ArrayRecord, for {', '.join(missing)} is not installed; the .npy parts serve")
+        return
+    rows = {name: part_rows(folder, split) for name, split in splits.items()}
+    if (folder / RECORDS).is_dir():
+        for name, wanted in rows.items():
+            require_equal_ends(RecordRows(folder / RECORDS, name), wanted, f"{folder / RECORDS}")
+    else:
+        write_records(rows, cfg.length, folder / RECORDS)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,75 @@
+"""What one study reads of another that has ended."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+
+from dials_jax.analysis import schedule_search as search
+from dials_jax.config import SearchStudy, from_dict, read_json, require
+from dials_jax.evaluation.results import RECORDS, read_records
+from dials_jax.evaluation.sampled import measured
+from dials_jax.sampling.schedule import Schedule
+
+HARMS = ("gap", "kl", "relative_kl")  # curves of an importance study that predict harm
+
+
+def coarse_schedules(cfg: SearchStudy) -> list[Schedule]:
+    """Every placement of the light segments, in the order of `placements`."""
+    return [
+        Schedule.coarse(cfg.num_segments, np.flatnonzero(row).tolist(), cfg.steps, cfg.light,
+                        cfg.heavy)
+        for row in search.placements(cfg.num_segments, cfg.num_light)
+    ]  # fmt: skip
+
+
+def read_harms(
+    workdir: str | Path, letter: str, num_segments: int
+) -> dict[str, Float[np.ndarray, "n"]]:
+    """The importance of each segment by every curve that an importance study has of a model."""
+    results = read_json(Path(workdir) / "results.json")
+    require(
+        results.get("kind") == "ImportanceStudy",
+        f"{workdir} holds no importance study; give the workdir of one that ended",
+    )
+    found = {}
+    for name in HARMS:
+        by_letter = results["curves"].get(name, {})
+        require(
+            not by_letter or letter in by_letter,
+            f"{workdir} measured {', '.join(by_letter)} but not {letter!r}; measure that model",
+        )
+        if by_letter:
+            points = by_letter[letter]
+            times, values = np.array(points["times"]), np.array(points["value"])
+            found[name] = search.segment_harm(times, values, num_segments)
+    return found
+
+
+def read_search(workdir: str | Path) -> tuple[SearchStudy, Float[np.ndarray, "S N"]]:
+    """A finished search and the values of its schedules, in the order of `placements`.
+
+    Raises: InputError for a workdir without a search, or with one that has not ended.
+    """
+    results = read_json(Path(workdir) / "results.json")
+    require(
+        results.get("kind") == "SearchStudy",
+        f"{workdir} holds no search; give the workdir of a SearchStudy that ended",
+    )
+    cfg = from_dict(SearchStudy, results["config"])
+    by_schedule: dict[str, list] = {}
+    for record in read_records(Path(workdir) / RECORDS)[0]:
+        by_schedule.setdefault(record["schedule"], []).append(record)
+    values = []
+    for schedule in coarse_schedules(cfg):
+        batches = by_schedule.get(str(schedule), [])
+        count = sum(len(record["nll"]) for record in batches)
+        require(
+            count >= cfg.num_samples,
+            f"{workdir} has {count} of {cfg.num_samples} samples of {schedule}; let an exhaustive "
+            "search end first",
+        )
+        values.append(measured(batches).values(cfg.aggregate))
+    return cfg, np.stack(values)

@@ -1,0 +1,107 @@
+"""What evaluations write down besides their numbers, and results that are kept as they come."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+
+from dials_jax.config import InputError, read_json, require, write_json
+from dials_jax.models.model import Model
+
+RECORDS = "runs.jsonl"
+
+
+def environment(model: Model, seed: int) -> dict[str, Any]:
+    devices = model.mesh.devices
+    return {
+        "device": f"{devices.size} x {devices.flat[0].device_kind}",
+        "mesh": ", ".join(f"{name} {size}" for name, size in model.mesh.shape.items()),
+        "dtype": model.config.dtype,
+        "jax": jax.__version__,
+        "flax": flax.__version__,
+        "python": platform.python_version(),
+        "date": datetime.date.today().isoformat(),
+        "command": " ".join(["python", *sys.argv]),
+        "seed": seed,
+    }
+
+
+class Records:
+    """Results of a run that may be stopped: one JSON object a line, written as soon as earned.
+
+    Attributes:
+      all: the records so far, those of an earlier run first.
+    """
+
+    def __init__(self, workdir: str | Path, identity: Mapping[str, Any]):
+        """Continues what the workdir holds, or starts.
+
+        Args:
+          identity: what the results depend on; kept in study.json.
+        Raises: InputError if the workdir holds results that depend on something else.
+        """
+        self.path = Path(workdir) / RECORDS
+        identity = json.loads(json.dumps(identity))
+        _check_identity(Path(workdir) / "study.json", identity)
+        self.all, size = read_records(self.path)
+        if self.path.exists():
+            os.truncate(self.path, size)
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        self.all.append(dict(record))
+
+
+def _check_identity(path: Path, identity: dict[str, Any]) -> None:
+    if not path.exists():
+        write_json(path, identity)
+        return
+    try:
+        old = read_json(path)
+    except InputError as error:
+        raise InputError(f"{error}; remove it to start the study again") from error
+    differing = _differing(old, identity)
+    require(
+        not differing,
+        f"{path.parent} holds another study ({', '.join(differing)} differ); "
+        "choose another --workdir",
+    )
+
+
+def _differing(old: Any, new: Any, name: str = "") -> list[str]:
+    """Dotted names of what differs."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return [] if old == new else [name]
+    found = []
+    for key in {**old, **new}:
+        inner = f"{name}.{key}" if name else key
+        found += _differing(old.get(key), new.get(key), inner)
+    return found
+
+
+def read_records(path: str | Path) -> tuple[list[dict[str, Any]], int]:
+    """The records of a file and the bytes they take: a stopped run may leave half a line more."""
+    path = Path(path)
+    if not path.exists():
+        return [], 0
+    content = path.read_bytes()
+    complete = content[: content.rfind(b"\n") + 1]
+    records = []
+    for number, line in enumerate(complete.splitlines(), start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise InputError(
+                f"{path}, line {number} is not valid JSON: {error}; remove that line"
+            ) from error
+    return records, len(complete)

@@ -1,0 +1,358 @@
+"""Tables and figures of the studies of schedules."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from dials_jax.analysis import schedule_search as search
+from dials_jax.analysis import study_plots as plots
+from dials_jax.analysis.schedule_search import Predict, Regret
+from dials_jax.analysis.step_importance import Curve
+from dials_jax.config import ImportanceStudy, ScheduleStudy, write_json
+from dials_jax.evaluation.generative import Aggregate, estimate
+from dials_jax.evaluation.sampled import Measured
+from dials_jax.evaluation.statistics import mean_interval, paired_test
+from dials_jax.sampling.schedule import Schedule
+
+CURVE_LABELS = {
+    "loss": "|difference in cross-entropy|, nats",
+    "gap": "cross-entropy above the heavy model's, nats",
+    "kl": "KL(heavy || model), nats",
+    "relative_kl": "KL(heavy || model) above a second heavy model's, nats",
+}
+HARM_LABELS = {
+    "gap": "importance by loss",
+    "kl": "importance by KL",
+    "relative_kl": "importance by relative KL",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleRow:
+    """One schedule. Intervals are of 95 %; the baseline is the first schedule measured."""
+
+    schedule: str
+    perplexity: float  # by the study's aggregate, as are the next two and the differences
+    low: float
+    high: float
+    mean_perplexity: float  # mean of the samples' own
+    corpus_perplexity: float  # exp of all nats / all tokens
+    entropy: float  # of the tokens in a sample, nats
+    entropy_low: float
+    entropy_high: float
+    difference: float  # to the baseline, sample by sample
+    difference_low: float
+    difference_high: float
+    p_value: float
+    saved_blocks: float  # p (B_H - B_L) / B_H, the paper's equation 3
+    saved_flops: float | None  # everything counted; None where the baseline is not all heavy
+    seconds: float  # of sampling, compilation apart
+    saved_time: float | None
+    num_samples: int
+
+
+def schedule_rows(
+    found: Mapping[Schedule, Measured], depths: Mapping[str, int], aggregate: Aggregate
+) -> list[ScheduleRow]:
+    """One row a schedule; the first is the baseline."""
+    baseline = next(iter(found))
+    base, deepest = found[baseline], max(depths.values())
+    all_heavy = mean_depth(baseline, depths) == deepest
+    rows = []
+    for schedule, measured in found.items():
+        values, base_values = measured.values(aggregate), base.values(aggregate)
+        own, entropy = estimate(values), estimate(measured.entropy)
+        low, high = mean_interval(values - base_values)
+        paired = paired_test(_by_number(values), _by_number(base_values))
+        rows.append(
+            ScheduleRow(
+                schedule=str(schedule),
+                perplexity=own.value,
+                low=own.low,
+                high=own.high,
+                mean_perplexity=float(measured.values("mean").mean()),
+                corpus_perplexity=float(measured.values("corpus").mean()),
+                entropy=entropy.value,
+                entropy_low=entropy.low,
+                entropy_high=entropy.high,
+                difference=paired.difference,
+                difference_low=low,
+                difference_high=high,
+                p_value=paired.p_value,
+                saved_blocks=1 - mean_depth(schedule, depths) / deepest,
+                saved_flops=1 - measured.flops / base.flops if all_heavy else None,
+                seconds=measured.seconds,
+                saved_time=1 - measured.seconds / base.seconds if all_heavy else None,
+                num_samples=len(values),
+            )
+        )
+    return rows
+
+
+def mean_depth(schedule: Schedule, depths: Mapping[str, int]) -> float:
+    """Blocks that a step runs on average."""
+    return sum(schedule.share(letter) * depths[letter] for letter in schedule.letters)
+
+
+def _by_number(values: Float[np.ndarray, "N"]) -> dict[str, float]:
+    return {str(i): value for i, value in enumerate(values.tolist())}
+
+
+def as_dicts(rows: Sequence[Any]) -> list[dict[str, Any]]:
+    return [dataclasses.asdict(row) for row in rows]
+
+
+def write(results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], workdir: Path) -> None:
+    """results.json, and the rows as results.csv."""
+    write_json(workdir / "results.json", results)
+    with (workdir / "results.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def examples(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """How the first sample of each schedule begins."""
+    return {r["schedule"]: r["example"] for r in records if "example" in r}
+
+
+def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Aligned columns for a terminal; the first is text, the others are numbers."""
+    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
+
+    def line(cells):
+        first, *rest = zip(cells, widths, strict=True)
+        return "  ".join([first[0].ljust(first[1]), *(cell.rjust(w) for cell, w in rest)])
+
+    return "\n".join(map(line, (header, *lines)))
+
+
+# ---------------------------------------------------------------------------------- schedules
+
+
+def schedule_table(rows: Sequence[ScheduleRow]) -> str:
+    header = ("schedule", "gen. PPL", "change", "95 % interval", "p", "entropy",
+              "blocks saved", "FLOPs saved", "time saved", "seconds")  # fmt: skip
+    base = rows[0].perplexity
+    lines = [
+        (
+            r.schedule,
+            f"{r.perplexity:.2f} ±{(r.high - r.low) / 2:.2f}",
+            f"{r.difference / base:+.2%}",
+            f"{r.difference_low:+.2f} to {r.difference_high:+.2f}",
+            "<0.001" if r.p_value < 0.001 else f"{r.p_value:.3f}",
+            f"{r.entropy:.3f} ±{(r.entropy_high - r.entropy_low) / 2:.3f}",
+            _saved(r.saved_blocks),
+            _saved(r.saved_flops),
+            _saved(r.saved_time),
+            f"{r.seconds:.1f}",
+        )
+        for r in rows
+    ]
+    return table(header, lines)
+
+
+def _saved(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
+
+
+def plot_schedules(
+    rows: Sequence[ScheduleRow], cfg: ScheduleStudy, depths: Mapping[str, int], folder: Path
+) -> None:
+    values = np.array([r.perplexity for r in rows])
+    intervals = np.array([[r.low for r in rows], [r.high for r in rows]])
+    if cfg.figure == "schedules":
+        plots.schedule_points(
+            [r.schedule for r in rows], values, intervals, folder / "schedules.png"
+        )
+        return
+    deepest = max(depths, key=lambda letter: depths[letter])
+    fractions = np.array([1 - Schedule.parse(r.schedule).share(deepest) for r in rows])
+    savings = {
+        "blocks (the paper's formula)": np.array([r.saved_blocks for r in rows]),
+        "FLOPs, all counted": np.array([r.saved_flops for r in rows], float),
+        "time": np.array([r.saved_time for r in rows], float),
+    }
+    plots.fraction_curves(fractions, values, intervals, savings, folder / "fractions.png")
+
+
+# ------------------------------------------------------------------------------------- search
+
+
+def segment_results(
+    light: Bool[np.ndarray, "S n"], values: Float[np.ndarray, "S N"], top: int
+) -> dict[str, Any]:
+    """Segment influence with its interval, and how often a segment is light at either end."""
+    best, worst = search.segment_counts(light, values.mean(axis=1), top)
+    influence = search.segment_influence(light, values)
+    return {
+        "influence": {name: x.tolist() for name, x in influence._asdict().items()},
+        "light_in_best": best.tolist(),
+        "light_in_worst": worst.tolist(),
+        "top": top,
+    }
+
+
+def plot_search(
+    light: Bool[np.ndarray, "S n"], values: Float[np.ndarray, "S N"], top: int, folder: Path
+) -> None:
+    perplexity = values.mean(axis=1)
+    order = np.argsort(perplexity, kind="stable")
+    best, worst = order[:5], order[::-1][:5]
+    plots.placement_rows(
+        light[best],
+        light[worst],
+        (perplexity[best].tolist(), perplexity[worst].tolist()),
+        folder / "best_and_worst.png",
+    )
+    counts = search.segment_counts(light, perplexity, top)
+    plots.segment_frequencies(*counts, top, folder / "segment_frequencies.png")
+    plots.influence_bars(search.segment_influence(light, values), folder / "influence.png")
+
+
+# --------------------------------------------------------------------------------- importance
+
+
+def curve_results(curves: Mapping[str, Mapping[str, Curve]]) -> dict[str, Any]:
+    return {
+        quantity: {
+            letter: {name: x.tolist() for name, x in curve._asdict().items()}
+            for letter, curve in by_letter.items()
+        }
+        for quantity, by_letter in curves.items()
+    }
+
+
+def curve_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row a quantity, model and time."""
+    return [
+        {"quantity": quantity, "model": letter, "time": t, "value": value, "low": low, "high": high}
+        for quantity, by_letter in results.items()
+        for letter, curve in by_letter.items()
+        for t, value, low, high in zip(
+            curve["times"], curve["value"], curve["low"], curve["high"], strict=True
+        )
+    ]
+
+
+def curve_table(results: Mapping[str, Any]) -> str:
+    """Every quantity and model with its peak and its ends."""
+    lines = []
+    for quantity, by_letter in results.items():
+        for letter, curve in by_letter.items():
+            peak = int(np.argmax(curve["value"]))
+            half = (curve["high"][peak] - curve["low"][peak]) / 2
+            lines.append(
+                (
+                    f"{quantity} {letter}",
+                    f"{curve['value'][0]:.4f}",
+                    f"{curve['value'][peak]:.4f} ±{half:.4f}",
+                    f"{curve['times'][peak]:.3f}",
+                    f"{curve['value'][-1]:.4f}",
+                )
+            )
+    return table(("curve", "lowest t", "peak", "at t", "highest t"), lines)
+
+
+def plot_importance(results: Mapping[str, Any], cfg: ImportanceStudy, folder: Path) -> None:
+    depths = results["num_layers"]
+    for quantity, by_letter in results["curves"].items():
+        shown = {
+            letter: Curve(*(np.array(x) for x in curve.values()))
+            for letter, curve in by_letter.items()
+        }
+        labels = {
+            letter: f"{letter}: {depths[letter]} blocks"
+            + (", another seed" if letter == cfg.heavy2 else "")
+            for letter in shown
+        }
+        plots.importance_curves(shown, labels, CURVE_LABELS[quantity], folder / f"{quantity}.png")
+
+
+# ---------------------------------------------------------------------------------- proposals
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What a method chose when it saw all samples, against the best of the exhaustive search.
+
+    Both were chosen by the numbers that compare them, which flatters the exhaustive one.
+    """
+
+    method: str
+    tried: int
+    schedule: str
+    perplexity: float
+    difference: float  # to the exhaustive best, sample by sample
+    difference_low: float
+    difference_high: float
+
+
+def choices(
+    methods: Mapping[str, Callable[[int], Predict]],
+    values: Float[np.ndarray, "S N"],
+    budgets: Sequence[int],
+    schedules: Sequence[Schedule],
+    seed: int,
+) -> list[Choice]:
+    perplexity = values.mean(axis=1)
+    best = int(np.argmin(perplexity))
+    rows = []
+    for name, make in methods.items():
+        for budget in budgets:
+            trials = search.seek(make(seed), lambda s: float(perplexity[s]), budget, len(values))
+            chosen = search.best_of(trials)
+            difference = values[chosen] - values[best]
+            low, high = mean_interval(difference)
+            rows.append(
+                Choice(
+                    method=name,
+                    tried=budget,
+                    schedule=str(schedules[chosen]),
+                    perplexity=float(perplexity[chosen]),
+                    difference=float(difference.mean()),
+                    difference_low=low,
+                    difference_high=high,
+                )
+            )
+    return rows
+
+
+def regret_table(
+    regrets: Mapping[str, Sequence[Regret]],
+    budgets: Sequence[int],
+    correlations: Mapping[str, search.Correlation],
+) -> str:
+    lines = [(name, *(f"{r.mean:+.3f}" for r in found)) for name, found in regrets.items()]
+    head = table(("perplexity above the exhaustive choice, tried", *map(str, budgets)), lines)
+    ranks = [f"Spearman, {HARM_LABELS[name]}: {correlation_text(c)}"
+             for name, c in correlations.items()]  # fmt: skip
+    return "\n".join([head, *ranks])
+
+
+def correlation_text(c: search.Correlation) -> str:
+    return f"{c.value:.2f} ({c.low:.2f} to {c.high:.2f})"
+
+
+def plot_proposals(
+    regrets: Mapping[str, Sequence[Regret]],
+    budgets: Sequence[int],
+    light: Bool[np.ndarray, "S n"],
+    values: Float[np.ndarray, "S N"],
+    harms: Mapping[str, Float[np.ndarray, "n"]],
+    correlations: Mapping[str, search.Correlation],
+    folder: Path,
+) -> None:
+    plots.regret_curves(budgets, regrets, folder / "regret.png")
+    for name, harm in harms.items():
+        title = f"{HARM_LABELS[name]}: Spearman {correlation_text(correlations[name])}"
+        path = folder / f"predicted_{name}.png"
+        plots.predicted_scatter(light @ harm, values.mean(axis=1), title, path)

@@ -1,0 +1,347 @@
+"""MDLM's sampler: every masked token is revealed at a random time, whatever the model says.
+
+Which tokens a step reveals is therefore drawn before the first model call. A call computes logits
+at these tokens only, and a step that reveals nothing needs no call: the distribution is that of
+ancestral sampling, exactly. Source: Sahoo et al. 2024, "Simple and Effective Masked Diffusion
+Language Models", section 3.2; Zheng et al. 2024, "Masked Diffusion Models are Secretly
+Time-Agnostic Masked Models", section 4 (first hitting).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from math import ceil, sqrt
+from typing import Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, UInt
+
+from dials_jax.caching.cache import Cache, Work
+from dials_jax.caching.net import Net
+from dials_jax.config import ModelConfig, require, require_positive
+from dials_jax.models import transformer
+from dials_jax.nn.stack import StackOutput
+from dials_jax.sampling.confidence import gumbel_like
+from dials_jax.sampling.denoise import Record, note, start_record
+
+Precision = Literal["exact", "float32"]
+
+EPS = 1e-5  # the time at which the steps end; what is masked then is revealed by the last
+# The record has room for one row that fills its slots at every call, in each run of a schedule, for
+# so many runs: with slots enough for nearly every step it is never full.
+MAX_FULL = 8
+UNIFORM_BITS = 24  # of the published noise
+TIMES, TOKENS = 0, 1  # folded into a row's key: what the draws are for
+
+
+@dataclass(frozen=True)
+class Ancestral:
+    """Settings of the sampler.
+
+    The time t is the probability that a token is masked. It falls from 1 to 1e-5 in equal steps,
+    and each masked token is revealed by the step in which a time of its own lies.
+
+    Attributes:
+      length: tokens to generate.
+      steps: denoising steps.
+      precision: `exact`, or `float32`: the published sampler, whose low-precision noise favours
+        probable tokens. It gives lower perplexity and less entropy; for published numbers only.
+      first_hitting: one token a row and model call, each at its exact time: the limit of ever more
+        steps. `steps` must equal `length`.
+      slots: tokens of a row that a model call reveals at most; a step with more in any row takes
+        another call. None: enough for nearly every step.
+    """
+
+    cfg_scale = 0.0
+
+    length: int
+    steps: int
+    precision: Precision = "exact"
+    first_hitting: bool = False
+    slots: int | None = None
+
+    def __post_init__(self):
+        require_positive(self, "length", "steps")
+        known = get_args(Precision)
+        require(
+            self.precision in known,
+            f"precision={self.precision!r} must be one of {', '.join(known)}",
+        )
+        require(self.slots is None or self.slots > 0, f"slots={self.slots} must be positive")
+        require(
+            not self.first_hitting or self.precision == "exact",
+            "first_hitting=True is exact; leave out precision='float32'",
+        )
+        require(
+            not self.first_hitting or self.steps == self.length,
+            f"first_hitting=True takes one step a token; set steps={self.length}",
+        )
+
+    @property
+    def gen_length(self) -> int:
+        return self.length
+
+    @property
+    def times(self) -> Float[np.ndarray, "{self.steps}+1"]:
+        return np.linspace(1, EPS, self.steps + 1)
+
+    @property
+    def num_slots(self) -> int:
+        """Tokens of a row that one model call can reveal.
+
+        A step reveals `length / steps` on average, and rarely five deviations more.
+        """
+        if self.slots is not None or self.first_hitting:
+            return self.slots or 1
+        mean = self.length / self.steps
+        return min(self.length, 8 * ceil((mean + 5 * sqrt(mean)) / 8))
+
+    def check(self, cfg: ModelConfig, cache: Cache | None) -> None:
+        """Raises: InputError for what cannot be sampled so."""
+        cfg.require_mask()
+        require(
+            cache is None,
+            "Ancestral reveals tokens all over the canvas, so nothing can be kept between its "
+            "steps; leave out `cache`",
+        )
+
+    def work(self, cfg: ModelConfig, prompt_length: int) -> list[Work]:
+        total = prompt_length + self.length
+        head = self.num_slots if self.precision == "exact" else self.length
+        return [Work((total,) * cfg.num_layers, head, prompt_length)]
+
+
+class Plan(NamedTuple):
+    """Which tokens each step reveals. A row's model calls are those of its steps that reveal any.
+
+    Attributes:
+      step: that reveals a token; -1 in the prompt.
+      order: the places of the answer in the order of revealing.
+      before: how many of them earlier steps reveal.
+      calls_before: the row's model calls before each step, and in all.
+      time: of each step, for models that are told it.
+    """
+
+    step: Int[Array, "B T"]
+    order: Int[Array, "B G"]
+    before: Int[Array, "B steps+1"]
+    calls_before: Int[Array, "B steps+1"]
+    time: Float[Array, "B steps"]
+
+
+def draw_plan(sampler: Ancestral, keys: jax.Array, prompt_length: int) -> Plan:
+    """Draws every token's time, with all 32 bits: steps may be as short as 2^-10, or shorter."""
+    row = jax.vmap(lambda key: jax.random.bits(jax.random.fold_in(key, TIMES), (sampler.length,)))
+    drawn = row(keys)
+    order = jnp.argsort(drawn, axis=1, descending=True, stable=True)
+    if sampler.first_hitting:
+        step = jnp.argsort(order, axis=1)
+        sorted_times = jnp.take_along_axis(drawn, order, axis=1)
+        time = (sorted_times.astype(jnp.float32) + 0.5) * 2.0**-32
+    else:
+        step = step_of(sampler.times, drawn)
+        time = jnp.broadcast_to(sampler.times[:-1], (drawn.shape[0], sampler.steps))
+    sorted_steps, numbers = jnp.take_along_axis(step, order, axis=1), jnp.arange(sampler.steps + 1)
+    before = jax.vmap(lambda steps: jnp.searchsorted(steps, numbers))(sorted_steps)
+    calls = -(-jnp.diff(before, axis=1) // sampler.num_slots)
+    return Plan(
+        jnp.pad(step, ((0, 0), (prompt_length, 0)), constant_values=-1),
+        prompt_length + order,
+        before,
+        jnp.pad(jnp.cumsum(calls, axis=1), ((0, 0), (1, 0))),
+        time.astype(jnp.float32),
+    )
+
+
+def step_of(times: Float[np.ndarray, "_"], drawn: UInt[Array, "B G"]) -> Int[Array, "B G"]:
+    """The step whose interval [s, t) holds a time in units of 2^-32; the last has all below it.
+
+    From t to s, a token that is masked at t is so revealed with probability (t - s) / t.
+    """
+    inner = np.round(times[-2:0:-1] * 2.0**32).astype(np.uint32)  # between two steps; ascending
+    below = jnp.searchsorted(jnp.asarray(inner), drawn, side="right")
+    return (len(inner) - below).astype(jnp.int32)
+
+
+class State(NamedTuple):
+    """Where the loop stands before a model call.
+
+    Attributes:
+      step: names the call in any batch.
+      calls: each row's own. Rows go through their steps side by side, but not in step.
+    """
+
+    tokens: Int[Array, "B T"]
+    step: Int[Array, ""]
+    calls: Int[Array, "B"]
+    plan: Plan | None
+    record: Record
+
+
+class Exact:
+    """Model calls that compute logits where they reveal tokens, as functions of the state."""
+
+    def __init__(self, sampler: Ancestral, net: Net, prompt_length: int, keys: jax.Array):
+        self.sampler, self.net, self.prompt_length, self.keys = sampler, net, prompt_length, keys
+        self.num_steps = sampler.steps
+
+    def start(self, canvas: Int[Array, "B T"], num_layers: int) -> State:
+        sampler, num_rows = self.sampler, canvas.shape[0]
+        most = sampler.steps
+        if not sampler.first_hitting:  # calls for more than fits into a row's slots
+            most += min(num_rows, MAX_FULL) * ((sampler.length - 1) // sampler.num_slots)
+        plan = draw_plan(sampler, self.keys, self.prompt_length)
+        calls, record = jnp.zeros(num_rows, jnp.int32), start_record(most, num_layers, num_rows)
+        return State(canvas, jnp.asarray(0, jnp.int32), calls, plan, record)
+
+    def run(self, state: State, stop: Int[Array, ""] | None = None) -> State:
+        """The model calls of all steps before `stop`; None: of all."""
+        stop = jnp.asarray(self.num_steps if stop is None else stop, jnp.int32)
+        until = state.plan.calls_before[:, stop]
+
+        def advance(state: State) -> State:
+            after = self.advance(state, until)
+            return after._replace(step=jnp.minimum(after.step, stop - 1))
+
+        state = lax.while_loop(lambda s: jnp.any(s.calls < until), advance, state)
+        return state._replace(step=stop)
+
+    def advance(self, state: State, until: Int[Array, "B"]) -> State:
+        """One model call, and the tokens it reveals in the rows that do not wait."""
+        cfg, plan = self.net.cfg, state.plan
+        step = jnp.sum(plan.calls_before <= state.calls[:, None], axis=1) - 1
+        step = jnp.minimum(step, self.num_steps - 1)
+        index, fresh = self.revealed(state, step)
+        fresh &= (state.calls < until)[:, None]
+        # Of several calls of a step, each sees the canvas as it was before the step.
+        hidden = plan.step >= step[:, None]
+        seen = jnp.where(hidden, cfg.mask_id, state.tokens)
+        time = jnp.take_along_axis(plan.time, step[:, None], axis=1)[:, 0]
+        out = call(self.net, seen, state.step, time, index)
+        logits = transformer.logits_of(cfg, self.net.params, out.h, time)
+        new = draw(cfg, logits, token_keys(self.keys, index - self.prompt_length))
+        tokens = put(state.tokens, jnp.where(fresh, index, seen.shape[1]), new)
+        share = jnp.mean(hidden[:, self.prompt_length :], axis=1)
+        record = note(state.record, out.gates, share, 0, state.step)
+        calls = jnp.minimum(state.calls + 1, until)
+        return State(tokens, state.step + 1, calls, plan, record)
+
+    def revealed(
+        self, state: State, step: Int[Array, "B"]
+    ) -> tuple[Int[Array, "B W"], Bool[Array, "B W"]]:
+        """The places that each row's next call reveals; False where there are fewer than slots."""
+        plan, slots = state.plan, self.sampler.num_slots
+
+        def of_step(x, add=0):
+            return jnp.take_along_axis(x, step[:, None] + add, axis=1)
+
+        first = of_step(plan.before) + slots * (state.calls[:, None] - of_step(plan.calls_before))
+        place = first + jnp.arange(slots)
+        fresh = place < of_step(plan.before, 1)
+        place = jnp.clip(place, 0, self.sampler.length - 1)
+        return jnp.take_along_axis(plan.order, place, axis=1), fresh
+
+
+class Published:
+    """The sampler of the authors' code: every step draws every masked token anew, or [MASK].
+
+    A draw is the largest of q / E, for noise E = -log u with u on a grid of 2^-24. Tokens that are
+    improbable beside [MASK] then nearly vanish. What is left after the last step takes its most
+    probable token, in one call more. Source: `ddpm_cache` of kuleshov-group/mdlm. There a step
+    without change reuses the call before it, which changes no result and is left out.
+    """
+
+    def __init__(self, sampler: Ancestral, net: Net, prompt_length: int, keys: jax.Array):
+        self.sampler, self.net, self.prompt_length, self.keys = sampler, net, prompt_length, keys
+        self.num_steps = sampler.steps
+
+    def start(self, canvas: Int[Array, "B T"], num_layers: int) -> State:
+        record = start_record(self.num_steps + 1, num_layers, canvas.shape[0])
+        zero = jnp.asarray(0, jnp.int32)
+        return State(canvas, zero, jnp.zeros(canvas.shape[0], jnp.int32), None, record)
+
+    def run(self, state: State, stop: Int[Array, ""] | None = None) -> State:
+        """All steps before `stop` (None: all), and the call after the last of all."""
+        stop = jnp.asarray(self.num_steps if stop is None else stop, jnp.int32)
+        stop = jnp.where(stop == self.num_steps, stop + 1, stop)
+        return lax.while_loop(lambda s: s.step < stop, self.advance, state)
+
+    def advance(self, state: State) -> State:
+        cfg, prompt_length = self.net.cfg, self.prompt_length
+        t = jnp.asarray(self.sampler.times, jnp.float32)[state.step]
+        time = jnp.broadcast_to(t, state.tokens.shape[:1])
+        answer = state.tokens[:, prompt_length:]
+        index = self.net.range(prompt_length, self.sampler.length)
+        out = call(self.net, state.tokens, state.step, time, index)
+
+        def row(xs):  # one after the other: these arrays are as wide as the vocabulary
+            h, tokens, key, time = xs
+            logits = transformer.logits_of(cfg, self.net.params, h[None], time[None])[0]
+            new = self.draw(without_mask(cfg, logits), t, state.step, key).astype(tokens.dtype)
+            return jnp.where(transformer.is_masked(cfg, tokens), new, tokens)
+
+        new = lax.map(row, (out.h, answer, self.keys, time))
+        tokens = state.tokens.at[:, prompt_length:].set(new)
+        share = jnp.mean(transformer.is_masked(cfg, answer), axis=1)
+        record = note(state.record, out.gates, share, 0, state.step)
+        return State(tokens, state.step + 1, state.calls + 1, None, record)
+
+    def draw(
+        self, logits: Float[Array, "G V"], t: Float[Array, ""], step: Int[Array, ""], key: jax.Array
+    ) -> Int[Array, "G"]:
+        """A token or [MASK] for every place; after the last step, the most probable token."""
+        s = t - np.float32((1 - EPS) / self.num_steps)
+        q = (jax.nn.softmax(logits) * (t - s)).at[:, self.net.cfg.mask_id].set(s)
+        noise = coarse_exponential(jax.random.fold_in(key, step), q.shape)
+        return jnp.argmax(jnp.where(step == self.num_steps, logits, q / noise), axis=-1)
+
+
+def call(
+    net: Net,
+    tokens: Int[Array, "B T"],
+    step: Int[Array, ""],
+    time: Float[Array, "B"],
+    index: Int[Array, "B W"],
+) -> StackOutput:
+    """Runs the whole canvas, for the states that predict the tokens at `index`."""
+    c = transformer.conditioning(net.cfg, net.params, time)
+    net = dataclasses.replace(net, rows=net.rows._replace(c=c))
+    wanted = jnp.maximum(index - net.offset, 0)  # nothing predicts the canvas's first token
+    return net.run_range(tokens, 0, net.length, step, wanted=wanted)
+
+
+def draw(cfg: ModelConfig, logits: Float[Array, "B W V"], keys: jax.Array) -> Int[Array, "B W"]:
+    """A token for every slot, never [MASK]."""
+    return jnp.argmax(without_mask(cfg, logits) + gumbel_like(logits, keys), axis=-1)
+
+
+def without_mask(cfg: ModelConfig, logits: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
+    """A comparison joins its neighbours in one kernel; a scatter would not."""
+    return jnp.where(jnp.arange(logits.shape[-1]) == cfg.mask_id, -jnp.inf, logits)
+
+
+def token_keys(keys: jax.Array, place: Int[Array, "B W"]) -> jax.Array:
+    """One key a place of the answer, which is revealed once: the step need not be folded in.
+
+    So two schedules draw with the same noise, and differ in what their models say alone.
+    """
+    of_row = jax.vmap(jax.random.fold_in, (0, None))(keys, TOKENS)
+    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(of_row, place)
+
+
+def coarse_exponential(key: jax.Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
+    """-log u for u on the grid of 24 bits on which PyTorch draws float32 numbers."""
+    u = (jax.random.bits(key, shape) >> (32 - UNIFORM_BITS)).astype(jnp.float32)
+    return 1e-10 - jnp.log(u * 2.0**-UNIFORM_BITS + 1e-10)
+
+
+def put(
+    tokens: Int[Array, "B T"], index: Int[Array, "B W"], new: Int[Array, "B W"]
+) -> Int[Array, "B T"]:
+    """Writes tokens at their places; one beyond the canvas is dropped."""
+    one = jax.vmap(lambda row, at, x: row.at[at].set(x, mode="drop"))
+    return one(tokens, index, new.astype(tokens.dtype))

@@ -1,0 +1,100 @@
+"""What a generation cost, under any schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Int
+
+from dials_jax.caching.cache import Cache, Work
+from dials_jax.caching.net import Net
+from dials_jax.config import ModelConfig
+from dials_jax.models import transformer
+from dials_jax.nn.stack import Policy
+from dials_jax.sampling.ancestral import Ancestral
+from dials_jax.sampling.autoregressive import Autoregressive
+from dials_jax.sampling.denoise import blocks_of
+from dials_jax.sampling.programs import AnySampler
+from dials_jax.skipping.flops import Flops, count_flops
+from dials_jax.skipping.policies import router_width
+
+
+@dataclass(frozen=True)
+class Part:
+    """A model and what each kind of its calls computes in a row."""
+
+    cfg: ModelConfig
+    policy: Policy | None
+    work: Sequence[Work]
+
+    def tokens(self, kind: Int[np.ndarray, "S"]) -> Int[np.ndarray, "S L"]:
+        return np.array([w.tokens for w in self.work])[kind]
+
+    def cost(
+        self, gates: Bool[np.ndarray, "S L R"], kind: Int[np.ndarray, "S"], num_tokens: int
+    ) -> Flops:
+        tokens = self.tokens(kind)
+        return count_flops(
+            self.cfg,
+            gates,
+            num_tokens=num_tokens,
+            head_tokens=np.array([w.head for w in self.work])[kind],
+            tokens_run=tokens,
+            voting=tokens - np.array([[w.prompt] for w in self.work])[kind],
+            d_router=router_width(self.policy),
+        )
+
+    def full_cost(self, num_calls: int, num_rows: int, num_tokens: int, head: int) -> float:
+        """FLOPs of as many calls of all layers on the whole canvas."""
+        gates = np.ones((1, self.cfg.num_layers, 1), bool)
+        one = count_flops(self.cfg, gates, num_tokens=num_tokens, head_tokens=head)
+        return num_calls * num_rows * one.model_total
+
+
+def work_of(cfg: ModelConfig, sampler: AnySampler, cache: Cache, prompt_length: int) -> list[Work]:
+    """What each kind of model call computes."""
+    if isinstance(sampler, Autoregressive | Ancestral):
+        return sampler.work(cfg, prompt_length)
+    length = prompt_length + sampler.gen_length
+    rows = jax.eval_shape(lambda: transformer.rows_of(cfg, None, (1, length)))
+    known = prompt_length if sampler.cfg_scale == 0 else 0
+    sketch = Net(cfg, None, None, "auto", rows, None, None, known)
+    return [p.work for p in cache.passes(sketch, blocks_of(sampler, prompt_length))]
+
+
+def total_cost(
+    parts: Sequence[Part],
+    taken: Int[np.ndarray, "S"],
+    gates: Bool[np.ndarray, "S L R"],
+    kind: Int[np.ndarray, "S"],
+    num_tokens: int,
+    seconds: float,
+) -> Flops:
+    """The three numbers; the shares are of the largest model making as many calls in full.
+
+    Under a schedule without other skipping, 1 - `layers_run` is the saving of Sedykh et al.:
+    p (B_H - B_L) / B_H, where the light model makes a share p of the calls.
+
+    Args:
+      taken: the number of the part that made each call.
+    """
+    num_rows = gates.shape[-1]
+    costs, layers_run = [], 0
+    for i, part in enumerate(parts):
+        mine = taken == i
+        if mine.any():
+            own = gates[mine, : part.cfg.num_layers]
+            costs.append(part.cost(own, kind[mine], num_tokens).model_total)
+            layers_run += int(own.sum())
+    head = max(w.head for i, part in enumerate(parts) for w in _used(part, kind[taken == i]))
+    whole = max(parts, key=lambda part: part.full_cost(1, 1, num_tokens, head))
+    full = whole.full_cost(len(taken), num_rows, num_tokens, head)
+    layers = layers_run / (len(taken) * num_rows * whole.cfg.num_layers)
+    return Flops(layers, sum(costs) / full, float(sum(costs)), seconds)
+
+
+def _used(part: Part, kind: Int[np.ndarray, "S"]) -> list[Work]:
+    return [part.work[k] for k in np.unique(kind)]

@@ -1,0 +1,59 @@
+"""Training that goes on from another model's weights, for example a causal model's (as Dream)."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from dials_jax import trees
+from dials_jax.config import ModelConfig, require
+from dials_jax.loading import load
+from dials_jax.models import groups
+from dials_jax.models.model import Model
+
+VOCABULARY_AXIS = {"embed/table": 0, "head/kernel": 1, "head/bias": 0}
+
+
+def load_source(path: str, cfg: ModelConfig, mesh: Mesh) -> Model:
+    """The model to start from, its weights float32.
+
+    Only shapes have to agree: attention may become bidirectional, predictions may shift, and the
+    vocabulary may gain tokens, [MASK] for one.
+
+    Raises: InputError naming the first array that does not fit.
+    """
+    source = load(path, dtype="float32", mesh=mesh, layout="stacked")
+    new_size, old_size = cfg.vocab_size, source.config.vocab_size
+    require(
+        old_size <= new_size,
+        f"init_from={path} has {old_size} tokens and this model {new_size}; "
+        "a vocabulary may grow, not shrink",
+    )
+    have = {name: x.shape for name, x in trees.named_leaves(source.params)}
+    for name, x in trees.named_leaves(groups.abstract_params(cfg)):
+        shape, axis = list(x.shape), VOCABULARY_AXIS.get(name)
+        if axis is not None:
+            shape[axis] = old_size
+        found = have.pop(name, None)
+        require(
+            found == tuple(shape),
+            f"init_from={path}: {name} is {found or 'missing'} there and must be {tuple(shape)} "
+            "for this model; take the source's sizes",
+        )
+    require(not have, f"init_from={path}: this model has no {', '.join(have)}; take one that has")
+    return source
+
+
+def grow_vocabulary(params: trees.Params, vocab_size: int) -> trees.Params:
+    """The same weights over a larger vocabulary. Every new token starts as the mean of the old."""
+
+    def one(name: str, x: Array) -> Array:
+        axis = VOCABULARY_AXIS.get(name)
+        if axis is None or x.shape[axis] == vocab_size:
+            return x
+        mean = jnp.mean(x, axis=axis, keepdims=True)
+        new = jnp.repeat(mean, vocab_size - x.shape[axis], axis=axis)
+        return jnp.concatenate([x, new], axis=axis)
+
+    return trees.map_named(one, params)

@@ -1,0 +1,130 @@
+"""Reading a search by hand-made tables, and searches that know where to look."""
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+from dials_jax.analysis.schedule_search import (
+    best_of,
+    by_additive_model,
+    by_chance,
+    by_importance,
+    fit_additive,
+    placements,
+    rank_correlation,
+    regret,
+    seek,
+    segment_counts,
+    segment_harm,
+    segment_influence,
+)
+
+HARM = np.array([0.1, 0.4, 1.0, 1.6, 2.0, 2.1, 1.5, 0.9, 0.3, 0.2])
+
+
+@pytest.fixture(scope="module")
+def table():
+    """A search of 210 schedules whose segments add up, with samples of common difficulty."""
+    rng = np.random.default_rng(0)
+    light = placements(10, 4)
+    means = 40 + light @ HARM
+    values = means[:, None] + rng.normal(0, 5, 160) + rng.normal(0, 2, (len(light), 160))
+    return light, means, values
+
+
+def test_every_placement_comes_once():
+    light = placements(6, 2)
+    assert [tuple(np.flatnonzero(row)) for row in light] == list(combinations(range(6), 2))
+    assert placements(10, 4).shape == (210, 10)
+
+
+def test_equation_8_on_a_table():
+    light = placements(3, 1)
+    values = np.array([[1.0, 3.0], [4.0, 4.0], [9.0, 3.0]])
+    found = segment_influence(light, values)
+    np.testing.assert_allclose(found.value, [2 - 4, 4 - 4, 6 - 4], atol=1e-12)
+    by_sample = values - values.mean(axis=0)  # one schedule a segment
+    half = 12.7062 * by_sample.std(axis=1, ddof=1) / np.sqrt(2)
+    np.testing.assert_allclose(found.high - found.value, half, rtol=1e-4)
+    two = segment_influence(placements(3, 2), values)  # schedules 01, 02, 12
+    np.testing.assert_allclose(two.value, [3 - 4, 4 - 4, 5 - 4], atol=1e-12)
+
+
+def test_what_samples_have_in_common_is_no_uncertainty(table):
+    light, _, values = table
+    influence = segment_influence(light, values)
+    assert (influence.high - influence.low < 0.3).all()
+    shifted = segment_influence(light, values + np.random.default_rng(1).normal(0, 99, 160))
+    np.testing.assert_allclose(shifted.low, influence.low, atol=1e-9)
+
+
+def test_segments_of_the_best_and_the_worst():
+    light, perplexity = placements(4, 2), np.array([5.0, 1.0, 4.0, 2.0, 6.0, 3.0])
+    best, worst = segment_counts(light, perplexity, 2)  # (0, 2), (1, 2); (0, 1), (1, 3)
+    assert best.tolist() == [1, 1, 2, 0] and worst.tolist() == [1, 2, 0, 1]
+
+
+def test_harm_is_the_integral_over_a_segments_times():
+    times = np.array([0.05, 0.95, 0.5])
+    np.testing.assert_allclose(segment_harm(times, np.ones(3), 4), 0.25)
+    harm = segment_harm(np.linspace(0, 1, 11), np.linspace(0, 1, 11) ** 1, 2)
+    np.testing.assert_allclose(harm, [3 / 8, 1 / 8], rtol=1e-4)  # segment 0 is t in (1/2, 1)
+
+
+def test_an_additive_model_recovers_what_adds_up(table):
+    light, means, _ = table
+    chosen = np.random.default_rng(0).permutation(210)[:60]
+    expected = HARM - HARM.mean()
+    effects = fit_additive(light[chosen], means[chosen], ridge=1e-6)
+    np.testing.assert_allclose(effects, expected, atol=1e-3)
+    # Two trials and the right shape: the scale is found, where shape alone would not do.
+    few = np.array([np.argmin(means), np.argmax(means)])
+    effects = fit_additive(light[few], means[few], harm=7 * HARM + 3, ridge=1e-6)
+    np.testing.assert_allclose(effects, expected, rtol=0.25)
+
+
+def test_a_search_never_tries_twice_and_knows_no_more_than_it_tried(table):
+    light, means, _ = table
+    asked = []
+
+    def measure(schedule):
+        asked.append(schedule)
+        return float(means[schedule])
+
+    trials = seek(by_additive_model(light, seed=0), measure, budget=30, num_schedules=210)
+    assert asked == trials.tried and len(set(asked)) == 30
+    assert means[best_of(trials)] == min(trials.perplexity)
+    assert len(seek(by_chance(210, 0), measure, 999, 210).tried) == 210
+    assert seek(by_importance(light, HARM), measure, 1, 210).tried == [int(np.argmin(means))]
+
+
+def test_knowing_more_costs_less(table):
+    light, _, values = table
+    methods = {
+        "chance": lambda seed: by_chance(210, seed),
+        "additive": lambda seed: by_additive_model(light, seed),
+        "importance": lambda seed: by_importance(light, HARM),
+        "both": lambda seed: by_additive_model(light, seed, HARM),
+    }
+    found = {name: regret(make, values, 12, num_repeats=20).mean for name, make in methods.items()}
+    assert found["both"] < 0.3 > found["importance"]
+    assert found["additive"] < found["chance"]
+    everything = regret(methods["chance"], values, 210, num_repeats=3)
+    assert everything == (0, 0, 0)
+
+
+def test_a_wrong_importance_is_corrected_by_trials(table):
+    light, _, values = table
+    wrong = HARM[::-1] + np.where(np.arange(10) < 4, 3, 0)
+    with_it = regret(lambda s: by_importance(light, wrong), values, 40, num_repeats=10).mean
+    corrected = regret(lambda s: by_additive_model(light, s, wrong), values, 40, num_repeats=10)
+    assert corrected.mean < with_it - 0.3
+
+
+def test_the_rank_correlation_and_its_noise(table):
+    light, means, values = table
+    exact = rank_correlation(light @ HARM, np.stack([means, means], axis=1), num_draws=20)
+    assert min(exact) > 0.999  # some schedules tie
+    noisy = rank_correlation(light @ HARM, values, num_draws=100)
+    assert noisy.low < noisy.value < 1 and noisy.low > 0.9

@@ -1,0 +1,80 @@
+import numpy as np
+import pytest
+
+from dials_jax.analysis import study_plots as plots
+from dials_jax.analysis.schedule_search import Influence, Regret, placements
+from dials_jax.analysis.step_importance import Curve
+
+METHODS = ("a", "b", "c", "d", "e", "c + b", "d + b", "e + b")  # as many as a study has at most
+REGRETS = [Regret(1, 0, 2), Regret(0, 0, 0)]
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that were written, still open to inspection."""
+    from matplotlib.figure import Figure
+
+    figures = []
+    savefig = Figure.savefig
+
+    def record(figure, *args, **kwargs):
+        figures.append(figure)
+        savefig(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", record)
+    return figures
+
+
+def test_schedules_are_sorted_and_keep_their_intervals(drawn, tmp_path):
+    values = np.array([3.0, 1.0, 2.0])
+    intervals = np.stack([values - 0.5, values + 0.25])
+    path = plots.schedule_points(["a", "b", "c"], values, intervals, tmp_path / "new" / "s.png")
+    assert path.read_bytes().startswith(b"\x89PNG")
+    ax = drawn[0].axes[0]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "c", "b"]  # best on top
+    assert ax.lines[0].get_xdata().tolist() == [3, 2, 1]
+    segments = ax.containers[0].lines[2][0].get_segments()
+    np.testing.assert_allclose([s[:, 0] for s in segments], [[2.5, 3.25], [1.5, 2.25], [0.5, 1.25]])
+
+
+def test_fractions_are_in_order(drawn, tmp_path):
+    fractions, values = np.array([1.0, 0.0, 0.5]), np.array([9.0, 5.0, 6.0])
+    savings = {"time": np.array([0.6, 0.0, 0.2])}
+    plots.fraction_curves(
+        fractions, values, np.stack([values, values]), savings, tmp_path / "f.png"
+    )
+    left, right = drawn[0].axes
+    assert left.lines[0].get_xydata().tolist() == [[0, 5], [50, 6], [100, 9]]
+    np.testing.assert_allclose(right.lines[0].get_ydata(), [0, 20, 60])
+
+
+def test_light_segments_stand_out(drawn, tmp_path):
+    from matplotlib.colors import to_hex
+
+    light = placements(3, 1)
+    plots.placement_rows(light[:1], light[2:], ([1.5], [2.5]), tmp_path / "p.png")
+    colors = [[to_hex(bar.get_facecolor()) for bar in ax.patches] for ax in drawn[0].axes]
+    assert [c.index(plots.LIGHT) for c in colors] == [0, 2]
+    assert all(c.count(plots.HEAVY) == 2 for c in colors)
+    assert drawn[0].axes[1].get_yticklabels()[0].get_text() == "2.50"
+
+
+def test_harmful_segments_are_red(drawn, tmp_path):
+    from matplotlib.colors import to_hex
+
+    value = np.array([-1.0, 2.0])
+    plots.influence_bars(Influence(value, value - 1, value + 1), tmp_path / "i.png")
+    bars = drawn[0].axes[0].patches
+    assert [to_hex(bar.get_facecolor()) for bar in bars] == [plots.SAFE, plots.HARM]
+    assert [bar.get_height() for bar in bars] == [-1, 2]
+
+
+def test_every_other_figure_is_written(tmp_path):
+    x = np.array([0.1, 0.9])
+    written = [
+        plots.importance_curves({"L": Curve(x, x, x, x)}, {}, "KL", tmp_path / "c.png"),
+        plots.segment_frequencies(np.array([2, 0]), np.array([0, 2]), 2, tmp_path / "n.png"),
+        plots.regret_curves([1, 5], dict.fromkeys(METHODS, REGRETS), tmp_path / "r.png"),
+        plots.predicted_scatter(x, x, "title", tmp_path / "s.png"),
+    ]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)

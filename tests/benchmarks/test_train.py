@@ -1,0 +1,35 @@
+"""The training benchmark runs, writes what it prints, and refuses names in one line."""
+
+import json
+
+import pytest
+
+from benchmarks import report, train
+
+
+@pytest.fixture(autouse=True)
+def quietly(monkeypatch):
+    """No compilation cache is set up in the process of the tests."""
+    monkeypatch.setattr(report, "keep_programs", lambda: None)
+
+
+def test_train_prints_and_writes_a_row_a_depth(tmp_path, capsys):
+    path = tmp_path / "out.json"
+    arguments = "--model tiny --blocks 1 --batch 2 --length 8 --steps 1 --repeats 1 --warm-up 1"
+    assert train.main([*arguments.split(), "--out", str(path)]) == 0
+    [row] = json.loads(path.read_text())["rows"]
+    assert row["blocks"] == 1 and row["parameters"] > 0 and row["compile_s"] > 0
+    assert row["tokens_a_second"] == pytest.approx(2 * 8 / (row["ms"] / 1e3))
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("--model tinny", "model 'tinny' is not known; did you mean 'tiny'?"),
+        ("--model gpt2 --blocks 1", "objective.kind='mdlm' does not fit a model with causal=True"),
+    ],
+)
+def test_what_does_not_fit_gives_one_line(capsys, arguments, message):
+    assert train.main(arguments.split()) == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")

@@ -1,0 +1,207 @@
+"""MDLM and GPT-2: the authors' numbers from folders and from a Lightning checkpoint."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from convert import gpt2, mdlm
+from convert.__main__ import main
+from convert.hugging_face import open_folder
+from convert.safetensors_reader import open_tensors
+from dials_jax.config import InputError, read_json
+from dials_jax.diffusion.subs import subs_log_probs
+from dials_jax.loading import load
+from dials_jax.models import gpt2 as our_gpt2
+from dials_jax.models import mdlm as our_mdlm
+from tests.convert.conftest import write_safetensors
+from tests.convert.test_convert import TOLERANCE, assert_same_bits
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+LAYOUTS = ("stacked", "unrolled", "fused")
+
+
+def golden(name, file="golden.npz"):
+    with np.load(GOLDEN / name / file) as arrays:
+        return {k: arrays[k] for k in arrays.files}
+
+
+@pytest.fixture
+def edited(tmp_path):
+    """Copies a golden folder, with changes to its config.json and tensors."""
+
+    def make(name, tensors=None, **changes):
+        folder = tmp_path / "edited"
+        folder.mkdir()
+        values = read_json(GOLDEN / name / "config.json") | changes
+        (folder / "config.json").write_text(json.dumps(values))
+        write_safetensors(
+            folder / "model.safetensors", tensors or dict(open_tensors(GOLDEN / name))
+        )
+        return folder
+
+    return make
+
+
+# ------------------------------------------------------------------------------- numerics
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_mdlm_gives_the_authors_logits_and_log_probabilities(layout):
+    values, model = golden("mdlm_tiny"), load(GOLDEN / "mdlm_tiny", layout=layout)
+    tokens = jnp.asarray(values["input_ids"])
+    logits = model.apply(tokens).logits
+    np.testing.assert_allclose(logits, values["raw_logits"], rtol=0, atol=TOLERANCE)
+    log_p = subs_log_probs(logits, tokens, model.config.mask_id)
+    np.testing.assert_allclose(log_p, values["log_p_x0"], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gpt2_gives_the_authors_logits_and_loss(layout):
+    values, model = golden("gpt2_tiny"), load(GOLDEN / "gpt2_tiny", layout=layout)
+    tokens = values["input_ids"]
+    logits = model.apply(tokens).logits
+    np.testing.assert_allclose(logits, values["logits"], rtol=0, atol=TOLERANCE)
+    log_p = jax.nn.log_softmax(logits[:, :-1])
+    loss = -np.take_along_axis(np.asarray(log_p), tokens[:, 1:, None], axis=-1).mean()
+    np.testing.assert_allclose(loss, values["loss"], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["mdlm_tiny", "gpt2_tiny"])
+def test_a_converted_folder_loads_the_same_model_as_its_source(name, tmp_path):
+    assert main([str(GOLDEN / name), str(tmp_path / "target")]) == 0
+    source, loaded = load(GOLDEN / name), load(tmp_path / "target", layout="fused")
+    assert loaded.config == source.config
+    assert loaded.fingerprint == source.fingerprint
+    assert_same_bits(load(tmp_path / "target").params, source.params)
+
+
+# ------------------------------------------------------------------------------- names
+
+
+def test_other_prefixes_and_buffers_change_nothing(edited):
+    tensors = {f"backbone.{n}": x for n, x in open_tensors(GOLDEN / "mdlm_tiny").items()}
+    _, params = open_folder(edited("mdlm_tiny", tensors))
+    assert_same_bits(params, open_folder(GOLDEN / "mdlm_tiny")[1])
+
+
+def test_gpt2_without_a_prefix_and_with_the_causal_pattern(edited):
+    tensors = open_tensors(GOLDEN / "gpt2_tiny")
+    tensors = {n.removeprefix("transformer."): x for n, x in tensors.items()}
+    tensors["h.0.attn.bias"] = np.tri(64, dtype=np.float32)[None, None]
+    _, params = open_folder(edited("gpt2_tiny", tensors))
+    assert_same_bits(params, open_folder(GOLDEN / "gpt2_tiny")[1])
+    np.testing.assert_array_equal(params["head"]["kernel"].T, params["embed"]["table"])
+
+
+def test_an_untied_head_must_be_there(edited):
+    with pytest.raises(InputError, match=r"lacks tensor 'lm_head\.weight'"):
+        open_folder(edited("gpt2_tiny", tie_word_embeddings=False))
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"activation_function": "relu"}, {"scale_attn_by_inverse_layer_idx": True}],
+    ids=lambda option: next(iter(option)),
+)
+def test_an_option_that_is_not_implemented_is_named(edited, option):
+    with pytest.raises(InputError, match=next(iter(option))):
+        open_folder(edited("gpt2_tiny", **option))
+
+
+def test_the_published_configurations_become_the_presets():
+    values = dict(
+        hidden_dim=768, cond_dim=128, n_blocks=12, n_heads=12, vocab_size=50258,
+        model_length=1024, time_conditioning=False,
+    )  # fmt: skip
+    assert mdlm.translate(values, "bfloat16") == our_mdlm.mdlm()
+    assert mdlm.translate(values | {"time_conditioning": True}, "bfloat16").time_conditioning
+    values = dict(
+        n_embd=768, n_head=12, n_layer=12, n_positions=1024, vocab_size=50257,
+        layer_norm_epsilon=1e-5, eos_token_id=50256,
+    )  # fmt: skip
+    assert gpt2.translate(values, "bfloat16") == our_gpt2.gpt2()
+    large = values | dict(n_embd=1280, n_head=20, n_layer=36)
+    assert gpt2.translate(large, "bfloat16") == our_gpt2.gpt2_large()
+
+
+# ------------------------------------------------------------------------------- checkpoints
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A copy of the golden checkpoint, alone in its folder."""
+    (tmp_path / "run").mkdir()
+    return Path(shutil.copy(GOLDEN / "mdlm_tiny" / "mdlm.ckpt", tmp_path / "run"))
+
+
+def rewrite(path, change):
+    torch = pytest.importorskip("torch")
+    content = torch.load(path, weights_only=True)
+    change(content)
+    torch.save(content, path)
+
+
+def test_a_pickle_is_read_only_if_it_is_allowed(checkpoint, tmp_path, capsys):
+    assert main([str(checkpoint), str(tmp_path / "target")]) == 2
+    assert "--allow-pickle" in capsys.readouterr().err
+    assert not (tmp_path / "target").exists()
+
+
+def test_a_checkpoint_gives_its_averaged_weights(checkpoint, tmp_path):
+    pytest.importorskip("torch")
+    assert main([str(checkpoint), str(tmp_path / "target"), "--allow-pickle"]) == 0
+    model = load(tmp_path / "target")
+    tokens = golden("mdlm_tiny")["input_ids"]
+    expected = golden("mdlm_tiny", "golden_ema.npz")["raw_logits"]
+    np.testing.assert_allclose(model.apply(tokens).logits, expected, rtol=0, atol=TOLERANCE)
+    assert model.config == load(GOLDEN / "mdlm_tiny").config
+
+
+def test_a_checkpoint_gives_the_weights_of_its_last_step_if_asked(checkpoint, tmp_path):
+    pytest.importorskip("torch")
+    target = tmp_path / "target"
+    assert main([str(checkpoint), str(target), "--allow-pickle", "--no-ema"]) == 0
+    assert_same_bits(load(target).params, load(GOLDEN / "mdlm_tiny").params)
+
+
+class Stranger:
+    """A class that the reader does not know, and whose unpickling would be noticed."""
+
+    def __init__(self):
+        self.value = 1
+
+    def __setstate__(self, state):
+        raise AssertionError("code from the checkpoint ran")
+
+
+def test_objects_in_a_checkpoint_are_left_out(checkpoint, tmp_path):
+    rewrite(checkpoint, lambda content: content["hyper_parameters"].update(tokenizer=Stranger()))
+    assert main([str(checkpoint), str(tmp_path / "target"), "--allow-pickle"]) == 0
+    assert load(tmp_path / "target").config.max_length == 32
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda content: content.pop("ema"), "--no-ema"),
+        (lambda content: content["ema"]["shadow_params"].reverse(), "order"),
+        (lambda content: content.pop("state_dict"), "state_dict"),
+        (lambda content: content["state_dict"].clear(), "backbone"),
+    ],
+    ids=["no_ema", "other_order", "no_state", "no_tensors"],
+)
+def test_a_checkpoint_of_another_kind_is_named(checkpoint, tmp_path, capsys, change, words):
+    rewrite(checkpoint, change)
+    assert main([str(checkpoint), str(tmp_path / "target"), "--allow-pickle"]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1 and not (tmp_path / "target").exists()
+
+
+def test_a_checkpoint_without_a_file_is_named(tmp_path, capsys):
+    assert main([str(tmp_path / "no.ckpt"), str(tmp_path / "target"), "--allow-pickle"]) == 2
+    assert "no.ckpt is missing" in capsys.readouterr().err

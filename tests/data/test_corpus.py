@@ -1,0 +1,378 @@
+"""A corpus is prepared once, by a process that may stop anywhere, and read by any reader alike."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dials_jax.config import CorpusData, EvalTask, InputError, TextData
+from dials_jax.data import arrayrecord, corpus, documents, packing
+from dials_jax.data import prepare as preparing
+from dials_jax.data.batches import batch_at
+from dials_jax.data.corpus import load_corpus
+from dials_jax.data.items import load_items
+from dials_jax.data.prepare import prepare
+from dials_jax.data.sources import training_data
+from dials_jax.data.text import pack_text
+
+ROOT = Path(__file__).parents[2]
+EOS = 1
+DOCUMENTS = ["hello world", "", "abc", "x" * 25, *(f"document {i} of many" for i in range(43))]
+HAS_RECORDS = not arrayrecord.missing_packages()
+needs_records = pytest.mark.skipif(not HAS_RECORDS, reason="needs Grain and tensorflow-datasets")
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    """Batches of 4 documents and parts of 8, so that 47 documents make several of each."""
+    monkeypatch.setattr(packing, "BATCH_DOCUMENTS", 4)
+    monkeypatch.setattr(preparing, "BATCH_DOCUMENTS", 4)
+    monkeypatch.setattr(preparing, "PART_BATCHES", 2)
+
+
+@pytest.fixture
+def cfg(tmp_path, tokenizer, write_jsonl):
+    tokenizer.save(tmp_path / "tokenizer")
+    path = write_jsonl([{"text": document} for document in DOCUMENTS])
+    return CorpusData(
+        folder=str(tmp_path / "corpus"), paths=(path,), tokenizer=str(tmp_path / "tokenizer"),
+        length=16, num_validation=9, reader="numpy",
+    )  # fmt: skip
+
+
+def all_rows(cfg, tokenizer, split="train"):
+    data = load_corpus(dataclasses.replace(cfg, split=split), EOS, tokenizer)
+    return data.rows(range(data.num_rows))[0]
+
+
+def files_of(folder):
+    """Content by name, but for what depends on dates."""
+    paths = [p for p in Path(folder).rglob("*") if p.is_file() and "array_record" not in str(p)]
+    return {str(p.relative_to(folder)): p.read_bytes() for p in paths if p.name != "files.json"}
+
+
+def expected_mdlm(tokenizer, texts, length):
+    """Written from the description: 4 documents at a time, pieces of length - 2 between EOS."""
+    rows = []
+    for first in range(0, len(texts), 4):
+        ids = [i for d in texts[first : first + 4] for i in [*tokenizer.encode(d), EOS]]
+        for start in range(0, len(ids) - (length - 2) + 1, length - 2):
+            rows.append([EOS, *ids[start : start + length - 2], EOS])
+    return rows
+
+
+def test_mdlm_rows_by_hand():
+    dtype = np.dtype("<u2")
+    ids = [[5, 6, 7, 1], [1], [8, 9, 1], [4, 1]]
+    rows, rest = packing.mdlm_rows(ids, [], 5, dtype)
+    assert rows.tolist() == [[1, 5, 6, 7, 1], [1, 1, 1, 8, 1], [1, 9, 1, 4, 1]]
+    assert rest == [] and rows.dtype == dtype
+    assert packing.mdlm_rows([[4, 1]], [], 5, dtype)[0].shape == (0, 5)
+    rows, rest = packing.stream_rows(ids, [2, 3], 5, dtype)
+    assert rows.tolist() == [[2, 3, 5, 6, 7], [1, 8, 9, 1, 4]] and rest == [1]
+
+
+def test_mdlm_packing_splits_off_the_last_documents(cfg, model_config, tokenizer):
+    manifest = prepare(cfg, model_config)
+    for name, texts in (("train", DOCUMENTS[:-9]), ("validation", DOCUMENTS[-9:])):
+        expected = expected_mdlm(tokenizer, texts, 16)
+        assert all_rows(cfg, tokenizer, name).tolist() == expected
+        split = manifest["splits"][name]
+        assert (split["documents"], split["rows"]) == (len(texts), len(expected))
+        assert split["tokens"] == sum(len(tokenizer.encode(d)) + 1 for d in texts)
+
+
+def test_stream_packing_equals_the_packing_of_small_texts(cfg, model_config, tokenizer):
+    cfg = dataclasses.replace(cfg, packing="stream", num_validation=0)
+    assert list(prepare(cfg, model_config)["splits"]) == ["train"]
+    small = TextData(paths=cfg.paths, length=16, cache=cfg.folder + "-cache")
+    expected = pack_text(small, EOS, model_config.mask_id, tokenizer)
+    np.testing.assert_array_equal(all_rows(cfg, tokenizer), expected.tokens)
+
+
+@pytest.mark.parametrize("packing_name", ["mdlm", "stream"])
+def test_stopped_at_any_rename_it_continues_to_the_same_bytes(
+    cfg, model_config, monkeypatch, packing_name
+):
+    cfg = dataclasses.replace(cfg, packing=packing_name)
+    prepare(cfg, model_config)
+    stopped = dataclasses.replace(cfg, folder=cfg.folder + "-stopped")
+    replace, budget = Path.replace, [0]
+
+    def failing(path, target):
+        if budget[0] == 0:
+            raise KeyboardInterrupt
+        budget[0] -= 1
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", failing)
+    for stops in range(40):
+        # Two renames note the files and the settings; a part has two, its rows' and its note's.
+        budget[0] = 2 + min(stops + 1, 3)
+        with contextlib.suppress(KeyboardInterrupt):
+            prepare(stopped, model_config)
+            break
+        with pytest.raises(InputError, match=r"is (only half|not) prepared"):
+            corpus.read_manifest(stopped)
+    assert 5 < stops < 39
+    assert files_of(stopped.folder) == files_of(cfg.folder)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from tests.conftest import small_config
+from dials_jax.config import CorpusData, from_dict
+from dials_jax.data import packing, prepare as preparing
+import json
+packing.BATCH_DOCUMENTS = preparing.BATCH_DOCUMENTS = 4
+preparing.PART_BATCHES = 2
+cfg = from_dict(CorpusData, json.loads(sys.argv[1]))
+write = preparing.np.save
+def save(file, rows):
+    if "train-00003" in file.name:
+        file.write(b"half of a part")
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(file, rows)
+preparing.np.save = save
+preparing.prepare(cfg, small_config(vocab_size=99, mask_id=int(sys.argv[2]), eos_id=1))
+"""
+
+
+def test_killed_while_it_writes_it_continues_to_the_same_bytes(cfg, model_config, monkeypatch):
+    killed = dataclasses.replace(cfg, folder=cfg.folder + "-killed")
+    settings = json.dumps(dataclasses.asdict(killed))
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, settings, str(model_config.mask_id)],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == -9, done.stderr
+    written = sorted(p.name for p in (Path(killed.folder) / "parts").glob("*.json"))
+    assert written == [f"train-{i:05d}.json" for i in range(3)]
+    counted = []
+    encode = preparing.encode_documents
+    monkeypatch.setattr(
+        preparing, "encode_documents", lambda d, *a: counted.extend(d) or encode(d, *a)
+    )
+    prepare(killed, model_config)
+    assert len(counted) == len(DOCUMENTS) - 3 * 8  # what was finished is not tokenised again
+    prepare(cfg, model_config)
+    assert files_of(killed.folder) == files_of(cfg.folder)
+
+
+def test_the_corpus_is_read_once_for_each_split(cfg, model_config, monkeypatch):
+    """Not once for each part, which would be quadratic."""
+    read, calls = documents.read_documents, []
+    monkeypatch.setattr(
+        documents, "read_documents", lambda path, field: calls.append(path) or read(path, field)
+    )
+    prepare(cfg, model_config)
+    assert len(calls) == 1 + 2  # the survey, training and validation
+    calls.clear()
+    prepare(cfg, model_config)
+    assert not calls
+
+
+def test_a_part_holds_what_it_held_when_it_was_written(cfg, model_config):
+    prepare(cfg, model_config)
+    before = files_of(cfg.folder)
+    prepare(cfg, model_config)  # verifies
+    assert files_of(cfg.folder) == before
+    path = Path(cfg.folder) / "parts" / "train-00001.npy"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"train-00001\.npy is damaged; delete its \.json"):
+        prepare(cfg, model_config)
+    path.with_suffix(".json").unlink()
+    prepare(cfg, model_config)
+    assert files_of(cfg.folder) == before
+
+
+def test_batches_do_not_depend_on_the_number_of_processes(cfg, model_config):
+    prepare(cfg, model_config)
+    data, _ = training_data(cfg, model_config)
+    for step in (0, 7):
+        whole = batch_at(data, 3, step, 8)
+        shares = [batch_at(data, 3, step, 8, p, 4) for p in range(4)]
+        np.testing.assert_array_equal(whole.tokens, np.concatenate([s.tokens for s in shares]))
+        assert whole.tokens.dtype == np.int32 and whole.valid is None and whole.answer.all()
+
+
+@needs_records
+def test_grain_and_the_memory_map_give_equal_batches(cfg, model_config):
+    cfg = dataclasses.replace(cfg, reader="grain")
+    prepare(cfg, model_config)
+    for split in ("train", "validation"):
+        grain = dataclasses.replace(cfg, split=split)
+        mapped = dataclasses.replace(grain, reader="numpy")
+        (a, _), (b, _) = (training_data(c, model_config) for c in (grain, mapped))
+        assert type(a.tokens) is arrayrecord.RecordRows and type(b.tokens) is corpus.PartRows
+        assert a.num_rows == b.num_rows and a.fingerprint == b.fingerprint
+        for step in range(3):
+            for x, y in zip(batch_at(a, 0, step, 8), batch_at(b, 0, step, 8), strict=True):
+                np.testing.assert_array_equal(x, y)
+    splits = dataclasses.replace(cfg, split="train", reader="auto")
+    assert type(training_data(splits, model_config)[0].tokens) is arrayrecord.RecordRows
+    assert not (Path(cfg.folder) / "array_record.tmp").exists()
+
+
+@needs_records
+def test_array_record_can_be_added_later_and_is_verified(cfg, model_config, monkeypatch):
+    prepare(cfg, model_config)
+    grain = dataclasses.replace(cfg, reader="grain")
+    with pytest.raises(InputError, match=r"array_record is missing; run prepare\.py again"):
+        training_data(grain, model_config)
+    with monkeypatch.context() as patch:
+        patch.setattr(arrayrecord, "require_equal_ends", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):  # stopped before the folder got its name
+            prepare(grain, model_config)
+    assert not (Path(cfg.folder) / "array_record").exists()
+    prepare(grain, model_config)
+    data, _ = training_data(grain, model_config)
+    with pytest.raises(InputError, match=r"holds .* rows, or other ones"):
+        arrayrecord.require_equal_ends(data.tokens, data.tokens[np.arange(3)], "here")
+    monkeypatch.setattr(arrayrecord, "_builder", lambda *_: pytest.fail("written twice"))
+    prepare(grain, model_config)
+
+
+def test_without_the_packages_numpy_serves_and_grain_is_refused(
+    cfg, model_config, monkeypatch, capsys
+):
+    monkeypatch.setattr(
+        arrayrecord.importlib.util, "find_spec", lambda name: None if name == "grain" else 1
+    )
+    auto = dataclasses.replace(cfg, reader="auto")
+    prepare(auto, model_config)
+    assert "grain is not installed; the .npy parts serve" in capsys.readouterr().out
+    assert type(training_data(auto, model_config)[0].tokens) is corpus.PartRows
+    for command in (prepare, training_data):
+        with pytest.raises(InputError, match=r"needs grain; pip install 'dials_jax\[data\]'"):
+            command(dataclasses.replace(cfg, reader="grain"), model_config)
+
+
+def test_files_that_cannot_be_read_are_named_counted_and_skipped_only_when_asked(
+    cfg, model_config, tokenizer, tmp_path, capsys
+):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for i, document in enumerate(DOCUMENTS):
+        (folder / f"{i:03d}.txt").write_text(document)
+    (folder / "900.txt").write_bytes(b"\xff\xfe\xfd")
+    (folder / "901.jsonl.gz").write_bytes(b"no archive")
+    (folder / "902.jsonl").write_text('{"text": "good"}\n{"text": "\\ud800"}\n')
+    cfg = dataclasses.replace(cfg, paths=(str(folder),))
+    with pytest.raises(InputError) as error:
+        prepare(cfg, model_config)
+    assert str(error.value).startswith(f"3 of {len(DOCUMENTS) + 3} files cannot be read: ")
+    for part in ("900.txt is not UTF-8", "901.jsonl.gz:1", "902.jsonl:2", "skip_bad_files=True"):
+        assert part in str(error.value)
+    assert "\n" not in str(error.value)
+    manifest = prepare(dataclasses.replace(cfg, skip_bad_files=True), model_config)
+    assert [Path(p).name for p in manifest["skipped"]] == ["900.txt", "901.jsonl.gz", "902.jsonl"]
+    assert "3 of 50 files" in capsys.readouterr().err
+    expected = expected_mdlm(tokenizer, DOCUMENTS[:-9], 16)
+    assert all_rows(cfg, tokenizer).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"length": 8}, "prepared with length=16, not 8"),
+        ({"packing": "stream"}, "prepared with packing='mdlm', not 'stream'"),
+        ({"num_validation": 3}, "prepared with num_validation=9, not 3"),
+        ({"dataset": "x/y", "paths": ()}, "prepared with dataset='', not 'x/y'"),
+        ({"folder": "nowhere"}, r"nowhere is not prepared; run prepare\.py"),
+    ],
+)
+def test_a_folder_made_otherwise_is_refused(cfg, model_config, change, message):
+    prepare(cfg, model_config)
+    other = dataclasses.replace(cfg, **change)
+    with pytest.raises(InputError, match=message):
+        training_data(other, model_config)
+    if not {"folder", "dataset"} & change.keys():
+        with pytest.raises(InputError, match=r"was begun with .*; choose another folder"):
+            prepare(other, model_config)
+
+
+def test_another_tokenizer_corpus_or_end_of_text_is_refused(cfg, model_config, tmp_path):
+    prepare(cfg, model_config)
+    path = Path(cfg.tokenizer) / "tokenizer.json"
+    original = path.read_text()
+    path.write_text(original.replace('"a":2,', '"¤":2,').replace('"a": 2,', '"¤": 2,'))
+    assert path.read_text() != original
+    with pytest.raises(InputError, match="was prepared with another tokenizer; take"):
+        training_data(cfg, model_config)
+    path.write_text(original)
+    with pytest.raises(InputError, match="eos_id=1, but the model has 0"):
+        training_data(cfg, dataclasses.replace(model_config, eos_id=0))
+    Path(cfg.paths[0]).write_text('{"text": "something else"}\n' * 47)
+    with pytest.raises(InputError, match="was begun with source="):
+        prepare(cfg, model_config)
+    # The folder alone is enough to train: neither the corpus nor the tokenizer need be there.
+    moved = dataclasses.replace(cfg, tokenizer="", paths=("gone",))
+    assert training_data(moved, model_config)[0].num_rows > 0
+
+
+def test_corpora_that_cannot_be_prepared_are_one_line(cfg, model_config):
+    for change, message in [
+        ({"paths": ()}, "give either dataset= .* or paths="),
+        ({"dataset": "x/y"}, "not both or neither"),
+        ({"num_validation": 47}, "num_validation=47 leaves nothing of 47 documents"),
+        ({"length": 64, "num_validation": 1}, "do not fill one row of length=64"),
+        ({"text_field": "txet"}, "no field 'txet'; did you mean 'text'"),
+        ({"tokenizer": ""}, "no tokenizer is given"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            prepare(dataclasses.replace(cfg, **change), model_config)
+    with pytest.raises(InputError, match="length=2 must be more than 2"):
+        dataclasses.replace(cfg, length=2)
+
+
+def test_the_validation_split_can_be_evaluated(cfg, model_config, tokenizer):
+    prepare(cfg, model_config)
+    data = dataclasses.replace(cfg, split="validation", prompt_length=4)
+    task = EvalTask(name="corpus", metric="nelbo", data=data, limit=2)
+    items = load_items(task, tokenizer, model_config)
+    rows = [[*item.prompt, *item.answers[0]] for item in items]
+    assert rows == all_rows(cfg, tokenizer, "validation")[:2].tolist()
+    assert len(items[0].prompt) == 4
+
+
+def test_causal_models_need_no_mask(cfg, model_config, tokenizer):
+    causal = dataclasses.replace(
+        model_config, causal=True, mask_id=None, vocab_size=tokenizer.num_text_ids
+    )
+    prepare(cfg, causal)
+    small = TextData(
+        paths=cfg.paths, tokenizer=cfg.tokenizer, length=16, cache=cfg.folder + "-cache"
+    )
+    for data in (cfg, small):
+        rows, _ = training_data(data, causal)
+        assert rows.num_rows > 0
+
+
+def test_a_hugging_face_data_set_gives_the_rows_of_its_files(cfg, model_config, tokenizer):
+    pytest.importorskip("datasets")
+    prepare(cfg, model_config)
+    expected = all_rows(cfg, tokenizer)
+    folder = Path(cfg.folder).parent / "hub"
+    folder.mkdir()
+    Path(cfg.paths[0]).rename(folder / "train.jsonl")
+    hub = dataclasses.replace(cfg, paths=(), dataset=str(folder), folder=cfg.folder + "-hub")
+    prepare(hub, model_config)
+    for reading in (hub, dataclasses.replace(hub, dataset="")):
+        np.testing.assert_array_equal(all_rows(reading, tokenizer), expected)
+    for change, message in [
+        ({"text_field": "txet"}, "has no field 'txet'; did you mean 'text'"),
+        ({"dataset_split": "tset"}, "tset"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            prepare(dataclasses.replace(hub, **change), model_config)

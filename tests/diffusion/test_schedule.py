@@ -1,0 +1,59 @@
+"""Noise levels: their laws, and that nothing but the step and the row's number decides them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dials_jax.diffusion.schedule import stratified, stratified_noise, uniform_noise
+
+N = 16
+
+
+def places(seed, num_rows=N):
+    return stratified(jax.random.key(seed), jnp.arange(num_rows), num_rows)
+
+
+def test_lladas_ratios_are_uniform_between_the_smallest_and_1():
+    keys = jax.random.split(jax.random.key(0), 400)
+    noise = uniform_noise(keys, 0.2)
+    assert noise.ratio.min() >= 0.2 and noise.ratio.max() <= 1
+    # Mean and spread of U(0.2, 1), within 4 standard errors.
+    assert abs(float(noise.ratio.mean()) - 0.6) < 4 * (0.8 / 12**0.5) / 400**0.5
+    assert abs(float(noise.ratio.std()) - 0.8 / 12**0.5) < 0.03
+    np.testing.assert_array_equal(noise.time, noise.ratio)
+    np.testing.assert_allclose(noise.weight * noise.ratio, 1, rtol=1e-6)
+    np.testing.assert_array_equal(uniform_noise(keys[3:4], 0.2).ratio, noise.ratio[3:4])
+
+
+def test_one_place_lies_in_every_nth_of_the_batch():
+    for seed in range(5):
+        np.testing.assert_array_equal(np.sort(np.floor(places(seed) * N)), np.arange(N))
+
+
+def test_places_are_uniform_over_steps():
+    many = jax.vmap(places)(jnp.arange(500))
+    assert abs(float(many[:, 0].mean()) - 0.5 / N) < 4 / N / 12**0.5 / 500**0.5
+    assert np.unique(many[:, 0]).size > 490
+
+
+def test_a_row_has_its_place_by_number_whatever_the_microbatch():
+    rows = jnp.array([9, 2, 5])
+    part = stratified(jax.random.key(1), rows, N)
+    np.testing.assert_array_equal(part, places(1)[rows])
+
+
+def test_no_row_shares_its_key_with_the_batch():
+    key = jax.random.key(1)
+    u = stratified(key, jnp.arange(1), 1)[0]
+    draws = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i)))(jnp.arange(64))
+    assert not (draws == u).any() and u != jax.random.uniform(key)
+
+
+@pytest.mark.parametrize("place, time", [(0.0, 0.001), (0.5, 0.5005), (0.75, 0.75025)])
+def test_mdlms_noise_by_hand(place, time):
+    """t = 0.999 u + 0.001; masked with 0.999 t, and weighed by 1/t all the same."""
+    noise = stratified_noise(jnp.array([place]), 1e-3)
+    np.testing.assert_allclose(noise.time, [time], rtol=1e-5)
+    np.testing.assert_allclose(noise.ratio, [0.999 * time], rtol=1e-5)
+    np.testing.assert_allclose(noise.weight, [1 / time], rtol=1e-5)

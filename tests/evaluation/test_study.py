@@ -1,0 +1,341 @@
+"""Whole studies of schedules on random models: what they write, and how they go on."""
+
+import csv
+import dataclasses
+import json
+import shutil
+from math import comb
+
+import jax
+import numpy as np
+import pytest
+
+from dials_jax import trees
+from dials_jax.analysis import schedule_search as search
+from dials_jax.analysis.step_importance import divergences
+from dials_jax.commands import load_config, override
+from dials_jax.config import (
+    ArithmeticData,
+    EvalConfig,
+    ImportanceStudy,
+    InputError,
+    ProposeStudy,
+    ScheduleStudy,
+    SearchStudy,
+    StudyConfig,
+    TextData,
+)
+from dials_jax.data.arithmetic import ArithmeticTask
+from dials_jax.data.tokenizer import load_tokenizer
+from dials_jax.evaluation import sampled, study
+from dials_jax.evaluation.generative import perplexities, retokenise, score_samples
+from dials_jax.evaluation.readings import coarse_schedules, read_harms, read_search
+from dials_jax.evaluation.study import run_study
+from dials_jax.loading import load
+from dials_jax.models import transformer
+from dials_jax.models.checkpoint import save_model
+from dials_jax.sampling.schedule import Schedule
+from tests.conftest import small_config
+
+LENGTH, STEPS = 12, 8
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_plots():
+    """Drawing is slow; what is drawn is tested beside the plots."""
+    names = ("plot_schedules", "plot_search", "plot_importance", "plot_proposals")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in names:
+            patch.setattr(study.report, name, lambda *args: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Model folders H, L, H2 and S (a causal scorer) of one tokenizer, and a text."""
+    folder = tmp_path_factory.mktemp("study")
+    tokenizer = ArithmeticTask(ArithmeticData()).tokenizer
+    tokenizer.save(folder)
+    shapes = {"H": (2, False), "H2": (2, False), "L": (1, False), "S": (1, True)}
+    for seed, (name, (num_layers, causal)) in enumerate(shapes.items()):
+        cfg = small_config(
+            num_layers=num_layers, vocab_size=19, mask_id=18, max_length=32, causal=causal
+        )
+        params = transformer.init(cfg, jax.random.key(seed))
+        lively = trees.map_named(lambda path, x: x if "norm" in path else 8 * x, params)
+        save_model(folder / name, cfg, lively, tokenizer_files=[folder / "tokenizer.json"])
+    digits = np.random.default_rng(0).integers(0, 10, 4000)
+    (folder / "text.txt").write_text("".join(map(str, digits)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def settings(folder):
+    return {
+        "models": (("H", str(folder / "H")), ("L", str(folder / "L"))),
+        "scorer": str(folder / "S"),
+        "length": LENGTH,
+        "steps": STEPS,
+        "num_samples": 5,
+        "batch_size": 3,
+        "score_length": 32,
+        "dtype": "float32",
+        "layout": "stacked",
+    }
+
+
+@pytest.fixture(scope="module")
+def searching(settings):
+    return SearchStudy(**settings, num_segments=4, num_light=2, top=2)
+
+
+@pytest.fixture(scope="module")
+def searched(searching, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("searched")
+    run_study(searching, workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def importance(folder, tmp_path_factory):
+    data = TextData(paths=(str(folder / "text.txt"),), length=16, cache=str(folder / "cache"))
+    cfg = ImportanceStudy(
+        models=tuple((name, str(folder / name)) for name in ("H", "H2", "L")),
+        heavy2="H2",
+        data=data,
+        num_times=3,
+        num_sequences=6,
+        batch_size=4,
+        layout="stacked",
+    )
+    workdir = tmp_path_factory.mktemp("importance")
+    run_study(cfg, workdir)
+    return cfg, workdir
+
+
+def records_of(workdir):
+    """Lines of runs.jsonl, measured times apart."""
+    records = [json.loads(line) for line in (workdir / "runs.jsonl").read_text().splitlines()]
+    for record in records:
+        assert record.pop("seconds", 1) > 0
+    return records
+
+
+def results_of(workdir):
+    return json.loads((workdir / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def comparing(settings):
+    return ScheduleStudy(**settings, schedules=("H8", "L2,H4,L2", "L8"))
+
+
+@pytest.fixture(scope="module")
+def compared(comparing, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("compared")
+    run_study(comparing, workdir)
+    return workdir
+
+
+def values_of(workdir, schedule):
+    """The samples' perplexities."""
+    found = [record for record in records_of(workdir) if record["schedule"] == schedule]
+    nll, weight = (np.concatenate([r[name] for r in found]) for name in ("nll", "weight"))
+    return np.exp(nll / weight)
+
+
+def test_given_schedules_are_compared_with_the_first(comparing, compared):
+    rows = {row["schedule"]: row for row in results_of(compared)["schedules"]}
+    assert tuple(rows) == comparing.schedules
+    assert [round(row["saved_blocks"], 6) for row in rows.values()] == [0, 0.25, 0.5]
+    assert rows["H8"]["saved_flops"] == 0 < rows["L8"]["saved_flops"] < 0.5
+    assert rows["H8"]["difference"] == 0 and rows["H8"]["p_value"] == 1
+    values, base = values_of(compared, "L8"), values_of(compared, "H8")
+    assert len(values) == 5
+    np.testing.assert_allclose(rows["L8"]["perplexity"], values.mean())
+    np.testing.assert_allclose(rows["L8"]["difference"], (values - base).mean())
+    with (compared / "results.csv").open(newline="") as file:
+        assert [row["schedule"] for row in csv.DictReader(file)] == list(comparing.schedules)
+
+
+@pytest.fixture(scope="module")
+def first_samples(folder):
+    """The first batch of all light steps."""
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), np.arange(3))
+    return sampled.generate(
+        {"L": load(folder / "L", layout="stacked")},
+        sampler=sampled.Ancestral(LENGTH, STEPS),
+        schedule=Schedule.parse("L8"),
+        key=keys,
+        num_rows=3,
+    ).tokens
+
+
+def test_samples_are_those_of_their_numbers_scored_as_they_are(compared, folder, first_samples):
+    expected = perplexities(score_samples(load(folder / "S"), first_samples, 3), "mean")
+    np.testing.assert_allclose(values_of(compared, "L8")[:3], expected, rtol=1e-4)
+    tokenizer = load_tokenizer(folder / "L")
+    assert results_of(compared)["examples"]["L8"] == tokenizer.decode(first_samples[0])
+
+
+def test_samples_may_be_scored_as_text(comparing, folder, first_samples, tmp_path):
+    changes = {"schedules": ("L8",), "num_samples": 3, "retokenize": "always"}
+    run_study(dataclasses.replace(comparing, **changes), tmp_path)
+    tokenizer = load_tokenizer(folder / "L")
+    ids = retokenise(first_samples, tokenizer, tokenizer, 1, 1, comparing.score_length)
+    assert ids.shape != first_samples.shape
+    expected = perplexities(score_samples(load(folder / "S"), ids, 3), "mean")
+    np.testing.assert_allclose(values_of(tmp_path, "L8"), expected, rtol=1e-4)
+
+
+def test_batches_do_not_matter(comparing, compared, tmp_path):
+    run_study(dataclasses.replace(comparing, schedules=("L8",), batch_size=5), tmp_path)
+    found, expected = (values_of(workdir, "L8") for workdir in (tmp_path, compared))
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_a_search_tries_every_schedule_once(searching, searched):
+    tried = [r["schedule"] for r in records_of(searched) if r["first"] == 0]
+    assert len(tried) == len(set(tried)) == comb(4, 2) == searching.num_schedules
+    for text in tried:
+        assert Schedule.parse(text).share("L") == 0.5
+    results = results_of(searched)
+    perplexity = [row["perplexity"] for row in results["schedules"]]
+    assert perplexity == sorted(perplexity) and len(perplexity) == 6
+    _, values = read_search(searched)
+    expected = search.segment_influence(search.placements(4, 2), values)
+    np.testing.assert_allclose(results["segments"]["influence"]["value"], expected.value)
+    assert sum(results["segments"]["light_in_best"]) == 2 * 2
+
+
+class Stop:
+    """`generate`, counted; it stops the study before call `stop`."""
+
+    def __init__(self, stop):
+        self.stop, self.calls, self.generate = stop, 0, sampled.generate
+
+    def __call__(self, *args, **kwargs):
+        if self.calls == self.stop:
+            raise KeyboardInterrupt
+        self.calls += 1
+        return self.generate(*args, **kwargs)
+
+
+def test_a_search_that_was_stopped_gives_the_same_file(searching, searched, tmp_path, monkeypatch):
+    first = Stop(5)
+    with monkeypatch.context() as patch:
+        patch.setattr(sampled, "generate", first)
+        with pytest.raises(KeyboardInterrupt):
+            run_study(searching, tmp_path)
+    assert len(records_of(tmp_path)) == 5  # the third schedule is half done
+    with (tmp_path / "runs.jsonl").open("a") as file:
+        file.write('{"schedule": "H4,L')  # killed while writing
+    second = Stop(None)
+    monkeypatch.setattr(sampled, "generate", second)
+    run_study(searching, tmp_path)
+    assert first.calls + second.calls == len(records_of(searched))
+    assert records_of(tmp_path) == records_of(searched)
+
+
+def test_another_configuration_is_refused_but_not_another_reading(
+    searching, searched, tmp_path, monkeypatch
+):
+    workdir = shutil.copytree(searched, tmp_path / "search")
+    with pytest.raises(InputError, match=r"holds another study \(config.seed differ\)"):
+        run_study(dataclasses.replace(searching, seed=1), workdir)
+    monkeypatch.setattr(sampled, "generate", None)
+    run_study(dataclasses.replace(searching, aggregate="corpus", top=1), workdir)
+    assert sum(results_of(workdir)["segments"]["light_in_best"]) == 2
+
+
+def test_a_budget_tries_what_looks_best(searching, searched, importance, tmp_path):
+    cfg = dataclasses.replace(searching, budget=2, importance=str(importance[1]))
+    run_study(cfg, tmp_path)
+    tried = [row["schedule"] for row in results_of(tmp_path)["schedules"]]
+    harm = read_harms(cfg.importance, "L", 4)["relative_kl"]
+    order = np.argsort(search.placements(4, 2) @ harm, kind="stable")[:2]
+    assert set(tried) == {str(coarse_schedules(cfg)[i]) for i in order}
+    full = {(r["schedule"], r["first"]): r for r in records_of(searched)}
+    for record in records_of(tmp_path):
+        assert record == full[record["schedule"], record["first"]]
+
+
+def test_importance_by_time_is_kept_as_it_comes(importance, folder, tmp_path, monkeypatch):
+    cfg, finished = importance
+    with monkeypatch.context() as patch:
+        times = []
+
+        def stopping(*args, **kwargs):
+            if len(times) == 1:
+                raise KeyboardInterrupt
+            times.append(args[3])
+            return divergences(*args, **kwargs)
+
+        patch.setattr(study, "divergences", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            run_study(cfg, tmp_path)
+    run_study(cfg, tmp_path)
+    assert (tmp_path / "runs.jsonl").read_text() == (finished / "runs.jsonl").read_text()
+    curves = results_of(tmp_path)["curves"]
+    assert set(curves) == {"loss", "gap", "kl", "relative_kl"}
+    assert set(curves["relative_kl"]) == {"L"} and set(curves["kl"]) == {"L", "H2"}
+    records = records_of(tmp_path)
+    kl = [record["models"]["L"]["kl"] for record in records]
+    np.testing.assert_allclose(
+        curves["kl"]["L"]["value"], [np.mean([x for x in row if x is not None]) for row in kl]
+    )
+
+
+def test_proposals_replay_the_search(searched, importance, tmp_path):
+    cfg = ProposeStudy(
+        search=str(searched), importance=str(importance[1]), budgets=(1, 6), num_repeats=3
+    )
+    run_study(cfg, tmp_path)
+    results = results_of(tmp_path)
+    assert {"chance", "additive model", "importance by loss", "importance by KL + additive"} <= set(
+        results["regret"]
+    )
+    for found in results["regret"].values():
+        assert found[1] == {"mean": 0, "low": 0, "high": 0}  # all six were tried
+    best = results_of(searched)["schedules"][0]["schedule"]
+    chosen = {row["schedule"] for row in results["choices"] if row["tried"] == 6}
+    assert chosen == {best}
+
+
+def test_bad_studies_are_refused_before_anything_runs(settings, searching, folder, tmp_path):
+    def refused(cfg, message):
+        with pytest.raises(InputError, match=message) as error:
+            run_study(cfg, tmp_path / "refused")
+        assert "\n" not in str(error.value)
+
+    refused(ScheduleStudy(**settings, schedules=("H6,X2",)), "no model is called 'X'")
+    refused(ScheduleStudy(**settings, schedules=("H6",)), r"H6 has 6 steps.*steps=8")
+    heavy = str(folder / "H")
+    refused(ScheduleStudy(**(settings | {"scorer": heavy}), schedules=("H8",)), "not causal")
+    refused(ProposeStudy(search=str(folder)), "results.json is missing")
+    assert not (tmp_path / "refused" / "runs.jsonl").exists()
+    for changes, message in (
+        ({"scorer": ""}, "scorer is missing"),
+        ({"num_segments": 3}, "steps=8 do not split into 3"),
+        ({"light": "X"}, "no model is called 'X'"),
+        ({"num_light": 4}, "num_light=4"),
+        ({"budget": 7}, "budget=7 must lie in 1 to 6"),
+    ):
+        with pytest.raises(InputError, match=message):
+            dataclasses.replace(searching, **changes)
+
+
+def test_eval_takes_every_kind_of_study(tmp_path):
+    file = tmp_path / "study.py"
+    file.write_text(
+        "from dials_jax.config import SearchStudy\n"
+        "def get_config():\n"
+        "    return SearchStudy(models=(('H', 'a'), ('L', 'b')), scorer='c')\n"
+    )
+    cfg = load_config(str(file), EvalConfig | StudyConfig)
+    flags = ["--steps", "50", "--models", "H", "x", "L", "y", "--mesh.data", "1"]
+    cfg = override(cfg, flags)
+    assert isinstance(cfg, SearchStudy) and cfg.steps == 50 and cfg.mesh.data == 1
+    assert cfg.models == (("H", "x"), ("L", "y"))
+    with pytest.raises(InputError, match="steps=55 do not split into 10 equal segments"):
+        override(cfg, ["--steps", "55"])

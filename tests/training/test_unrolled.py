@@ -1,0 +1,36 @@
+"""Layers with their own arrays train as stacked ones do."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+import dials_jax as dj
+from dials_jax import trees
+from dials_jax.config import ArithmeticData, ObjectiveConfig, OptimizerConfig, TrainConfig
+from dials_jax.models import mdlm
+from dials_jax.training.loop import train
+
+CONFIG = TrainConfig(
+    model=mdlm.small(2, 32, 19, mask_id=18, eos_id=1, pad_id=0, max_length=32, dtype="float32"),
+    data=ArithmeticData(num_items=100),
+    optimizer=OptimizerConfig(learning_rate=1e-2, num_steps=6, warmup_steps=2, ema=0.9),
+    objective=ObjectiveConfig(kind="mdlm"),
+    batch_size=8,
+    save_every=3,
+)
+
+
+def test_unrolled_training_equals_stacked_and_goes_on_from_its_checkpoints(tmp_path):
+    stacked = train(CONFIG, tmp_path / "stacked")
+    cfg = dataclasses.replace(CONFIG, unrolled=True)
+    state = train(cfg, tmp_path / "unrolled")
+    assert trees.is_unrolled(state.params["layers"])
+    for name, x in trees.named_leaves(stacked.params | {"layers": {}}):
+        np.testing.assert_allclose(x, dict(trees.named_leaves(state.params))[name], atol=2e-4)
+    models = [dj.load(tmp_path / name, layout="stacked") for name in ("stacked", "unrolled")]
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), *(m.params for m in models)
+    )
+    again = train(cfg, tmp_path / "unrolled")
+    jax.tree.map(np.testing.assert_array_equal, state.result, again.result)
