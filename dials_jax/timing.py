@@ -31,6 +31,10 @@ class Timed:
         out = jax.block_until_ready(program(*args, **dynamic))
         return out, time.perf_counter() - start
 
+    def forget(self) -> None:
+        """Drops all compiled programs, and the memory they take."""
+        self._programs.clear()
+
     @property
     def num_programs(self) -> int:
         return len(self._programs)

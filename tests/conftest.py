@@ -1,6 +1,8 @@
 """Shared by all tests: shapes checked at run time, exact products, and a small model."""
 
+import gc
 import os
+from pathlib import Path
 
 from jaxtyping import install_import_hook
 
@@ -26,10 +28,25 @@ from dials_jax.models import llada, transformer  # noqa: E402
 from dials_jax.models.checkpoint import save_model  # noqa: E402
 from dials_jax.models.model import Model  # noqa: E402
 from dials_jax.skipping.router import init_routers  # noqa: E402
+from dials_jax.timing import Timed  # noqa: E402
 
 jax.config.update("jax_default_matmul_precision", "highest")
 
 MASK, EOS, PAD = 63, 1, 0
+# Every compiled program takes some of the 65,530 regions of memory that Linux gives a process;
+# without any left, the compiler crashes.
+MAX_REGIONS = 20_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+    """Forgets what modules before this one compiled, once it has become much."""
+    regions = Path("/proc/self/maps")
+    if regions.exists() and regions.read_bytes().count(b"\n") > MAX_REGIONS:
+        for timed in [x for x in gc.get_objects() if isinstance(x, Timed)]:
+            timed.forget()
+        jax.clear_caches()
+        gc.collect()
 
 
 def small_config(**changes):
