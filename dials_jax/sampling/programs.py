@@ -19,9 +19,10 @@ from dials_jax.caching.net import Net
 from dials_jax.models import transformer
 from dials_jax.models.model import Model
 from dials_jax.nn.stack import Policy
-from dials_jax.sampling.ancestral import Ancestral, Exact, Published
+from dials_jax.sampling.ancestral import Ancestral, Exact
 from dials_jax.sampling.autoregressive import Autoregressive, filler
 from dials_jax.sampling.denoise import Loop, Record, Sampler, num_steps
+from dials_jax.sampling.published import Published
 from dials_jax.sampling.schedule import Schedule
 from dials_jax.timing import Timed
 
