@@ -13,7 +13,7 @@ from dials_jax.caching.cache import DualCache
 from dials_jax.config import InputError
 from dials_jax.models import llada, mdlm, transformer
 from dials_jax.models.model import Model
-from dials_jax.sampling import published
+from dials_jax.sampling import ancestral, published
 from dials_jax.sampling.ancestral import Ancestral
 from dials_jax.sampling.generate import generate
 from dials_jax.skipping.policies import Random, Routed
