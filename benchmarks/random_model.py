@@ -66,4 +66,6 @@ def make_routers(model: Model, skipped: int = 0, d_hidden: int = 512, seed: int 
     skip = jnp.arange(cfg.num_layers) >= cfg.num_layers - skipped
     routers["vote_bias"] = jnp.where(skip[:, None], jnp.array([9.0, 0.0]), jnp.array([0.0, 9.0]))
     routers = trees.cast(routers, cfg.dtype)
+    if trees.is_unrolled(model.params["layers"]):
+        routers = trees.unstack(routers)
     return Routed(jax.device_put(routers, sharding.replicated(model.mesh)), 0.1)

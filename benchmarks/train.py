@@ -122,6 +122,14 @@ def run(options: argparse.Namespace) -> None:
         options.model in MODELS,
         f"model {options.model!r} is not known{nearest(options.model, MODELS)}",
     )
+    require(
+        min(options.steps, options.warm_up, options.repeats) > 0,
+        "--steps, --warm-up and --repeats must be positive",
+    )
+    require(
+        options.batch % options.microbatches == 0,
+        f"--batch {options.batch} must be divisible by --microbatches {options.microbatches}",
+    )
     table = Table(COLUMNS, options.out, vars(options))
     for blocks in options.blocks:
         cfg = MODELS[options.model](blocks)

@@ -55,7 +55,7 @@ def cast(tree: PyTree, dtype: Any) -> PyTree:
 
 
 def is_unrolled(layers: PyTree) -> bool:
-    return isinstance(layers, tuple)
+    return type(layers) is tuple  # a NamedTuple is one tree
 
 
 def num_layers(layers: PyTree) -> int:
@@ -67,8 +67,9 @@ def stack(layers: tuple[PyTree, ...]) -> PyTree:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
 
 
-def layer_slice(stacked: PyTree, layer: int | Int[Array, ""]) -> PyTree:
-    return jax.tree.map(lambda x: x[layer], stacked)
+def layer_slice(layers: PyTree, layer: int | Int[Array, ""]) -> PyTree:
+    """One layer, in either layout; a traced number needs stacked layers."""
+    return layers[layer] if is_unrolled(layers) else jax.tree.map(lambda x: x[layer], layers)
 
 
 def unstack(stacked: PyTree) -> tuple[PyTree, ...]:

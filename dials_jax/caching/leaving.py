@@ -263,9 +263,9 @@ class EarlyPasses:
         """One layer in which tokens leave once their queries, keys and values are known."""
         plan, layers = self.plan, self.net.params["layers"]
         unrolled = trees.is_unrolled(layers)
-        params = layers[layer] if unrolled else trees.layer_slice(layers, layer)
+        params = trees.layer_slice(layers, layer)
         block = transformer.block_of(self.net.cfg, params)
-        old = kv[0] if unrolled else trees.layer_slice(kv, 0)
+        old = trees.layer_slice(kv, 0)
         q, new = block(params, going.h, going.window, method="project")
         if leave is not None:
             now, before = {"query": (q, seen), "key": (new.k, old.k), "value": (new.v, old.v)}[

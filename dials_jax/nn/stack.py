@@ -66,7 +66,7 @@ class Policy(Protocol):
     """Decides which rows run a layer."""
 
     def plan(self, num_layers: int, denoising: Denoising) -> PyTree:
-        """All that is known before the first layer; leaves lead with the axis of layers."""
+        """All that is known before the first layer, stacked or unrolled as layers are."""
 
     def gate(self, plan: PyTree, h: Float[Array, "B T D"], denoising: Denoising) -> Gate:
         """Whether to run a layer, from its slice of the plan. One boolean, or one a row.
@@ -138,6 +138,8 @@ def run_stack(
     count = trees.num_layers(layers)
     first, last = span or (0, count)
     plan = policy.plan(count, denoising) if policy else None
+    if trees.is_unrolled(plan) and not trees.is_unrolled(layers):
+        plan = trees.stack(plan)
     if isinstance(plan, np.ndarray) and plan.dtype == bool:  # the gates of every step
         must_run = None
     h = constrain_rows(h)

@@ -79,7 +79,7 @@ class Routed:
     """Skips a layer for a row when more than `threshold` of its masked tokens vote so.
 
     A row without masked tokens executes everything. Padding never votes.
-    Source: DIALS, algorithm 1. `router` has the parameters of all layers, stacked.
+    Source: DIALS, algorithm 1. `router` has the parameters of all layers, stacked or unrolled.
     """
 
     router: PyTree
@@ -137,4 +137,6 @@ def check_router(router: PyTree, num_layers: int) -> None:
 
 def router_width(policy: object) -> int:
     """Hidden width of a policy's routers, for counting FLOPs; 0 for policies without."""
-    return policy.router["down"].shape[-1] if isinstance(policy, Routed) else 0
+    if not isinstance(policy, Routed):
+        return 0
+    return trees.layer_slice(policy.router, 0)["down"].shape[-1]

@@ -33,6 +33,7 @@ class Backbone(Protocol):
 
     mesh: Mesh
     config: Any
+    params: trees.Params
     fingerprint: str
 
 
@@ -114,4 +115,6 @@ def load_router(path: str | Path, model: Backbone, threshold: float | None = Non
         trees.digest_hex(routers) == facts["digests"],
         f"router {folder} is damaged: its arrays do not match their digests; {AGAIN}",
     )
-    return Routed(routers, cfg.threshold)
+    # Laid out as the layers are: a slice of a stack would be copied at every layer.
+    unrolled = trees.is_unrolled(model.params["layers"])
+    return Routed(trees.unstack(routers) if unrolled else routers, cfg.threshold)

@@ -107,6 +107,16 @@ def test_compact_equals_select(policies, kind, num_rows, unrolled):
     assert gates.any() and not gates.all()
 
 
+@pytest.mark.parametrize("unrolled", [False, True])
+def test_routers_may_be_laid_out_either_way(routers, policies, unrolled):
+    rows = make_rows(3)
+    own_arrays = Routed(trees.unstack(routers), 0.5)
+    h, gates = run(policies["routed"], rows, "compact", unrolled)
+    other_h, other_gates = run(own_arrays, rows, "compact", unrolled)
+    np.testing.assert_array_equal(gates, other_gates)
+    np.testing.assert_allclose(h, other_h, atol=1e-6)
+
+
 @pytest.mark.parametrize("num_rows", [*range(1, 9), 11])  # 11: slices are rounded up to pairs
 def test_compact_handles_every_number_of_executing_rows(num_rows):
     # Layer by layer, 0..3 and the last 1..4 rows execute, scattered by a permutation.

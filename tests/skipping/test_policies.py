@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dials_jax import trees
 from dials_jax.config import InputError
 from dials_jax.nn.stack import Denoising
 from dials_jax.skipping.policies import Random, Routed, Static, StochasticRouted, router_width
@@ -67,7 +68,7 @@ def test_routers_of_another_depth_are_refused(model, routers):
 
 
 def test_router_width_counts_only_where_there_are_routers(routers):
-    assert router_width(Routed(routers)) == 8
+    assert router_width(Routed(routers)) == router_width(Routed(trees.unstack(routers))) == 8
     assert router_width(Static((1,))) == router_width(None) == 0
 
 

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from dials_jax import trees
 from dials_jax.config import InputError, RouterConfig
 from dials_jax.loading import load
 from dials_jax.skipping.router import init_routers
@@ -38,6 +39,12 @@ def test_routers_come_back_bitwise(inside, workdir, router_params, backbone):
     jax.tree.map(np.testing.assert_array_equal, policy.router, router_params)
     assert policy.threshold == 0.25
     assert router_facts(workdir / inside)[1]["skip_weight"] == 0.5
+
+
+def test_routers_are_laid_out_as_the_layers(workdir, router_params, arithmetic_model):
+    policy = load_router(workdir, load(arithmetic_model, layout="unrolled"))
+    assert trees.is_unrolled(policy.router)
+    jax.tree.map(np.testing.assert_array_equal, trees.stack(policy.router), router_params)
 
 
 def test_saving_again_replaces(workdir, router_params, backbone):
