@@ -41,8 +41,9 @@ TABLE = (
     Row("lm_head.weight", "head/kernel", 1),
 )
 
+DEFAULTS = {"activation_function": "gelu_new", "scale_attn_weights": True}
 REQUIRED = {
-    "activation_function": "gelu_new",
+    **DEFAULTS,
     "add_cross_attention": False,
     "scale_attn_by_inverse_layer_idx": False,
 }
@@ -56,7 +57,7 @@ def translate(values: dict[str, Any], dtype: str) -> ModelConfig:
 
     Raises: InputError for an option that is not implemented and for a missing number.
     """
-    require_options({"activation_function": "gelu_new"} | values, REQUIRED)
+    require_options(DEFAULTS | values, REQUIRED)
     vocab_size, d_model = integer(values, "vocab_size"), integer(values, "n_embd")
     eos_id = token_id(values, "eos_token_id")
     if eos_id is not None and eos_id >= vocab_size:  # the default, in a model with other tokens

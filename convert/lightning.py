@@ -2,7 +2,7 @@
 
 Such a file is a pickle. torch reads it with `weights_only=True`, which runs no code from it, and
 only if the user allows a pickle at all. Beside weights it holds the settings and the tokenizer as
-objects of classes that nobody needs here; empty ones take their place.
+objects of classes that nobody needs here; plain ones take their place.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ PUBLISHED_LENGTH = 1024
 
 
 class Ignored:
-    """Stands for an object of any other class: takes whatever it is made of, and keeps nothing."""
+    """Stands for an object of any other class: keeps the state it would have, and runs nothing."""
+
+    state: Any = None
 
     def __init__(self, *args: Any, **kwargs: Any):
         pass
@@ -33,7 +35,7 @@ class Ignored:
         return super().__new__(cls)
 
     def __setstate__(self, state: Any) -> None:
-        pass
+        self.state = state
 
 
 def open_checkpoint(
@@ -107,8 +109,8 @@ def _settings(path: Path, content: dict, arrays: dict[str, np.ndarray]) -> dict[
     for name in needed:
         require(name in arrays, f"{path} lacks tensor {PREFIX + name!r}; give an MDLM checkpoint")
     table, cond, angles = (arrays[name] for name in needed)
-    saved = content.get("hyper_parameters") or {}
-    saved = saved.get("config", saved)
+    saved = _plain(content.get("hyper_parameters"))
+    saved = saved.get("config", saved) if isinstance(saved, dict) else {}
     saved = saved if isinstance(saved, dict) else {}
     blocks = {m[1] for name in arrays if (m := re.match(r"blocks\.(\d+)\.", name))}
     return {
@@ -121,3 +123,12 @@ def _settings(path: Path, content: dict, arrays: dict[str, np.ndarray]) -> dict[
         "model_length": (saved.get("model") or {}).get("length", PUBLISHED_LENGTH),
         "time_conditioning": bool(saved.get("time_conditioning", False)),
     }
+
+
+def _plain(settings: Any) -> Any:
+    """Settings as dictionaries: the authors' are kept in nested containers of OmegaConf."""
+    if isinstance(settings, Ignored) and isinstance(settings.state, dict):
+        settings = settings.state.get("_content", settings.state.get("_val", settings))
+    if isinstance(settings, dict):
+        return {name: _plain(value) for name, value in settings.items()}
+    return settings

@@ -89,7 +89,7 @@ def placement_rows(
             ax.spines[:].set_visible(False)
             ax.grid(False)
             ax.invert_yaxis()
-            ax.set(title=name, xlabel=SEGMENTS, ylabel="perplexity")
+            ax.set(title=f"{name} (light in orange)", xlabel=SEGMENTS, ylabel="perplexity")
     return Path(path)
 
 
@@ -156,7 +156,7 @@ def regret_curves(
     """
     bases = dict.fromkeys(name.split(" + ")[0] for name in regrets)
     colors = dict(zip(bases, (GREY, *COLORS.values()), strict=False))
-    with figure_at(path, 6.6, 3.8) as figure:
+    with figure_at(path, 9.2, 3.8) as figure:
         ax = figure.subplots()
         for name, found in regrets.items():
             base, *more = name.split(" + ")
@@ -169,7 +169,7 @@ def regret_curves(
         ax.set_xticks(list(budgets), [str(b) for b in budgets])
         ax.minorticks_off()
         ax.set(xlabel="schedules tried", ylabel="perplexity above the exhaustive choice")
-        ax.legend(fontsize=9)
+        figure.legend(fontsize=9, loc="outside right center")  # lines may be anywhere in the axes
     return Path(path)
 
 

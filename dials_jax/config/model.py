@@ -37,6 +37,7 @@ class ModelConfig:
     time_conditioning: bool = False  # it depends on the time t; otherwise it is a learned constant
     causal: bool = False  # a token sees itself and what is to its left only
     shift: bool = False  # the head's row i predicts token i + 1 (Dream); `apply` undoes it
+    subs: bool = False  # [MASK] is never predicted, whatever its logit (MDLM)
     mask_id: int | None  # id of [MASK]; None for a causal model that has none
     eos_id: int | None  # end of text; None for a causal model that has none
     pad_id: int

@@ -203,20 +203,26 @@ def draw_masked(
 
 
 def answer_logits(
-    cfg, params, tokens, valid, prompt_len, cfg_scale, policy, keys, executor
+    cfg, params, tokens, valid, time, prompt_len, cfg_scale, policy, keys, executor
 ) -> tuple[Float[Array, "B A V"], Bool[Array, "L R"]]:
-    """Logits after the prompt, guided if `cfg_scale` is above 0, and the gates."""
+    """Logits after the prompt, guided if `cfg_scale` is above 0, and the gates.
+
+    Args:
+      time: the masked share of each answer.
+    """
     if cfg_scale > 0:
         hidden = jnp.where(jnp.arange(tokens.shape[1]) < prompt_len, cfg.mask_id, tokens)
         tokens = jnp.concatenate([tokens, hidden])
         keys = jnp.concatenate([keys, jax.vmap(jax.random.fold_in, (0, None))(keys, 1)])
         valid = None if valid is None else jnp.concatenate([valid, valid])
+        time = jnp.concatenate([time, time])
     out = transformer.run_layers(
-        cfg, params, tokens, valid, policy, row_keys=keys, executor=executor
+        cfg, params, tokens, valid, policy, time=time, row_keys=keys, executor=executor
     )
     h = transformer.predicting(cfg, out.h, valid)[:, prompt_len:]
-    logits = transformer.logits_of(cfg, params, h)
-    return guide(logits, cfg_scale) if cfg_scale > 0 else logits, out.gates
+    logits = transformer.logits_of(cfg, params, h, time)
+    logits = guide(logits, cfg_scale) if cfg_scale > 0 else logits
+    return transformer.sayable(cfg, logits), out.gates
 
 
 def _score_pairs_fn(params, pairs, keys, samples, policy, *, cfg, stratum, cfg_scale, executor):
@@ -226,19 +232,21 @@ def _score_pairs_fn(params, pairs, keys, samples, policy, *, cfg, stratum, cfg_s
     tokens = jnp.concatenate([pairs.prompts, jnp.where(masked, cfg.mask_id, pairs.answers)], axis=1)
     valid = jnp.concatenate([pairs.prompt_valid, pairs.answer_valid], axis=1)
     gate_keys = jax.vmap(jax.random.fold_in)(gate_keys, samples)
+    share = jnp.sum(masked, axis=1) / jnp.sum(pairs.answer_valid, axis=1)
+    prompt_len = pairs.prompts.shape[1]
     logits, gates = answer_logits(
-        cfg, params, tokens, valid, pairs.prompts.shape[1], cfg_scale, policy, gate_keys, executor
+        cfg, params, tokens, valid, share, prompt_len, cfg_scale, policy, gate_keys, executor
     )
     log_probs = masked_log_probs(logits, pairs.answers, masked)
-    share = jnp.sum(masked, axis=1) / jnp.sum(pairs.answer_valid, axis=1)
     return Scores(jnp.sum(log_probs, axis=1) / share, gates, share)
 
 
 def _score_noisy_fn(
     params, tokens, noisy, p_mask, keys, policy, *, cfg, prompt_len, cfg_scale, executor
 ):
+    time = jnp.mean(p_mask[:, prompt_len:], axis=1)
     logits, gates = answer_logits(
-        cfg, params, noisy, None, prompt_len, cfg_scale, policy, keys, executor
+        cfg, params, noisy, None, time, prompt_len, cfg_scale, policy, keys, executor
     )
     masked = noisy[:, prompt_len:] == cfg.mask_id
     log_probs = masked_log_probs(logits, tokens[:, prompt_len:], masked)

@@ -26,7 +26,7 @@ CURVE_LABELS = {
     "loss": "|difference in cross-entropy|, nats",
     "gap": "cross-entropy above the heavy model's, nats",
     "kl": "KL(heavy || model), nats",
-    "relative_kl": "KL(heavy || model) above a second heavy model's, nats",
+    "relative_kl": "KL(heavy || model),\nless a second heavy model's, nats",
 }
 HARM_LABELS = {
     "gap": "importance by loss",
@@ -170,9 +170,9 @@ def plot_schedules(
     values = np.array([r.perplexity for r in rows])
     intervals = np.array([[r.low for r in rows], [r.high for r in rows]])
     if cfg.figure == "schedules":
-        plots.schedule_points(
-            [r.schedule for r in rows], values, intervals, folder / "schedules.png"
-        )
+        title = ", ".join(f"{letter}: {depth} blocks" for letter, depth in depths.items())
+        labels = [r.schedule for r in rows]
+        plots.schedule_points(labels, values, intervals, folder / "schedules.png", title)
         return
     deepest = max(depths, key=lambda letter: depths[letter])
     fractions = np.array([1 - Schedule.parse(r.schedule).share(deepest) for r in rows])
@@ -353,6 +353,6 @@ def plot_proposals(
 ) -> None:
     plots.regret_curves(budgets, regrets, folder / "regret.png")
     for name, harm in harms.items():
-        title = f"{HARM_LABELS[name]}: Spearman {correlation_text(correlations[name])}"
+        title = f"{HARM_LABELS[name]}\nSpearman {correlation_text(correlations[name])}"
         path = folder / f"predicted_{name}.png"
         plots.predicted_scatter(light @ harm, values.mean(axis=1), title, path)

@@ -34,6 +34,6 @@ def small(
         num_heads=d_model // head_dim, num_kv_heads=d_model // head_dim, head_dim=head_dim,
         d_ff=4 * d_model, max_length=1024, rope_theta=10000.0, norm_eps=1e-5, bias=True,
         o_bias=False, norm="layer", mlp="gelu", cond_dim=COND_DIM, mask_id=mask_id, eos_id=eos_id,
-        pad_id=pad_id,
+        pad_id=pad_id, subs=not changes.get("causal", False),
     )  # fmt: skip
     return ModelConfig(**(values | changes))

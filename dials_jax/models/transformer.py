@@ -224,6 +224,17 @@ def logits_of(
     return parts(cfg, ready="padded" in head).head(head, normed(cfg, params, h, time))
 
 
+def sayable(cfg: ModelConfig, logits: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
+    """The logits of what the model may predict: all tokens, or all but [MASK] (SUBS)."""
+    return without_mask(cfg, logits) if cfg.subs else logits
+
+
+def without_mask(cfg: ModelConfig, logits: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
+    """Logits that never name [MASK]."""
+    # A comparison joins its neighbours in one kernel; a scatter would not.
+    return jnp.where(jnp.arange(logits.shape[-1]) == cfg.mask_id, -jnp.inf, logits)
+
+
 def normed(
     cfg: ModelConfig,
     params: trees.Params,

@@ -212,12 +212,12 @@ class Exact:
     def advance(self, state: State, until: Int[Array, "B"]) -> State:
         """One model call, and the tokens it reveals in the rows that do not wait."""
         cfg, plan = self.net.cfg, state.plan
-        step = jnp.sum(plan.calls_before <= state.calls[:, None], axis=1) - 1
-        step = jnp.minimum(step, self.num_steps - 1)
+        due = jnp.sum(plan.calls_before <= state.calls[:, None], axis=1) - 1
+        step = jnp.minimum(due, self.num_steps - 1)  # a row that is full has none due
         index, fresh = self.revealed(state, step)
         fresh &= (state.calls < until)[:, None]
         # Of several calls of a step, each sees the canvas as it was before the step.
-        hidden = plan.step >= step[:, None]
+        hidden = plan.step >= due[:, None]
         seen = jnp.where(hidden, cfg.mask_id, state.tokens)
         time = jnp.take_along_axis(plan.time, step[:, None], axis=1)[:, 0]
         out = call(self.net, seen, state.step, time, index)
@@ -261,12 +261,7 @@ def call(
 
 def draw(cfg: ModelConfig, logits: Float[Array, "B W V"], keys: jax.Array) -> Int[Array, "B W"]:
     """A token for every slot, never [MASK]."""
-    return jnp.argmax(without_mask(cfg, logits) + gumbel_like(logits, keys), axis=-1)
-
-
-def without_mask(cfg: ModelConfig, logits: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
-    """A comparison joins its neighbours in one kernel; a scatter would not."""
-    return jnp.where(jnp.arange(logits.shape[-1]) == cfg.mask_id, -jnp.inf, logits)
+    return jnp.argmax(transformer.without_mask(cfg, logits) + gumbel_like(logits, keys), axis=-1)
 
 
 def token_keys(keys: jax.Array, place: Int[Array, "B W"]) -> jax.Array:

@@ -202,6 +202,7 @@ class Loop:
         logits = transformer.logits_of(cfg, self.net.params, call.h)
         if self.net.given is not None:
             logits = guide(logits, sampler.cfg_scale)
+        logits = transformer.sayable(cfg, logits)
         guess, confidence = sampler.propose(cfg, logits, keys)
         shown = jnp.where(masked, confidence, 0.0)
         if sampler.delay_eos:

@@ -109,6 +109,11 @@ def generate(
             sampler.check(cfg, cache_given)
         else:
             cfg.require_mask()
+            require(
+                not cfg.time_conditioning,
+                f"{type(sampler).__name__} has no denoising time to tell a model with "
+                "time_conditioning; sample with Ancestral",
+            )
     turns = schedule or Schedule(((ALONE, count_steps(sampler, cache)),))
     check_turns(roles, turns, sampler, cache)
     first, num_rows = next(iter(roles.values())), len(prompts)

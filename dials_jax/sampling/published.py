@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from dials_jax.caching.net import Net
 from dials_jax.models import transformer
-from dials_jax.sampling.ancestral import EPS, Ancestral, State, call, without_mask
+from dials_jax.sampling.ancestral import EPS, Ancestral, State, call
 from dials_jax.sampling.denoise import note, start_record
 
 UNIFORM_BITS = 24  # of the published noise
@@ -51,7 +51,9 @@ class Published:
         def row(xs):  # one after the other: these arrays are as wide as the vocabulary
             h, tokens, key, time = xs
             logits = transformer.logits_of(cfg, self.net.params, h[None], time[None])[0]
-            new = self.draw(without_mask(cfg, logits), t, state.step, key).astype(tokens.dtype)
+            new = self.draw(transformer.without_mask(cfg, logits), t, state.step, key).astype(
+                tokens.dtype
+            )
             return jnp.where(transformer.is_masked(cfg, tokens), new, tokens)
 
         new = lax.map(row, (out.h, answer, self.keys, time))

@@ -105,6 +105,10 @@ def check_objective(cfg: ModelConfig, objective: ObjectiveConfig, routers: bool 
         f"objective.kind={objective.kind!r} does not fit a model with causal={cfg.causal}; "
         "'causal' is for causal models, 'llada' and 'mdlm' are for the others",
     )
+    require(
+        objective.kind != "mdlm" or objective.min_ratio < 1,
+        "objective.min_ratio=1 leaves nothing to mask under kind='mdlm'; give a small one",
+    )
     require(not (causal and routers), "routers vote at [MASK]; give a masked diffusion backbone")
 
 

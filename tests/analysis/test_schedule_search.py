@@ -127,4 +127,18 @@ def test_the_rank_correlation_and_its_noise(table):
     exact = rank_correlation(light @ HARM, np.stack([means, means], axis=1), num_draws=20)
     assert min(exact) > 0.999  # some schedules tie
     noisy = rank_correlation(light @ HARM, values, num_draws=100)
-    assert noisy.low < noisy.value < 1 and noisy.low > 0.9
+    assert noisy.low <= noisy.value < 1 and noisy.low > 0.9
+
+
+def test_the_interval_of_the_rank_correlation_holds_the_one_without_noise(table):
+    light, means, _ = table
+    rng = np.random.default_rng(1)
+    held = 0
+    for draw in range(20):
+        guess = light @ (HARM + rng.normal(0, 0.2, 10))
+        exact = rank_correlation(guess, np.stack([means, means], axis=1), num_draws=1).value
+        noisy = means[:, None] + rng.normal(0, 3, (len(means), 50))
+        found = rank_correlation(guess, noisy, draw, num_draws=100)
+        assert found.low <= found.value <= found.high
+        held += found.low <= exact <= found.high
+    assert held >= 12  # a plain percentile interval is lower than the value, and holds none

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from dials_jax.analysis import study_plots as plots
-from dials_jax.analysis.schedule_search import Influence, Regret, placements
+from dials_jax.analysis.schedule_search import Correlation, Influence, Regret, placements
 from dials_jax.analysis.step_importance import Curve
 
 METHODS = ("a", "b", "c", "d", "e", "c + b", "d + b", "e + b")  # as many as a study has at most
@@ -78,3 +78,33 @@ def test_every_other_figure_is_written(tmp_path):
         plots.predicted_scatter(x, x, "title", tmp_path / "s.png"),
     ]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
+
+
+def test_names_fit_into_the_figures(drawn, tmp_path):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    from dials_jax.evaluation import study_report as report
+
+    x = np.linspace(0.1, 0.9, 3)
+    curve = Curve(x, 400 * x, 400 * x, 400 * x)
+    for quantity, label in report.CURVE_LABELS.items():
+        plots.importance_curves({"L": curve}, {}, label, tmp_path / f"{quantity}.png")
+    light, found = placements(3, 1), Correlation(-0.36, -0.53, -0.02)
+    harms = dict.fromkeys(report.HARM_LABELS, x)
+    noise = np.ones((3, 2))
+    report.plot_proposals(
+        {"a": REGRETS}, [1, 5], light, noise, harms, dict.fromkeys(harms, found), tmp_path
+    )
+    for figure in drawn:
+        FigureCanvasAgg(figure).draw()
+        ax, inside = figure.axes[0], figure.bbox
+        for text in filter(lambda text: text.get_text(), (ax.title, ax.yaxis.label)):
+            box = text.get_window_extent()
+            assert inside.x0 <= box.x0 and box.x1 <= inside.x1
+            assert inside.y0 <= box.y0 and box.y1 <= inside.y1
+
+
+def test_the_methods_names_cover_no_line(drawn, tmp_path):
+    plots.regret_curves([1, 10], dict.fromkeys(METHODS, REGRETS), tmp_path / "r.png")
+    (figure,) = drawn
+    assert figure.legends[0].get_window_extent().x0 >= figure.axes[0].get_window_extent().x1

@@ -28,6 +28,8 @@ def test_train_prints_and_writes_a_row_a_depth(tmp_path, capsys):
     [
         ("--model tinny", "model 'tinny' is not known; did you mean 'tiny'?"),
         ("--model gpt2 --blocks 1", "objective.kind='mdlm' does not fit a model with causal=True"),
+        ("--model tiny --warm-up 0", "--steps, --warm-up and --repeats must be positive"),
+        ("--model tiny --batch 6 --microbatches 4", "--batch 6 must be divisible by --micro"),
     ],
 )
 def test_what_does_not_fit_gives_one_line(capsys, arguments, message):

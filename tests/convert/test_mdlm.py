@@ -12,6 +12,7 @@ import pytest
 from convert import gpt2, mdlm
 from convert.__main__ import main
 from convert.hugging_face import open_folder
+from convert.lightning import open_checkpoint
 from convert.safetensors_reader import open_tensors
 from dials_jax.config import InputError, read_json
 from dials_jax.diffusion.subs import subs_log_probs
@@ -105,7 +106,11 @@ def test_an_untied_head_must_be_there(edited):
 
 @pytest.mark.parametrize(
     "option",
-    [{"activation_function": "relu"}, {"scale_attn_by_inverse_layer_idx": True}],
+    [
+        {"activation_function": "relu"},
+        {"scale_attn_by_inverse_layer_idx": True},
+        {"scale_attn_weights": False},
+    ],
     ids=lambda option: next(iter(option)),
 )
 def test_an_option_that_is_not_implemented_is_named(edited, option):
@@ -183,6 +188,23 @@ def test_objects_in_a_checkpoint_are_left_out(checkpoint, tmp_path):
     rewrite(checkpoint, lambda content: content["hyper_parameters"].update(tokenizer=Stranger()))
     assert main([str(checkpoint), str(tmp_path / "target"), "--allow-pickle"]) == 0
     assert load(tmp_path / "target").config.max_length == 32
+
+
+class Container:
+    """Keeps settings as OmegaConf does, whose objects the authors' checkpoints hold."""
+
+    def __init__(self, value):
+        if isinstance(value, dict):
+            self._content = {name: Container(inner) for name, inner in value.items()}
+        else:
+            self._val = value
+
+
+def test_the_settings_in_a_checkpoint_count_in_the_containers_of_the_authors_too(checkpoint):
+    saved = Container({"time_conditioning": True, "model": {"length": 48}})
+    rewrite(checkpoint, lambda content: content.update(hyper_parameters={"config": saved}))
+    cfg, _ = open_checkpoint(checkpoint, allow_pickle=True)
+    assert cfg.time_conditioning and cfg.max_length == 48
 
 
 @pytest.mark.parametrize(

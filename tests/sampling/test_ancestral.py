@@ -200,6 +200,18 @@ def test_steps_that_reveal_nothing_make_no_call(lively):
     assert many.nfe == 8  # each row at its own pace
 
 
+def test_a_row_that_waits_for_the_others_has_nothing_masked(lively):
+    sampler, keys = Ancestral(8, 6), keys_of(6)
+    out = generate(lively, None, sampler=sampler, num_rows=6, key=keys)
+    calls = []
+    for row in range(6):
+        alone = generate(lively, None, sampler=sampler, num_rows=1, key=keys[row : row + 1])
+        share = np.pad(alone.masked_share[:, 0], (0, out.nfe - alone.nfe))
+        np.testing.assert_array_equal(out.masked_share[:, row], share)
+        calls.append(alone.nfe)
+    assert min(calls) < max(calls) == out.nfe
+
+
 def test_first_hitting_reveals_one_token_a_call(lively):
     sampler = Ancestral(12, 12, first_hitting=True)
     out = generate(lively, None, sampler=sampler, num_rows=3)
