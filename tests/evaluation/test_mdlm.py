@@ -35,7 +35,7 @@ def make(time_conditioning=False, loud_mask=0.0):
 
 @pytest.mark.parametrize("time_conditioning", [False, True])
 def test_likelihood_is_that_of_subs_at_the_masked_share(time_conditioning):
-    model, p_mask = make(time_conditioning), np.full((1, 6), 0.75)
+    model, p_mask = make(time_conditioning, loud_mask=3.0), np.full((1, 6), 0.75)
     value = estimate_log_likelihood(model, TOKENS, NOISY, p_mask, prompt_len=PROMPT)
     logits = model.apply(NOISY, time=0.75).logits
     log_p = subs_log_probs(logits, jnp.asarray(NOISY), MASK)[0]
