@@ -35,8 +35,9 @@ def _require_known(letters: tuple[str, ...], models: tuple[tuple[str, str], ...]
 class SamplingStudy:
     """What studies share that sample unconditionally and score by generative perplexity."""
 
-    models: tuple[tuple[str, str], ...]  # letter and path of each
+    models: tuple[tuple[str, str], ...]  # letter and path of each; two may have one path
     scorer: str  # path of a causal model
+    static: tuple[tuple[str, str], ...] = ()  # letter and layers it skips, such as ("L", "3,7")
     length: int = 1024
     steps: int = 1000
     num_samples: int = 1600  # sample i has the same key under every schedule
@@ -53,6 +54,13 @@ class SamplingStudy:
     def __post_init__(self):
         _require_letters(self.models)
         require(bool(self.scorer), "scorer is missing; give the folder of a causal model")
+        _require_known(tuple(letter for letter, _ in self.static), self.models)
+        for letter, layers in self.static:
+            numbers = layers.replace(" ", "").split(",")
+            require(
+                all(n.isdigit() for n in numbers),
+                f"static: {layers!r} of {letter} are no layers; give numbers such as 3,7",
+            )
         require_positive(self, "length", "steps", "batch_size")
         require(self.num_samples > 1, f"num_samples={self.num_samples}: an interval needs two")
         require(self.score_length > 1, f"score_length={self.score_length}: a score needs two")

@@ -28,6 +28,7 @@ from dials_jax.models.model import Model
 from dials_jax.sampling.ancestral import Ancestral
 from dials_jax.sampling.generate import generate
 from dials_jax.sampling.schedule import Schedule
+from dials_jax.skipping.policies import Static
 
 EXAMPLE_CHARACTERS = 600  # of the first sample of each schedule, to look at
 
@@ -59,6 +60,11 @@ class Bench:
         self.models = {
             letter: load(path, cfg.dtype, mesh, cfg.layout) for letter, path in cfg.models
         }
+        self.policies = {
+            letter: Static([int(n) for n in layers.split(",")]) for letter, layers in cfg.static
+        }
+        for letter, policy in self.policies.items():
+            policy.check(self.models[letter].num_layers)
         self.scorer = load(cfg.scorer, "float32", mesh)
         self.sampled = next(iter(self.models.values())).config
         self.tokenizers = self._tokenizers()
@@ -126,6 +132,7 @@ class Bench:
             None,
             sampler=self.sampler,
             schedule=schedule,
+            policy=self.policies,
             key=keys,
             num_rows=len(numbers),
             fill_to=cfg.batch_size,

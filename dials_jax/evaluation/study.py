@@ -111,7 +111,9 @@ def _facts(cfg: StudyConfig, bench: Bench) -> dict[str, Any]:
 
 
 def _depths(bench: Bench) -> dict[str, int]:
-    return {letter: model.num_layers for letter, model in bench.models.items()}
+    """The layers that each model runs."""
+    skipped = {letter: len(policy.layers) for letter, policy in bench.policies.items()}
+    return {x: model.num_layers - skipped.get(x, 0) for x, model in bench.models.items()}
 
 
 # -------------------------------------------------------------------------------------- search

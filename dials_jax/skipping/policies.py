@@ -36,12 +36,16 @@ class Static:
     def __post_init__(self):
         object.__setattr__(self, "layers", tuple(sorted(int(i) for i in self.layers)))
 
-    def plan(self, num_layers: int, denoising: Denoising) -> np.ndarray:
+    def check(self, num_layers: int) -> None:
+        """Raises: InputError for a layer that a model of so many does not have."""
         for layer in self.layers:
             require(
                 0 <= layer < num_layers,
                 f"Static: layer {layer} does not exist; layers count from 0 to {num_layers - 1}",
             )
+
+    def plan(self, num_layers: int, denoising: Denoising) -> np.ndarray:
+        self.check(num_layers)
         return ~np.isin(np.arange(num_layers), self.layers)
 
     def gate(self, plan: Array | np.bool_, h: Array, denoising: Denoising) -> Array | np.bool_:

@@ -194,6 +194,24 @@ def test_batches_do_not_matter(comparing, compared, tmp_path):
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
+def test_a_scheduled_model_may_skip_layers(settings, folder, tmp_path):
+    heavy = str(folder / "H")
+    changes = {"models": (("H", heavy), ("S", heavy)), "static": (("S", "1"),), "num_samples": 3}
+    run_study(ScheduleStudy(**(settings | changes), schedules=("H4,S4", "S8")), tmp_path)
+    rows = {row["schedule"]: row for row in results_of(tmp_path)["schedules"]}
+    assert round(rows["S8"]["saved_blocks"], 6) == 0.5  # of H's two blocks
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), np.arange(3))
+    samples = sampled.generate(
+        load(heavy, layout="stacked"),
+        sampler=sampled.Ancestral(LENGTH, STEPS),
+        policy=sampled.Static((1,)),
+        key=keys,
+        num_rows=3,
+    ).tokens
+    expected = perplexities(score_samples(load(folder / "S"), samples, 3), "mean")
+    np.testing.assert_allclose(values_of(tmp_path, "S8"), expected, rtol=1e-4)
+
+
 def test_a_search_tries_every_schedule_once(searching, searched):
     tried = [r["schedule"] for r in records_of(searched) if r["first"] == 0]
     assert len(tried) == len(set(tried)) == comb(4, 2) == searching.num_schedules
@@ -312,10 +330,16 @@ def test_bad_studies_are_refused_before_anything_runs(settings, searching, folde
     refused(ScheduleStudy(**settings, schedules=("H6",)), r"H6 has 6 steps.*steps=8")
     heavy = str(folder / "H")
     refused(ScheduleStudy(**(settings | {"scorer": heavy}), schedules=("H8",)), "not causal")
+    refused(
+        ScheduleStudy(**settings, schedules=("H8",), static=(("L", "3"),)),
+        "layer 3 does not exist",
+    )
     refused(ProposeStudy(search=str(folder)), "results.json is missing")
     assert not (tmp_path / "refused" / "runs.jsonl").exists()
     for changes, message in (
         ({"scorer": ""}, "scorer is missing"),
+        ({"static": (("X", "1"),)}, "no model is called 'X'"),
+        ({"static": (("L", "one"),)}, "'one' of L are no layers; give numbers such as 3,7"),
         ({"num_segments": 3}, "steps=8 do not split into 3"),
         ({"light": "X"}, "no model is called 'X'"),
         ({"num_light": 4}, "num_light=4"),
