@@ -35,6 +35,7 @@ WITHOUT_EFFECT = {
     "mask_id": "tells policies which tokens vote, samplers which to fill",
     "eos_id": "used by samplers and scoring",
     "pad_id": "fills positions that `valid` hides",
+    "subs": "used by samplers and scoring",
     "eot_id": "used by samplers and scoring",
 }
 
