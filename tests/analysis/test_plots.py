@@ -9,22 +9,6 @@ from dials_jax.analysis import plots
 from dials_jax.config import InputError
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures that were written, still open to inspection."""
-    from matplotlib.figure import Figure
-
-    figures = []
-    savefig = Figure.savefig
-
-    def record(figure, *args, **kwargs):
-        figures.append(figure)
-        savefig(figure, *args, **kwargs)
-
-    monkeypatch.setattr(Figure, "savefig", record)
-    return figures
-
-
 def texts(ax):
     return [text.get_text() for text in ax.texts]
 

@@ -1,5 +1,4 @@
 import numpy as np
-import pytest
 
 from dials_jax.analysis import study_plots as plots
 from dials_jax.analysis.schedule_search import Correlation, Influence, Regret, placements
@@ -7,22 +6,6 @@ from dials_jax.analysis.step_importance import Curve
 
 METHODS = ("a", "b", "c", "d", "e", "c + b", "d + b", "e + b")  # as many as a study has at most
 REGRETS = [Regret(1, 0, 2), Regret(0, 0, 0)]
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures that were written, still open to inspection."""
-    from matplotlib.figure import Figure
-
-    figures = []
-    savefig = Figure.savefig
-
-    def record(figure, *args, **kwargs):
-        figures.append(figure)
-        savefig(figure, *args, **kwargs)
-
-    monkeypatch.setattr(Figure, "savefig", record)
-    return figures
 
 
 def test_schedules_are_sorted_and_keep_their_intervals(drawn, tmp_path):
