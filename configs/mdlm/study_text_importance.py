@@ -1,4 +1,4 @@
-"""How far 4 blocks are from 12 at each noise level, trained for minutes on local text.
+"""How far 4 blocks are from 12 at each noise level, after as many steps and after as much time.
 
 python eval.py --config configs/mdlm/study_text_importance.py \\
     --workdir runs/mdlm/study_text_importance
@@ -15,6 +15,7 @@ def get_config() -> ImportanceStudy:
             ("H", "runs/mdlm/text_12"),
             ("Z", "runs/mdlm/text_heavy_2"),
             ("L", "runs/mdlm/text_4"),
+            ("M", "runs/mdlm/text_4_long"),
         ),
         heavy2="Z",
         data=TextData(

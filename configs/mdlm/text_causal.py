@@ -3,7 +3,7 @@
 python train.py --config configs/mdlm/text_causal.py --workdir runs/mdlm/text_causal \\
     --data.paths data/text/train.jsonl.xz --data.tokenizer data/gpt2_bpe
 
-Settings and time as in text_12.py. Expected: docs/results/scheduling.md.
+Settings as in text_12.py. Expected: docs/results/scheduling.md.
 """
 
 from configs.mdlm.text_12 import text
