@@ -94,8 +94,8 @@ class Case:
         self._batch = sharding.place_batch(random_batch(cfg, options.batch, options.length), mesh)
         step = jax.jit(
             make_train_step(
-                model_loss(cfg, objective, options.remat), optimizer, 0, options.microbatches,
-                options.ema,
+                model_loss(cfg, objective, options.remat, options.dropout), optimizer, 0,
+                options.microbatches, options.ema,
             ),
             donate_argnums=0,
             out_shardings=(shardings_of(self._state, mesh), None),
@@ -164,6 +164,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--length", type=int, default=1024, help="tokens of a row")
     parser.add_argument("--microbatches", type=int, default=1)
     parser.add_argument("--remat", action="store_true", help="recompute blocks: less memory")
+    parser.add_argument("--dropout", type=float, default=0.0, help="published MDLMs: 0.1")
     parser.add_argument("--unrolled", action="store_true", help="own arrays for each layer")
     parser.add_argument("--ema", type=float, default=0.9999)
     parser.add_argument("--fsdp", type=int, default=1, help="devices along this axis of the mesh")

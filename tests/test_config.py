@@ -140,3 +140,12 @@ def test_json_files(tmp_path):
     path.write_text("{")
     with pytest.raises(InputError, match="is not valid JSON"):
         read_json(path)
+
+
+@pytest.mark.parametrize("changes", [{"dropout": 1.0}, {"dropout": -0.1}, {"backbone": "model"}])
+def test_dropout_is_a_share_and_for_models_only(changes):
+    with pytest.raises(InputError, match="dropout=.* must lie in .*, and be 0 for routers"):
+        values = {"dropout": 0.1, "model": small_config()} | changes
+        if "backbone" in changes:
+            del values["model"]
+        TrainConfig(data=ArithmeticData(), optimizer=OPTIMIZER, **values)

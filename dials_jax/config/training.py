@@ -90,6 +90,7 @@ class TrainConfig:
     mesh: MeshConfig = MeshConfig()
     batch_size: int = 64  # rows a step over all devices and microbatches
     num_microbatches: int = 1
+    dropout: float = 0.0  # share of what attention and MLPs add to the stream; model only
     remat: bool = False  # recompute blocks in the backward pass: less memory, a third more work
     unrolled: bool = False  # own arrays for each layer: faster steps, slower to compile
     seed: int = 0
@@ -106,6 +107,10 @@ class TrainConfig:
         require(
             not (self.backbone and self.init_from),
             "init_from= is for training a model; routers start from scratch on their backbone",
+        )
+        require(
+            0 <= self.dropout < 1 and not (self.backbone and self.dropout),
+            f"dropout={self.dropout} must lie in [0, 1), and be 0 for routers",
         )
         require(
             self.max_minutes is None or self.max_minutes > 0,

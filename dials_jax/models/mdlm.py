@@ -1,7 +1,7 @@
 """MDLM: a diffusion transformer (DiT) over tokens, modulated by the time or by a constant.
 
 Source: Sahoo et al. 2024, "Simple and Effective Masked Diffusion Language Models"; `models/dit.py`
-of the authors' code for the numerics. Its dropout of 0.1 in training is left out.
+of the authors' code for the numerics.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from dials_jax import trees
 from dials_jax.config import ModelConfig
 from dials_jax.nn.block import VOCABULARY_UNIT, Block, Embed, Head, Rows, pad_vocabulary
+from dials_jax.nn.dropout import Dropout, numbered
 from dials_jax.nn.fusing import is_fused
 from dials_jax.nn.kv import Slots, gather, write
 from dials_jax.nn.modulation import AdaptiveNorm, TimeEmbed, fold, is_folded
@@ -147,15 +148,25 @@ def embed(
     return parts(cfg).embed(params["embed"], tokens, positions)
 
 
-def layer_of(cfg: ModelConfig, *, contiguous: bool = False, remat: bool = False) -> Layer:
+def layer_of(
+    cfg: ModelConfig,
+    *,
+    contiguous: bool = False,
+    remat: bool = False,
+    dropout: Dropout | None = None,
+) -> Layer:
     """The model's block, whose memory is a `KV` of the canvas.
 
     Args:
       contiguous: the tokens of a call are one range, the same in every row.
       remat: recompute each block in the backward pass.
+      dropout: of all layers, which then are `numbered`.
     """
 
     def block(params, h, rows, wanted=None):
+        if dropout is not None:
+            rows = rows._replace(dropout=dropout.of_layer(params["number"]))
+            params = params["layer"]
         return block_of(cfg, params)(params, h, rows, wanted)
 
     def project(params, h, rows, wanted=None):
@@ -184,6 +195,7 @@ def run_layers(
     executor: Executor = "auto",
     observe: Callable[[Array, Array], PyTree] | None = None,
     remat: bool = False,
+    dropout: Dropout | None = None,
 ) -> StackOutput:
     """From a whole sequence to the residual stream before the final norm.
 
@@ -193,12 +205,14 @@ def run_layers(
         `time_conditioning` only.
       vote_from: no token before this one is masked, so routers need not look there.
       remat: recompute each block in the backward pass.
+      dropout: of what each block adds to the stream; None in inference.
     """
     masked = is_masked(cfg, tokens) if valid is None else is_masked(cfg, tokens) & valid
     rows = rows_of(cfg, valid, tokens.shape)
+    layers = _fold_layers(cfg, params)["layers"]
     return run_stack(
-        layer_of(cfg, remat=remat),
-        _fold_layers(cfg, params)["layers"],
+        layer_of(cfg, remat=remat, dropout=dropout),
+        layers if dropout is None else numbered(layers),
         embed(cfg, params, tokens, rows),
         rows._replace(c=conditioning(cfg, params, time)),
         policy,

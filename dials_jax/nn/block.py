@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dials_jax.config import ModelConfig
 from dials_jax.nn.attention import Attention, attend
+from dials_jax.nn.dropout import AFTER_ATTENTION, AFTER_MLP, Dropout, dropped
 from dials_jax.nn.initializers import normal, zeros_if
 from dials_jax.nn.kv import KV, Slots, gather
 from dials_jax.nn.mlp import MLP
@@ -27,6 +28,7 @@ class Rows(NamedTuple):
     valid: Bool[Array, "B S"] | None  # False at keys that are padding; None: no padding
     slots: Slots  # the tokens' places on the canvas
     c: Float[Array, "B C"] | None = None  # of the denoising time; None: what is folded is used
+    dropout: Dropout | None = None  # of this layer, in training
 
 
 class Block(nnx.Module):
@@ -85,8 +87,10 @@ class Block(nnx.Module):
         self, h: Float[Array, "B W D"], attended: Float[Array, "B W N H"], rows: Rows
     ) -> Float[Array, "B W D"]:
         m = self.modulations(rows)
-        h = h + gated(self.attention.out(attended), *m[2:3])
-        return h + gated(self.mlp(self.mlp_norm(h, *m[3:5])), *m[5:6])
+        update = self.attention.out(attended)
+        h = h + gated(dropped(update, rows.dropout, AFTER_ATTENTION), *m[2:3])
+        update = self.mlp(self.mlp_norm(h, *m[3:5]))
+        return h + gated(dropped(update, rows.dropout, AFTER_MLP), *m[5:6])
 
     def modulations(self, rows: Rows) -> list[Float[Array, "b 1 D"]]:
         """Shift, scale and gate of attention, then of the MLP; none without adaLN."""

@@ -22,7 +22,8 @@ from dials_jax.diffusion.objectives import (
 )
 from dials_jax.diffusion.schedule import stratified, stratified_noise, uniform_noise
 from dials_jax.models import transformer
-from dials_jax.nn.stack import StackOutput
+from dials_jax.nn.dropout import Dropout
+from dials_jax.nn.stack import Policy, StackOutput
 from dials_jax.skipping.policies import StochasticRouted
 
 
@@ -64,13 +65,16 @@ Metrics = dict[str, Mean]
 LossFn = Callable[[trees.Params, trees.Params, Batch, Draws], tuple[Array, Metrics]]
 
 
-def model_loss(cfg: ModelConfig, objective: ObjectiveConfig, remat: bool) -> LossFn:
+def model_loss(
+    cfg: ModelConfig, objective: ObjectiveConfig, remat: bool, dropout: float = 0.0
+) -> LossFn:
     """The loss of all parameters; `frozen` is unused."""
 
     def loss(params, frozen, batch, draws):
         del frozen
         view = _view(cfg, objective, batch, draws)
-        out = _run(cfg, params, batch, view, None, remat)
+        drop = Dropout(view.layer_keys, dropout) if dropout else None
+        out = _run(cfg, params, batch, view, remat, dropout=drop)
         total, metrics = _cross_entropy(cfg, objective, params, out, batch, view, True)
         return total, {"loss": Mean(total, _num_rows(batch)), **metrics}
 
@@ -85,7 +89,7 @@ def router_loss(
     def loss(routers, backbone, batch, draws):
         view = _view(cfg, objective, batch, draws)
         policy = StochasticRouted(routers, router.threshold, router.temperature)
-        out = _run(cfg, backbone, batch, view, policy, remat)
+        out = _run(cfg, backbone, batch, view, remat, policy)
         total, metrics = _cross_entropy(cfg, objective, backbone, out, batch, view, False)
         skip_rate = 1.0 - jnp.mean(out.gates, axis=0)
         num_masked = jnp.sum(view.weights != 0, axis=1)
@@ -121,16 +125,16 @@ class _View(NamedTuple):
     tokens: Int[Array, "B T"]  # what the model reads
     targets: Int[Array, "B T"]  # what each place is to predict
     weights: Float[Array, "B T"]  # of each prediction in the sum over rows; 0: it has no loss
-    gate_keys: jax.Array
+    layer_keys: jax.Array  # of what is drawn inside the layers: gates, or dropout
     time: Float[Array, "B"] | None = None
     ratio: Float[Array, "B"] | None = None
 
 
 def _view(cfg: ModelConfig, objective: ObjectiveConfig, batch: Batch, draws: Draws) -> _View:
-    mask_keys, gate_keys = jax.vmap(jax.random.split)(draws.key).T
+    mask_keys, layer_keys = jax.vmap(jax.random.split)(draws.key).T
     if objective.kind == "causal":
         targets, counted = next_tokens(batch.tokens, batch.answer, batch.valid)
-        return _View(batch.tokens, targets, causal_weights(counted), gate_keys)
+        return _View(batch.tokens, targets, causal_weights(counted), layer_keys)
     ratio_keys, position_keys = jax.vmap(jax.random.split)(mask_keys).T
     if objective.kind == "mdlm":
         noise = stratified_noise(draws.place, objective.min_ratio)
@@ -141,13 +145,21 @@ def _view(cfg: ModelConfig, objective: ObjectiveConfig, batch: Batch, draws: Dra
         tokens=jnp.where(masked, cfg.mask_id, batch.tokens),
         targets=batch.tokens,
         weights=diffusion_weights(masked, batch.answer, noise.weight),
-        gate_keys=gate_keys,
+        layer_keys=layer_keys,
         time=noise.time,
         ratio=noise.ratio,
     )
 
 
-def _run(cfg: ModelConfig, params, batch: Batch, view: _View, policy, remat: bool) -> StackOutput:
+def _run(
+    cfg: ModelConfig,
+    params: trees.Params,
+    batch: Batch,
+    view: _View,
+    remat: bool,
+    policy: Policy | None = None,
+    dropout: Dropout | None = None,
+) -> StackOutput:
     return transformer.run_layers(
         cfg,
         params,
@@ -155,9 +167,10 @@ def _run(cfg: ModelConfig, params, batch: Batch, view: _View, policy, remat: boo
         batch.valid,
         policy,
         time=view.time,
-        row_keys=view.gate_keys,
+        row_keys=view.layer_keys,
         executor="select",
         remat=remat,
+        dropout=dropout,
     )
 
 

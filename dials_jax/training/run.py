@@ -79,7 +79,7 @@ def _model_run(cfg: TrainConfig, mesh: Mesh) -> Run:
 
     return Run(
         data=data,
-        loss_fn=model_loss(cfg.model, cfg.objective, cfg.remat),
+        loss_fn=model_loss(cfg.model, cfg.objective, cfg.remat, cfg.dropout),
         init=init,
         frozen={},
         prefix="",

@@ -51,13 +51,14 @@ def assert_equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-@pytest.mark.parametrize("kind", ["llada", "mdlm", "routers"])
+@pytest.mark.parametrize("kind", ["llada", "mdlm", "dropout", "routers"])
 def test_one_microbatch_equals_four(kind, backbone, routers, batch):
     """Plain gradient descent at rate 1: the change of a parameter is its gradient."""
     cfg, optimizer = backbone.config, optax.sgd(1.0)
     if kind != "routers":
         params, frozen = backbone.params, {}
-        loss_fn = model_loss(cfg, ObjectiveConfig(kind=kind), remat=False)
+        dropped, kind = (0.2, "mdlm") if kind == "dropout" else (0.0, kind)
+        loss_fn = model_loss(cfg, ObjectiveConfig(kind=kind), False, dropped)
     else:
         params, frozen = routers, backbone.params
         loss_fn = router_loss(cfg, ROUTER, ObjectiveConfig(), remat=False)

@@ -1,0 +1,50 @@
+"""Dropout of what a block adds to the stream, drawn from the keys of rows.
+
+Source: `bias_dropout_add_scale` of MDLM's `models/dit.py`: the outputs of attention and of the MLP,
+each with its bias and before its gate.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dials_jax import trees
+
+AFTER_ATTENTION, AFTER_MLP = 0, 1
+
+
+class Dropout(NamedTuple):
+    """What is zeroed depends on a row's key, the layer and the place in it, and on nothing else."""
+
+    keys: jax.Array  # [B]
+    rate: float  # share that is zeroed; the rest is divided by 1 - rate
+
+    def of_layer(self, number: Int[Array, ""] | int) -> Dropout:
+        return self._replace(keys=_fold(self.keys, number))
+
+    def __call__(self, update: Float[Array, "B T D"], place: int) -> Float[Array, "B T D"]:
+        # 16 bits are half the numbers to keep for the backward pass; the share is off by 8e-6.
+        kept = jax.vmap(lambda key: jax.random.bits(key, update.shape[1:], jnp.uint16))
+        is_kept = kept(_fold(self.keys, place)) >= round(self.rate * 2**16)
+        return jnp.where(is_kept, update / (1 - self.rate), 0)
+
+
+def dropped(
+    update: Float[Array, "B T D"], dropout: Dropout | None, place: int
+) -> Float[Array, "B T D"]:
+    return update if dropout is None else dropout(update, place)
+
+
+def numbered(layers: trees.Params) -> trees.Params:
+    """Every layer with its number, in the layout that the layers have."""
+    if trees.is_unrolled(layers):
+        return tuple({"layer": x, "number": i} for i, x in enumerate(layers))
+    return {"layer": layers, "number": jnp.arange(trees.num_layers(layers))}
+
+
+def _fold(keys: jax.Array, number: Int[Array, ""] | int) -> jax.Array:
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, number)
