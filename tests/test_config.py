@@ -144,7 +144,7 @@ def test_json_files(tmp_path):
 
 @pytest.mark.parametrize("changes", [{"dropout": 1.0}, {"dropout": -0.1}, {"backbone": "model"}])
 def test_dropout_is_a_share_and_for_models_only(changes):
-    with pytest.raises(InputError, match="dropout=.* must lie in .*, and be 0 for routers"):
+    with pytest.raises(InputError, match=r"dropout=.* must lie in .*, and be 0 for routers"):
         values = {"dropout": 0.1, "model": small_config()} | changes
         if "backbone" in changes:
             del values["model"]
