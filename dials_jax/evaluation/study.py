@@ -26,6 +26,7 @@ from dials_jax.config import (
 )
 from dials_jax.data.batches import generator
 from dials_jax.data.sources import training_data
+from dials_jax.evaluation import proposal_report
 from dials_jax.evaluation import study_report as report
 from dials_jax.evaluation.readings import coarse_schedules, read_harms, read_search
 from dials_jax.evaluation.results import Records, environment
@@ -241,7 +242,7 @@ def methods_of(
         "additive model": lambda seed: search.by_additive_model(light, seed),
     }
     for name, harm in harms.items():
-        label = report.HARM_LABELS[name]
+        label = proposal_report.HARM_LABELS[name]
         methods[label] = lambda seed, h=harm: search.by_importance(light, h)
         methods[f"{label} + additive"] = lambda seed, h=harm: search.by_additive_model(
             light, seed, h
@@ -265,7 +266,9 @@ def run_proposals(cfg: ProposeStudy, workdir: Path) -> dict[str, Any]:
         name: [search.regret(make, values, b, cfg.num_repeats, cfg.seed) for b in budgets]
         for name, make in methods.items()
     }
-    choices = report.choices(methods, values, budgets, coarse_schedules(searched), cfg.seed)
+    choices = proposal_report.choices(
+        methods, values, budgets, coarse_schedules(searched), cfg.seed
+    )
     correlations = {
         name: search.rank_correlation(light @ harm, values, cfg.seed)
         for name, harm in harms.items()
@@ -280,6 +283,8 @@ def run_proposals(cfg: ProposeStudy, workdir: Path) -> dict[str, Any]:
     }
     workdir.mkdir(parents=True, exist_ok=True)
     report.write(results, report.as_dicts(choices), workdir)
-    report.plot_proposals(regrets, budgets, light, values, harms, correlations, workdir / "plots")
-    print(report.regret_table(regrets, budgets, correlations))
+    proposal_report.plot_proposals(
+        regrets, budgets, light, values, harms, correlations, workdir / "plots"
+    )
+    print(proposal_report.regret_table(regrets, budgets, correlations))
     return results

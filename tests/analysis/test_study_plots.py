@@ -66,16 +66,16 @@ def test_every_other_figure_is_written(tmp_path):
 def test_names_fit_into_the_figures(drawn, tmp_path):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    from dials_jax.evaluation import study_report as report
+    from dials_jax.evaluation import proposal_report, study_report
 
     x = np.linspace(0.1, 0.9, 3)
     curve = Curve(x, 400 * x, 400 * x, 400 * x)
-    for quantity, label in report.CURVE_LABELS.items():
+    for quantity, label in study_report.CURVE_LABELS.items():
         plots.importance_curves({"L": curve}, {}, label, tmp_path / f"{quantity}.png")
     light, found = placements(3, 1), Correlation(-0.36, -0.53, -0.02)
-    harms = dict.fromkeys(report.HARM_LABELS, x)
+    harms = dict.fromkeys(proposal_report.HARM_LABELS, x)
     noise = np.ones((3, 2))
-    report.plot_proposals(
+    proposal_report.plot_proposals(
         {"a": REGRETS}, [1, 5], light, noise, harms, dict.fromkeys(harms, found), tmp_path
     )
     for figure in drawn:

@@ -43,10 +43,10 @@ LENGTH, STEPS = 12, 8
 @pytest.fixture(scope="module", autouse=True)
 def quick_plots():
     """Drawing is slow; what is drawn is tested beside the plots."""
-    names = ("plot_schedules", "plot_search", "plot_importance", "plot_proposals")
     with pytest.MonkeyPatch.context() as patch:
-        for name in names:
+        for name in ("plot_schedules", "plot_search", "plot_importance"):
             patch.setattr(study.report, name, lambda *args: None)
+        patch.setattr(study.proposal_report, "plot_proposals", lambda *args: None)
         yield
 
 
