@@ -10,15 +10,20 @@ the ends; fewer blocks are farther away.
 """
 
 from dials_jax.config import CorpusData, ImportanceStudy
+from dials_jax.sampling.schedule import Schedule
 
+STEPS = 1000
 LIGHT = {"L": 4, "B": 6, "C": 8, "D": 10}  # letter: blocks
 
 
 def get_config() -> ImportanceStudy:
     light = [(letter, f"runs/mdlm/blocks_{blocks}") for letter, blocks in LIGHT.items()]
+    quarters = [Schedule.quarter(i, STEPS) for i in (1, 2, 3, 4)]
+    schedules = [Schedule.sandwich(STEPS, 0.25), *quarters, f"L{STEPS}"]
     heavy = (("H", "runs/mdlm/blocks_12"), ("Z", "runs/mdlm/heavy_2"))
     return ImportanceStudy(
         models=(*heavy, *light),
         heavy2="Z",
+        schedules=tuple(map(str, schedules)),
         data=CorpusData(folder="data/openwebtext", split="validation"),
     )

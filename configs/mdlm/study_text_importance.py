@@ -7,9 +7,14 @@ Expected: docs/results/scheduling.md.
 """
 
 from dials_jax.config import ImportanceStudy, TextData
+from dials_jax.sampling.schedule import Schedule
+
+STEPS = 240
 
 
 def get_config() -> ImportanceStudy:
+    quarters = [Schedule.quarter(i, STEPS) for i in (1, 2, 3, 4)]
+    schedules = [Schedule.sandwich(STEPS, 0.25), *quarters, f"L{STEPS}", f"M{STEPS}"]
     return ImportanceStudy(
         models=(
             ("H", "runs/mdlm/text_12"),
@@ -21,6 +26,7 @@ def get_config() -> ImportanceStudy:
         data=TextData(
             paths=("data/text/validation.jsonl.xz",), tokenizer="data/gpt2_bpe", length=1024
         ),
+        schedules=tuple(map(str, schedules)),
         num_sequences=256,
         batch_size=32,
     )

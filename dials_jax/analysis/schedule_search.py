@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 
 from dials_jax.config import require
 
+GRID = 2000  # points of an integral over the time
 RIDGE = 0.3  # squared noise over squared effect that the additive model assumes of a segment
 
 
@@ -64,15 +65,26 @@ def segment_counts(
 def segment_harm(
     times: Float[np.ndarray, "G"], importance: Float[np.ndarray, "G"], num_segments: int
 ) -> Float[np.ndarray, "n"]:
-    """The integral of an importance over each segment's times; segment 0 ends at t = 1.
+    """The integral of an importance over each segment's times; segment 0 ends at t = 1."""
+    alone = np.eye(num_segments, dtype=bool)
+    return np.stack([time_weights(times, segment) for segment in alone]) @ np.asarray(importance)
 
-    The importance is linear between the times measured, and constant beyond them.
+
+def time_weights(
+    times: Float[np.ndarray, "G"], chosen: Bool[np.ndarray, "S"]
+) -> Float[np.ndarray, "G"]:
+    """What each measured time counts in an integral over some of S equal steps; step 0 ends at 1.
+
+    What is integrated is linear between the times measured, and constant beyond them.
     """
     order = np.argsort(times)
-    per_segment = 200
-    grid = (np.arange(num_segments * per_segment) + 0.5) / (num_segments * per_segment)
-    dense = np.interp(grid, np.asarray(times)[order], np.asarray(importance)[order])
-    return dense.reshape(num_segments, per_segment).mean(axis=1)[::-1] / num_segments
+    points = -(-GRID // len(chosen))  # a step
+    grid = (np.arange(len(chosen) * points) + 0.5) / (len(chosen) * points)
+    here = grid[np.repeat(chosen[::-1], points)]
+    weights = np.empty(len(times))
+    for number, values in zip(order, np.eye(len(times)), strict=True):
+        weights[number] = np.interp(here, np.asarray(times)[order], values).sum() / len(grid)
+    return weights
 
 
 class Correlation(NamedTuple):

@@ -30,8 +30,9 @@ def schedule_points(
     intervals: Float[np.ndarray, "2 S"],
     path: str | Path,
     title: str = "",
+    label: str = "generative perplexity (lower is better)",
 ) -> Path:
-    """Perplexity of each schedule with its interval, the best on top (figure 1)."""
+    """A number of each schedule with its interval, the lowest on top (figure 1)."""
     order = np.argsort(-values, kind="stable")
     values, intervals = values[order], intervals[:, order]
     with figure_at(path, 6.6, 1.3 + 0.36 * len(labels)) as figure:
@@ -42,7 +43,7 @@ def schedule_points(
         ax.set_yticks(rows, [labels[i] for i in order])
         ax.margins(y=0.6 / len(rows))
         ax.tick_params(axis="y", length=0)
-        ax.set(title=title, xlabel="generative perplexity (lower is better)")
+        ax.set(title=title, xlabel=label)
     return Path(path)
 
 

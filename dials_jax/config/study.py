@@ -134,6 +134,7 @@ class ImportanceStudy:
     heavy: str = "H"
     heavy2: str = ""  # letter of another seed of the heavy model: the baseline of the divergence
     data: Data
+    schedules: tuple[str, ...] = ()  # to predict what they would lose, without sampling
     num_times: int = 20  # midpoints of as many equal parts of (0, 1)
     num_sequences: int = 500
     batch_size: int = 16

@@ -166,18 +166,23 @@ class Bench:
 
 def check_schedules(cfg: SamplingStudy, schedules: Sequence[Schedule]) -> None:
     """Raises: InputError for schedules that name unknown models or do not fill the steps."""
-    known = [letter for letter, _ in cfg.models]
+    require_known(schedules, [letter for letter, _ in cfg.models])
+    for schedule in schedules:
+        require(
+            schedule.num_steps == cfg.steps,
+            f"schedule {schedule} has {schedule.num_steps} steps, but the study "
+            f"steps={cfg.steps}; make them agree",
+        )
+
+
+def require_known(schedules: Sequence[Schedule], known: Sequence[str]) -> None:
+    """Raises: InputError for a letter that names no model."""
     for schedule in schedules:
         for letter in schedule.letters:
             require(
                 letter in known,
                 f"schedule {schedule}: no model is called {letter!r}{nearest(letter, known)}",
             )
-        require(
-            schedule.num_steps == cfg.steps,
-            f"schedule {schedule} has {schedule.num_steps} steps, but the study "
-            f"steps={cfg.steps}; make them agree",
-        )
 
 
 def measured(records: Sequence[dict[str, Any]]) -> Measured:

@@ -26,11 +26,11 @@ from dials_jax.config import (
 )
 from dials_jax.data.batches import generator
 from dials_jax.data.sources import training_data
-from dials_jax.evaluation import proposal_report
+from dials_jax.evaluation import importance_report, proposal_report
 from dials_jax.evaluation import study_report as report
 from dials_jax.evaluation.readings import coarse_schedules, read_harms, read_search
 from dials_jax.evaluation.results import Records, environment
-from dials_jax.evaluation.sampled import Bench, Measured
+from dials_jax.evaluation.sampled import Bench, Measured, require_known
 from dials_jax.loading import load
 from dials_jax.models.model import Model
 from dials_jax.sampling.schedule import Schedule
@@ -166,9 +166,11 @@ def _predictor(cfg: SearchStudy, light: Bool[np.ndarray, "S n"]) -> search.Predi
 
 
 def run_importance(cfg: ImportanceStudy, workdir: Path) -> dict[str, Any]:
-    """Figures 5 and 6."""
+    """Figures 5 and 6, and what schedules would lose by them."""
     from tqdm import tqdm
 
+    schedules = [Schedule.parse(text) for text in cfg.schedules]
+    require_known(schedules, [letter for letter, _ in cfg.models])
     mesh = sharding.make_mesh(cfg.mesh)
     models = {letter: load(path, cfg.dtype, mesh, cfg.layout) for letter, path in cfg.models}
     heavy = models.pop(cfg.heavy)
@@ -192,11 +194,16 @@ def run_importance(cfg: ImportanceStudy, workdir: Path) -> dict[str, Any]:
         "environment": environment(heavy, cfg.seed),
         "num_layers": {cfg.heavy: heavy.num_layers}
         | {letter: model.num_layers for letter, model in models.items()},
-        "curves": report.curve_results(curves(cfg.times, by_letter, cfg.heavy2)),
+        "curves": importance_report.curve_results(curves(cfg.times, by_letter, cfg.heavy2)),
     }
-    report.write(results, report.curve_rows(results["curves"]), workdir)
-    report.plot_importance(results, cfg, workdir / "plots")
-    print(report.curve_table(results["curves"]))
+    predicted = importance_report.predictions(schedules, cfg.times, by_letter)
+    results["predicted"] = report.as_dicts(predicted)
+    report.write(results, importance_report.curve_rows(results["curves"]), workdir)
+    importance_report.plot_importance(results, cfg, workdir / "plots")
+    print(importance_report.curve_table(results["curves"]))
+    if predicted:
+        importance_report.plot_predictions(predicted, workdir / "plots")
+        print(importance_report.prediction_table(predicted))
     return results
 
 

@@ -14,19 +14,11 @@ from jaxtyping import Bool, Float
 
 from dials_jax.analysis import schedule_search as search
 from dials_jax.analysis import study_plots as plots
-from dials_jax.analysis.step_importance import Curve
-from dials_jax.config import ImportanceStudy, ScheduleStudy, write_json
+from dials_jax.config import ScheduleStudy, write_json
 from dials_jax.evaluation.generative import Aggregate, estimate
 from dials_jax.evaluation.sampled import Measured
 from dials_jax.evaluation.statistics import mean_interval, paired_test
 from dials_jax.sampling.schedule import Schedule
-
-CURVE_LABELS = {
-    "loss": "|difference in cross-entropy|, nats",
-    "gap": "cross-entropy above the heavy model's, nats",
-    "kl": "KL(heavy || model), nats",
-    "relative_kl": "KL(heavy || model),\nless a second heavy model's, nats",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,62 +202,3 @@ def plot_search(
     counts = search.segment_counts(light, perplexity, top)
     plots.segment_frequencies(*counts, top, folder / "segment_frequencies.png")
     plots.influence_bars(search.segment_influence(light, values), folder / "influence.png")
-
-
-# --------------------------------------------------------------------------------- importance
-
-
-def curve_results(curves: Mapping[str, Mapping[str, Curve]]) -> dict[str, Any]:
-    return {
-        quantity: {
-            letter: {name: x.tolist() for name, x in curve._asdict().items()}
-            for letter, curve in by_letter.items()
-        }
-        for quantity, by_letter in curves.items()
-    }
-
-
-def curve_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One row a quantity, model and time."""
-    return [
-        {"quantity": quantity, "model": letter, "time": t, "value": value, "low": low, "high": high}
-        for quantity, by_letter in results.items()
-        for letter, curve in by_letter.items()
-        for t, value, low, high in zip(
-            curve["times"], curve["value"], curve["low"], curve["high"], strict=True
-        )
-    ]
-
-
-def curve_table(results: Mapping[str, Any]) -> str:
-    """Every quantity and model with its peak and its ends."""
-    lines = []
-    for quantity, by_letter in results.items():
-        for letter, curve in by_letter.items():
-            peak = int(np.argmax(curve["value"]))
-            half = (curve["high"][peak] - curve["low"][peak]) / 2
-            lines.append(
-                (
-                    f"{quantity} {letter}",
-                    f"{curve['value'][0]:.4f}",
-                    f"{curve['value'][peak]:.4f} ±{half:.4f}",
-                    f"{curve['times'][peak]:.3f}",
-                    f"{curve['value'][-1]:.4f}",
-                )
-            )
-    return table(("curve", "lowest t", "peak", "at t", "highest t"), lines)
-
-
-def plot_importance(results: Mapping[str, Any], cfg: ImportanceStudy, folder: Path) -> None:
-    depths = results["num_layers"]
-    for quantity, by_letter in results["curves"].items():
-        shown = {
-            letter: Curve(*(np.array(x) for x in curve.values()))
-            for letter, curve in by_letter.items()
-        }
-        labels = {
-            letter: f"{letter}: {depths[letter]} blocks"
-            + (", another seed" if letter == cfg.heavy2 else "")
-            for letter in shown
-        }
-        plots.importance_curves(shown, labels, CURVE_LABELS[quantity], folder / f"{quantity}.png")

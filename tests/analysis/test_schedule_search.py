@@ -18,6 +18,7 @@ from dials_jax.analysis.schedule_search import (
     segment_counts,
     segment_harm,
     segment_influence,
+    time_weights,
 )
 
 HARM = np.array([0.1, 0.4, 1.0, 1.6, 2.0, 2.1, 1.5, 0.9, 0.3, 0.2])
@@ -70,6 +71,17 @@ def test_harm_is_the_integral_over_a_segments_times():
     np.testing.assert_allclose(segment_harm(times, np.ones(3), 4), 0.25)
     harm = segment_harm(np.linspace(0, 1, 11), np.linspace(0, 1, 11) ** 1, 2)
     np.testing.assert_allclose(harm, [3 / 8, 1 / 8], rtol=1e-4)  # segment 0 is t in (1/2, 1)
+
+
+def test_weights_integrate_over_the_chosen_steps_only():
+    times = np.array([0.9, 0.1, 0.5])
+    chosen = np.array([True, False, False, True, True])  # t in (0.8, 1) and (0, 0.4)
+    weights = time_weights(times, chosen)
+    # Of t itself, but 0.1 below t = 0.1 and 0.9 above t = 0.9.
+    expected = [(0.9**2 - 0.8**2) / 2 + 0.09, 0.01 + (0.4**2 - 0.1**2) / 2]
+    np.testing.assert_allclose(weights @ times, sum(expected), rtol=1e-5)
+    np.testing.assert_allclose(weights + time_weights(times, ~chosen),
+                               time_weights(times, np.ones(5, bool)))  # fmt: skip
 
 
 def test_an_additive_model_recovers_what_adds_up(table):

@@ -27,9 +27,10 @@ from dials_jax.config import (
 )
 from dials_jax.data.arithmetic import ArithmeticTask
 from dials_jax.data.tokenizer import load_tokenizer
-from dials_jax.evaluation import sampled, study
+from dials_jax.evaluation import importance_report, sampled, study
 from dials_jax.evaluation.generative import perplexities, retokenise, score_samples
 from dials_jax.evaluation.readings import coarse_schedules, read_harms, read_search
+from dials_jax.evaluation.statistics import mean_interval
 from dials_jax.evaluation.study import run_study
 from dials_jax.loading import load
 from dials_jax.models import transformer
@@ -44,8 +45,10 @@ LENGTH, STEPS = 12, 8
 def quick_plots():
     """Drawing is slow; what is drawn is tested beside the plots."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("plot_schedules", "plot_search", "plot_importance"):
+        for name in ("plot_schedules", "plot_search"):
             patch.setattr(study.report, name, lambda *args: None)
+        for name in ("plot_importance", "plot_predictions"):
+            patch.setattr(study.importance_report, name, lambda *args: None)
         patch.setattr(study.proposal_report, "plot_proposals", lambda *args: None)
         yield
 
@@ -103,6 +106,7 @@ def importance(folder, tmp_path_factory):
         models=tuple((name, str(folder / name)) for name in ("H", "H2", "L")),
         heavy2="H2",
         data=data,
+        schedules=("L2,H4,L2", "H2,L4,H2", "L8", "H4,L4"),
         num_times=3,
         num_sequences=6,
         batch_size=4,
@@ -304,6 +308,41 @@ def test_importance_by_time_is_kept_as_it_comes(importance, folder, tmp_path, mo
     )
 
 
+def test_predictions_are_integrals_over_the_times_of_light_steps(importance):
+    cfg, workdir = importance
+    records = {record["time"]: record["models"]["L"] for record in records_of(workdir)}
+    sandwich, middle, whole, second = (
+        {r["quantity"]: r for r in results_of(workdir)["predicted"] if r["schedule"] == schedule}
+        for schedule in cfg.schedules
+    )
+    for quantity, name in {"gap": "loss_gap", "kl": "kl"}.items():
+        low, mid, high = (np.array(records[t][name], float) for t in cfg.times)  # t = 1/6, 1/2, 5/6
+        keep = np.isfinite(low + mid + high)
+        low, mid, high = low[keep], mid[keep], high[keep]
+        # Linear between the times, constant beyond: half a cell of each end, trapezoids between.
+        total = (low + high) / 6 + (low + 2 * mid + high) / 6
+        np.testing.assert_allclose(whole[quantity]["value"], total.mean(), rtol=1e-3)
+        np.testing.assert_allclose(
+            second[quantity]["value"], (low / 6 + (low + mid) / 6).mean(), rtol=1e-3
+        )
+        both = sandwich[quantity]["value"] + middle[quantity]["value"]
+        np.testing.assert_allclose(both, total.mean(), rtol=1e-3)
+        assert sandwich[quantity]["difference"] == 0
+        found = mean_interval(total)
+        np.testing.assert_allclose([whole[quantity][x] for x in ("low", "high")], found, rtol=1e-3)
+
+
+def test_models_of_one_depth_are_told_apart(importance):
+    cfg, _ = importance
+    models = (("H", "runs/a"), ("H2", "runs/b"), ("L", "runs/short"), ("M", "runs/long"))
+    cfg = dataclasses.replace(cfg, models=models, schedules=())
+    depths = {"H": 12, "H2": 12, "L": 4, "M": 4}
+    labels = [importance_report._label(x, cfg, depths) for x in ("H", "H2", "L", "M")]
+    assert labels == [
+        "H: 12 blocks", "H2: 12 blocks, another seed", "L: 4 blocks, short", "M: 4 blocks, long",
+    ]  # fmt: skip
+
+
 def test_proposals_replay_the_search(searched, importance, tmp_path):
     cfg = ProposeStudy(
         search=str(searched), importance=str(importance[1]), budgets=(1, 6), num_repeats=3
@@ -320,13 +359,16 @@ def test_proposals_replay_the_search(searched, importance, tmp_path):
     assert chosen == {best}
 
 
-def test_bad_studies_are_refused_before_anything_runs(settings, searching, folder, tmp_path):
+def test_bad_studies_are_refused_before_anything_runs(
+    settings, searching, importance, folder, tmp_path
+):
     def refused(cfg, message):
         with pytest.raises(InputError, match=message) as error:
             run_study(cfg, tmp_path / "refused")
         assert "\n" not in str(error.value)
 
     refused(ScheduleStudy(**settings, schedules=("H6,X2",)), "no model is called 'X'")
+    refused(dataclasses.replace(importance[0], schedules=("X8",)), "no model is called 'X'")
     refused(ScheduleStudy(**settings, schedules=("H6",)), r"H6 has 6 steps.*steps=8")
     heavy = str(folder / "H")
     refused(ScheduleStudy(**(settings | {"scorer": heavy}), schedules=("H8",)), "not causal")
