@@ -18,7 +18,7 @@ from dials_jax.config import (
 from dials_jax.models.mdlm import mdlm
 
 
-def text(model: ModelConfig, kind: str = "mdlm", num_steps: int = 7000, **changes) -> TrainConfig:
+def text(model: ModelConfig, kind: str = "mdlm", num_steps: int = 6900, **changes) -> TrainConfig:
     """The settings that the models on text share: larger rates than on OpenWebText, fewer steps."""
     values = dict(
         model=model,

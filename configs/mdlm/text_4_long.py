@@ -13,4 +13,4 @@ from dials_jax.models.mdlm import mdlm
 
 
 def get_config() -> TrainConfig:
-    return text(mdlm(4), num_steps=15_000)
+    return text(mdlm(4), num_steps=14_750)
