@@ -127,9 +127,32 @@ def constrain_rows(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(BATCH_AXES, *[None] * (x.ndim - 1)))
 
 
+def to_host(tree: PyTree) -> PyTree:
+    """NumPy arrays of the whole of each array, on every process; all of them must call it."""
+
+    def whole(x):
+        spread = isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated)
+        return _replicate(x) if spread else x
+
+    return jax.device_get(jax.tree.map(whole, tree))
+
+
+def _replicate(x: jax.Array) -> jax.Array:
+    return jax.jit(_same, out_shardings=NamedSharding(x.sharding.mesh, P()))(x)
+
+
+def _same(x):  # a function of the module: one made for each call would be compiled for each
+    return x
+
+
 def on_first_process(action: Callable[[], Any]) -> None:
     """Runs `action` on one process while the others wait: for files that all of them share."""
     if jax.process_index() == 0:
         action()
+    wait()
+
+
+def wait() -> None:
+    """Until all processes are here."""
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("dials_jax.on_first_process")
+        multihost_utils.sync_global_devices("dials_jax.wait")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from dials_jax import sharding
 from dials_jax.data.items import pad_prompts
 from dials_jax.models import transformer
 from dials_jax.models.model import Model
@@ -33,7 +34,7 @@ def layer_similarities(
         tokens, valid = pad_prompts(chunk, length, cfg.pad_id)
         rows = model.place_rows((jnp.asarray(tokens), jnp.asarray(valid)), batch_size)
         cosines, _ = model.run(_similarities, *rows, gen_length=gen_length)
-        total += np.asarray(cosines)[:, : len(chunk)].sum(axis=1)
+        total += sharding.to_host(cosines)[:, : len(chunk)].sum(axis=1)
     return total / len(prompts)
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dials_jax import trees
+from dials_jax import sharding, trees
 from dials_jax.analysis.positions import over_positions
 from dials_jax.config import ModelConfig, require
 from dials_jax.diffusion.subs import subs_log_probs
@@ -62,7 +62,7 @@ def divergences(
         rows = slice(first, first + batch_size)
         placed = heavy.place_rows((tokens[rows].astype(np.int32), keys[rows]), batch_size)
         out, _ = heavy.run(_compare, params, *placed, jnp.float32(time), other_cfgs=configs)
-        found.append(jax.device_get(out))
+        found.append(sharding.to_host(out))
     # Only the last batch was filled up.
     joined = jax.tree.map(lambda *parts: np.concatenate(parts)[: len(tokens)], *found)
     return {letter: Divergence(*pair) for letter, pair in zip(others, joined, strict=True)}

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from dials_jax import sharding
 from dials_jax.analysis.positions import over_positions
 from dials_jax.config import ModelConfig, require
 from dials_jax.data.tokenizer import Tokenizer
@@ -63,7 +64,7 @@ def score_samples(scorer: Model, samples: Int[np.ndarray, "N T"], batch_size: in
         rows = slice(first, first + batch_size)
         placed = scorer.place_rows((samples[rows].astype(np.int32), counted[rows]), batch_size)
         nll, _ = scorer.run(_nll, *placed)
-        found.append(np.asarray(nll, np.float64)[: len(samples[rows])])
+        found.append(sharding.to_host(nll).astype(np.float64)[: len(samples[rows])])
     return Scores(np.concatenate(found), counted[:, 1:].sum(axis=1).astype(np.float64))
 
 

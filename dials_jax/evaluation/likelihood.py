@@ -16,6 +16,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
+from dials_jax import sharding
 from dials_jax.config import InputError, ModelConfig, require
 from dials_jax.diffusion.objectives import masked_log_probs
 from dials_jax.models import transformer
@@ -136,7 +137,7 @@ def score_pairs(
     scores, seconds = model.run(
         _score_pairs, *rows, policy, stratum=stratum, cfg_scale=cfg_scale, executor=executor
     )
-    host = jax.device_get(scores)
+    host = sharding.to_host(scores)
     keep = np.arange(host.gates.shape[-1]) % len(host.log_likelihood) < num_rows
     scores = Scores(
         host.log_likelihood[:num_rows], host.gates[:, keep], host.masked_share[:num_rows]

@@ -7,17 +7,22 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import flax
 import jax
 
-from dials_jax.config import InputError, read_json, require, write_json
+from dials_jax import sharding
+from dials_jax.config import InputError, StudyConfig, read_json, require, to_dict, write_json
 from dials_jax.models.model import Model
 
 RECORDS = "runs.jsonl"
+# Settings that choose among what is measured, or how it is shown: a study goes on when they change.
+READING = ("schedules", "figure", "aggregate", "top", "budget", "importance")
+# Results, and what writes and shows them.
+Outcome = tuple[dict[str, Any], Callable[[], None]]
 
 
 def environment(model: Model, seed: int) -> dict[str, Any]:
@@ -33,6 +38,12 @@ def environment(model: Model, seed: int) -> dict[str, Any]:
         "command": " ".join(["python", *sys.argv]),
         "seed": seed,
     }
+
+
+def identity(cfg: StudyConfig, weights: dict[str, Any]) -> dict[str, Any]:
+    """What measurements depend on; `weights` are fingerprints."""
+    settings = {name: value for name, value in to_dict(cfg).items() if name not in READING}
+    return {"kind": type(cfg).__name__, "config": settings, "weights": weights}
 
 
 class Records:
@@ -51,21 +62,29 @@ class Records:
         """
         self.path = Path(workdir) / RECORDS
         identity = json.loads(json.dumps(identity))
-        _check_identity(Path(workdir) / "study.json", identity)
+        study = Path(workdir) / "study.json"
+        if study.exists():
+            _check_identity(study, identity)
         self.all, size = read_records(self.path)
-        if self.path.exists():
-            os.truncate(self.path, size)
+
+        def open_for_more():  # once all processes have read what is there
+            if not study.exists():
+                write_json(study, identity)
+            if self.path.exists():
+                os.truncate(self.path, size)
+
+        sharding.wait()
+        sharding.on_first_process(open_for_more)
 
     def add(self, record: Mapping[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        """Every process makes the same calls; the first one writes."""
+        if jax.process_index() == 0:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
         self.all.append(dict(record))
 
 
 def _check_identity(path: Path, identity: dict[str, Any]) -> None:
-    if not path.exists():
-        write_json(path, identity)
-        return
     try:
         old = read_json(path)
     except InputError as error:

@@ -11,6 +11,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
+from dials_jax import sharding
 from dials_jax.caching.cache import Cache, NoCache
 from dials_jax.config import InputError, ModelConfig, nearest, require
 from dials_jax.models.model import Model, row_keys
@@ -124,7 +125,7 @@ def generate(
         out, seconds = take_turns(roles, turns, rows, **static)
     else:
         out, seconds = first.model.run(_generate, *rows, first.policy, **static)
-    return account(*jax.device_get(out), roles, turns, sampler, cache, prompts, seconds)
+    return account(*sharding.to_host(out), roles, turns, sampler, cache, prompts, seconds)
 
 
 def account(

@@ -27,7 +27,8 @@ from dials_jax.config import (
 )
 from dials_jax.data.arithmetic import ArithmeticTask
 from dials_jax.data.tokenizer import load_tokenizer
-from dials_jax.evaluation import importance_report, sampled, study
+from dials_jax.evaluation import importance as importance_study
+from dials_jax.evaluation import proposals, sampled, study
 from dials_jax.evaluation.generative import perplexities, retokenise, score_samples
 from dials_jax.evaluation.readings import coarse_schedules, read_harms, read_search
 from dials_jax.evaluation.statistics import mean_interval
@@ -48,8 +49,8 @@ def quick_plots():
         for name in ("plot_schedules", "plot_search"):
             patch.setattr(study.report, name, lambda *args: None)
         for name in ("plot_importance", "plot_predictions"):
-            patch.setattr(study.importance_report, name, lambda *args: None)
-        patch.setattr(study.proposal_report, "plot_proposals", lambda *args: None)
+            patch.setattr(importance_study, name, lambda *args: None)
+        patch.setattr(proposals, "plot_proposals", lambda *args: None)
         yield
 
 
@@ -293,7 +294,7 @@ def test_importance_by_time_is_kept_as_it_comes(importance, folder, tmp_path, mo
             times.append(args[3])
             return divergences(*args, **kwargs)
 
-        patch.setattr(study, "divergences", stopping)
+        patch.setattr(importance_study, "divergences", stopping)
         with pytest.raises(KeyboardInterrupt):
             run_study(cfg, tmp_path)
     run_study(cfg, tmp_path)
@@ -337,7 +338,7 @@ def test_models_of_one_depth_are_told_apart(importance):
     models = (("H", "runs/a"), ("H2", "runs/b"), ("L", "runs/short"), ("M", "runs/long"))
     cfg = dataclasses.replace(cfg, models=models, schedules=())
     depths = {"H": 12, "H2": 12, "L": 4, "M": 4}
-    labels = [importance_report._label(x, cfg, depths) for x in ("H", "H2", "L", "M")]
+    labels = [importance_study._label(x, cfg, depths) for x in ("H", "H2", "L", "M")]
     assert labels == [
         "H: 12 blocks", "H2: 12 blocks, another seed", "L: 4 blocks, short", "M: 4 blocks, long",
     ]  # fmt: skip

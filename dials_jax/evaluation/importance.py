@@ -1,21 +1,36 @@
-"""Tables and figures of how far models are from the heavy one, and what schedules would lose."""
+"""How far models are from a heavy one at each noise level, and what schedules would lose."""
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
+from dials_jax import sharding
 from dials_jax.analysis import study_plots as plots
 from dials_jax.analysis.schedule_search import time_weights
-from dials_jax.analysis.step_importance import Curve, Divergence
-from dials_jax.config import ImportanceStudy
+from dials_jax.analysis.step_importance import (
+    Curve,
+    Divergence,
+    check_family,
+    curves,
+    divergences,
+)
+from dials_jax.config import ImportanceStudy, require, to_dict
+from dials_jax.data.batches import generator
+from dials_jax.data.sources import training_data
+from dials_jax.evaluation.results import Outcome, Records, environment, identity
+from dials_jax.evaluation.sampled import require_known
 from dials_jax.evaluation.statistics import mean_interval
-from dials_jax.evaluation.study_report import table
+from dials_jax.evaluation.study_report import as_dicts, table, write
+from dials_jax.loading import load
+from dials_jax.models.model import Model
 from dials_jax.sampling.schedule import Schedule
 
 CURVE_LABELS = {
@@ -24,6 +39,84 @@ CURVE_LABELS = {
     "kl": "KL(heavy || model), nats",
     "relative_kl": "KL(heavy || model),\nless a second heavy model's, nats",
 }
+
+
+def run_importance(cfg: ImportanceStudy, workdir: Path) -> Outcome:
+    """Figures 5 and 6, and what schedules would lose by them."""
+    from tqdm import tqdm
+
+    schedules = [Schedule.parse(text) for text in cfg.schedules]
+    require_known(schedules, [letter for letter, _ in cfg.models])
+    mesh = sharding.make_mesh(cfg.mesh)
+    models = {letter: load(path, cfg.dtype, mesh, cfg.layout) for letter, path in cfg.models}
+    heavy = models.pop(cfg.heavy)
+    check_family(heavy.config, {letter: model.config for letter, model in models.items()})
+    tokens, data = clean_rows(cfg, heavy)
+    weights = {letter: model.fingerprint for letter, model in models.items()}
+    weights |= {cfg.heavy: heavy.fingerprint, "data": data}
+    records = Records(workdir, identity(cfg, weights))
+    done = {record["time"] for record in records.all}
+    quiet = not sys.stderr.isatty()
+    for time in tqdm([t for t in cfg.times if t not in done], unit="time", disable=quiet):
+        found = divergences(heavy, models, tokens, time, seed=cfg.seed, batch_size=cfg.batch_size)
+        records.add({"time": time, "models": {k: _plain(v) for k, v in found.items()}})
+    measured_at = {record["time"]: record["models"] for record in records.all}
+    by_letter = {
+        letter: [_divergence(measured_at[t][letter]) for t in cfg.times] for letter in models
+    }
+    results = {
+        "kind": type(cfg).__name__,
+        "config": to_dict(cfg),
+        "environment": environment(heavy, cfg.seed),
+        "num_layers": {cfg.heavy: heavy.num_layers}
+        | {letter: model.num_layers for letter, model in models.items()},
+        "curves": curve_results(curves(cfg.times, by_letter, cfg.heavy2)),
+    }
+    predicted = predictions(schedules, cfg.times, by_letter)
+    results["predicted"] = as_dicts(predicted)
+
+    def publish():
+        write(results, curve_rows(results["curves"]), workdir)
+        plot_importance(results, cfg, workdir / "plots")
+        print(curve_table(results["curves"]))
+        if predicted:
+            plot_predictions(predicted, workdir / "plots")
+            print(prediction_table(predicted))
+
+    return results, publish
+
+
+def clean_rows(cfg: ImportanceStudy, heavy: Model) -> tuple[Int[np.ndarray, "N T"], str]:
+    """Rows of the data, drawn once by the seed, and the data's fingerprint."""
+    data, _ = training_data(cfg.data, heavy.config, heavy.path)
+    require(
+        data.num_rows >= cfg.num_sequences,
+        f"the data has {data.num_rows} rows, fewer than num_sequences={cfg.num_sequences}; "
+        "lower it or add text",
+    )
+    random = generator("step importance", cfg.seed)
+    chosen = np.sort(random.choice(data.num_rows, cfg.num_sequences, replace=False))
+    tokens, answer, valid = data.rows(chosen)
+    require(
+        valid is None and bool(answer.all()),
+        "the importance study masks whole rows; give text data with prompt_length=0",
+    )
+    return tokens, data.fingerprint
+
+
+def _plain(divergence: Divergence) -> dict[str, list[float | None]]:
+    """For JSON, which has no NaN."""
+    return {
+        name: [None if math.isnan(x) else x for x in np.asarray(values, float).tolist()]
+        for name, values in divergence._asdict().items()
+    }
+
+
+def _divergence(plain: dict[str, list[float | None]]) -> Divergence:
+    return Divergence(**{name: np.array(values, float) for name, values in plain.items()})
+
+
+# --------------------------------------------------------------------------- tables and figures
 
 
 def curve_results(curves: Mapping[str, Mapping[str, Curve]]) -> dict[str, Any]:

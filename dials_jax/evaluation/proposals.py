@@ -1,4 +1,4 @@
-"""Tables and figures of ways to find a schedule, replayed on a finished search."""
+"""Ways to find a good schedule without trying all, replayed on a finished search."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from jaxtyping import Bool, Float
 from dials_jax.analysis import schedule_search as search
 from dials_jax.analysis import study_plots as plots
 from dials_jax.analysis.schedule_search import Predict, Regret
+from dials_jax.config import ProposeStudy, require, to_dict
+from dials_jax.evaluation.readings import coarse_schedules, read_harms, read_search
+from dials_jax.evaluation.results import Outcome
 from dials_jax.evaluation.statistics import mean_interval
-from dials_jax.evaluation.study_report import table
+from dials_jax.evaluation.study_report import as_dicts, table, write
 from dials_jax.sampling.schedule import Schedule
 
 HARM_LABELS = {
@@ -21,6 +24,65 @@ HARM_LABELS = {
     "kl": "importance by KL",
     "relative_kl": "importance by relative KL",
 }
+
+
+def methods_of(
+    light: Bool[np.ndarray, "S n"], harms: Mapping[str, Float[np.ndarray, "n"]]
+) -> dict[str, Callable[[int], search.Predict]]:
+    """Ways to choose what to try next, by name; each is made from a seed."""
+    methods = {
+        "chance": lambda seed: search.by_chance(len(light), seed),
+        "additive model": lambda seed: search.by_additive_model(light, seed),
+    }
+    for name, harm in harms.items():
+        label = HARM_LABELS[name]
+        methods[label] = lambda seed, h=harm: search.by_importance(light, h)
+        methods[f"{label} + additive"] = lambda seed, h=harm: search.by_additive_model(
+            light, seed, h
+        )
+    return methods
+
+
+def run_proposals(cfg: ProposeStudy, workdir: Path) -> Outcome:
+    """Replays ways to find a schedule on a finished search, and compares what they find."""
+    searched, values = read_search(cfg.search)
+    light = search.placements(searched.num_segments, searched.num_light)
+    letter, num_segments = searched.light, searched.num_segments
+    harms = read_harms(cfg.importance, letter, num_segments) if cfg.importance else {}
+    require(
+        max(cfg.budgets) <= len(light),
+        f"budgets {cfg.budgets} ask for more than the {len(light)} schedules of the search",
+    )
+    methods = methods_of(light, harms)
+    budgets = sorted(cfg.budgets)
+    regrets = {
+        name: [search.regret(make, values, b, cfg.num_repeats, cfg.seed) for b in budgets]
+        for name, make in methods.items()
+    }
+    chosen = choices(methods, values, budgets, coarse_schedules(searched), cfg.seed)
+    correlations = {
+        name: search.rank_correlation(light @ harm, values, cfg.seed)
+        for name, harm in harms.items()
+    }
+    results = {
+        "kind": type(cfg).__name__,
+        "config": to_dict(cfg),
+        "segments": {"harm": {name: harm.tolist() for name, harm in harms.items()}},
+        "rank_correlation": {name: c._asdict() for name, c in correlations.items()},
+        "regret": {name: [r._asdict() for r in found] for name, found in regrets.items()},
+        "choices": as_dicts(chosen),
+    }
+
+    def publish():
+        workdir.mkdir(parents=True, exist_ok=True)
+        write(results, as_dicts(chosen), workdir)
+        plot_proposals(regrets, budgets, light, values, harms, correlations, workdir / "plots")
+        print(regret_table(regrets, budgets, correlations))
+
+    return results, publish
+
+
+# --------------------------------------------------------------------------- tables and figures
 
 
 @dataclass(frozen=True, kw_only=True)
