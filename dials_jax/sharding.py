@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
@@ -116,6 +117,16 @@ def place_batch(batch: PyTree, mesh: Mesh) -> PyTree:
     """Host arrays to global arrays; every process passes its own slice of the rows."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def place_rows(x: jax.Array, mesh: Mesh) -> jax.Array:
+    """An array of rows, the whole of it on every process, to a global array."""
+    sharding = batch_sharding(mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(x, sharding)
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(place_rows(jax.random.key_data(x), mesh))
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
 def constrain_rows(x: jax.Array) -> jax.Array:

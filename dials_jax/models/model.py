@@ -111,7 +111,7 @@ class Model:
             extra = -x.shape[0] % multiple
             if extra:
                 x = jnp.concatenate([x, jnp.broadcast_to(x[-1:], (extra, *x.shape[1:]))])
-            return jax.device_put(x, sharding.batch_sharding(self.mesh))
+            return sharding.place_rows(x, self.mesh)
 
         return jax.tree.map(one, rows)
 

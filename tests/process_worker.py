@@ -1,0 +1,78 @@
+"""Trains, evaluates and studies tiny models as one of several processes.
+
+`test_processes.py` starts two of it, which share a folder, and compares what they leave with what
+one process alone does. Usage: python process_worker.py NUMBER COUNT PORT FOLDER
+"""
+
+import sys
+from pathlib import Path
+
+import jax
+
+from dials_jax.config import (
+    ArithmeticData,
+    EvalConfig,
+    EvalTask,
+    MeshConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    ScheduleStudy,
+    TrainConfig,
+)
+from dials_jax.evaluation.study import run_study
+from dials_jax.evaluation.sweep import sweep
+from dials_jax.models import mdlm
+from dials_jax.training.loop import train
+from tests import conftest  # noqa: F401  exact products, shapes checked
+
+DATA = ArithmeticData(num_items=40)
+
+
+def training(mesh, causal=False):
+    kind = "causal" if causal else "mdlm"
+    return TrainConfig(
+        model=mdlm.small(2, 32, 19, mask_id=18, eos_id=1, pad_id=0, max_length=32,
+                         dtype="float32", causal=causal),
+        data=DATA,
+        optimizer=OptimizerConfig(learning_rate=1e-2, num_steps=4, warmup_steps=1, ema=0.9),
+        objective=ObjectiveConfig(kind=kind),
+        mesh=mesh,
+        batch_size=4,
+        save_every=2,
+        log_every=2,
+    )  # fmt: skip
+
+
+def work(folder: Path, mesh: MeshConfig) -> None:
+    """Parameters are split over `mesh` in training; evaluation splits rows over all devices."""
+    train(training(mesh), folder / "model")
+    train(training(mesh, causal=True), folder / "causal")
+    task = EvalTask(name="sums", metric="exact_match", data=DATA, limit=5)
+    bound = EvalTask(name="bound", metric="nelbo", data=DATA, limit=3, num_samples=4)
+    sweep(
+        EvalConfig(model=str(folder / "model"), tasks=(task, bound), static=(1,), random=(1,),
+                   batch_size=4),
+        folder / "sweep",
+    )  # fmt: skip
+    run_study(
+        ScheduleStudy(
+            models=(("H", str(folder / "model")), ("L", str(folder / "model"))),
+            static=(("L", "1"),),
+            scorer=str(folder / "causal"),
+            retokenize="never",
+            schedules=("H4", "L1,H3"),
+            length=12,
+            steps=4,
+            num_samples=3,
+            batch_size=2,
+            dtype="float32",
+            layout="stacked",
+        ),
+        folder / "study",
+    )
+
+
+if __name__ == "__main__":
+    number, count, port, folder = sys.argv[1:]
+    jax.distributed.initialize(f"localhost:{port}", int(count), int(number))
+    work(Path(folder), MeshConfig(data=1, fsdp=int(count)))

@@ -1,0 +1,89 @@
+"""Two hosts, each with a device of its own, do what one does."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import dials_jax as dj
+from dials_jax.config import MeshConfig
+from tests.process_worker import work
+
+ROOT = Path(__file__).parents[1]
+TIME = ("tokens_per_second", "seconds")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """What one process left, and what two left."""
+    one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        port = found.getsockname()[1]
+    worker = str(ROOT / "tests" / "process_worker.py")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, worker, str(number), "2", str(port), str(two)],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for number in range(2)
+    ]  # fmt: skip
+    work(one, MeshConfig())
+    outputs = [process.communicate(timeout=600)[0] for process in processes]
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output[-3000:]
+    return one, two, outputs
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def assert_close(a, b):
+    """Equal but for rounding and what was measured in time."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a.keys() - set(TIME):
+            assert_close(a[key], b[key])
+    elif isinstance(a, list):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_close(x, y)
+    elif isinstance(a, float):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5)
+    else:
+        assert a == b
+
+
+def test_training_with_split_parameters_is_the_same(folders):
+    one, two, _ = folders
+    for name in ("model", "causal"):
+        assert_close(*(lines(folder / name / "metrics.jsonl") for folder in (one, two)))
+        models = [dj.load(folder / name) for folder in (one, two)]
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), *(m.params for m in models)
+        )
+
+
+def test_a_sweep_gives_every_item_the_same_score(folders):
+    one, two, _ = folders
+    runs = [json.loads((x / "sweep" / "results.json").read_text())["runs"] for x in (one, two)]
+    assert len(runs[0]) == 6
+    for a, b in zip(*runs, strict=True):
+        for name in ("task", "policy", "items", "examples", "execution"):
+            assert_close(a[name], b[name])
+
+
+def test_a_study_draws_and_writes_every_sample_once(folders):
+    one, two, outputs = folders
+    assert_close(*(lines(folder / "study" / "runs.jsonl") for folder in (one, two)))
+    assert (two / "study" / "results.csv").exists()
+    shown = [("gen. PPL" in output, "full: " in output) for output in outputs]
+    assert shown == [(True, True), (False, False)]  # the first process speaks for all
