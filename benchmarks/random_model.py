@@ -14,7 +14,7 @@ from dials_jax.models import dream, groups, llada, mdlm, qwen2, transformer
 from dials_jax.models.groups import Layout
 from dials_jax.models.model import Model
 from dials_jax.skipping.policies import Routed
-from dials_jax.skipping.router import init_routers
+from dials_jax.skipping.router import init_routers, rounded
 
 MODELS = {
     "llada_8b": llada.llada_8b,
@@ -65,7 +65,7 @@ def make_routers(model: Model, skipped: int = 0, d_hidden: int = 512, seed: int 
     )
     skip = jnp.arange(cfg.num_layers) >= cfg.num_layers - skipped
     routers["vote_bias"] = jnp.where(skip[:, None], jnp.array([9.0, 0.0]), jnp.array([0.0, 9.0]))
-    routers = trees.cast(routers, cfg.dtype)
+    routers = rounded(routers, cfg.dtype)
     if trees.is_unrolled(model.params["layers"]):
         routers = trees.unstack(routers)
     return Routed(jax.device_put(routers, sharding.replicated(model.mesh)), 0.1)

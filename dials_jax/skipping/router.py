@@ -69,6 +69,14 @@ def init_routers(d_model: int, num_layers: int, cfg: RouterConfig, key: jax.Arra
     return router_module(d_model, cfg).init_stack(key, num_layers)
 
 
+def rounded(routers: trees.Params, dtype: str) -> trees.Params:
+    """For inference in `dtype`: the kernel of the one product that runs in it.
+
+    Every call would round it again; the votes are the same.
+    """
+    return {**routers, "down": routers["down"].astype(dtype)}
+
+
 def apply_router(router: trees.Params, h: Float[Array, "B T D"]) -> Float[Array, "B T 2"]:
     """Vote logits of one layer's router."""
     d_model, d_hidden = router["down"].shape

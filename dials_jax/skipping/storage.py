@@ -21,7 +21,7 @@ from dials_jax.config import (
     write_json,
 )
 from dials_jax.skipping.policies import Routed
-from dials_jax.skipping.router import init_routers
+from dials_jax.skipping.router import init_routers, rounded
 
 FORMAT = "dials_jax router"
 AGAIN = "run its training command again, which writes it from the last checkpoint"
@@ -115,6 +115,7 @@ def load_router(path: str | Path, model: Backbone, threshold: float | None = Non
         trees.digest_hex(routers) == facts["digests"],
         f"router {folder} is damaged: its arrays do not match their digests; {AGAIN}",
     )
+    routers = rounded(routers, model.config.dtype)
     # Laid out as the layers are: a slice of a stack would be copied at every layer.
     unrolled = trees.is_unrolled(model.params["layers"])
     return Routed(trees.unstack(routers) if unrolled else routers, cfg.threshold)

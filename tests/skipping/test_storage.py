@@ -3,13 +3,14 @@
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dials_jax import trees
 from dials_jax.config import InputError, RouterConfig
 from dials_jax.loading import load
-from dials_jax.skipping.router import init_routers
+from dials_jax.skipping.router import apply_router, init_routers
 from dials_jax.skipping.storage import load_router, router_facts, save_router
 
 CFG = RouterConfig(d_hidden=8, threshold=0.25, execute_bias=0.0)
@@ -45,6 +46,18 @@ def test_routers_are_laid_out_as_the_layers(workdir, router_params, arithmetic_m
     policy = load_router(workdir, load(arithmetic_model, layout="unrolled"))
     assert trees.is_unrolled(policy.router)
     jax.tree.map(np.testing.assert_array_equal, trees.stack(policy.router), router_params)
+
+
+def test_a_router_of_a_bfloat16_model_votes_as_before(workdir, router_params, arithmetic_model):
+    policy = load_router(workdir, load(arithmetic_model, "bfloat16"))
+    assert policy.router["down"].dtype == jnp.bfloat16
+    assert policy.router["vote"].dtype == jnp.float32
+    h = jax.random.normal(jax.random.key(2), (2, 9, 32)).astype(jnp.bfloat16)
+    for layer in range(4):
+        loaded, saved = (
+            apply_router(trees.layer_slice(x, layer), h) for x in (policy.router, router_params)
+        )
+        np.testing.assert_array_equal(loaded, saved)
 
 
 def test_saving_again_replaces(workdir, router_params, backbone):
