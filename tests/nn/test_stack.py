@@ -1,9 +1,6 @@
 """The executors on a toy block in which tokens of a row mix, and on the transformer itself."""
 
 import re
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,80 +10,17 @@ from jax.test_util import check_grads
 
 from dials_jax import trees
 from dials_jax.models.model import Model
-from dials_jax.nn.kv import gather
-from dials_jax.nn.stack import Denoising, Layer, choose, run_stack
+from dials_jax.nn.stack import Denoising, choose, run_stack
 from dials_jax.skipping.policies import Random, Routed, Static
-
-T, D, L = 5, 32, 4  # D and L are those of the routers fixture
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Given:
-    """Gates that a test states: [L, B], or [L] for all rows together."""
-
-    gates: Any
-
-    def plan(self, num_layers, denoising):
-        return self.gates
-
-    def gate(self, plan, h, denoising):
-        return plan
-
-
-def project(params, h, context, wanted=None):
-    """The mean of a row's valid tokens: once to mix in, and once to remember."""
-    valid = context["valid"][..., None]
-    mean = jnp.sum(h * valid, axis=1) / jnp.sum(valid, axis=1)
-    return mean, {"mean": mean}
-
-
-def mix(params, h, mean, memory, context, wanted=None):
-    """A residual block that mixes the tokens of a row with what it remembers of the row."""
-    return h + jnp.tanh((h + (mean + memory["mean"])[:, None]) @ params["w"])
-
-
-def block(params, h, context, wanted=None):
-    mean, update = project(params, h, context)
-    return mix(params, h if wanted is None else gather(h, wanted), mean, update, context)
-
-
-def remember(memory, update, context, keep):
-    """Adds to half of what was remembered, in the rows to keep."""
-
-    def put(old, new):
-        new = old / 2 + new
-        return new if keep is None else jnp.where(keep[:, None], new, old)
-
-    return jax.tree.map(put, memory, update)
-
-
-LAYER = Layer(block, project, mix, remember)
-
-LAYERS = {"w": 0.3 * jax.random.normal(jax.random.key(0), (L, D, D))}
-
-
-def make_rows(num_rows, seed=1):
-    """Hidden states, left padding of 0, 1 or 2 tokens, and what a policy may know."""
-    h = jax.random.normal(jax.random.key(seed), (num_rows, T, D))
-    valid = jnp.arange(T) >= (jnp.arange(num_rows) % 3)[:, None]
-    masked = valid & (jax.random.uniform(jax.random.key(seed + 1), (num_rows, T)) < 0.6)
-    keys = jax.random.split(jax.random.key(seed + 2), num_rows)
-    return h, {"valid": valid}, Denoising(masked, jnp.asarray(3), keys)
-
-
-@partial(jax.jit, static_argnames=("span", "executor"))
-def jitted(layers, h, context, policy, denoising, memory=None, *, executor, span=None):
-    denoising = denoising._replace(vote_from=0)  # an argument would be traced
-    return run_stack(
-        LAYER, layers, h, context, policy, denoising, span=span, memory=memory, executor=executor
-    )
-
-
-def run(policy, rows, executor="auto", unrolled=False):
-    layers = trees.unstack(LAYERS) if unrolled else LAYERS
-    out = jitted(layers, rows[0], rows[1], policy, rows[2], executor=executor)
-    return np.asarray(out.h), np.asarray(out.gates)
+from tests.nn.toy import (
+    LAYER,
+    LAYERS,
+    Given,
+    L,
+    block,
+    make_rows,
+    run,
+)
 
 
 @pytest.fixture(scope="module")
@@ -207,156 +141,6 @@ def test_observe_sees_the_input_and_the_output_of_every_layer():
         np.testing.assert_array_equal(before[1:], after[:-1])
         np.testing.assert_array_equal(after[2], before[2])  # skipped
         np.testing.assert_array_equal(after[-1], out.h)
-
-
-# ------------------------------------------------------------------------------------ memory
-
-
-def run_with_memory(policy, rows, executor, unrolled=False, span=None, layers=LAYERS):
-    """Hidden states, gates, and the memory before and after, [layers that run, B, D]."""
-    first, last = span or (0, trees.num_layers(layers))
-    shape = (last - first, rows[0].shape[0], D)
-    before = {"mean": jax.random.normal(jax.random.key(8), shape)}
-    layers, memory = (trees.unstack(x) if unrolled else x for x in (layers, before))
-    h, context, denoising = rows
-    out = jitted(layers, h, context, policy, denoising, memory, executor=executor, span=span)
-    after = jnp.stack([m["mean"] for m in out.memory]) if unrolled else out.memory["mean"]
-    return np.asarray(out.h), np.asarray(out.gates), np.asarray(before["mean"]), np.asarray(after)
-
-
-@pytest.mark.parametrize("num_rows", [3, 11])  # 11: slices are rounded up, rows that skip join in
-@pytest.mark.parametrize(
-    "executor, unrolled", [("select", True), ("compact", False), ("compact", True)]
-)
-def test_a_layer_that_is_skipped_keeps_its_memory(executor, unrolled, num_rows):
-    rows, policy = make_rows(num_rows), Random(2)
-    expected_h, gates, before, expected = run_with_memory(policy, rows, "select")
-    np.testing.assert_array_equal(expected[~gates], before[~gates])
-    assert (expected[gates] != before[gates]).all()
-    h, other_gates, _, after = run_with_memory(policy, rows, executor, unrolled)
-    np.testing.assert_array_equal(other_gates, gates)
-    np.testing.assert_array_equal(after[~gates], before[~gates])
-    np.testing.assert_allclose(after, expected, atol=1e-5)
-    np.testing.assert_allclose(h, expected_h, atol=1e-5)
-    assert np.abs(h - run(policy, rows)[0]).max() > 0.1  # the memory is read
-
-
-@pytest.mark.parametrize("executor", ["select", "cond", "compact"])
-@pytest.mark.parametrize("unrolled", [False, True])
-def test_a_shared_gate_keeps_the_memory_of_a_skipped_layer(executor, unrolled):
-    rows = make_rows(3)
-    expected = run_with_memory(Static((0, 3)), rows, "select")  # no branch in the program
-    policy = Given(jnp.array([False, True, True, False]))
-    out = run_with_memory(policy, rows, executor, unrolled)
-    for actual, wanted in zip(out, expected, strict=True):
-        np.testing.assert_allclose(actual, wanted, atol=1e-5)
-    np.testing.assert_array_equal(out[3][[0, 3]], out[2][[0, 3]])
-    assert (out[3][1:3] != out[2][1:3]).all()
-
-
-@pytest.mark.parametrize("unrolled", [False, True])
-@pytest.mark.parametrize("span", [(0, 2), (1, 3), (3, 4)])
-def test_a_span_is_a_smaller_stack(span, unrolled):
-    rows, middle = make_rows(3), slice(*span)
-    gates = jax.random.bernoulli(jax.random.key(3), 0.5, (L, 3))
-    smaller = jax.tree.map(lambda x: x[middle], LAYERS)
-    expected = run_with_memory(Given(gates[middle]), rows, "select", layers=smaller)
-    out = run_with_memory(Given(gates), rows, "compact", unrolled, span)
-    for actual, wanted in zip(out, expected, strict=True):
-        np.testing.assert_allclose(actual, wanted, atol=1e-5)
-
-
-# ------------------------------------------------------------------------- wanted, and must_run
-
-
-@partial(jax.jit, static_argnames="executor")
-def jitted_wanted(layers, h, context, policy, denoising, memory, wanted, must_run, *, executor):
-    return run_stack(
-        LAYER, layers, h, context, policy,
-        denoising._replace(vote_from=0), memory=memory, wanted=wanted, must_run=must_run,
-        executor=executor,
-    )  # fmt: skip
-
-
-def run_wanted(policy, rows, executor, unrolled, wanted=None, must_run=None):
-    """Hidden states, gates and memory, layer by layer."""
-    (h, context, denoising), layers = rows, LAYERS
-    memory = {"mean": jax.random.normal(jax.random.key(8), (L, h.shape[0], D))}
-    if unrolled:
-        layers, memory = trees.unstack(layers), trees.unstack(memory)
-    out = jitted_wanted(
-        layers, h, context, policy, denoising, memory, wanted, must_run, executor=executor
-    )
-    after = jnp.stack([m["mean"] for m in out.memory]) if unrolled else out.memory["mean"]
-    return np.asarray(out.h), np.asarray(out.gates), np.asarray(after)
-
-
-GATES = jnp.array([[1, 0, 1], [1, 1, 0], [0, 1, 1], [1, 0, 0]], bool)  # [L, B]
-MANY_GATES = jax.random.bernoulli(jax.random.key(5), 0.5, (L, 11))  # slices are rounded up
-
-
-@pytest.mark.parametrize(
-    "gates, executor",
-    [
-        (GATES, "select"),
-        (GATES, "compact"),
-        (MANY_GATES, "compact"),
-        (GATES[:, 0], "cond"),
-        (~GATES[:, 0], "cond"),
-    ],
-)
-@pytest.mark.parametrize("unrolled", [False, True])
-def test_wanted_tokens_are_those_of_the_whole(gates, executor, unrolled):
-    rows = make_rows(gates.shape[1] if gates.ndim == 2 else 3)
-    wanted = (jnp.arange(2) + jnp.arange(rows[0].shape[0])[:, None]) % T  # other places a row
-    expected, gates_of_all, memory = run_wanted(Given(gates), rows, "select", False)
-    h, gates, after = run_wanted(Given(gates), rows, executor, unrolled, wanted)
-    np.testing.assert_allclose(h, gather(jnp.asarray(expected), wanted), atol=1e-5)
-    np.testing.assert_array_equal(gates, gates_of_all)
-    np.testing.assert_allclose(after, memory, atol=1e-5)  # of all tokens, wanted or not
-
-
-@pytest.mark.parametrize("unrolled", [False, True])
-@pytest.mark.parametrize("policy", [None, Static((1, 3))])
-def test_wanted_tokens_without_branches(policy, unrolled):
-    rows = make_rows(3)
-    wanted = jnp.array([[0, 4], [3, 1], [2, 2]])
-    expected, _, memory = run_wanted(policy, rows, "auto", False)
-    h, _, after = run_wanted(policy, rows, "auto", unrolled, wanted)
-    np.testing.assert_allclose(h, gather(jnp.asarray(expected), wanted), atol=1e-5)
-    np.testing.assert_allclose(after, memory, atol=1e-5)
-
-
-def test_the_last_block_is_asked_for_the_wanted_tokens_only():
-    asked = []
-
-    def block_of(params, h, context, wanted=None):
-        asked.append(None if wanted is None else wanted.shape)
-        return block(params, h, context, wanted)
-
-    h, context, denoising = make_rows(3)
-    wanted = jnp.zeros((3, 2), int)
-    layers = trees.unstack(LAYERS)
-    out = run_stack(Layer(block_of), layers, h, context, None, denoising, wanted=wanted)
-    assert asked == [None, None, None, (3, 2)] and out.h.shape == (3, 2, D)
-
-
-@pytest.mark.parametrize("unrolled", [False, True])
-@pytest.mark.parametrize("executor", ["select", "compact"])
-def test_layers_that_must_run_do(executor, unrolled):
-    """All but those that are skipped at every step, in either layout."""
-    rows = make_rows(3)
-    expected = run_wanted(None, rows, "select", False)
-    for policy in (Given(GATES), Given(GATES[:, 1]), Random(2)):
-        out = run_wanted(policy, rows, executor, unrolled, must_run=jnp.array(True))
-        for actual, of_all in zip(out, expected, strict=True):
-            np.testing.assert_allclose(actual, of_all, atol=1e-5)
-        free = run_wanted(policy, rows, executor, unrolled)
-        out = run_wanted(policy, rows, executor, unrolled, must_run=jnp.array(False))
-        jax.tree.map(np.testing.assert_array_equal, out, free)
-        assert not free[1].all()
-    _, gates, _ = run_wanted(Static((1, 3)), rows, executor, unrolled, must_run=jnp.array(True))
-    np.testing.assert_array_equal(gates, [[True] * 3, [False] * 3] * 2)
 
 
 # ------------------------------------------------------------------------- straight-through gates
