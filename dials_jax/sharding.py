@@ -125,7 +125,8 @@ def place_rows(x: jax.Array, mesh: Mesh) -> jax.Array:
     if jax.process_count() == 1:
         return jax.device_put(x, sharding)
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        return jax.random.wrap_key_data(place_rows(jax.random.key_data(x), mesh))
+        data = place_rows(jax.random.key_data(x), mesh)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 

@@ -16,6 +16,7 @@ from dials_jax.config import (
     MeshConfig,
     ObjectiveConfig,
     OptimizerConfig,
+    RouterConfig,
     ScheduleStudy,
     TrainConfig,
 )
@@ -28,11 +29,21 @@ from tests import conftest  # noqa: F401  exact products, shapes checked
 DATA = ArithmeticData(num_items=40)
 
 
-def training(mesh, causal=False):
-    kind = "causal" if causal else "mdlm"
+def training(mesh, kind="mdlm", **subject):
+    model = mdlm.small(
+        2,
+        32,
+        19,
+        mask_id=18,
+        eos_id=1,
+        pad_id=0,
+        max_length=32,
+        dtype="float32",
+        causal=kind == "causal",
+    )
     return TrainConfig(
-        model=mdlm.small(2, 32, 19, mask_id=18, eos_id=1, pad_id=0, max_length=32,
-                         dtype="float32", causal=causal),
+        **(subject or {"model": model, "dropout": 0.1}),
+        router=RouterConfig(d_hidden=8, execute_bias=0.5),
         data=DATA,
         optimizer=OptimizerConfig(learning_rate=1e-2, num_steps=4, warmup_steps=1, ema=0.9),
         objective=ObjectiveConfig(kind=kind),
@@ -46,14 +57,19 @@ def training(mesh, causal=False):
 def work(folder: Path, mesh: MeshConfig) -> None:
     """Parameters are split over `mesh` in training; evaluation splits rows over all devices."""
     train(training(mesh), folder / "model")
-    train(training(mesh, causal=True), folder / "causal")
+    train(training(mesh, "causal"), folder / "causal")
+    train(training(mesh, backbone=str(folder / "model")), folder / "router")
     task = EvalTask(name="sums", metric="exact_match", data=DATA, limit=5)
     bound = EvalTask(name="bound", metric="nelbo", data=DATA, limit=3, num_samples=4)
-    sweep(
-        EvalConfig(model=str(folder / "model"), tasks=(task, bound), static=(1,), random=(1,),
-                   batch_size=4),
-        folder / "sweep",
-    )  # fmt: skip
+    evaluation = EvalConfig(
+        model=str(folder / "model"),
+        tasks=(task, bound),
+        routers=(str(folder / "router"),),
+        static=(1,),
+        random=(),
+        batch_size=4,
+    )
+    sweep(evaluation, folder / "sweep")
     run_study(
         ScheduleStudy(
             models=(("H", str(folder / "model")), ("L", str(folder / "model"))),

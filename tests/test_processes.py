@@ -64,8 +64,9 @@ def assert_close(a, b):
 
 def test_training_with_split_parameters_is_the_same(folders):
     one, two, _ = folders
-    for name in ("model", "causal"):
+    for name in ("model", "causal", "router"):
         assert_close(*(lines(folder / name / "metrics.jsonl") for folder in (one, two)))
+    for name in ("model", "causal"):
         models = [dj.load(folder / name) for folder in (one, two)]
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), *(m.params for m in models)

@@ -220,6 +220,11 @@ def predictions(
         }
         harms = [_harm(schedule, times, values) for schedule in schedules]
         whole = np.isfinite(np.sum(harms, axis=0))  # rows that were masked somewhere at each time
+        require(
+            not schedules or whole.sum() > 1,
+            "schedules: fewer than two rows were masked at every time, too few to predict with; "
+            "add sequences, or lower num_times",
+        )
         for schedule, harm in zip(schedules, harms, strict=True):
             difference = (harm - harms[0])[whole]
             low, high = mean_interval(harm[whole])

@@ -160,7 +160,7 @@ def layer_of(
     Args:
       contiguous: the tokens of a call are one range, the same in every row.
       remat: recompute each block in the backward pass.
-      dropout: of all layers, which then are `numbered`.
+      dropout: of all layers, which then are `numbered`. Blocks without a memory only.
     """
 
     def block(params, h, rows, wanted=None):
@@ -205,7 +205,7 @@ def run_layers(
         `time_conditioning` only.
       vote_from: no token before this one is masked, so routers need not look there.
       remat: recompute each block in the backward pass.
-      dropout: of what each block adds to the stream; None in inference.
+      dropout: of what each block adds to the stream; None in inference. For executor "select".
     """
     masked = is_masked(cfg, tokens) if valid is None else is_masked(cfg, tokens) & valid
     rows = rows_of(cfg, valid, tokens.shape)

@@ -27,9 +27,8 @@ class Dropout(NamedTuple):
         return self._replace(keys=_fold(self.keys, number))
 
     def __call__(self, update: Float[Array, "B T D"], place: int) -> Float[Array, "B T D"]:
-        # 16 bits are half the numbers to keep for the backward pass; the share is off by 8e-6.
-        kept = jax.vmap(lambda key: jax.random.bits(key, update.shape[1:], jnp.uint16))
-        is_kept = kept(_fold(self.keys, place)) >= round(self.rate * 2**16)
+        draw = jax.vmap(lambda key: jax.random.uniform(key, update.shape[1:]))
+        is_kept = draw(_fold(self.keys, place)) >= self.rate
         return jnp.where(is_kept, update / (1 - self.rate), 0)
 
 

@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from dials_jax import trees
-from dials_jax.config import TrainConfig, read_json, require, to_dict, write_json
+from dials_jax.config import TrainConfig, from_dict, read_json, require, to_dict, write_json
 from dials_jax.data.batches import TrainingData
 from dials_jax.data.sources import training_data
 from dials_jax.loading import load
@@ -130,7 +130,10 @@ def claim_workdir(workdir: Path, cfg: TrainConfig, identity: dict[str, Any]) -> 
     path = workdir / "config.json"
     mine = {"train": to_dict(cfg), **identity}
     if path.exists():
-        for name, (old, new) in _differences(read_json(path), mine).items():
+        theirs = read_json(path)
+        # A setting that is newer than the run had its default.
+        theirs["train"] = to_dict(from_dict(TrainConfig, theirs["train"], str(path)))
+        for name, (old, new) in _differences(theirs, mine).items():
             require(
                 name.startswith(FREE_FIELDS),
                 f"{workdir} holds another experiment ({name.removeprefix('train.')} is {old!r} "

@@ -61,6 +61,18 @@ def test_a_block_drops_what_attention_and_the_mlp_add(lively, silent):
     np.testing.assert_allclose(found[~gone], update[~gone] / (1 - RATE), rtol=1e-3, atol=1e-5)
 
 
+def test_every_layer_draws_by_its_own_number(lively):
+    """Against one layer after the other, each told its number by hand."""
+    cfg, params, dropout = lively.config, lively.params, Dropout(KEYS, RATE)
+    rows = transformer.rows_of(cfg, None, TOKENS.shape)
+    h = transformer.embed(cfg, params, TOKENS, rows)
+    for number in range(cfg.num_layers):
+        layer = trees.layer_slice(params["layers"], number)
+        here = rows._replace(dropout=dropout.of_layer(number))
+        h = transformer.block_of(cfg, layer)(layer, h, here)
+    np.testing.assert_allclose(streams(cfg, params, dropout), h, atol=1e-4)
+
+
 def test_a_row_draws_the_same_in_any_batch_layout_and_with_recomputation(lively):
     cfg, stacked = lively.config, lively.params
     unrolled = {**stacked, "layers": trees.unstack(stacked["layers"])}

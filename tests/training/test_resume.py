@@ -85,7 +85,8 @@ def without_times(lines):
 )
 def test_killed_and_continued_equals_uninterrupted(kind, kills, arithmetic_model, tmp_path):
     config = tmp_path / "config.py"
-    subject = "model=MODEL" if kind == "model" else f"backbone={str(arithmetic_model)!r}"
+    backbone = f"backbone={str(arithmetic_model)!r}"
+    subject = "model=MODEL, dropout=0.1" if kind == "model" else backbone
     config.write_text(CONFIG.format(subject=subject))
     cfg = load_config(str(config), TrainConfig)
 
@@ -106,6 +107,24 @@ def test_killed_and_continued_equals_uninterrupted(kind, kills, arithmetic_model
     assert lines == without_times(logged(tmp_path / "whole"))
     steps = [line["step"] for line in lines]
     assert steps == sorted(set(steps)) and {3, 4, 6, 39, 40} <= set(steps)
+
+
+def test_dropout_reaches_the_loss(tmp_path, train_config):
+    for name, share in (("without", 0.0), ("with", 0.5)):
+        train(train_config(dropout=share, log_every=1), tmp_path / name)
+    a, b = (logged(tmp_path / name) for name in ("without", "with"))
+    assert a[0]["masked_share"] == b[0]["masked_share"] and a[0]["loss"] != b[0]["loss"]
+
+
+def test_a_run_from_before_a_setting_existed_goes_on(tmp_path, train_config):
+    cfg = train_config()
+    state = train(cfg, tmp_path)
+    path = tmp_path / "config.json"
+    old = json.loads(path.read_text())
+    del old["train"]["dropout"]
+    path.write_text(json.dumps(old))
+    again = train(cfg, tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, state, again)
 
 
 @pytest.fixture(scope="module")
