@@ -221,7 +221,7 @@ def predictions(
         harms = [_harm(schedule, times, values) for schedule in schedules]
         whole = np.isfinite(np.sum(harms, axis=0))  # rows that were masked somewhere at each time
         require(
-            not schedules or whole.sum() > 1,
+            not schedules or int(whole.sum()) > 1,
             "schedules: fewer than two rows were masked at every time, too few to predict with; "
             "add sequences, or lower num_times",
         )

@@ -12,7 +12,7 @@ import pytest
 
 from dials_jax import trees
 from dials_jax.analysis import schedule_search as search
-from dials_jax.analysis.step_importance import divergences
+from dials_jax.analysis.step_importance import Divergence, divergences
 from dials_jax.commands import load_config, override
 from dials_jax.config import (
     ArithmeticData,
@@ -331,6 +331,13 @@ def test_predictions_are_integrals_over_the_times_of_light_steps(importance):
         assert sandwich[quantity]["difference"] == 0
         found = mean_interval(total)
         np.testing.assert_allclose([whole[quantity][x] for x in ("low", "high")], found, rtol=1e-3)
+
+
+def test_too_few_rows_to_predict_with_are_named():
+    seen = np.array([[0.1, np.nan], [np.nan, 0.2]])  # no row was masked at both times
+    found = [Divergence(row, row) for row in seen]
+    with pytest.raises(InputError, match="fewer than two rows were masked at every time"):
+        importance_study.predictions([Schedule.parse("L4")], (0.25, 0.75), {"L": found})
 
 
 def test_models_of_one_depth_are_told_apart(importance):
