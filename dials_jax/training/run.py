@@ -11,7 +11,15 @@ import jax
 from jax.sharding import Mesh
 
 from dials_jax import trees
-from dials_jax.config import TrainConfig, from_dict, read_json, require, to_dict, write_json
+from dials_jax.config import (
+    InputError,
+    TrainConfig,
+    from_dict,
+    read_json,
+    require,
+    to_dict,
+    write_json,
+)
 from dials_jax.data.batches import TrainingData
 from dials_jax.data.sources import training_data
 from dials_jax.loading import load
@@ -131,8 +139,12 @@ def claim_workdir(workdir: Path, cfg: TrainConfig, identity: dict[str, Any]) -> 
     mine = {"train": to_dict(cfg), **identity}
     if path.exists():
         theirs = read_json(path)
-        # A setting that is newer than the run had its default.
-        theirs["train"] = to_dict(from_dict(TrainConfig, theirs["train"], str(path)))
+        try:  # a setting that is newer than the run had its default
+            theirs["train"] = to_dict(from_dict(TrainConfig, theirs.get("train", {})))
+        except InputError as error:
+            raise InputError(
+                f"{workdir} holds another experiment ({error}); choose another --workdir"
+            ) from error
         for name, (old, new) in _differences(theirs, mine).items():
             require(
                 name.startswith(FREE_FIELDS),

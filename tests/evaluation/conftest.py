@@ -1,7 +1,24 @@
-"""A sweep as eval.py writes it, with made-up numbers."""
+"""A sweep as eval.py writes it, with made-up numbers; and studies of schedules on tiny models."""
 
+import jax
 import numpy as np
 import pytest
+
+from dials_jax import trees
+from dials_jax.config import (
+    ArithmeticData,
+    ImportanceStudy,
+    SearchStudy,
+    TextData,
+)
+from dials_jax.data.arithmetic import ArithmeticTask
+from dials_jax.evaluation import importance as importance_study
+from dials_jax.evaluation import proposals, study
+from dials_jax.evaluation.study import run_study
+from dials_jax.models import transformer
+from dials_jax.models.checkpoint import save_model
+from tests.conftest import small_config
+from tests.evaluation.studies import LENGTH, STEPS
 
 NUM_LAYERS, NUM_BINS, NUM_ITEMS = 12, 10, 120
 METRICS = {"sums": "exact_match", "piqa": "choice", "text": "nelbo"}
@@ -88,3 +105,84 @@ def make_results():
         }
 
     return make
+
+
+# ------------------------------------------------------------------------------------- studies
+
+
+@pytest.fixture(scope="package")
+def quick_plots():
+    """Drawing is slow; what is drawn is tested beside the plots."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("plot_schedules", "plot_search"):
+            patch.setattr(study.report, name, lambda *args: None)
+        for name in ("plot_importance", "plot_predictions"):
+            patch.setattr(importance_study, name, lambda *args: None)
+        patch.setattr(proposals, "plot_proposals", lambda *args: None)
+        yield
+
+
+@pytest.fixture(scope="package")
+def study_models(quick_plots, tmp_path_factory):
+    """Model folders H, L, H2 and S (a causal scorer) of one tokenizer, and a text."""
+    folder = tmp_path_factory.mktemp("study")
+    tokenizer = ArithmeticTask(ArithmeticData()).tokenizer
+    tokenizer.save(folder)
+    shapes = {"H": (2, False), "H2": (2, False), "L": (1, False), "S": (1, True)}
+    for seed, (name, (num_layers, causal)) in enumerate(shapes.items()):
+        cfg = small_config(
+            num_layers=num_layers, vocab_size=19, mask_id=18, max_length=32, causal=causal
+        )
+        params = transformer.init(cfg, jax.random.key(seed))
+        lively = trees.map_named(lambda path, x: x if "norm" in path else 8 * x, params)
+        save_model(folder / name, cfg, lively, tokenizer_files=[folder / "tokenizer.json"])
+    digits = np.random.default_rng(0).integers(0, 10, 4000)
+    (folder / "text.txt").write_text("".join(map(str, digits)))
+    return folder
+
+
+@pytest.fixture(scope="package")
+def settings(study_models):
+    return {
+        "models": (("H", str(study_models / "H")), ("L", str(study_models / "L"))),
+        "scorer": str(study_models / "S"),
+        "length": LENGTH,
+        "steps": STEPS,
+        "num_samples": 5,
+        "batch_size": 3,
+        "score_length": 32,
+        "dtype": "float32",
+        "layout": "stacked",
+    }
+
+
+@pytest.fixture(scope="package")
+def searching(settings):
+    return SearchStudy(**settings, num_segments=4, num_light=2, top=2)
+
+
+@pytest.fixture(scope="package")
+def searched(searching, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("searched")
+    run_study(searching, workdir)
+    return workdir
+
+
+@pytest.fixture(scope="package")
+def importance(study_models, tmp_path_factory):
+    data = TextData(
+        paths=(str(study_models / "text.txt"),), length=16, cache=str(study_models / "cache")
+    )
+    cfg = ImportanceStudy(
+        models=tuple((name, str(study_models / name)) for name in ("H", "H2", "L")),
+        heavy2="H2",
+        data=data,
+        schedules=("L2,H4,L2", "H2,L4,H2", "L8", "H4,L4"),
+        num_times=3,
+        num_sequences=6,
+        batch_size=4,
+        layout="stacked",
+    )
+    workdir = tmp_path_factory.mktemp("importance")
+    run_study(cfg, workdir)
+    return cfg, workdir

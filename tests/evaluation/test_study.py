@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import json
 import shutil
 from math import comb
 
@@ -10,124 +9,26 @@ import jax
 import numpy as np
 import pytest
 
-from dials_jax import trees
 from dials_jax.analysis import schedule_search as search
-from dials_jax.analysis.step_importance import Divergence, divergences
 from dials_jax.commands import load_config, override
 from dials_jax.config import (
-    ArithmeticData,
     EvalConfig,
-    ImportanceStudy,
     InputError,
     ProposeStudy,
     ScheduleStudy,
     SearchStudy,
     StudyConfig,
-    TextData,
 )
-from dials_jax.data.arithmetic import ArithmeticTask
 from dials_jax.data.tokenizer import load_tokenizer
-from dials_jax.evaluation import importance as importance_study
-from dials_jax.evaluation import proposals, sampled, study
+from dials_jax.evaluation import sampled
 from dials_jax.evaluation.generative import perplexities, retokenise, score_samples
 from dials_jax.evaluation.readings import coarse_schedules, read_harms, read_search
-from dials_jax.evaluation.statistics import mean_interval
 from dials_jax.evaluation.study import run_study
 from dials_jax.loading import load
-from dials_jax.models import transformer
-from dials_jax.models.checkpoint import save_model
 from dials_jax.sampling.schedule import Schedule
-from tests.conftest import small_config
+from tests.evaluation.studies import LENGTH, STEPS, records_of, results_of
 
-LENGTH, STEPS = 12, 8
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_plots():
-    """Drawing is slow; what is drawn is tested beside the plots."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("plot_schedules", "plot_search"):
-            patch.setattr(study.report, name, lambda *args: None)
-        for name in ("plot_importance", "plot_predictions"):
-            patch.setattr(importance_study, name, lambda *args: None)
-        patch.setattr(proposals, "plot_proposals", lambda *args: None)
-        yield
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Model folders H, L, H2 and S (a causal scorer) of one tokenizer, and a text."""
-    folder = tmp_path_factory.mktemp("study")
-    tokenizer = ArithmeticTask(ArithmeticData()).tokenizer
-    tokenizer.save(folder)
-    shapes = {"H": (2, False), "H2": (2, False), "L": (1, False), "S": (1, True)}
-    for seed, (name, (num_layers, causal)) in enumerate(shapes.items()):
-        cfg = small_config(
-            num_layers=num_layers, vocab_size=19, mask_id=18, max_length=32, causal=causal
-        )
-        params = transformer.init(cfg, jax.random.key(seed))
-        lively = trees.map_named(lambda path, x: x if "norm" in path else 8 * x, params)
-        save_model(folder / name, cfg, lively, tokenizer_files=[folder / "tokenizer.json"])
-    digits = np.random.default_rng(0).integers(0, 10, 4000)
-    (folder / "text.txt").write_text("".join(map(str, digits)))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def settings(folder):
-    return {
-        "models": (("H", str(folder / "H")), ("L", str(folder / "L"))),
-        "scorer": str(folder / "S"),
-        "length": LENGTH,
-        "steps": STEPS,
-        "num_samples": 5,
-        "batch_size": 3,
-        "score_length": 32,
-        "dtype": "float32",
-        "layout": "stacked",
-    }
-
-
-@pytest.fixture(scope="module")
-def searching(settings):
-    return SearchStudy(**settings, num_segments=4, num_light=2, top=2)
-
-
-@pytest.fixture(scope="module")
-def searched(searching, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("searched")
-    run_study(searching, workdir)
-    return workdir
-
-
-@pytest.fixture(scope="module")
-def importance(folder, tmp_path_factory):
-    data = TextData(paths=(str(folder / "text.txt"),), length=16, cache=str(folder / "cache"))
-    cfg = ImportanceStudy(
-        models=tuple((name, str(folder / name)) for name in ("H", "H2", "L")),
-        heavy2="H2",
-        data=data,
-        schedules=("L2,H4,L2", "H2,L4,H2", "L8", "H4,L4"),
-        num_times=3,
-        num_sequences=6,
-        batch_size=4,
-        layout="stacked",
-    )
-    workdir = tmp_path_factory.mktemp("importance")
-    run_study(cfg, workdir)
-    return cfg, workdir
-
-
-def records_of(workdir):
-    """Lines of runs.jsonl, measured times apart."""
-    records = [json.loads(line) for line in (workdir / "runs.jsonl").read_text().splitlines()]
-    for record in records:
-        assert record.pop("seconds", 1) > 0
-    return records
-
-
-def results_of(workdir):
-    return json.loads((workdir / "results.json").read_text())
+pytestmark = pytest.mark.usefixtures("quick_plots")
 
 
 @pytest.fixture(scope="module")
@@ -164,11 +65,11 @@ def test_given_schedules_are_compared_with_the_first(comparing, compared):
 
 
 @pytest.fixture(scope="module")
-def first_samples(folder):
+def first_samples(study_models):
     """The first batch of all light steps."""
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), np.arange(3))
     return sampled.generate(
-        {"L": load(folder / "L", layout="stacked")},
+        {"L": load(study_models / "L", layout="stacked")},
         sampler=sampled.Ancestral(LENGTH, STEPS),
         schedule=Schedule.parse("L8"),
         key=keys,
@@ -176,20 +77,22 @@ def first_samples(folder):
     ).tokens
 
 
-def test_samples_are_those_of_their_numbers_scored_as_they_are(compared, folder, first_samples):
-    expected = perplexities(score_samples(load(folder / "S"), first_samples, 3), "mean")
+def test_samples_are_those_of_their_numbers_scored_as_they_are(
+    compared, study_models, first_samples
+):
+    expected = perplexities(score_samples(load(study_models / "S"), first_samples, 3), "mean")
     np.testing.assert_allclose(values_of(compared, "L8")[:3], expected, rtol=1e-4)
-    tokenizer = load_tokenizer(folder / "L")
+    tokenizer = load_tokenizer(study_models / "L")
     assert results_of(compared)["examples"]["L8"] == tokenizer.decode(first_samples[0])
 
 
-def test_samples_may_be_scored_as_text(comparing, folder, first_samples, tmp_path):
+def test_samples_may_be_scored_as_text(comparing, study_models, first_samples, tmp_path):
     changes = {"schedules": ("L8",), "num_samples": 3, "retokenize": "always"}
     run_study(dataclasses.replace(comparing, **changes), tmp_path)
-    tokenizer = load_tokenizer(folder / "L")
+    tokenizer = load_tokenizer(study_models / "L")
     ids = retokenise(first_samples, tokenizer, tokenizer, 1, 1, comparing.score_length)
     assert ids.shape != first_samples.shape
-    expected = perplexities(score_samples(load(folder / "S"), ids, 3), "mean")
+    expected = perplexities(score_samples(load(study_models / "S"), ids, 3), "mean")
     np.testing.assert_allclose(values_of(tmp_path, "L8"), expected, rtol=1e-4)
 
 
@@ -199,8 +102,8 @@ def test_batches_do_not_matter(comparing, compared, tmp_path):
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
-def test_a_scheduled_model_may_skip_layers(settings, folder, tmp_path):
-    heavy = str(folder / "H")
+def test_a_scheduled_model_may_skip_layers(settings, study_models, tmp_path):
+    heavy = str(study_models / "H")
     changes = {"models": (("H", heavy), ("S", heavy)), "static": (("S", "1"),), "num_samples": 3}
     run_study(ScheduleStudy(**(settings | changes), schedules=("H4,S4", "S8")), tmp_path)
     rows = {row["schedule"]: row for row in results_of(tmp_path)["schedules"]}
@@ -213,7 +116,7 @@ def test_a_scheduled_model_may_skip_layers(settings, folder, tmp_path):
         key=keys,
         num_rows=3,
     ).tokens
-    expected = perplexities(score_samples(load(folder / "S"), samples, 3), "mean")
+    expected = perplexities(score_samples(load(study_models / "S"), samples, 3), "mean")
     np.testing.assert_allclose(values_of(tmp_path, "S8"), expected, rtol=1e-4)
 
 
@@ -283,92 +186,8 @@ def test_a_budget_tries_what_looks_best(searching, searched, importance, tmp_pat
         assert record == full[record["schedule"], record["first"]]
 
 
-def test_importance_by_time_is_kept_as_it_comes(importance, folder, tmp_path, monkeypatch):
-    cfg, finished = importance
-    with monkeypatch.context() as patch:
-        times = []
-
-        def stopping(*args, **kwargs):
-            if len(times) == 1:
-                raise KeyboardInterrupt
-            times.append(args[3])
-            return divergences(*args, **kwargs)
-
-        patch.setattr(importance_study, "divergences", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            run_study(cfg, tmp_path)
-    run_study(cfg, tmp_path)
-    assert (tmp_path / "runs.jsonl").read_text() == (finished / "runs.jsonl").read_text()
-    curves = results_of(tmp_path)["curves"]
-    assert set(curves) == {"loss", "gap", "kl", "relative_kl"}
-    assert set(curves["relative_kl"]) == {"L"} and set(curves["kl"]) == {"L", "H2"}
-    records = records_of(tmp_path)
-    kl = [record["models"]["L"]["kl"] for record in records]
-    np.testing.assert_allclose(
-        curves["kl"]["L"]["value"], [np.mean([x for x in row if x is not None]) for row in kl]
-    )
-
-
-def test_predictions_are_integrals_over_the_times_of_light_steps(importance):
-    cfg, workdir = importance
-    records = {record["time"]: record["models"]["L"] for record in records_of(workdir)}
-    sandwich, middle, whole, second = (
-        {r["quantity"]: r for r in results_of(workdir)["predicted"] if r["schedule"] == schedule}
-        for schedule in cfg.schedules
-    )
-    for quantity, name in {"gap": "loss_gap", "kl": "kl"}.items():
-        low, mid, high = (np.array(records[t][name], float) for t in cfg.times)  # t = 1/6, 1/2, 5/6
-        keep = np.isfinite(low + mid + high)
-        low, mid, high = low[keep], mid[keep], high[keep]
-        # Linear between the times, constant beyond: half a cell of each end, trapezoids between.
-        total = (low + high) / 6 + (low + 2 * mid + high) / 6
-        np.testing.assert_allclose(whole[quantity]["value"], total.mean(), rtol=1e-3)
-        np.testing.assert_allclose(
-            second[quantity]["value"], (low / 6 + (low + mid) / 6).mean(), rtol=1e-3
-        )
-        both = sandwich[quantity]["value"] + middle[quantity]["value"]
-        np.testing.assert_allclose(both, total.mean(), rtol=1e-3)
-        assert sandwich[quantity]["difference"] == 0
-        found = mean_interval(total)
-        np.testing.assert_allclose([whole[quantity][x] for x in ("low", "high")], found, rtol=1e-3)
-
-
-def test_too_few_rows_to_predict_with_are_named():
-    seen = np.array([[0.1, np.nan], [np.nan, 0.2]])  # no row was masked at both times
-    found = [Divergence(row, row) for row in seen]
-    with pytest.raises(InputError, match="fewer than two rows were masked at every time"):
-        importance_study.predictions([Schedule.parse("L4")], (0.25, 0.75), {"L": found})
-
-
-def test_models_of_one_depth_are_told_apart(importance):
-    cfg, _ = importance
-    models = (("H", "runs/a"), ("H2", "runs/b"), ("L", "runs/short"), ("M", "runs/long"))
-    cfg = dataclasses.replace(cfg, models=models, schedules=())
-    depths = {"H": 12, "H2": 12, "L": 4, "M": 4}
-    labels = [importance_study._label(x, cfg, depths) for x in ("H", "H2", "L", "M")]
-    assert labels == [
-        "H: 12 blocks", "H2: 12 blocks, another seed", "L: 4 blocks, short", "M: 4 blocks, long",
-    ]  # fmt: skip
-
-
-def test_proposals_replay_the_search(searched, importance, tmp_path):
-    cfg = ProposeStudy(
-        search=str(searched), importance=str(importance[1]), budgets=(1, 6), num_repeats=3
-    )
-    run_study(cfg, tmp_path)
-    results = results_of(tmp_path)
-    assert {"chance", "additive model", "importance by loss", "importance by KL + additive"} <= set(
-        results["regret"]
-    )
-    for found in results["regret"].values():
-        assert found[1] == {"mean": 0, "low": 0, "high": 0}  # all six were tried
-    best = results_of(searched)["schedules"][0]["schedule"]
-    chosen = {row["schedule"] for row in results["choices"] if row["tried"] == 6}
-    assert chosen == {best}
-
-
 def test_bad_studies_are_refused_before_anything_runs(
-    settings, searching, importance, folder, tmp_path
+    settings, searching, importance, study_models, tmp_path
 ):
     def refused(cfg, message):
         with pytest.raises(InputError, match=message) as error:
@@ -378,13 +197,13 @@ def test_bad_studies_are_refused_before_anything_runs(
     refused(ScheduleStudy(**settings, schedules=("H6,X2",)), "no model is called 'X'")
     refused(dataclasses.replace(importance[0], schedules=("X8",)), "no model is called 'X'")
     refused(ScheduleStudy(**settings, schedules=("H6",)), r"H6 has 6 steps.*steps=8")
-    heavy = str(folder / "H")
+    heavy = str(study_models / "H")
     refused(ScheduleStudy(**(settings | {"scorer": heavy}), schedules=("H8",)), "not causal")
     refused(
         ScheduleStudy(**settings, schedules=("H8",), static=(("L", "3"),)),
         "layer 3 does not exist",
     )
-    refused(ProposeStudy(search=str(folder)), "results.json is missing")
+    refused(ProposeStudy(search=str(study_models)), "results.json is missing")
     assert not (tmp_path / "refused" / "runs.jsonl").exists()
     for changes, message in (
         ({"scorer": ""}, "scorer is missing"),

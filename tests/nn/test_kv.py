@@ -33,7 +33,7 @@ def new_of(num_rows, size):
     return KV(numbered(num_rows, size, 2, 4, start=1e3), numbered(num_rows, size, 2, 4, start=1e4))
 
 
-def check(actual, expected):
+def assert_same(actual, expected):
     for ours, wanted in zip(actual, expected, strict=True):
         np.testing.assert_array_equal(ours, wanted)
 
@@ -43,7 +43,7 @@ def test_a_range_is_written_and_the_rest_stays(contiguous):
     index, new = jnp.broadcast_to(2 + jnp.arange(3), (B, 3)), new_of(B, 3)
     write_jit = jax.jit(write, static_argnames="contiguous")
     out = write_jit(CANVAS, new, Slots(index), contiguous=contiguous)
-    check(out, by_hand(new, index))
+    assert_same(out, by_hand(new, index))
 
 
 SCATTERED = jnp.array([[6, 0, 3], [1, 2, 5], [4, 6, 0]])
@@ -57,7 +57,7 @@ def test_only_active_slots_of_kept_rows_are_written(active, keep, contiguous):
     index = jnp.broadcast_to(4 + jnp.arange(3), (B, 3)) if contiguous else SCATTERED
     new = new_of(B, 3)
     out = write(CANVAS, new, Slots(index, active), contiguous=contiguous, keep=keep)
-    check(out, by_hand(new, index, active, keep=keep))
+    assert_same(out, by_hand(new, index, active, keep=keep))
 
 
 def test_a_canvas_may_be_any_tree_of_places():

@@ -127,6 +127,14 @@ def test_a_run_from_before_a_setting_existed_goes_on(tmp_path, train_config):
     jax.tree.map(np.testing.assert_array_equal, state, again)
 
 
+@pytest.mark.parametrize("content", ['{"model_type": "llada"}', '{"train": {"zzz": 1}}'])
+def test_a_folder_with_another_config_is_no_workdir(content, tmp_path, train_config):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(InputError, match=r"holds another experiment .*; choose another --workdir"):
+        train(train_config(), tmp_path)
+    assert (tmp_path / "config.json").read_text() == content
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """Makes a copy of a finished run of a configuration, which is trained once."""

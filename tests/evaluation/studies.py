@@ -1,0 +1,17 @@
+"""Sizes of the tiny studies, and how tests read what a study leaves."""
+
+import json
+
+LENGTH, STEPS = 12, 8
+
+
+def records_of(workdir):
+    """Lines of runs.jsonl, measured times apart."""
+    records = [json.loads(line) for line in (workdir / "runs.jsonl").read_text().splitlines()]
+    for record in records:
+        assert record.pop("seconds", 1) > 0
+    return records
+
+
+def results_of(workdir):
+    return json.loads((workdir / "results.json").read_text())
