@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # matplotlib is optional
 
 LIGHT, HEAVY = COLORS["static"], "#dfe6ee"  # the light model is what stands out
 HARM, SAFE = "#c0392b", COLORS["random"]
+Series = tuple[Float[np.ndarray, "S"], Float[np.ndarray, "2 S"]]  # values, and their intervals
 SEGMENTS = "segment (0 is fully masked)"
 
 
@@ -31,19 +32,31 @@ def schedule_points(
     path: str | Path,
     title: str = "",
     label: str = "generative perplexity (lower is better)",
+    changes: Mapping[str, Series] | None = None,
 ) -> Path:
-    """A number of each schedule with its interval, the lowest on top (figure 1)."""
+    """A number of each schedule with its interval, the lowest on top (figure 1).
+
+    `changes`, if any, stand in a second panel: differences to the first schedule, sample by sample.
+    Their intervals tell schedules apart that share most of their noise.
+    """
     order = np.argsort(-values, kind="stable")
-    values, intervals = values[order], intervals[:, order]
-    with figure_at(path, 6.6, 1.3 + 0.36 * len(labels)) as figure:
-        ax = figure.subplots()
-        rows = np.arange(len(values))
-        ax.plot(values, rows, "o", color=COLORS["routed"], markersize=8, zorder=3)
-        _whiskers(ax, rows, values, intervals, horizontal=True)
-        ax.set_yticks(rows, [labels[i] for i in order])
-        ax.margins(y=0.6 / len(rows))
-        ax.tick_params(axis="y", length=0)
-        ax.set(title=title, xlabel=label)
+    width = 10.6 if changes else 6.6
+    with figure_at(path, width, 1.3 + 0.36 * len(labels)) as figure:
+        left, *right = np.atleast_1d(figure.subplots(1, 2 if changes else 1, sharey=True))
+        _points(left, values[order], intervals[:, order], COLORS["routed"])
+        left.set_yticks(range(len(labels)), [labels[i] for i in order])
+        left.margins(y=0.6 / len(labels))
+        left.tick_params(axis="y", length=0)
+        left.set(title=title, xlabel=label)
+        for ax in right:
+            shift = 0.15
+            for (name, (value, ends)), color in zip(changes.items(), COLORS.values(), strict=False):
+                _points(ax, value[order], ends[:, order], color, shift, name)
+                shift = -shift
+            ax.axvline(0, color=GREY, linewidth=1)
+            ax.tick_params(axis="y", length=0)
+            ax.set(title=f"against {labels[0]}", xlabel="log perplexity above it, nats a token")
+            ax.legend(fontsize=9)
     return Path(path)
 
 
@@ -190,6 +203,19 @@ def predicted_scatter(
             ylabel="generative perplexity",
         )
     return Path(path)
+
+
+def _points(
+    ax: Axes,
+    values: Float[np.ndarray, "S"],
+    intervals: Float[np.ndarray, "2 S"],
+    color: str,
+    shift: float = 0.0,
+    label: str | None = None,
+) -> None:
+    rows = np.arange(len(values)) + shift
+    ax.plot(values, rows, "o", color=color, markersize=8 if not shift else 6, zorder=3, label=label)
+    _whiskers(ax, rows, values, intervals, horizontal=True)
 
 
 def _segment_axis(ax: Axes, num_segments: int) -> None:

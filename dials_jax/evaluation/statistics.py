@@ -73,6 +73,28 @@ def mean_interval(scores: Sequence[int | float] | np.ndarray) -> tuple[float, fl
     return mean - half_width, mean + half_width
 
 
+def mean_at_zero(
+    values: Sequence[float] | np.ndarray, covariate: Sequence[float] | np.ndarray
+) -> tuple[float, float, float]:
+    """What the mean of `values` is where `covariate` is 0, by least squares: value, low, high.
+
+    Of differences between two policies, item by item, it is the difference with the covariate held
+    equal. A covariate that never changes explains nothing: the plain mean. The interval is
+    Student's, of 95 %, and NaN for fewer than 3 items.
+    """
+    import scipy.stats
+
+    values, covariate = np.asarray(values, float), np.asarray(covariate, float)
+    if len(values) < 2 or np.ptp(covariate) == 0:
+        return (mean_and_stderr(values)[0], *mean_interval(values))
+    fit = scipy.stats.linregress(covariate, values)
+    if len(values) < 3:
+        return float(fit.intercept), math.nan, math.nan
+    half_width = float(scipy.stats.t.ppf(0.975, len(values) - 2) * fit.intercept_stderr)
+    intercept = float(fit.intercept)
+    return intercept, intercept - half_width, intercept + half_width
+
+
 def wilson_interval(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
     """Interval of a proportion. It stays within [0, 1], and is not empty at 0 or n successes.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ from jaxtyping import Bool, Float
 from dials_jax.analysis import schedule_search as search
 from dials_jax.analysis import study_plots as plots
 from dials_jax.config import ScheduleStudy, write_json
-from dials_jax.evaluation.generative import Aggregate, estimate
+from dials_jax.evaluation.generative import Aggregate, Estimate, estimate
 from dials_jax.evaluation.sampled import Measured
-from dials_jax.evaluation.statistics import mean_interval, paired_test
+from dials_jax.evaluation.statistics import mean_at_zero, mean_interval, paired_test
 from dials_jax.sampling.schedule import Schedule
 
 
@@ -38,6 +38,12 @@ class ScheduleRow:
     difference_low: float
     difference_high: float
     p_value: float
+    nats: float  # log perplexity a token above the baseline's, sample by sample
+    nats_low: float
+    nats_high: float
+    equal_entropy: float  # the same between samples of equal entropy, by least squares
+    equal_entropy_low: float
+    equal_entropy_high: float
     saved_blocks: float  # p (B_H - B_L) / B_H, the paper's equation 3
     saved_flops: float | None  # everything counted; None where the baseline is not all heavy
     seconds: float  # of sampling, compilation apart
@@ -58,6 +64,7 @@ def schedule_rows(
         own, entropy = estimate(values), estimate(measured.entropy)
         low, high = mean_interval(values - base_values)
         paired = paired_test(_by_number(values), _by_number(base_values))
+        nats, at_equal_entropy = _changes(measured, base)
         rows.append(
             ScheduleRow(
                 schedule=str(schedule),
@@ -73,6 +80,12 @@ def schedule_rows(
                 difference_low=low,
                 difference_high=high,
                 p_value=paired.p_value,
+                nats=nats.value,
+                nats_low=nats.low,
+                nats_high=nats.high,
+                equal_entropy=at_equal_entropy.value,
+                equal_entropy_low=at_equal_entropy.low,
+                equal_entropy_high=at_equal_entropy.high,
                 saved_blocks=1 - mean_depth(schedule, depths) / deepest,
                 saved_flops=1 - measured.flops / base.flops if all_heavy else None,
                 seconds=measured.seconds,
@@ -81,6 +94,15 @@ def schedule_rows(
             )
         )
     return rows
+
+
+def _changes(measured: Measured, base: Measured) -> tuple[Estimate, Estimate]:
+    """Nats a token above the baseline: as sampled, and between samples of equal entropy.
+
+    A model that repeats itself more has the lower perplexity, so the second is the fairer one.
+    """
+    nats = np.log(measured.values("mean")) - np.log(base.values("mean"))
+    return estimate(nats), Estimate(*mean_at_zero(nats, measured.entropy - base.entropy))
 
 
 def mean_depth(schedule: Schedule, depths: Mapping[str, int]) -> float:
@@ -126,7 +148,8 @@ def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 def schedule_table(rows: Sequence[ScheduleRow]) -> str:
     header = ("schedule", "gen. PPL", "change", "95 % interval", "p", "entropy",
-              "blocks saved", "FLOPs saved", "time saved", "seconds")  # fmt: skip
+              "nats, equal entropy", "blocks saved", "FLOPs saved", "time saved",
+              "seconds")  # fmt: skip
     base = rows[0].perplexity
     lines = [
         (
@@ -136,6 +159,7 @@ def schedule_table(rows: Sequence[ScheduleRow]) -> str:
             f"{r.difference_low:+.2f} to {r.difference_high:+.2f}",
             "<0.001" if r.p_value < 0.001 else f"{r.p_value:.3f}",
             f"{r.entropy:.3f} ±{(r.entropy_high - r.entropy_low) / 2:.3f}",
+            f"{r.equal_entropy:+.3f} ±{(r.equal_entropy_high - r.equal_entropy_low) / 2:.3f}",
             _saved(r.saved_blocks),
             _saved(r.saved_flops),
             _saved(r.saved_time),
@@ -158,7 +182,14 @@ def plot_schedules(
     if cfg.figure == "schedules":
         title = ", ".join(f"{letter}: {depth} blocks" for letter, depth in depths.items())
         labels = [r.schedule for r in rows]
-        plots.schedule_points(labels, values, intervals, folder / "schedules.png", title)
+        changes = {
+            "as sampled": _series((r.nats, r.nats_low, r.nats_high) for r in rows),
+            "at equal entropy": _series(
+                (r.equal_entropy, r.equal_entropy_low, r.equal_entropy_high) for r in rows
+            ),
+        }
+        path = folder / "schedules.png"
+        plots.schedule_points(labels, values, intervals, path, title, changes=changes)
         return
     deepest = max(depths, key=lambda letter: depths[letter])
     fractions = np.array([1 - Schedule.parse(r.schedule).share(deepest) for r in rows])
@@ -168,6 +199,11 @@ def plot_schedules(
         "time": np.array([r.saved_time for r in rows], float),
     }
     plots.fraction_curves(fractions, values, intervals, savings, folder / "fractions.png")
+
+
+def _series(triples: Iterable[tuple[float, float, float]]) -> plots.Series:
+    value, low, high = np.array(list(triples)).T
+    return value, np.stack([low, high])
 
 
 # ------------------------------------------------------------------------------------- search

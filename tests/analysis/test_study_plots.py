@@ -22,6 +22,20 @@ def test_schedules_are_sorted_and_keep_their_intervals(drawn, tmp_path):
     np.testing.assert_allclose([s[:, 0] for s in segments], [[2.5, 3.25], [1.5, 2.25], [0.5, 1.25]])
 
 
+def test_changes_stand_beside_their_schedules(drawn, tmp_path):
+    values, ends = np.array([3.0, 1.0, 2.0]), np.array([[2.0, 0.0, 1.0], [4.0, 2.0, 3.0]])
+    changes = {"one": (values - 3, ends - 3), "two": (values - 4, ends - 4)}
+    plots.schedule_points(["a", "b", "c"], values, ends, tmp_path / "s.png", changes=changes)
+    left, right = drawn[0].axes
+    assert [label.get_text() for label in left.get_yticklabels()] == ["a", "c", "b"]
+    names = [text.get_text() for text in right.get_legend().get_texts()]
+    assert names == ["one", "two"] and right.get_title() == "against a"
+    one, two = (line for line in right.lines if line.get_label() in names)
+    assert one.get_xdata().tolist() == [0, -1, -2] and two.get_xdata().tolist() == [-1, -2, -3]
+    assert (np.round(one.get_ydata()) == np.round(two.get_ydata())).all()
+    assert (one.get_ydata() != two.get_ydata()).all()  # neither hides the other
+
+
 def test_fractions_are_in_order(drawn, tmp_path):
     fractions, values = np.array([1.0, 0.0, 0.5]), np.array([9.0, 5.0, 6.0])
     savings = {"time": np.array([0.6, 0.0, 0.2])}

@@ -9,6 +9,8 @@ from dials_jax.config import InputError
 from dials_jax.evaluation.statistics import (
     Paired,
     mean_and_stderr,
+    mean_at_zero,
+    mean_interval,
     paired_test,
     summarise,
     wilson_interval,
@@ -29,6 +31,40 @@ def test_stderr_is_that_of_the_mean():
 def test_the_error_of_one_score_is_unknown():
     mean, stderr = mean_and_stderr([0.25])
     assert mean == 0.25 and math.isnan(stderr)
+
+
+def test_a_mean_is_freed_of_what_a_covariate_explains():
+    random = np.random.default_rng(0)
+    covariate = random.normal(0.5, 1, size=400)
+    values = 0.2 + 1.5 * covariate + random.normal(size=400) / 10
+    value, low, high = mean_at_zero(values, covariate)
+    assert values.mean() > 0.7 and low < 0.2 < high and high - low < 0.05
+    fit = scipy.stats.linregress(covariate, values)
+    assert value == pytest.approx(fit.intercept)
+    half_width = scipy.stats.t.ppf(0.975, 398) * fit.intercept_stderr
+    assert (high - low) / 2 == pytest.approx(half_width)
+
+
+def test_an_interval_at_zero_covers_as_often_as_it_says():
+    random = np.random.default_rng(0)
+
+    def covers():
+        covariate = random.normal(1, 1, size=12)
+        _, low, high = mean_at_zero(2 * covariate + random.normal(size=12), covariate)
+        return low < 0 < high
+
+    assert np.mean([covers() for _ in range(400)]) == pytest.approx(0.95, abs=0.03)
+
+
+@pytest.mark.parametrize("values", [[1.0], [1.0, 3.0], [1.0, 2.0, 6.0]])
+def test_a_covariate_that_never_changes_explains_nothing(values):
+    value, low, high = mean_at_zero(values, [0.5] * len(values))
+    np.testing.assert_array_equal((value, low, high), (np.mean(values), *mean_interval(values)))
+
+
+def test_two_items_leave_the_interval_unknown():
+    value, low, high = mean_at_zero([1.0, 3.0], [1.0, 2.0])
+    assert value == pytest.approx(-1) and math.isnan(low) and math.isnan(high)
 
 
 @pytest.mark.parametrize(

@@ -43,11 +43,11 @@ def compared(comparing, tmp_path_factory):
     return workdir
 
 
-def values_of(workdir, schedule):
-    """The samples' perplexities."""
+def values_of(workdir, schedule, *names):
+    """What the records hold of each sample, or its perplexity."""
     found = [record for record in records_of(workdir) if record["schedule"] == schedule]
-    nll, weight = (np.concatenate([r[name] for r in found]) for name in ("nll", "weight"))
-    return np.exp(nll / weight)
+    columns = [np.concatenate([r[name] for r in found]) for name in names or ("nll", "weight")]
+    return columns if names else np.exp(columns[0] / columns[1])
 
 
 def test_given_schedules_are_compared_with_the_first(comparing, compared):
@@ -62,6 +62,17 @@ def test_given_schedules_are_compared_with_the_first(comparing, compared):
     np.testing.assert_allclose(rows["L8"]["difference"], (values - base).mean())
     with (compared / "results.csv").open(newline="") as file:
         assert [row["schedule"] for row in csv.DictReader(file)] == list(comparing.schedules)
+
+
+def test_entropy_is_held_equal(compared):
+    row = {row["schedule"]: row for row in results_of(compared)["schedules"]}["L8"]
+    nats = np.log(values_of(compared, "L8")) - np.log(values_of(compared, "H8"))
+    entropy = values_of(compared, "L8", "entropy")[0] - values_of(compared, "H8", "entropy")[0]
+    slope, at_zero = np.polyfit(entropy, nats, 1)
+    assert slope != 0 and row["nats"] == pytest.approx(nats.mean())
+    assert row["equal_entropy"] == pytest.approx(at_zero)
+    assert row["nats_low"] < row["nats"] < row["nats_high"]
+    assert row["equal_entropy_low"] < at_zero < row["equal_entropy_high"]
 
 
 @pytest.fixture(scope="module")
