@@ -23,6 +23,12 @@ LIGHT, HEAVY = COLORS["static"], "#dfe6ee"  # the light model is what stands out
 HARM, SAFE = "#c0392b", COLORS["random"]
 Series = tuple[Float[np.ndarray, "S"], Float[np.ndarray, "2 S"]]  # values, and their intervals
 SEGMENTS = "segment (0 is fully masked)"
+CURVE_LABELS = {
+    "loss": "|difference in cross-entropy|, nats",
+    "gap": "cross-entropy above the heavy model's, nats",
+    "kl": "KL(heavy || model), nats",
+    "relative_kl": "KL(heavy || model),\nless a second heavy model's, nats",
+}
 
 
 def schedule_points(

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from dials_jax import sharding
 from dials_jax.analysis import study_plots as plots
-from dials_jax.analysis.schedule_search import time_weights
 from dials_jax.analysis.step_importance import (
     Curve,
     Divergence,
@@ -25,20 +23,22 @@ from dials_jax.analysis.step_importance import (
 from dials_jax.config import ImportanceStudy, require, to_dict
 from dials_jax.data.batches import generator
 from dials_jax.data.sources import training_data
+from dials_jax.evaluation.predictions import plot_predictions, prediction_table, predictions
 from dials_jax.evaluation.results import Outcome, Records, environment, identity
 from dials_jax.evaluation.sampled import require_known
-from dials_jax.evaluation.statistics import mean_interval
-from dials_jax.evaluation.study_report import as_dicts, table, write
+from dials_jax.evaluation.study_page import Shown, Table, as_dicts, publish
 from dials_jax.loading import load
 from dials_jax.models.model import Model
 from dials_jax.sampling.schedule import Schedule
 
-CURVE_LABELS = {
-    "loss": "|difference in cross-entropy|, nats",
-    "gap": "cross-entropy above the heavy model's, nats",
-    "kl": "KL(heavy || model), nats",
-    "relative_kl": "KL(heavy || model),\nless a second heavy model's, nats",
-}
+READING = (
+    ("loss", "Mean absolute difference in cross-entropy to the heavy model, nats (equation 6)."),
+    ("gap", "Cross-entropy above the heavy model's, nats: below 0 the model is the better one."),
+    ("kl", "KL divergence of the model from the heavy one, nats (equation 7)."),
+    ("relative_kl", "The same, less that of a second heavy model, row by row."),
+    ("what schedules would lose", "Integrals over the steps that they give to other models, nats a "
+     "token, on masked text; later steps build on what a light one wrote, which this leaves out."),
+)  # fmt: skip
 
 
 def run_importance(cfg: ImportanceStudy, workdir: Path) -> Outcome:
@@ -75,15 +75,22 @@ def run_importance(cfg: ImportanceStudy, workdir: Path) -> Outcome:
     predicted = predictions(schedules, cfg.times, by_letter)
     results["predicted"] = as_dicts(predicted)
 
-    def publish():
-        write(results, curve_rows(results["curves"]), workdir)
-        plot_importance(results, cfg, workdir / "plots")
-        print(curve_table(results["curves"]))
-        if predicted:
-            plot_predictions(predicted, workdir / "plots")
-            print(prediction_table(predicted))
+    tables = {"Curves": curve_table(results["curves"])}
+    if predicted:
+        tables["What schedules would lose"] = prediction_table(predicted)
 
-    return results, publish
+    def draw(folder: Path) -> dict[Path, str]:
+        figures = plot_importance(results, cfg, folder)
+        return figures | (plot_predictions(predicted, folder) if predicted else {})
+
+    def show():
+        title = "Importance of denoising steps"
+        shown = Shown(title=title, tables=tables, reading=READING, draw=draw)
+        publish(results, curve_rows(results["curves"]), shown, workdir)
+        for table in tables.values():
+            print(table.text())
+
+    return results, show
 
 
 def clean_rows(cfg: ImportanceStudy, heavy: Model) -> tuple[Int[np.ndarray, "N T"], str]:
@@ -141,7 +148,7 @@ def curve_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def curve_table(results: Mapping[str, Any]) -> str:
+def curve_table(results: Mapping[str, Any]) -> Table:
     """Every quantity and model with its peak and its ends."""
     lines = []
     for quantity, by_letter in results.items():
@@ -157,18 +164,24 @@ def curve_table(results: Mapping[str, Any]) -> str:
                     f"{curve['value'][-1]:.4f}",
                 )
             )
-    return table(("curve", "lowest t", "peak", "at t", "highest t"), lines)
+    return Table(("curve", "lowest t", "peak", "at t", "highest t"), lines)
 
 
-def plot_importance(results: Mapping[str, Any], cfg: ImportanceStudy, folder: Path) -> None:
-    depths = results["num_layers"]
+def plot_importance(
+    results: Mapping[str, Any], cfg: ImportanceStudy, folder: Path
+) -> dict[Path, str]:
+    """A figure a quantity, with its caption."""
+    depths, captions = results["num_layers"], {}
     for quantity, by_letter in results["curves"].items():
         shown = {
             letter: Curve(*(np.array(x) for x in curve.values()))
             for letter, curve in by_letter.items()
         }
         labels = {x: _label(x, cfg, depths) for x in shown}
-        plots.importance_curves(shown, labels, CURVE_LABELS[quantity], folder / f"{quantity}.png")
+        path = folder / f"{quantity}.png"
+        plots.importance_curves(shown, labels, plots.CURVE_LABELS[quantity], path)
+        captions[path] = f"{dict(READING)[quantity]} Bands are 95 % intervals over rows."
+    return captions
 
 
 def _label(letter: str, cfg: ImportanceStudy, depths: Mapping[str, int]) -> str:
@@ -179,100 +192,3 @@ def _label(letter: str, cfg: ImportanceStudy, depths: Mapping[str, int]) -> str:
         return f"{label}, another seed"
     twins = [x for x in paths if x != cfg.heavy2 and depths[x] == depths[letter]]
     return label if len(twins) == 1 else f"{label}, {Path(paths[letter]).name}"
-
-
-# -------------------------------------------------------------------- what schedules would lose
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prediction:
-    """What a schedule would lose, in nats a token, with 95 % intervals over the rows of the data.
-
-    `gap` is the loss in likelihood bound, `kl` bounds the divergence from what the heavy model
-    writes; both as far as its path resembles masked text.
-    """
-
-    schedule: str
-    quantity: str  # gap or kl
-    value: float
-    low: float
-    high: float
-    difference: float  # to the first schedule, row by row
-    difference_low: float
-    difference_high: float
-
-
-def predictions(
-    schedules: Sequence[Schedule],
-    times: Sequence[float],
-    measured: Mapping[str, Sequence[Divergence]],
-) -> list[Prediction]:
-    """The integrals of the differences over the times that each schedule gives to other models.
-
-    Args:
-      measured: of every letter but the heavy one's, at each time.
-    """
-    rows = []
-    for quantity, field in {"gap": "loss_gap", "kl": "kl"}.items():
-        values = {
-            letter: np.array([getattr(divergence, field) for divergence in found])
-            for letter, found in measured.items()
-        }
-        harms = [_harm(schedule, times, values) for schedule in schedules]
-        whole = np.isfinite(np.sum(harms, axis=0))  # rows that were masked somewhere at each time
-        require(
-            not schedules or int(whole.sum()) > 1,
-            "schedules: fewer than two rows were masked at every time, too few to predict with; "
-            "add sequences, or lower num_times",
-        )
-        for schedule, harm in zip(schedules, harms, strict=True):
-            difference = (harm - harms[0])[whole]
-            low, high = mean_interval(harm[whole])
-            difference_low, difference_high = mean_interval(difference)
-            rows.append(
-                Prediction(
-                    schedule=str(schedule),
-                    quantity=quantity,
-                    value=float(harm[whole].mean()),
-                    low=low,
-                    high=high,
-                    difference=float(difference.mean()),
-                    difference_low=difference_low,
-                    difference_high=difference_high,
-                )
-            )
-    return rows
-
-
-def _harm(
-    schedule: Schedule, times: Sequence[float], values: Mapping[str, Float[np.ndarray, "G N"]]
-) -> Float[np.ndarray, "N"]:
-    letters = np.array(list(schedule.each_step))
-    parts = [time_weights(np.asarray(times), letters == x) @ found for x, found in values.items()]
-    return np.sum(parts, axis=0)
-
-
-def prediction_table(rows: Sequence[Prediction]) -> str:
-    header = ("predicted, nats a token", "value", "above the first", "95 % interval")
-    lines = [
-        (
-            f"{r.quantity} {r.schedule}",
-            f"{r.value:.4f} ±{(r.high - r.low) / 2:.4f}",
-            f"{r.difference:+.4f}",
-            f"{r.difference_low:+.4f} to {r.difference_high:+.4f}",
-        )
-        for r in rows
-    ]
-    return table(header, lines)
-
-
-def plot_predictions(rows: Sequence[Prediction], folder: Path) -> None:
-    for quantity in ("gap", "kl"):
-        found = [r for r in rows if r.quantity == quantity]
-        plots.schedule_points(
-            [r.schedule for r in found],
-            np.array([r.value for r in found]),
-            np.array([[r.low for r in found], [r.high for r in found]]),
-            folder / f"predicted_{quantity}.png",
-            label=f"predicted: {CURVE_LABELS[quantity]} a token",
-        )

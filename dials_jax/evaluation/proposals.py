@@ -16,7 +16,7 @@ from dials_jax.config import ProposeStudy, require, to_dict
 from dials_jax.evaluation.readings import coarse_schedules, read_harms, read_search
 from dials_jax.evaluation.results import Outcome
 from dials_jax.evaluation.statistics import mean_interval
-from dials_jax.evaluation.study_report import as_dicts, table, write
+from dials_jax.evaluation.study_page import Shown, Table, as_dicts, publish
 from dials_jax.sampling.schedule import Schedule
 
 HARM_LABELS = {
@@ -24,6 +24,17 @@ HARM_LABELS = {
     "kl": "importance by KL",
     "relative_kl": "importance by relative KL",
 }
+
+REGRET_CAPTION = (
+    "Perplexity of a method's choice above that of the exhaustive one: both choose on one half of "
+    "the samples and are judged on the other. Below 0 the method chose better."
+)
+READING = (
+    ("Regret", REGRET_CAPTION),
+    ("Spearman", "Of the predicted harm and the perplexity of all schedules."),
+    ("Chosen with all samples", "Against the best of the search, by the very samples that chose "
+     "both, which flatters the exhaustive one."),
+)  # fmt: skip
 
 
 def methods_of(
@@ -73,13 +84,25 @@ def run_proposals(cfg: ProposeStudy, workdir: Path) -> Outcome:
         "choices": as_dicts(chosen),
     }
 
-    def publish():
-        workdir.mkdir(parents=True, exist_ok=True)
-        write(results, as_dicts(chosen), workdir)
-        plot_proposals(regrets, budgets, light, values, harms, correlations, workdir / "plots")
-        print(regret_table(regrets, budgets, correlations))
+    def show():
+        tables = {
+            "Regret": regret_table(regrets, budgets),
+            "Predicted harm and perplexity": correlation_table(correlations),
+            "Chosen with all samples": choice_table(chosen),
+        }
+        shown = Shown(
+            title="Good schedules without trying all",
+            tables={heading: table for heading, table in tables.items() if table.lines},
+            reading=READING,
+            draw=lambda folder: plot_proposals(
+                regrets, budgets, light, values, harms, correlations, folder
+            ),
+        )
+        publish(results, as_dicts(chosen), shown, workdir)
+        for heading in ("Regret", "Predicted harm and perplexity"):
+            print(tables[heading].text())
 
-    return results, publish
+    return results, show
 
 
 # --------------------------------------------------------------------------- tables and figures
@@ -131,16 +154,30 @@ def choices(
     return rows
 
 
-def regret_table(
-    regrets: Mapping[str, Sequence[Regret]],
-    budgets: Sequence[int],
-    correlations: Mapping[str, search.Correlation],
-) -> str:
+def regret_table(regrets: Mapping[str, Sequence[Regret]], budgets: Sequence[int]) -> Table:
     lines = [(name, *(f"{r.mean:+.3f}" for r in found)) for name, found in regrets.items()]
-    head = table(("perplexity above the exhaustive choice, tried", *map(str, budgets)), lines)
-    ranks = [f"Spearman, {HARM_LABELS[name]}: {correlation_text(c)}"
-             for name, c in correlations.items()]  # fmt: skip
-    return "\n".join([head, *ranks])
+    return Table(("perplexity above the exhaustive choice, tried", *map(str, budgets)), lines)
+
+
+def correlation_table(correlations: Mapping[str, search.Correlation]) -> Table:
+    lines = [(HARM_LABELS[name], correlation_text(c)) for name, c in correlations.items()]
+    return Table(("predicted by", "Spearman, 95 % interval"), lines)
+
+
+def choice_table(rows: Sequence[Choice]) -> Table:
+    header = ("method", "tried", "schedule", "gen. PPL", "above the best", "95 % interval")
+    lines = [
+        (
+            r.method,
+            str(r.tried),
+            r.schedule,
+            f"{r.perplexity:.2f}",
+            f"{r.difference:+.2f}",
+            f"{r.difference_low:+.2f} to {r.difference_high:+.2f}",
+        )
+        for r in rows
+    ]
+    return Table(header, lines)
 
 
 def correlation_text(c: search.Correlation) -> str:
@@ -155,9 +192,12 @@ def plot_proposals(
     harms: Mapping[str, Float[np.ndarray, "n"]],
     correlations: Mapping[str, search.Correlation],
     folder: Path,
-) -> None:
-    plots.regret_curves(budgets, regrets, folder / "regret.png")
+) -> dict[Path, str]:
+    """The regret, and each prediction against what was measured; with their captions."""
+    captions = {plots.regret_curves(budgets, regrets, folder / "regret.png"): REGRET_CAPTION}
     for name, harm in harms.items():
         title = f"{HARM_LABELS[name]}\nSpearman {correlation_text(correlations[name])}"
         path = folder / f"predicted_{name}.png"
         plots.predicted_scatter(light @ harm, values.mean(axis=1), title, path)
+        captions[path] = "One point a schedule: its perplexity against the harm predicted."
+    return captions

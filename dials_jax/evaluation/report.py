@@ -5,12 +5,10 @@ A sweep reports after every task, and a stopped one may have few runs, or no ful
 
 from __future__ import annotations
 
-import base64
 import csv
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from html import escape
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -20,6 +18,7 @@ from jaxtyping import Float
 
 from dials_jax.analysis import plots
 from dials_jax.config import write_json
+from dials_jax.evaluation import page
 from dials_jax.evaluation.statistics import ACCURACIES, Row, by_task, summarise
 
 WIDTH = 110  # columns of the terminal table
@@ -74,8 +73,7 @@ def write_report(results: Mapping[str, Any], folder: str | Path) -> list[Row]:
     rows = summarise(results)
     _write_csv(rows, folder / "results.csv")
     figures = _write_plots(results["runs"], rows, folder / "plots") if rows else {}
-    page = _page(results, rows, figures)
-    (folder / "report.html").write_text(page, encoding="utf-8")
+    (folder / "report.html").write_text(_page(results, rows, figures), encoding="utf-8")
     return rows
 
 
@@ -212,121 +210,44 @@ def _divide(executed: np.ndarray, rows: np.ndarray | np.integer) -> np.ndarray:
 def _page(results: Mapping, rows: Sequence[Row], figures: Mapping[Path, str]) -> str:
     """The HTML page; images are embedded, and every text of the results is escaped."""
     title = f"Layer skipping on {Path(results['model'].get('path', 'a model')).name}"
-    facts = [*_facts(results["model"]), *_facts(results["environment"], without="command")]
-    sections = [
-        ("Model and environment", _list_html(facts, "facts")),
-        ("Results", _table_html(rows)),
-        ("How to read the table", _list_html(DEFINITIONS)),
-        ("Plots", "".join(_figure_html(path, text) for path, text in figures.items())),
-        ("Example generations", _examples_html(results["runs"])),
-        ("Reproduce", f"<pre>{escape(str(results['environment'].get('command', '')))}</pre>"),
-    ]
-    body = "".join(f"<h2>{heading}</h2>\n{html}\n" for heading, html in sections if html)
-    return PAGE.format(title=escape(title), style=CSS, body=body)
+    environment = dict(results["environment"])
+    command = environment.pop("command", "")
+    facts = page.facts(results["model"]) + page.facts(environment)
+    sections = {
+        "Model and environment": page.pairs(facts, "facts"),
+        "Results": _table(rows),
+        "How to read the table": page.pairs(DEFINITIONS),
+        "Plots": page.figures(figures),
+        "Example generations": _examples(results["runs"]),
+        "Reproduce": page.text(command),
+    }
+    return page.render(title, sections)
 
 
-def _table_html(rows: Sequence[Row]) -> str:
+def _table(rows: Sequence[Row]) -> str:
     columns = COLUMNS | INTERVAL
-    head = "".join(f"<th>{name}</th>" for name in columns)
     lines, task = [], None
     for row in rows:
         if row.task != task:
             task = row.task
-            heading = f"{escape(task)} <small>{escape(_how(row))}</small>"
-            lines.append(f'<tr class="task"><th colspan="{len(columns)}">{heading}</th></tr>')
-        cells = "".join(f"<td>{escape(text(row))}</td>" for text in columns.values())
-        color = plots.COLORS.get(row.kind, plots.GREY)
-        lines.append(f'<tr style="--kind: {color}">{cells}</tr>')
-    table = f"<thead><tr>{head}</tr></thead>\n<tbody>{''.join(lines)}</tbody>"
-    return f'<div class="scroll"><table>{table}</table></div>'
+            lines.append(page.group(task, _how(row), len(columns)))
+        cells = [text(row) for text in columns.values()]
+        lines.append(page.row(cells, plots.COLORS.get(row.kind, plots.GREY)))
+    return page.table(columns, lines)
 
 
-def _list_html(pairs: Iterable[tuple[str, str]], style: str = "") -> str:
-    items = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>\n" for name, text in pairs)
-    return f'<dl class="{style}">{items}</dl>'
-
-
-def _facts(values: Mapping[str, Any], without: str = "") -> Iterable[tuple[str, str]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            value = ", ".join(f"{key} {size}" for key, size in value.items())
-        if isinstance(value, int) and name == "parameters":
-            value = f"{value:,}"
-        if name != without:
-            yield name.replace("_", " "), str(value)
-
-
-def _figure_html(path: Path, caption: str) -> str:
-    image = base64.b64encode(path.read_bytes()).decode()
-    return (
-        f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{image}">'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
+def _examples(runs: Sequence[Mapping]) -> str:
+    shown = [run for run in runs if run.get("examples")]
+    return page.folds(
+        (
+            f"{run['task']}: {run['policy']['label']}",
+            "".join(map(_example, run["examples"][:NUM_EXAMPLES])),
+        )
+        for run in shown
     )
 
 
-def _examples_html(runs: Sequence[Mapping]) -> str:
-    blocks = []
-    for run in runs:
-        examples = run.get("examples") or ()
-        if examples:
-            summary = escape(f"{run['task']}: {run['policy']['label']}")
-            body = "".join(_example_html(example) for example in examples[:NUM_EXAMPLES])
-            state = "" if blocks else " open"  # the first shows what the others hold
-            blocks.append(f"<details{state}><summary>{summary}</summary>{body}</details>")
-    return "\n".join(blocks)
-
-
-def _example_html(example: Mapping[str, Any]) -> str:
+def _example(example: Mapping[str, Any]) -> str:
     verdict = "correct" if example["correct"] else "wrong"
-    fields = "".join(
-        f"<dt>{name}</dt><dd><pre>{escape(str(example[name]))}</pre></dd>"
-        for name in ("prompt", "output", "reference")
-    )
-    return f'<dl class="{verdict}">{fields}<dt>verdict</dt><dd>{verdict}</dd></dl>'
-
-
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<h1>{title}</h1>
-{body}
-</body>
-</html>
-"""
-
-CSS = """
-body { max-width: 68rem; margin: 3rem auto; padding: 0 1.5rem; color: #1f2933; background: #fff;
-       font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-h1 { font-size: 1.8rem; margin-bottom: .5rem; }
-h2 { font-size: 1.15rem; margin: 2.5rem 0 .8rem; padding-bottom: .3rem;
-     border-bottom: 1px solid #e3e7ec; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: .88rem;
-        font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .6rem; text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-thead th { color: #66707c; font-weight: 600; }
-tbody td { border-top: 1px solid #eef1f4; }
-tbody td:first-child { border-left: 4px solid var(--kind); }
-.task th { padding-top: 1.1rem; }
-small { color: #66707c; font-weight: 400; margin-left: .4rem; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .3rem 1.2rem; margin: 0; }
-dl.facts { grid-template-columns: repeat(2, max-content 1fr); }
-dt { color: #66707c; }
-dd { margin: 0; overflow-wrap: anywhere; }
-figure { margin: 0 0 2rem; text-align: center; }
-img { max-width: min(100%, 48rem); }
-figcaption { color: #66707c; font-size: .9rem; text-align: left; max-width: 48rem; margin: auto; }
-pre { margin: 0; padding: .4rem .7rem; border-radius: 4px; background: #f5f7f9; font-size: .85rem;
-      white-space: pre-wrap; overflow-wrap: anywhere; }
-details { margin-bottom: .6rem; }
-summary { cursor: pointer; }
-details dl { margin: .8rem 0 1.2rem; padding-left: 1rem; border-left: 3px solid #3a9457; }
-details dl.wrong { border-left-color: #c0392b; }
-"""
+    texts = {name: page.text(example[name]) for name in ("prompt", "output", "reference")}
+    return page.blocks(texts | {"verdict": verdict}, verdict)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,13 @@ from dials_jax.evaluation.proposals import run_proposals
 from dials_jax.evaluation.readings import coarse_schedules, read_harms
 from dials_jax.evaluation.results import Outcome, Records, environment, identity
 from dials_jax.evaluation.sampled import Bench, Measured
+from dials_jax.evaluation.study_page import Shown, as_dicts, publish
 from dials_jax.sampling.schedule import Schedule
 from dials_jax.sharding import on_first_process
 
 
 def run_study(cfg: StudyConfig, workdir: str | Path) -> dict[str, Any]:
-    """Runs what the workdir does not hold yet, then writes results.json, results.csv and plots.
+    """Runs what the workdir does not hold yet, then writes its results, plots and report.html.
 
     Raises: InputError for settings, models or data that would stop the study half-way.
     """
@@ -44,8 +46,9 @@ def run_study(cfg: StudyConfig, workdir: str | Path) -> dict[str, Any]:
     }
     workdir = Path(workdir).absolute()
     on_first_process(lambda: print(f"results: {workdir}", flush=True))
-    results, publish = runners[type(cfg)](cfg, workdir)
-    on_first_process(publish)
+    results, show = runners[type(cfg)](cfg, workdir)
+    on_first_process(show)
+    on_first_process(lambda: print(f"report: {workdir / 'report.html'}", flush=True))
     return results
 
 
@@ -63,15 +66,32 @@ def run_schedules(cfg: ScheduleStudy, workdir: Path) -> Outcome:
             _tell(bar, f"{schedule}: {found[schedule].values(cfg.aggregate).mean():.3f}")
     results = _facts(cfg, bench)
     rows = report.schedule_rows(found, _depths(bench), cfg.aggregate)
-    results["schedules"] = report.as_dicts(rows)
+    results["schedules"] = as_dicts(rows)
     results["examples"] = report.examples(records.all)
 
-    def publish():
-        report.write(results, report.as_dicts(rows), workdir)
-        report.plot_schedules(rows, cfg, _depths(bench), workdir / "plots")
-        print(report.schedule_table(rows))
+    def draw(folder):
+        return report.plot_schedules(rows, cfg, _depths(bench), folder)
 
-    return results, publish
+    return results, _showing("Model schedules", results, rows, draw, workdir)
+
+
+def _showing(
+    title: str,
+    results: dict[str, Any],
+    rows: Sequence[report.ScheduleRow],
+    draw: Callable[[Path], Mapping[Path, str]],
+    workdir: Path,
+    ends: int | None = None,
+) -> Callable[[], None]:
+    """Writes and prints; of a long table only so many rows of either end."""
+    table = report.schedule_table(rows)
+    shown = Shown(title=title, tables={"Schedules": table}, reading=report.READING, draw=draw)
+
+    def show():
+        publish(results, as_dicts(rows), shown, workdir)
+        print(table.text(ends))
+
+    return show
 
 
 def _open(
@@ -138,18 +158,20 @@ def run_search(cfg: SearchStudy, workdir: Path) -> Outcome:
     best_first = sorted(trials.tried, key=lambda n: trials.perplexity[trials.tried.index(n)])
     ranked = {schedules[n]: found[schedules[n]] for n in best_first}
     rows = report.schedule_rows(ranked, _depths(bench), cfg.aggregate)
-    results["schedules"] = report.as_dicts(rows)
+    results["schedules"] = as_dicts(rows)
+    results["examples"] = report.examples(records.all)
+    draw = _nothing
     if cfg.budget is None:
         values = np.stack([found[s].values(cfg.aggregate) for s in schedules])
         results["segments"] = report.segment_results(light, values, cfg.top)
+        draw = partial(report.plot_search, light, values, cfg.top)
+    title = "Schedules tried" if cfg.budget else "All schedules of coarse segments"
+    return results, _showing(title, results, rows, draw, workdir, ends=5)
 
-    def publish():
-        if cfg.budget is None:
-            report.plot_search(light, values, cfg.top, workdir / "plots")
-        report.write(results, report.as_dicts(rows), workdir)
-        print(report.schedule_table(rows[:5] + rows[-5:] if len(rows) > 10 else rows))
 
-    return results, publish
+def _nothing(folder: Path) -> dict[Path, str]:
+    """Figures of a search are of all schedules."""
+    return {}
 
 
 def _predictor(cfg: SearchStudy, light: Bool[np.ndarray, "S n"]) -> search.Predict:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +12,33 @@ from jaxtyping import Bool, Float
 
 from dials_jax.analysis import schedule_search as search
 from dials_jax.analysis import study_plots as plots
-from dials_jax.config import ScheduleStudy, write_json
+from dials_jax.config import ScheduleStudy
 from dials_jax.evaluation.generative import Aggregate, Estimate, estimate
 from dials_jax.evaluation.sampled import Measured
 from dials_jax.evaluation.statistics import mean_at_zero, mean_interval, paired_test
+from dials_jax.evaluation.study_page import Table
 from dials_jax.sampling.schedule import Schedule
+
+SCHEDULES_CAPTION = (
+    "Left: generative perplexity with its interval. Right: the same samples against the first "
+    "schedule's, one by one, as they are and at equal entropy; only these intervals compare."
+)
+FRACTIONS_CAPTION = "Perplexity, and what is saved, against the share of light steps."
+INFLUENCE_CAPTION = (
+    "Perplexity of schedules with a light segment there, above the mean schedule: above 0 a light "
+    "model does harm."
+)
+READING = (
+    ("gen. PPL", "The mean of the samples' perplexities under the scorer, or that of all tokens "
+     "together where aggregate is corpus. ± is half the 95 % interval."),
+    ("change", "To the first schedule, sample by sample, and its 95 % interval in perplexity."),
+    ("p", "Two-sided paired t-test, not corrected for the number of rows."),
+    ("entropy", "Of the tokens within a sample, nats. Repetition lowers it, and perplexity too."),
+    ("equal entropy", "What is left of the change in log perplexity between samples of equal "
+     "entropy, nats a token: the intercept of a least-squares line through the differences."),
+    ("blocks saved", "p (B_H - B_L) / B_H of the paper; FLOPs count everything; time is that of "
+     "sampling, compilation apart."),
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,42 +134,17 @@ def _by_number(values: Float[np.ndarray, "N"]) -> dict[str, float]:
     return {str(i): value for i, value in enumerate(values.tolist())}
 
 
-def as_dicts(rows: Sequence[Any]) -> list[dict[str, Any]]:
-    return [dataclasses.asdict(row) for row in rows]
-
-
-def write(results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], workdir: Path) -> None:
-    """results.json, and the rows as results.csv."""
-    write_json(workdir / "results.json", results)
-    with (workdir / "results.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def examples(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """How the first sample of each schedule begins."""
     return {r["schedule"]: r["example"] for r in records if "example" in r}
 
 
-def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Aligned columns for a terminal; the first is text, the others are numbers."""
-    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
-
-    def line(cells):
-        first, *rest = zip(cells, widths, strict=True)
-        return "  ".join([first[0].ljust(first[1]), *(cell.rjust(w) for cell, w in rest)])
-
-    return "\n".join(map(line, (header, *lines)))
-
-
 # ---------------------------------------------------------------------------------- schedules
 
 
-def schedule_table(rows: Sequence[ScheduleRow]) -> str:
+def schedule_table(rows: Sequence[ScheduleRow]) -> Table:
     header = ("schedule", "gen. PPL", "change", "95 % interval", "p", "entropy",
-              "nats, equal entropy", "blocks saved", "FLOPs saved", "time saved",
-              "seconds")  # fmt: skip
+              "equal entropy", "blocks saved", "FLOPs saved", "time saved", "seconds")  # fmt: skip
     base = rows[0].perplexity
     lines = [
         (
@@ -167,7 +162,7 @@ def schedule_table(rows: Sequence[ScheduleRow]) -> str:
         )
         for r in rows
     ]
-    return table(header, lines)
+    return Table(header, lines)
 
 
 def _saved(share: float | None) -> str:
@@ -176,7 +171,8 @@ def _saved(share: float | None) -> str:
 
 def plot_schedules(
     rows: Sequence[ScheduleRow], cfg: ScheduleStudy, depths: Mapping[str, int], folder: Path
-) -> None:
+) -> dict[Path, str]:
+    """Writes the figure that the study asks for; its path and caption."""
     values = np.array([r.perplexity for r in rows])
     intervals = np.array([[r.low for r in rows], [r.high for r in rows]])
     if cfg.figure == "schedules":
@@ -190,7 +186,7 @@ def plot_schedules(
         }
         path = folder / "schedules.png"
         plots.schedule_points(labels, values, intervals, path, title, changes=changes)
-        return
+        return {path: SCHEDULES_CAPTION}
     deepest = max(depths, key=lambda letter: depths[letter])
     fractions = np.array([1 - Schedule.parse(r.schedule).share(deepest) for r in rows])
     savings = {
@@ -198,7 +194,8 @@ def plot_schedules(
         "FLOPs, all counted": np.array([r.saved_flops for r in rows], float),
         "time": np.array([r.saved_time for r in rows], float),
     }
-    plots.fraction_curves(fractions, values, intervals, savings, folder / "fractions.png")
+    path = plots.fraction_curves(fractions, values, intervals, savings, folder / "fractions.png")
+    return {path: FRACTIONS_CAPTION}
 
 
 def _series(triples: Iterable[tuple[float, float, float]]) -> plots.Series:
@@ -225,16 +222,23 @@ def segment_results(
 
 def plot_search(
     light: Bool[np.ndarray, "S n"], values: Float[np.ndarray, "S N"], top: int, folder: Path
-) -> None:
+) -> dict[Path, str]:
+    """Figures 2, 3 and 4, and 7, with their captions."""
     perplexity = values.mean(axis=1)
     order = np.argsort(perplexity, kind="stable")
     best, worst = order[:5], order[::-1][:5]
-    plots.placement_rows(
+    counts = search.segment_counts(light, perplexity, top)
+    influence = search.segment_influence(light, values)
+    rows = plots.placement_rows(
         light[best],
         light[worst],
         (perplexity[best].tolist(), perplexity[worst].tolist()),
         folder / "best_and_worst.png",
     )
-    counts = search.segment_counts(light, perplexity, top)
-    plots.segment_frequencies(*counts, top, folder / "segment_frequencies.png")
-    plots.influence_bars(search.segment_influence(light, values), folder / "influence.png")
+    return {
+        plots.influence_bars(influence, folder / "influence.png"): INFLUENCE_CAPTION,
+        rows: "Which segments the light model takes in the best and the worst schedules.",
+        plots.segment_frequencies(
+            *counts, top, folder / "segment_frequencies.png"
+        ): "How often a segment is light among the best and the worst.",
+    }

@@ -82,17 +82,17 @@ def test_every_other_figure_is_written(tmp_path):
 def test_names_fit_into_the_figures(drawn, tmp_path):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    from dials_jax.evaluation import importance, proposals
+    from dials_jax.evaluation import predictions, proposals
 
     x = np.linspace(0.1, 0.9, 3)
     curve = Curve(x, 400 * x, 400 * x, 400 * x)
-    for quantity, label in importance.CURVE_LABELS.items():
+    for quantity, label in plots.CURVE_LABELS.items():
         plots.importance_curves({"L": curve}, {}, label, tmp_path / f"{quantity}.png")
-    row = importance.Prediction(
+    row = predictions.Prediction(
         schedule="L30,H180,L30", value=0.2, low=0.1, high=0.3, quantity="gap",
         difference=0.0, difference_low=0.0, difference_high=0.0,
     )  # fmt: skip
-    importance.plot_predictions([row, dataclasses.replace(row, quantity="kl")], tmp_path)
+    predictions.plot_predictions([row, dataclasses.replace(row, quantity="kl")], tmp_path)
     light, found = placements(3, 1), Correlation(-0.36, -0.53, -0.02)
     harms = dict.fromkeys(proposals.HARM_LABELS, x)
     noise = np.ones((3, 2))

@@ -8,6 +8,7 @@ from dials_jax import trees
 from dials_jax.config import (
     ArithmeticData,
     ImportanceStudy,
+    ScheduleStudy,
     SearchStudy,
     TextData,
 )
@@ -115,10 +116,10 @@ def quick_plots():
     """Drawing is slow; what is drawn is tested beside the plots."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("plot_schedules", "plot_search"):
-            patch.setattr(study.report, name, lambda *args: None)
+            patch.setattr(study.report, name, lambda *args: {})
         for name in ("plot_importance", "plot_predictions"):
-            patch.setattr(importance_study, name, lambda *args: None)
-        patch.setattr(proposals, "plot_proposals", lambda *args: None)
+            patch.setattr(importance_study, name, lambda *args: {})
+        patch.setattr(proposals, "plot_proposals", lambda *args: {})
         yield
 
 
@@ -154,6 +155,18 @@ def settings(study_models):
         "dtype": "float32",
         "layout": "stacked",
     }
+
+
+@pytest.fixture(scope="package")
+def comparing(settings):
+    return ScheduleStudy(**settings, schedules=("H8", "L2,H4,L2", "L8"))
+
+
+@pytest.fixture(scope="package")
+def compared(comparing, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("compared")
+    run_study(comparing, workdir)
+    return workdir
 
 
 @pytest.fixture(scope="package")

@@ -1,9 +1,7 @@
-import base64
 import csv
 import html
 import json
 import re
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -12,36 +10,7 @@ from dials_jax.analysis import plots
 from dials_jax.config import InputError
 from dials_jax.evaluation.report import WIDTH, format_table, write_report
 from dials_jax.evaluation.statistics import summarise
-
-HOSTILE = '<script>alert("1")</script> & {x}'
-
-
-class Page(HTMLParser):
-    """Tags, attributes and visible text; checks that tags close in order."""
-
-    VOID = ("meta", "img")
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.tags, self.links, self.visible = [], [], [], ""
-        self.feed(text)
-        assert not self.open
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        self.links += [value for name, value in attributes if name in ("src", "href")]
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.visible += data
-
-
-def read_page(folder):
-    return Page((folder / "report.html").read_text(encoding="utf-8"))
+from tests.evaluation.pages import HOSTILE, read_page
 
 
 def test_the_report_holds_every_file_and_is_self_contained(make_results, tmp_path):
@@ -50,10 +19,7 @@ def test_the_report_holds_every_file_and_is_self_contained(make_results, tmp_pat
     assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8")) == results
     page = read_page(tmp_path)
     images = sorted(path.read_bytes() for path in (tmp_path / "plots").glob("*.png"))
-    embedded = [
-        base64.b64decode(link.removeprefix("data:image/png;base64,")) for link in page.links
-    ]
-    assert sorted(embedded) == images and len(images) == 5  # trade-off, and two a task
+    assert sorted(page.images) == images and len(images) == 5  # trade-off, and two a task
     assert "script" not in page.tags and "link" not in page.tags
     for fact in ("25,165,824", results["environment"]["command"], "data 1, fsdp 1", "McNemar"):
         assert fact in page.visible

@@ -31,18 +31,6 @@ from tests.evaluation.studies import LENGTH, STEPS, records_of, results_of
 pytestmark = pytest.mark.usefixtures("quick_plots")
 
 
-@pytest.fixture(scope="module")
-def comparing(settings):
-    return ScheduleStudy(**settings, schedules=("H8", "L2,H4,L2", "L8"))
-
-
-@pytest.fixture(scope="module")
-def compared(comparing, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("compared")
-    run_study(comparing, workdir)
-    return workdir
-
-
 def values_of(workdir, schedule, *names):
     """What the records hold of each sample, or its perplexity."""
     found = [record for record in records_of(workdir) if record["schedule"] == schedule]

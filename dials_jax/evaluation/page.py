@@ -1,0 +1,132 @@
+"""The parts of a page that shows results: one HTML file, images embedded, every text escaped."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+
+def render(title: str, sections: Mapping[str, str]) -> str:
+    """The whole page; sections without content are left out."""
+    body = "".join(f"<h2>{escape(name)}</h2>\n{html}\n" for name, html in sections.items() if html)
+    return PAGE.format(title=escape(title), style=CSS, body=body)
+
+
+def facts(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Names and values as people write them."""
+
+    def text(name: str, value: Any) -> str:
+        if isinstance(value, Mapping):
+            return ", ".join(f"{key} {text(key, inner)}" for key, inner in value.items())
+        if isinstance(value, int) and name == "parameters":
+            return f"{value:,}"
+        return str(value)
+
+    return [(name.replace("_", " "), text(name, value)) for name, value in values.items()]
+
+
+def pairs(values: Iterable[tuple[str, str]], style: str = "") -> str:
+    """Names with their values or explanations."""
+    items = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>\n" for name, text in values)
+    return f'<dl class="{style}">{items}</dl>' if items else ""
+
+
+def blocks(values: Mapping[str, str], style: str = "") -> str:
+    """Names with HTML of this module."""
+    items = "".join(f"<dt>{escape(name)}</dt><dd>{html}</dd>" for name, html in values.items())
+    return f'<dl class="{style}">{items}</dl>'
+
+
+def text(content: Any) -> str:
+    """Line breaks and spaces as they are."""
+    return f"<pre>{escape(str(content))}</pre>"
+
+
+def table(columns: Iterable[str], rows: Iterable[str]) -> str:
+    """`rows` are of `row` and `group`. The first column is text, the others are numbers."""
+    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
+    inner = f"<thead><tr>{head}</tr></thead>\n<tbody>{''.join(rows)}</tbody>"
+    return f'<div class="scroll"><table>{inner}</table></div>'
+
+
+def row(cells: Sequence[str], color: str = "") -> str:
+    """One line of a table; the colour marks its edge."""
+    style = f' style="--kind: {color}"' if color else ""
+    return f"<tr{style}>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
+
+
+def group(title: str, note: str, num_columns: int) -> str:
+    """A line that heads those below it."""
+    heading = f"{escape(title)} <small>{escape(note)}</small>"
+    return f'<tr class="task"><th colspan="{num_columns}">{heading}</th></tr>'
+
+
+def figures(captions: Mapping[Path, str]) -> str:
+    """Images with one sentence each on how to read them."""
+    return "".join(_figure(path, caption) for path, caption in captions.items())
+
+
+def _figure(path: Path, caption: str) -> str:
+    image = base64.b64encode(path.read_bytes()).decode()
+    return (
+        f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{image}">'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+    )
+
+
+def folds(items: Iterable[tuple[str, str]]) -> str:
+    """Titles that open on a click; the first is open and shows what the others hold."""
+    return "\n".join(
+        f"<details{'' if i else ' open'}><summary>{escape(title)}</summary>{html}</details>"
+        for i, (title, html) in enumerate(items)
+    )
+
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<h1>{title}</h1>
+{body}
+</body>
+</html>
+"""
+
+CSS = """
+body { max-width: 76rem; margin: 3rem auto; padding: 0 1.5rem; color: #1f2933; background: #fff;
+       font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+h1 { font-size: 1.8rem; margin-bottom: .5rem; }
+h2 { font-size: 1.15rem; margin: 2.5rem 0 .8rem; padding-bottom: .3rem;
+     border-bottom: 1px solid #e3e7ec; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: .88rem;
+        font-variant-numeric: tabular-nums; }
+th, td { padding: .35rem .5rem; text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+thead th { color: #66707c; font-weight: 600; }
+tbody td { border-top: 1px solid #eef1f4; }
+tbody td:first-child { border-left: 4px solid var(--kind, #d5dae0); }
+.task th { padding-top: 1.1rem; }
+small { color: #66707c; font-weight: 400; margin-left: .4rem; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .3rem 1.2rem; margin: 0; }
+dl.facts { grid-template-columns: repeat(2, max-content 1fr); }
+dt { color: #66707c; }
+dd { margin: 0; overflow-wrap: anywhere; }
+figure { margin: 0 0 2rem; text-align: center; }
+img { max-width: min(100%, 54rem); }
+figcaption { color: #66707c; font-size: .9rem; text-align: left; max-width: 54rem; margin: auto; }
+pre { margin: 0; padding: .4rem .7rem; border-radius: 4px; background: #f5f7f9; font-size: .85rem;
+      white-space: pre-wrap; overflow-wrap: anywhere; }
+details { margin-bottom: .6rem; }
+summary { cursor: pointer; }
+details dl { margin: .8rem 0 1.2rem; padding-left: 1rem; border-left: 3px solid #3a9457; }
+details dl.wrong { border-left-color: #c0392b; }
+"""

@@ -1,0 +1,110 @@
+"""What a study shows: its tables, its figures and the page that holds them."""
+
+import csv
+import dataclasses
+import json
+
+import pytest
+
+from dials_jax.analysis.schedule_search import placements
+from dials_jax.config import ProposeStudy
+from dials_jax.evaluation import study_report
+from dials_jax.evaluation.importance import plot_importance
+from dials_jax.evaluation.readings import read_search
+from dials_jax.evaluation.study import run_study
+from dials_jax.evaluation.study_page import Shown, Table, publish
+from tests.evaluation.pages import HOSTILE, read_page
+from tests.evaluation.studies import results_of
+
+# As imported: while studies run in tests they draw nothing.
+plot_schedules, plot_search = study_report.plot_schedules, study_report.plot_search
+
+PNG = b"\x89PNG"
+
+
+@pytest.fixture(scope="module")
+def proposed(searched, importance, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("proposed")
+    settings = dict(search=str(searched), importance=str(importance[1]), budgets=(1, 3))
+    run_study(ProposeStudy(**settings, num_repeats=4), workdir)
+    return workdir
+
+
+@pytest.fixture
+def shown(tmp_path):
+    def draw(folder):
+        assert (folder.parent / "results.json").exists()  # what was measured is safe by now
+        figure = tmp_path / "figure.png"
+        figure.write_bytes(PNG)
+        return {figure: HOSTILE}
+
+    return Shown(
+        title=HOSTILE,
+        tables={"Numbers": Table(("name", "value"), [(f"row {i}", HOSTILE) for i in range(5)])},
+        reading=[("value", HOSTILE)],
+        draw=draw,
+    )
+
+
+def test_a_page_holds_everything_and_runs_nothing(shown, tmp_path):
+    results = {
+        "config": {"models": [["H", HOSTILE]], "steps": 7, "scorer": "", "mesh": {"data": -1}},
+        "environment": {"device": HOSTILE, "command": HOSTILE},
+        "examples": {"H7": HOSTILE, "L7": HOSTILE},
+    }
+    publish(results, [{"a": 1, "b": None}], shown, tmp_path / "new")
+    assert json.loads((tmp_path / "new" / "results.json").read_text()) == results
+    with (tmp_path / "new" / "results.csv").open(newline="") as file:
+        assert list(csv.DictReader(file)) == [{"a": "1", "b": ""}]
+    page = read_page(tmp_path / "new")
+    assert "script" not in page.tags and page.images == [PNG]
+    for text in ("H " + HOSTILE, "data -1", "row 4", "L7", "Reproduce"):
+        assert text in page.visible
+    assert "scorer" not in page.visible  # nothing was set
+
+
+def test_a_long_table_shows_its_ends(shown):
+    table = shown.tables["Numbers"]
+    whole, ends = table.text().splitlines(), table.text(ends=2).splitlines()
+    assert len(whole) == 6 and len({len(line) for line in whole}) == 1
+    assert ends == [*whole[:3], *whole[4:]]
+    assert table.text(ends=3) == table.text()
+
+
+def test_every_kind_of_study_leaves_a_page(compared, searched, importance, proposed):
+    told = {
+        compared: ("L2,H4,L2", "equal entropy", "first sample", "exact"),
+        searched: [row["schedule"] for row in results_of(searched)["schedules"]],
+        importance[1]: ("gap L", "kl H4,L4"),
+        proposed: ("additive model", "Spearman", str(searched)),
+    }
+    for workdir, texts in told.items():
+        page = read_page(workdir)
+        assert all(text in page.visible for text in texts)
+
+
+def drawn(captions, folder):
+    """The names of the figures; each is where it should be, and explained."""
+    for path, caption in captions.items():
+        assert path.parent == folder and path.read_bytes().startswith(PNG) and caption
+    return {path.stem for path in captions}
+
+
+@pytest.mark.parametrize("figure", ["schedules", "fractions"])
+def test_given_schedules_are_drawn(figure, comparing, compared, tmp_path):
+    rows = [study_report.ScheduleRow(**row) for row in results_of(compared)["schedules"]]
+    cfg = dataclasses.replace(comparing, figure=figure)
+    assert drawn(plot_schedules(rows, cfg, {"H": 2, "L": 1}, tmp_path), tmp_path) == {figure}
+
+
+def test_a_search_is_drawn(searching, searched, tmp_path):
+    _, values = read_search(searched)
+    light = placements(searching.num_segments, searching.num_light)
+    captions = plot_search(light, values, searching.top, tmp_path)
+    assert drawn(captions, tmp_path) == {"influence", "best_and_worst", "segment_frequencies"}
+
+
+def test_importance_is_drawn(importance, tmp_path):
+    cfg, workdir = importance
+    captions = plot_importance(results_of(workdir), cfg, tmp_path)
+    assert drawn(captions, tmp_path) == {"loss", "gap", "kl", "relative_kl"}
