@@ -5,6 +5,7 @@ it and compares what it writes. Usage: python mesh_worker.py OUT.npz
 """
 
 import os
+import re
 import sys
 from functools import partial
 
@@ -43,6 +44,7 @@ MESHES = {
     "data2_fsdp4": (MeshConfig(data=2, fsdp=4), 8),
     "data2_fsdp2_tensor2": (MeshConfig(data=2, fsdp=2, tensor=2), 8),
 }
+MICROBATCHES = 2
 CACHES = [
     ("dual", DualCache()),
     ("skip", EarlySkip((1.0, 0.5), (0.0, 0.5), block_every=4)),
@@ -55,14 +57,18 @@ def train_step(mesh, loss_fn, init, frozen, prefix):
     task = ArithmeticTask(ArithmeticData(num_items=400))
     state = init_state(init, OPTIMIZER, mesh, prefix)
     step = jax.jit(
-        make_train_step(loss_fn, OPTIMIZER, seed=0, num_microbatches=2),
+        make_train_step(loss_fn, OPTIMIZER, seed=0, num_microbatches=MICROBATCHES),
         out_shardings=(shardings_of(state, mesh, prefix), None),
     )
     with jax.set_mesh(mesh):
-        for i in range(2):
-            batch = sharding.place_batch(batch_at(task.train, 0, i, 16), mesh)
+        batches = [sharding.place_batch(batch_at(task.train, 0, i, 16), mesh) for i in range(2)]
+        step = step.lower(state, frozen, batches[0]).compile()
+        for batch in batches:
             state, values = step(state, frozen, batch)
-    return {"params": state.params, "values": values}
+    length = batches[0].tokens.shape[1]
+    # Hidden states, or their gradients, of all rows of a microbatch at once.
+    whole = re.findall(rf"f32\[{16 // MICROBATCHES},{length},\d+\]", step.as_text())
+    return {"params": state.params, "values": values, "whole": len(whole)}
 
 
 def evaluate(mesh, cfg, params, routers):

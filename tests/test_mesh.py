@@ -29,7 +29,11 @@ def results(tmp_path_factory):
 @pytest.mark.parametrize("mesh", ["data8", "data2_fsdp4", "data2_fsdp2_tensor2"])
 @pytest.mark.parametrize("kind", ["digest", "model", "router", "evaluation"])
 def test_mesh_equals_one_device(results, mesh, kind):
-    one = {name: x for name, x in results["one"].items() if name.startswith(kind)}
+    one = {
+        name: x
+        for name, x in results["one"].items()
+        if name.startswith(kind) and not name.endswith("/whole")
+    }
     assert one, "nothing to compare"
     for name, expected in one.items():
         actual = results[mesh][name]
@@ -37,6 +41,13 @@ def test_mesh_equals_one_device(results, mesh, kind):
             np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5, err_msg=name)
         else:
             np.testing.assert_array_equal(actual, expected, err_msg=name)
+
+
+@pytest.mark.parametrize("kind", ["model", "router"])
+def test_no_device_holds_the_hidden_states_of_the_whole_batch(results, kind):
+    """On a pod they would not fit."""
+    held = {mesh: int(found[f"{kind}/whole"]) for mesh, found in results.items()}
+    assert held.pop("one") > 0 and not any(held.values()), held
 
 
 def test_rows_and_shards_really_differ(results):

@@ -14,6 +14,7 @@ from dials_jax.nn.attention import Attention, attend
 from dials_jax.nn.dropout import AFTER_ATTENTION, AFTER_MLP, Dropout, dropped
 from dials_jax.nn.initializers import normal, zeros_if
 from dials_jax.nn.kv import KV, Slots, gather
+from dials_jax.nn.lookup import lookup
 from dials_jax.nn.mlp import MLP
 from dials_jax.nn.modulation import IN_BLOCK, Modulation
 from dials_jax.nn.norm import make_norm
@@ -116,11 +117,9 @@ class Embed(nnx.Module):
     def __call__(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"] | None = None
     ) -> Float[Array, "B T D"]:
-        # Gather, then round: half of all training tokens are [MASK], and their gradients are summed
-        # into one row. In bfloat16 that sum is both wrong and, by contended atomics, slow.
-        h = self.table[...][tokens]
-        if self.positions is not None:
-            h = h + self.positions[...][positions]
+        if self.positions is None:
+            return lookup(self.table[...], tokens, self.dtype)
+        h = lookup(self.table[...], tokens, "float32") + self.positions[...][positions]
         return h.astype(self.dtype)
 
 
