@@ -1,0 +1,221 @@
+"""Does a training configuration fit a TPU pod? Compiles its step for one, without having one.
+
+python -m benchmarks.pod --config configs/mdlm/blocks_12.py --topology v5e:4x4
+python -m benchmarks.pod --config configs/llada/router_gsm8k.py --topology v5e:4x4 \\
+    --backbone llada_8b --length 1024 --mesh.data 1 --mesh.fsdp 16
+
+Fields of the configuration are options, as in train.py. Nothing runs and no data or weights are
+read; the compiler of the `tpu` extra (libtpu) says what the step takes. Topologies are named as in
+v4:2x2x4, v5e:16x16, v5p:4x4x4 or v6e:16x16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import os
+import re
+import sys
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from benchmarks.random_model import make_config
+from benchmarks.report import Table, exit_status
+from dials_jax import sharding, trees
+from dials_jax.commands import load_config, override
+from dials_jax.config import InputError, ModelConfig, TrainConfig, require
+from dials_jax.data.batches import Batch
+from dials_jax.models import transformer
+from dials_jax.skipping.router import init_routers
+from dials_jax.training.losses import model_loss, router_loss
+from dials_jax.training.optimizer import make_optimizer
+from dials_jax.training.run import unroll
+from dials_jax.training.step import TrainState, make_train_step, shardings_of
+
+COLUMNS = {
+    "topology": "<10", "chips": ">5d", "data": ">4d", "fsdp": ">4d", "tensor": ">6d",
+    "batch": ">5d", "length": ">6d", "microbatches": ">12d", "kept_gb": ">7.2f",
+    "peak_gb": ">7.2f", "chip_gb": ">7d", "largest_collective_gb": ">21.2f", "compile_s": ">9.1f",
+}  # fmt: skip
+# Memory of a chip (Google Cloud's TPU documentation); the compiler keeps a part of it.
+CHIP_GB = {"TPU v4": 32, "TPU v5 lite": 16, "TPU v5": 95, "TPU v6 lite": 32}
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
+OUT_OF_MEMORY = r"Ran out of memory.*?([\d.]+)G.*?([\d.]+)G"
+COLLECTIVES = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+
+
+class Footprint(NamedTuple):
+    """What a step takes on one device, in bytes."""
+
+    kept: int  # between steps: parameters, optimiser, average
+    peak: int
+    largest_collective: int  # the array that it leaves on a device
+
+
+def footprint(
+    cfg: TrainConfig, mesh: Mesh, length: int, backbone: ModelConfig | None = None
+) -> Footprint:
+    """Compiles the step of a configuration for the devices of a mesh.
+
+    Args:
+      backbone: the frozen model, where routers are trained.
+    """
+    compiled = lower(cfg, mesh, length, backbone).compile()
+    memory = compiled.memory_analysis()
+    kept = memory.argument_size_in_bytes
+    peak = getattr(memory, "peak_memory_in_bytes", 0) or kept + memory.temp_size_in_bytes
+    return Footprint(kept, peak, largest_collective(compiled.as_text()))
+
+
+def lower(
+    cfg: TrainConfig, mesh: Mesh, length: int, backbone: ModelConfig | None
+) -> jax.stages.Lowered:
+    """The training loop's own step, of arrays that have a shape and a place only."""
+    optimizer, ema = make_optimizer(cfg.optimizer, 1), cfg.optimizer.ema
+    model, prefix = backbone or cfg.model, "routers/" if backbone else ""
+
+    def init_model():
+        params = transformer.init(model, jax.random.key(0))
+        return unroll(params) if cfg.unrolled and not backbone else params
+
+    def make():
+        params = init_model()
+        if backbone:
+            params = init_routers(
+                model.d_model, model.num_layers, cfg.router, jax.random.key(cfg.seed)
+            )
+        average = None if ema is None else params
+        return TrainState(jnp.int32(0), params, optimizer.init(params), jnp.int32(-1), average)
+
+    if backbone:
+        loss = router_loss(model, cfg.router, cfg.objective, cfg.remat)
+        frozen = jax.eval_shape(lambda: trees.cast(init_model(), model.dtype))
+    else:
+        loss, frozen = model_loss(model, cfg.objective, cfg.remat, cfg.dropout), {}
+    state = jax.eval_shape(make)
+    shardings = shardings_of(state, mesh, prefix)
+    step = jax.jit(
+        make_train_step(loss, optimizer, cfg.seed, cfg.num_microbatches, ema),
+        donate_argnums=0,
+        out_shardings=(shardings, None),
+    )
+    with jax.set_mesh(mesh):
+        return step.lower(
+            _placed(state, shardings),
+            _placed(frozen, sharding.param_shardings(frozen, mesh)),
+            _batch(cfg, mesh, length, padded=bool(backbone)),
+        )
+
+
+def _placed(shapes: Any, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, shardings
+    )
+
+
+def _batch(cfg: TrainConfig, mesh: Mesh, length: int, padded: bool) -> Batch:
+    place = sharding.batch_sharding(mesh)
+
+    def rows(dtype, *shape):
+        return jax.ShapeDtypeStruct((cfg.batch_size, *shape), dtype, sharding=place)
+
+    valid = rows(bool, length) if padded else None
+    return Batch(rows(jnp.int32, length), rows(bool, length), valid, rows(jnp.int32))
+
+
+def largest_collective(program: str) -> int:
+    """Bytes of the largest array that a collective of a compiled program makes."""
+    found = re.findall(rf"= (.*?) (?:{COLLECTIVES})(?:-start)?\(", program)
+    arrays = [array for shapes in found for array in re.findall(r"(\w+)\[([\d,]*)\]", shapes)]
+    sizes = [
+        BYTES.get(dtype, 4) * int(np.prod([int(n) for n in shape.split(",") if n], dtype=np.int64))
+        for dtype, shape in arrays
+    ]
+    return max(sizes, default=0)
+
+
+def devices_of(topology: str) -> list[Any]:
+    """The chips of a pod that exists for the compiler only.
+
+    Raises: InputError without the compiler, or for a name that it does not know.
+    """
+    require(
+        importlib.util.find_spec("libtpu") is not None,
+        'the TPU compiler is missing; install it with pip install -e ".[tpu]"',
+    )
+    from jax.experimental import topologies
+
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # this need not be a machine with a TPU
+    try:
+        return list(topologies.get_topology_desc(topology, platform="tpu").devices)
+    except Exception as error:
+        raise InputError(
+            f"topology {topology!r} is not known ({str(error).splitlines()[0]}); "
+            "give one such as v5e:4x4 or v5p:4x4x4"
+        ) from error
+
+
+def run(options: argparse.Namespace, fields: list[str]) -> None:
+    cfg = override(load_config(options.config, TrainConfig), fields)
+    if options.model:
+        cfg = dataclasses.replace(cfg, model=make_config(options.model), backbone="")
+    backbone = make_config(options.backbone) if options.backbone else None
+    require(
+        backbone is not None or not cfg.backbone,
+        "routers are trained on a model: name its shape with --backbone, such as llada_8b",
+    )
+    length = options.length or getattr(cfg.data, "length", None)
+    require(bool(length), "--length is missing: the rows of this data have no fixed one")
+    table = Table(COLUMNS, options.out, {**vars(options), "fields": fields})
+    for topology in options.topology:
+        devices = devices_of(topology)
+        mesh, start = sharding.make_mesh(cfg.mesh, devices), time.perf_counter()
+        facts = dict(
+            topology=topology, chips=len(devices), **mesh.shape, batch=cfg.batch_size,
+            length=length, microbatches=cfg.num_microbatches,
+            chip_gb=CHIP_GB.get(devices[0].device_kind),
+        )  # fmt: skip
+        try:
+            found = footprint(cfg, mesh, length, backbone)
+        except jax.errors.JaxRuntimeError as error:
+            needed = re.search(OUT_OF_MEMORY, str(error))
+            if not needed:
+                raise
+            table.add(**facts, compile_s=time.perf_counter() - start)
+            print(
+                f"does not fit: it needs {needed[1]} GiB and has {needed[2]}; try --remat, more "
+                "--num-microbatches, or other axes of --mesh"
+            )
+            continue
+        table.add(
+            **facts, kept_gb=found.kept / 1e9, peak_gb=found.peak / 1e9,
+            largest_collective_gb=found.largest_collective / 1e9,
+            compile_s=time.perf_counter() - start,
+        )  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.pod",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, help="a configuration of train.py")
+    parser.add_argument("--topology", nargs="+", default=["v5e:4x4"], help="pods to compile for")
+    parser.add_argument("--length", type=int, help="tokens of a row, where the data has none")
+    parser.add_argument("--model", help="train this shape instead, from scratch: llada_8b")
+    parser.add_argument("--backbone", help="the model whose routers are trained: llada_8b")
+    parser.add_argument("--out", metavar="FILE", help="write the figures as JSON")
+    options, fields = parser.parse_known_args(arguments)
+    return exit_status(lambda: run(options, fields))
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")  # the chips are the compiler's
+    sys.exit(main())
