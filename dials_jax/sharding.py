@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
@@ -49,7 +49,9 @@ RULES: tuple[tuple[str, P], ...] = (
 
 
 def make_mesh(cfg: MeshConfig = MeshConfig(), devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over all devices, or over those given.
+    """A mesh over all devices, or over those given, laid out as the network between them is.
+
+    Where devices are slices of TPU with a slower network between them, `data` goes across slices.
 
     Raises: InputError if the axes do not multiply to the number of devices.
     """
@@ -62,7 +64,21 @@ def make_mesh(cfg: MeshConfig = MeshConfig(), devices: Sequence[Any] | None = No
         f"mesh data={cfg.data} fsdp={cfg.fsdp} tensor={cfg.tensor} does not fit "
         f"{len(devices)} devices; make the product of the axes equal to that number",
     )
-    return jax.make_mesh(tuple(sizes), AXES, (AxisType.Auto,) * 3, devices=devices)
+    return Mesh(_arranged(sizes, devices), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _arranged(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
+    # An axis of ours may take a part of an axis of the network: 2 x 64 x 2 on a pod of 16 x 16.
+    split = {"devices": devices, "allow_split_physical_axes": True}
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(sizes, **split)
+    data, *inner = sizes
+    require(
+        data % slices == 0,
+        f"mesh data={data} does not divide over {slices} slices; make it a multiple",
+    )
+    return mesh_utils.create_hybrid_device_mesh([data // slices, *inner], [slices, 1, 1], **split)
 
 
 def partition_spec(name: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:

@@ -31,6 +31,7 @@ from dials_jax.data.batches import batch_at
 from dials_jax.evaluation.likelihood import pad_pairs, score_pairs
 from dials_jax.models import transformer
 from dials_jax.models.model import Model, row_keys
+from dials_jax.nn.lookup import lookup
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.generate import generate
 from dials_jax.skipping.policies import Routed
@@ -97,6 +98,22 @@ def generate_over(cache, model, prompts, valid, how):
     return {"tokens": out.tokens, "gates": out.gates}
 
 
+def look_up(mesh, vocab_size, d_model):
+    """Rows of a table and its gradient, whether or not the mesh divides its sides."""
+    table_key, token_key, weight_key = jax.random.split(jax.random.key(1), 3)
+    table = jax.random.normal(table_key, (vocab_size, d_model))
+    tokens = jax.random.randint(token_key, (8, 6), 0, vocab_size)
+    weights = jax.random.normal(weight_key, (8, 6, d_model))
+
+    def weighted(table):
+        h = lookup(table, tokens, "float32")
+        return jnp.sum(h * weights), h
+
+    with jax.set_mesh(mesh):
+        gradient, h = jax.jit(jax.grad(weighted, has_aux=True))(table)
+    return {"h": h, "gradient": gradient}
+
+
 def run(mesh):
     cfg, objective = conftest.small_config(), ObjectiveConfig()
     # Weights so large that rows differ, and routers that skip some layers for some of them.
@@ -115,6 +132,7 @@ def run(mesh):
             mesh, router_loss(cfg, router_cfg, objective, False), same_routers, placed, "routers/"
         ),
         "evaluation": evaluate(mesh, cfg, params, routers),
+        "lookup": {f"{v}x{d}": look_up(mesh, v, d) for v, d in ((64, 32), (63, 32), (64, 30))},
     }
 
 

@@ -1,4 +1,5 @@
 import re
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -85,6 +86,36 @@ def test_a_mesh_takes_all_devices():
 def test_a_mesh_that_does_not_fit_is_refused(sizes):
     with pytest.raises(InputError, match=r"does not fit 1 devices"):
         sharding.make_mesh(MeshConfig(**sizes), devices=jax.devices()[:1])
+
+
+class Chip(NamedTuple):
+    slice_index: int
+
+
+@pytest.fixture
+def two_slices(monkeypatch):
+    """Eight chips, and the meshes that are asked for over them: within a slice, across slices."""
+    asked = []
+
+    def arrange(within, across, devices, allow_split_physical_axes):
+        assert allow_split_physical_axes  # or most meshes would not fit a pod's network
+        asked.append((within, across))
+        return np.array(jax.devices()[:1]).reshape(1, 1, 1)
+
+    monkeypatch.setattr(sharding.mesh_utils, "create_hybrid_device_mesh", arrange)
+    return [Chip(i // 4) for i in range(8)], asked
+
+
+def test_rows_are_split_over_slices(two_slices):
+    chips, asked = two_slices
+    sharding.make_mesh(MeshConfig(data=4, fsdp=2), chips)
+    sharding.make_mesh(MeshConfig(fsdp=2, tensor=2), chips)
+    assert asked == [([2, 2, 1], [2, 1, 1]), ([1, 2, 2], [2, 1, 1])]
+
+
+def test_parameters_are_not_split_over_slices(two_slices):
+    with pytest.raises(InputError, match="mesh data=1 does not divide over 2 slices"):
+        sharding.make_mesh(MeshConfig(data=1, fsdp=8), two_slices[0])
 
 
 def test_optimiser_states_lie_beside_their_parameters():

@@ -16,11 +16,11 @@ def lookup(
 ) -> Float[Array, "B T D"]:
     """`table[tokens]`, rounded to `dtype`.
 
-    The compiler by itself would gather the hidden states of the whole batch on every device, those
-    of the backward pass in float32. Here nothing grows with the number of devices: the tokens of an
-    `fsdp` group, which are small, come together on each of its devices. Each looks up its share of
-    the hidden units, and the devices then exchange rows for hidden units. Along `tensor`, each
-    device knows a part of the vocabulary, and one of them has the row.
+    The compiler by itself gathers on every device either the hidden states of the whole batch, with
+    gradients in float32, or the whole table, whatever is smaller. Here nothing grows with the
+    number of devices: the tokens of an `fsdp` group, which are small, come together on each of its
+    devices. Each looks up its share of the hidden units, and the devices then exchange rows for
+    hidden units. Along `tensor`, each device knows a part of the vocabulary, and one has the row.
 
     Looked up first and rounded after: half of all training tokens are [MASK], and their gradients
     are summed into one row. In bfloat16 that sum is both wrong and, by contended atomics, slow.

@@ -40,7 +40,7 @@ def config(tmp_path):
 
 @pytest.fixture
 def on_this_machine(monkeypatch):
-    monkeypatch.setattr(pod, "devices_of", lambda topology: jax.devices()[:1])
+    monkeypatch.setattr(pod, "devices_of", lambda topology, slices: jax.devices()[:1])
 
 
 def num_bytes(tree):
