@@ -18,6 +18,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -33,7 +34,7 @@ from dials_jax.config import InputError, ModelConfig, TrainConfig, require
 from dials_jax.data.batches import Batch
 from dials_jax.models import transformer
 from dials_jax.skipping.router import init_routers
-from dials_jax.training.losses import model_loss, router_loss
+from dials_jax.training.losses import LossFn, model_loss, router_loss
 from dials_jax.training.optimizer import make_optimizer
 from dials_jax.training.run import unroll
 from dials_jax.training.step import TrainState, make_train_step, shardings_of
@@ -77,43 +78,59 @@ def footprint(
     return Footprint(kept, peak, largest_collective(program))
 
 
+class Subject(NamedTuple):
+    """What is trained."""
+
+    loss: LossFn
+    init: Callable[[], trees.Params]
+    frozen: trees.Params  # shapes
+    prefix: str  # of the trained parameters in the sharding table
+
+
+def subject_of(cfg: TrainConfig, backbone: ModelConfig | None) -> Subject:
+    key = jax.random.key(cfg.seed)
+    if backbone is None:
+
+        def init():
+            params = transformer.init(cfg.model, key)
+            return unroll(params) if cfg.unrolled else params
+
+        loss = model_loss(cfg.model, cfg.objective, cfg.remat, cfg.dropout)
+        return Subject(loss, init, {}, "")
+    frozen = jax.eval_shape(lambda: trees.cast(transformer.init(backbone, key), backbone.dtype))
+    shape = backbone.d_model, backbone.num_layers
+    return Subject(
+        router_loss(backbone, cfg.router, cfg.objective, cfg.remat),
+        lambda: init_routers(*shape, cfg.router, key),
+        frozen,
+        "routers/",
+    )
+
+
 def lower(
     cfg: TrainConfig, mesh: Mesh, length: int, backbone: ModelConfig | None
 ) -> jax.stages.Lowered:
     """The training loop's own step, of arrays that have a shape and a place only."""
     optimizer, ema = make_optimizer(cfg.optimizer, 1), cfg.optimizer.ema
-    model, prefix = backbone or cfg.model, "routers/" if backbone else ""
-
-    def init_model():
-        params = transformer.init(model, jax.random.key(0))
-        return unroll(params) if cfg.unrolled and not backbone else params
+    subject = subject_of(cfg, backbone)
 
     def make():
-        params = init_model()
-        if backbone:
-            params = init_routers(
-                model.d_model, model.num_layers, cfg.router, jax.random.key(cfg.seed)
-            )
+        params = subject.init()
         average = None if ema is None else params
         return TrainState(jnp.int32(0), params, optimizer.init(params), jnp.int32(-1), average)
 
-    if backbone:
-        loss = router_loss(model, cfg.router, cfg.objective, cfg.remat)
-        frozen = jax.eval_shape(lambda: trees.cast(init_model(), model.dtype))
-    else:
-        loss, frozen = model_loss(model, cfg.objective, cfg.remat, cfg.dropout), {}
     state = jax.eval_shape(make)
-    shardings = shardings_of(state, mesh, prefix)
+    shardings = shardings_of(state, mesh, subject.prefix)
     step = jax.jit(
-        make_train_step(loss, optimizer, cfg.seed, cfg.num_microbatches, ema),
+        make_train_step(subject.loss, optimizer, cfg.seed, cfg.num_microbatches, ema),
         donate_argnums=0,
         out_shardings=(shardings, None),
     )
     with jax.set_mesh(mesh):
         return step.lower(
             _placed(state, shardings),
-            _placed(frozen, sharding.param_shardings(frozen, mesh)),
-            _batch(cfg, mesh, length, padded=bool(backbone)),
+            _placed(subject.frozen, sharding.param_shardings(subject.frozen, mesh)),
+            _batch(cfg, mesh, length, padded=backbone is not None),
         )
 
 
