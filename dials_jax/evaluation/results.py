@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 import os
@@ -9,7 +10,7 @@ import platform
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import flax
 import jax
@@ -89,12 +90,25 @@ def _check_identity(path: Path, identity: dict[str, Any]) -> None:
         old = read_json(path)
     except InputError as error:
         raise InputError(f"{error}; remove it to start the study again") from error
-    differing = _differing(old, identity)
+    differing = _differing(_completed(old), identity)
     require(
         not differing,
         f"{path.parent} holds another study ({', '.join(differing)} differ); "
         "choose another --workdir",
     )
+
+
+def _completed(old: dict[str, Any]) -> dict[str, Any]:
+    """With the defaults of settings that are newer than the study."""
+    kinds = {cls.__name__: cls for cls in get_args(StudyConfig)}
+    if old.get("kind") not in kinds:
+        return old
+    defaults = {
+        f.name: to_dict(f.default) if dataclasses.is_dataclass(f.default) else f.default
+        for f in dataclasses.fields(kinds[old["kind"]])
+        if f.default is not dataclasses.MISSING and f.name not in READING
+    }
+    return {**old, "config": {**json.loads(json.dumps(defaults)), **old.get("config", {})}}
 
 
 def _differing(old: Any, new: Any, name: str = "") -> list[str]:

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import json
 import shutil
 from math import comb
 
@@ -171,6 +172,18 @@ def test_another_configuration_is_refused_but_not_another_reading(
     monkeypatch.setattr(sampled, "generate", None)
     run_study(dataclasses.replace(searching, aggregate="corpus", top=1), workdir)
     assert sum(results_of(workdir)["segments"]["light_in_best"]) == 2
+
+
+def test_a_study_from_before_a_setting_existed_goes_on(searching, searched, tmp_path, monkeypatch):
+    workdir = shutil.copytree(searched, tmp_path / "search")
+    path = workdir / "study.json"
+    old = json.loads(path.read_text())
+    del old["config"]["precision"], old["config"]["mesh"]
+    path.write_text(json.dumps(old))
+    with pytest.raises(InputError, match=r"holds another study \(config.precision differ\)"):
+        run_study(dataclasses.replace(searching, precision="float32"), workdir)
+    monkeypatch.setattr(sampled, "generate", None)  # nothing is left to sample
+    run_study(searching, workdir)
 
 
 def test_a_budget_tries_what_looks_best(searching, searched, importance, tmp_path):
