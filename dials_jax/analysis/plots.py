@@ -151,13 +151,14 @@ def _tradeoff_panel(ax: Axes, panel: Panel) -> None:
 def _label_point(ax: Axes, point: Point, lower_is_better: bool, high: int) -> None:
     """Beside the curve: it rises to the right where higher is better, and falls where lower is.
 
-    Routers lie close together, so every other label of theirs is put higher.
+    Routers come above, static skips below: their curves may be close. Routers lie close together,
+    so every other label of theirs is put higher.
     """
     from matplotlib.patheffects import withStroke
 
     dx, dy, align = {
-        "static": (-4, 4, "right"),
-        "random": (4, -4, "left"),
+        "static": (4, -4, "left"),
+        "random": (-4, 4, "right"),
         "routed": (0, 6 + 10 * high, "center"),
     }[point.kind]
     dy = -dy if lower_is_better else dy
