@@ -5,7 +5,6 @@ A sweep reports after every task, and a stopped one may have few runs, or no ful
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ from jaxtyping import Float
 from dials_jax.analysis import plots
 from dials_jax.config import write_json
 from dials_jax.evaluation import page
+from dials_jax.evaluation.results import write_csv
 from dials_jax.evaluation.statistics import ACCURACIES, Row, by_task, summarise
 
 WIDTH = 110  # columns of the terminal table
@@ -71,18 +71,11 @@ def write_report(results: Mapping[str, Any], folder: str | Path) -> list[Row]:
     folder = Path(folder)
     write_json(folder / "results.json", results)
     rows = summarise(results)
-    _write_csv(rows, folder / "results.csv")
+    columns = [field.name for field in dataclasses.fields(Row)]  # also without any rows
+    write_csv(folder / "results.csv", columns, map(dataclasses.asdict, rows))
     figures = _write_plots(results["runs"], rows, folder / "plots") if rows else {}
     (folder / "report.html").write_text(_page(results, rows, figures), encoding="utf-8")
     return rows
-
-
-def _write_csv(rows: Sequence[Row], path: Path) -> None:
-    """Unrounded values; None is an empty cell."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)])
-        writer.writeheader()
-        writer.writerows(dataclasses.asdict(row) for row in rows)
 
 
 # --------------------------------------------------------------------------------------- table

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 
 from dials_jax.config import write_json
 from dials_jax.evaluation import page
+from dials_jax.evaluation.results import write_csv
 
 
 class Table(NamedTuple):
@@ -55,10 +55,7 @@ def publish(
     """
     workdir.mkdir(parents=True, exist_ok=True)
     write_json(workdir / "results.json", results)
-    with (workdir / "results.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(workdir / "results.csv", list(rows[0]), rows)
     figures = shown.draw(workdir / "plots")
     (workdir / "report.html").write_text(_page(results, shown, figures), encoding="utf-8")
 

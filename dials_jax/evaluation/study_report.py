@@ -58,9 +58,9 @@ class ScheduleRow:
     difference_low: float
     difference_high: float
     p_value: float
-    nats: float  # log perplexity a token above the baseline's, sample by sample
-    nats_low: float
-    nats_high: float
+    log_difference: float  # in log perplexity, nats a token, sample by sample
+    log_difference_low: float
+    log_difference_high: float
     equal_entropy: float  # the same between samples of equal entropy, by least squares
     equal_entropy_low: float
     equal_entropy_high: float
@@ -84,7 +84,7 @@ def schedule_rows(
         own, entropy = estimate(values), estimate(measured.entropy)
         low, high = mean_interval(values - base_values)
         paired = paired_test(_by_number(values), _by_number(base_values))
-        nats, at_equal_entropy = _changes(measured, base)
+        logs, at_equal_entropy = _changes(measured, base)
         rows.append(
             ScheduleRow(
                 schedule=str(schedule),
@@ -100,9 +100,9 @@ def schedule_rows(
                 difference_low=low,
                 difference_high=high,
                 p_value=paired.p_value,
-                nats=nats.value,
-                nats_low=nats.low,
-                nats_high=nats.high,
+                log_difference=logs.value,
+                log_difference_low=logs.low,
+                log_difference_high=logs.high,
                 equal_entropy=at_equal_entropy.value,
                 equal_entropy_low=at_equal_entropy.low,
                 equal_entropy_high=at_equal_entropy.high,
@@ -179,7 +179,9 @@ def plot_schedules(
         title = ", ".join(f"{letter}: {depth} blocks" for letter, depth in depths.items())
         labels = [r.schedule for r in rows]
         changes = {
-            "as sampled": _series((r.nats, r.nats_low, r.nats_high) for r in rows),
+            "as sampled": _series(
+                (r.log_difference, r.log_difference_low, r.log_difference_high) for r in rows
+            ),
             "at equal entropy": _series(
                 (r.equal_entropy, r.equal_entropy_low, r.equal_entropy_high) for r in rows
             ),

@@ -26,11 +26,10 @@ def lookup(
     are summed into one row. In bfloat16 that sum is both wrong and, by contended atomics, slow.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.manual_axes or tokens.shape[0] % num_batch_shards(mesh):
+    whole = mesh.empty or mesh.manual_axes or mesh.shape["fsdp"] == mesh.shape["tensor"] == 1
+    if whole or tokens.shape[0] % num_batch_shards(mesh):
         return table[tokens].astype(dtype)
     vocabulary, hidden = spec = partition_spec("embed/table", table.shape, mesh)
-    if mesh.shape["fsdp"] == mesh.shape["tensor"] == 1:
-        return table[tokens].astype(dtype)
 
     def local(table, tokens):
         if hidden:

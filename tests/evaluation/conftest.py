@@ -143,6 +143,18 @@ def study_models(quick_plots, tmp_path_factory):
 
 
 @pytest.fixture(scope="package")
+def run_once(tmp_path_factory):
+    """Runs a study into a folder of its own."""
+
+    def run(cfg):
+        workdir = tmp_path_factory.mktemp(type(cfg).__name__)
+        run_study(cfg, workdir)
+        return workdir
+
+    return run
+
+
+@pytest.fixture(scope="package")
 def settings(study_models):
     return {
         "models": (("H", str(study_models / "H")), ("L", str(study_models / "L"))),
@@ -163,10 +175,8 @@ def comparing(settings):
 
 
 @pytest.fixture(scope="package")
-def compared(comparing, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("compared")
-    run_study(comparing, workdir)
-    return workdir
+def compared(comparing, run_once):
+    return run_once(comparing)
 
 
 @pytest.fixture(scope="package")
@@ -175,14 +185,12 @@ def searching(settings):
 
 
 @pytest.fixture(scope="package")
-def searched(searching, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("searched")
-    run_study(searching, workdir)
-    return workdir
+def searched(searching, run_once):
+    return run_once(searching)
 
 
 @pytest.fixture(scope="package")
-def importance(study_models, tmp_path_factory):
+def importance(study_models, run_once):
     data = TextData(
         paths=(str(study_models / "text.txt"),), length=16, cache=str(study_models / "cache")
     )
@@ -196,6 +204,4 @@ def importance(study_models, tmp_path_factory):
         batch_size=4,
         layout="stacked",
     )
-    workdir = tmp_path_factory.mktemp("importance")
-    run_study(cfg, workdir)
-    return cfg, workdir
+    return cfg, run_once(cfg)

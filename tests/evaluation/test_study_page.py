@@ -11,7 +11,6 @@ from dials_jax.config import ProposeStudy
 from dials_jax.evaluation import study_report
 from dials_jax.evaluation.importance import plot_importance
 from dials_jax.evaluation.readings import read_search
-from dials_jax.evaluation.study import run_study
 from dials_jax.evaluation.study_page import Shown, Table, publish
 from tests.evaluation.pages import HOSTILE, read_page
 from tests.evaluation.studies import results_of
@@ -23,11 +22,9 @@ PNG = b"\x89PNG"
 
 
 @pytest.fixture(scope="module")
-def proposed(searched, importance, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("proposed")
+def proposed(searched, importance, run_once):
     settings = dict(search=str(searched), importance=str(importance[1]), budgets=(1, 3))
-    run_study(ProposeStudy(**settings, num_repeats=4), workdir)
-    return workdir
+    return run_once(ProposeStudy(**settings, num_repeats=4))
 
 
 @pytest.fixture
