@@ -101,8 +101,11 @@ def rank_correlation(
 ) -> Correlation:
     """Spearman's, with a bootstrap interval over samples: the noise is that of the perplexities.
 
-    Noise lowers a correlation, and resampling adds as much again. So the interval is reflected at
-    the value (Davison and Hinkley 1997, section 5.2), which it always holds.
+    Noise lowers a correlation, and resampling adds as much again: that calls for quantiles
+    reflected at the value. Draws that err together skew the quantiles: that calls for them as
+    they are (Davison and Hinkley 1997, sections 5.2 and 5.3). The interval reaches as far as
+    either. Drawn from the two searches of docs/results/scheduling.md, it held the correlation of
+    all samples in 87 to 100 of 100 draws of 256 samples, but in 71 to 95 of 64 samples.
     """
     import scipy.stats
 
@@ -113,9 +116,9 @@ def rank_correlation(
         chosen = rng.integers(0, num_samples, num_samples)
         draws.append(scipy.stats.spearmanr(predicted, values[:, chosen].mean(axis=1)).statistic)
     value = scipy.stats.spearmanr(predicted, values.mean(axis=1)).statistic
-    low, high = 2 * value - np.quantile(draws, [0.975, 0.025])
-    low, high = max(min(low, value), -1.0), min(max(high, value), 1.0)
-    return Correlation(float(value), float(low), float(high))
+    low, high = np.quantile(draws, [0.025, 0.975])
+    low, high = min(low, 2 * value - high), max(high, 2 * value - low)
+    return Correlation(float(value), max(float(low), -1.0), min(float(high), 1.0))
 
 
 # ------------------------------------------------------------------- searching with fewer trials

@@ -208,6 +208,7 @@ def predicted_scatter(
             xlabel="predicted harm, nats a token",
             ylabel="generative perplexity",
         )
+        ax.locator_params(axis="x", nbins=6)
     return Path(path)
 
 

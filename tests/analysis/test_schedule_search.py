@@ -154,3 +154,16 @@ def test_the_interval_of_the_rank_correlation_holds_the_one_without_noise(table)
         assert found.low <= found.value <= found.high
         held += found.low <= exact <= found.high
     assert held >= 12  # a plain percentile interval is lower than the value, and holds none
+
+
+def test_the_interval_of_the_rank_correlation_holds_it_when_many_schedules_err_together(table):
+    light, means, _ = table
+    guess = light @ (HARM + 2 * np.eye(10)[0])
+    exact = rank_correlation(guess, np.stack([means, means], axis=1), num_draws=1).value
+    rng = np.random.default_rng(1)
+    held = 0
+    for draw in range(20):
+        noisy = means[:, None] + light[:, :1] * rng.normal(0, 40, 50)
+        found = rank_correlation(guess, noisy, draw, num_draws=100)
+        held += found.low <= exact <= found.high
+    assert held >= 17  # quantiles reflected at the value, alone, hold one in ten
