@@ -15,6 +15,7 @@ import conftest
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from dials_jax import sharding, trees
 from dials_jax.caching.cache import DualCache
@@ -31,7 +32,9 @@ from dials_jax.data.batches import batch_at
 from dials_jax.evaluation.likelihood import pad_pairs, score_pairs
 from dials_jax.models import transformer
 from dials_jax.models.model import Model, row_keys
+from dials_jax.nn.kv import KV
 from dials_jax.nn.lookup import lookup
+from dials_jax.nn.splash import splash
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.generate import generate
 from dials_jax.skipping.policies import Routed
@@ -114,6 +117,29 @@ def look_up(mesh, vocab_size, d_model):
     return {"h": h, "gradient": gradient}
 
 
+def attend(mesh, inside):
+    """The TPU kernel and its gradient, by itself or where rows are split already."""
+    q_key, k_key, v_key, weight_key = jax.random.split(jax.random.key(2), 4)
+    q, weights = (jax.random.normal(key, (8, 128, 4, 8)) for key in (q_key, weight_key))
+    kv = KV(*(jax.random.normal(key, (8, 128, 2, 8)) for key in (k_key, v_key)))
+    valid = jnp.arange(128) >= 3 * jnp.arange(8)[:, None]
+    kernel = partial(splash, causal=False, interpret=True)
+    if inside:
+        rows = P(sharding.BATCH_AXES)
+        axes = set(sharding.BATCH_AXES)
+        kernel = jax.shard_map(
+            kernel, in_specs=rows, out_specs=rows, axis_names=axes, check_vma=False
+        )
+
+    def weighted(q, kv):
+        out = kernel(q, kv, valid)
+        return jnp.sum(out * weights), out
+
+    with jax.set_mesh(mesh):
+        gradients, out = jax.jit(jax.grad(weighted, (0, 1), has_aux=True))(q, kv)
+    return {"out": out, "q": gradients[0], "k": gradients[1].k, "v": gradients[1].v}
+
+
 def run(mesh):
     cfg, objective = conftest.small_config(), ObjectiveConfig()
     # Weights so large that rows differ, and routers that skip some layers for some of them.
@@ -133,6 +159,7 @@ def run(mesh):
         ),
         "evaluation": evaluate(mesh, cfg, params, routers),
         "lookup": {f"{v}x{d}": look_up(mesh, v, d) for v, d in ((64, 32), (63, 32), (64, 30))},
+        "kernel": {"alone": attend(mesh, False), "inside": attend(mesh, True)},
     }
 
 

@@ -1,0 +1,78 @@
+"""The TPU kernel is the same attention, and is taken only for what it can do."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dials_jax import sharding
+from dials_jax.nn import attention, splash
+from dials_jax.nn.attention import attend
+from dials_jax.nn.kv import KV
+
+
+def make(num_queries, num_keys, dtype="float32", num_rows=2, num_heads=4, num_kv_heads=2):
+    keys = jax.random.split(jax.random.key(0), 3)
+    rows = {"q": (num_queries, num_heads), "k": (num_keys, num_kv_heads)}
+    q, k, v = (
+        jax.random.normal(key, (num_rows, *rows[name], 16), dtype)
+        for key, name in zip(keys, "qkk", strict=True)
+    )
+    return q, KV(k, v)
+
+
+def value_and_gradients(fn, q, kv, counted):
+    weights = jax.random.normal(jax.random.key(1), q.shape) * counted
+    loss = jax.value_and_grad(lambda q, kv: jnp.sum(fn(q, kv) * weights), argnums=(0, 1))
+    with jax.default_matmul_precision("highest"):
+        return jax.jit(loss)(q, kv)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    ("num_queries", "num_keys", "causal"),
+    [(384, 384, False), (384, 384, True), (128, 256, False)],  # several blocks, and unequal ones
+)
+def test_it_equals_attend(num_queries, num_keys, causal, padded):
+    q, kv = make(num_queries, num_keys)
+    valid = jnp.arange(num_keys) >= jnp.array([[0], [100]]) if padded else None
+    # A query that sees no key has no right answer: padding on the left, in a causal model.
+    counted = valid[:, :, None, None] if padded and causal else 1
+    expected = value_and_gradients(partial(attend, valid=valid, causal=causal), q, kv, counted)
+    kernel = partial(splash.splash, valid=valid, causal=causal, interpret=True)
+    actual = value_and_gradients(kernel, q, kv, counted)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_it_is_taken_for_long_rows_in_half_precision_on_tpu(monkeypatch):
+    assert not splash.takes(*make(1024, 1024, "bfloat16"))
+    monkeypatch.setattr(splash, "_on_tpu", lambda: True)
+    with jax.set_mesh(sharding.make_mesh(devices=jax.devices()[:1])):
+        assert splash.takes(*make(1024, 1024, "bfloat16"))
+        assert splash.takes(*make(128, 1024, "bfloat16"))
+        assert not splash.takes(*make(1024, 1024, "float32"))
+        assert not splash.takes(*make(512, 512, "bfloat16"))
+        assert not splash.takes(*make(1000, 1024, "bfloat16"))
+        assert not splash.takes(*make(1024, 1100, "bfloat16"))
+
+
+def test_attend_takes_it(monkeypatch):
+    calls = []
+
+    def interpreted(*args):
+        calls.append(args)
+        return splash.splash(*args, interpret=True)
+
+    monkeypatch.setattr(splash, "_on_tpu", lambda: True)
+    monkeypatch.setattr(attention, "splash", interpreted)
+    q, kv = make(128, 1024, "bfloat16", num_rows=1)
+    valid = jnp.arange(1024)[None] >= 10
+    actual = attend(q, kv, valid)
+    expected = attend(q.astype("float32"), jax.tree.map(lambda x: x.astype("float32"), kv), valid)
+    assert len(calls) == 1 and actual.dtype == jnp.bfloat16
+    np.testing.assert_allclose(actual.astype("float32"), expected, atol=2e-2)
+    attend(q, kv, valid, index=jnp.arange(128)[None])  # the kernel knows no places
+    assert len(calls) == 1
