@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from benchmarks.random_model import make_config
 from benchmarks.report import Table, exit_status
@@ -128,13 +129,14 @@ def lower(
     )
     with jax.set_mesh(mesh):
         return step.lower(
-            _placed(state, shardings),
-            _placed(subject.frozen, sharding.param_shardings(subject.frozen, mesh)),
+            placed(state, shardings),
+            placed(subject.frozen, sharding.param_shardings(subject.frozen, mesh)),
             _batch(cfg, mesh, length, padded=backbone is not None),
         )
 
 
-def _placed(shapes: Any, shardings: Any) -> Any:
+def placed(shapes: PyTree, shardings: PyTree) -> PyTree:
+    """Arrays that have a shape and a place only."""
     return jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, shardings
     )
@@ -161,6 +163,17 @@ def largest_collective(program: str) -> int:
     return max(sizes, default=0)
 
 
+def missing_memory(error: jax.errors.JaxRuntimeError) -> str:
+    """What a program needs that does not fit, in words.
+
+    Raises: the error, if it is about something else.
+    """
+    needed = re.search(OUT_OF_MEMORY, str(error))
+    if not needed:
+        raise error
+    return f"it needs {needed[1]} GiB and has {needed[2]}"
+
+
 def devices_of(topology: str, num_slices: int = 1) -> list[Any]:
     """The chips of pods that exist for the compiler only.
 
@@ -177,6 +190,8 @@ def devices_of(topology: str, num_slices: int = 1) -> list[Any]:
     try:
         return list(topologies.get_topology_desc(topology, platform="tpu", **several).devices)
     except Exception as error:
+        if "lockfile" in str(error):
+            raise InputError("another process uses the TPU compiler; wait for it") from error
         raise InputError(
             f"topology {topology!r} is not known ({str(error).splitlines()[0]}); "
             "give one such as v5e:4x4 or v5p:4x4x4"
@@ -206,13 +221,11 @@ def run(options: argparse.Namespace, fields: list[str]) -> None:
         try:
             found = footprint(cfg, mesh, length, backbone)
         except jax.errors.JaxRuntimeError as error:
-            needed = re.search(OUT_OF_MEMORY, str(error))
-            if not needed:
-                raise
+            missing = missing_memory(error)
             table.add(**facts, compile_s=time.perf_counter() - start)
             print(
-                f"does not fit: it needs {needed[1]} GiB and has {needed[2]}; try --remat, more "
-                "--num-microbatches, or other axes of --mesh"
+                f"does not fit: {missing}; try --remat, more --num-microbatches, or other axes of "
+                "--mesh"
             )
             continue
         largest = found.largest_collective

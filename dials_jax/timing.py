@@ -39,6 +39,10 @@ class Timed:
     def num_programs(self) -> int:
         return len(self._programs)
 
+    def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
+        """The program before it is compiled, which may be for devices that are not here."""
+        return self._jitted.lower(*args, **kwargs)
+
     def program(self, *args: Any, **kwargs: Any) -> Callable[..., Any]:
         """The compiled program for such arguments: it takes those that are not static.
 
@@ -52,6 +56,6 @@ class Timed:
         key = (static, structure, shapes, jax.sharding.get_abstract_mesh())
         if key not in self._programs:
             start = time.perf_counter()
-            self._programs[key] = self._jitted.lower(*args, **kwargs).compile()
+            self._programs[key] = self.lower(*args, **kwargs).compile()
             self.compile_seconds += time.perf_counter() - start
         return self._programs[key]

@@ -1,0 +1,84 @@
+"""The program that is compiled for TPUs is that of `generate`."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks import pod, pod_decode, report
+from benchmarks.random_model import make_config, make_model
+from dials_jax import sharding
+from dials_jax.models.model import row_keys
+from dials_jax.sampling.confidence import Confidence
+from dials_jax.sampling.generate import generate
+
+TINY = ["--model", "tiny", "--layers", "2", "--prompt", "4", "--gen", "8", "--block", "4"]
+
+
+@pytest.fixture(autouse=True)
+def on_this_machine(monkeypatch):
+    monkeypatch.setattr(report, "keep_programs", lambda: None)
+    monkeypatch.setattr(pod_decode, "devices_of", lambda topology: jax.devices()[:1])
+
+
+def test_the_program_is_generates_own():
+    cfg, sampler = make_config("tiny", 2), Confidence(8, 4, 8)
+    model = make_model(cfg, "stacked")
+    prompts = np.arange(2, 10).reshape(2, 4)
+    valid = np.array([[False, True, True, True], [True] * 4])
+    lowered = pod_decode.lower(cfg, sharding.make_mesh(), sampler, (2, 4), "dual", "full")
+    rows = model.place_rows((prompts.astype(np.int32), valid, row_keys(None, 2)))
+    tokens, _ = lowered.compile()(model.ready, *rows, None)
+    cache = pod_decode.parse_cache("dual")
+    expected = generate(model, prompts, valid, sampler=sampler, cache=cache)
+    np.testing.assert_array_equal(tokens, expected.tokens)
+
+
+def test_it_prints_and_writes_a_row_a_case(tmp_path, capsys):
+    path = tmp_path / "out.json"
+    arguments = [*TINY, "--caches", "none", "dual", "--policies", "full", "routed", "static-1"]
+    assert pod_decode.main([*arguments, "--out", str(path)]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["cache"], row["policy"]) for row in rows][1:4] == [
+        ("none", "routed"),
+        ("none", "static-1"),
+        ("dual", "full"),
+    ]
+    weights = make_model(make_config("tiny", 2)).ready
+    kept = sum(x.nbytes for x in jax.tree.leaves(weights)) / 1e9
+    assert all(row["peak_gb"] > row["kept_gb"] >= kept for row in rows)
+    assert rows[1]["kept_gb"] > rows[0]["kept_gb"]  # routers
+    assert len(capsys.readouterr().out.splitlines()) == 8
+
+
+def test_what_does_not_fit_is_a_row_too(monkeypatch, capsys):
+    def refuse(self):
+        raise jax.errors.JaxRuntimeError("Ran out of memory. Used 20.5G of 15.75G hbm.")
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
+    assert pod_decode.main([*TINY, "--caches", "none", "dual"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("does not fit: it needs 20.5 GiB and has 15.75; try a larger --tensor") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--policies", "rooted"], "policy 'rooted' is not known; did you mean"),
+        (["--caches", "duel"], "cache 'duel' is not known"),
+        (["--tensor", "3"], "mesh data=-1 fsdp=1 tensor=3 does not fit 1 devices"),
+        (["--model", "llada_9b"], "model 'llada_9b' is not known; did you mean"),
+    ],
+)
+def test_bad_input_gives_one_line(arguments, message, capsys):
+    assert pod_decode.main([*TINY, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message}") and error.count("\n") == 1
+
+
+def test_the_compiler_is_needed(monkeypatch, capsys):
+    monkeypatch.setattr(pod_decode, "devices_of", pod.devices_of)
+    monkeypatch.setattr(pod.importlib.util, "find_spec", lambda name: None)
+    assert pod_decode.main(TINY) == 2
+    assert "the TPU compiler is missing; install it with" in capsys.readouterr().err
