@@ -23,12 +23,12 @@ def takes(q: Float[Array, "B T N H"], kv: KV) -> bool:
     """
     num_queries, num_keys = q.shape[1], kv.k.shape[1]
     whole_blocks = num_queries % BLOCKS[-1] == num_keys % BLOCKS[-1] == 0
-    if q.dtype != jnp.bfloat16 or num_keys < SHORTEST or not whole_blocks:
+    if not _on_tpu() or q.dtype != jnp.bfloat16 or num_keys < SHORTEST or not whole_blocks:
         return False
     mesh = jax.sharding.get_abstract_mesh()
     rows, heads = _axes()
     splits = math.prod(mesh.shape[a] for a in rows), math.prod(mesh.shape[a] for a in heads)
-    return _on_tpu() and q.shape[0] % splits[0] == kv.k.shape[2] % splits[1] == 0
+    return q.shape[0] % splits[0] == kv.k.shape[2] % splits[1] == 0
 
 
 def _on_tpu() -> bool:
