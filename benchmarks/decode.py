@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +40,19 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def parse_policy(text: str, model: Model) -> Policy | None:
-    """`full`, or `static-N`, `random-N` or `routed-N`, where N is the number of layers skipped."""
+def parse_policy(text: str, num_layers: int, routed: Callable[[int], Policy]) -> Policy | None:
+    """`full`, or `static-N`, `random-N` or `routed-N`, where N is the number of layers skipped.
+
+    Args:
+      routed: makes routers that skip so many.
+    """
     name, _, number = text.partition("-")
     if text == "full":
         return None
     makers = {
-        "static": lambda n: Static(range(model.num_layers - n, model.num_layers)),
+        "static": lambda n: Static(range(num_layers - n, num_layers)),
         "random": Random,
-        "routed": lambda n: make_routers(model, n),
+        "routed": routed,
     }
     require(name in makers, f"policy {text!r} is not known{nearest(name, ['full', *makers])}")
     require(number.isdigit(), f"policy {text!r}: give the number of layers, as in {name}-4")
@@ -62,7 +68,8 @@ def run_case(model: Model, options: argparse.Namespace, cache: str, policy: str)
         options.gen, options.block, options.steps or options.gen, threshold=options.threshold
     )
     settings = {
-        "sampler": sampler, "cache": parse_cache(cache), "policy": parse_policy(policy, model),
+        "sampler": sampler, "cache": parse_cache(cache),
+        "policy": parse_policy(policy, model.num_layers, partial(make_routers, model)),
     }  # fmt: skip
     before = module._generate.compile_seconds
     first = generate(model, prompts, **settings)
@@ -85,14 +92,19 @@ def run_case(model: Model, options: argparse.Namespace, cache: str, policy: str)
     }  # fmt: skip
 
 
-def options_of(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.decode", description=__doc__)
+def add_shapes(parser: argparse.ArgumentParser) -> None:
+    """Options that say how large the model, its batch and its canvas are."""
     parser.add_argument("--model", default="llada_8b", help=f"one of {', '.join(MODELS)}")
     parser.add_argument("--layers", type=int, help="only so many layers; default: all")
     parser.add_argument("--batch", type=int, default=8, help="rows")
     parser.add_argument("--prompt", type=int, default=256, help="tokens of a prompt")
     parser.add_argument("--gen", type=int, default=512, help="tokens to generate")
     parser.add_argument("--block", type=int, default=64, help="tokens of a block")
+
+
+def options_of(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.decode", description=__doc__)
+    add_shapes(parser)
     parser.add_argument("--steps", type=int, help="denoising steps; default: one a token")
     parser.add_argument("--threshold", type=float, help="reveal all tokens of this confidence")
     parser.add_argument("--caches", nargs="+", default=["none", "dual", "es-64-4", "es-64-16"])

@@ -69,9 +69,7 @@ def footprint(
       backbone: the frozen model, where routers are trained.
     """
     compiled = lower(cfg, mesh, length, backbone).compile()
-    memory = compiled.memory_analysis()
-    kept = memory.argument_size_in_bytes
-    peak = getattr(memory, "peak_memory_in_bytes", 0) or kept + memory.temp_size_in_bytes
+    kept, peak = memory_of(compiled)
     try:
         program = compiled.as_text()
     except jax.errors.JaxRuntimeError:  # libtpu may be newer than what reads its programs
@@ -163,6 +161,13 @@ def largest_collective(program: str) -> int:
     return max(sizes, default=0)
 
 
+def memory_of(compiled: jax.stages.Compiled) -> tuple[int, int]:
+    """Bytes on one device: of the arguments, and at the peak."""
+    memory = compiled.memory_analysis()
+    kept = memory.argument_size_in_bytes
+    return kept, getattr(memory, "peak_memory_in_bytes", 0) or kept + memory.temp_size_in_bytes
+
+
 def missing_memory(error: jax.errors.JaxRuntimeError) -> str:
     """What a program needs that does not fit, in words.
 
@@ -196,6 +201,12 @@ def devices_of(topology: str, num_slices: int = 1) -> list[Any]:
             f"topology {topology!r} is not known ({str(error).splitlines()[0]}); "
             "give one such as v5e:4x4 or v5p:4x4x4"
         ) from error
+
+
+def compile_only() -> None:
+    """For a process whose programs run nowhere."""
+    jax.config.update("jax_platforms", "cpu")  # the chips are the compiler's
+    jax.config.update("jax_enable_compilation_cache", False)  # it can keep but not load these
 
 
 def run(options: argparse.Namespace, fields: list[str]) -> None:
@@ -254,6 +265,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_platforms", "cpu")  # the chips are the compiler's
-    jax.config.update("jax_enable_compilation_cache", False)  # it can keep but not load these
+    compile_only()
     sys.exit(main())

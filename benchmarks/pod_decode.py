@@ -11,16 +11,22 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
-from benchmarks.decode import parse_policy
-from benchmarks.pod import CHIP_GB, devices_of, missing_memory, placed
-from benchmarks.random_model import MODELS, make_config
+from benchmarks.decode import add_shapes, parse_policy
+from benchmarks.pod import (
+    CHIP_GB,
+    compile_only,
+    devices_of,
+    memory_of,
+    missing_memory,
+    placed,
+)
+from benchmarks.random_model import make_config
 from benchmarks.report import Table, exit_status
 from dials_jax import sharding, trees
 from dials_jax.caching.cache import NoCache
@@ -76,18 +82,15 @@ def lower(
 
 
 def _policy(text: str, cfg: ModelConfig, mesh: Mesh) -> Policy | None:
-    if text != "routed":
-        return parse_policy(text, SimpleNamespace(num_layers=cfg.num_layers))
-
     def make():
-        router = RouterConfig()
-        return rounded(
-            init_routers(cfg.d_model, cfg.num_layers, router, jax.random.key(0)), cfg.dtype
-        )
+        size = cfg.d_model, cfg.num_layers
+        return rounded(init_routers(*size, RouterConfig(), jax.random.key(0)), cfg.dtype)
 
-    shapes = jax.eval_shape(make)
-    everywhere = NamedSharding(mesh, jax.sharding.PartitionSpec())
-    return Routed(placed(shapes, jax.tree.map(lambda _: everywhere, shapes)), 0.1)
+    def routed(num_skipped):
+        shapes, everywhere = jax.eval_shape(make), sharding.replicated(mesh)
+        return Routed(placed(shapes, jax.tree.map(lambda _: everywhere, shapes)), 0.1)
+
+    return parse_policy(text, cfg.num_layers, routed)
 
 
 def measure(
@@ -97,12 +100,10 @@ def measure(
     sampler = Confidence(options.gen, options.block, options.gen)
     lowered = lower(cfg, mesh, sampler, (options.batch, options.prompt), **case)
     try:
-        memory = lowered.compile().memory_analysis()
+        kept, peak = memory_of(lowered.compile())
     except jax.errors.JaxRuntimeError as error:
         print(f"does not fit: {missing_memory(error)}; try a larger --tensor or a smaller --batch")
         return {"kept_gb": None, "peak_gb": None}
-    kept = memory.argument_size_in_bytes
-    peak = getattr(memory, "peak_memory_in_bytes", 0) or kept + memory.temp_size_in_bytes
     return {"kept_gb": kept / 1e9, "peak_gb": peak / 1e9}
 
 
@@ -134,15 +135,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--topology", default="v5e:2x2", help="TPUs to compile for")
     parser.add_argument("--tensor", type=int, default=1, help="chips that share a layer")
-    parser.add_argument("--model", default="llada_8b", help=f"one of {', '.join(MODELS)}")
-    parser.add_argument("--layers", type=int, help="only so many layers; default: all")
-    parser.add_argument("--batch", type=int, default=8, help="rows")
-    parser.add_argument("--prompt", type=int, default=256, help="tokens of a prompt")
-    parser.add_argument("--gen", type=int, default=512, help="tokens to generate")
-    parser.add_argument("--block", type=int, default=64, help="tokens of a block")
+    add_shapes(parser)
     parser.add_argument("--caches", nargs="+", default=["none", "dual", "es-64-4"])
     parser.add_argument(
-        "--policies", nargs="+", default=["full"], help="full, static-N, random-N or routed"
+        "--policies", nargs="+", default=["full"], help="full, static-N, random-N or routed-N"
     )
     parser.add_argument("--out", metavar="FILE", help="write the figures as JSON")
     options = parser.parse_args(arguments)
@@ -150,6 +146,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_platforms", "cpu")  # the chips are the compiler's
-    jax.config.update("jax_enable_compilation_cache", False)  # it can keep but not load these
+    compile_only()
     sys.exit(main())

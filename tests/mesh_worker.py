@@ -34,7 +34,7 @@ from dials_jax.models import transformer
 from dials_jax.models.model import Model, row_keys
 from dials_jax.nn.kv import KV
 from dials_jax.nn.lookup import lookup
-from dials_jax.nn.splash import splash
+from dials_jax.nn.splash import splash_attention
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.generate import generate
 from dials_jax.skipping.policies import Routed
@@ -123,7 +123,7 @@ def attend(mesh, inside):
     q, weights = (jax.random.normal(key, (8, 128, 4, 8)) for key in (q_key, weight_key))
     kv = KV(*(jax.random.normal(key, (8, 128, 2, 8)) for key in (k_key, v_key)))
     valid = jnp.arange(128) >= 3 * jnp.arange(8)[:, None]
-    kernel = partial(splash, causal=False, interpret=True)
+    kernel = partial(splash_attention, causal=False, interpret=True)
     if inside:
         rows = P(sharding.BATCH_AXES)
         axes = set(sharding.BATCH_AXES)

@@ -11,7 +11,7 @@ from dials_jax.config import ModelConfig
 from dials_jax.nn.initializers import normal, residual_depth, zeros_if
 from dials_jax.nn.kv import KV
 from dials_jax.nn.rope import apply_rope
-from dials_jax.nn.splash import splash, takes
+from dials_jax.nn.splash import splash_attention, splash_fits
 
 
 class Attention(nnx.Module):
@@ -73,8 +73,8 @@ def attend(
     cuDNN's fused kernel takes half precision and heads of up to 128 only; on one H200 it is 1.5
     times as fast as XLA's. For TPU see `dials_jax.nn.splash`.
     """
-    if index is None and takes(q, kv):
-        return splash(q, kv, valid, causal)
+    if index is None and splash_fits(q, kv):
+        return splash_attention(q, kv, valid, causal)
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     fused = jax.default_backend() == "gpu" and half and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
     attn_mask = None if valid is None else valid[:, None, None, :]

@@ -16,7 +16,7 @@ BLOCKS = 512, 256, 128  # queries and keys at a time: the most that divide the l
 SHORTEST = 1024  # keys; the scores of fewer are small
 
 
-def takes(q: Float[Array, "B T N H"], kv: KV) -> bool:
+def splash_fits(q: Float[Array, "B T N H"], kv: KV) -> bool:
     """Whether the kernel is for these shapes, and the mesh in context is of TPUs.
 
     float32 goes another way, for the kernel multiplies in bfloat16.
@@ -44,14 +44,14 @@ def _axes() -> tuple[tuple[str, ...], tuple[str, ...]]:
     return tuple(a for a in free if a in BATCH_AXES), tuple(a for a in free if a not in BATCH_AXES)
 
 
-def splash(
+def splash_attention(
     q: Float[Array, "B T N H"],
     kv: KV,
     valid: Bool[Array, "B S"] | None,
     causal: bool,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
-    """As `attend`, for shapes that `takes` names.
+    """As `attend`, for shapes that `splash_fits`.
 
     Args:
       interpret: run the kernel step by step, where there is no TPU.

@@ -37,11 +37,11 @@ def test_the_program_is_generates_own():
 
 def test_it_prints_and_writes_a_row_a_case(tmp_path, capsys):
     path = tmp_path / "out.json"
-    arguments = [*TINY, "--caches", "none", "dual", "--policies", "full", "routed", "static-1"]
+    arguments = [*TINY, "--caches", "none", "dual", "--policies", "full", "routed-1", "static-1"]
     assert pod_decode.main([*arguments, "--out", str(path)]) == 0
     rows = json.loads(path.read_text())["rows"]
     assert [(row["cache"], row["policy"]) for row in rows][1:4] == [
-        ("none", "routed"),
+        ("none", "routed-1"),
         ("none", "static-1"),
         ("dual", "full"),
     ]
