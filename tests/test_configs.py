@@ -11,7 +11,7 @@ import pytest
 from dials_jax import sharding, trees
 from dials_jax.commands import parse
 from dials_jax.config import EvalConfig, RouterConfig, ScheduleStudy, StudyConfig, TrainConfig
-from dials_jax.evaluation.sampled import check_schedules
+from dials_jax.evaluation.samples import check_schedules
 from dials_jax.models import llada, transformer
 from dials_jax.sampling.schedule import Schedule
 from dials_jax.skipping.router import init_routers

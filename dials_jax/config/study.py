@@ -37,6 +37,7 @@ class SamplingStudy:
 
     models: tuple[tuple[str, str], ...]  # letter and path of each; two may have one path
     scorer: str  # path of a causal model
+    samples: str = ""  # workdir of an earlier study: its samples are scored, none are drawn
     static: tuple[tuple[str, str], ...] = ()  # letter and layers it skips, such as ("L", "3,7")
     length: int = 1024
     steps: int = 1000

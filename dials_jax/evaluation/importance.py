@@ -25,7 +25,7 @@ from dials_jax.data.batches import generator
 from dials_jax.data.sources import training_data
 from dials_jax.evaluation.predictions import plot_predictions, prediction_table, predictions
 from dials_jax.evaluation.results import Outcome, Records, environment, identity
-from dials_jax.evaluation.sampled import require_known
+from dials_jax.evaluation.samples import require_known
 from dials_jax.evaluation.study_page import Shown, Table, as_dicts, publish
 from dials_jax.loading import load
 from dials_jax.models.model import Model

@@ -9,8 +9,8 @@ from jaxtyping import Float
 
 from dials_jax.analysis import schedule_search as search
 from dials_jax.config import SearchStudy, from_dict, read_json, require
+from dials_jax.evaluation.bench import measured
 from dials_jax.evaluation.results import RECORDS, read_records
-from dials_jax.evaluation.sampled import measured
 from dials_jax.sampling.schedule import Schedule
 
 HARMS = ("gap", "kl", "relative_kl")  # curves of an importance study that predict harm

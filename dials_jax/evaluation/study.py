@@ -16,18 +16,17 @@ from dials_jax.analysis import schedule_search as search
 from dials_jax.config import (
     ImportanceStudy,
     ProposeStudy,
-    SamplingStudy,
     ScheduleStudy,
     SearchStudy,
     StudyConfig,
     to_dict,
 )
 from dials_jax.evaluation import study_report as report
+from dials_jax.evaluation.bench import Bench, Measured
 from dials_jax.evaluation.importance import run_importance
 from dials_jax.evaluation.proposals import run_proposals
 from dials_jax.evaluation.readings import coarse_schedules, read_harms
-from dials_jax.evaluation.results import Outcome, Records, environment, identity
-from dials_jax.evaluation.sampled import Bench, Measured
+from dials_jax.evaluation.results import Outcome
 from dials_jax.evaluation.study_page import Shown, as_dicts, publish
 from dials_jax.sampling.schedule import Schedule
 from dials_jax.sharding import on_first_process
@@ -58,19 +57,19 @@ def run_study(cfg: StudyConfig, workdir: str | Path) -> dict[str, Any]:
 def run_schedules(cfg: ScheduleStudy, workdir: Path) -> Outcome:
     """Figures 1 and 8 to 11, tables 1 and 2."""
     schedules = [Schedule.parse(text) for text in cfg.schedules]
-    bench, records = _open(cfg, schedules, workdir)
-    with _progress(cfg, len(schedules), records) as bar:
+    bench = Bench(cfg, schedules, workdir)
+    with _progress(bench, len(schedules)) as bar:
         found = {}
         for schedule in schedules:
-            found[schedule] = bench.measure(schedule, records, bar.update)
+            found[schedule] = bench.measure(schedule, bar.update)
             _tell(bar, f"{schedule}: {found[schedule].values(cfg.aggregate).mean():.3f}")
-    results = _facts(cfg, bench)
-    rows = report.schedule_rows(found, _depths(bench), cfg.aggregate)
+    results = _facts(bench)
+    rows = report.schedule_rows(found, bench.depths, cfg.aggregate)
     results["schedules"] = as_dicts(rows)
-    results["examples"] = report.examples(records.all)
+    results["examples"] = report.examples(bench.records.all)
 
     def draw(folder):
-        return report.plot_schedules(rows, cfg, _depths(bench), folder)
+        return report.plot_schedules(rows, cfg, bench.depths, folder)
 
     return results, _showing("Model schedules", results, rows, draw, workdir)
 
@@ -94,21 +93,12 @@ def _showing(
     return show
 
 
-def _open(
-    cfg: SamplingStudy, schedules: Sequence[Schedule], workdir: Path
-) -> tuple[Bench, Records]:
-    bench = Bench(cfg, schedules)
-    models = {letter: model.fingerprint for letter, model in bench.models.items()}
-    weights = {"models": models, "scorer": bench.scorer.fingerprint}
-    return bench, Records(workdir, identity(cfg, weights))
-
-
-def _progress(cfg: SamplingStudy, num_schedules: int, records: Records) -> Any:
+def _progress(bench: Bench, num_schedules: int) -> Any:
     """A bar over samples, with the time left, that counts what is there already."""
     from tqdm import tqdm
 
-    done = sum(len(record["nll"]) for record in records.all)
-    total = max(num_schedules * cfg.num_samples, done)
+    done = sum(len(record["nll"]) for record in bench.records.all)
+    total = max(num_schedules * bench.cfg.num_samples, done)
     return tqdm(total=total, initial=done, unit="sample", disable=not sys.stderr.isatty())
 
 
@@ -117,20 +107,9 @@ def _tell(bar: Any, line: str) -> None:
         bar.write(line)
 
 
-def _facts(cfg: StudyConfig, bench: Bench) -> dict[str, Any]:
-    model = next(iter(bench.models.values()))
-    return {
-        "kind": type(cfg).__name__,
-        "config": to_dict(cfg),
-        **bench.describe(),
-        "environment": environment(model, cfg.seed),
-    }
-
-
-def _depths(bench: Bench) -> dict[str, int]:
-    """The layers that each model runs."""
-    skipped = {letter: len(policy.layers) for letter, policy in bench.policies.items()}
-    return {x: model.num_layers - skipped.get(x, 0) for x, model in bench.models.items()}
+def _facts(bench: Bench) -> dict[str, Any]:
+    cfg = bench.cfg
+    return {"kind": type(cfg).__name__, "config": to_dict(cfg), **bench.describe()}
 
 
 # -------------------------------------------------------------------------------------- search
@@ -141,25 +120,25 @@ def run_search(cfg: SearchStudy, workdir: Path) -> Outcome:
     schedules = coarse_schedules(cfg)
     light = search.placements(cfg.num_segments, cfg.num_light)
     predict = _predictor(cfg, light)
-    bench, records = _open(cfg, schedules, workdir)
+    bench = Bench(cfg, schedules, workdir)
     budget = cfg.budget or len(schedules)
     found: dict[Schedule, Measured] = {}
-    with _progress(cfg, budget, records) as bar:
+    with _progress(bench, budget) as bar:
 
         def measure(number: int) -> float:
             schedule = schedules[number]
-            found[schedule] = bench.measure(schedule, records, bar.update)
+            found[schedule] = bench.measure(schedule, bar.update)
             value = float(found[schedule].values(cfg.aggregate).mean())
             _tell(bar, f"{len(found)}/{budget} {schedule}: {value:.3f}")
             return value
 
         trials = search.seek(predict, measure, budget, len(schedules))
-    results = _facts(cfg, bench)
+    results = _facts(bench)
     best_first = sorted(trials.tried, key=lambda n: trials.perplexity[trials.tried.index(n)])
     ranked = {schedules[n]: found[schedules[n]] for n in best_first}
-    rows = report.schedule_rows(ranked, _depths(bench), cfg.aggregate)
+    rows = report.schedule_rows(ranked, bench.depths, cfg.aggregate)
     results["schedules"] = as_dicts(rows)
-    results["examples"] = report.examples(records.all)
+    results["examples"] = report.examples(bench.records.all)
     draw = _nothing
     if cfg.budget is None:
         values = np.stack([found[s].values(cfg.aggregate) for s in schedules])

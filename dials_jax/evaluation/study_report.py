@@ -13,8 +13,8 @@ from jaxtyping import Bool, Float
 from dials_jax.analysis import schedule_search as search
 from dials_jax.analysis import study_plots as plots
 from dials_jax.config import ScheduleStudy
+from dials_jax.evaluation.bench import Measured
 from dials_jax.evaluation.generative import Aggregate, Estimate, estimate
-from dials_jax.evaluation.sampled import Measured
 from dials_jax.evaluation.statistics import mean_at_zero, mean_interval, paired_test
 from dials_jax.evaluation.study_page import Table
 from dials_jax.sampling.schedule import Schedule

@@ -21,7 +21,7 @@ from dials_jax.config import (
     StudyConfig,
 )
 from dials_jax.data.tokenizer import load_tokenizer
-from dials_jax.evaluation import sampled
+from dials_jax.evaluation import samples
 from dials_jax.evaluation.generative import perplexities, retokenise, score_samples
 from dials_jax.evaluation.readings import coarse_schedules, read_harms, read_search
 from dials_jax.evaluation.study import run_study
@@ -68,9 +68,9 @@ def test_entropy_is_held_equal(compared):
 def first_samples(study_models):
     """The first batch of all light steps."""
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), np.arange(3))
-    return sampled.generate(
+    return samples.generate(
         {"L": load(study_models / "L", layout="stacked")},
-        sampler=sampled.Ancestral(LENGTH, STEPS),
+        sampler=samples.Ancestral(LENGTH, STEPS),
         schedule=Schedule.parse("L8"),
         key=keys,
         num_rows=3,
@@ -109,14 +109,14 @@ def test_a_scheduled_model_may_skip_layers(settings, study_models, tmp_path):
     rows = {row["schedule"]: row for row in results_of(tmp_path)["schedules"]}
     assert round(rows["S8"]["saved_blocks"], 6) == 0.5  # of H's two blocks
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), np.arange(3))
-    samples = sampled.generate(
+    expected_tokens = samples.generate(
         load(heavy, layout="stacked"),
-        sampler=sampled.Ancestral(LENGTH, STEPS),
-        policy=sampled.Static((1,)),
+        sampler=samples.Ancestral(LENGTH, STEPS),
+        policy=samples.Static((1,)),
         key=keys,
         num_rows=3,
     ).tokens
-    expected = perplexities(score_samples(load(study_models / "S"), samples, 3), "mean")
+    expected = perplexities(score_samples(load(study_models / "S"), expected_tokens, 3), "mean")
     np.testing.assert_allclose(values_of(tmp_path, "S8"), expected, rtol=1e-4)
 
 
@@ -138,7 +138,7 @@ class Stop:
     """`generate`, counted; it stops the study before call `stop`."""
 
     def __init__(self, stop):
-        self.stop, self.calls, self.generate = stop, 0, sampled.generate
+        self.stop, self.calls, self.generate = stop, 0, samples.generate
 
     def __call__(self, *args, **kwargs):
         if self.calls == self.stop:
@@ -150,14 +150,14 @@ class Stop:
 def test_a_search_that_was_stopped_gives_the_same_file(searching, searched, tmp_path, monkeypatch):
     first = Stop(5)
     with monkeypatch.context() as patch:
-        patch.setattr(sampled, "generate", first)
+        patch.setattr(samples, "generate", first)
         with pytest.raises(KeyboardInterrupt):
             run_study(searching, tmp_path)
     assert len(records_of(tmp_path)) == 5  # the third schedule is half done
     with (tmp_path / "runs.jsonl").open("a") as file:
         file.write('{"schedule": "H4,L')  # killed while writing
     second = Stop(None)
-    monkeypatch.setattr(sampled, "generate", second)
+    monkeypatch.setattr(samples, "generate", second)
     run_study(searching, tmp_path)
     assert first.calls + second.calls == len(records_of(searched))
     assert records_of(tmp_path) == records_of(searched)
@@ -169,7 +169,7 @@ def test_another_configuration_is_refused_but_not_another_reading(
     workdir = shutil.copytree(searched, tmp_path / "search")
     with pytest.raises(InputError, match=r"holds another study \(config.seed differ\)"):
         run_study(dataclasses.replace(searching, seed=1), workdir)
-    monkeypatch.setattr(sampled, "generate", None)
+    monkeypatch.setattr(samples, "generate", None)
     run_study(dataclasses.replace(searching, aggregate="corpus", top=1), workdir)
     assert sum(results_of(workdir)["segments"]["light_in_best"]) == 2
 
@@ -182,7 +182,7 @@ def test_a_study_from_before_a_setting_existed_goes_on(searching, searched, tmp_
     path.write_text(json.dumps(old))
     with pytest.raises(InputError, match=r"holds another study \(config.precision differ\)"):
         run_study(dataclasses.replace(searching, precision="float32"), workdir)
-    monkeypatch.setattr(sampled, "generate", None)  # nothing is left to sample
+    monkeypatch.setattr(samples, "generate", None)  # nothing is left to sample
     run_study(searching, workdir)
 
 

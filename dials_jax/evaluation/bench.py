@@ -1,0 +1,136 @@
+"""Schedules put to the test: unconditional samples, scored, a batch at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from dials_jax import sharding
+from dials_jax.config import SamplingStudy, require
+from dials_jax.data.tokenizer import Tokenizer, load_tokenizer
+from dials_jax.evaluation.generative import (
+    Aggregate,
+    Scores,
+    check_scorer,
+    perplexities,
+    retokenise,
+    score_samples,
+)
+from dials_jax.evaluation.results import Records, identity
+from dials_jax.evaluation.samples import (
+    Drawn,
+    Kept,
+    check_schedules,
+    model_facts,
+    static_policies,
+)
+from dials_jax.loading import load
+from dials_jax.sampling.schedule import Schedule
+
+
+class Measured(NamedTuple):
+    """What the samples of one schedule are like, and what they cost."""
+
+    scores: Scores
+    entropy: Float[np.ndarray, "N"]  # nats
+    seconds: float  # of sampling alone, compilation apart
+    flops: float  # of sampling, all counted
+
+    def values(self, aggregate: Aggregate) -> Float[np.ndarray, "N"]:
+        return perplexities(self.scores, aggregate)
+
+
+class Bench:
+    """The samples, the scorer and the records of one study."""
+
+    def __init__(self, cfg: SamplingStudy, schedules: Sequence[Schedule], workdir: str | Path):
+        """Loads all models, or looks for the samples of an earlier study.
+
+        Raises: InputError for schedules, models or samples that would stop the study half-way, and
+          for a workdir that holds another study.
+        """
+        check_schedules(cfg, schedules)
+        self.cfg = cfg
+        self.scorer = load(cfg.scorer, "float32", sharding.make_mesh(cfg.mesh))
+        self.samples = Kept(cfg, schedules, self.scorer) if cfg.samples else Drawn(cfg, workdir)
+        self.sampler = next(iter(self.samples.facts.values()))
+        self.tokenizers = self._tokenizers()
+        self._check_scorer()
+        prints = {letter: facts["fingerprint"] for letter, facts in self.samples.facts.items()}
+        weights = {"models": prints, "scorer": self.scorer.fingerprint}
+        self.records = Records(workdir, identity(cfg, weights))
+
+    def _tokenizers(self) -> tuple[Tokenizer, Tokenizer] | None:
+        """Of the samples and of the scorer; None where samples are scored as the ids they are."""
+        if self.cfg.retokenize == "never":
+            return None
+        theirs = load_tokenizer(self.scorer.path)
+        if self.cfg.retokenize == "auto" and self.sampler["tokenizer"] == theirs.fingerprint:
+            return None
+        return load_tokenizer(self.sampler["path"]), theirs
+
+    def _check_scorer(self) -> None:
+        cfg, scorer = self.cfg, self.scorer.config
+        length = cfg.score_length if self.tokenizers else min(cfg.length, cfg.score_length)
+        check_scorer(scorer, length)
+        require(
+            self.tokenizers is not None or scorer.eos_id == self.sampler["eos_id"],
+            f"end of text is {self.sampler['eos_id']} for the samplers and {scorer.eos_id} for the "
+            "scorer; set retokenize=always",
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """What the results depend on beside the configuration, and where they come from."""
+        return {
+            "models": self.samples.facts,
+            "scorer": model_facts(self.scorer),
+            "environment": self.samples.environment,
+        }
+
+    @property
+    def depths(self) -> dict[str, int]:
+        """The layers that each model runs."""
+        skipped = {x: len(policy.layers) for x, policy in static_policies(self.cfg).items()}
+        return {x: f["num_layers"] - skipped.get(x, 0) for x, f in self.samples.facts.items()}
+
+    def measure(
+        self, schedule: Schedule, progress: Callable[[int], Any] = lambda n: None
+    ) -> Measured:
+        """Scores the samples that the records do not hold yet, and puts them there."""
+        done = [record for record in self.records.all if record["schedule"] == str(schedule)]
+        first = sum(len(record["nll"]) for record in done)
+        while first < self.cfg.num_samples:
+            batch = self.samples.batch(schedule, first)
+            scores = score_samples(self.scorer, self._scored(batch.tokens), self.cfg.batch_size)
+            found = {"nll": scores.nll.tolist(), "weight": scores.weight.tolist()}
+            self.records.add(batch.record | found)
+            done.append(batch.record | found)
+            first += len(batch.tokens)
+            progress(len(batch.tokens))
+        return measured(done)
+
+    def _scored(self, samples: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B S"]:
+        """The tokens that the scorer reads."""
+        length = self.cfg.score_length
+        if self.tokenizers is None:
+            return samples[:, :length]
+        ends = self.sampler["eos_id"], self.scorer.config.eos_id
+        return retokenise(samples, *self.tokenizers, *ends, length)
+
+
+def measured(records: Sequence[dict[str, Any]]) -> Measured:
+    """All batches of one schedule together."""
+
+    def joined(name):
+        return np.concatenate([record[name] for record in records]).astype(float)
+
+    return Measured(
+        Scores(joined("nll"), joined("weight")),
+        joined("entropy"),
+        sum(record["seconds"] for record in records),
+        sum(record["flops"] for record in records),
+    )

@@ -1,0 +1,89 @@
+"""Samples that a study has kept are scored again, without the models that drew them."""
+
+import dataclasses
+import shutil
+
+import numpy as np
+import pytest
+
+from dials_jax.config import InputError
+from dials_jax.data.tokenizer import load_tokenizer
+from dials_jax.evaluation import samples
+from dials_jax.evaluation.generative import retokenise, score_samples
+from dials_jax.evaluation.study import run_study
+from dials_jax.loading import load
+from tests.evaluation.studies import records_of, results_of
+
+pytestmark = pytest.mark.usefixtures("quick_plots")
+
+
+@pytest.fixture
+def without_models(compared, searched, monkeypatch):
+    """No model can be loaded to draw with, and nothing can be drawn."""
+    monkeypatch.setattr(samples, "generate", None)
+    monkeypatch.setattr(samples, "load", None)
+
+
+def kept_tokens(workdir, schedule):
+    batches = [np.load(workdir / f"samples/{schedule}-{first}.npy") for first in (0, 3)]
+    return np.concatenate(batches).astype(np.int32)
+
+
+@pytest.mark.parametrize("study", ["compared", "searched"])
+def test_the_same_scorer_says_the_same(study, request, without_models, tmp_path):
+    old = request.getfixturevalue(study)
+    cfg = request.getfixturevalue({"compared": "comparing", "searched": "searching"}[study])
+    run_study(dataclasses.replace(cfg, samples=str(old)), tmp_path)
+    assert records_of(tmp_path) == records_of(old)
+    new, before = results_of(tmp_path), results_of(old)
+    assert new["schedules"] == before["schedules"]
+    assert new["models"] == before["models"] and new["examples"] == before["examples"]
+    assert not (tmp_path / "samples").exists()
+
+
+def test_another_scorer_reads_the_same_samples(
+    comparing, compared, study_models, without_models, tmp_path
+):
+    scorer = shutil.copytree(study_models / "S", tmp_path / "other")
+    changes = {"samples": str(compared), "scorer": str(scorer), "score_length": 7}
+    run_study(dataclasses.replace(comparing, **changes), tmp_path / "new")
+    tokens = kept_tokens(compared, "L2,H4,L2")
+    expected = score_samples(load(scorer), tokens[:, :7], 5)
+    found = [r for r in records_of(tmp_path / "new") if r["schedule"] == "L2,H4,L2"]
+    np.testing.assert_allclose(np.concatenate([r["nll"] for r in found]), expected.nll, rtol=1e-5)
+    assert np.concatenate([r["weight"] for r in found]).tolist() == expected.weight.tolist()
+
+
+def test_kept_samples_may_be_scored_as_text(comparing, compared, study_models, tmp_path):
+    cfg = dataclasses.replace(comparing, samples=str(compared), retokenize="always")
+    run_study(cfg, tmp_path)
+    tokenizer = load_tokenizer(study_models / "L")
+    ids = retokenise(
+        kept_tokens(compared, "L8"), tokenizer, tokenizer, 1, 1, comparing.score_length
+    )
+    expected = score_samples(load(study_models / "S"), ids, 5)
+    found = [r["nll"] for r in records_of(tmp_path) if r["schedule"] == "L8"]
+    np.testing.assert_allclose(np.concatenate(found), expected.nll, rtol=1e-5)
+
+
+def test_samples_take_as_little_as_the_vocabulary_needs(compared):
+    assert np.load(compared / "samples/L8-0.npy").dtype == np.uint8  # 19 tokens
+    assert not list((compared / "samples").glob("*.tmp*"))
+
+
+def test_samples_that_are_missing_or_others_are_refused(comparing, compared, tmp_path):
+    def refused(message, **changes):
+        with pytest.raises(InputError, match=message) as error:
+            run_study(dataclasses.replace(comparing, **changes), tmp_path / "refused")
+        assert "\n" not in str(error.value)
+        assert not (tmp_path / "refused").exists()
+
+    old = str(shutil.copytree(compared, tmp_path / "old"))
+    refused("old has seed=0, but the study 1; make them agree", samples=old, seed=1)
+    refused("has num_samples=5, but the study 4", samples=old, num_samples=4)
+    one = comparing.models[:1]
+    refused("drawn by H, L, but models names H", samples=old, models=one, schedules=("H8",))
+    refused("has 0 of 5 samples of H4,L4", samples=old, schedules=("H8", "H4,L4"))
+    (tmp_path / "old/samples/L8-3.npy").unlink()
+    refused("has 3 of 5 samples of L8; let that study end first", samples=old)
+    refused("holds no samples", samples=str(tmp_path))
