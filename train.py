@@ -3,8 +3,13 @@
 python train.py --config configs/demo/model.py --workdir runs/model [--optimizer.num-steps 100]
 """
 
+from importlib.util import find_spec
+from pathlib import Path
+
+from dials_jax.analysis.training_plots import training_curves
 from dials_jax.commands import keep_programs, main, parse
 from dials_jax.config import TrainConfig
+from dials_jax.sharding import on_first_process
 from dials_jax.training.loop import train
 
 
@@ -12,6 +17,14 @@ def command() -> None:
     config, workdir = parse(TrainConfig, __doc__)
     keep_programs()
     train(config, workdir)
+    on_first_process(lambda: draw(workdir))
+
+
+def draw(workdir: Path) -> None:
+    """Curves of the training; without matplotlib, as on a pod, there are none."""
+    if find_spec("matplotlib"):
+        path = training_curves(workdir / "metrics.jsonl", workdir / "training.png")
+        print(f"curves: {path.absolute()}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,8 @@ import pytest
 
 from dials_jax.commands import keep_programs, main, parse
 from dials_jax.config import EvalConfig, InputError, TrainConfig
+
+ROOT = Path(__file__).parents[1]
 
 CONFIG = """
 from dials_jax.config import ArithmeticData, OptimizerConfig, TrainConfig
@@ -145,3 +148,28 @@ def test_programs_are_kept_in_the_folder_that_jax_is_given(given, used, tmp_path
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / used)
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
+
+
+TRAIN = """
+from dials_jax.config import *
+from dials_jax.models.llada import small
+
+def get_config():
+    return TrainConfig(
+        model=small(num_layers=1, d_model=32, vocab_size=19, mask_id=18, eos_id=1, pad_id=0,
+                    max_length=32, dtype="float32"),
+        data=ArithmeticData(num_items=20),
+        optimizer=OptimizerConfig(num_steps=2, warmup_steps=1),
+        batch_size=8,
+    )
+"""
+
+
+def test_training_ends_with_its_curves(tmp_path, monkeypatch, capsys):
+    (tmp_path / "config.py").write_text(TRAIN)
+    workdir = tmp_path / "run"
+    argv = ["train.py", "--config", str(tmp_path / "config.py"), "--workdir", str(workdir)]
+    monkeypatch.setattr(sys, "argv", argv)
+    runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    assert (workdir / "training.png").read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out.endswith(f"curves: {workdir / 'training.png'}\n")

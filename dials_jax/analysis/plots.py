@@ -1,43 +1,24 @@
-"""The figures of an evaluation sweep and of a training run, as PNG files.
+"""The figures of an evaluation sweep, as PNG files.
 
-Every function takes plain data and the path of the file it writes, and returns that path. Figures
-are made without pyplot: no window, no global state, and nothing to close.
+Every function takes plain data and the path of the file it writes, and returns that path.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float
 
-from dials_jax.config import InputError, require
+from dials_jax.analysis.figure import COLORS, GREY, figure_at, shades
+from dials_jax.config import require
 
 if TYPE_CHECKING:  # matplotlib is optional
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-COLORS = {"routed": "#1f5fa8", "static": "#e07b1a", "random": "#3a9457", "full": "#e5ac00"}
-GREY = "#8a8f98"
-STYLE = {
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": GREY,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e9ebee",
-    "legend.frameon": False,
-    "text.parse_math": False,  # a task may have a $ in its name
-}
 
 
 @dataclass(frozen=True)
@@ -69,28 +50,6 @@ class Line:
     kind: str
     label: str
     shares: tuple[float, ...]  # of layers executed, one a bin of (0, 1]; NaN where nothing ran
-
-
-@contextlib.contextmanager
-def figure_at(path: str | Path, width: float, height: float) -> Iterator[Figure]:
-    """A figure of `width` x `height` inches, written to `path` on leaving."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    with rc_context(STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        yield figure
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)  # Agg, as for every PNG
-
-
-def shades(count: int) -> list:
-    """`count` blues from light to dark; a single one is the colour of the routed policy."""
-    from matplotlib import colormaps
-
-    if count == 1:
-        return [COLORS["routed"]]
-    return [colormaps["Blues"](x) for x in np.linspace(0.45, 0.95, count)]
 
 
 # --------------------------------------------------------------------------------------- trade-off
@@ -287,68 +246,3 @@ def _label_ends(ax: Axes, lines: Sequence[Line]) -> None:
             color=GREY,
             annotation_clip=False,
         )
-
-
-# --------------------------------------------------------------------------------------- training
-
-
-def training_curves(metrics: str | Path | Sequence[str | Path], path: str | Path) -> Path:
-    """Loss, and skip rate where there is one, against step: smoothed over the faint raw values.
-
-    Args:
-      metrics: one `metrics.jsonl` or several; several are named by their folders.
-    Raises: InputError if a file is missing or logs no loss.
-    """
-    files = [Path(m) for m in ([metrics] if isinstance(metrics, str | Path) else metrics)]
-    require(len(files) > 0, "training_curves: no files; give at least one metrics.jsonl")
-    runs = {file: _read_metrics(file) for file in files}
-    panels = [("loss", "loss")]
-    if any("skip_rate" in record for records in runs.values() for record in records):
-        panels.append(("skip_rate", "skip rate"))
-    with figure_at(path, 5.4 * len(panels), 3.6) as figure:
-        axes = figure.subplots(1, len(panels), squeeze=False)[0]
-        for ax, (name, ylabel) in zip(axes, panels, strict=True):
-            _training_panel(ax, runs, name)
-            ax.set(xlabel="step", ylabel=ylabel)
-        if len(files) > 1:
-            axes[0].legend(fontsize=9)
-    return Path(path)
-
-
-def _training_panel(ax: Axes, runs: Mapping[Path, list[dict]], name: str) -> None:
-    raw = []
-    for (file, records), color in zip(runs.items(), shades(len(runs)), strict=True):
-        points = [(r["step"], r[name]) for r in records if math.isfinite(r.get(name, math.nan))]
-        if points:
-            steps, values = np.array(points, dtype=float).T
-            ax.plot(steps, _smooth(values), color=color, linewidth=2, label=file.parent.name)
-            raw.append((steps, values, color))
-    # The smoothed lines set the frame: a loss weighted by 1 / p has spikes that would flatten it.
-    ax.margins(y=0.25)
-    ax.autoscale_view()
-    ax.autoscale(False)
-    for steps, values, color in raw:
-        ax.plot(steps, values, color=color, linewidth=0.8, alpha=0.25, zorder=1)
-
-
-def _smooth(values: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
-    """Centred Hann-weighted mean over a twentieth of the run; the ends average what there is."""
-    window = np.hanning(2 * (len(values) // 40) + 3)[1:-1]
-    return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
-
-
-def _read_metrics(file: Path) -> list[dict[str, Any]]:
-    """Records of one metrics.jsonl with a loss, one a step, in order of steps."""
-    require(file.is_file(), f"{file} is missing; give the metrics.jsonl of a training run")
-    # A run that was stopped may end in half a line; one that was resumed repeats some steps.
-    complete, _, _ = file.read_text(encoding="utf-8").rpartition("\n")
-    by_step = {}
-    for number, line in enumerate(complete.splitlines(), start=1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{file}, line {number} is not valid JSON: {error}") from error
-        if "loss" in record:
-            by_step[record["step"]] = record
-    require(len(by_step) > 0, f"{file} logs no loss; give the metrics.jsonl of a training run")
-    return [by_step[step] for step in sorted(by_step)]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from dials_jax.analysis.plots import COLORS, GREY, figure_at, shades
+from dials_jax.analysis.figure import COLORS, GREY, figure_at, shades
 from dials_jax.analysis.schedule_search import Influence, Regret
 from dials_jax.analysis.step_importance import Curve
 

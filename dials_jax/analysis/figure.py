@@ -1,0 +1,54 @@
+"""How every figure looks, and how it becomes a PNG file.
+
+Figures are made without pyplot: no window, no global state, and nothing to close.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:  # matplotlib is optional
+    from matplotlib.figure import Figure
+
+COLORS = {"routed": "#1f5fa8", "static": "#e07b1a", "random": "#3a9457", "full": "#e5ac00"}
+GREY = "#8a8f98"
+STYLE = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e9ebee",
+    "legend.frameon": False,
+    "text.parse_math": False,  # a task may have a $ in its name
+}
+
+
+@contextlib.contextmanager
+def figure_at(path: str | Path, width: float, height: float) -> Iterator[Figure]:
+    """A figure of `width` x `height` inches, written to `path` on leaving."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)  # Agg, as for every PNG
+
+
+def shades(count: int) -> list:
+    """`count` blues from light to dark; a single one is the colour of the routed policy."""
+    from matplotlib import colormaps
+
+    if count == 1:
+        return [COLORS["routed"]]
+    return [colormaps["Blues"](x) for x in np.linspace(0.45, 0.95, count)]
