@@ -193,6 +193,30 @@ def test_the_router_of_another_backbone(eval_file, other_model, error_of, tmp_pa
     assert "holds no router" in error
 
 
+def test_results_that_cannot_be_written_are_refused_first(
+    train_file, eval_file, error_of, tmp_path, monkeypatch
+):
+    (tmp_path / "file").write_text("")
+    message = "file is no folder that can be written to; choose another --workdir"
+    assert message in error_of("train.py", train_file(), workdir="file/run")
+    assert message in error_of("eval.py", eval_file(json.dumps(RECORD)), workdir="file")
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "scipy"])
+def test_packages_that_only_the_end_needs_are_asked_for_first(
+    package, eval_file, error_of, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, package, None)
+    error = error_of("eval.py", eval_file(json.dumps(RECORD)))
+    assert f"{package} missing; pip install 'dials_jax[eval]'" in error
+
+
+def test_numbers_of_items_and_rows_are_positive(eval_file, error_of):
+    config = eval_file(json.dumps(RECORD))
+    assert "batch_size=0 must be positive" in error_of("eval.py", config, "--batch-size", "0")
+    assert "limit=-1 must be positive" in error_of("eval.py", config, "--tasks.0.limit", "-1")
+
+
 def test_training_that_diverges(train_file, error_of, tmp_path):
     error = error_of("train.py", train_file(), "--optimizer.learning-rate", "1e37")
     assert "not finite at step 2" in error

@@ -10,7 +10,9 @@ from dials_jax.config.base import (
     nearest,
     read_json,
     require,
+    require_packages,
     require_positive,
+    require_writable,
     to_dict,
     write_json,
 )
@@ -53,7 +55,9 @@ __all__ = [
     "nearest",
     "read_json",
     "require",
+    "require_packages",
     "require_positive",
+    "require_writable",
     "to_dict",
     "write_json",
 ]

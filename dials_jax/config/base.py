@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import os
 import types
 import typing
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -89,6 +91,22 @@ def read_json(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path} is not valid JSON: {error}") from error
     require(isinstance(values, dict), f"{path} does not hold a JSON object")
     return values
+
+
+def require_writable(workdir: str | Path) -> None:
+    """Raises: InputError for a folder that cannot be made or written to. Makes nothing."""
+    workdir = Path(workdir).absolute()
+    nearest_existing = next(path for path in (workdir, *workdir.parents) if path.exists())
+    require(
+        nearest_existing.is_dir() and os.access(nearest_existing, os.W_OK),
+        f"{nearest_existing} is no folder that can be written to; choose another --workdir",
+    )
+
+
+def require_packages(extra: str, *names: str) -> None:
+    """Raises: InputError for packages that are not installed, before work that ends with them."""
+    missing = [name for name in names if find_spec(name) is None]
+    require(not missing, f"{', '.join(missing)} missing; pip install 'dials_jax[{extra}]'")
 
 
 def write_json(path: str | Path, values: Any) -> None:

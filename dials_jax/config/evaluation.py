@@ -37,6 +37,10 @@ class EvalTask:
 
     def __post_init__(self):
         require_positive(self, "num_samples", "bucket", "max_programs")
+        require(
+            self.limit is None or self.limit > 0,
+            f"task {self.name!r}: limit={self.limit} must be positive, or None",
+        )
         for name in ("threshold", "factor", "delay_eos", "stop_at_eos", "cache"):
             value, default = getattr(self, name), self.__dataclass_fields__[name].default
             require(
@@ -65,3 +69,6 @@ class EvalConfig:
     )
     dtype: str | None = None
     seed: int = 0
+
+    def __post_init__(self):
+        require_positive(self, "num_calibration", "batch_size")

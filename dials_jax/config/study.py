@@ -118,6 +118,10 @@ class SearchStudy(SamplingStudy):
             f"budget={self.budget} must lie in 1 to {self.num_schedules}, the number of schedules",
         )
         require(
+            self.budget is None or not self.samples,
+            "samples: a search with a budget draws what its scorer asks for; leave out one of them",
+        )
+        require(
             self.budget is not None or not self.importance,
             "importance is for a search with a budget; a full one tries every schedule",
         )

@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from dials_jax.config import CorpusData, InputError, nearest, read_json, require, write_json
-from dials_jax.data.records import JSON_LINES, TEXT, expand_paths, read_documents
+from dials_jax.data.records import (
+    JSON_LINES,
+    TEXT,
+    expand_paths,
+    located,
+    read_documents,
+    require_text,
+)
 
 READ_AHEAD = 1000  # documents that a Hugging Face data set hands out at a time
 
@@ -129,7 +136,11 @@ def _hub_documents(cfg: CorpusData) -> Documents:
     def read(start: int, stop: int) -> Iterator[tuple[str, str]]:
         for first in range(start, stop, READ_AHEAD):
             texts = found[first : min(first + READ_AHEAD, stop)][field]
-            yield from ((f"{name}[{first + i}]", text) for i, text in enumerate(texts))
+            for i, text in enumerate(texts):
+                where = f"{name}[{first + i}]"
+                with located(where):
+                    require_text(text, field)
+                yield where, text
 
     # The package's fingerprint names the prepared files: a new version of the data changes it.
     identity = json.dumps([name, field, len(found), found._fingerprint])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -49,6 +50,22 @@ def make_item(prompt: Ids, answers: Sequence[Ids], label: int = 0, reference: st
     answers = tuple(tuple(map(int, answer)) for answer in answers)
     digest = hashlib.sha256(repr((prompt, answers)).encode()).digest()
     return Item(prompt, answers, label, reference, key=int.from_bytes(digest[:4], "big") >> 1)
+
+
+def item_names(items: Sequence[Item]) -> list[str]:
+    """What scores are kept under: the key, and a number where an item repeats an earlier one."""
+    seen: Counter[int] = Counter()
+    names = []
+    for item in items:
+        names.append(f"{item.key}-{seen[item.key]}" if seen[item.key] else str(item.key))
+        seen[item.key] += 1
+    return names
+
+
+def items_digest(items: Sequence[Item]) -> str:
+    """Equal for equal items in the same order, with their labels and references."""
+    content = [(item.prompt, item.answers, item.label, item.reference) for item in items]
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
 
 def load_items(

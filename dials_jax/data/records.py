@@ -86,18 +86,17 @@ def read_documents(path: Path, field: str = "text") -> Iterator[tuple[str, str]]
         where = f"{path}:{line_number}"
         with located(where):
             text = lookup(record, field)
-            require(isinstance(text, str), f"field {field!r} is {text!r}; it must be a string")
-            # JSON can spell half of a surrogate pair, which is no character.
-            require(_is_unicode(text), f"field {field!r} is not Unicode; mend or delete the line")
+            require_text(text, field)
         yield where, text
 
 
-def _is_unicode(text: str) -> bool:
+def require_text(text: Any, field: str) -> None:
+    """Raises: InputError for a document's field that holds no text."""
+    require(isinstance(text, str), f"field {field!r} is {text!r}; it must be a string")
     try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+        text.encode()  # JSON can spell half of a surrogate pair, which is no character
+    except UnicodeEncodeError as error:
+        raise InputError(f"field {field!r} is not Unicode; mend or delete it") from error
 
 
 def read_records(paths: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -56,7 +56,7 @@ class Bench:
         check_schedules(cfg, schedules)
         self.cfg = cfg
         self.scorer = load(cfg.scorer, "float32", sharding.make_mesh(cfg.mesh))
-        self.samples = Kept(cfg, schedules, self.scorer) if cfg.samples else Drawn(cfg, workdir)
+        self.samples = Kept(cfg, schedules) if cfg.samples else Drawn(cfg, workdir)
         self.sampler = next(iter(self.samples.facts.values()))
         self.tokenizers = self._tokenizers()
         self._check_scorer()
@@ -68,10 +68,17 @@ class Bench:
         """Of the samples and of the scorer; None where samples are scored as the ids they are."""
         if self.cfg.retokenize == "never":
             return None
-        theirs = load_tokenizer(self.scorer.path)
-        if self.cfg.retokenize == "auto" and self.sampler["tokenizer"] == theirs.fingerprint:
+        theirs, drawn_with = load_tokenizer(self.scorer.path), self.sampler["tokenizer"]
+        if self.cfg.retokenize == "auto" and drawn_with == theirs.fingerprint:
             return None
-        return load_tokenizer(self.sampler["path"]), theirs
+        ours = load_tokenizer(self.sampler["path"])
+        require(
+            drawn_with in (None, ours.fingerprint),
+            f"{self.sampler['path']} has another tokenizer than when the samples were drawn; "
+            "put that one back",
+        )
+        same = self.cfg.retokenize == "auto" and ours.fingerprint == theirs.fingerprint
+        return None if same else (ours, theirs)
 
     def _check_scorer(self) -> None:
         cfg, scorer = self.cfg, self.scorer.config

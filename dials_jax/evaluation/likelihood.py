@@ -190,7 +190,9 @@ def draw_masked(
     """The masked positions of copy number `sample` of one answer.
 
     A round of `stratum` copies shares one k ~ U{1..L}; its copy i masks round(k + i L / stratum)
-    positions, wrapped into 1..L, at random places.
+    positions, wrapped into 1..L, at random places. Halves are rounded to even, as LLaDA's
+    `get_log_likelihood` has it: where i L / stratum ends in a half (L = 8, 24, ... with 16 copies),
+    even numbers are masked more often than odd ones. A stratum of 1 has no such bias.
     """
     length = jnp.sum(answer_valid)
     turn, i = jnp.divmod(sample, stratum)

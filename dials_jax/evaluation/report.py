@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 from jaxtyping import Float
@@ -18,7 +17,7 @@ from jaxtyping import Float
 from dials_jax.analysis import plots
 from dials_jax.config import write_json
 from dials_jax.evaluation import page
-from dials_jax.evaluation.results import write_csv
+from dials_jax.evaluation.results import file_name, write_csv
 from dials_jax.evaluation.statistics import ACCURACIES, Row, by_task, summarise
 
 WIDTH = 110  # columns of the terminal table
@@ -157,7 +156,7 @@ def _write_plots(runs: Sequence[Mapping], rows: Sequence[Row], folder: Path) -> 
 
 
 def _write_execution_plots(task: str, runs: Sequence[Mapping], folder: Path) -> dict[Path, str]:
-    file = quote(task, safe="") + ".png"  # a task may have a / in its name
+    file = file_name(task) + ".png"  # a task may have a / in its name
     policies = [run["policy"] for run in runs]
     shares = np.array([_share_by_layer(run["execution"]) for run in runs])
     labels = [policy["label"] for policy in policies]

@@ -5,13 +5,16 @@ from __future__ import annotations
 import csv
 import dataclasses
 import datetime
+import hashlib
 import json
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
+from urllib.parse import quote
 
 import flax
 import jax
@@ -21,6 +24,7 @@ from dials_jax.config import InputError, StudyConfig, read_json, require, to_dic
 from dials_jax.models.model import Model
 
 RECORDS = "runs.jsonl"
+LONGEST_NAME = 120  # of a file, without its ending; file systems take 255
 # Settings that choose among what is measured, or how it is shown: a study goes on when they change.
 READING = ("schedules", "figure", "aggregate", "top", "budget", "importance")
 # Results, and what writes and shows them.
@@ -37,9 +41,22 @@ def environment(model: Model, seed: int) -> dict[str, Any]:
         "flax": flax.__version__,
         "python": platform.python_version(),
         "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": command(),
         "seed": seed,
     }
+
+
+def command() -> str:
+    """What was typed, to be typed again."""
+    return shlex.join(["python", *sys.argv])
+
+
+def file_name(text: str) -> str:
+    """A file's name for any text: what names may not hold is quoted, what is too long is cut."""
+    quoted = quote(text, safe=",")
+    if len(quoted) <= LONGEST_NAME:
+        return quoted
+    return f"{quoted[:LONGEST_NAME]}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
@@ -76,6 +93,11 @@ class Records:
         if study.exists():
             _check_identity(study, identity)
         self.all, size = read_records(self.path)
+        require(
+            study.exists() or not self.all,
+            f"{workdir} holds {RECORDS} but no study.json that says of what; remove the folder to "
+            "start the study again",
+        )
 
         def open_for_more():  # once all processes have read what is there
             if not study.exists():
@@ -98,7 +120,7 @@ def _check_identity(path: Path, identity: dict[str, Any]) -> None:
     try:
         old = read_json(path)
     except InputError as error:
-        raise InputError(f"{error}; remove it to start the study again") from error
+        raise InputError(f"{error}; remove {path.parent} to start the study again") from error
     differing = _differing(_completed(old), identity)
     require(
         not differing,

@@ -17,10 +17,18 @@ import numpy as np
 from jaxtyping import Int
 
 from dials_jax import sharding, trees
-from dials_jax.config import SamplingStudy, nearest, read_json, require, to_dict, write_json
-from dials_jax.data.tokenizer import load_tokenizer
+from dials_jax.config import (
+    InputError,
+    SamplingStudy,
+    nearest,
+    read_json,
+    require,
+    to_dict,
+    write_json,
+)
+from dials_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dials_jax.evaluation.generative import unigram_entropy
-from dials_jax.evaluation.results import RECORDS, environment, read_records
+from dials_jax.evaluation.results import RECORDS, command, environment, file_name, read_records
 from dials_jax.loading import load
 from dials_jax.models.model import Model
 from dials_jax.sampling.ancestral import Ancestral
@@ -62,10 +70,11 @@ class Drawn:
         for letter, policy in self.policies.items():
             policy.check(self.models[letter].num_layers)
         first = next(iter(self.models.values()))
-        self.tokenizer = None if cfg.retokenize == "never" else load_tokenizer(first.path)
+        self.tokenizer = _tokenizer(first.path, optional=cfg.retokenize == "never")
         tokenizer = self.tokenizer.fingerprint if self.tokenizer else None
         self.facts = {x: model_facts(model, tokenizer) for x, model in self.models.items()}
         self.environment = environment(first, cfg.seed)
+        self._described = False
 
     def batch(self, schedule: Schedule, first: int) -> Batch:
         """Draws the samples from number `first` on."""
@@ -95,9 +104,11 @@ class Drawn:
 
     def _keep(self, schedule: Schedule, first: int, tokens: Int[np.ndarray, "B T"]) -> None:
         """Through a temporary file, so that a reader never sees half of it."""
-        if not (self.folder / "models.json").exists():
+        if not self._described:
             settings = {name: to_dict(self.cfg)[name] for name in DRAWING}
-            write_json(self.folder / "models.json", {"models": self.facts, "config": settings})
+            facts = {"models": self.facts, "config": settings, "environment": self.environment}
+            write_json(self.folder / "models.json", facts)
+            self._described = True
         path = _path(self.folder, schedule, first)
         temporary = path.with_suffix(".tmp.npy")
         vocab_size = max(model.config.vocab_size for model in self.models.values())
@@ -113,10 +124,10 @@ class Drawn:
 class Kept:
     """Samples of an earlier study, whose models need not be there any more.
 
-    Attributes: those of `Drawn`; the environment is that of the scorer.
+    Attributes: those of `Drawn`; the environment is that in which they were drawn.
     """
 
-    def __init__(self, cfg: SamplingStudy, schedules: Sequence[Schedule], scorer: Model):
+    def __init__(self, cfg: SamplingStudy, schedules: Sequence[Schedule]):
         """Looks whether all samples are there.
 
         Raises: InputError for samples that are missing, or were drawn with other settings.
@@ -130,18 +141,23 @@ class Kept:
         kept = read_json(self.folder / "models.json")
         self.facts: dict[str, dict[str, Any]] = kept["models"]
         _check_drawing(cfg, self.facts, kept["config"])
-        self.environment = environment(scorer, cfg.seed)
+        self.environment = kept["environment"] | {"command": command()}
         self.records = {
             (record["schedule"], record["first"]): record
             for record in read_records(workdir / RECORDS)[0]
         }
         for schedule in schedules:
-            self._check(schedule, cfg.num_samples)
+            self._check(schedule, cfg.num_samples, cfg.length)
 
-    def _check(self, schedule: Schedule, num_samples: int) -> None:
+    def _check(self, schedule: Schedule, num_samples: int, length: int) -> None:
         found = 0
         for (name, first), record in self.records.items():
-            if name == str(schedule) and _path(self.folder, schedule, first).is_file():
+            path = _path(self.folder, schedule, first)
+            if name == str(schedule) and path.is_file():
+                require(
+                    _shape(path) == (len(record["entropy"]), length),
+                    f"{path} is damaged; copy it again, or draw the samples again",
+                )
                 found += len(record["entropy"])
         require(
             found == num_samples,
@@ -173,7 +189,24 @@ def _check_drawing(cfg: SamplingStudy, facts: Mapping[str, Any], old: Mapping[st
 
 
 def _path(folder: Path, schedule: Schedule, first: int) -> Path:
-    return folder / f"{schedule}-{first}.npy"
+    return folder / f"{file_name(str(schedule))}-{first}.npy"
+
+
+def _shape(path: Path) -> tuple[int, ...]:
+    """Of a stored array; () if it is not all there."""
+    try:
+        return np.load(path, mmap_mode="r").shape
+    except (ValueError, EOFError):
+        return ()
+
+
+def _tokenizer(path: str, optional: bool) -> Tokenizer | None:
+    try:
+        return load_tokenizer(path)
+    except InputError:
+        if optional:
+            return None
+        raise
 
 
 def model_facts(model: Model, tokenizer: str | None = None) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from dials_jax.caching.net import Net
 from dials_jax.caching.parse import parse_cache
 from dials_jax.config import EvalTask, require
 from dials_jax.data.buckets import batches, buckets, pair_buckets
-from dials_jax.data.items import Item, normalise_answer, pad_prompts
+from dials_jax.data.items import Item, item_names, normalise_answer, pad_prompts
 from dials_jax.data.tokenizer import Tokenizer
 from dials_jax.evaluation.execution import Execution
 from dials_jax.evaluation.likelihood import pad_pairs, score_pairs
@@ -66,12 +66,11 @@ def score_task(
         _exact_match(scores, model, task, items, tokenizer, policy, batch_size, seed, progress)
         return scores
     likelihoods = _likelihoods(scores, model, task, items, policy, batch_size, seed, progress)
-    for item, values in zip(items, likelihoods, strict=True):
-        lengths = [len(answer) for answer in item.answers]
+    for name, item, values in zip(item_names(items), items, likelihoods, strict=True):
         if task.metric == "nelbo":
-            scores.items[str(item.key)] = -values[0] / lengths[0]
+            scores.items[name] = -values[0] / len(item.answers[0])
         else:
-            scores.items[str(item.key)] = float(np.argmax(values) == item.label)
+            scores.items[name] = float(np.argmax(values) == item.label)
     if task.metric == "choice":
         scores.also["accuracy_per_token"] = _accuracy_per_token(items, likelihoods)
     return scores
@@ -153,7 +152,7 @@ def _exact_match(
     scores: TaskScores, model, task, items, tokenizer, policy, batch_size, seed, progress
 ) -> None:
     cfg, sampler, cache = model.config, sampler_for(task, items), parse_cache(task.cache)
-    lengths = [len(item.prompt) for item in items]
+    lengths, names = [len(item.prompt) for item in items], item_names(items)
     sizes = buckets(lengths, task.bucket, task.max_programs, batch_size)
     padded = {size for length, size in zip(lengths, sizes, strict=True) if length < size}
     for group in batches(sizes, batch_size):
@@ -171,8 +170,10 @@ def _exact_match(
         )
         scores.execution.add(out.gates, at_work(out.masked_share))
         scores.costs.append(out.flops)
-        for item, row in zip(members, out.tokens[:, tokens.shape[1] :], strict=True):
-            _score_output(scores, task, item, row.tolist(), tokenizer, cfg)
+        for i, row in zip(group, out.tokens[:, tokens.shape[1] :], strict=True):
+            scores.items[names[i]] = _score_output(
+                scores, task, items[i], row.tolist(), tokenizer, cfg
+            )
         progress(len(members))
 
 
@@ -182,17 +183,17 @@ def at_work(masked_share: Float[np.ndarray, "S R"]) -> Float[np.ndarray, "S R"]:
     return np.where(after < masked_share, masked_share, 0.0)
 
 
-def _score_output(scores: TaskScores, task, item: Item, row: list[int], tokenizer, cfg) -> None:
-    """Compares the text before the first end of text."""
+def _score_output(scores: TaskScores, task, item: Item, row: list[int], tokenizer, cfg) -> float:
+    """1 where the text before the first end of text is right; keeps the first few as examples."""
     ends = [i for i, token in enumerate(row) if token in (cfg.eos_id, cfg.eot_id)]
     text = tokenizer.decode(row[: ends[0]] if ends else row)
     expected = normalise_answer(item.reference, task.extract)
     correct = normalise_answer(text, task.extract) == expected
-    scores.items[str(item.key)] = float(correct)
     if len(scores.examples) < NUM_EXAMPLES:
         prompt = tokenizer.decode(list(item.prompt))
         example = {"prompt": prompt, "output": text, "reference": item.reference}
         scores.examples.append(example | {"correct": correct})
+    return float(correct)
 
 
 # ----------------------------------------------------------------------------------- likelihood

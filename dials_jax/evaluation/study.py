@@ -19,6 +19,8 @@ from dials_jax.config import (
     ScheduleStudy,
     SearchStudy,
     StudyConfig,
+    require_packages,
+    require_writable,
     to_dict,
 )
 from dials_jax.evaluation import study_report as report
@@ -44,6 +46,8 @@ def run_study(cfg: StudyConfig, workdir: str | Path) -> dict[str, Any]:
         ProposeStudy: run_proposals,
     }
     workdir = Path(workdir).absolute()
+    require_writable(workdir)
+    require_packages("eval", "matplotlib", "scipy")
     on_first_process(lambda: print(f"results: {workdir}", flush=True))
     results, show = runners[type(cfg)](cfg, workdir)
     on_first_process(show)

@@ -18,10 +18,12 @@ from dials_jax.config import (
     InputError,
     read_json,
     require,
+    require_packages,
+    require_writable,
     to_dict,
     write_json,
 )
-from dials_jax.data.items import Item, load_items
+from dials_jax.data.items import Item, items_digest, load_items
 from dials_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dials_jax.evaluation.report import format_table, write_report
 from dials_jax.evaluation.results import environment
@@ -55,6 +57,8 @@ def sweep(cfg: EvalConfig, workdir: str | Path) -> dict[str, Any]:
     Raises: InputError before the first run for tasks, routers or layers that do not fit.
     """
     workdir = Path(workdir).absolute()
+    require_writable(workdir)
+    require_packages("eval", "matplotlib", "scipy")
     require(bool(cfg.tasks), "the sweep has no tasks; add some to the configuration")
     for task in cfg.tasks:
         check_settings(task)
@@ -63,7 +67,7 @@ def sweep(cfg: EvalConfig, workdir: str | Path) -> dict[str, Any]:
     tasks = [(task, load_items(task, tokenizer, model.config)) for task in cfg.tasks]
     _check(cfg, model, tasks)
     shared = [Candidate("full", "full", None), *_routed(cfg, model), *_random(cfg)]
-    results = _start(cfg, model, workdir)
+    results = _start(cfg, model, tasks, workdir)
     for task, items in tasks:
         static = _static(cfg, model, task, items)
         for candidate in [*shared[:1], *static, *shared[1:]]:
@@ -175,10 +179,13 @@ def _static(
 # ------------------------------------------------------------------------------------- results
 
 
-def _start(cfg: EvalConfig, model: Model, workdir: Path) -> dict[str, Any]:
+def _start(
+    cfg: EvalConfig, model: Model, tasks: Sequence[tuple[EvalTask, list[Item]]], workdir: Path
+) -> dict[str, Any]:
     """The results so far, or new ones.
 
-    Raises: InputError if the workdir holds the results of another sweep.
+    Raises: InputError if the workdir holds the results of another sweep, or of routers or items
+      that are others by now.
     """
     path = workdir / "results.json"
     fresh = {
@@ -189,6 +196,8 @@ def _start(cfg: EvalConfig, model: Model, workdir: Path) -> dict[str, Any]:
             "parameters": trees.count_parameters(model.params),
             "fingerprint": model.fingerprint,
         },
+        "items": {task.name: items_digest(items) for task, items in tasks},
+        "routers": {path: router_facts(path)[1]["digests"] for path in cfg.routers},
         "environment": environment(model, cfg.seed),
         "runs": [],
     }
@@ -203,4 +212,11 @@ def _start(cfg: EvalConfig, model: Model, workdir: Path) -> dict[str, Any]:
         f"{workdir} holds another sweep (its configuration or model differs); "
         "choose another --workdir",
     )
+    for kind in ("items", "routers"):
+        for name, digest in fresh[kind].items():
+            require(
+                old.get(kind, fresh[kind]).get(name) == digest,
+                f"{workdir} holds results of other {kind} than {name} has now; "
+                "choose another --workdir",
+            )
     return old

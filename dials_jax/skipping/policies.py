@@ -31,10 +31,10 @@ def _static(**kwargs):
 class Static:
     """Skips the same layers at every step (Goel et al. 2026)."""
 
-    layers: Sequence[int] = _static()  # kept as a sorted tuple
+    layers: Sequence[int] = _static()  # kept as a sorted tuple, each once
 
     def __post_init__(self):
-        object.__setattr__(self, "layers", tuple(sorted(int(i) for i in self.layers)))
+        object.__setattr__(self, "layers", tuple(sorted({int(i) for i in self.layers})))
 
     def check(self, num_layers: int) -> None:
         """Raises: InputError for a layer that a model of so many does not have."""

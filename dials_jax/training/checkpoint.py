@@ -71,6 +71,8 @@ class Checkpoints:
                 if trees.digest_hex(loaded) == read_json(folder / "digest.json"):
                     return unflatten(state, loaded)
                 problem = "its arrays do not match their digests"
+            except (jax.errors.JaxRuntimeError, MemoryError):
+                raise  # no room for it, which says nothing of the files
             except Exception as error:  # Orbax raises many kinds for damaged files
                 problem = (str(error).splitlines() or [type(error).__name__])[0]
             log.warning("checkpoint %s is damaged (%s); trying an older one", folder, problem)

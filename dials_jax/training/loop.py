@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from dials_jax import sharding, trees
-from dials_jax.config import InputError, TrainConfig, require
+from dials_jax.config import InputError, TrainConfig, require, require_writable
 from dials_jax.data.batches import Batch, batch_at, prefetch, steps_per_epoch
 from dials_jax.training.checkpoint import Checkpoints
 from dials_jax.training.metrics import MetricsWriter, progress_bar
@@ -37,6 +37,7 @@ def train(cfg: TrainConfig, workdir: str | Path) -> TrainState:
       NonFiniteLoss: naming the step; the last good checkpoint stays.
     """
     workdir = Path(workdir).absolute()
+    require_writable(workdir)
     mesh = sharding.make_mesh(cfg.mesh)
     shards = sharding.num_batch_shards(mesh)
     rows = cfg.batch_size // cfg.num_microbatches
@@ -104,10 +105,11 @@ def _steps(
             bar.update()
             saving = done % cfg.save_every == 0 or done == total
             # A save also ends a window, so that a continued run logs the same means.
-            if saving or done % cfg.log_every == 0:
+            logging = saving or done % cfg.log_every == 0
+            stop = clock.is_over(logging)
+            if logging or stop:
                 means = _means(window)
                 _check_finite(state, workdir)
-                stop = clock.is_over()
                 saving = saving or stop
                 seconds = time.perf_counter() - since
                 tokens = len(window) * cfg.batch_size * batch.tokens.shape[1]
@@ -138,8 +140,9 @@ class Clock:
         if self._start is None:
             self._start = self.now()
 
-    def is_over(self) -> bool:
-        if self._minutes is None:
+    def is_over(self, meeting: bool) -> bool:
+        """Several hosts agree on the time only where they meet anyway."""
+        if self._minutes is None or (jax.process_count() > 1 and not meeting):
             return False
         over = np.array(self.now() - self._start >= 60 * self._minutes)
         if jax.process_count() > 1:

@@ -30,12 +30,16 @@ def make_schedule(cfg: OptimizerConfig, steps_per_epoch: int) -> optax.Schedule:
     """
     total, warmup = num_steps(cfg, steps_per_epoch), warmup_steps(cfg, steps_per_epoch)
     require(total > 0, "optimizer: training has no steps; raise num_steps or num_epochs")
+    require(warmup >= 0, f"optimizer: a warm-up of {warmup} steps is negative; 0 is none")
     require(
         warmup < total,
         f"optimizer: a warm-up of {warmup} steps does not end within {total} steps; shorten it",
     )
     if cfg.schedule == "constant":
-        return optax.warmup_constant_schedule(0.0, cfg.learning_rate, warmup)
+        # Without a warm-up the schedule of optax would stay at its start, which is 0.
+        constant = optax.constant_schedule(cfg.learning_rate)
+        warm = optax.warmup_constant_schedule(0.0, cfg.learning_rate, warmup)
+        return warm if warmup else constant
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=cfg.learning_rate,

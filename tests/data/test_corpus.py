@@ -376,3 +376,7 @@ def test_a_hugging_face_data_set_gives_the_rows_of_its_files(cfg, model_config, 
     ]:
         with pytest.raises(InputError, match=message):
             prepare(dataclasses.replace(hub, **change), model_config)
+    with (folder / "train.jsonl").open("a") as file:
+        file.write('{"text": null}\n')
+    with pytest.raises(InputError, match=r"hub, train\[\d+\]: field 'text' is None; it must be"):
+        prepare(dataclasses.replace(hub, folder=cfg.folder + "-null"), model_config)

@@ -1,9 +1,12 @@
 """Records survive being killed, and never mix two studies."""
 
+import shlex
+import sys
+
 import pytest
 
 from dials_jax.config import InputError
-from dials_jax.evaluation.results import Records, read_records
+from dials_jax.evaluation.results import RECORDS, Records, command, file_name, read_records
 
 IDENTITY = {"config": {"seed": 0, "models": [["H", "a"]]}, "weights": {"H": "12ab"}}
 
@@ -37,5 +40,27 @@ def test_broken_files_are_named(tmp_path):
     with pytest.raises(InputError, match=r"runs.jsonl, line 1 is not valid JSON.*remove that line"):
         Records(tmp_path, IDENTITY)
     (tmp_path / "study.json").write_text("{")
-    with pytest.raises(InputError, match=r"study.json is not valid JSON.*remove it"):
+    with pytest.raises(InputError, match=r"study.json is not valid JSON.*; remove .* to start"):
         Records(tmp_path, IDENTITY)
+
+
+def test_records_of_nobody_knows_what_are_refused(tmp_path):
+    Records(tmp_path, IDENTITY).add({"n": 1})
+    (tmp_path / "study.json").unlink()
+    with pytest.raises(InputError, match=r"holds runs.jsonl but no study.json.*remove the folder"):
+        Records(tmp_path, {**IDENTITY, "config": {"seed": 1}})
+    (tmp_path / RECORDS).unlink()
+    assert Records(tmp_path, IDENTITY).all == []
+
+
+def test_files_are_named_after_any_text():
+    assert file_name("L1,H2") == "L1,H2"
+    assert "/" not in file_name("a/b") and file_name("a/b") != file_name("a b")
+    long = "H1,L1," * 100
+    assert len(file_name(long)) < 200 and file_name(long) != file_name(long + "H1")
+
+
+def test_the_command_can_be_typed_again(monkeypatch):
+    argv = ["eval.py", "--workdir", "my run", "--extract", r"(\d+) *$"]
+    monkeypatch.setattr(sys, "argv", argv)
+    assert shlex.split(command()) == ["python", *argv]

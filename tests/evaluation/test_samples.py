@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dials_jax.config import InputError
-from dials_jax.data.tokenizer import load_tokenizer
+from dials_jax.data.tokenizer import character_tokenizer, load_tokenizer
 from dials_jax.evaluation import samples
 from dials_jax.evaluation.generative import retokenise, score_samples
 from dials_jax.evaluation.study import run_study
@@ -84,6 +84,53 @@ def test_samples_that_are_missing_or_others_are_refused(comparing, compared, tmp
     one = comparing.models[:1]
     refused("drawn by H, L, but models names H", samples=old, models=one, schedules=("H8",))
     refused("has 0 of 5 samples of H4,L4", samples=old, schedules=("H8", "H4,L4"))
-    (tmp_path / "old/samples/L8-3.npy").unlink()
+    cut = tmp_path / "old/samples/L8-3.npy"
+    cut.write_bytes(cut.read_bytes()[:-1])
+    refused("L8-3.npy is damaged", samples=old)
+    cut.unlink()
     refused("has 3 of 5 samples of L8; let that study end first", samples=old)
     refused("holds no samples", samples=str(tmp_path))
+
+
+def test_samples_of_a_study_that_never_asked_for_text_are_scored_by_tokenizer(
+    comparing, compared, study_models, tmp_path
+):
+    changes = {"schedules": ("L8",), "retokenize": "never"}
+    run_study(dataclasses.replace(comparing, **changes), tmp_path / "never")
+    again = dataclasses.replace(comparing, schedules=("L8",), samples=str(tmp_path / "never"))
+    run_study(again, tmp_path / "auto")  # equal tokenizers: as ids
+    expected = [r for r in records_of(compared) if r["schedule"] == "L8"]
+    assert [r["nll"] for r in records_of(tmp_path / "auto")] == [r["nll"] for r in expected]
+
+
+def test_another_tokenizer_than_the_samples_had_is_refused(
+    comparing, compared, study_models, tmp_path
+):
+    old = shutil.copytree(compared, tmp_path / "old")
+    model = shutil.copytree(study_models / "H", tmp_path / "H")
+    character_tokenizer("0123456789").save(model)
+    facts = (old / "samples/models.json").read_text()
+    (old / "samples/models.json").write_text(facts.replace(str(study_models / "H"), str(model)))
+    cfg = dataclasses.replace(comparing, samples=str(old), retokenize="always")
+    with pytest.raises(InputError, match="H has another tokenizer than when the samples were"):
+        run_study(cfg, tmp_path / "new")
+
+
+def test_schedules_of_any_length_are_kept(comparing, tmp_path):
+    long = ",".join(["H1,L1"] * 60)
+    changes = {"schedules": (long,), "steps": 120, "num_samples": 2}
+    cfg = dataclasses.replace(comparing, **changes)
+    run_study(cfg, tmp_path / "old")
+    run_study(dataclasses.replace(cfg, samples=str(tmp_path / "old")), tmp_path / "new")
+    assert records_of(tmp_path / "new") == records_of(tmp_path / "old")
+
+
+def test_where_samples_were_drawn_is_told_of_their_times(comparing, compared, tmp_path):
+    run_study(dataclasses.replace(comparing, samples=str(compared)), tmp_path)
+    new, old = results_of(tmp_path)["environment"], results_of(compared)["environment"]
+    assert {**new, "command": ""} == {**old, "command": ""}
+
+
+def test_a_budget_needs_a_scorer_that_chooses(searching):
+    with pytest.raises(InputError, match="samples: a search with a budget"):
+        dataclasses.replace(searching, samples="old", budget=2)

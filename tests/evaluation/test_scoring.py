@@ -253,6 +253,13 @@ def test_the_most_likely_choice_is_chosen(scorer, uniform, choices):
     assert set(run(scorer, CHOICE, wrong).items.values()) == {0.0}
 
 
+def test_an_item_that_repeats_another_counts_too(uniform, choices, scorer, items):
+    right, wrong = choices[0], dataclasses.replace(choices[0], label=0)
+    found = run(uniform, CHOICE, [right, wrong, wrong]).items
+    assert list(found.values()) == [1.0, 0.0, 0.0] and len(set(found)) == 3
+    assert len(run(scorer, GENERATION, [items[0], items[1], items[0]]).items) == 3
+
+
 # --------------------------------------------------------------------------------------- account
 
 

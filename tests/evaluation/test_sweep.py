@@ -16,6 +16,7 @@ from dials_jax.config import (
     InputError,
     RouterConfig,
     TaskData,
+    to_dict,
 )
 from dials_jax.evaluation import report, sweep
 from dials_jax.loading import load
@@ -151,6 +152,32 @@ def test_the_workdir_of_another_sweep_is_refused(cfg, finished, tmp_path):
     workdir = shutil.copytree(finished, tmp_path / "sweep")
     with pytest.raises(InputError, match="holds another sweep"):
         sweep.sweep(dataclasses.replace(cfg, seed=1), workdir)
+
+
+def test_routers_and_items_that_changed_meanwhile_are_refused(
+    cfg, folder, finished, tmp_path, arithmetic_model
+):
+    copy, workdir = shutil.copytree(folder, tmp_path / "in"), tmp_path / "out"
+    data = dataclasses.replace(cfg.tasks[1].data, paths=(str(copy / "records.jsonl"),))
+    task = dataclasses.replace(cfg.tasks[1], data=data)
+    cfg = dataclasses.replace(cfg, tasks=(task,), routers=(str(copy / "a"),))
+    results = json.loads((finished / "results.json").read_text())
+    results |= {"config": to_dict(cfg), "runs": []}
+    results["routers"] = {str(copy / "a"): results["routers"][str(folder / "a")]}
+    del results["items"]["sums"]
+    workdir.mkdir()
+    (workdir / "results.json").write_text(json.dumps(results))
+
+    def refused(message):
+        with pytest.raises(InputError, match=message):
+            sweep.sweep(cfg, workdir)
+
+    shutil.copytree(copy / "b" / "router", copy / "a" / "router", dirs_exist_ok=True)
+    refused("results of other routers than .* has now; choose another --workdir")
+    shutil.copytree(folder / "a" / "router", copy / "a" / "router", dirs_exist_ok=True)
+    text = (copy / "records.jsonl").read_text()
+    (copy / "records.jsonl").write_text(text.replace('"29"', '"28"'))
+    refused("results of other items than records has now; choose another --workdir")
 
 
 def test_broken_results_are_not_overwritten(cfg, tmp_path):

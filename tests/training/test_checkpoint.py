@@ -146,6 +146,17 @@ def test_none_intact_is_an_error(copied):
         copied.restore(make_state(0))
 
 
+@pytest.mark.parametrize("error", [jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED"), MemoryError()])
+def test_want_of_memory_is_no_damage(error, copied, monkeypatch):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(checkpoint, "_load", fail)
+    with pytest.raises(type(error)):
+        copied.restore(make_state(0))
+    assert copied.steps() == [10, 20]
+
+
 def test_a_damaged_checkpoint_is_replaced_when_its_step_comes_again(copied):
     flip_a_bit(copied.folder / "00000020")
     copied.save(20, make_state(20))

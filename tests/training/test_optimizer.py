@@ -27,8 +27,9 @@ def test_without_a_final_scale_the_middle_of_the_cosine_is_half_the_peak():
     assert schedule(30) == pytest.approx(0, abs=1e-9)
 
 
-def test_without_warm_up_the_first_step_has_the_peak():
-    cfg = OptimizerConfig(learning_rate=0.4, num_steps=30, warmup_steps=0)
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_without_warm_up_the_first_step_has_the_peak(schedule):
+    cfg = OptimizerConfig(learning_rate=0.4, num_steps=30, warmup_steps=0, schedule=schedule)
     assert make_schedule(cfg, EPOCH)(0) == pytest.approx(0.4)
 
 
@@ -49,8 +50,8 @@ def test_epochs_become_steps():
     assert schedule(25) == pytest.approx(0, abs=1e-9)
 
 
-@pytest.mark.parametrize("warmup", [30, 31])
-def test_a_warm_up_that_does_not_end_is_refused(warmup):
+@pytest.mark.parametrize("warmup", [-3, 30, 31])
+def test_a_warm_up_that_does_not_end_or_is_negative_is_refused(warmup):
     cfg = OptimizerConfig(num_steps=30, warmup_steps=warmup)
     with pytest.raises(InputError, match=f"warm-up of {warmup} steps"):
         make_schedule(cfg, EPOCH)

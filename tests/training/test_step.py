@@ -227,11 +227,11 @@ def test_training_stops_when_its_time_is_over_and_goes_on_from_there(
     whole = loop.train(train_config(log_every=1), tmp_path / "whole")
     minutes = iter([0, 1, 2, 3, 10, 11, 12, 13, 14, 15])
     monkeypatch.setattr(loop.Clock, "now", lambda self: 60.0 * next(minutes))
-    cfg = train_config(log_every=1, save_every=100, max_minutes=2.5)
+    cfg = train_config(log_every=5, save_every=100, max_minutes=2.5)  # between two logs
     part = loop.train(cfg, tmp_path / "part")
     assert int(part.step) == 3 and load(tmp_path / "part").config == cfg.model
     assert_equal(loop.train(cfg, tmp_path / "part"), whole)
-    assert [line["step"] for line in logged(tmp_path / "part")] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in logged(tmp_path / "part")] == [3, 5, 6]
 
 
 @pytest.mark.parametrize(
