@@ -13,8 +13,9 @@ import jax.numpy as jnp
 class Timed:
     """A jitted function that returns its result and the seconds it took to run.
 
-    A program is compiled once for each set of static arguments, shapes and placements. The call
-    waits for the result, so it belongs around whole generations and batches, not inside loops.
+    A program is compiled once for each set of static arguments, shapes and placements, and for each
+    precision of products that JAX is set to. The call waits for the result, so it belongs around
+    whole generations and batches, not inside loops.
     """
 
     def __init__(self, fn: Callable, static_argnames: tuple[str, ...] = ()):
@@ -53,7 +54,8 @@ class Timed:
         shapes = tuple(
             (jnp.shape(x), jnp.result_type(x), getattr(x, "sharding", None)) for x in leaves
         )
-        key = (static, structure, shapes, jax.sharding.get_abstract_mesh())
+        precision = jax.config.jax_default_matmul_precision
+        key = (static, structure, shapes, jax.sharding.get_abstract_mesh(), precision)
         if key not in self._programs:
             start = time.perf_counter()
             self._programs[key] = self.lower(*args, **kwargs).compile()

@@ -4,6 +4,7 @@ import gc
 import os
 from pathlib import Path
 
+from jaxtyping import config as jaxtyping_config
 from jaxtyping import install_import_hook
 
 install_import_hook("dials_jax", "beartype.beartype")
@@ -64,6 +65,14 @@ def random_routers(cfg, seed=0, d_hidden=8):
     routers = init_routers(cfg.d_model, cfg.num_layers, router, jax.random.key(seed))
     noise = jax.random.normal(jax.random.key(seed + 1), routers["vote"].shape)
     return {**routers, "vote": 20.0 * noise}
+
+
+@pytest.fixture
+def untyped():
+    """Calls as users make them: nothing checks the types."""
+    jaxtyping_config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping_config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")

@@ -49,6 +49,16 @@ def test_shapes_dtypes_static_arguments_and_structures_make_programs(timed):
     assert timed.num_programs == 6
 
 
+def test_a_precision_of_products_makes_a_program(timed):
+    x = jnp.eye(4)
+    timed(x, exponent=2)
+    for _ in range(2):
+        with jax.default_matmul_precision("float32"):
+            timed(x, exponent=2)
+            assert "HIGHEST" in timed.lower(x, exponent=2).as_text()
+    assert timed.num_programs == 2
+
+
 def test_the_time_of_earlier_work_is_not_counted():
     add = Timed(lambda x: x + 1)
     slow = jax.jit(lambda x: jax.lax.fori_loop(0, 30, lambda i, y: jnp.tanh(y @ y), x))

@@ -85,7 +85,8 @@ class EarlyPasses:
         """Runs the whole canvas."""
 
         def call(progress: Progress, memory: Memory) -> Call:
-            return self.refresh(progress, memory, self.net.range(0, self.net.length), None)
+            index = self.net.range(0, self.net.length)
+            return self.refresh(progress, memory, index, None, prompt=self.net.prompt_length)
 
         return Pass(call, self.work(self.net.length, prompt=self.net.prompt_length))
 
@@ -103,7 +104,7 @@ class EarlyPasses:
             if blocks.count > MAX_SIZES:
                 inside = index < self.first(progress.block + 1)
                 active = inside if active is None else active & inside
-            return self.refresh(progress, memory, index, active)
+            return self.refresh(progress, memory, index, active, prompt=net.prompt_length)
 
         return Pass(call, self.work(size, prompt=net.prompt_length))
 
@@ -179,10 +180,11 @@ class EarlyPasses:
         memory: Memory,
         index: Int[Array, "R W"],
         active: Bool[Array, "R _"] | None,
+        prompt: int = 0,
     ) -> Call:
-        """Runs a range of the canvas through all layers."""
+        """Runs a range of the canvas through all layers; `prompt` of its tokens are the prompt."""
         wanted, predicted = block_rows(self.net, self.blocks, progress, index[0, 0])
-        going, gates, memory = self.travel(progress, memory, index, active, None, wanted)
+        going, gates, memory = self.travel(progress, memory, index, active, None, wanted, prompt)
         return Call(going.h, predicted, None, gates, memory)
 
     # ------------------------------------------------------------------------------- the way
@@ -195,12 +197,14 @@ class EarlyPasses:
         active: Bool[Array, "R _"] | None,
         leave: Leave | None,
         wanted: Int[Array, "R _"] | None = None,
+        vote_from: int = 0,
     ) -> tuple[Going, Array, Memory]:
         """Runs the tokens at `index`; at each layer of the plan `leave` says who goes on.
 
         Args:
           leave: None: all go on.
           wanted: of the window, the tokens whose states are asked for; None: all that go on.
+          vote_from: no token of the window before this one is masked, and none leaves.
         """
         plan, going = self.plan, self.enter(progress, memory, index, active)
         kv, seen, gates = list(memory.kv), list(memory.seen), []
@@ -216,7 +220,7 @@ class EarlyPasses:
                 continue
             out = self.net.run(
                 going.h, going.window, going.masked, progress.step, kv[i],
-                span=span, contiguous=contiguous, wanted=wanted,
+                span=span, contiguous=contiguous, vote_from=vote_from, wanted=wanted,
             )  # fmt: skip
             going, kv[i] = going._replace(h=out.h), out.memory
             gates.append(out.gates)

@@ -63,8 +63,9 @@ def log_likelihood(
       key: None is `jax.random.key(0)`.
     """
     model.config.require_mask()
+    require(batch_size > 0, f"batch_size={batch_size} must be positive")
     require(
-        num_samples % batch_size == 0,
+        num_samples > 0 and num_samples % batch_size == 0,
         f"num_samples={num_samples} must be a multiple of batch_size={batch_size}",
     )
     pairs = pad_pairs([(prompt_ids, answer_ids)], model.config)
@@ -97,7 +98,7 @@ def estimate_log_likelihood(
     Args:
       tokens: prompt and answer, one row or one a copy.
       noisy: the copies, [MASK] in places.
-      p_mask: the probability with which each position was masked.
+      p_mask: the probability with which each position was masked; read where one was.
       prompt_len: tokens of the prompt, which guidance hides.
     """
     model.config.require_mask()
@@ -161,7 +162,8 @@ def pad_pairs(
 ) -> Pairs:
     """Pads to common lengths, at least those given.
 
-    Raises: InputError for an empty answer, [MASK] in a pair, or more tokens than positions.
+    Raises: InputError for an empty answer, [MASK] or an unknown token in a pair, or more tokens
+      than positions.
     """
     prompt_length = max([prompt_length, *(len(p) for p, _ in pairs)])
     answer_length = max([answer_length, *(len(a) for _, a in pairs)])
@@ -173,6 +175,12 @@ def pad_pairs(
     )
     for i, (prompt, answer) in enumerate(pairs):
         require(len(answer) > 0, f"pair {i}: the answer is empty")
+        for token in (*prompt, *answer):
+            require(
+                0 <= token < cfg.vocab_size,
+                f"pair {i} has token {token}, outside the vocabulary of {cfg.vocab_size}; "
+                "use the model's own tokenizer",
+            )
         if cfg.mask_id in prompt or cfg.mask_id in answer:
             raise InputError(f"pair {i} contains [MASK] (id {cfg.mask_id}); remove it")
         total = len(prompt) + len(answer)
@@ -247,13 +255,14 @@ def _score_pairs_fn(params, pairs, keys, samples, policy, *, cfg, stratum, cfg_s
 def _score_noisy_fn(
     params, tokens, noisy, p_mask, keys, policy, *, cfg, prompt_len, cfg_scale, executor
 ):
-    time = jnp.mean(p_mask[:, prompt_len:], axis=1)
+    masked, p_mask = noisy[:, prompt_len:] == cfg.mask_id, p_mask[:, prompt_len:]
+    p_mask = jnp.where(masked, p_mask, 1.0)  # elsewhere it is not read, and may be 0
+    time = jnp.sum(p_mask * masked, axis=1) / jnp.maximum(jnp.sum(masked, axis=1), 1)
     logits, gates = answer_logits(
         cfg, params, noisy, None, time, prompt_len, cfg_scale, policy, keys, executor
     )
-    masked = noisy[:, prompt_len:] == cfg.mask_id
     log_probs = masked_log_probs(logits, tokens[:, prompt_len:], masked)
-    return jnp.sum(log_probs / p_mask[:, prompt_len:], axis=1), gates
+    return jnp.sum(log_probs / p_mask, axis=1), gates
 
 
 _score_pairs = Timed(_score_pairs_fn, static_argnames=("cfg", "stratum", "cfg_scale", "executor"))

@@ -85,6 +85,7 @@ class Model:
           key: for random policies; one key, or one a row. None is `jax.random.key(0)`.
         """
         num_rows = np.shape(tokens)[0]
+        valid = None if valid is None else np.asarray(valid, bool)
         keys = row_keys(key, num_rows)
         if time is not None:
             time = jnp.broadcast_to(jnp.asarray(time, jnp.float32), num_rows)
@@ -119,8 +120,8 @@ class Model:
 def row_keys(key: jax.Array | None, num_rows: int) -> jax.Array:
     """One key a row. A single key is folded with the row's number; None stands for seed 0."""
     key = jax.random.key(0) if key is None else key
-    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    require(typed, "the key is one of jax.random.PRNGKey; make it with jax.random.key")
+    typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    require(typed, "the key is none of jax.random.key; make it with that, and several by split")
     if key.ndim == 1:
         if key.shape[0] != num_rows:
             raise InputError(f"{key.shape[0]} keys for {num_rows} rows; give one key, or one a row")

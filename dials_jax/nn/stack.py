@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from dials_jax import trees
+from dials_jax.config import nearest, require
 from dials_jax.nn.compaction import MAX_BRANCHES, Gate, choose, compaction
 from dials_jax.nn.kv import gather
 from dials_jax.sharding import BATCH_AXES, constrain_rows, num_batch_shards
@@ -113,8 +114,12 @@ def run_stack(
         computes queries, and all that follows them, for these only.
       observe: called with each layer's input and output.
 
-    Raises: ValueError for decisions a row under `cond`.
+    Raises:
+      InputError: for an executor that there is not.
+      ValueError: for decisions a row under `cond`.
     """
+    known = get_args(Executor)
+    require(executor in known, f"executor={executor!r} is unknown{nearest(executor, known)}")
 
     def gate_of(plan, h):
         gate = np.True_ if policy is None else policy.gate(plan, h, denoising)

@@ -91,8 +91,9 @@ def step_limit(sampler: Sampler, cache: Cache) -> int:
 
     Where a cache leaves masked tokens out of a call, a step may find fewer than its quota. The
     block then takes longer, and each of the steps beyond the sampler's own reveals one at least.
+    A quota of one is always found: the leftmost mask never leaves.
     """
-    if not cache.partial or sampler.max_quota is None or is_fixed(sampler, cache):
+    if not cache.partial or sampler.max_quota in (None, 1) or is_fixed(sampler, cache):
         return sampler.steps_per_block
     return sampler.steps_per_block + sampler.block_length
 

@@ -91,11 +91,14 @@ def generate(
         depend on its place in a batch. None is `jax.random.key(0)`.
       fill_to: run the program of this batch size, or of a multiple, also for fewer rows.
 
-    Raises: InputError for prompts that contain [MASK], padding that is not on the left, more
-      tokens than the model has positions for, or settings that do not compose.
+    Raises: InputError for prompts that contain [MASK], padding that is not on the left, an empty
+      prompt where logits are shifted, more tokens than the model has positions for, or settings
+      that do not compose.
     """
     cache_given, cache = cache, cache or NoCache()
+    check_kinds(schedule, cache, fill_to)
     prompts = rows_without_prompts(num_rows) if prompts is None else np.asarray(prompts)
+    valid = None if valid is None else np.asarray(valid, bool)
     require(
         num_rows in (None, len(prompts)),
         f"num_rows={num_rows} and {len(prompts)} prompts; num_rows is for rows without prompts",
@@ -104,6 +107,7 @@ def generate(
     for role in roles.values():
         cfg = role.model.config
         present = check_prompts(cfg, prompts, valid, sampler.gen_length)
+        check_beginnings(cfg, present, cache)
         if isinstance(sampler, Autoregressive):
             sampler.check(cfg, present, role.policy, cache_given)
         elif isinstance(sampler, Ancestral):
@@ -116,7 +120,8 @@ def generate(
                 "time_conditioning; sample with Ancestral",
             )
     turns = schedule or Schedule(((ALONE, count_steps(sampler, cache)),))
-    check_turns(roles, turns, sampler, cache)
+    if schedule:
+        check_turns(roles, turns, sampler, cache)
     first, num_rows = next(iter(roles.values())), len(prompts)
     rows = (jnp.asarray(prompts, jnp.int32), valid, row_keys(key, num_rows))
     rows = first.model.place_rows(rows, fill_to)
@@ -191,8 +196,6 @@ def check_turns(
     roles: dict[str, Role], schedule: Schedule, sampler: AnySampler, cache: Cache
 ) -> None:
     """Raises: InputError for models that cannot fill one canvas together."""
-    if len(roles) == 1 and ALONE in roles:
-        return
     require(
         not isinstance(sampler, Autoregressive),
         "Autoregressive has no denoising steps to divide; leave out `schedule`",
@@ -223,18 +226,48 @@ def check_turns(
     )
 
 
+def check_kinds(schedule: object, cache: object, fill_to: int) -> None:
+    """Raises: InputError for text where an object is wanted, and for a batch of no rows."""
+    require(
+        schedule is None or isinstance(schedule, Schedule),
+        f"schedule={schedule!r} is no Schedule; give Schedule.parse('L2,H4,L2')",
+    )
+    require(
+        not isinstance(cache, str | type), f"cache={cache!r} is no cache; give one, as DualCache()"
+    )
+    require(fill_to > 0, f"fill_to={fill_to} must be positive")
+
+
+def check_beginnings(cfg: ModelConfig, present: Bool[np.ndarray, "B P"], cache: Cache) -> None:
+    """Where logits are shifted a token is predicted by the one to its left.
+
+    Without any prompt the first token is predicted by itself, as in `Model.apply`. Beside longer
+    prompts, or in the windows of a cache, that would be padding or nothing.
+
+    Raises: InputError for an empty prompt there.
+    """
+    empty = np.flatnonzero(~present.any(axis=1))
+    alone = present.shape[1] == 0 and isinstance(cache, NoCache)
+    require(
+        not cfg.shift or alone or not empty.size,
+        f"prompt {empty[:1].sum()} is empty, but this model predicts a token from the one before; "
+        "begin it with a token such as end of text",
+    )
+
+
 def check_prompts(
-    cfg: ModelConfig, prompts: np.ndarray, valid: Bool[ArrayLike, "B P"] | None, gen_length: int
+    cfg: ModelConfig, prompts: np.ndarray, valid: Bool[np.ndarray, "B P"] | None, gen_length: int
 ) -> Bool[np.ndarray, "B P"]:
     """Refuses prompts that the sampler would silently garble; returns where they are real."""
     require(prompts.ndim == 2, f"prompts have shape {prompts.shape}; give [batch, length]")
+    require(len(prompts) > 0, "there are no prompts; give at least one")
     total = prompts.shape[1] + gen_length
     require(
         total <= cfg.max_length,
         f"{prompts.shape[1]} prompt tokens and gen_length={gen_length} make {total}, but the "
         f"model has {cfg.max_length} positions; shorten one of them",
     )
-    present = np.ones(prompts.shape, bool) if valid is None else np.asarray(valid)
+    present = np.ones(prompts.shape, bool) if valid is None else valid
     require(
         present.shape == prompts.shape,
         f"valid has shape {present.shape} and prompts {prompts.shape}; they must agree",

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from dials_jax import trees
-from dials_jax.config import RouterConfig
+from dials_jax.config import RouterConfig, require
 from dials_jax.nn.initializers import normal
 from dials_jax.nn.norm import RMSNorm
 from dials_jax.nn.pure import Pure
@@ -79,15 +79,23 @@ def rounded(routers: trees.Params, dtype: str) -> trees.Params:
 
 def apply_router(router: trees.Params, h: Float[Array, "B T D"]) -> Float[Array, "B T 2"]:
     """Vote logits of one layer's router."""
-    d_model, d_hidden = router["down"].shape
-    return router_module(d_model, RouterConfig(d_hidden=d_hidden))(router, h)
+    return _module_of(router, h)(router, h)
 
 
 def votes_to_skip(router: trees.Params, h: Float[Array, "B T D"]) -> Float[Array, "B T"]:
     """1 where one layer's router votes to skip, without noise; a draw is one."""
+    return (_module_of(router, h)(router, h, method="margin") >= 0).astype(jnp.float32)
+
+
+def _module_of(router: trees.Params, h: Float[Array, "B T D"]) -> Pure:
+    """Raises: InputError for a router of models of another width."""
     d_model, d_hidden = router["down"].shape
-    module = router_module(d_model, RouterConfig(d_hidden=d_hidden))
-    return (module(router, h, method="margin") >= 0).astype(jnp.float32)
+    require(
+        d_model == h.shape[-1],
+        f"the router is of width {d_model} and the model of {h.shape[-1]}; train one for this "
+        "model",
+    )
+    return router_module(d_model, RouterConfig(d_hidden=d_hidden))
 
 
 def skip_share(votes: Float[Array, "B T"], masked: Bool[Array, "B T"]) -> Float[Array, "B"]:

@@ -65,7 +65,7 @@ def router_facts(path: str | Path) -> tuple[Path, dict[str, Any]]:
 
     Raises: InputError if there is no router.
     """
-    path = Path(path).absolute()
+    path = Path(path).expanduser().absolute()
     folder = path / "router" if (path / "router" / "config.json").exists() else path
     require(
         (folder / "config.json").exists(),

@@ -14,9 +14,10 @@ from dials_jax.models.model import Model
 from dials_jax.sampling import generate as module
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.generate import generate
+from dials_jax.skipping.policies import Random, Routed
 from tests.caching.conftest import CACHES, PLACES, QUOTA, G, P, keys_of
 from tests.caching.reference import Decoder
-from tests.conftest import EOS, MASK
+from tests.conftest import EOS, MASK, random_routers
 
 CACHED = ["prefix", "dual", "skip"]
 
@@ -130,7 +131,49 @@ def test_stopping_at_an_end_changes_nothing_before_it(ending, cache):
     assert out.nfe <= 8
 
 
+def test_looking_for_an_end_changes_no_step_where_there_is_none(models, prompts):
+    """Noise and random gates are folded from the step's number."""
+    sampler = dataclasses.replace(QUOTA, temperature=0.6)
+    arguments = {"cache": CACHES["hidden"], "policy": Random(1)}
+    outs = [
+        generate(models["llada"], *prompts, sampler=one, **arguments)
+        for one in (sampler, dataclasses.replace(sampler, stop_at_eos=True))
+    ]
+    assert not (outs[0].tokens[:, P:] == EOS).any()
+    np.testing.assert_array_equal(outs[0].steps, outs[1].steps)
+    np.testing.assert_array_equal(outs[0].tokens, outs[1].tokens)
+
+
+def test_routers_look_where_the_account_says(models, prompts):
+    """A policy that notes how many tokens it is shown, and from which on it looks."""
+    looks = {}
+
+    class Noting(Routed):
+        def gate(self, plan, h, denoising):
+            looks[name].add(h.shape[1] - denoising.vote_from)
+            return super().gate(plan, h, denoising)
+
+    model = models["llada"]
+    jax.tree_util.register_dataclass(Noting, ["router"], ["threshold"])
+    for name in ("none", "hidden"):
+        looks[name] = set()
+        policy = Noting(random_routers(model.config))
+        generate(model, *prompts, sampler=QUOTA, cache=CACHES[name], policy=policy)
+    assert max(looks["none"]) == max(looks["hidden"]) == G
+
+
 # --------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual", "hidden"])
+def test_a_shifted_model_needs_a_token_to_begin_with(models, prompts, cache):
+    tokens, valid = prompts
+    valid = valid & (np.arange(3) != 1)[:, None]
+    with pytest.raises(InputError, match=r"prompt 1 is empty.*begin it with a token"):
+        generate(models["dream"], tokens, valid, sampler=QUOTA, cache=CACHES[cache])
+    if cache != "none":
+        with pytest.raises(InputError, match="prompt 0 is empty"):
+            generate(models["dream"], sampler=QUOTA, cache=CACHES[cache], num_rows=1)
 
 
 @pytest.mark.parametrize(

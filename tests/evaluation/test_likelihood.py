@@ -44,6 +44,17 @@ def test_published_code_estimates_the_same(cfg_scale, name):
     assert value == pytest.approx(float(golden[name]), rel=1e-4)
 
 
+def test_probabilities_are_read_where_a_token_is_masked(model):
+    tokens, mask_id = np.array([[3, 4, 5, 6, 7]] * 2), model.config.mask_id
+    masked = np.array([[0, 0, 0, 1, 0], [0, 0, 0, 1, 1]], bool)
+    noisy, p = np.where(masked, mask_id, tokens), np.array([[0.25], [0.5]]) * np.ones(5)
+    values = [
+        estimate_log_likelihood(model, tokens, noisy, given, prompt_len=2)
+        for given in (p, np.where(masked, p, 0))
+    ]
+    assert values[0] == pytest.approx(values[1])
+
+
 def test_a_shifted_models_answer_begins_with_the_prediction_of_the_prompts_last_row(model):
     shifted = Model(dataclasses.replace(model.config, shift=True), model.params)
     tokens = np.array([[3, 4, 5, 6, 7]])
@@ -194,6 +205,12 @@ def test_rounds_are_averaged(model):
 def test_wrong_requests_are_refused(model, cfg):
     with pytest.raises(InputError, match="num_samples=6 must be a multiple of batch_size=4"):
         log_likelihood(model, *PAIRS[0], 6, 4)
+    for pair in (([3], [64]), ([-1], [3])):
+        with pytest.raises(InputError, match=r"pair 0 has token -?\d+, outside the vocab"):
+            pad_pairs([pair], model.config)
+    for sizes in ((0, 16), (16, 0)):
+        with pytest.raises(InputError, match="=0 must be"):
+            log_likelihood(model, [3], [4], *sizes)
     with pytest.raises(InputError, match="pair 0: the answer is empty"):
         log_likelihood(model, (3,), (), 4, 4)
     with pytest.raises(InputError, match=r"pair 1 contains \[MASK\]"):

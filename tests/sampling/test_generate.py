@@ -1,4 +1,6 @@
+import dataclasses
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -14,6 +16,7 @@ from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.denoise import guide
 from dials_jax.sampling.generate import generate
 from dials_jax.skipping.policies import Random, Routed, Static
+from tests.conftest import random_routers
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llada_tiny"
 P = 6
@@ -176,6 +179,17 @@ def test_padding_may_hold_anything(lively, prompts):
         np.testing.assert_array_equal(out.tokens[:, P:], expected[:, P:])
 
 
+def test_where_prompts_are_may_be_said_in_numbers_or_lists(lively, prompts, untyped):
+    tokens, valid = prompts
+    expected = generate(lively, tokens, valid, sampler=SAMPLER).tokens
+    for same in (valid.astype(int), valid.tolist()):
+        found = generate(lively, tokens, same, sampler=SAMPLER).tokens
+        np.testing.assert_array_equal(found, expected)
+        np.testing.assert_array_equal(
+            lively.apply(tokens, same).logits, lively.apply(tokens, valid).logits
+        )
+
+
 def test_padding_on_the_right_is_refused(lively, prompts):
     tokens, valid = prompts
     with pytest.raises(InputError, match="padded on the left"):
@@ -192,3 +206,27 @@ def test_tokens_outside_the_vocabulary_are_refused(lively, prompts):
     tokens[1, 4] = 64
     with pytest.raises(InputError, match=r"prompt 1 .* 64, outside the vocabulary"):
         generate(lively, tokens, sampler=SAMPLER)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"key": 0}, "make it with that"),
+        ({"key": [jax.random.key(0)]}, "make it with that"),
+        ({"prompts": np.zeros((0, 4), int)}, "there are no prompts"),
+        ({"fill_to": 0}, "fill_to=0 must be positive"),
+        ({"cache": "dual"}, "cache='dual' is no cache; give one, as DualCache()"),
+        ({"cache": NoCache}, "is no cache; give one"),
+        ({"executor": "compct"}, "executor='compct' is unknown; did you mean 'compact'"),
+    ],
+)
+def test_what_is_no_such_thing_is_refused(lively, prompts, changes, message, untyped):
+    arguments = {"prompts": prompts[0], "sampler": SAMPLER} | changes
+    with pytest.raises(InputError, match=re.escape(message)):
+        generate(lively, **arguments)
+
+
+def test_routers_of_another_width_are_refused(lively, prompts):
+    wide = random_routers(dataclasses.replace(lively.config, d_model=2 * lively.config.d_model))
+    with pytest.raises(InputError, match="the router is of width"):
+        generate(lively, prompts[0], sampler=SAMPLER, policy=Routed(wide))

@@ -227,6 +227,18 @@ def test_models_that_do_not_go_together_are_refused(models, changes, message):
         run({"L": changed(models["L"], **changes), "H": models["H"]}, "L6,H6")
 
 
+@pytest.mark.parametrize("letter", ["M", "A"])
+def test_no_letter_escapes_the_checks(lively, letter):
+    for steps in (2, 13):
+        with pytest.raises(InputError, match=f"schedule {letter}{steps} has {steps} steps and"):
+            run({letter: lively}, f"{letter}{steps}")
+
+
+def test_a_schedule_is_no_text(models, untyped):
+    with pytest.raises(InputError, match=r"schedule='H12' is no Schedule; give Schedule.parse"):
+        generate(models, num_rows=1, sampler=STEPS, schedule="H12")
+
+
 def test_letters_and_a_schedule_come_together(models, lively):
     with pytest.raises(InputError, match="a schedule names models by letter"):
         generate(models, num_rows=1, sampler=STEPS)
