@@ -54,7 +54,7 @@ class Drawn:
 
     Attributes:
       facts: of each model, by letter: path, num_layers, parameters, fingerprint, eos_id, and its
-        tokenizer's fingerprint (None where no tokenizer is asked for).
+        tokenizer's fingerprint (None where it has none).
       environment: what the samples are drawn with.
     """
 
