@@ -1,0 +1,145 @@
+"""What `generate` is asked for, checked before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from dials_jax.caching.cache import Cache, NoCache
+from dials_jax.config import InputError, ModelConfig, nearest, require
+from dials_jax.models.model import Model
+from dials_jax.nn.stack import Policy
+from dials_jax.sampling.autoregressive import Autoregressive
+from dials_jax.sampling.programs import AnySampler, Role, count_steps
+from dials_jax.sampling.schedule import Schedule
+
+ALONE = "M"  # the letter of a model that takes all steps
+
+
+def rows_without_prompts(num_rows: int | None) -> Int[np.ndarray, "B 0"]:
+    require(num_rows is not None, "without prompts the number of rows is open; give num_rows")
+    require(num_rows > 0, f"num_rows={num_rows} must be positive")
+    return np.zeros((num_rows, 0), np.int32)
+
+
+def roles_of(
+    model: Model | Mapping[str, Model],
+    schedule: Schedule | None,
+    policy: Policy | Mapping[str, Policy | None] | None,
+) -> dict[str, Role]:
+    """Every model with its policy, by letter."""
+    several = isinstance(model, Mapping)
+    require(
+        several == (schedule is not None),
+        "a schedule names models by letter; give both, as in {'L': light, 'H': heavy} and "
+        "Schedule.parse('L125,H750,L125'), or neither",
+    )
+    models = dict(model) if several else {ALONE: model}
+    policies = policy if isinstance(policy, Mapping) else dict.fromkeys(models, policy)
+    for letter in policies:
+        known = f"no model is called {letter!r}{nearest(letter, models)}"
+        require(letter in models, f"policy: {known}")
+    for letter in schedule.letters if schedule else ():
+        known = f"no model is called {letter!r}{nearest(letter, models)}"
+        require(letter in models, f"schedule {schedule}: {known}")
+    return {letter: Role(one, policies.get(letter)) for letter, one in models.items()}
+
+
+def check_turns(
+    roles: dict[str, Role], schedule: Schedule, sampler: AnySampler, cache: Cache
+) -> None:
+    """Raises: InputError for models that cannot fill one canvas together."""
+    require(
+        not isinstance(sampler, Autoregressive),
+        "Autoregressive has no denoising steps to divide; leave out `schedule`",
+    )
+    steps = count_steps(sampler, cache)
+    require(
+        schedule.num_steps == steps,
+        f"schedule {schedule} has {schedule.num_steps} steps and the sampler {steps}; make them "
+        "equal",
+    )
+    (letter, first), *others = ((letter, role.model) for letter, role in roles.items())
+    for other, model in others:
+        for name in ("vocab_size", "mask_id"):
+            one, two = getattr(first.config, name), getattr(model.config, name)
+            require(
+                one == two,
+                f"models {letter} and {other} have {name} {one} and {two}; a schedule needs models "
+                "of one tokenizer",
+            )
+        require(
+            first.mesh == model.mesh,
+            f"models {letter} and {other} lie on different meshes; load them on the same",
+        )
+    require(
+        len(schedule.letters) == 1 or isinstance(cache, NoCache),
+        "a cache holds one model's keys and values, of no use to another; leave out `cache`, or "
+        "schedule one model",
+    )
+
+
+def check_kinds(schedule: object, cache: object, fill_to: int) -> None:
+    """Raises: InputError for text where an object is wanted, and for a batch of no rows."""
+    require(
+        schedule is None or isinstance(schedule, Schedule),
+        f"schedule={schedule!r} is no Schedule; give Schedule.parse('L2,H4,L2')",
+    )
+    require(
+        not isinstance(cache, str | type), f"cache={cache!r} is no cache; give one, as DualCache()"
+    )
+    require(fill_to > 0, f"fill_to={fill_to} must be positive")
+
+
+def check_beginnings(cfg: ModelConfig, present: Bool[np.ndarray, "B P"], cache: Cache) -> None:
+    """Where logits are shifted a token is predicted by the one to its left.
+
+    Without any prompt the first token is predicted by itself, as in `Model.apply`. Beside longer
+    prompts, or in the windows of a cache, that would be padding or nothing.
+
+    Raises: InputError for an empty prompt there.
+    """
+    empty = np.flatnonzero(~present.any(axis=1))
+    alone = present.shape[1] == 0 and isinstance(cache, NoCache)
+    require(
+        not cfg.shift or alone or not empty.size,
+        f"prompt {empty[:1].sum()} is empty, but this model predicts a token from the one before; "
+        "begin it with a token such as end of text",
+    )
+
+
+def check_prompts(
+    cfg: ModelConfig, prompts: np.ndarray, valid: Bool[np.ndarray, "B P"] | None, gen_length: int
+) -> Bool[np.ndarray, "B P"]:
+    """Refuses prompts that the sampler would silently garble; returns where they are real."""
+    require(prompts.ndim == 2, f"prompts have shape {prompts.shape}; give [batch, length]")
+    require(len(prompts) > 0, "there are no prompts; give at least one")
+    total = prompts.shape[1] + gen_length
+    require(
+        total <= cfg.max_length,
+        f"{prompts.shape[1]} prompt tokens and gen_length={gen_length} make {total}, but the "
+        f"model has {cfg.max_length} positions; shorten one of them",
+    )
+    present = np.ones(prompts.shape, bool) if valid is None else valid
+    require(
+        present.shape == prompts.shape,
+        f"valid has shape {present.shape} and prompts {prompts.shape}; they must agree",
+    )
+    if (np.diff(present.astype(int), axis=1) < 0).any():
+        raise InputError("prompts must be padded on the left: valid goes from True to False")
+    outside = ((prompts < 0) | (prompts >= cfg.vocab_size)) & present
+    if outside.any():
+        row, column = np.argwhere(outside)[0]
+        raise InputError(
+            f"prompt {row} has token {prompts[row, column]}, outside the vocabulary of "
+            f"{cfg.vocab_size}; use the model's own tokenizer"
+        )
+    rows = np.flatnonzero(((prompts == cfg.mask_id) & present).any(axis=1))
+    if rows.size:
+        raise InputError(
+            f"prompt {rows[0]} contains [MASK] (id {cfg.mask_id}); remove it: masks in a prompt "
+            "corrupt the quotas"
+        )
+    return present
