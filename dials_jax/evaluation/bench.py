@@ -57,7 +57,7 @@ class Bench:
         self.cfg = cfg
         self.scorer = load(cfg.scorer, "float32", sharding.make_mesh(cfg.mesh))
         self.samples = Kept(cfg, schedules) if cfg.samples else Drawn(cfg, workdir)
-        self.sampler = next(iter(self.samples.facts.values()))
+        self.drawn_by = next(iter(self.samples.facts.values()))
         self.tokenizers = self._tokenizers()
         self._check_scorer()
         prints = {letter: facts["fingerprint"] for letter, facts in self.samples.facts.items()}
@@ -68,13 +68,13 @@ class Bench:
         """Of the samples and of the scorer; None where samples are scored as the ids they are."""
         if self.cfg.retokenize == "never":
             return None
-        theirs, drawn_with = load_tokenizer(self.scorer.path), self.sampler["tokenizer"]
+        theirs, drawn_with = load_tokenizer(self.scorer.path), self.drawn_by["tokenizer"]
         if self.cfg.retokenize == "auto" and drawn_with == theirs.fingerprint:
             return None
-        ours = load_tokenizer(self.sampler["path"])
+        ours = load_tokenizer(self.drawn_by["path"])
         require(
             drawn_with in (None, ours.fingerprint),
-            f"{self.sampler['path']} has another tokenizer than when the samples were drawn; "
+            f"{self.drawn_by['path']} has another tokenizer than when the samples were drawn; "
             "put that one back",
         )
         same = self.cfg.retokenize == "auto" and ours.fingerprint == theirs.fingerprint
@@ -85,9 +85,9 @@ class Bench:
         length = cfg.score_length if self.tokenizers else min(cfg.length, cfg.score_length)
         check_scorer(scorer, length)
         require(
-            self.tokenizers is not None or scorer.eos_id == self.sampler["eos_id"],
-            f"end of text is {self.sampler['eos_id']} for the samplers and {scorer.eos_id} for the "
-            "scorer; set retokenize=always",
+            self.tokenizers is not None or scorer.eos_id == self.drawn_by["eos_id"],
+            f"end of text is {self.drawn_by['eos_id']} for the samplers and {scorer.eos_id} for "
+            "the scorer; set retokenize=always",
         )
 
     def describe(self) -> dict[str, Any]:
@@ -125,7 +125,7 @@ class Bench:
         length = self.cfg.score_length
         if self.tokenizers is None:
             return samples[:, :length]
-        ends = self.sampler["eos_id"], self.scorer.config.eos_id
+        ends = self.drawn_by["eos_id"], self.scorer.config.eos_id
         return retokenise(samples, *self.tokenizers, *ends, length)
 
 

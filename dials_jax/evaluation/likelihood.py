@@ -175,12 +175,6 @@ def pad_pairs(
     )
     for i, (prompt, answer) in enumerate(pairs):
         require(len(answer) > 0, f"pair {i}: the answer is empty")
-        for token in (*prompt, *answer):
-            require(
-                0 <= token < cfg.vocab_size,
-                f"pair {i} has token {token}, outside the vocabulary of {cfg.vocab_size}; "
-                "use the model's own tokenizer",
-            )
         if cfg.mask_id in prompt or cfg.mask_id in answer:
             raise InputError(f"pair {i} contains [MASK] (id {cfg.mask_id}); remove it")
         total = len(prompt) + len(answer)
@@ -189,6 +183,14 @@ def pad_pairs(
         out.prompt_valid[i, prompt_length - len(prompt) :] = True
         out.answers[i, : len(answer)] = answer
         out.answer_valid[i, : len(answer)] = True
+    tokens = np.concatenate([out.prompts, out.answers], axis=1)
+    present = np.concatenate([out.prompt_valid, out.answer_valid], axis=1)
+    outside = np.argwhere(((tokens < 0) | (tokens >= cfg.vocab_size)) & present)
+    for row, column in outside[:1]:
+        raise InputError(
+            f"pair {row} has token {tokens[row, column]}, outside the vocabulary of "
+            f"{cfg.vocab_size}; use the model's own tokenizer"
+        )
     return out
 
 

@@ -152,8 +152,10 @@ class Kept:
     def _check(self, schedule: Schedule, num_samples: int, length: int) -> None:
         found = 0
         for (name, first), record in self.records.items():
+            if name != str(schedule):
+                continue
             path = _path(self.folder, schedule, first)
-            if name == str(schedule) and path.is_file():
+            if path.is_file():
                 require(
                     _shape(path) == (len(record["entropy"]), length),
                     f"{path} is damaged; copy it again, or draw the samples again",

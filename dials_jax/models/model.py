@@ -85,7 +85,7 @@ class Model:
           key: for random policies; one key, or one a row. None is `jax.random.key(0)`.
         """
         num_rows = np.shape(tokens)[0]
-        valid = None if valid is None else np.asarray(valid, bool)
+        valid = None if valid is None else jnp.asarray(valid, bool)
         keys = row_keys(key, num_rows)
         if time is not None:
             time = jnp.broadcast_to(jnp.asarray(time, jnp.float32), num_rows)

@@ -114,12 +114,8 @@ def run_stack(
         computes queries, and all that follows them, for these only.
       observe: called with each layer's input and output.
 
-    Raises:
-      InputError: for an executor that there is not.
-      ValueError: for decisions a row under `cond`.
+    Raises: InputError for an unknown executor, ValueError for decisions a row under `cond`.
     """
-    known = get_args(Executor)
-    require(executor in known, f"executor={executor!r} is unknown{nearest(executor, known)}")
 
     def gate_of(plan, h):
         gate = np.True_ if policy is None else policy.gate(plan, h, denoising)
@@ -193,6 +189,8 @@ def _execute(
     layer: Layer, params: Any, h: Array, context: PyTree, memory: PyTree, gate: Any, executor: str
 ) -> tuple[Array, PyTree]:
     """One layer, by the executor that fits its gate."""
+    known = get_args(Executor)
+    require(executor in known, f"executor={executor!r} is unknown{nearest(executor, known)}")
 
     def run(keep=None):
         if memory is None:

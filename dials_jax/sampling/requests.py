@@ -103,11 +103,11 @@ def check_beginnings(cfg: ModelConfig, present: Bool[np.ndarray, "B P"], cache: 
     """
     empty = np.flatnonzero(~present.any(axis=1))
     alone = present.shape[1] == 0 and isinstance(cache, NoCache)
-    require(
-        not cfg.shift or alone or not empty.size,
-        f"prompt {empty[:1].sum()} is empty, but this model predicts a token from the one before; "
-        "begin it with a token such as end of text",
-    )
+    if cfg.shift and empty.size and not alone:
+        raise InputError(
+            f"prompt {empty[0]} is empty, but this model predicts a token from the one before; "
+            "begin it with a token such as end of text"
+        )
 
 
 def check_prompts(

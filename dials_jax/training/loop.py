@@ -105,9 +105,9 @@ def _steps(
             bar.update()
             saving = done % cfg.save_every == 0 or done == total
             # A save also ends a window, so that a continued run logs the same means.
-            logging = saving or done % cfg.log_every == 0
-            stop = clock.is_over(logging)
-            if logging or stop:
+            window_ends = saving or done % cfg.log_every == 0
+            stop = clock.is_over(window_ends)
+            if window_ends or stop:
                 means = _means(window)
                 _check_finite(state, workdir)
                 saving = saving or stop

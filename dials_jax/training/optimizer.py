@@ -36,10 +36,9 @@ def make_schedule(cfg: OptimizerConfig, steps_per_epoch: int) -> optax.Schedule:
         f"optimizer: a warm-up of {warmup} steps does not end within {total} steps; shorten it",
     )
     if cfg.schedule == "constant":
-        # Without a warm-up the schedule of optax would stay at its start, which is 0.
-        constant = optax.constant_schedule(cfg.learning_rate)
-        warm = optax.warmup_constant_schedule(0.0, cfg.learning_rate, warmup)
-        return warm if warmup else constant
+        if not warmup:  # the schedule below would stay at its start, which is 0
+            return optax.constant_schedule(cfg.learning_rate)
+        return optax.warmup_constant_schedule(0.0, cfg.learning_rate, warmup)
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=cfg.learning_rate,
