@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 
 import pytest
 
@@ -128,6 +129,13 @@ def test_every_configuration_is_hashable_and_frozen():
     classes = [c for c in vars(config).values() if dataclasses.is_dataclass(c)]
     assert len(classes) > 8
     assert all(c.__dataclass_params__.frozen for c in classes)
+
+
+def test_json_files_hold_null_where_a_number_is_not_finite(tmp_path):
+    path = tmp_path / "results.json"
+    write_json(path, {"a": [1.5, math.nan, (math.inf, True)], "b": {"c": -math.inf}})
+    values = json.loads(path.read_text(), parse_constant=pytest.fail)
+    assert values == {"a": [1.5, None, [None, True]], "b": {"c": None}}
 
 
 def test_json_files(tmp_path):

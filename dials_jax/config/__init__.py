@@ -6,6 +6,7 @@ the command line. A function takes the smallest of them that it needs.
 
 from dials_jax.config.base import (
     InputError,
+    finite,
     from_dict,
     nearest,
     read_json,
@@ -51,6 +52,7 @@ __all__ = [
     "TaskData",
     "TextData",
     "TrainConfig",
+    "finite",
     "from_dict",
     "nearest",
     "read_json",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import os
 import types
 import typing
@@ -110,9 +111,22 @@ def require_packages(extra: str, *names: str) -> None:
 
 
 def write_json(path: str | Path, values: Any) -> None:
-    """Writes through a temporary file, so a reader never sees half of it."""
+    """Writes through a temporary file, so a reader never sees half of it.
+
+    What is not finite becomes null.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(finite(values), indent=1, allow_nan=False)
+    temporary.write_text(text + "\n", encoding="utf-8")
     temporary.replace(path)
+
+
+def finite(values: Any) -> Any:
+    """Plain values with None for NaN and infinity: JSON has neither, and strict readers stop."""
+    if isinstance(values, dict):
+        return {name: finite(value) for name, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [finite(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values

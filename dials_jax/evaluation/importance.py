@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -111,12 +110,8 @@ def clean_rows(cfg: ImportanceStudy, heavy: Model) -> tuple[Int[np.ndarray, "N T
     return tokens, data.fingerprint
 
 
-def _plain(divergence: Divergence) -> dict[str, list[float | None]]:
-    """For JSON, which has no NaN."""
-    return {
-        name: [None if math.isnan(x) else x for x in np.asarray(values, float).tolist()]
-        for name, values in divergence._asdict().items()
-    }
+def _plain(divergence: Divergence) -> dict[str, list[float]]:
+    return {name: np.asarray(x, float).tolist() for name, x in divergence._asdict().items()}
 
 
 def _divergence(plain: dict[str, list[float | None]]) -> Divergence:

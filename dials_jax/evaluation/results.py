@@ -20,7 +20,15 @@ import flax
 import jax
 
 from dials_jax import sharding
-from dials_jax.config import InputError, StudyConfig, read_json, require, to_dict, write_json
+from dials_jax.config import (
+    InputError,
+    StudyConfig,
+    finite,
+    read_json,
+    require,
+    to_dict,
+    write_json,
+)
 from dials_jax.models.model import Model
 
 RECORDS = "runs.jsonl"
@@ -60,11 +68,11 @@ def file_name(text: str) -> str:
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Unrounded values; None is an empty cell."""
+    """Unrounded values; what is None or not finite is an empty cell."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(map(finite, rows))
 
 
 def identity(cfg: StudyConfig, weights: dict[str, Any]) -> dict[str, Any]:
@@ -109,10 +117,10 @@ class Records:
         sharding.on_first_process(open_for_more)
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """Every process makes the same calls; the first one writes."""
+        """Every process makes the same calls; the first one writes. What is not finite is null."""
         if jax.process_index() == 0:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(json.dumps(finite(record), allow_nan=False) + "\n")
         self.all.append(dict(record))
 
 

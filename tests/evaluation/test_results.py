@@ -1,5 +1,7 @@
 """Records survive being killed, and never mix two studies."""
 
+import json
+import math
 import shlex
 import sys
 
@@ -22,6 +24,13 @@ def test_records_continue_after_half_a_line(tmp_path):
     assert again.all == [{"n": 1}, {"n": 2}]
     again.add({"n": 3})
     assert Records(tmp_path, IDENTITY).all == [{"n": 1}, {"n": 2}, {"n": 3}]
+
+
+def test_records_are_json_that_strict_readers_take(tmp_path):
+    records = Records(tmp_path, IDENTITY)
+    records.add({"kl": [0.5, math.nan, math.inf]})
+    (line,) = records.path.read_text().splitlines()
+    assert json.loads(line, parse_constant=pytest.fail) == {"kl": [0.5, None, None]}
 
 
 def test_what_differs_is_named(tmp_path):

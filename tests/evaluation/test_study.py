@@ -64,6 +64,15 @@ def test_entropy_is_held_equal(compared):
     assert row["equal_entropy_low"] < at_zero < row["equal_entropy_high"]
 
 
+def test_intervals_that_two_samples_leave_open_are_null(comparing, tmp_path):
+    run_study(dataclasses.replace(comparing, num_samples=2), tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
+    row = results["schedules"][-1]
+    assert row["log_difference_low"] < row["log_difference"] and row["equal_entropy_low"] is None
+    with (tmp_path / "results.csv").open(newline="") as file:
+        assert [row["equal_entropy_low"] for row in csv.DictReader(file)][-1] == ""
+
+
 @pytest.fixture(scope="module")
 def first_samples(study_models):
     """The first batch of all light steps."""
