@@ -108,7 +108,7 @@ class Bench:
         self, schedule: Schedule, progress: Callable[[int], Any] = lambda n: None
     ) -> Measured:
         """Scores the samples that the records do not hold yet, and puts them there."""
-        done = [record for record in self.records.all if record["schedule"] == str(schedule)]
+        done = batches_of(self.records.all, schedule)
         first = sum(len(record["nll"]) for record in done)
         while first < self.cfg.num_samples:
             batch = self.samples.batch(schedule, first)
@@ -127,6 +127,12 @@ class Bench:
             return samples[:, :length]
         ends = self.drawn_by["eos_id"], self.scorer.config.eos_id
         return retokenise(samples, *self.tokenizers, *ends, length)
+
+
+def batches_of(records: Sequence[dict[str, Any]], schedule: Schedule) -> list[dict[str, Any]]:
+    """The records of one schedule. A batch that two runs at once wrote twice counts once."""
+    found = {r["first"]: r for r in records if r["schedule"] == str(schedule)}
+    return list(found.values())
 
 
 def measured(records: Sequence[dict[str, Any]]) -> Measured:

@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from dials_jax.analysis import schedule_search as search
 from dials_jax.config import SearchStudy, from_dict, read_json, require
-from dials_jax.evaluation.bench import measured
+from dials_jax.evaluation.bench import batches_of, measured
 from dials_jax.evaluation.results import RECORDS, read_records
 from dials_jax.sampling.schedule import Schedule
 
@@ -59,12 +59,10 @@ def read_search(workdir: str | Path) -> tuple[SearchStudy, Float[np.ndarray, "S 
         f"{workdir} holds no search; give the workdir of a SearchStudy that ended",
     )
     cfg = from_dict(SearchStudy, results["config"])
-    by_schedule: dict[str, list] = {}
-    for record in read_records(Path(workdir) / RECORDS)[0]:
-        by_schedule.setdefault(record["schedule"], []).append(record)
+    records, _ = read_records(Path(workdir) / RECORDS)
     values = []
     for schedule in coarse_schedules(cfg):
-        batches = by_schedule.get(str(schedule), [])
+        batches = batches_of(records, schedule)
         count = sum(len(record["nll"]) for record in batches)
         require(
             count >= cfg.num_samples,

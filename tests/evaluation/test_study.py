@@ -172,6 +172,18 @@ def test_a_search_that_was_stopped_gives_the_same_file(searching, searched, tmp_
     assert records_of(tmp_path) == records_of(searched)
 
 
+def test_batches_that_two_runs_at_once_wrote_twice_count_once(
+    searching, searched, tmp_path, monkeypatch
+):
+    workdir = shutil.copytree(searched, tmp_path / "search")
+    with (workdir / "runs.jsonl").open("a") as file:
+        file.writelines((searched / "runs.jsonl").read_text().splitlines(keepends=True)[:3])
+    monkeypatch.setattr(samples, "generate", None)
+    run_study(searching, workdir)
+    assert results_of(workdir)["schedules"] == results_of(searched)["schedules"]
+    np.testing.assert_array_equal(read_search(workdir)[1], read_search(searched)[1])
+
+
 def test_another_configuration_is_refused_but_not_another_reading(
     searching, searched, tmp_path, monkeypatch
 ):
