@@ -19,6 +19,8 @@ from dials_jax.config import (
     ScheduleStudy,
     SearchStudy,
     StudyConfig,
+    read_json,
+    require,
     require_packages,
     require_writable,
     to_dict,
@@ -47,12 +49,22 @@ def run_study(cfg: StudyConfig, workdir: str | Path) -> dict[str, Any]:
     }
     workdir = Path(workdir).absolute()
     require_writable(workdir)
+    _require_own(workdir, type(cfg).__name__)
     require_packages("eval", "matplotlib", "scipy")
     on_first_process(lambda: print(f"results: {workdir}", flush=True))
     results, show = runners[type(cfg)](cfg, workdir)
     on_first_process(show)
     on_first_process(lambda: print(f"report: {workdir / 'report.html'}", flush=True))
     return results
+
+
+def _require_own(workdir: Path, kind: str) -> None:
+    """Raises: InputError for results of a sweep or of another kind of study: they would be lost."""
+    path = workdir / "results.json"
+    require(
+        not path.exists() or read_json(path).get("kind") == kind,
+        f"{path} is not of a {kind}; choose another --workdir",
+    )
 
 
 # ---------------------------------------------------------------------------- given schedules

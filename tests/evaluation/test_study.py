@@ -195,6 +195,16 @@ def test_another_configuration_is_refused_but_not_another_reading(
     assert sum(results_of(workdir)["segments"]["light_in_best"]) == 2
 
 
+def test_results_of_something_else_are_not_overwritten(comparing, searched, tmp_path):
+    workdir = shutil.copytree(searched, tmp_path / "search")
+    with pytest.raises(InputError, match=r"is not of a ProposeStudy; choose another --workdir"):
+        run_study(ProposeStudy(search=str(workdir), budgets=(1,), num_repeats=2), workdir)
+    assert results_of(workdir) == results_of(searched)
+    (tmp_path / "results.json").write_text('{"config": {}, "runs": []}')  # of a sweep
+    with pytest.raises(InputError, match=r"is not of a ScheduleStudy; choose another --workdir"):
+        run_study(comparing, tmp_path)
+
+
 def test_a_study_from_before_a_setting_existed_goes_on(searching, searched, tmp_path, monkeypatch):
     workdir = shutil.copytree(searched, tmp_path / "search")
     path = workdir / "study.json"
