@@ -104,6 +104,10 @@ class SearchStudy(SamplingStudy):
         super().__post_init__()
         _require_known((self.heavy, self.light), self.models)
         require(
+            self.heavy != self.light,
+            f"heavy and light are both {self.heavy!r}; give each its letter",
+        )
+        require(
             0 < self.num_light < self.num_segments,
             f"num_light={self.num_light} must lie between 0 and num_segments={self.num_segments}",
         )
@@ -151,6 +155,10 @@ class ImportanceStudy:
     def __post_init__(self):
         _require_letters(self.models)
         _require_known((self.heavy, *((self.heavy2,) if self.heavy2 else ())), self.models)
+        require(
+            self.heavy != self.heavy2,
+            f"heavy and heavy2 are both {self.heavy!r}; give each its letter",
+        )
         require_positive(self, "num_times", "batch_size")
         require(
             self.num_sequences > 1, f"num_sequences={self.num_sequences}: an interval needs two"

@@ -254,11 +254,14 @@ def test_bad_studies_are_refused_before_anything_runs(
         ({"static": (("L", "one"),)}, "'one' of L are no layers; give numbers such as 3,7"),
         ({"num_segments": 3}, "steps=8 do not split into 3"),
         ({"light": "X"}, "no model is called 'X'"),
+        ({"light": "H"}, "heavy and light are both 'H'"),
         ({"num_light": 4}, "num_light=4"),
         ({"budget": 7}, "budget=7 must lie in 1 to 6"),
     ):
         with pytest.raises(InputError, match=message):
             dataclasses.replace(searching, **changes)
+    with pytest.raises(InputError, match="heavy and heavy2 are both 'H'"):
+        dataclasses.replace(importance[0], heavy2="H")
 
 
 def test_eval_takes_every_kind_of_study(tmp_path):
