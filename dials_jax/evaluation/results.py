@@ -129,11 +129,10 @@ def _check_identity(path: Path, identity: dict[str, Any]) -> None:
         old = read_json(path)
     except InputError as error:
         raise InputError(f"{error}; remove {path.parent} to start the study again") from error
-    differing = _differing(_completed(old), identity)
+    others = differing(_completed(old), identity)
     require(
-        not differing,
-        f"{path.parent} holds another study ({', '.join(differing)} differ); "
-        "choose another --workdir",
+        not others,
+        f"{path.parent} holds another study ({', '.join(others)} differ); choose another --workdir",
     )
 
 
@@ -150,15 +149,24 @@ def _completed(old: dict[str, Any]) -> dict[str, Any]:
     return {**old, "config": {**json.loads(json.dumps(defaults)), **old.get("config", {})}}
 
 
-def _differing(old: Any, new: Any, name: str = "") -> list[str]:
-    """Dotted names of what differs."""
-    if not (isinstance(old, dict) and isinstance(new, dict)):
-        return [] if old == new else [name]
-    found = []
-    for key in {**old, **new}:
-        inner = f"{name}.{key}" if name else key
-        found += _differing(old.get(key), new.get(key), inner)
-    return found
+def differing(old: Any, new: Any, name: str = "") -> list[str]:
+    """Dotted names of what differs. A path may be relative on one side, absolute on the other."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        pairs = {key: (old.get(key), new.get(key)) for key in {**old, **new}}
+        return [
+            found
+            for key, pair in pairs.items()
+            for found in differing(*pair, f"{name}.{key}" if name else key)
+        ]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        found = [x for pair in zip(old, new, strict=True) for x in differing(*pair, name)]
+        return list(dict.fromkeys(found))
+    return [] if old == new or _one_path(old, new) else [name]
+
+
+def _one_path(old: Any, new: Any) -> bool:
+    given = isinstance(old, str) and isinstance(new, str) and old and new
+    return bool(given) and os.path.abspath(old) == os.path.abspath(new)
 
 
 def read_records(path: str | Path) -> tuple[list[dict[str, Any]], int]:

@@ -26,7 +26,7 @@ from dials_jax.config import (
 from dials_jax.data.items import Item, items_digest, load_items
 from dials_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dials_jax.evaluation.report import format_table, write_report
-from dials_jax.evaluation.results import environment
+from dials_jax.evaluation.results import differing, environment
 from dials_jax.evaluation.scoring import check_settings, check_task, num_rows, score_task
 from dials_jax.loading import load
 from dials_jax.models.model import Model
@@ -207,15 +207,20 @@ def _start(
         old = read_json(path)
     except InputError as error:
         raise InputError(f"{error}; remove it to start the sweep again") from error
+    require("runs" in old, f"{path} is not of a sweep; choose another --workdir")
+    before, now = (
+        {"config": x["config"], "weights": x["model"]["fingerprint"]} for x in (old, fresh)
+    )
+    others = differing(before, now)
     require(
-        old.get("config") == fresh["config"] and old["model"]["fingerprint"] == model.fingerprint,
-        f"{workdir} holds another sweep (its configuration or model differs); "
-        "choose another --workdir",
+        not others,
+        f"{workdir} holds another sweep ({', '.join(others)} differ); choose another --workdir",
     )
     for kind in ("items", "routers"):
-        for name, digest in fresh[kind].items():
+        known = old.get(kind, fresh[kind]).values()  # by path; one may be named in two ways
+        for (name, digest), kept in zip(fresh[kind].items(), known, strict=True):
             require(
-                old.get(kind, fresh[kind]).get(name) == digest,
+                kept == digest,
                 f"{workdir} holds results of other {kind} than {name} has now; "
                 "choose another --workdir",
             )

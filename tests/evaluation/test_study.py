@@ -195,6 +195,17 @@ def test_another_configuration_is_refused_but_not_another_reading(
     assert sum(results_of(workdir)["segments"]["light_in_best"]) == 2
 
 
+def test_relative_paths_name_the_same_study(
+    comparing, compared, study_models, tmp_path, monkeypatch
+):
+    workdir = shutil.copytree(compared, tmp_path / "study")
+    monkeypatch.chdir(study_models)
+    monkeypatch.setattr(samples, "generate", None)  # nothing is left to sample
+    models = (("H", "H"), ("L", "../" + study_models.name + "/L"))
+    run_study(dataclasses.replace(comparing, models=models, scorer="./S"), workdir)
+    assert records_of(workdir) == records_of(compared)
+
+
 def test_results_of_something_else_are_not_overwritten(comparing, searched, tmp_path):
     workdir = shutil.copytree(searched, tmp_path / "search")
     with pytest.raises(InputError, match=r"is not of a ProposeStudy; choose another --workdir"):

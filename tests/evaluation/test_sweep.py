@@ -150,8 +150,23 @@ def test_results_do_not_depend_on_the_batch_size(cfg, finished, tmp_path, withou
 
 def test_the_workdir_of_another_sweep_is_refused(cfg, finished, tmp_path):
     workdir = shutil.copytree(finished, tmp_path / "sweep")
-    with pytest.raises(InputError, match="holds another sweep"):
-        sweep.sweep(dataclasses.replace(cfg, seed=1), workdir)
+    tasks = (dataclasses.replace(cfg.tasks[0], steps=4), cfg.tasks[1])
+    with pytest.raises(InputError, match=r"another sweep \(config.tasks.steps, config.seed differ"):
+        sweep.sweep(dataclasses.replace(cfg, seed=1, tasks=tasks), workdir)
+    (workdir / "results.json").write_text('{"kind": "SearchStudy", "config": {}}')
+    with pytest.raises(InputError, match=r"results.json is not of a sweep; choose another"):
+        sweep.sweep(cfg, workdir)
+
+
+def test_relative_paths_name_the_same_sweep(cfg, folder, finished, tmp_path, monkeypatch):
+    workdir = shutil.copytree(finished, tmp_path / "sweep")
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(report, "_write_plots", lambda *args: {})
+    monkeypatch.setattr(sweep, "score_task", None)  # nothing is left to score
+    data = dataclasses.replace(cfg.tasks[1].data, paths=("records.jsonl",))
+    tasks = (cfg.tasks[0], dataclasses.replace(cfg.tasks[1], data=data))
+    sweep.sweep(dataclasses.replace(cfg, routers=("a",), tasks=tasks), workdir)
+    assert runs_of(workdir) == runs_of(finished)
 
 
 def test_routers_and_items_that_changed_meanwhile_are_refused(
