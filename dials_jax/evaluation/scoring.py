@@ -202,7 +202,10 @@ def _score_output(scores: TaskScores, task, item: Item, row: list[int], tokenize
 def _likelihoods(
     scores: TaskScores, model, task, items, policy, batch_size, seed, progress
 ) -> list[np.ndarray]:
-    """Log-likelihood of every answer of every item, in nats."""
+    """Log-likelihood of every answer of every item, in nats.
+
+    Raises: InputError where the model says NaN: the first choice would look like the best.
+    """
     pairs = [(item.prompt, answer) for item in items for answer in item.answers]
     owners = [i for i, item in enumerate(items) for _ in item.answers]
     keys = item_keys(seed, items)[np.asarray(owners)]  # choices of an item share their masks
@@ -225,6 +228,11 @@ def _likelihoods(
                 cfg_scale=task.cfg_scale,
                 policy=policy,
                 fill_to=batch_size,
+            )
+            require(
+                bool(np.isfinite(out.log_likelihood).all()),
+                f"task {task.name!r}: a likelihood is not a finite number; look for NaN in the "
+                "model's weights, or for values that overflow its dtype",
             )
             np.add.at(totals, chosen, out.log_likelihood / task.num_samples)
             scores.execution.add(out.gates, out.masked_share)

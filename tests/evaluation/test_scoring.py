@@ -253,6 +253,14 @@ def test_the_most_likely_choice_is_chosen(scorer, uniform, choices):
     assert set(run(scorer, CHOICE, wrong).items.values()) == {0.0}
 
 
+@pytest.mark.parametrize("task", [CHOICE, NELBO], ids=lambda task: task.metric)
+def test_a_model_that_says_nan_has_no_score(task, scorer, choices):
+    head = {"kernel": scorer.params["head"]["kernel"].at[0, 2].set(jnp.nan)}
+    items = [make_item(item.prompt, item.answers, label=0) for item in choices]
+    with pytest.raises(InputError, match=r"a likelihood is not a finite number; look for NaN"):
+        run(Model(scorer.config, scorer.params | {"head": head}), task, items)
+
+
 def test_an_item_that_repeats_another_counts_too(uniform, choices, scorer, items):
     right, wrong = choices[0], dataclasses.replace(choices[0], label=0)
     found = run(uniform, CHOICE, [right, wrong, wrong]).items
