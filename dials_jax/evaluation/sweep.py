@@ -84,6 +84,11 @@ def _check(cfg: EvalConfig, model: Model, tasks: Sequence[tuple[EvalTask, list[I
     """Raises: InputError for what would stop the sweep half-way, or run twice under one label."""
     for task, items in tasks:
         check_task(task, items, model)
+        require(
+            not cfg.static or any(item.prompt for item in items[: cfg.num_calibration]),
+            f"task {task.name!r} has empty prompts, but Algorithm 1 chooses static layers by "
+            "prompts; set static=()",
+        )
     repeatable = {"tasks": [t.name for t, _ in tasks], "static": cfg.static, "random": cfg.random}
     for name, values in repeatable.items():
         require(len(set(values)) == len(values), f"{name}: {values} names one twice; remove it")

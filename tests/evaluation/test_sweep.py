@@ -262,6 +262,15 @@ def test_what_does_not_fit_is_refused_before_the_first_run(
     assert not (tmp_path / "results.json").exists()
 
 
+def test_static_layers_need_prompts(cfg, tmp_path, without_plots):
+    data = dataclasses.replace(cfg.tasks[1].data, prompt="")
+    cfg = dataclasses.replace(cfg, tasks=(dataclasses.replace(cfg.tasks[1], data=data),))
+    with pytest.raises(InputError, match=r"task 'records' has empty prompts.*set static=\(\)"):
+        sweep.sweep(cfg, tmp_path)
+    sweep.sweep(dataclasses.replace(cfg, static=(), random=(), routers=()), tmp_path)
+    assert len(runs_of(tmp_path)) == 1
+
+
 def test_two_routers_of_one_lambda_are_refused(cfg, folder, tmp_path):
     both = dataclasses.replace(cfg, routers=(str(folder / "a"), str(folder / "b")))
     with pytest.raises(InputError, match="two routers have the same lambda"):
