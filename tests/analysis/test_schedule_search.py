@@ -126,6 +126,13 @@ def test_knowing_more_costs_less(table):
     assert everything == (0, 0, 0)
 
 
+def test_nothing_is_judged_by_the_samples_that_chose_it():
+    values = np.random.default_rng(0).normal(40, 1, (50, 40))  # all schedules are equally good
+    found = regret(lambda seed: by_chance(50, seed), values, 1)
+    best_of_noise = 40 - np.mean([values[:, i::2].mean(axis=1).min() for i in range(2)])
+    assert abs(found.mean) < 0.2 < 0.4 < best_of_noise
+
+
 def test_a_wrong_importance_is_corrected_by_trials(table):
     light, _, values = table
     wrong = HARM[::-1] + np.where(np.arange(10) < 4, 3, 0)

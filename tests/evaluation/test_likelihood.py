@@ -149,6 +149,8 @@ def test_a_pair_does_not_depend_on_the_rest_of_its_batch(model, cfg_scale, polic
     np.testing.assert_array_equal(alone.gates[:, 0], batch.gates[:, 1])
     copies = 2 if cfg_scale else 1
     assert filled.gates.shape == batch.gates.shape == (4, 3 * copies)
+    if cfg_scale:  # the guiding rows decide by themselves
+        assert (batch.gates[:, :3] != batch.gates[:, 3:]).any()
 
 
 def test_costs_count_the_padded_length(model):

@@ -137,6 +137,8 @@ def test_a_search_tries_every_schedule_once(searching, searched):
     results = results_of(searched)
     perplexity = [row["perplexity"] for row in results["schedules"]]
     assert perplexity == sorted(perplexity) and len(perplexity) == 6
+    # The first is the baseline, and some of its steps are light.
+    assert {row["saved_flops"] for row in results["schedules"]} == {None}
     _, values = read_search(searched)
     expected = search.segment_influence(search.placements(4, 2), values)
     np.testing.assert_allclose(results["segments"]["influence"]["value"], expected.value)
