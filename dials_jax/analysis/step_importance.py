@@ -10,7 +10,6 @@ KL(heavy || light), as far as what the heavy model writes on the way resembles m
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -49,7 +48,7 @@ def divergences(
 
     The masks depend on the seed, the time and the row's number alone. All models share them.
 
-    Raises: InputError for models that do not fill in the same tokens.
+    Raises: InputError for models that do not fill in the same tokens, or that say NaN.
     """
     check_family(heavy.config, {letter: other.config for letter, other in others.items()})
     # Keys fold the time itself, so that a finer grid keeps what was measured on a coarser one.
@@ -64,8 +63,15 @@ def divergences(
         out, _ = heavy.run(_compare, params, *placed, jnp.float32(time), other_cfgs=configs)
         found.append(sharding.to_host(out))
     # Only the last batch was filled up.
-    joined = jax.tree.map(lambda *parts: np.concatenate(parts)[: len(tokens)], *found)
-    return {letter: Divergence(*pair) for letter, pair in zip(others, joined, strict=True)}
+    means, count = jax.tree.map(lambda *parts: np.concatenate(parts)[: len(tokens)], *found)
+    for letter, pair in zip(others, means, strict=True):
+        require(
+            bool(np.isfinite(pair).all()),
+            f"model {letter!r} or the heavy one says NaN at t={time:g}; look for NaN in their "
+            "weights, or for values that overflow their dtype",
+        )
+    means = jax.tree.map(lambda x: np.where(count > 0, x, np.nan), means)
+    return {letter: Divergence(*pair) for letter, pair in zip(others, means, strict=True)}
 
 
 def check_family(heavy: ModelConfig, others: Mapping[str, ModelConfig]) -> None:
@@ -90,7 +96,8 @@ def _compare_fn(
     *,
     cfg: ModelConfig,
     other_cfgs: tuple[ModelConfig, ...],
-) -> tuple[tuple[Float[Array, "B"], Float[Array, "B"]], ...]:
+) -> tuple[tuple[tuple[Float[Array, "B"], Float[Array, "B"]], ...], Int[Array, "B"]]:
+    """Means over the masked tokens of each row, 0 without any, and how many were masked."""
     noise = jax.vmap(lambda key: jax.random.uniform(key, tokens.shape[1:]))(keys)
     masked = noise < time
     noisy = jnp.where(masked, cfg.mask_id, tokens)
@@ -109,10 +116,8 @@ def _compare_fn(
 
         sums = over_positions(compare, POSITIONS, streams, tokens, noisy)
     count = jnp.sum(masked, axis=1)
-    mean = partial(
-        jax.tree.map, lambda x: jnp.where(count > 0, jnp.sum(x, axis=1) / count, jnp.nan)
-    )
-    return tuple(mean(sums))
+    means = jax.tree.map(lambda x: jnp.sum(x, axis=1) / jnp.maximum(count, 1), sums)
+    return tuple(means), count
 
 
 _compare = Timed(_compare_fn, static_argnames=("cfg", "other_cfgs"))

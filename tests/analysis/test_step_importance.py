@@ -89,6 +89,12 @@ def test_rows_without_a_mask_are_left_out(lively, light, tokens):
     assert np.isclose(point.value[0], out.kl[~empty].mean())
 
 
+def test_a_model_that_says_nan_is_refused(lively, light, tokens):
+    broken = Model(light.config, trees.map_named(lambda name, x: x * np.nan, light.params))
+    with pytest.raises(InputError, match=r"model 'L' .* says NaN at t=0.5; look for NaN"):
+        divergences(lively, {"L": broken}, tokens, 0.5, batch_size=5)
+
+
 def test_the_relative_divergence_is_paired_by_sequence():
     kl, base = np.array([1.0, 2.0, 4.0]), np.array([0.5, 1.5, 3.5])
     gap = np.array([-1.0, 1.0, 3.0])
