@@ -48,6 +48,17 @@ class OptimizerConfig:
             )
         _require_one_of("optimizer.schedule", self.schedule, get_args(RateSchedule))
         require(
+            self.learning_rate > 0,
+            f"optimizer: learning_rate={self.learning_rate} must be positive",
+        )
+        require(  # at 0 every gradient would be cut to nothing
+            self.clip_norm > 0,
+            f"optimizer: clip_norm={self.clip_norm} must be positive; a large one clips nothing",
+        )
+        for name in ("b1", "b2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"optimizer: {name}={value} must lie in [0, 1)")
+        require(
             self.ema is None or 0 < self.ema < 1,
             f"optimizer: ema={self.ema} must lie between 0 and 1, or be None",
         )
@@ -71,6 +82,10 @@ class ObjectiveConfig:
     def __post_init__(self):
         _require_one_of("objective.kind", self.kind, get_args(Objective))
         require(0 < self.min_ratio <= 1, f"min_ratio={self.min_ratio} must lie in (0, 1]")
+        require(
+            0 <= self.target_skip_rate <= 1,
+            f"target_skip_rate={self.target_skip_rate} must lie in [0, 1]",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
