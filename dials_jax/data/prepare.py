@@ -60,10 +60,13 @@ def prepare(cfg: CorpusData, model_config: ModelConfig) -> dict[str, Any]:
     tokenizer.save(folder)
     packer = _Packer(cfg, model_config, tokenizer.plain(), documents, folder / PARTS)
     border = documents.count - cfg.num_validation
-    ranges = {"train": range(border), "validation": range(border, documents.count)}
-    splits = {name: packer.pack(name, numbers) for name, numbers in ranges.items() if numbers}
-    for name, split in splits.items():
-        _verify(folder, name, split, len(ranges[name]), cfg.length)
+    # The small one first: that it fills no row should not show after hours of the other.
+    ranges = {"validation": range(border, documents.count), "train": range(border)}
+    splits = {}
+    for name, numbers in ranges.items():
+        if numbers:
+            splits[name] = packer.pack(name, numbers)
+            _verify(folder, name, splits[name], len(numbers), cfg.length)
     _add_records(cfg, folder, splits)
     manifest = {"settings": settings, "splits": splits, "skipped": documents.skipped}
     write_json(folder / MANIFEST, manifest)

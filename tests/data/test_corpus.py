@@ -154,7 +154,7 @@ def test_killed_while_it_writes_it_continues_to_the_same_bytes(cfg, model_config
         cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == -9, done.stderr
-    written = sorted(p.name for p in (Path(killed.folder) / "parts").glob("*.json"))
+    written = sorted(p.name for p in (Path(killed.folder) / "parts").glob("train-*.json"))
     assert written == [f"train-{i:05d}.json" for i in range(3)]
     counted = []
     encode = preparing.encode_documents
@@ -162,9 +162,17 @@ def test_killed_while_it_writes_it_continues_to_the_same_bytes(cfg, model_config
         preparing, "encode_documents", lambda d, *a: counted.extend(d) or encode(d, *a)
     )
     prepare(killed, model_config)
-    assert len(counted) == len(DOCUMENTS) - 3 * 8  # what was finished is not tokenised again
+    # What was finished, validation and three parts, is not tokenised again.
+    assert len(counted) == len(DOCUMENTS) - 9 - 3 * 8
     prepare(cfg, model_config)
     assert files_of(killed.folder) == files_of(cfg.folder)
+
+
+def test_a_validation_split_that_fills_no_row_is_known_before_the_training_split(cfg, model_config):
+    cfg = dataclasses.replace(cfg, length=64, num_validation=1)
+    with pytest.raises(InputError, match=r"validation: .* do not fill one row of length=64"):
+        prepare(cfg, model_config)
+    assert not list((Path(cfg.folder) / "parts").glob("train-*"))
 
 
 def test_the_corpus_is_read_once_for_each_split(cfg, model_config, monkeypatch):
