@@ -132,6 +132,12 @@ def _hub_documents(cfg: CorpusData) -> Documents:
         field in found.column_names,
         f"data set {name} has no field {field!r}{nearest(field, found.column_names)}",
     )
+    missing = found.data.column(field).null_count  # noted in the files, so nothing is read
+    require(
+        not missing,
+        f"data set {name}: field {field!r} is None in {missing} of {len(found)} documents; it must "
+        "be a string in all of them: write those that have one to files, and give paths=",
+    )
 
     def read(start: int, stop: int) -> Iterator[tuple[str, str]]:
         for first in range(start, stop, READ_AHEAD):
