@@ -32,10 +32,14 @@ from dials_jax.skipping.storage import save_router
 from dials_jax.training.losses import LossFn, check_objective, model_loss, router_loss
 from dials_jax.training.source import grow_vocabulary, load_source
 
-# Settings that may change between one part of a run and the next.
+# Settings that may change between one part of a run and the next. Those of data say where rows are
+# found; that they are the same rows, the data's fingerprint says.
 FREE_FIELDS = tuple(
     f"train.{name}"
-    for name in ("log_every", "save_every", "keep_checkpoints", "mesh", "remat", "max_minutes")
+    for name in (
+        *("log_every", "save_every", "keep_checkpoints", "mesh", "remat", "max_minutes"),
+        *(f"data.{place}" for place in ("folder", "paths", "cache", "tokenizer", "reader")),
+    )
 )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from dials_jax.commands import load_config
-from dials_jax.config import ArithmeticData, InputError, ObjectiveConfig, TrainConfig
+from dials_jax.config import ArithmeticData, InputError, ObjectiveConfig, TextData, TrainConfig
 from dials_jax.training.loop import train
 
 ROOT = Path(__file__).parents[2]
@@ -169,6 +169,23 @@ def test_what_only_concerns_logs_and_saves_may_change(train_config, finished, tm
     workdir = finished(train_config(), tmp_path / "run")
     state = train(train_config(log_every=1, save_every=5, keep_checkpoints=1), workdir)
     assert int(state.step) == 6
+
+
+def test_a_run_goes_on_where_its_data_was_moved_to(train_config, arithmetic_model, tmp_path):
+    def reading(name, text):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "digits.txt").write_text(text)
+        data = TextData(
+            paths=(str(tmp_path / name),), cache=str(tmp_path / name / "cache"),
+            tokenizer=str(arithmetic_model), length=8,
+        )  # fmt: skip
+        return train_config(data=data)
+
+    state = train(reading("here", "0123456789" * 20), tmp_path / "run")
+    again = train(reading("there", "0123456789" * 20), tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, state, again)
+    with pytest.raises(InputError, match="holds another experiment \\(data_fingerprint"):
+        train(reading("other", "9876543210" * 20), tmp_path / "run")
 
 
 def test_routers_do_not_continue_on_another_backbone(
