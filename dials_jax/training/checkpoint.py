@@ -42,7 +42,7 @@ class Checkpoints:
         """
         final = self.folder / f"{step:08d}"
         partial = self.folder / f"{step:08d}.partial"
-        on_first_process(lambda: shutil.rmtree(partial, ignore_errors=True))
+        on_first_process(self._remove_partial)
         flat = flatten(state)
         ocp.save(partial / "state", flat)
         digests = trees.digest_hex(flat)
@@ -79,6 +79,11 @@ class Checkpoints:
         if steps:
             raise InputError(f"no checkpoint in {self.folder} is intact; remove it to start again")
         return None
+
+    def _remove_partial(self) -> None:
+        """What stopped saves left, of any step: a continued run may save at others."""
+        for folder in self.folder.glob("*.partial"):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _prune(self, newest: int) -> None:
         """Later checkpoints than `newest` were found damaged: training went on before them."""
