@@ -16,6 +16,7 @@ from dials_jax.data.records import (
     JSON_LINES,
     TEXT,
     expand_paths,
+    file_sha256,
     located,
     read_documents,
     require_text,
@@ -102,8 +103,7 @@ def _survey(cfg: CorpusData) -> dict[str, dict[str, Any]]:
 
 def _look_at(path: Path, field: str) -> dict[str, Any]:
     try:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = file_sha256(path)
         count = sum(1 for _ in read_documents(path, field))
     except OSError as error:
         return {"documents": 0, "sha256": "", "error": f"{path}: {error.strerror}"}

@@ -7,7 +7,6 @@ continues after its last part, and leaves the bytes that it would have left with
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -32,6 +31,7 @@ from dials_jax.data.corpus import (
 )
 from dials_jax.data.documents import Documents, open_documents
 from dials_jax.data.packing import BATCH_DOCUMENTS, PACKINGS, encode_documents, token_dtype
+from dials_jax.data.records import file_sha256
 from dials_jax.data.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
 
 PART_BATCHES = 20  # batches of documents in a part: at most a minute's work is lost
@@ -152,7 +152,7 @@ class _Packer:
         data, temporary = note.with_suffix(".npy"), note.with_suffix(".tmp")
         with temporary.open("wb") as file:
             np.save(file, np.concatenate(rows))
-        digest = _sha256(temporary)
+        digest = file_sha256(temporary)
         temporary.replace(data)
         counts |= {"rows": sum(map(len, rows)), "sha256": digest, "rest": rest}
         write_json(note, {"file": data.name, **counts})
@@ -179,7 +179,7 @@ def _verify(folder: Path, name: str, split: dict[str, Any], documents: int, leng
     for part in split["parts"]:
         path = folder / PARTS / part["file"]
         require(
-            path.is_file() and _sha256(path) == part["sha256"],
+            path.is_file() and file_sha256(path) == part["sha256"],
             f"{path} is damaged; delete its .json and run prepare.py again",
         )
 
@@ -197,8 +197,3 @@ def _add_records(cfg: CorpusData, folder: Path, splits: dict[str, dict[str, Any]
             require_equal_ends(RecordRows(folder / RECORDS, name), wanted, f"{folder / RECORDS}")
     else:
         write_records(rows, cfg.length, folder / RECORDS)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

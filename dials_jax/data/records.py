@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import hashlib
 import json
 import lzma
 import zlib
@@ -44,6 +45,11 @@ def expand_paths(paths: Iterable[str], suffixes: tuple[str, ...] = JSON_LINES) -
         require(bool(found), f"{path} is not, and does not hold, a file of type {wanted}")
         files += found
     return files
+
+
+def file_sha256(path: str | Path) -> str:
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -1,7 +1,8 @@
 """Documents packed end to end into rows, tokenised once and then read from disk.
 
 The packed rows are an ordinary .npy file in `TextData.cache`. Its name is a fingerprint of the
-files' contents, the tokenizer and the row length, so a change of any of them packs again.
+files' contents, the tokenizer and the row length, so a change of any of them packs again. So does
+damage, which a digest in the .json beside it shows.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from jaxtyping import Int, Integer
 from dials_jax.config import TextData, read_json, require, write_json
 from dials_jax.data.batches import Batch, Indices, Rows, generator
 from dials_jax.data.packing import encode_documents, stream_rows, token_dtype
-from dials_jax.data.records import JSON_LINES, TEXT, expand_paths, read_documents
+from dials_jax.data.records import JSON_LINES, TEXT, expand_paths, file_sha256, read_documents
 from dials_jax.data.tokenizer import Tokenizer, check_ids, load_tokenizer
 
 BATCH_CHARACTERS = 1_000_000  # tokenised together; bounds the memory that packing takes
@@ -97,7 +98,7 @@ def pack_text(
     check_ids(tokenizer, mask_id, eos_id)
     fingerprint = _fingerprint(files, tokenizer, eos_id, cfg.length)
     packed = Path(cfg.cache) / f"{fingerprint}.npy"
-    if not packed.is_file():
+    if not _is_whole(packed):
         _pack(files, tokenizer, eos_id, mask_id, cfg.length, packed)
     return PackedText(
         tokens=np.load(packed, mmap_mode="r"),
@@ -116,10 +117,17 @@ def packed_summary(cfg: TextData, data: PackedText) -> dict[str, Any]:
 def _fingerprint(files: list[Path], tokenizer: Tokenizer, eos_id: int, length: int) -> str:
     digest = hashlib.sha256(json.dumps([tokenizer.fingerprint, eos_id, length]).encode())
     for path in files:
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        digest.update(json.dumps([path.name, path.stat().st_size, content]).encode())
+        content = [path.name, path.stat().st_size, file_sha256(path)]
+        digest.update(json.dumps(content).encode())
     return digest.hexdigest()[:16]
+
+
+def _is_whole(packed: Path) -> bool:
+    """Whether the rows are there, as they were written."""
+    summary = packed.with_suffix(".json")
+    if not (packed.is_file() and summary.is_file()):
+        return False
+    return read_json(summary).get("sha256") == file_sha256(packed)
 
 
 def _batched(documents: Iterator[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
@@ -172,9 +180,14 @@ def _pack(
             f"{', '.join(map(str, files[:3]))}: {counts['tokens']} tokens do not fill one row of "
             f"length={length}; add text or shorten the rows",
         )
-        sources = {"files": [str(p) for p in files], "tokenizer": tokenizer.fingerprint}
+        facts = {
+            "length": length,
+            "files": [str(p) for p in files],
+            "tokenizer": tokenizer.fingerprint,
+            "sha256": file_sha256(temporary),
+        }
         summary = temporary.with_suffix(".json")
-        write_json(summary, counts | {"length": length} | sources)
+        write_json(summary, counts | facts)
         summary.replace(packed.with_suffix(".json"))
         temporary.replace(packed)
     finally:

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import lzma
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -72,6 +73,15 @@ def test_packing_happens_once_and_again_when_something_changes(cfg, pack, monkey
     changed.append(pack_text(cfg, EOS, other.token_to_id("[MASK]"), other))
     assert len({first.fingerprint, *(data.fingerprint for data in changed)}) == 4
     assert not [p for p in (tmp_path / "cache").iterdir() if p.suffix == ".tmp"]
+
+
+@pytest.mark.parametrize("damage", [lambda x: x[:-9], lambda x: b"", lambda x: x[:-1] + b"\x7f"])
+def test_damaged_rows_are_packed_again(damage, cfg, pack):
+    """A flipped bit would be another token, or one that no vocabulary has."""
+    expected = np.array(pack(cfg).tokens)
+    [packed] = Path(cfg.cache).glob("*.npy")
+    packed.write_bytes(damage(packed.read_bytes()))
+    np.testing.assert_array_equal(pack(cfg).tokens, expected)
 
 
 def test_the_summary_counts_what_was_packed(cfg, pack, tokenizer):
