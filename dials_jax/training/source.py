@@ -13,15 +13,16 @@ from dials_jax.models import groups
 from dials_jax.models.model import Model
 
 VOCABULARY_AXIS = {"embed/table": 0, "head/kernel": 1, "head/bias": 0}
+SAME_MATHS = ("rope_theta", "norm", "norm_eps")  # what weights mean and no shape tells
 
 
 def load_source(path: str, cfg: ModelConfig, mesh: Mesh) -> Model:
     """The model to start from, its weights float32.
 
-    Only shapes have to agree: attention may become bidirectional, predictions may shift, and the
-    vocabulary may gain tokens, [MASK] for one.
+    Shapes, angles and norms have to agree: attention may become bidirectional, predictions may
+    shift, and the vocabulary may gain tokens, [MASK] for one.
 
-    Raises: InputError naming the first array that does not fit.
+    Raises: InputError naming the first setting or array that does not fit.
     """
     source = load(path, dtype="float32", mesh=mesh, layout="stacked")
     new_size, old_size = cfg.vocab_size, source.config.vocab_size
@@ -30,6 +31,13 @@ def load_source(path: str, cfg: ModelConfig, mesh: Mesh) -> Model:
         f"init_from={path} has {old_size} tokens and this model {new_size}; "
         "a vocabulary may grow, not shrink",
     )
+    for name in SAME_MATHS:
+        there, here = getattr(source.config, name), getattr(cfg, name)
+        require(
+            there == here,
+            f"init_from={path}: its weights were trained with {name}={there!r}, not {here!r}; "
+            "take the source's value",
+        )
     have = {name: x.shape for name, x in trees.named_leaves(source.params)}
     for name, x in trees.named_leaves(groups.abstract_params(cfg)):
         shape, axis = list(x.shape), VOCABULARY_AXIS.get(name)

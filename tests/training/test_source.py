@@ -75,9 +75,12 @@ def test_a_continued_model_resumes_and_remembers_its_source(causal, train_config
         (18, {"d_ff": 64}, r"layers/mlp/down is \(2, 64, 32\) there and must be \(2, 128, 32\)"),
         (18, {"qkv_bias": True}, "this model has no layers/attention/"),
         (18, {"num_layers": 1}, r"is \(1, .*there and must be \(2, "),
+        (18, {"rope_theta": 5e5}, "were trained with rope_theta=500000.0, not 10000.0; take the"),
+        (18, {"norm": "layer"}, "were trained with norm='layer', not 'rms'"),
+        (18, {"norm_eps": 1e-2}, "were trained with norm_eps=0.01, not 1e-05"),
     ],
 )
-def test_a_source_of_another_shape_is_refused_in_one_line(
+def test_a_source_of_another_shape_or_maths_is_refused_in_one_line(
     vocab_size, changes, message, causal, train_config, tmp_path
 ):
     source = causal(train_config().model, vocab_size, **changes)
