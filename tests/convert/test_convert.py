@@ -151,6 +151,19 @@ def test_settings_follow_upstream_where_they_are_absent(write_folder):
     assert (cfg.bias, cfg.qkv_bias, cfg.eot_id, cfg.dtype) == (True, True, None, "bfloat16")
 
 
+def test_queries_keys_and_values_may_be_all_that_has_biases(write_folder, tiny_tensors):
+    kept = {
+        name: x
+        for name, x in tiny_tensors.items()
+        if not name.endswith(".bias")
+        or name.endswith(("q_proj.bias", "k_proj.bias", "v_proj.bias"))
+    }
+    cfg, params = open_folder(write_folder(kept, include_bias=False))
+    assert cfg.qkv_bias and not cfg.bias
+    expected = kept["model.transformer.blocks.1.k_proj.bias"].reshape(2, 8)
+    np.testing.assert_array_equal(params["layers"][1]["attention"]["k_bias"], expected)
+
+
 def test_multi_query_attention_means_one_key_head():
     from convert.llada import translate
     from dials_jax.config import read_json

@@ -321,9 +321,13 @@ def test_another_tokenizer_corpus_or_end_of_text_is_refused(cfg, model_config, t
     path.write_text(original)
     with pytest.raises(InputError, match="eos_id=1, but the model has 0"):
         training_data(cfg, dataclasses.replace(model_config, eos_id=0))
-    Path(cfg.paths[0]).write_text('{"text": "something else"}\n' * 47)
-    with pytest.raises(InputError, match="was begun with source="):
+    documents = Path(cfg.paths[0]).read_text()
+    for changed in ('{"text": "something else"}\n' * 47, documents.replace("hello", "jello")):
+        Path(cfg.paths[0]).write_text(documents)
         prepare(cfg, model_config)
+        Path(cfg.paths[0]).write_text(changed)  # the second is of the same size
+        with pytest.raises(InputError, match="was begun with source="):
+            prepare(cfg, model_config)
     # The folder alone is enough to train: neither the corpus nor the tokenizer need be there.
     moved = dataclasses.replace(cfg, tokenizer="", paths=("gone",))
     assert training_data(moved, model_config)[0].num_rows > 0
