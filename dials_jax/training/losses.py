@@ -185,12 +185,14 @@ def _cross_entropy(
 ) -> tuple[Array, Metrics]:
     """Its weighted sum, and in nats a predicted token; the share of the answers that was masked."""
     h = transformer.predicting(cfg, out.h, batch.valid)
+    # A frozen model is scored as it predicts, one in training as its objective says.
+    never_masks = objective.kind == "mdlm" or (cfg.subs and not train_head)
     total, nats = weighted_cross_entropy(
         transformer.normed(cfg, params, h, view.time),
         Head(params["head"]["kernel"], params["head"].get("bias")),
         view.targets,
         view.weights,
-        never=cfg.mask_id if objective.kind == "mdlm" else None,
+        never=cfg.mask_id if never_masks else None,
         train_head=train_head,
     )
     count = jnp.sum(view.weights != 0, dtype=jnp.float32)

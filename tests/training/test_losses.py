@@ -138,6 +138,19 @@ def test_the_router_loss_and_its_gradient_are_the_papers(cut, batch, draws, scal
     np.testing.assert_allclose(metrics["skip_rate"].value, np.mean(seen), rtol=1e-5)
 
 
+def test_routers_never_see_the_mask_logit_of_a_backbone_that_never_says_it(cut, batch, draws):
+    """Under no objective: MDLM leaves that logit untrained."""
+    cfg, params, routers = cut
+    loud = params["head"]["kernel"].at[:, cfg.mask_id].multiply(50.0)
+    for subs in (True, False):
+        loss_fn = router_loss(dataclasses.replace(cfg, subs=subs), ROUTER, OBJECTIVE, remat=False)
+        one, other = (
+            loss_fn(routers, {**params, "head": {"kernel": kernel}}, batch, draws)[0]
+            for kernel in (params["head"]["kernel"], loud)
+        )
+        assert (one == other) == subs
+
+
 @pytest.mark.parametrize("kind, shift", [("llada", False), ("llada", True), ("mdlm", False)])
 def test_the_model_loss_and_its_gradient_are_the_papers(cut, batch, draws, kind, shift):
     cfg, params, _ = cut
