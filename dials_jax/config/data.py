@@ -8,6 +8,13 @@ from typing import Literal
 from dials_jax.config.base import require
 
 
+def _require_share(random_length_prob: float) -> None:
+    require(
+        0 <= random_length_prob <= 1,
+        f"random_length_prob={random_length_prob} must lie in [0, 1]; 0.01 is one in a hundred",
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class TextData:
     """Documents packed end to end into rows of `length` tokens."""
@@ -19,6 +26,9 @@ class TextData:
     prompt_length: int = 0  # tokens at the front that are never masked
     random_length_prob: float = 0.01  # rows cut to U{1..length}, as LLaDA does (appendix B.1)
     cache: str = ".cache/dials_jax"  # packed tokens are kept here
+
+    def __post_init__(self):
+        _require_share(self.random_length_prob)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +62,7 @@ class CorpusData:
             f"prompt_length={self.prompt_length} must lie in [0, length={self.length})",
         )
         require(self.num_validation >= 0, f"num_validation={self.num_validation} is negative")
+        _require_share(self.random_length_prob)
 
 
 @dataclass(frozen=True, kw_only=True)

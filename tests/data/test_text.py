@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import json
 import lzma
 from pathlib import Path
@@ -6,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dials_jax.config import InputError, TextData
+from dials_jax.config import CorpusData, InputError, TextData
 from dials_jax.data import text
 from dials_jax.data.batches import batch_at
 from dials_jax.data.text import pack_text, packed_summary
@@ -126,6 +127,13 @@ def test_random_lengths_cut_whole_batches_at_the_stated_rate(cfg, pack):
     assert abs(np.mean(np.array(lengths) == 8) - 0.6) < 0.1
     share = batch_at(data, 0, 5, 2, process_index=1, process_count=2)
     np.testing.assert_array_equal(share.valid, batch_at(data, 0, 5, 2).valid[1:])
+
+
+@pytest.mark.parametrize("kind", [TextData, functools.partial(CorpusData, folder="rows")])
+@pytest.mark.parametrize("share", [-0.1, 1.5, 50.0])
+def test_a_share_of_random_lengths_in_percent_is_refused(kind, share):
+    with pytest.raises(InputError, match=rf"random_length_prob={share} must lie in \[0, 1\]"):
+        kind(random_length_prob=share)
 
 
 def test_the_name_of_the_mask_token_in_a_document_is_text(cfg, pack, write_jsonl, model_config):
