@@ -20,7 +20,7 @@ from dials_jax import sharding
 from dials_jax.config import InputError, ModelConfig, require
 from dials_jax.diffusion.objectives import masked_log_probs
 from dials_jax.models import transformer
-from dials_jax.models.model import Model, row_keys
+from dials_jax.models.model import Model, check_vocabulary, row_keys
 from dials_jax.nn.stack import Executor, Policy
 from dials_jax.sampling.denoise import guide
 from dials_jax.skipping.flops import Flops, count_flops
@@ -185,12 +185,7 @@ def pad_pairs(
         out.answer_valid[i, : len(answer)] = True
     tokens = np.concatenate([out.prompts, out.answers], axis=1)
     present = np.concatenate([out.prompt_valid, out.answer_valid], axis=1)
-    outside = np.argwhere(((tokens < 0) | (tokens >= cfg.vocab_size)) & present)
-    for row, column in outside[:1]:
-        raise InputError(
-            f"pair {row} has token {tokens[row, column]}, outside the vocabulary of "
-            f"{cfg.vocab_size}; use the model's own tokenizer"
-        )
+    check_vocabulary(cfg, tokens, present, "pair")
     return out
 
 

@@ -83,7 +83,15 @@ class Model:
             `time_conditioning` only.
           step: denoising step, for random policies.
           key: for random policies; one key, or one a row. None is `jax.random.key(0)`.
+
+        Raises: InputError for rows of several lengths, more tokens than learned positions, and
+          tokens outside the vocabulary (of arrays on the host; no other is fetched).
         """
+        on_host = not any(isinstance(x, jax.Array) for x in (tokens, valid))
+        tokens = as_ids(tokens, "row") if on_host else tokens
+        check_shapes(self.config, np.shape(tokens), valid)
+        if on_host:
+            check_vocabulary(self.config, tokens, valid, "row")
         num_rows = np.shape(tokens)[0]
         valid = None if valid is None else jnp.asarray(valid, bool)
         keys = row_keys(key, num_rows)
@@ -115,6 +123,56 @@ class Model:
             return sharding.place_rows(x, self.mesh)
 
         return jax.tree.map(one, rows)
+
+
+def as_ids(rows: ArrayLike, what: str) -> np.ndarray:
+    """Rows of token ids as one array.
+
+    Args:
+      what: what messages call a row.
+
+    Raises: InputError for rows of several lengths, and for anything but integers.
+    """
+    try:
+        ids = np.asarray(rows)
+    except ValueError as error:
+        raise InputError(
+            f"{what}s differ in length; pad them on the left and give valid=, False at padding"
+        ) from error
+    integers = ids.size == 0 or np.issubdtype(ids.dtype, np.integer)
+    require(integers, f"{what}s are of {ids.dtype}; give token ids, as a tokenizer's encode does")
+    return ids
+
+
+def check_shapes(
+    cfg: ModelConfig, shape: tuple[int, ...], valid: Bool[ArrayLike, "B T"] | None
+) -> None:
+    """Raises: InputError for tokens or `valid` that are no rows, or longer than can be told."""
+    require(len(shape) == 2, f"tokens have shape {shape}; give [batch, length]")
+    require(
+        valid is None or np.shape(valid) == shape,
+        f"valid has shape {np.shape(valid)} and tokens {shape}; they must agree",
+    )
+    require(
+        cfg.rope_theta is not None or shape[1] <= cfg.max_length,
+        f"{shape[1]} tokens are more than the model's {cfg.max_length} positions; shorten them",
+    )
+
+
+def check_vocabulary(
+    cfg: ModelConfig,
+    tokens: Int[np.ndarray, "B T"],
+    valid: Bool[ArrayLike, "B T"] | None,
+    what: str,
+) -> None:
+    """Raises: InputError for a real token that the model does not know; padding may be anything."""
+    present = True if valid is None else np.asarray(valid, bool)
+    outside = np.argwhere(((tokens < 0) | (tokens >= cfg.vocab_size)) & present)
+    for row, column in outside[:1]:
+        raise InputError(
+            f"{what} {row} has token {tokens[row, column]}, outside the vocabulary of "
+            f"{cfg.vocab_size}; use the model's own tokenizer"
+        )
 
 
 def row_keys(key: jax.Array | None, num_rows: int) -> jax.Array:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dials_jax import sharding
 from dials_jax.caching.cache import Cache, NoCache
 from dials_jax.config import ModelConfig, require
-from dials_jax.models.model import Model, row_keys
+from dials_jax.models.model import Model, as_ids, row_keys
 from dials_jax.nn.stack import Executor, Policy
 from dials_jax.sampling.ancestral import Ancestral
 from dials_jax.sampling.autoregressive import Autoregressive, decode
@@ -97,13 +97,13 @@ def generate(
         depend on its place in a batch. None is `jax.random.key(0)`.
       fill_to: run the program of this batch size, or of a multiple, also for fewer rows.
 
-    Raises: InputError for prompts that contain [MASK], padding that is not on the left, an empty
-      prompt where logits are shifted, more tokens than the model has positions for, or settings
-      that do not compose.
+    Raises: InputError for prompts of several lengths or with [MASK], padding that is not on the
+      left, an empty prompt where logits are shifted, more tokens than the model has positions
+      for, or settings that do not compose.
     """
     cache_given, cache = cache, cache or NoCache()
     check_kinds(schedule, cache, fill_to)
-    prompts = rows_without_prompts(num_rows) if prompts is None else np.asarray(prompts)
+    prompts = rows_without_prompts(num_rows) if prompts is None else as_ids(prompts, "prompt")
     valid = None if valid is None else np.asarray(valid, bool)
     require(
         num_rows in (None, len(prompts)),

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Int
 
 from dials_jax.caching.cache import Cache, NoCache
 from dials_jax.config import InputError, ModelConfig, nearest, require
-from dials_jax.models.model import Model
+from dials_jax.models.model import Model, check_vocabulary
 from dials_jax.nn.stack import Policy
 from dials_jax.sampling.autoregressive import Autoregressive
 from dials_jax.sampling.programs import AnySampler, Role, count_steps
@@ -129,13 +129,7 @@ def check_prompts(
     )
     if (np.diff(present.astype(int), axis=1) < 0).any():
         raise InputError("prompts must be padded on the left: valid goes from True to False")
-    outside = ((prompts < 0) | (prompts >= cfg.vocab_size)) & present
-    if outside.any():
-        row, column = np.argwhere(outside)[0]
-        raise InputError(
-            f"prompt {row} has token {prompts[row, column]}, outside the vocabulary of "
-            f"{cfg.vocab_size}; use the model's own tokenizer"
-        )
+    check_vocabulary(cfg, prompts, present, "prompt")
     rows = np.flatnonzero(((prompts == cfg.mask_id) & present).any(axis=1))
     if rows.size:
         raise InputError(

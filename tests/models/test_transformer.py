@@ -239,3 +239,34 @@ def test_rows_fill_up_to_a_multiple(cfg):
     rows = model.place_rows((np.arange(5), np.eye(5)), 4)
     np.testing.assert_array_equal(rows[0], [0, 1, 2, 3, 4, 4, 4, 4])
     assert rows[1].shape == (8, 5)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "valid", "words"),
+    [
+        ([[3, 4], [5]], None, "rows differ in length; pad them on the left"),
+        ([3, 4], None, r"tokens have shape \(2,\); give"),
+        (jnp.array([3, 4]), None, r"tokens have shape \(2,\); give"),
+        ([[3, 64]], None, "row 0 has token 64, outside the vocabulary of 64"),
+        ([[3, 4], [5, -1]], None, "row 1 has token -1, outside"),
+        ([[3.5, 4.0]], None, "rows are of float64; give token ids"),
+        ([[3, 4], [5, 6]], [[1, 1]], r"valid has shape \(1, 2\) and tokens \(2, 2\)"),
+    ],
+)
+def test_rows_that_are_none_are_refused(model, tokens, valid, words, untyped):
+    with pytest.raises(InputError, match=words):
+        model.apply(tokens, valid)
+
+
+def test_more_tokens_than_learned_positions_are_refused():
+    cfg = gpt2.small(1, 32, 64, 1, 0, max_length=4, dtype="float32")
+    model = Model(cfg, transformer.init(cfg, jax.random.key(0)))
+    with pytest.raises(InputError, match="5 tokens are more than the model's 4 positions"):
+        model.apply(jnp.full((1, 5), 3))
+    model.apply(jnp.full((1, 4), 3))
+
+
+def test_padding_in_a_pass_may_hold_anything(model, untyped):
+    expected = model.apply([[0, 3]], [[False, True]]).logits[:, 1]
+    found = model.apply([[999, 3]], [[False, True]]).logits[:, 1]
+    np.testing.assert_array_equal(found, expected)
