@@ -20,7 +20,7 @@ from dials_jax import sharding
 from dials_jax.config import InputError, ModelConfig, require
 from dials_jax.diffusion.objectives import masked_log_probs
 from dials_jax.models import transformer
-from dials_jax.models.model import Model, check_vocabulary, row_keys
+from dials_jax.models.model import Model, as_ids, check_shapes, check_vocabulary, row_keys
 from dials_jax.nn.stack import Executor, Policy
 from dials_jax.sampling.denoise import guide
 from dials_jax.skipping.flops import Flops, count_flops
@@ -63,6 +63,7 @@ def log_likelihood(
       key: None is `jax.random.key(0)`.
     """
     model.config.require_mask()
+    _require_guidance(cfg_scale)
     require(batch_size > 0, f"batch_size={batch_size} must be positive")
     require(
         num_samples > 0 and num_samples % batch_size == 0,
@@ -100,16 +101,48 @@ def estimate_log_likelihood(
       noisy: the copies, [MASK] in places.
       p_mask: the probability with which each position was masked; read where one was.
       prompt_len: tokens of the prompt, which guidance hides.
+
+    Raises: InputError for copies and probabilities that cannot be those of the tokens.
     """
-    model.config.require_mask()
-    noisy, p_mask = jnp.asarray(noisy, jnp.int32), jnp.asarray(p_mask, jnp.float32)
-    tokens = jnp.broadcast_to(jnp.asarray(tokens, jnp.int32), noisy.shape)
-    num_rows = noisy.shape[0]
-    rows = model.place_rows((tokens, noisy, p_mask, row_keys(key, num_rows)))
+    _require_guidance(cfg_scale)
+    copies = _given_copies(model.config, tokens, noisy, p_mask, prompt_len)
+    num_rows = len(copies[0])
+    rows = model.place_rows((*copies, row_keys(key, num_rows)))
     (values, _), _ = model.run(
         _score_noisy, *rows, policy, prompt_len=prompt_len, cfg_scale=cfg_scale, executor=executor
     )
     return float(jnp.mean(values[:num_rows]))
+
+
+def _require_guidance(cfg_scale: float) -> None:
+    require(cfg_scale >= 0, f"cfg_scale={cfg_scale} must not be negative")
+
+
+def _given_copies(
+    cfg: ModelConfig, tokens: ArrayLike, noisy: ArrayLike, p_mask: ArrayLike, prompt_len: int
+) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"], Float[np.ndarray, "B T"]]:
+    """The arguments of `estimate_log_likelihood` that are arrays, a row a copy, checked."""
+    cfg.require_mask()
+    noisy, p_mask = as_ids(noisy, "copy"), np.asarray(p_mask, np.float32)
+    check_shapes(cfg, noisy.shape, None)
+    require(
+        p_mask.shape == noisy.shape,
+        f"p_mask has shape {p_mask.shape} and noisy {noisy.shape}; they must agree",
+    )
+    require(
+        0 <= prompt_len < noisy.shape[1],
+        f"prompt_len={prompt_len} leaves no answer in {noisy.shape[1]} tokens",
+    )
+    tokens = np.broadcast_to(as_ids(tokens, "row"), noisy.shape)
+    check_vocabulary(cfg, tokens, None, "row")
+    masked = noisy == cfg.mask_id
+    require(
+        bool(((noisy == tokens) | masked).all()),
+        "noisy differs from tokens where it is not [MASK]; give masked copies of tokens",
+    )
+    p = p_mask[:, prompt_len:][masked[:, prompt_len:]]
+    require(bool(((p > 0) & (p <= 1)).all()), "p_mask must lie in (0, 1] where a token is masked")
+    return tokens.astype(np.int32), noisy.astype(np.int32), p_mask
 
 
 def score_pairs(

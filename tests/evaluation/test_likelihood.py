@@ -17,6 +17,7 @@ from dials_jax.evaluation.likelihood import (
 from dials_jax.loading import load
 from dials_jax.models.model import Model
 from dials_jax.skipping.policies import Random, Static
+from tests.conftest import MASK
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llada_tiny"
 PAIRS = [((3, 4, 5), (6, 7)), ((8,), (9, 10, 11, 12, 13)), ((14, 15, 16, 17), (18,))]
@@ -219,3 +220,30 @@ def test_wrong_requests_are_refused(model, cfg):
         pad_pairs([PAIRS[0], ((3,), (cfg.mask_id,))], cfg)
     with pytest.raises(InputError, match="pair 0: 65 tokens for 64 positions"):
         pad_pairs([((3,) * 60, (4,) * 5)], cfg)
+    with pytest.raises(InputError, match=r"cfg_scale=-1\.0 must not be negative"):
+        log_likelihood(model, *PAIRS[0], 4, 4, cfg_scale=-1.0)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"prompt_len": 3}, "prompt_len=3 leaves no answer in 3 tokens"),
+        ({"prompt_len": -1}, "prompt_len=-1 leaves no answer"),
+        ({"tokens": np.array([3, 64, 5])}, "row 0 has token 64, outside the vocabulary"),
+        ({"noisy": np.array([[3, MASK, 6]])}, "noisy differs from tokens"),
+        ({"p_mask": np.array([[0.5]])}, r"p_mask has shape \(1, 1\) and noisy \(1, 3\)"),
+        ({"p_mask": np.full((1, 3), 50.0)}, r"p_mask must lie in \(0, 1\]"),
+        ({"p_mask": np.zeros((1, 3))}, r"p_mask must lie in \(0, 1\]"),
+        ({"cfg_scale": -1.0}, "cfg_scale=-1.0 must not be negative"),
+    ],
+)
+def test_copies_that_are_none_of_the_tokens_are_refused(model, changes, message, untyped):
+    arguments = {
+        "tokens": np.array([3, 4, 5]),
+        "noisy": np.array([[3, MASK, 5]]),
+        "p_mask": np.full((1, 3), 0.5),
+        "prompt_len": 1,
+    }
+    estimate_log_likelihood(model, **arguments)
+    with pytest.raises(InputError, match=message):
+        estimate_log_likelihood(model, **(arguments | changes))
