@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -30,7 +31,7 @@ class OptimizerConfig:
     b2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.02
-    clip_norm: float = 1.0
+    clip_norm: float = 1.0  # of the whole gradient; inf: no clipping
     schedule: RateSchedule = "cosine"
     final_scale: float = 0.0  # cosine only: last rate / learning_rate
     ema: float | None = None  # decay of a moving average, which then is the model that comes out
@@ -46,6 +47,21 @@ class OptimizerConfig:
                 sum(given) == 1,
                 f"optimizer: give exactly one of {unit}_steps and {unit}_epochs",
             )
+        require(
+            self.clip_norm > 0,
+            f"optimizer: clip_norm={self.clip_norm} must be positive: 0 stops every gradient; "
+            "for no clipping give inf",
+        )
+        require(
+            0 < self.learning_rate < math.inf,
+            f"optimizer: learning_rate={self.learning_rate} must be positive and finite",
+        )
+        for name in ("b1", "b2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"optimizer: {name}={value} must lie in [0, 1)")
+        for name in ("eps", "weight_decay", "final_scale"):
+            value = getattr(self, name)
+            require(value >= 0, f"optimizer: {name}={value} must not be negative")
         _require_one_of("optimizer.schedule", self.schedule, get_args(RateSchedule))
         require(
             self.learning_rate > 0,
