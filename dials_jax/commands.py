@@ -36,33 +36,46 @@ def parse(
 
     parser = argparse.ArgumentParser(
         description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
         allow_abbrev=False,
-        epilog="Every field of the configuration is an option; --config FILE --help lists them. "
-        "Compiled programs are kept in ~/.cache/dials_jax/xla, or in $JAX_COMPILATION_CACHE_DIR; "
+        epilog="Every field of the configuration is an option; --config FILE --help lists them.\n"
+        "Compiled programs are kept in ~/.cache/dials_jax/xla, or in $JAX_COMPILATION_CACHE_DIR;\n"
         "JAX_ENABLE_COMPILATION_CACHE=false keeps none.",
     )
     parser.add_argument("--config", metavar="FILE", help="a file of configs/, with get_config()")
-    parser.add_argument(
-        "--workdir", metavar="DIR", help="where results go; continues what is there"
-    )
-    parser.add_argument(
-        "--distributed", action="store_true", help="join the other hosts of a pod before starting"
-    )
+    if needs_workdir:
+        parser.add_argument(
+            "--workdir", metavar="DIR", help="where results go; continues what is there"
+        )
+        parser.add_argument(
+            "--distributed",
+            action="store_true",
+            help="join the other hosts of a pod before starting",
+        )
     known, rest = parser.parse_known_args(argv)
     if known.config is None:
-        asked = known.workdir is None or {"-h", "--help"} & set(rest)
+        asked = {"-h", "--help"} & set(rest) or not (rest or any(vars(known).values()))
         require(bool(asked), "--config FILE is missing; name a file of configs/")
         parser.print_help()
         raise SystemExit(0)
     config = override(load_config(known.config, config_class), rest, description)
-    require(
-        known.workdir is not None or not needs_workdir,
-        "--workdir DIR is missing; say where results go",
-    )
+    if not needs_workdir:
+        return config, Path(".")
+    require(known.workdir is not None, "--workdir DIR is missing; say where results go")
     if known.distributed:
+        _join()
+    return config, Path(known.workdir)
+
+
+def _join() -> None:
+    try:
         jax.distributed.initialize()
-    return config, Path(known.workdir or ".")
+    except ValueError as error:  # nothing says where the others are
+        raise InputError(
+            f"--distributed finds no other hosts ({error}); leave it out on a single one, or start "
+            "the command on every host of a pod"
+        ) from error
 
 
 def load_config(path: str, config_class: type[C] | UnionType) -> C:

@@ -69,14 +69,32 @@ def test_wrong_files_are_refused(config, tmp_path):
 def test_missing_arguments_are_named(config):
     with pytest.raises(InputError, match="--workdir DIR is missing"):
         parse(TrainConfig, "Trains.", ["--config", config])
-    with pytest.raises(InputError, match="--config FILE is missing"):
-        parse(TrainConfig, "Trains.", ["--workdir", "run"])
+    for arguments in (["--workdir", "run"], ["--cofnig", config], ["--distributed"]):
+        with pytest.raises(InputError, match="--config FILE is missing"):
+            parse(TrainConfig, "Trains.", arguments)
+
+
+@pytest.mark.parametrize("option", [["--workdir", "run"], ["--distributed"]])
+def test_a_command_without_a_workdir_takes_no_such_options(config, option):
+    with pytest.raises(InputError, match=option[0]):
+        parse(TrainConfig, "Prepares.", ["--config", config, *option], needs_workdir=False)
+    assert parse(TrainConfig, "Prepares.", ["--config", config], needs_workdir=False)
+
+
+def test_hosts_that_cannot_be_found_are_one_line(config, monkeypatch):
+    def initialize():
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(InputError, match="--distributed finds no other hosts"):
+        parsed(config, "--distributed")
 
 
 def test_help_says_how_to_list_every_field(config, capsys):
     with pytest.raises(SystemExit) as stop:
-        parse(TrainConfig, "Trains.", ["--help"])
-    assert stop.value.code == 0 and "--config FILE" in capsys.readouterr().out
+        parse(TrainConfig, "Trains.\n\npython train.py --config FILE\n", ["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert stop.value.code == 0 and "python train.py --config FILE" in lines
     with pytest.raises(SystemExit) as stop:
         parse(TrainConfig, "Trains.", ["--config", config, "--help"])
     assert stop.value.code == 0 and "--optimizer.learning-rate" in capsys.readouterr().out
