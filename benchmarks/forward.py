@@ -21,6 +21,7 @@ from jax import lax
 
 from benchmarks.random_model import MODELS, make_config, make_model, make_routers
 from benchmarks.report import Table, exit_status, peak_gigabytes
+from dials_jax.config import require
 from dials_jax.models import transformer
 from dials_jax.models.model import Model, row_keys
 from dials_jax.skipping.flops import layer_flops
@@ -136,6 +137,13 @@ def run_batch(model: Model, options: argparse.Namespace, batch: int, table: Tabl
 
 def run(options: argparse.Namespace) -> None:
     cfg = make_config(options.model, options.layers)
+    require(
+        0 <= options.prompt < options.tokens,
+        f"--prompt {options.prompt} leaves none of --tokens {options.tokens} masked, and routers "
+        "would skip nothing; shorten it",
+    )
+    for share in options.shares:
+        require(0 <= share <= 1, f"--shares {share:g}: a share lies in [0, 1]")
     table = Table(COLUMNS, options.out, vars(options))
     model = make_model(cfg, options.layout)
     for batch in options.batches:

@@ -48,6 +48,13 @@ def test_forward_prints_and_writes_a_row_a_case(tmp_path, capsys):
     [
         (decode, "--model tinny", "model 'tinny' is not known; did you mean 'tiny'?"),
         (forward, "--model tinny", "model 'tinny' is not known; did you mean 'tiny'?"),
+        (
+            forward,
+            "--model tiny --tokens 256",
+            "--prompt 256 leaves none of --tokens 256 masked, and routers would skip nothing; "
+            "shorten it",
+        ),
+        (forward, "--model tiny --shares 50", "--shares 50: a share lies in [0, 1]"),
         (decode, "--model tiny --caches duel", "cache 'duel' is not known; did you mean 'dual'?"),
         (
             decode,
