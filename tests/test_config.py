@@ -110,7 +110,7 @@ def task(**changes):
         (lambda: optimizer(num_epochs=1.0), "exactly one of num_steps and num_epochs"),
         (lambda: optimizer(num_steps=None), "exactly one of num_steps and num_epochs"),
         (lambda: optimizer(warmup_steps=None), "exactly one of warmup_steps and warmup_epochs"),
-        (lambda: optimizer(clip_norm=0.0), "clip_norm=0.0 must be positive: 0 stops"),
+        (lambda: optimizer(clip_norm=0.0), "clip_norm=0.0 must be positive and finite"),
         (lambda: optimizer(learning_rate=-1e-3), "learning_rate=-0.001 must be positive"),
         (lambda: optimizer(learning_rate=float("nan")), "learning_rate=nan must be positive"),
         (lambda: optimizer(b1=1.0), r"b1=1.0 must lie in \[0, 1\)"),

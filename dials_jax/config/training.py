@@ -31,7 +31,7 @@ class OptimizerConfig:
     b2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.02
-    clip_norm: float = 1.0  # of the whole gradient; inf: no clipping
+    clip_norm: float = 1.0  # of the whole gradient; a large one clips nothing
     schedule: RateSchedule = "cosine"
     final_scale: float = 0.0  # cosine only: last rate / learning_rate
     ema: float | None = None  # decay of a moving average, which then is the model that comes out
@@ -47,33 +47,18 @@ class OptimizerConfig:
                 sum(given) == 1,
                 f"optimizer: give exactly one of {unit}_steps and {unit}_epochs",
             )
-        require(
-            self.clip_norm > 0,
-            f"optimizer: clip_norm={self.clip_norm} must be positive: 0 stops every gradient; "
-            "for no clipping give inf",
-        )
-        require(
-            0 < self.learning_rate < math.inf,
-            f"optimizer: learning_rate={self.learning_rate} must be positive and finite",
-        )
+        _require_one_of("optimizer.schedule", self.schedule, get_args(RateSchedule))
+        for name in ("learning_rate", "clip_norm"):  # clipped at 0, no gradient is left
+            value = getattr(self, name)
+            require(
+                0 < value < math.inf, f"optimizer: {name}={value} must be positive and finite"
+            )
         for name in ("b1", "b2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"optimizer: {name}={value} must lie in [0, 1)")
         for name in ("eps", "weight_decay", "final_scale"):
             value = getattr(self, name)
             require(value >= 0, f"optimizer: {name}={value} must not be negative")
-        _require_one_of("optimizer.schedule", self.schedule, get_args(RateSchedule))
-        require(
-            self.learning_rate > 0,
-            f"optimizer: learning_rate={self.learning_rate} must be positive",
-        )
-        require(  # at 0 every gradient would be cut to nothing
-            self.clip_norm > 0,
-            f"optimizer: clip_norm={self.clip_norm} must be positive; a large one clips nothing",
-        )
-        for name in ("b1", "b2"):
-            value = getattr(self, name)
-            require(0 <= value < 1, f"optimizer: {name}={value} must lie in [0, 1)")
         require(
             self.ema is None or 0 < self.ema < 1,
             f"optimizer: ema={self.ema} must lie between 0 and 1, or be None",
