@@ -156,7 +156,7 @@ class Loop:
         Loops in a row, not a `lax.switch`: a loop updates the caches in place.
 
         Args:
-          calls: so many at most.
+          calls: so many, of at least as many steps that are left; None: as they come.
           stop: none of this step, or of a later one.
         """
         first, cache, count = state.record.nfe, self.cache, self.blocks.count
@@ -168,9 +168,15 @@ class Loop:
                 due &= self.number(state) < stop
             return due if calls is None else due & (state.record.nfe < first + calls)
 
-        for kind in kinds:
-            state = lax.while_loop(partial(due, kind), partial(self.advance, kind), state)
-        return state
+        def every(state: State) -> State:
+            for kind in kinds:
+                state = lax.while_loop(partial(due, kind), partial(self.advance, kind), state)
+            return state
+
+        if calls in (None, 1):
+            return every(state)
+        # Some blocks may take these kinds in another order: then one round makes too few calls.
+        return lax.while_loop(lambda s: s.record.nfe < first + calls, every, state)
 
     def advance(self, kind: int, state: State) -> State:
         """One model call, the tokens it reveals, and where that leads."""

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dials_jax.caching import cache as cache_module
+from dials_jax.caching import leaving
 from dials_jax.caching.cache import Blocks, DualCache, NoCache, PrefixCache
 from dials_jax.caching.early_skip import EarlySkip
 from dials_jax.caching.net import Net
@@ -26,6 +28,7 @@ CACHES = {
     "dual": DualCache(),
     "prefix": PrefixCache(),
     **{f"skip {n}": EarlySkip(**EVERYONE, prompt_every=n, block_every=2) for n in (2, 4, 6, 8, 16)},
+    "skip 5": EarlySkip(**EVERYONE, prompt_every=5, block_every=4),
 }
 
 
@@ -103,10 +106,13 @@ def model():
     return Model(cfg, {**params, "head": {"kernel": kernel}})
 
 
-@pytest.mark.parametrize("name", ["dual", "prefix", "skip 2", "skip 4", "skip 6"])
+@pytest.mark.parametrize("name", ["dual", "prefix", "skip 2", "skip 4", "skip 6", "skip 5"])
 def test_known_steps_are_those_that_a_search_takes(model, monkeypatch, name):
     """The loop that asks before every call, whether it needs to or not, gives the same."""
     sampler = Confidence(gen_length=12, block_length=4, steps=12)
+    if name == "skip 5":  # steps 1 and 2 may be a skip or a refresh of one size, in any order
+        monkeypatch.setattr(cache_module, "MAX_SIZES", 1)
+        monkeypatch.setattr(leaving, "MAX_SIZES", 1)
     if name in ("dual", "prefix"):
         sampler = dataclasses.replace(sampler, steps=6)  # two tokens a step
     prompts = jax.random.randint(jax.random.key(0), (2, 5), 2, 60)
