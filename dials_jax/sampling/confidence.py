@@ -29,7 +29,6 @@ class Confidence:
       temperature: of the Gumbel noise; 0 is greedy.
       cfg_scale: classifier-free guidance w: logits = u + (w + 1)(c - u), where u sees no prompt.
       remasking: keep the most confident tokens, or random ones.
-      logits_eos_inf: never generate end of text.
       threshold: reveal every token of the block of at least this confidence, and always the most
         confident (Fast-dLLM). `steps` then counts for nothing.
       factor: reveal the n most confident tokens as long as the n-th is at least 1 - factor/(n + 1)
