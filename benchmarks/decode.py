@@ -59,16 +59,19 @@ def parse_policy(text: str, num_layers: int, routed: Callable[[int], Policy]) ->
     return makers[name](int(number))
 
 
+def sampler_of(options: argparse.Namespace) -> Confidence:
+    return Confidence(
+        options.gen, options.block, options.steps or options.gen, threshold=options.threshold
+    )
+
+
 def run_case(model: Model, options: argparse.Namespace, cache: str, policy: str) -> dict[str, Any]:
     cfg = model.config
     prompts = np.random.default_rng(0).integers(
         2, min(1000, cfg.vocab_size // 2), (options.batch, options.prompt)
     )
-    sampler = Confidence(
-        options.gen, options.block, options.steps or options.gen, threshold=options.threshold
-    )
     settings = {
-        "sampler": sampler, "cache": parse_cache(cache),
+        "sampler": sampler_of(options), "cache": parse_cache(cache),
         "policy": parse_policy(policy, model.num_layers, partial(make_routers, model)),
     }  # fmt: skip
     before = module._generate.compile_seconds
@@ -125,8 +128,13 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> None:
     cfg: ModelConfig = make_config(options.model, options.layers)
+    sampler_of(options)  # what is wrong with a case is said before the first one runs
     for cache in options.caches:
         parse_cache(cache)
+    for text in options.policies:
+        policy = parse_policy(text, cfg.num_layers, lambda _: None)
+        if isinstance(policy, Static):
+            policy.check(cfg.num_layers)
     table = Table(COLUMNS, options.out, vars(options))
     model = make_model(cfg, options.layout)
     for cache in options.caches:

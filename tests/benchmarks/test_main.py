@@ -43,6 +43,9 @@ def test_forward_prints_and_writes_a_row_a_case(tmp_path, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 2 + len(rows)
 
 
+SMALL = "--model tiny --layers 1 --batch 1 --prompt 2 --repeats 0 --caches none"
+
+
 @pytest.mark.parametrize(
     "module, arguments, message",
     [
@@ -58,11 +61,22 @@ def test_forward_prints_and_writes_a_row_a_case(tmp_path, capsys):
         (decode, "--model tiny --caches duel", "cache 'duel' is not known; did you mean 'dual'?"),
         (
             decode,
-            "--model tiny --layers 1 --prompt 2 --gen 4 --block 4 --policies rooted-1",
+            f"{SMALL} --gen 4 --block 4 --policies full rooted-1",
             "policy 'rooted-1' is not known; did you mean 'routed'?",
+        ),
+        (
+            decode,
+            f"{SMALL} --gen 4 --block 4 --policies full static-2",
+            "Static: layer -1 does not exist; layers count from 0 to 0",
+        ),
+        (
+            decode,
+            f"{SMALL} --gen 4 --block 3",
+            "gen_length=4 must be divisible by block_length=3",
         ),
     ],
 )
-def test_wrong_names_give_one_line(capsys, module, arguments, message):
+def test_wrong_arguments_give_one_line_and_no_case_runs(capsys, module, arguments, message):
     assert module.main(arguments.split()) == 2
-    assert capsys.readouterr().err == f"error: {message}\n"
+    printed = capsys.readouterr()
+    assert printed.err == f"error: {message}\n" and not printed.out
