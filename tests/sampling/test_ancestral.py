@@ -16,6 +16,7 @@ from dials_jax.models.model import Model
 from dials_jax.sampling import ancestral, published
 from dials_jax.sampling.ancestral import Ancestral
 from dials_jax.sampling.generate import generate
+from dials_jax.sampling.schedule import Schedule
 from dials_jax.skipping.policies import Random, Routed
 
 NUM_SAMPLES, ROWS = 1 << 17, 1 << 14
@@ -282,6 +283,30 @@ def test_random_layers_do_not_depend_on_the_batch(lively):
     alone = generate(lively, None, num_rows=1, key=keys_of(3)[1:2], **settings)
     np.testing.assert_array_equal(alone.tokens[0], batch.tokens[1])
     assert len({gates.tobytes() for gates in batch.gates[..., 1]}) > 1
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [Ancestral(16, 6), Ancestral(16, 6, slots=2), Ancestral(16, 16, first_hitting=True)],
+    ids=["steps", "full slots", "first hitting"],
+)
+def test_each_model_reveals_the_tokens_of_its_own_steps(sampler):
+    model, _ = zipf_model(8)
+
+    def saying(token):
+        head = {**model.params["head"], "bias": 50.0 * jax.nn.one_hot(token, 9)}
+        return Model(model.config, {**model.params, "head": head})
+
+    keys, last = keys_of(5), sampler.steps - 3
+    out = generate(
+        {"A": saying(3), "B": saying(5)}, None, num_rows=5, key=keys, sampler=sampler,
+        schedule=Schedule.parse(f"A2,B{last - 1},A2"),
+    )  # fmt: skip
+    noise_keys = jax.vmap(lambda key: jax.random.split(key, 3)[0])(keys)
+    step = ancestral.draw_plan(sampler, noise_keys, 0).step
+    in_the_middle = (step >= 2) & (step <= last)
+    assert in_the_middle.any() and not in_the_middle.all()
+    np.testing.assert_array_equal(out.tokens, jnp.where(in_the_middle, 5, 3))
 
 
 # --------------------------------------------------------------------------------------- refusals
