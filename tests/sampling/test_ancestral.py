@@ -303,10 +303,14 @@ def test_each_model_reveals_the_tokens_of_its_own_steps(sampler):
         schedule=Schedule.parse(f"A2,B{last - 1},A2"),
     )  # fmt: skip
     noise_keys = jax.vmap(lambda key: jax.random.split(key, 3)[0])(keys)
-    step = ancestral.draw_plan(sampler, noise_keys, 0).step
+    plan = ancestral.draw_plan(sampler, noise_keys, 0)
+    step, ends = plan.step, np.array([0, 2, last + 1, sampler.steps])
     in_the_middle = (step >= 2) & (step <= last)
     assert in_the_middle.any() and not in_the_middle.all()
     np.testing.assert_array_equal(out.tokens, jnp.where(in_the_middle, 5, 3))
+    # Rows wait for each other at the end of a run, and every call is counted in its own.
+    calls = np.diff(plan.calls_before[:, ends], axis=1).max(axis=0)
+    np.testing.assert_array_equal(np.histogram(out.steps, ends - 0.5)[0], calls)
 
 
 # --------------------------------------------------------------------------------------- refusals
