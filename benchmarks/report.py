@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from dials_jax.commands import keep_programs
-from dials_jax.config import InputError, write_json
+from dials_jax.config import InputError, require, write_json
 
 
 def machine() -> dict[str, Any]:
@@ -56,7 +56,11 @@ class Table:
         Args:
           columns: a column's name to its format, such as `>10.2f`.
           out: file for JSON, rewritten after every row; None writes none.
+
+        Raises: InputError for a folder as `out`.
         """
+        folder = out is not None and Path(out).is_dir()
+        require(not folder, f"--out {out} is a folder; name a file")
         self._columns, self._out = columns, out
         self._results = {"machine": machine(), "settings": settings, "rows": []}
         print(json.dumps(self._results["machine"]))

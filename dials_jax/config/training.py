@@ -50,9 +50,7 @@ class OptimizerConfig:
         _require_one_of("optimizer.schedule", self.schedule, get_args(RateSchedule))
         for name in ("learning_rate", "clip_norm"):  # clipped at 0, no gradient is left
             value = getattr(self, name)
-            require(
-                0 < value < math.inf, f"optimizer: {name}={value} must be positive and finite"
-            )
+            require(0 < value < math.inf, f"optimizer: {name}={value} must be positive and finite")
         for name in ("b1", "b2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"optimizer: {name}={value} must lie in [0, 1)")

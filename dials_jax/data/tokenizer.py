@@ -98,8 +98,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     from tokenizers import Tokenizer as Backend
 
-    require(str(path) != "", "no tokenizer is given; set tokenizer= to a file or a folder")
-    path = Path(path)
+    require(bool(path), "no tokenizer is given; set tokenizer= to a file or a folder")
+    path = Path(path).expanduser()
     file = path / "tokenizer.json" if path.is_dir() else path
     vocab, merges = path / "vocab.json", path / "merges.txt"
     try:

@@ -230,9 +230,9 @@ def _likelihoods(
                 fill_to=batch_size,
             )
             require(
-                bool(np.isfinite(out.log_likelihood).all()),
-                f"task {task.name!r}: a likelihood is not a finite number; look for NaN in the "
-                "model's weights, or for values that overflow its dtype",
+                not np.isnan(out.log_likelihood).any(),
+                f"task {task.name!r}: a likelihood is NaN; look for NaN in the model's weights, or "
+                "for values that overflow its dtype",
             )
             np.add.at(totals, chosen, out.log_likelihood / task.num_samples)
             scores.execution.add(out.gates, out.masked_share)

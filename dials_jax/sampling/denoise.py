@@ -156,7 +156,7 @@ class Loop:
         Loops in a row, not a `lax.switch`: a loop updates the caches in place.
 
         Args:
-          calls: so many, of at least as many steps that are left; None: as they come.
+          calls: exactly so many, of these kinds in any order; None: as they come.
           stop: none of this step, or of a later one.
         """
         first, cache, count = state.record.nfe, self.cache, self.blocks.count
@@ -175,7 +175,8 @@ class Loop:
 
         if calls in (None, 1):
             return every(state)
-        # Some blocks may take these kinds in another order: then one round makes too few calls.
+        # A block may take these kinds in another order than its neighbours, and one round would
+        # make too few calls.
         return lax.while_loop(lambda s: s.record.nfe < first + calls, every, state)
 
     def advance(self, kind: int, state: State) -> State:

@@ -102,7 +102,7 @@ def generate(
       for, or settings that do not compose.
     """
     cache_given, cache = cache, cache or NoCache()
-    check_kinds(schedule, cache, fill_to)
+    check_kinds(sampler, schedule, cache, fill_to)
     prompts = rows_without_prompts(num_rows) if prompts is None else as_ids(prompts, "prompt")
     valid = None if valid is None else np.asarray(valid, bool)
     require(

@@ -29,7 +29,10 @@ def roles_of(
     schedule: Schedule | None,
     policy: Policy | Mapping[str, Policy | None] | None,
 ) -> dict[str, Role]:
-    """Every model with its policy, by letter."""
+    """Every model with its policy, by letter.
+
+    Raises: InputError for letters without a model, and for what is no model or no policy.
+    """
     several = isinstance(model, Mapping)
     require(
         several == (schedule is not None),
@@ -44,6 +47,14 @@ def roles_of(
     for letter in schedule.letters if schedule else ():
         known = f"no model is called {letter!r}{nearest(letter, models)}"
         require(letter in models, f"schedule {schedule}: {known}")
+    for one in models.values():
+        require(isinstance(one, Model), f"model={one!r} is no model; give what `load` returns")
+    for one in policies.values():
+        known = isinstance(one, Policy) and not isinstance(one, type)
+        require(
+            one is None or known,
+            f"policy={one!r} is no policy; give None, or one as Static((7, 9))",
+        )
     return {letter: Role(one, policies.get(letter)) for letter, one in models.items()}
 
 
@@ -81,8 +92,12 @@ def check_turns(
     )
 
 
-def check_kinds(schedule: object, cache: object, fill_to: int) -> None:
+def check_kinds(sampler: object, schedule: object, cache: object, fill_to: int) -> None:
     """Raises: InputError for text where an object is wanted, and for a batch of no rows."""
+    require(
+        not isinstance(sampler, str | type),
+        f"sampler={sampler!r} is no sampler; give one, as Confidence(gen_length=128)",
+    )
     require(
         schedule is None or isinstance(schedule, Schedule),
         f"schedule={schedule!r} is no Schedule; give Schedule.parse('L2,H4,L2')",

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
+from numbers import Integral, Real
 
 from dials_jax.config import require
 
@@ -60,7 +61,7 @@ class Schedule:
 
     @classmethod
     def sandwich(
-        cls, steps: int, light_steps: int | float, light: str = "L", heavy: str = "H"
+        cls, steps: int, light_steps: Real, light: str = "L", heavy: str = "H"
     ) -> Schedule:
         """Light steps at both ends, half of them each; an odd one comes first.
 
@@ -134,9 +135,11 @@ class Schedule:
         return self.each_step.count(letter) / self.num_steps
 
 
-def _count(steps: int, light_steps: int | float) -> int:
-    if isinstance(light_steps, float):
-        require(0 <= light_steps <= 1, f"light_steps={light_steps}: a fraction lies in [0, 1]")
-        return round(light_steps * steps)
-    require(0 <= light_steps <= steps, f"light_steps={light_steps} must lie in 0 to {steps}")
-    return light_steps
+def _count(steps: int, light_steps: Real) -> int:
+    if isinstance(light_steps, Integral):
+        count = int(light_steps)
+        require(0 <= count <= steps, f"light_steps={count} must lie in 0 to {steps}")
+        return count
+    share = float(light_steps)
+    require(0 <= share <= 1, f"light_steps={share}: a fraction lies in [0, 1]")
+    return round(share * steps)

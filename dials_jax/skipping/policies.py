@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Number
 from typing import Any, NamedTuple
 
 import jax
@@ -34,6 +35,8 @@ class Static:
     layers: Sequence[int] = _static()  # kept as a sorted tuple, each once
 
     def __post_init__(self):
+        for layer in self.layers:
+            require(isinstance(layer, Integral), f"Static: {layer!r} is no layer; give integers")
         object.__setattr__(self, "layers", tuple(sorted({int(i) for i in self.layers})))
 
     def check(self, num_layers: int) -> None:
@@ -63,8 +66,11 @@ class Random:
     num_skipped: Any  # an integer; JAX also builds the class around tracers and shapes
 
     def __post_init__(self):
-        if isinstance(self.num_skipped, int):
-            require(self.num_skipped >= 0, f"Random: cannot skip {self.num_skipped} layers")
+        if isinstance(self.num_skipped, Number):
+            require(
+                isinstance(self.num_skipped, Integral) and int(self.num_skipped) >= 0,
+                f"Random: cannot skip {self.num_skipped} layers; give how many, 0 or more",
+            )
 
     def plan(self, num_layers: int, denoising: Denoising) -> Bool[Array, "L B"]:
         def row(key):

@@ -50,6 +50,7 @@ SMALL = "--model tiny --layers 1 --batch 1 --prompt 2 --repeats 0 --caches none"
     "module, arguments, message",
     [
         (decode, "--model tinny", "model 'tinny' is not known; did you mean 'tiny'?"),
+        (forward, "--model tiny --tokens 8 --prompt 4 --out .", "--out . is a folder; name a file"),
         (forward, "--model tinny", "model 'tinny' is not known; did you mean 'tiny'?"),
         (
             forward,

@@ -220,13 +220,19 @@ def test_tokens_outside_the_vocabulary_are_refused(lively, prompts):
         ({"fill_to": 0}, "fill_to=0 must be positive"),
         ({"cache": "dual"}, "cache='dual' is no cache; give one, as DualCache()"),
         ({"cache": NoCache}, "is no cache; give one"),
+        ({"sampler": "confidence"}, "sampler='confidence' is no sampler; give one"),
+        ({"sampler": Confidence}, "is no sampler; give one, as Confidence(gen_length=128)"),
+        ({"policy": "full"}, "policy='full' is no policy; give None, or one as Static((7, 9))"),
+        ({"policy": Random}, "is no policy; give None"),
+        ({"policy": 3}, "policy=3 is no policy"),
+        ({"model": "runs/demo"}, "model='runs/demo' is no model; give what `load` returns"),
         ({"executor": "compct"}, "executor='compct' is unknown; did you mean 'compact'"),
     ],
 )
 def test_what_is_no_such_thing_is_refused(lively, prompts, changes, message, untyped):
-    arguments = {"prompts": prompts[0], "sampler": SAMPLER} | changes
+    arguments = {"model": lively, "prompts": prompts[0], "sampler": SAMPLER} | changes
     with pytest.raises(InputError, match=re.escape(message)):
-        generate(lively, **arguments)
+        generate(**arguments)
 
 
 def test_routers_of_another_width_are_refused(lively, prompts):

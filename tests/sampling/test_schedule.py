@@ -70,6 +70,8 @@ def test_a_run_of_no_steps_is_refused():
     [
         (Schedule.sandwich(1000, 250), "L125,H750,L125"),
         (Schedule.sandwich(1000, 0.25), "L125,H750,L125"),
+        (Schedule.sandwich(1000, np.float32(0.25)), "L125,H750,L125"),
+        (Schedule.sandwich(1000, np.int64(250)), "L125,H750,L125"),
         (Schedule.sandwich(10, 3), "L2,H7,L1"),
         (Schedule.sandwich(10, 0.0), "H10"),
         (Schedule.sandwich(10, 1.0), "L10"),

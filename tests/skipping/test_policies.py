@@ -32,6 +32,17 @@ def test_static_refuses_a_layer_that_does_not_exist(layer):
         Static((layer,)).plan(L, denoising(1))
 
 
+@pytest.mark.parametrize("number", [0.25, 1.5, np.int64(-1)])
+def test_random_skips_whole_layers(number):
+    with pytest.raises(InputError, match=f"cannot skip {number} layers; give how many"):
+        Random(number)
+
+
+def test_static_skips_whole_layers(untyped):
+    with pytest.raises(InputError, match=r"Static: 1\.7 is no layer; give integers"):
+        Static((3, 1.7))
+
+
 @pytest.mark.parametrize("k", [0, 1, 5, L])
 def test_random_skips_exactly_k_layers_of_every_row(k):
     for step in range(3):
