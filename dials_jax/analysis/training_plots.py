@@ -52,6 +52,7 @@ def _training_panel(ax: Axes, runs: Mapping[Path, list[dict]], name: str) -> Non
     # The smoothed lines set the frame: a loss weighted by 1 / p has spikes that would flatten it.
     ax.margins(y=0.25)
     ax.autoscale_view()
+    ax.set_ylim(bottom=max(0, ax.get_ylim()[0]))  # neither is ever negative
     ax.autoscale(False)
     for steps, values, color in raw:
         ax.plot(steps, values, color=color, linewidth=0.8, alpha=0.25, zorder=1)

@@ -33,6 +33,7 @@ def test_training_curves_show_skip_rates_and_name_runs(drawn, tmp_path):
     loss, skip_rate = drawn[0].axes
     assert [text.get_text() for text in loss.get_legend().texts] == ["a", "b"]
     assert skip_rate.get_ylabel() == "skip rate" and len(skip_rate.lines) == 4
+    assert skip_rate.get_ylim()[0] == 0  # a frame that shows nothing below
 
 
 def test_smoothing_keeps_lines_and_ends_and_shrinks_noise():
