@@ -48,7 +48,7 @@ def divergences(
 
     The masks depend on the seed, the time and the row's number alone. All models share them.
 
-    Raises: InputError for models that do not fill in the same tokens, or that say NaN.
+    Raises: InputError for models that do not fill in the same tokens, or that say NaN or infinity.
     """
     check_family(heavy.config, {letter: other.config for letter, other in others.items()})
     # Keys fold the time itself, so that a finer grid keeps what was measured on a coarser one.
@@ -67,8 +67,8 @@ def divergences(
     for letter, pair in zip(others, means, strict=True):
         require(
             bool(np.isfinite(pair).all()),
-            f"model {letter!r} or the heavy one says NaN at t={time:g}; look for NaN in their "
-            "weights, or for values that overflow their dtype",
+            f"model {letter!r} or the heavy one says NaN or infinity at t={time:g}; look for NaN "
+            "in their weights, or for values that overflow their dtype",
         )
     means = jax.tree.map(lambda x: np.where(count > 0, x, np.nan), means)
     return {letter: Divergence(*pair) for letter, pair in zip(others, means, strict=True)}

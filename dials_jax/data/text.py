@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int, Integer
 
-from dials_jax.config import TextData, read_json, require, write_json
+from dials_jax.config import InputError, TextData, read_json, require, write_json
 from dials_jax.data.batches import Batch, Indices, Rows, generator
 from dials_jax.data.packing import encode_documents, stream_rows, token_dtype
 from dials_jax.data.records import JSON_LINES, TEXT, expand_paths, file_sha256, read_documents
@@ -127,7 +127,10 @@ def _is_whole(packed: Path) -> bool:
     summary = packed.with_suffix(".json")
     if not (packed.is_file() and summary.is_file()):
         return False
-    return read_json(summary).get("sha256") == file_sha256(packed)
+    try:
+        return read_json(summary).get("sha256") == file_sha256(packed)
+    except InputError:  # half a summary
+        return False
 
 
 def _batched(documents: Iterator[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:

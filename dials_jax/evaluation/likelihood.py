@@ -123,7 +123,7 @@ def _given_copies(
 ) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"], Float[np.ndarray, "B T"]]:
     """The arguments of `estimate_log_likelihood` that are arrays, a row a copy, checked."""
     cfg.require_mask()
-    noisy, p_mask = as_ids(noisy, "copy"), np.asarray(p_mask, np.float32)
+    noisy, p_mask = as_ids(noisy, "noisy row"), np.asarray(p_mask, np.float32)
     check_shapes(cfg, noisy.shape, None)
     require(
         p_mask.shape == noisy.shape,
@@ -133,7 +133,12 @@ def _given_copies(
         0 <= prompt_len < noisy.shape[1],
         f"prompt_len={prompt_len} leaves no answer in {noisy.shape[1]} tokens",
     )
-    tokens = np.broadcast_to(as_ids(tokens, "row"), noisy.shape)
+    tokens = as_ids(tokens, "row")
+    require(
+        tokens.shape in (noisy.shape, noisy.shape[1:], (1, noisy.shape[1])),
+        f"tokens have shape {tokens.shape} and noisy {noisy.shape}; give one row, or one a copy",
+    )
+    tokens = np.broadcast_to(tokens, noisy.shape)
     check_vocabulary(cfg, tokens, None, "row")
     masked = noisy == cfg.mask_id
     require(

@@ -165,8 +165,12 @@ def differing(old: Any, new: Any, name: str = "") -> list[str]:
 
 
 def _one_path(old: Any, new: Any) -> bool:
-    given = isinstance(old, str) and isinstance(new, str) and old and new
-    return bool(given) and os.path.abspath(old) == os.path.abspath(new)
+    """Whether one is the absolute path that the other, relative, stands for."""
+    if not (isinstance(old, str) and isinstance(new, str) and old and new):
+        return False
+    if os.path.isabs(old) == os.path.isabs(new):
+        return False
+    return os.path.abspath(old) == os.path.abspath(new)
 
 
 def read_records(path: str | Path) -> tuple[list[dict[str, Any]], int]:

@@ -15,6 +15,7 @@ from jaxtyping import Bool
 from dials_jax.analysis import schedule_search as search
 from dials_jax.config import (
     ImportanceStudy,
+    InputError,
     ProposeStudy,
     ScheduleStudy,
     SearchStudy,
@@ -30,7 +31,7 @@ from dials_jax.evaluation.bench import Bench, Measured
 from dials_jax.evaluation.importance import run_importance
 from dials_jax.evaluation.proposals import run_proposals
 from dials_jax.evaluation.readings import coarse_schedules, read_harms
-from dials_jax.evaluation.results import Outcome
+from dials_jax.evaluation.results import RECORDS, Outcome
 from dials_jax.evaluation.study_page import Shown, as_dicts, publish
 from dials_jax.sampling.schedule import Schedule
 from dials_jax.sharding import on_first_process
@@ -61,10 +62,11 @@ def run_study(cfg: StudyConfig, workdir: str | Path) -> dict[str, Any]:
 def _require_own(workdir: Path, kind: str) -> None:
     """Raises: InputError for results of a sweep or of another kind of study: they would be lost."""
     path = workdir / "results.json"
-    require(
-        not path.exists() or read_json(path).get("kind") == kind,
-        f"{path} is not of a {kind}; choose another --workdir",
-    )
+    try:
+        found = read_json(path).get("kind") if path.exists() else kind
+    except InputError as error:
+        raise InputError(f"{error}; remove it: what was measured lies in {RECORDS}") from error
+    require(found == kind, f"{path} is not of a {kind}; choose another --workdir")
 
 
 # ---------------------------------------------------------------------------- given schedules

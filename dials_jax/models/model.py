@@ -87,10 +87,11 @@ class Model:
         Raises: InputError for rows of several lengths, more tokens than learned positions, and
           tokens outside the vocabulary (of arrays on the host; no other is fetched).
         """
-        on_host = not any(isinstance(x, jax.Array) for x in (tokens, valid))
-        tokens = as_ids(tokens, "row") if on_host else tokens
+        if not isinstance(tokens, jax.Array):
+            tokens = as_ids(tokens, "row")
+        valid = np.asarray(valid, bool) if isinstance(valid, list | tuple) else valid
         check_shapes(self.config, np.shape(tokens), valid)
-        if on_host:
+        if not isinstance(tokens, jax.Array) and not isinstance(valid, jax.Array):
             check_vocabulary(self.config, tokens, valid, "row")
         num_rows = np.shape(tokens)[0]
         valid = None if valid is None else jnp.asarray(valid, bool)

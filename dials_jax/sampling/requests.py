@@ -51,10 +51,8 @@ def roles_of(
         require(isinstance(one, Model), f"model={one!r} is no model; give what `load` returns")
     for one in policies.values():
         known = isinstance(one, Policy) and not isinstance(one, type)
-        require(
-            one is None or known,
-            f"policy={one!r} is no policy; give None, or one as Static((7, 9))",
-        )
+        if one is not None and not known:  # else its weights would be fetched for the text
+            raise InputError(f"policy={one!r} is no policy; give None, or one as Static((7, 9))")
     return {letter: Role(one, policies.get(letter)) for letter, one in models.items()}
 
 

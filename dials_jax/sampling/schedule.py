@@ -5,11 +5,12 @@ Source: Sedykh et al. 2026, "Not All Denoising Steps Are Equal", section 3.
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
-from numbers import Integral, Real
+from numbers import Real
 
 from dials_jax.config import require
 
@@ -136,10 +137,11 @@ class Schedule:
 
 
 def _count(steps: int, light_steps: Real) -> int:
-    if isinstance(light_steps, Integral):
-        count = int(light_steps)
-        require(0 <= count <= steps, f"light_steps={count} must lie in 0 to {steps}")
-        return count
-    share = float(light_steps)
-    require(0 <= share <= 1, f"light_steps={share}: a fraction lies in [0, 1]")
-    return round(share * steps)
+    try:
+        count = operator.index(light_steps)
+    except TypeError:
+        share = float(light_steps)
+        require(0 <= share <= 1, f"light_steps={share}: a fraction lies in [0, 1]")
+        return round(share * steps)
+    require(0 <= count <= steps, f"light_steps={count} must lie in 0 to {steps}")
+    return count

@@ -7,6 +7,7 @@ depend on the rest of its batch.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Number
@@ -17,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from dials_jax import trees
-from dials_jax.config import require
+from dials_jax.config import InputError, require
 from dials_jax.nn.stack import Denoising
 from dials_jax.skipping.gumbel import gumbel_votes, straight_through_threshold
 from dials_jax.skipping.router import SKIP, apply_router, skip_share, votes_to_skip
@@ -35,9 +36,11 @@ class Static:
     layers: Sequence[int] = _static()  # kept as a sorted tuple, each once
 
     def __post_init__(self):
-        for layer in self.layers:
-            require(isinstance(layer, Integral), f"Static: {layer!r} is no layer; give integers")
-        object.__setattr__(self, "layers", tuple(sorted({int(i) for i in self.layers})))
+        try:
+            layers = {operator.index(i) for i in self.layers}
+        except TypeError as error:
+            raise InputError(f"Static: {error}; layers are integers") from error
+        object.__setattr__(self, "layers", tuple(sorted(layers)))
 
     def check(self, num_layers: int) -> None:
         """Raises: InputError for a layer that a model of so many does not have."""

@@ -91,7 +91,7 @@ def test_rows_without_a_mask_are_left_out(lively, light, tokens):
 
 def test_a_model_that_says_nan_is_refused(lively, light, tokens):
     broken = Model(light.config, trees.map_named(lambda name, x: x * np.nan, light.params))
-    with pytest.raises(InputError, match=r"model 'L' .* says NaN at t=0.5; look for NaN"):
+    with pytest.raises(InputError, match=r"model 'L' .* says NaN or infinity at t=0.5; look"):
         divergences(lively, {"L": broken}, tokens, 0.5, batch_size=5)
 
 

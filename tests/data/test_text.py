@@ -76,11 +76,12 @@ def test_packing_happens_once_and_again_when_something_changes(cfg, pack, monkey
     assert not [p for p in (tmp_path / "cache").iterdir() if p.suffix == ".tmp"]
 
 
+@pytest.mark.parametrize("kind", ["npy", "json"])
 @pytest.mark.parametrize("damage", [lambda x: x[:-9], lambda x: b"", lambda x: x[:-1] + b"\x7f"])
-def test_damaged_rows_are_packed_again(damage, cfg, pack):
+def test_damaged_rows_are_packed_again(damage, kind, cfg, pack):
     """A flipped bit would be another token, or one that no vocabulary has."""
     expected = np.array(pack(cfg).tokens)
-    [packed] = Path(cfg.cache).glob("*.npy")
+    [packed] = Path(cfg.cache).glob(f"*.{kind}")
     packed.write_bytes(damage(packed.read_bytes()))
     np.testing.assert_array_equal(pack(cfg).tokens, expected)
 

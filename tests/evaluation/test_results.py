@@ -2,13 +2,21 @@
 
 import json
 import math
+import os
 import shlex
 import sys
 
 import pytest
 
 from dials_jax.config import InputError
-from dials_jax.evaluation.results import RECORDS, Records, command, file_name, read_records
+from dials_jax.evaluation.results import (
+    RECORDS,
+    Records,
+    command,
+    differing,
+    file_name,
+    read_records,
+)
 
 IDENTITY = {"config": {"seed": 0, "models": [["H", "a"]]}, "weights": {"H": "12ab"}}
 
@@ -40,6 +48,11 @@ def test_what_differs_is_named(tmp_path):
         Records(tmp_path, other)
     with pytest.raises(InputError, match=r"\(config.steps differ\)"):
         Records(tmp_path, {**IDENTITY, "config": {**IDENTITY["config"], "steps": 3}})
+
+
+def test_only_paths_are_compared_as_paths():
+    assert not differing({"scorer": "runs/a"}, {"scorer": os.path.abspath("runs/a")})
+    assert differing({"extract": "(.*)/"}, {"extract": "(.*)"}) == ["extract"]
 
 
 def test_broken_files_are_named(tmp_path):

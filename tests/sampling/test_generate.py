@@ -235,6 +235,12 @@ def test_what_is_no_such_thing_is_refused(lively, prompts, changes, message, unt
         generate(**arguments)
 
 
+def test_a_policy_that_is_one_is_never_printed(lively, prompts, monkeypatch):
+    """Its text would fetch the weights of routers."""
+    monkeypatch.setattr(Static, "__repr__", None)
+    assert generate(lively, prompts[0], sampler=SAMPLER, policy=Static((1,))).nfe > 0
+
+
 def test_routers_of_another_width_are_refused(lively, prompts):
     wide = random_routers(dataclasses.replace(lively.config, d_model=2 * lively.config.d_model))
     with pytest.raises(InputError, match="the router is of width"):
