@@ -56,6 +56,10 @@ def parse_policy(text: str, num_layers: int, routed: Callable[[int], Policy]) ->
     }
     require(name in makers, f"policy {text!r} is not known{nearest(name, ['full', *makers])}")
     require(number.isdigit(), f"policy {text!r}: give the number of layers, as in {name}-4")
+    require(
+        int(number) <= num_layers,
+        f"policy {text!r} skips more layers than the {num_layers} there are",
+    )
     return makers[name](int(number))
 
 
@@ -132,9 +136,7 @@ def run(options: argparse.Namespace) -> None:
     for cache in options.caches:
         parse_cache(cache)
     for text in options.policies:
-        policy = parse_policy(text, cfg.num_layers, lambda _: None)
-        if isinstance(policy, Static):
-            policy.check(cfg.num_layers)
+        parse_policy(text, cfg.num_layers, lambda _: None)
     table = Table(COLUMNS, options.out, vars(options))
     model = make_model(cfg, options.layout)
     for cache in options.caches:

@@ -146,13 +146,16 @@ def as_ids(rows: ArrayLike, what: str) -> np.ndarray:
 
 
 def check_shapes(
-    cfg: ModelConfig, shape: tuple[int, ...], valid: Bool[ArrayLike, "B T"] | None
+    cfg: ModelConfig,
+    shape: tuple[int, ...],
+    valid: Bool[ArrayLike, "B T"] | None,
+    what: str = "tokens",
 ) -> None:
     """Raises: InputError for tokens or `valid` that are no rows, or longer than can be told."""
-    require(len(shape) == 2, f"tokens have shape {shape}; give [batch, length]")
+    require(len(shape) == 2, f"{what} have shape {shape}; give [batch, length]")
     require(
         valid is None or np.shape(valid) == shape,
-        f"valid has shape {np.shape(valid)} and tokens {shape}; they must agree",
+        f"valid has shape {np.shape(valid)} and {what} {shape}; they must agree",
     )
     require(
         cfg.rope_theta is not None or shape[1] <= cfg.max_length,

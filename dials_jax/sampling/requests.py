@@ -9,7 +9,7 @@ from jaxtyping import Bool, Int
 
 from dials_jax.caching.cache import Cache, NoCache
 from dials_jax.config import InputError, ModelConfig, nearest, require
-from dials_jax.models.model import Model, check_vocabulary
+from dials_jax.models.model import Model, check_shapes, check_vocabulary
 from dials_jax.nn.stack import Policy
 from dials_jax.sampling.autoregressive import Autoregressive
 from dials_jax.sampling.programs import AnySampler, Role, count_steps
@@ -127,7 +127,7 @@ def check_prompts(
     cfg: ModelConfig, prompts: np.ndarray, valid: Bool[np.ndarray, "B P"] | None, gen_length: int
 ) -> Bool[np.ndarray, "B P"]:
     """Refuses prompts that the sampler would silently garble; returns where they are real."""
-    require(prompts.ndim == 2, f"prompts have shape {prompts.shape}; give [batch, length]")
+    check_shapes(cfg, prompts.shape, valid, "prompts")
     require(len(prompts) > 0, "there are no prompts; give at least one")
     total = prompts.shape[1] + gen_length
     require(
@@ -136,10 +136,6 @@ def check_prompts(
         f"model has {cfg.max_length} positions; shorten one of them",
     )
     present = np.ones(prompts.shape, bool) if valid is None else valid
-    require(
-        present.shape == prompts.shape,
-        f"valid has shape {present.shape} and prompts {prompts.shape}; they must agree",
-    )
     if (np.diff(present.astype(int), axis=1) < 0).any():
         raise InputError("prompts must be padded on the left: valid goes from True to False")
     check_vocabulary(cfg, prompts, present, "prompt")

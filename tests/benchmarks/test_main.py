@@ -68,7 +68,12 @@ SMALL = "--model tiny --layers 1 --batch 1 --prompt 2 --repeats 0 --caches none"
         (
             decode,
             f"{SMALL} --gen 4 --block 4 --policies full static-2",
-            "Static: layer -1 does not exist; layers count from 0 to 0",
+            "policy 'static-2' skips more layers than the 1 there are",
+        ),
+        (
+            decode,
+            f"{SMALL} --gen 4 --block 4 --policies full random-2",
+            "policy 'random-2' skips more layers than the 1 there are",
         ),
         (
             decode,
