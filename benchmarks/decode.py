@@ -69,13 +69,21 @@ def sampler_of(options: argparse.Namespace) -> Confidence:
     )
 
 
+def padding_of(options: argparse.Namespace) -> np.ndarray | None:
+    """False at the first tokens of each prompt: none in the first row, half in the last."""
+    if not options.padded:
+        return None
+    first = np.linspace(0, options.prompt // 2, options.batch).astype(int)
+    return np.arange(options.prompt) >= first[:, None]
+
+
 def run_case(model: Model, options: argparse.Namespace, cache: str, policy: str) -> dict[str, Any]:
     cfg = model.config
     prompts = np.random.default_rng(0).integers(
         2, min(1000, cfg.vocab_size // 2), (options.batch, options.prompt)
     )
     settings = {
-        "sampler": sampler_of(options), "cache": parse_cache(cache),
+        "valid": padding_of(options), "sampler": sampler_of(options), "cache": parse_cache(cache),
         "policy": parse_policy(policy, model.num_layers, partial(make_routers, model)),
     }  # fmt: skip
     before = module._generate.compile_seconds
@@ -114,6 +122,9 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     add_shapes(parser)
     parser.add_argument("--steps", type=int, help="denoising steps; default: one a token")
     parser.add_argument("--threshold", type=float, help="reveal all tokens of this confidence")
+    parser.add_argument(
+        "--padded", action="store_true", help="prompts of several lengths, the shortest of half"
+    )
     parser.add_argument("--caches", nargs="+", default=["none", "dual", "es-64-4", "es-64-16"])
     parser.add_argument("--policies", nargs="+", default=["full"])
     parser.add_argument(

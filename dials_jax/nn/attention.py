@@ -9,9 +9,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dials_jax.config import ModelConfig
 from dials_jax.nn.initializers import normal, residual_depth, zeros_if
+from dials_jax.nn.kernels import attention_per_device, on_hopper, splits
 from dials_jax.nn.kv import KV
 from dials_jax.nn.rope import apply_rope
 from dials_jax.nn.splash import splash_attention, splash_fits
+from dials_jax.nn.window_attention import window_attention, window_fits
 
 
 class Attention(nnx.Module):
@@ -71,10 +73,13 @@ def attend(
       causal: the same for queries and keys of the same tokens. It needs no array of who sees whom.
 
     cuDNN's fused kernel takes half precision and heads of up to 128 only; on one H200 it is 1.5
-    times as fast as XLA's. For TPU see `dials_jax.nn.splash`.
+    times as fast as XLA's. For TPU see `dials_jax.nn.splash`, for a few queries on Hopper GPUs
+    `dials_jax.nn.window_attention`.
     """
     if index is None and splash_fits(q, kv):
         return splash_attention(q, kv, valid, causal)
+    if index is None and not causal and on_hopper() and _window_fits(q, kv):
+        return attention_per_device(window_attention, q, kv, valid)
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     fused = jax.default_backend() == "gpu" and half and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
     attn_mask = None if valid is None else valid[:, None, None, :]
@@ -86,3 +91,9 @@ def attend(
     return jax.nn.dot_product_attention(
         q, *kv, mask=attn_mask, is_causal=causal, implementation="cudnn" if fused else "xla"
     )
+
+
+def _window_fits(q: Float[Array, "B T N H"], kv: KV) -> bool:
+    rows, heads = splits()
+    whole = q.shape[0] % rows == kv.k.shape[2] % heads == 0
+    return whole and window_fits(q, kv)

@@ -6,11 +6,10 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
+from dials_jax.nn.kernels import attention_per_device, splits
 from dials_jax.nn.kv import KV
-from dials_jax.sharding import AXES, BATCH_AXES
 
 BLOCKS = 512, 256, 128  # queries and keys at a time: the most that divide the length
 SHORTEST = 1024  # keys; the scores of fewer are small
@@ -25,23 +24,14 @@ def splash_fits(q: Float[Array, "B T N H"], kv: KV) -> bool:
     whole_blocks = num_queries % BLOCKS[-1] == num_keys % BLOCKS[-1] == 0
     if not _on_tpu() or q.dtype != jnp.bfloat16 or num_keys < SHORTEST or not whole_blocks:
         return False
-    mesh = jax.sharding.get_abstract_mesh()
-    rows, heads = _axes()
-    splits = math.prod(mesh.shape[a] for a in rows), math.prod(mesh.shape[a] for a in heads)
-    return q.shape[0] % splits[0] == kv.k.shape[2] % splits[1] == 0
+    rows, heads = splits()
+    return q.shape[0] % rows == kv.k.shape[2] % heads == 0
 
 
 def _on_tpu() -> bool:
     """Read off the mesh, for a program may be compiled for devices that are not here."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device is not None and device.platform == "tpu"
-
-
-def _axes() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The axes that split rows, and heads: those that no `shard_map` around has split already."""
-    mesh = jax.sharding.get_abstract_mesh()
-    free = [a for a in AXES if not mesh.empty and a not in mesh.manual_axes]
-    return tuple(a for a in free if a in BATCH_AXES), tuple(a for a in free if a not in BATCH_AXES)
 
 
 def splash_attention(
@@ -56,24 +46,13 @@ def splash_attention(
     Args:
       interpret: run the kernel step by step, where there is no TPU.
 
-    The compiler cannot split a kernel over devices, so each takes its rows and heads by itself. A
-    query that sees no key gets a mean of some values.
+    A query that sees no key gets a mean of some values.
     """
 
     def local(q, kv, valid):
         return _local(q, kv, valid, causal, interpret)
 
-    rows, heads = _axes()
-    if not rows + heads:
-        return local(q, kv, valid)
-    spec = P(rows, None, heads)
-    return jax.shard_map(
-        local,
-        in_specs=(spec, spec, P(rows)),
-        out_specs=spec,
-        axis_names={*rows, *heads},
-        check_vma=False,
-    )(q, kv, valid)
+    return attention_per_device(local, q, kv, valid)
 
 
 def _local(

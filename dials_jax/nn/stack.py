@@ -14,7 +14,6 @@ the layer last wrote for that row.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 import jax
@@ -26,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from dials_jax import trees
 from dials_jax.config import nearest, require
-from dials_jax.nn.compaction import MAX_BRANCHES, Gate, choose, compaction
+from dials_jax.nn.compaction import MAX_BRANCHES, Compaction, Gate, Slice, choose
 from dials_jax.nn.kv import gather
 from dials_jax.sharding import BATCH_AXES, constrain_rows, num_batch_shards
 
@@ -241,12 +240,27 @@ def _compact(
 def _compact_rows(
     layer: Layer, params: Any, h: Array, context: PyTree, memory: PyTree, gate: Bool[Array, "B"]
 ) -> tuple[Array, PyTree]:
+    # With a memory every kind of model call has branches of its own, and there are many kinds.
+    max_branches = MAX_BRANCHES if memory is None else MAX_BRANCHES // 2
+    compact = Compaction(gate, h.shape[1], max_branches)
+
+    def block(rows: Slice) -> Array:
+        return rows.choose(h, layer.block(params, *rows.take((h, context))))
+
+    def project(rows: Slice) -> tuple[PyTree, PyTree]:
+        return rows.spread(layer.project(params, *rows.take((h, context))))
+
+    def run(h: Array, memory: PyTree) -> tuple[Array, PyTree]:
+        q, update = compact(project)
+        written = layer.remember(memory, update, context, gate)
+
+        def mix(rows: Slice) -> Array:
+            near, *rest = rows.take((h, q, written, context))
+            return rows.choose(h, layer.mix(params, near, *rest))
+
+        return compact(mix), written
+
     if memory is None:
-        compact = compaction(gate, MAX_BRANCHES)
-        block = partial(layer.block, params)
-        return compact(block, h, context, skipped=h), None
-    # Two choices a layer, over windows too short for their time to fall row by row.
-    compact = compaction(gate, MAX_BRANCHES // 2)
-    q, update = compact(partial(layer.project, params), h, context)
-    memory = layer.remember(memory, update, context, gate)
-    return compact(partial(layer.mix, params), h, q, memory, context, skipped=h), memory
+        return compact.or_else(block, h), None
+    # The memory passes through a choice of two: one of more would copy it.
+    return lax.cond(compact.any, run, lambda *as_it_was: as_it_was, h, memory)

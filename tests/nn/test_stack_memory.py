@@ -1,5 +1,6 @@
 """Layers with a memory, layers that must run, and tokens whose output is wanted."""
 
+import re
 from functools import partial
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from dials_jax import trees
+from dials_jax.nn import compaction
 from dials_jax.nn.kv import gather
 from dials_jax.nn.stack import Layer, run_stack
 from dials_jax.skipping.policies import Random, Static
@@ -66,6 +68,24 @@ def test_a_span_is_a_smaller_stack(span, unrolled):
     out = run_with_memory(Given(gates), rows, "compact", unrolled, span)
     for actual, wanted in zip(out, expected, strict=True):
         np.testing.assert_allclose(actual, wanted, atol=1e-5)
+
+
+def test_rows_too_few_to_save_time_are_computed_together(monkeypatch):
+    """One choice a layer, not three, and the same results."""
+    rows = make_rows(6)
+    gates = jax.random.bernoulli(jax.random.key(3), 0.3, (L, 6)).at[1].set(False)
+    expected = run_with_memory(Given(gates), rows, "select")
+    jitted.clear_cache()
+    for fewest, choices in ((1, 3 * L), (2 * T, 3 * L), (6 * T, L), (128, L)):
+        monkeypatch.setattr(compaction, "FEWEST_TOKENS", fewest)
+        layers, memory = trees.unstack(LAYERS), trees.unstack({"mean": jnp.zeros((L, 6, D))})
+        args = (layers, rows[0], rows[1], Given(gates), rows[2], memory)
+        program = jitted.lower(*args, executor="compact").compile().as_text()
+        assert len(re.findall(r" conditional\(", program)) == choices
+        out = run_with_memory(Given(gates), rows, "compact", unrolled=True)
+        for actual, wanted in zip(out, expected, strict=True):
+            np.testing.assert_allclose(actual, wanted, atol=1e-5)
+        jitted.clear_cache()
 
 
 # ------------------------------------------------------------------------- wanted, and must_run

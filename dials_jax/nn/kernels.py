@@ -1,0 +1,66 @@
+"""Where hand-written kernels run, and how on a mesh: the compiler cannot split one over devices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float
+
+from dials_jax.nn.kv import KV
+from dials_jax.sharding import AXES, BATCH_AXES
+
+
+@lru_cache
+def on_hopper() -> bool:
+    """Whether this process computes on Hopper GPUs, with a JAX that knows all the kernels use."""
+    if jax.default_backend() != "gpu" or jax.__version_info__ < (0, 11):
+        return False
+    return all(device.compute_capability == "9.0" for device in jax.local_devices())
+
+
+def free_axes() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The axes that split rows, and heads: those that no `shard_map` around has split already."""
+    mesh = jax.sharding.get_abstract_mesh()
+    free = [] if mesh.empty else [a for a in AXES if a not in mesh.manual_axes]
+    return tuple(a for a in free if a in BATCH_AXES), tuple(a for a in free if a not in BATCH_AXES)
+
+
+def splits() -> tuple[int, int]:
+    """Over how many devices rows, and heads, are yet to be split."""
+    mesh = jax.sharding.get_abstract_mesh()
+    rows, heads = (math.prod(mesh.shape[a] for a in axes) for axes in free_axes())
+    return rows, heads
+
+
+def attention_per_device(
+    attention: Callable[[Array, KV, Array | None], Array],
+    q: Float[Array, "B T N H"],
+    kv: KV,
+    valid: Bool[Array, "B S"] | None,
+) -> Float[Array, "B T N H"]:
+    """Each device attends in its own rows and heads."""
+    rows, heads = free_axes()
+    spec = P(rows, None, heads)
+    return _per_device(attention, (q, kv, valid), (spec, spec, P(rows)), spec)
+
+
+def rows_per_device(
+    fn: Callable[[Array, Array], Array], x: Float[Array, "B *T D"], weights: Float[Array, "..."]
+) -> Float[Array, "B *T F"]:
+    """Each device computes its own rows, with all of the weights."""
+    rows = P(free_axes()[0])
+    return _per_device(fn, (x, weights), (rows, P()), rows)
+
+
+def _per_device(fn: Callable[..., Array], args: tuple[Any, ...], in_specs: Any, out_specs: Any):
+    names = {axis for axes in free_axes() for axis in axes}
+    if not names:
+        return fn(*args)
+    return jax.shard_map(
+        fn, in_specs=in_specs, out_specs=out_specs, axis_names=names, check_vma=False
+    )(*args)

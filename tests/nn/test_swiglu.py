@@ -1,0 +1,103 @@
+"""The GPU kernel is the formula in float32, rounded once. It runs in an interpreter on the CPU."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dials_jax.nn import swiglu as module
+from dials_jax.nn.swiglu import plain, swiglu, swiglu_fits
+
+
+@pytest.fixture
+def interpreted():
+    plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu", exc_type=ImportError)
+    if not hasattr(plgpu, "force_gpu_interpret_mode"):
+        pytest.skip(f"jax {jax.__version__} has no interpreter for kernels of Mosaic GPU")
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        yield
+
+
+def make(leading, depth, num_columns):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(*leading, depth))
+    gate_up = rng.normal(size=(depth, 2 * num_columns)) * depth**-0.5
+    return jnp.asarray(x, "bfloat16"), jnp.asarray(gate_up, "bfloat16")
+
+
+def assert_rounded_once(actual, x, gate_up):
+    assert actual.dtype == jnp.bfloat16
+    expected = plain(x.astype("float32"), gate_up.astype("float32"))
+    np.testing.assert_allclose(actual.astype("float32"), expected, rtol=2**-8, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "depth", "num_columns", "num_sms"),
+    [
+        (128, 64, 256, 132),  # more SMs than tiles; one step, so fewer than stages
+        (384, 320, 256, 4),  # six tiles on four SMs: one or two each; five steps in four slots
+        (128, 384, 384, 1),  # three tiles in turn; six steps
+    ],
+)
+def test_it_is_the_formula(num_rows, depth, num_columns, num_sms, interpreted, monkeypatch):
+    monkeypatch.setattr(module, "_num_sms", lambda: num_sms)
+    monkeypatch.setattr(module, "SNAKE", 2)  # of three tiles down, one is left for the second turn
+    x, gate_up = make((num_rows,), depth, num_columns)
+    assert_rounded_once(swiglu(x, gate_up), x, gate_up)
+
+
+def test_the_tolerance_tells_one_rounding_from_many():
+    x, gate_up = make((128,), 64, 128)
+    with pytest.raises(AssertionError, match="Mismatched elements"):
+        assert_rounded_once(plain(x, gate_up), x, gate_up)
+
+
+def test_leading_dimensions_and_gradients(interpreted):
+    x, gate_up = make((2, 2, 32), 64, 128)
+    weights, _ = make((2, 2, 32), 128, 128)
+    actual, pull = jax.vjp(jax.jit(swiglu), x, gate_up)
+    assert actual.shape == weights.shape
+    assert_rounded_once(actual, x, gate_up)
+    expected = jax.jit(lambda *args: jax.vjp(plain, *args[:2])[1](args[2]))(x, gate_up, weights)
+    for a, b in zip(pull(weights), expected, strict=True):
+        assert a.dtype == b.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(a, b)
+
+
+def test_what_fits():
+    assert swiglu_fits(*make((128,), 64, 128))
+    assert swiglu_fits(*make((3, 2, 64), 192, 384))
+    for leading, depth, num_columns in [
+        ((64,), 64, 128),
+        ((3, 100), 64, 128),
+        ((), 64, 128),
+        ((0,), 64, 128),
+        ((128,), 96, 128),
+        ((128,), 64, 64),
+        ((128,), 64, 192),
+    ]:
+        arrays = make(leading, depth, num_columns)
+        assert not swiglu_fits(*arrays)
+        with pytest.raises(ValueError, match="no kernel for"):
+            swiglu(*arrays)
+    x, gate_up = make((128,), 64, 128)
+    assert not swiglu_fits(x.astype("float32"), gate_up)
+    assert not swiglu_fits(x, gate_up.astype("float32"))
+    assert not swiglu_fits(x.astype("float16"), gate_up.astype("float16"))
+
+
+def test_sms_are_counted_on_the_mesh_before_the_machine(monkeypatch):
+    class Device:
+        core_count = 114
+        num_cores = 78
+
+    class Mesh:
+        abstract_device = Device()
+
+    assert module._num_sms() >= 1
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
+    assert module._num_sms() == 114
+    monkeypatch.setattr(jax, "local_devices", lambda: [object()])
+    assert module._num_sms() == 132
+    monkeypatch.setattr(jax.sharding, "get_abstract_mesh", Mesh)
+    assert module._num_sms() == 78
