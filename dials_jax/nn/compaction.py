@@ -59,12 +59,10 @@ class Compaction:
     def __init__(self, gate: Bool[Array, "B"], num_tokens: int, max_branches: int):
         num_rows = gate.shape[0]
         unit = max(-(-num_rows // max_branches), -(-FEWEST_TOKENS // num_tokens))
-        unit = min(unit, num_rows)
-        place, order = _rows_that_run_first(gate)
-        sizes = range(unit, num_rows, unit)
-        self._slices = [Slice(gate, order[:n], jnp.minimum(place, n - 1)) for n in sizes]
-        self._slices.append(Slice(None if unit == 1 else gate))
-        self._size = -(-jnp.sum(gate) // unit)  # 0: no row runs; n: those of the n-th slice
+        self._gate, self._unit = gate, min(unit, num_rows)
+        self._sizes = [*range(self._unit, num_rows, self._unit), num_rows]
+        self._size = -(-jnp.sum(gate) // self._unit)  # 0: no row runs; n: the n-th size holds them
+        self._place, self._order = _rows_that_run_first(gate)
 
     @property
     def any(self) -> Bool[Array, ""]:
@@ -72,16 +70,20 @@ class Compaction:
 
     def __call__(self, fn: Callable[[Slice], PyTree]) -> PyTree:
         """`fn` of the smallest slice with all rows that run, of which there must be one."""
-        if len(self._slices) == 1:
-            return fn(self._slices[0])
-        return lax.switch(self._size - 1, self._branches(fn))
+        if len(self._sizes) == 1:
+            return self._of(fn, self._sizes[0])
+        return lax.switch(self._size - 1, [partial(self._of, fn, n) for n in self._sizes])
 
     def or_else(self, fn: Callable[[Slice], PyTree], skipped: PyTree) -> PyTree:
         """The same, or `skipped` where no row runs."""
-        return lax.switch(self._size, [lambda: skipped, *self._branches(fn)])
+        branches = [partial(self._of, fn, n) for n in self._sizes]
+        return lax.switch(self._size, [lambda: skipped, *branches])
 
-    def _branches(self, fn: Callable[[Slice], PyTree]) -> list[Callable[[], PyTree]]:
-        return [partial(fn, part) for part in self._slices]
+    def _of(self, fn: Callable[[Slice], PyTree], size: int) -> PyTree:
+        # Slices are cut within the branches: outside, all of them would be cut for every layer.
+        if size == len(self._gate):
+            return fn(Slice(None if self._unit == 1 else self._gate))
+        return fn(Slice(self._gate, self._order[:size], jnp.minimum(self._place, size - 1)))
 
 
 def _rows_that_run_first(gate: Bool[Array, "B"]) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
