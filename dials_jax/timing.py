@@ -16,11 +16,19 @@ class Timed:
     A program is compiled once for each set of static arguments, shapes and placements, and for each
     precision of products that JAX is set to. The call waits for the result, so it belongs around
     whole generations and batches, not inside loops.
+
+    Args:
+      gpu_options: of XLA, for programs on GPUs.
     """
 
-    def __init__(self, fn: Callable, static_argnames: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        fn: Callable,
+        static_argnames: tuple[str, ...] = (),
+        gpu_options: dict[str, Any] | None = None,
+    ):
         self._jitted = jax.jit(fn, static_argnames=static_argnames)
-        self._static = static_argnames
+        self._static, self._gpu_options = static_argnames, gpu_options
         self._programs: dict[Any, Any] = {}
         self.compile_seconds = 0.0
 
@@ -58,15 +66,7 @@ class Timed:
         key = (static, structure, shapes, jax.sharding.get_abstract_mesh(), precision)
         if key not in self._programs:
             start = time.perf_counter()
-            self._programs[key] = self.lower(*args, **kwargs).compile(_options())
+            options = self._gpu_options if jax.default_backend() == "gpu" else None
+            self._programs[key] = self.lower(*args, **kwargs).compile(options)
             self.compile_seconds += time.perf_counter() - start
         return self._programs[key]
-
-
-def _options() -> dict[str, bool]:
-    """On GPUs cuBLAS makes all products.
-
-    XLA takes Triton where it is quicker by itself. In a generation, where an H200 is at its power
-    limit, it is slower: 1 % over a dual cache, 1.4 % over ES-dLLM.
-    """
-    return {"xla_gpu_enable_triton_gemm": False} if jax.default_backend() == "gpu" else {}

@@ -32,6 +32,7 @@ from dials_jax.data.batches import batch_at
 from dials_jax.evaluation.likelihood import pad_pairs, score_pairs
 from dials_jax.models import transformer
 from dials_jax.models.model import Model, row_keys
+from dials_jax.nn.kernels import rows_per_device
 from dials_jax.nn.kv import KV
 from dials_jax.nn.lookup import lookup
 from dials_jax.nn.splash import splash_attention
@@ -140,6 +141,20 @@ def attend(mesh, inside):
     return {"out": out, "q": gradients[0], "k": gradients[1].k, "v": gradients[1].v}
 
 
+def multiply(mesh):
+    """A function of each device's own rows, and how many those are."""
+    x, weights = (jax.random.normal(jax.random.key(n), (8, 8)) for n in range(2))
+
+    def own(x, weights):
+        return jnp.concatenate([x @ weights, jnp.full((len(x), 1), len(x))], axis=1)
+
+    with jax.set_mesh(mesh):
+        out = jax.jit(partial(rows_per_device, own))(x, weights)
+    splits = sharding.num_batch_shards(mesh)
+    assert (out[:, -1] == 8 // splits).all()
+    return {"out": out[:, :-1]}
+
+
 def run(mesh):
     cfg, objective = conftest.small_config(), ObjectiveConfig()
     # Weights so large that rows differ, and routers that skip some layers for some of them.
@@ -159,7 +174,11 @@ def run(mesh):
         ),
         "evaluation": evaluate(mesh, cfg, params, routers),
         "lookup": {f"{v}x{d}": look_up(mesh, v, d) for v, d in ((64, 32), (63, 32), (64, 30))},
-        "kernel": {"alone": attend(mesh, False), "inside": attend(mesh, True)},
+        "kernel": {
+            "alone": attend(mesh, False),
+            "inside": attend(mesh, True),
+            "rows": multiply(mesh),
+        },
     }
 
 

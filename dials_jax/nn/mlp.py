@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from dials_jax.config import ModelConfig
 from dials_jax.nn.initializers import normal, residual_depth, zeros_if
 from dials_jax.nn.kernels import on_hopper, rows_per_device, splits
-from dials_jax.nn.swiglu import swiglu, swiglu_fits
+from dials_jax.nn.swiglu import swiglu, swiglu_fits, swiglu_pays
 
 
 class MLP(nnx.Module):
@@ -37,8 +37,8 @@ class MLP(nnx.Module):
     def hidden(self, x: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
         if self.kind == "gelu":
             return jax.nn.gelu(linear(x, self.up, self.up_bias), approximate=True)
-        if self.fused and self.gate_up_bias is None and _swiglu_fits(x, self.gate_up):
-            return rows_per_device(swiglu, x, self.gate_up[...].astype(x.dtype))
+        if self.fused and self.gate_up_bias is None and _kernel_pays(x, self.gate_up):
+            return rows_per_device(swiglu, x, self.gate_up[...])
         if self.fused:
             gate, up = jnp.split(linear(x, self.gate_up, self.gate_up_bias), 2, axis=-1)
         else:
@@ -54,9 +54,10 @@ def linear(
     return y if bias is None else y + bias[...].astype(x.dtype)
 
 
-def _swiglu_fits(x: Float[Array, "B T D"], gate_up: nnx.Param) -> bool:
+def _kernel_pays(x: Float[Array, "B T D"], gate_up: nnx.Param) -> bool:
     """Whether the kernel is for these GPUs, and for the rows of each."""
     num_devices, _ = splits()
     if not on_hopper() or x.shape[0] % num_devices:
         return False
-    return swiglu_fits(x[: x.shape[0] // num_devices], gate_up[...])
+    own, kernel = x[: x.shape[0] // num_devices], gate_up[...]
+    return swiglu_fits(own, kernel) and swiglu_pays(own, kernel)

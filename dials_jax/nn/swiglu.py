@@ -30,6 +30,10 @@ SNAKE = 16  # tiles down, then one across: those made at a time share operands i
 # A thread's. Two float32 products take 128; 40 + 2 * 232 is within the 512 that three may share.
 LOADER_REGISTERS, MULTIPLIER_REGISTERS = 40, 232
 HOPPER_SMS = 132
+# More rows save 5 % of this product, but a pass with a gate a row then took 1 to 3 ms longer on the
+# H200: its program has a branch, and so the kernels, for every number of rows.
+MOST_ROWS = 1024
+FULLNESS = 0.88  # of the rounds of tiles; at 0.87 (768 tokens of LLaDA-8B) it is no quicker
 
 
 class Program(NamedTuple):
@@ -54,6 +58,19 @@ def swiglu_fits(x: Float[Array, "*B D"], gate_up: Float[Array, "D _"]) -> bool:
     units = TILE_M, 2 * TILE_F, TILE_K
     whole_tiles = all(n > 0 and n % unit == 0 for n, unit in zip(sizes, units, strict=True))
     return whole_tiles and x.dtype == gate_up.dtype == jnp.bfloat16
+
+
+def swiglu_pays(x: Float[Array, "*B D"], gate_up: Float[Array, "D _"]) -> bool:
+    """Whether the kernel is quicker than XLA, for shapes that fit.
+
+    Tiles are made in rounds of one for each SM. A round that is not full takes as long as one that
+    is, unless it is the only one: then the weights are what takes time.
+    """
+    num_rows = math.prod(x.shape[:-1])
+    num_tiles, num_sms = num_rows // TILE_M * (gate_up.shape[1] // 2 // TILE_F), _num_sms()
+    rounds = -(-num_tiles // num_sms)
+    full = rounds == 1 or num_tiles >= FULLNESS * rounds * num_sms
+    return full and num_rows <= MOST_ROWS
 
 
 def plain(x: Float[Array, "*B D"], gate_up: Float[Array, "D _"]) -> Float[Array, "*B F"]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dials_jax.nn import swiglu as module
-from dials_jax.nn.swiglu import plain, swiglu, swiglu_fits
+from dials_jax.nn.swiglu import plain, swiglu, swiglu_fits, swiglu_pays
 
 
 @pytest.fixture
@@ -84,6 +84,25 @@ def test_what_fits():
     assert not swiglu_fits(x.astype("float32"), gate_up)
     assert not swiglu_fits(x, gate_up.astype("float32"))
     assert not swiglu_fits(x.astype("float16"), gate_up.astype("float16"))
+
+
+@pytest.mark.parametrize(
+    "num_rows, num_columns, pays",
+    [
+        (128, 12288, True),  # one round, of 96 tiles
+        (256, 12288, False),  # 192 tiles in two rounds of 132
+        (512, 12288, True),  # 384 in three
+        (768, 12288, False),  # 576 in five
+        (1024, 12288, True),  # 768 in six
+        (6144, 12288, False),
+        (128, 18944, False),  # 148 in two
+        (512, 18944, True),  # 592 in five
+    ],
+)
+def test_rounds_of_tiles_should_be_full(num_rows, num_columns, pays, monkeypatch):
+    monkeypatch.setattr(module, "_num_sms", lambda: 132)
+    shapes = [((2, num_rows // 2, 64), jnp.bfloat16), ((64, 2 * num_columns), jnp.bfloat16)]
+    assert swiglu_pays(*(jnp.zeros(*shape) for shape in shapes)) == pays
 
 
 def test_sms_are_counted_on_the_mesh_before_the_machine(monkeypatch):
