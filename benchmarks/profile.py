@@ -11,7 +11,7 @@ import jax
 # A kernel is of the first kind whose pattern its name matches.
 KINDS = (
     ("attention", r"cudnn|fmha|flash|sdpa|attention"),
-    ("matrix products", r"gemm|nvjet|cutlass|cublas|xmma|wgmma|dot"),
+    ("matrix products", r"gemm|nvjet|cutlass|cublas|xmma|wgmma|dot|swiglu"),
     ("copies to the host", r"MemcpyD2H"),
     ("copies", r"[Mm]emcpy|copy|[Mm]emset"),
     ("scatter, gather, slices", r"scatter|gather|dynamic_update|slice"),
