@@ -45,7 +45,7 @@ def expected(q, kv, valid):
     return jax.nn.dot_product_attention(q, k, v, mask=mask)
 
 
-def check(q, kv, valid):
+def assert_equals_float32(q, kv, valid):
     actual = window_attention(q, kv, valid, interpret=True)
     assert actual.dtype == jnp.bfloat16
     np.testing.assert_allclose(
@@ -60,7 +60,7 @@ def check(q, kv, valid):
     [(16, 192), (64, 72), (64, 200)],  # whole tiles of keys, and not; more tiles than slots
 )
 def test_it_equals_attention_in_float32(num_queries, num_keys, padded):
-    check(*make(num_queries, num_keys), padding(num_keys) if padded else None)
+    assert_equals_float32(*make(num_queries, num_keys), padding(num_keys) if padded else None)
 
 
 @interpreted
@@ -73,7 +73,7 @@ def test_it_equals_attention_in_float32(num_queries, num_keys, padded):
     ],  # the last tile of a group overlaps; is not full; no group
 )
 def test_heads_that_share_keys_may_share_a_tile(num_queries, num_heads, num_kv_heads):
-    check(*make(num_queries, 72, num_heads, num_kv_heads), padding(72))
+    assert_equals_float32(*make(num_queries, 72, num_heads, num_kv_heads), padding(72))
 
 
 @interpreted
