@@ -22,10 +22,11 @@ demo: $(VENV)/.installed
 		--objective.skip-weight 2
 	$(BIN)/python eval.py --config configs/demo/sweep.py --workdir $(DEMO)/sweep
 
+# A module's tests stay in one process: they share compiled programs, and what a worker found out.
 test: $(VENV)/.installed
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadscope
 
 lint: $(VENV)/.installed
 	$(BIN)/python -m ruff check .

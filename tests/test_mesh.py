@@ -17,7 +17,7 @@ def results(tmp_path_factory):
     path = tmp_path_factory.mktemp("mesh") / "results.npz"
     command = [sys.executable, str(HERE / "mesh_worker.py"), str(path)]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)])}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-3000:]
     found = {}
     for name, value in np.load(path).items():

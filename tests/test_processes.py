@@ -36,7 +36,7 @@ def folders(tmp_path_factory):
         for number in range(2)
     ]  # fmt: skip
     work(one, MeshConfig())
-    outputs = [process.communicate(timeout=600)[0] for process in processes]
+    outputs = [process.communicate(timeout=1200)[0] for process in processes]
     for process, output in zip(processes, outputs, strict=True):
         assert process.returncode == 0, output[-3000:]
     return one, two, outputs
