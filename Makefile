@@ -22,7 +22,7 @@ demo: $(VENV)/.installed
 		--objective.skip-weight 2
 	$(BIN)/python eval.py --config configs/demo/sweep.py --workdir $(DEMO)/sweep
 
-# A module's tests stay in one process: they share compiled programs, and what a worker found out.
+# A module's tests stay in one process: they share compiled programs and fixtures.
 test: $(VENV)/.installed
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
