@@ -23,6 +23,7 @@ import numpy as np
 from benchmarks.profile import print_profile
 from benchmarks.report import Table, exit_status, peak_gigabytes
 from dials_jax import sharding, trees
+from dials_jax.compiling import compiler_options
 from dials_jax.config import (
     MeshConfig,
     ModelConfig,
@@ -102,7 +103,7 @@ class Case:
         )  # fmt: skip
         start = time.perf_counter()
         with jax.set_mesh(mesh):
-            self._step = step.lower(self._state, {}, self._batch).compile()
+            self._step = step.lower(self._state, {}, self._batch).compile(compiler_options())
         self.compile_seconds = time.perf_counter() - start
 
     def seconds(self, steps: int) -> float:

@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dials_jax.compiling import compiler_options
+
 
 class Timed:
     """A jitted function that returns its result and the seconds it took to run.
@@ -16,19 +18,11 @@ class Timed:
     A program is compiled once for each set of static arguments, shapes and placements, and for each
     precision of products that JAX is set to. The call waits for the result, so it belongs around
     whole generations and batches, not inside loops.
-
-    Args:
-      gpu_options: of XLA, for programs on GPUs.
     """
 
-    def __init__(
-        self,
-        fn: Callable,
-        static_argnames: tuple[str, ...] = (),
-        gpu_options: dict[str, Any] | None = None,
-    ):
+    def __init__(self, fn: Callable, static_argnames: tuple[str, ...] = ()):
         self._jitted = jax.jit(fn, static_argnames=static_argnames)
-        self._static, self._gpu_options = static_argnames, gpu_options
+        self._static = static_argnames
         self._programs: dict[Any, Any] = {}
         self.compile_seconds = 0.0
 
@@ -66,7 +60,6 @@ class Timed:
         key = (static, structure, shapes, jax.sharding.get_abstract_mesh(), precision)
         if key not in self._programs:
             start = time.perf_counter()
-            options = self._gpu_options if jax.default_backend() == "gpu" else None
-            self._programs[key] = self.lower(*args, **kwargs).compile(options)
+            self._programs[key] = self.lower(*args, **kwargs).compile(compiler_options())
             self.compile_seconds += time.perf_counter() - start
         return self._programs[key]

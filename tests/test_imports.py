@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LEVELS = (
-    {"config"},
+    {"compiling", "config"},
     {"timing", "trees"},
     {"sharding"},
     {"nn", "diffusion"},

@@ -183,9 +183,4 @@ def _generate_fn(
     return state.tokens, state.record
 
 
-# cuBLAS makes all products. XLA takes Triton's where they are quicker by themselves. In a
-# generation, where an H200 is at its power limit, that costs 0.9 % over a dual cache and 1.4 % over
-# ES-dLLM.
-_generate = Timed(
-    _generate_fn, static_argnames=STATIC, gpu_options={"xla_gpu_enable_triton_gemm": False}
-)
+_generate = Timed(_generate_fn, static_argnames=STATIC)

@@ -13,6 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from dials_jax import sharding, trees
+from dials_jax.compiling import compiler_options
 from dials_jax.config import InputError, TrainConfig, require, require_writable
 from dials_jax.data.batches import Batch, batch_at, prefetch, steps_per_epoch
 from dials_jax.training.checkpoint import Checkpoints
@@ -61,6 +62,7 @@ def train(cfg: TrainConfig, workdir: str | Path) -> TrainState:
         make_train_step(run.loss_fn, optimizer, cfg.seed, cfg.num_microbatches, ema),
         donate_argnums=0,
         out_shardings=(shardings_of(state, mesh, run.prefix), None),
+        compiler_options=compiler_options(),
     )
     with jax.set_mesh(mesh):
         state = _steps(cfg, run, state, step_fn, total, epoch, checkpoints, workdir)

@@ -94,7 +94,7 @@ def test_what_fits():
         (512, 12288, True),  # 384 in three
         (768, 12288, False),  # 576 in five
         (1024, 12288, True),  # 768 in six
-        (6144, 12288, False),
+        (6144, 12288, True),  # 4608 in 35
         (128, 18944, False),  # 148 in two
         (512, 18944, True),  # 592 in five
     ],
