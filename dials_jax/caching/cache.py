@@ -1,7 +1,7 @@
 """What a cache is to a sampler, and the three plain ones: none, prefix and dual.
 
 A denoising step is one model call, a *pass*. A cache says which kind of pass is due and what each
-kind runs. All kinds are compiled into one program, and none of them returns to the host.
+kind runs. All kinds are compiled into one program, which returns to the host at its end.
 """
 
 from __future__ import annotations

@@ -101,7 +101,8 @@ def step_limit(sampler: Sampler, cache: Cache) -> int:
 def is_fixed(sampler: Sampler, cache: Cache) -> bool:
     """Whether all steps are known beforehand: each reveals its quota, and no row ends early.
 
-    The loops then have constant trip counts, and the device never waits for a condition.
+    The loops then have constant trip counts. The device waits for a condition only where the kind
+    of a step depends on the block.
     """
     by_quota = sampler.max_quota is not None and not sampler.stop_at_eos
     return by_quota and not (cache.partial and sampler.max_quota > 1)
