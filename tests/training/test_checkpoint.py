@@ -69,7 +69,7 @@ def test_only_the_newest_are_kept(copied):
 
 def test_nothing_is_removed_before_the_new_one_is_verified(copied, monkeypatch):
     def misread(folder, flat):
-        return {name: x.at[(0,) * x.ndim].set(1) for name, x in flat.items()}
+        return {name: x.at[(0,) * x.ndim].set(x.dtype.type(1)) for name, x in flat.items()}
 
     monkeypatch.setattr(checkpoint, "_load", misread)
     with pytest.raises(OSError, match="reads back differently"):
