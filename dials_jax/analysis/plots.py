@@ -186,7 +186,8 @@ def _share_text(value: float) -> str:
 def executed_by_mask_ratio(lines: Sequence[Line], path: str | Path, title: str = "") -> Path:
     """Share of layers executed against mask ratio; thin lines are references.
 
-    A bin in which nothing ran is a gap. Denoising moves from right (all masked) to left.
+    Bins in which nothing ran are left out, and lines join the others: an answer of few tokens fills
+    every second bin at most. Denoising moves from right (all masked) to left.
     """
     require(len(lines) > 0, "executed_by_mask_ratio: no lines; give at least one policy")
     routed = [line for line in lines if line.kind == "routed"]
@@ -196,8 +197,7 @@ def executed_by_mask_ratio(lines: Sequence[Line], path: str | Path, title: str =
         ax = figure.subplots()
         for line in references:
             ax.plot(
-                _bin_centres(line),
-                line.shares,
+                *_filled_bins(line),
                 color=COLORS[line.kind],
                 linestyle=(0, (5, 5)) if line.kind == "static" else "-",
                 linewidth=1.2,
@@ -205,8 +205,7 @@ def executed_by_mask_ratio(lines: Sequence[Line], path: str | Path, title: str =
             )
         for line, color in zip(routed, shades(len(routed)), strict=True):
             ax.plot(
-                _bin_centres(line),
-                line.shares,
+                *_filled_bins(line),
                 color=color,
                 marker="o",
                 markersize=4.5,
@@ -223,17 +222,20 @@ def executed_by_mask_ratio(lines: Sequence[Line], path: str | Path, title: str =
     return Path(path)
 
 
-def _bin_centres(line: Line) -> np.ndarray:
-    return (np.arange(len(line.shares)) + 0.5) / len(line.shares)
+def _filled_bins(line: Line) -> tuple[np.ndarray, np.ndarray]:
+    """Centres and shares of the bins in which something ran."""
+    shares = np.array(line.shares)
+    filled = np.isfinite(shares)
+    return ((np.arange(len(shares)) + 0.5) / len(shares))[filled], shares[filled]
 
 
 def _label_ends(ax: Axes, lines: Sequence[Line]) -> None:
     """Writes each label once at the right edge: static and random coincide at equal k."""
     ends = {}
     for line in lines:
-        finite = [share for share in line.shares if math.isfinite(share)]
-        if finite:
-            ends.setdefault(line.label, finite[-1])
+        _, shares = _filled_bins(line)
+        if len(shares):
+            ends.setdefault(line.label, shares[-1])
     for label, y in ends.items():
         ax.annotate(
             label,
