@@ -16,7 +16,7 @@ from typing import Any, TypeVar, get_args
 import jax
 
 import dials_jax.config
-from dials_jax.config import InputError, nearest, require
+from dials_jax.config import InputError, local_path, nearest, require
 
 C = TypeVar("C")
 
@@ -63,9 +63,10 @@ def parse(
     if not needs_workdir:
         return config, Path(".")
     require(known.workdir is not None, "--workdir DIR is missing; say where results go")
+    local_path(known.workdir, "--workdir")
     if known.distributed:
         _join()
-    return config, Path(known.workdir)
+    return config, Path(known.workdir).expanduser()
 
 
 def _join() -> None:

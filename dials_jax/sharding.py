@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
 from dials_jax import trees
-from dials_jax.config import MeshConfig, require
+from dials_jax.config import InputError, MeshConfig, require
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -174,10 +174,22 @@ def _same(x):  # a function of the module: one made for each call would be compi
 
 
 def on_first_process(action: Callable[[], Any]) -> None:
-    """Runs `action` on one process while the others wait: for files that all of them share."""
+    """Runs `action` on one process while the others wait: for files that all of them share.
+
+    Raises: what `action` raises; on the other processes an InputError that says so.
+    """
+    problem = None
     if jax.process_index() == 0:
-        action()
-    wait()
+        try:
+            action()
+        except Exception as error:  # raised below, once the others know
+            problem = error
+    if jax.process_count() > 1:
+        failed = multihost_utils.broadcast_one_to_all(np.array(problem is not None))
+        if failed and problem is None:
+            raise InputError("the first process has stopped; its message says why")
+    if problem:
+        raise problem
 
 
 def wait() -> None:

@@ -10,7 +10,7 @@ LEVELS = (
     {"compiling", "config"},
     {"timing", "trees"},
     {"sharding"},
-    {"nn", "diffusion"},
+    {"nn", "diffusion", "workdir"},
     {"models", "skipping"},
     {"caching"},
     {"sampling", "data"},

@@ -20,6 +20,7 @@ from dials_jax.config.base import (
 from dials_jax.config.data import ArithmeticData, CorpusData, Data, TaskData, TextData
 from dials_jax.config.evaluation import EvalConfig, EvalTask
 from dials_jax.config.model import DTYPES, MeshConfig, ModelConfig, RouterConfig
+from dials_jax.config.paths import local_path
 from dials_jax.config.study import (
     ImportanceStudy,
     ProposeStudy,
@@ -54,6 +55,7 @@ __all__ = [
     "TrainConfig",
     "finite",
     "from_dict",
+    "local_path",
     "nearest",
     "read_json",
     "require",

@@ -94,13 +94,17 @@ def read_json(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def require_writable(workdir: str | Path) -> None:
-    """Raises: InputError for a folder that cannot be made or written to. Makes nothing."""
+def require_writable(workdir: str | Path, name: str = "--workdir") -> None:
+    """Raises: InputError for a folder that cannot be made or written to. Makes nothing.
+
+    Args:
+      name: of the option or field that gave the folder, for the message.
+    """
     workdir = Path(workdir).absolute()
     nearest_existing = next(path for path in (workdir, *workdir.parents) if path.exists())
     require(
         nearest_existing.is_dir() and os.access(nearest_existing, os.W_OK),
-        f"{nearest_existing} is no folder that can be written to; choose another --workdir",
+        f"{nearest_existing} is no folder that can be written to; choose another {name}",
     )
 
 

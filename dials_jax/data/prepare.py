@@ -33,7 +33,9 @@ from dials_jax.data.documents import Documents, open_documents
 from dials_jax.data.packing import BATCH_DOCUMENTS, PACKINGS, encode_documents, token_dtype
 from dials_jax.data.records import file_sha256
 from dials_jax.data.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
+from dials_jax.workdir import exclusive, require_unclaimed
 
+SETTINGS = "settings.json"  # what a folder was begun with
 PART_BATCHES = 20  # batches of documents in a part: at most a minute's work is lost
 
 
@@ -43,6 +45,11 @@ def prepare(cfg: CorpusData, model_config: ModelConfig) -> dict[str, Any]:
     Returns: the manifest, with the counts and digests of every split.
     Raises: InputError for a corpus, tokenizer or folder that does not fit, before work begins.
     """
+    with exclusive(cfg.folder, "data.folder") as folder:
+        return _prepare(cfg, model_config, folder)
+
+
+def _prepare(cfg: CorpusData, model_config: ModelConfig, folder: Path) -> dict[str, Any]:
     tokenizer = load_tokenizer(cfg.tokenizer)
     check_tokenizer(tokenizer, model_config)
     require(model_config.eos_id is not None, "the model has no eos_id; packing needs one")
@@ -54,8 +61,11 @@ def prepare(cfg: CorpusData, model_config: ModelConfig) -> dict[str, Any]:
         f"num_validation={cfg.num_validation} leaves nothing of {documents.count} documents; "
         "lower it",
     )
-    folder = Path(cfg.folder)
     settings = _settings(cfg, model_config, tokenizer, documents)
+    names = {MANIFEST, PARTS, RECORDS, "tokenizer.json"}
+    if Path(cfg.tokenizer).expanduser().absolute() in (folder, folder / "tokenizer.json"):
+        names.remove("tokenizer.json")  # the one that is used
+    require_unclaimed(folder, SETTINGS, names)
     _claim(folder, settings)
     tokenizer.save(folder)
     packer = _Packer(cfg, model_config, tokenizer.plain(), documents, folder / PARTS)
@@ -92,7 +102,7 @@ def _settings(
 
 def _claim(folder: Path, settings: dict[str, Any]) -> None:
     """Notes what the folder is for. Raises: InputError if it holds something else."""
-    path = folder / "settings.json"
+    path = folder / SETTINGS
     for name, there in (read_json(path) if path.exists() else {}).items():
         require(
             there == settings.get(name),

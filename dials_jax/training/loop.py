@@ -14,13 +14,14 @@ from jax.experimental import multihost_utils
 
 from dials_jax import sharding, trees
 from dials_jax.compiling import compiler_options
-from dials_jax.config import InputError, TrainConfig, require, require_writable
+from dials_jax.config import InputError, TrainConfig, require
 from dials_jax.data.batches import Batch, batch_at, prefetch, steps_per_epoch
 from dials_jax.training.checkpoint import Checkpoints
 from dials_jax.training.metrics import MetricsWriter, progress_bar
 from dials_jax.training.optimizer import make_optimizer, make_schedule, num_steps
 from dials_jax.training.run import Run, claim_workdir, prepare
 from dials_jax.training.step import TrainState, init_state, make_train_step, shardings_of
+from dials_jax.workdir import exclusive
 
 
 class NonFiniteLoss(InputError):
@@ -37,8 +38,11 @@ def train(cfg: TrainConfig, workdir: str | Path) -> TrainState:
       InputError: for settings or data that do not fit, before any expensive work.
       NonFiniteLoss: naming the step; the last good checkpoint stays.
     """
-    workdir = Path(workdir).absolute()
-    require_writable(workdir)
+    with exclusive(workdir) as workdir:
+        return _train(cfg, workdir)
+
+
+def _train(cfg: TrainConfig, workdir: Path) -> TrainState:
     mesh = sharding.make_mesh(cfg.mesh)
     shards = sharding.num_batch_shards(mesh)
     rows = cfg.batch_size // cfg.num_microbatches

@@ -1,0 +1,119 @@
+"""Folders that a run writes into: one process at a time, and nobody else's files.
+
+with exclusive(workdir) as workdir:
+    require_unclaimed(workdir, mark="config.json", names=("model", "checkpoints"))
+    ...
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import socket
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from dials_jax import sharding
+from dials_jax.config import InputError, local_path, require, require_writable
+
+log = logging.getLogger(__name__)
+
+LOCK = ".dials_jax.lock"  # in the folder while a process works there
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+@contextlib.contextmanager
+def exclusive(folder: str | Path, name: str = "--workdir") -> Iterator[Path]:
+    """Keeps `folder` for this process, or this pod, and makes it if it is missing.
+
+    The lock is one of the operating system, which dies with the process however that ends. Every
+    process of a pod enters; the first one holds the lock. A folder that was made here and is left
+    empty goes again.
+
+    Args:
+      name: of the option or field that gave the folder, for messages.
+    Yields: the folder's absolute path.
+    Raises: InputError if another process works there, or if nothing can be written.
+    """
+    path = local_path(folder, name)
+    with contextlib.ExitStack() as stack:
+        sharding.on_first_process(lambda: stack.enter_context(_locked(path, name)))
+        yield path
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, name: str) -> Iterator[None]:
+    require_writable(folder, name)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held = _take(folder / LOCK, name)
+    except OSError as error:
+        _remove_empty(made)
+        raise InputError(
+            f"{folder} is no folder that can be written to ({error.strerror}); "
+            f"choose another {name}"
+        ) from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            (folder / LOCK).unlink()  # while it is held: see `_take`
+        os.close(held)
+        _remove_empty(made)
+
+
+def _take(path: Path, name: str) -> int:
+    """The descriptor of the lock file, locked.
+
+    Whoever ends removes the file, so a lock counts only if the file is still that of the name.
+    """
+    while True:
+        held = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(held), path.stat()):
+                os.ftruncate(held, 0)
+                os.write(held, f"process {os.getpid()} on {socket.gethostname()}".encode())
+                return held
+        except BlockingIOError:
+            owner = os.read(held, 200).decode(errors="replace") or "another process"
+            os.close(held)
+            raise InputError(
+                f"{path.parent} is in use by {owner}; wait until it has ended, or choose another "
+                f"{name}"
+            ) from None
+        except OSError as error:
+            if error.errno in NO_LOCKS:
+                log.warning("%s cannot be locked (%s); run one process there", path, error)
+                return held
+            os.close(held)
+            raise
+        os.close(held)
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
+
+
+def require_unclaimed(folder: Path, mark: str, names: Iterable[str]) -> None:
+    """Says no before a run writes over what it did not make.
+
+    Args:
+      mark: the file by which a run knows a folder as its own; whoever has it may write all names.
+      names: what the run is going to write or replace.
+    Raises: InputError naming the first that lies there without the mark.
+    """
+    if (folder / mark).exists():
+        return
+    for name in names:
+        require(
+            not os.path.lexists(folder / name),
+            f"{folder / name} was not made by a run of this folder, which has no {mark}, and would "
+            "be overwritten; move it away, or choose another folder",
+        )
