@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,11 @@ class Execution:
         bins = np.ceil(share * NUM_BINS - 1e-6).astype(int) - 1
         np.add.at(self.executed, bins[bins >= 0], by_row[bins >= 0])
         np.add.at(self.rows, bins[bins >= 0], 1)
+
+    def add_counts(self, executed: Sequence[Sequence[int]], rows: Sequence[int]) -> None:
+        """Adds what another `Execution` counted, as its `to_dict` has it."""
+        self.executed += np.asarray(executed)
+        self.rows += np.asarray(rows)
 
     def to_dict(self) -> dict[str, Any]:
         return {"executed": self.executed.tolist(), "rows": self.rows.tolist()}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from dials_jax.config import EvalTask, require
 from dials_jax.data.buckets import batches, buckets, pair_buckets
 from dials_jax.data.items import Item, item_names, normalise_answer, pad_prompts
 from dials_jax.data.tokenizer import Tokenizer
+from dials_jax.evaluation.earned import Earned, Record, batch_record
 from dials_jax.evaluation.execution import Execution
 from dials_jax.evaluation.likelihood import pad_pairs, score_pairs
 from dials_jax.models import transformer
@@ -34,19 +35,15 @@ STRATUM = 16  # masked copies a round, over which their numbers of masks are spr
 Progress = Callable[[int], Any]  # told how many rows are done
 
 
-@dataclass
+@dataclass(frozen=True)
 class TaskScores:
     """What one policy does on one task; `items` maps an item's key to its score."""
 
     execution: Execution
-    items: dict[str, float] = field(default_factory=dict)
-    also: dict[str, float] = field(default_factory=dict)
-    costs: list[Flops] = field(default_factory=list)
-    examples: list[dict[str, Any]] = field(default_factory=list)
-
-    @property
-    def flops(self) -> Flops:
-        return Flops.sum(self.costs)
+    flops: Flops
+    items: dict[str, float]
+    also: dict[str, float]
+    examples: list[dict[str, Any]]  # of the first items
 
 
 def score_task(
@@ -58,22 +55,65 @@ def score_task(
     batch_size: int,
     seed: int,
     progress: Progress = lambda n: None,
+    records: Sequence[Record] = (),
+    keep: Callable[[dict[str, Any]], Any] = lambda record: None,
 ) -> TaskScores:
-    """Scores every item. Keys come from seed and item: order and batches do not matter."""
+    """Scores every item. Keys come from seed and item: order and batches do not matter.
+
+    Args:
+      records: of batches that an earlier call scored; what they hold is not scored again.
+      keep: told the record of every batch as soon as it is earned.
+    """
     check_task(task, items, model)
-    scores = TaskScores(Execution(model.num_layers))
-    if task.metric == "exact_match":
-        _exact_match(scores, model, task, items, tokenizer, policy, batch_size, seed, progress)
-        return scores
-    likelihoods = _likelihoods(scores, model, task, items, policy, batch_size, seed, progress)
-    for name, item, values in zip(item_names(items), items, likelihoods, strict=True):
-        if task.metric == "nelbo":
-            scores.items[name] = -values[0] / len(item.answers[0])
-        else:
-            scores.items[name] = float(np.argmax(values) == item.label)
+    earned = Earned(model.num_layers, _pairs(task, items), records)
+    progress(earned.num_done)
+    score = _exact_match if task.metric == "exact_match" else _likelihoods
+    for record in score(earned, model, task, items, tokenizer, policy, batch_size, seed):
+        keep(record)
+        done = earned.num_done
+        earned.add(record)
+        progress(earned.num_done - done)
+    return _task_scores(task, items, earned)
+
+
+def _task_scores(task: EvalTask, items: Sequence[Item], earned: Earned) -> TaskScores:
+    names = item_names(items)
+    values = [
+        np.array([earned.mean(pair) for pair in _pair_names(task, name, item)])
+        for name, item in zip(names, items, strict=True)
+    ]
+    found = {
+        name: _item_score(task, item, own)
+        for name, item, own in zip(names, items, values, strict=True)
+    }
+    also = {}
     if task.metric == "choice":
-        scores.also["accuracy_per_token"] = _accuracy_per_token(items, likelihoods)
-    return scores
+        also["accuracy_per_token"] = _accuracy_per_token(items, values)
+    examples = [earned.examples[name] for name in names[:NUM_EXAMPLES] if name in earned.examples]
+    return TaskScores(earned.execution, earned.flops, found, also, examples)
+
+
+def _item_score(task: EvalTask, item: Item, values: Float[np.ndarray, "answers"]) -> float:
+    """By the values of its answers: whether text was right, or log-likelihoods in nats."""
+    if task.metric == "exact_match":
+        return float(values[0])
+    if task.metric == "nelbo":
+        return float(-values[0] / len(item.answers[0]))
+    return float(np.argmax(values) == item.label)
+
+
+def _pair_names(task: EvalTask, name: str, item: Item) -> list[str]:
+    """Names of an item's pairs of prompt and answer; a generated answer is one."""
+    if task.metric == "exact_match":
+        return [name]
+    return [f"{name}.{number}" for number in range(len(item.answers))]
+
+
+def _pairs(task: EvalTask, items: Sequence[Item]) -> dict[str, int]:
+    """The names of all pairs, and how many copies of each are scored."""
+    copies = 1 if task.metric == "exact_match" else task.num_samples
+    named = zip(item_names(items), items, strict=True)
+    return {pair: copies for name, item in named for pair in _pair_names(task, name, item)}
 
 
 def check_settings(task: EvalTask) -> None:
@@ -115,9 +155,7 @@ def check_cache(task: EvalTask, sampler: Confidence, model: Model, prompt_length
 
 def num_rows(task: EvalTask, items: Sequence[Item]) -> int:
     """Rows that `score_task` runs, for its progress."""
-    if task.metric == "exact_match":
-        return len(items)
-    return task.num_samples * sum(len(item.answers) for item in items)
+    return sum(_pairs(task, items).values())
 
 
 def item_keys(seed: int, items: Sequence[Item]) -> jax.Array:
@@ -149,13 +187,16 @@ def sampler_of(task: EvalTask, length: int) -> Confidence:
 
 
 def _exact_match(
-    scores: TaskScores, model, task, items, tokenizer, policy, batch_size, seed, progress
-) -> None:
+    earned: Earned, model, task, items, tokenizer, policy, batch_size, seed
+) -> Iterator[dict[str, Any]]:
+    """Generates what is not scored yet; yields the record of every batch."""
     cfg, sampler, cache = model.config, sampler_for(task, items), parse_cache(task.cache)
     lengths, names = [len(item.prompt) for item in items], item_names(items)
     sizes = buckets(lengths, task.bucket, task.max_programs, batch_size)
     padded = {size for length, size in zip(lengths, sizes, strict=True) if length < size}
-    for group in batches(sizes, batch_size):
+    left, _ = earned.left(names)
+    for chosen in batches([sizes[i] for i in left], batch_size):
+        group = left[chosen].tolist()
         members = [items[i] for i in group]
         tokens, valid = pad_prompts([m.prompt for m in members], sizes[group[0]], cfg.pad_id)
         out = generate(
@@ -168,13 +209,20 @@ def _exact_match(
             key=item_keys(seed, members),
             fill_to=batch_size,
         )
-        scores.execution.add(out.gates, at_work(out.masked_share))
-        scores.costs.append(out.flops)
+        execution, scores, examples = Execution(model.num_layers), [], {}
+        execution.add(out.gates, at_work(out.masked_share))
         for i, row in zip(group, out.tokens[:, tokens.shape[1] :], strict=True):
-            scores.items[names[i]] = _score_output(
-                scores, task, items[i], row.tolist(), tokenizer, cfg
-            )
-        progress(len(members))
+            text, correct = _score_output(task, items[i], row.tolist(), tokenizer, cfg)
+            scores.append(float(correct))
+            if i < NUM_EXAMPLES:
+                examples[names[i]] = {
+                    "prompt": tokenizer.decode(list(items[i].prompt)),
+                    "output": text,
+                    "reference": items[i].reference,
+                    "correct": correct,
+                }
+        where = [names[i] for i in group], [0] * len(group)
+        yield batch_record(*where, scores, out.flops, execution, examples)
 
 
 def at_work(masked_share: Float[np.ndarray, "S R"]) -> Float[np.ndarray, "S R"]:
@@ -183,47 +231,42 @@ def at_work(masked_share: Float[np.ndarray, "S R"]) -> Float[np.ndarray, "S R"]:
     return np.where(after < masked_share, masked_share, 0.0)
 
 
-def _score_output(scores: TaskScores, task, item: Item, row: list[int], tokenizer, cfg) -> float:
-    """1 where the text before the first end of text is right; keeps the first few as examples."""
+def _score_output(task, item: Item, row: list[int], tokenizer, cfg) -> tuple[str, bool]:
+    """The text before the first end of text, and whether it is right."""
     ends = [i for i, token in enumerate(row) if token in (cfg.eos_id, cfg.eot_id)]
     text = tokenizer.decode(row[: ends[0]] if ends else row)
     expected = normalise_answer(item.reference, task.extract)
-    correct = normalise_answer(text, task.extract) == expected
-    if len(scores.examples) < NUM_EXAMPLES:
-        prompt = tokenizer.decode(list(item.prompt))
-        example = {"prompt": prompt, "output": text, "reference": item.reference}
-        scores.examples.append(example | {"correct": correct})
-    return float(correct)
+    return text, normalise_answer(text, task.extract) == expected
 
 
 # ----------------------------------------------------------------------------------- likelihood
 
 
 def _likelihoods(
-    scores: TaskScores, model, task, items, policy, batch_size, seed, progress
-) -> list[np.ndarray]:
-    """Log-likelihood of every answer of every item, in nats.
+    earned: Earned, model, task, items, tokenizer, policy, batch_size, seed
+) -> Iterator[dict[str, Any]]:
+    """Log-likelihoods, in nats, of copies that are not scored yet; yields every batch's record.
 
     Raises: InputError where the model says NaN: the first choice would look like the best.
     """
     pairs = [(item.prompt, answer) for item in items for answer in item.answers]
+    names = list(_pairs(task, items))
     owners = [i for i, item in enumerate(items) for _ in item.answers]
     keys = item_keys(seed, items)[np.asarray(owners)]  # choices of an item share their masks
     stratum = min(STRATUM, task.num_samples)
-    totals = np.zeros(len(pairs))
     lengths = [(len(prompt), len(answer)) for prompt, answer in pairs]
     shapes = pair_buckets(lengths, task.bucket, task.max_programs)
     for shape in sorted(set(shapes), reverse=True):
-        members = [i for i, s in enumerate(shapes) if s == shape]
-        rows = np.repeat(members, task.num_samples)
-        samples = np.tile(np.arange(task.num_samples), len(members))
+        members = np.array([i for i, s in enumerate(shapes) if s == shape])
+        numbers, samples = earned.left([names[i] for i in members])
+        rows = members[numbers]
         for first in range(0, len(rows), batch_size):
-            chosen = rows[first : first + batch_size]
+            chosen, copies = rows[first : first + batch_size], samples[first : first + batch_size]
             out, cost = score_pairs(
                 model,
                 pad_pairs([pairs[i] for i in chosen], model.config, *shape),
                 keys[chosen],
-                samples[first : first + batch_size],
+                copies,
                 stratum=stratum,
                 cfg_scale=task.cfg_scale,
                 policy=policy,
@@ -234,12 +277,10 @@ def _likelihoods(
                 f"task {task.name!r}: a likelihood is NaN; look for NaN in the model's weights, or "
                 "for values that overflow its dtype",
             )
-            np.add.at(totals, chosen, out.log_likelihood / task.num_samples)
-            scores.execution.add(out.gates, out.masked_share)
-            scores.costs.append(cost)
-            progress(len(chosen))
-    ends = np.cumsum([len(item.answers) for item in items])
-    return np.split(totals, ends[:-1])
+            execution = Execution(model.num_layers)
+            execution.add(out.gates, out.masked_share)
+            where = [names[i] for i in chosen], copies.tolist()
+            yield batch_record(*where, out.log_likelihood.tolist(), cost, execution)
 
 
 def _accuracy_per_token(items: Sequence[Item], likelihoods: Sequence[np.ndarray]) -> float:

@@ -6,6 +6,7 @@ head, attention by length and the routers. `seconds` is measured, compilation ap
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,15 +26,18 @@ class Flops(NamedTuple):
 
     @classmethod
     def sum(cls, parts: list[Flops]) -> Flops:
-        """Totals of several runs; shares weighted by the FLOPs they are shares of."""
-        full = np.array([p.model_total / p.model for p in parts])
-        layers = np.array([p.layers_run for p in parts])
-        total = float(sum(p.model_total for p in parts))
+        """Totals of several runs; shares weighted by the FLOPs they are shares of.
+
+        Sums are exact before they are rounded, so the order of the runs does not matter.
+        """
+        full = [p.model_total / p.model for p in parts]
+        layers = [p.layers_run * f for p, f in zip(parts, full, strict=True)]
+        total = math.fsum(p.model_total for p in parts)
         return cls(
-            layers_run=float((layers * full).sum() / full.sum()),
-            model=total / float(full.sum()),
+            layers_run=math.fsum(layers) / math.fsum(full),
+            model=total / math.fsum(full),
             model_total=total,
-            seconds=float(sum(p.seconds for p in parts)),
+            seconds=math.fsum(p.seconds for p in parts),
         )
 
 

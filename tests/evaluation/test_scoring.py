@@ -1,6 +1,7 @@
 """Scores on items of a tokenizer of digits, with models that are random or know nothing."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,11 @@ import pytest
 
 from dials_jax import trees
 from dials_jax.caching.cache import DualCache
-from dials_jax.config import ArithmeticData, EvalTask, InputError
+from dials_jax.config import ArithmeticData, EvalTask, InputError, finite
 from dials_jax.data.arithmetic import ArithmeticTask
 from dials_jax.data.items import load_items, make_item
 from dials_jax.evaluation import likelihood, scoring
+from dials_jax.evaluation.earned import Earned
 from dials_jax.evaluation.likelihood import log_likelihood
 from dials_jax.evaluation.scoring import item_keys, num_rows, score_task
 from dials_jax.models import transformer
@@ -130,9 +132,12 @@ def mixed():
 def outputs(monkeypatch, model, task, items, **kwargs):
     """The scores, and what was generated for each item."""
     found = {}
-    monkeypatch.setattr(
-        scoring, "_score_output", lambda s, t, item, row, *_: found.update({item.key: row})
-    )
+
+    def score(task, item, row, *_):
+        found[item.key] = row
+        return "", False
+
+    monkeypatch.setattr(scoring, "_score_output", score)
     return run(model, task, items, **kwargs), found
 
 
@@ -289,3 +294,60 @@ def test_samples_must_fill_rounds(scorer, items):
     task = dataclasses.replace(NELBO, num_samples=20)
     with pytest.raises(InputError, match="num_samples=20 must be a multiple of 16"):
         run(scorer, task, items)
+
+
+# ------------------------------------------------------------------------------------- going on
+
+
+PARTS = {"exact_match": (FIRST, 2), "choice": (CHOICE, 3), "nelbo": (NELBO, 5)}
+
+
+@pytest.fixture(params=PARTS)
+def batch_by_batch(request, scorer, mixed, choices):
+    """A task with its items, all its records as JSON keeps them, and its scores."""
+    task, batch_size = PARTS[request.param]
+    task = dataclasses.replace(task, bucket=1)
+    items = choices if task.metric == "choice" else mixed[:7]
+    records = []
+    whole = run(scorer, task, items, batch_size, Random(1), keep=records.append)
+    return task, items, batch_size, json.loads(json.dumps(records)), whole
+
+
+def assert_same(found, whole):
+    """All but the measured time, to the last bit."""
+    assert found.items == whole.items and found.also == whole.also
+    assert found.execution.to_dict() == whole.execution.to_dict()
+    assert found.examples == whole.examples
+    assert found.flops._replace(seconds=0) == whole.flops._replace(seconds=0)
+
+
+def test_what_is_recorded_is_not_scored_again(scorer, batch_by_batch):
+    task, items, batch_size, records, whole = batch_by_batch
+    assert len(records) > 2
+    for kept in (records[:2], records[:1] + records[2:], [*records[:2], records[0]], records):
+        done, new = [], []
+        found = run(
+            scorer, task, items, batch_size, Random(1),
+            progress=done.append, records=kept, keep=new.append,
+        )  # fmt: skip
+        assert_same(found, whole)
+        assert len(new) == len(records) - len({json.dumps(record) for record in kept})
+        assert sum(done) == num_rows(task, items)
+
+
+def test_the_rest_may_be_scored_in_other_batches(scorer, batch_by_batch):
+    task, items, batch_size, records, whole = batch_by_batch
+    found = run(scorer, task, items, batch_size - 1, Random(1), records=records[1:3])
+    assert_equal_scores(found.items, whole.items)
+    assert found.execution.to_dict() == whole.execution.to_dict()
+    assert found.examples == whole.examples
+
+
+def test_log_0_is_recorded_as_json_has_it(uniform, choices):
+    records = []
+    run(uniform, CHOICE, choices, keep=records.append)
+    records = finite(records)
+    records[0]["scores"][0][3] = None
+    name = records[0]["scores"][0][0]
+    pairs = {pair: n + first for r in records for pair, first, n, _ in r["scores"]}
+    assert Earned(2, pairs, records).mean(name) == -np.inf
