@@ -112,7 +112,10 @@ def task(**changes):
         (lambda: optimizer(warmup_steps=None), "exactly one of warmup_steps and warmup_epochs"),
         (lambda: optimizer(clip_norm=0.0), "clip_norm=0.0 must be positive and finite"),
         (lambda: optimizer(learning_rate=-1e-3), "learning_rate=-0.001 must be positive"),
-        (lambda: optimizer(learning_rate=float("nan")), "learning_rate=nan must be positive"),
+        (
+            lambda: optimizer(learning_rate=float("nan")),
+            "learning_rate=nan must be a finite number",
+        ),
         (lambda: optimizer(b1=1.0), r"b1=1.0 must lie in \[0, 1\)"),
         (lambda: optimizer(b2=2.0), r"b2=2.0 must lie in \[0, 1\)"),
         (lambda: optimizer(weight_decay=-0.1), "weight_decay=-0.1 must not be negative"),

@@ -7,8 +7,8 @@ the command line. A function takes the smallest of them that it needs.
 from dials_jax.config.base import (
     InputError,
     finite,
-    from_dict,
     nearest,
+    parse_json,
     read_json,
     require,
     require_packages,
@@ -19,7 +19,7 @@ from dials_jax.config.base import (
 )
 from dials_jax.config.data import ArithmeticData, CorpusData, Data, TaskData, TextData
 from dials_jax.config.evaluation import EvalConfig, EvalTask
-from dials_jax.config.model import DTYPES, MeshConfig, ModelConfig, RouterConfig
+from dials_jax.config.model import DTYPES, MeshConfig, ModelConfig, RouterConfig, WeightDtype
 from dials_jax.config.paths import local_path
 from dials_jax.config.study import (
     ImportanceStudy,
@@ -30,11 +30,13 @@ from dials_jax.config.study import (
     StudyConfig,
 )
 from dials_jax.config.training import ObjectiveConfig, OptimizerConfig, TrainConfig
+from dials_jax.config.typed import Count, Range, Seed, Typed, as_type, from_dict, shown, typed
 
 __all__ = [
     "DTYPES",
     "ArithmeticData",
     "CorpusData",
+    "Count",
     "Data",
     "EvalConfig",
     "EvalTask",
@@ -45,23 +47,31 @@ __all__ = [
     "ObjectiveConfig",
     "OptimizerConfig",
     "ProposeStudy",
+    "Range",
     "RouterConfig",
     "SamplingStudy",
     "ScheduleStudy",
     "SearchStudy",
+    "Seed",
     "StudyConfig",
     "TaskData",
     "TextData",
     "TrainConfig",
+    "Typed",
+    "WeightDtype",
+    "as_type",
     "finite",
     "from_dict",
     "local_path",
     "nearest",
+    "parse_json",
     "read_json",
     "require",
     "require_packages",
     "require_positive",
     "require_writable",
+    "shown",
     "to_dict",
+    "typed",
     "write_json",
 ]

@@ -7,14 +7,10 @@ import difflib
 import json
 import math
 import os
-import types
-import typing
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
-
-T = TypeVar("T")
+from typing import Any
 
 
 class InputError(ValueError):
@@ -44,52 +40,34 @@ def to_dict(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
-    """The inverse of `to_dict`.
+def parse_json(text: str | bytes, where: str) -> Any:
+    """JSON of any kind.
 
-    Raises: InputError for an unknown or missing field, naming the nearest valid one.
+    Args:
+      where: what the message begins with: a file, or a file and a line.
+
+    Raises: InputError for what is no JSON, no UTF-8, or nested too deep to read.
     """
-    hints = typing.get_type_hints(cls)
-    prefix = f"{where}: " if where else ""
-    for name in values:
-        require(name in hints, f"{prefix}unknown field {name!r}{nearest(name, hints)}")
-    for f in dataclasses.fields(cls):
-        has_default = (f.default, f.default_factory) != (dataclasses.MISSING,) * 2
-        require(has_default or f.name in values, f"{prefix}field {f.name!r} is missing")
-    return cls(**{name: _parse(hints[name], v, f"{where}.{name}") for name, v in values.items()})
-
-
-def _parse(hint: Any, value: Any, where: str) -> Any:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return _parse_union(args, value, where)
-    if origin is tuple:
-        return tuple(_parse(args[0], v, where) for v in value)
-    if dataclasses.is_dataclass(hint):
-        return from_dict(hint, value, where.lstrip("."))
-    return value
-
-
-def _parse_union(options: tuple, value: Any, where: str) -> Any:
-    if not isinstance(value, dict):
-        return value
-    classes = [o for o in options if dataclasses.is_dataclass(o)]
-    if len(classes) == 1:
-        return from_dict(classes[0], value, where.lstrip("."))
-    kinds = {typing.get_args(typing.get_type_hints(c)["kind"])[0]: c for c in classes}
-    kind = value.get("kind")
-    require(kind in kinds, f"{where}: unknown kind {kind!r}{nearest(str(kind), kinds)}")
-    return from_dict(kinds[kind], value, where.lstrip("."))
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise InputError(f"{where} is not valid JSON: it is nested too deep") from error
+    except ValueError as error:  # not UTF-8, not JSON, or an integer of thousands of digits
+        raise InputError(f"{where} is not valid JSON: {error}") from error
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """Reads a JSON object. Raises: InputError if the file is missing or holds none."""
+    """Reads a JSON object.
+
+    Raises: InputError if the file is missing, cannot be read or holds none.
+    """
     path = Path(path)
-    require(path.is_file(), f"{path} is missing")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not UTF-8, or not JSON
-        raise InputError(f"{path} is not valid JSON: {error}") from error
+        require(path.is_file(), f"{path} is missing")
+        text = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    values = parse_json(text, str(path))
     require(isinstance(values, dict), f"{path} does not hold a JSON object")
     return values
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dials_jax.config.base import require
+from dials_jax.config.typed import Seed, Typed
 
 
 def _require_share(random_length_prob: float) -> None:
@@ -16,7 +17,7 @@ def _require_share(random_length_prob: float) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextData:
+class TextData(Typed):
     """Documents packed end to end into rows of `length` tokens."""
 
     kind: Literal["text"] = "text"
@@ -28,11 +29,12 @@ class TextData:
     cache: str = ".cache/dials_jax"  # packed tokens are kept here
 
     def __post_init__(self):
+        super().__post_init__()
         _require_share(self.random_length_prob)
 
 
 @dataclass(frozen=True, kw_only=True)
-class CorpusData:
+class CorpusData(Typed):
     """A large corpus that `prepare.py` once turns into rows of `length` tokens, kept in `folder`.
 
     It comes from a Hugging Face data set or from files. Training reads `folder` only.
@@ -56,6 +58,7 @@ class CorpusData:
     random_length_prob: float = 0.0  # as in TextData
 
     def __post_init__(self):
+        super().__post_init__()
         require(self.length > 2, f"length={self.length} must be more than 2 tokens")
         require(
             0 <= self.prompt_length < self.length,
@@ -66,7 +69,7 @@ class CorpusData:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskData:
+class TaskData(Typed):
     """Prompt/answer pairs from JSONL. Fields enter templates as `{name}` or `{name.inner}`."""
 
     kind: Literal["task"] = "task"
@@ -81,14 +84,14 @@ class TaskData:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ArithmeticData:
+class ArithmeticData(Typed):
     """The procedural task of the demo: reversals, maxima, sorted digits; sums are harder."""
 
     kind: Literal["arithmetic"] = "arithmetic"
     operations: tuple[str, ...] = ("reverse", "max", "sort")
     digits: int = 2
     num_items: int = 20_000  # distinct training items
-    split_seed: int = 0  # decides which items are held out
+    split_seed: Seed = 0  # decides which items are held out
 
 
 Data = TextData | CorpusData | TaskData | ArithmeticData

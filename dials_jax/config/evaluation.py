@@ -7,11 +7,12 @@ from typing import Literal
 
 from dials_jax.config.base import require, require_positive
 from dials_jax.config.data import Data
-from dials_jax.config.model import MeshConfig
+from dials_jax.config.model import MeshConfig, WeightDtype
+from dials_jax.config.typed import Seed, Typed
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalTask:
+class EvalTask(Typed):
     """One evaluation task. `metric` decides how items are scored."""
 
     name: str
@@ -36,6 +37,7 @@ class EvalTask:
     max_programs: int = 4  # lengths, or shapes of prompt and answer, that are compiled
 
     def __post_init__(self):
+        super().__post_init__()
         require_positive(self, "num_samples", "bucket", "max_programs")
         require(
             self.limit is None or self.limit > 0,
@@ -51,7 +53,7 @@ class EvalTask:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig:
+class EvalConfig(Typed):
     """A sweep of policies over tasks."""
 
     model: str
@@ -67,8 +69,9 @@ class EvalConfig:
     layout: Literal["stacked", "unrolled", "fused", "auto"] = (
         "stacked"  # stacked compiles much faster
     )
-    dtype: str | None = None
-    seed: int = 0
+    dtype: WeightDtype | None = None
+    seed: Seed = 0
 
     def __post_init__(self):
+        super().__post_init__()
         require_positive(self, "num_calibration", "batch_size")

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from dials_jax.config.base import require, require_positive
+from dials_jax.config.typed import Typed
 
-DTYPES = ("bfloat16", "float16", "float32")
-NORMS = ("rms", "layer")
-MLPS = ("swiglu", "gelu")
+Dtype = Literal["bfloat16", "float16", "float32"]
+WeightDtype = Literal["bfloat16", "float32"]  # models are stored and loaded in one of these
+DTYPES = get_args(Dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Typed):
     """Shape of one transformer. Numbers that change the maths have no default."""
 
     model_type: str = "llada"
@@ -30,9 +32,9 @@ class ModelConfig:
     bias: bool = False  # biases on the MLP's products, and on the two that follow
     o_bias: bool | None = None  # a bias on the projection out of attention; None: as `bias`
     head_bias: bool | None = None  # a bias on the head; None: as `bias`
-    norm: str = "rms"  # or "layer"
+    norm: Literal["rms", "layer"] = "rms"
     norm_bias: bool = False  # a bias in every layer norm
-    mlp: str = "swiglu"  # or "gelu": its tanh approximation, without a gate
+    mlp: Literal["swiglu", "gelu"] = "swiglu"  # gelu: its tanh approximation, without a gate
     cond_dim: int = 0  # width of the vector that modulates the layers (adaLN); 0: nothing does
     time_conditioning: bool = False  # it depends on the time t; otherwise it is a learned constant
     causal: bool = False  # a token sees itself and what is to its left only
@@ -42,9 +44,10 @@ class ModelConfig:
     eos_id: int | None  # end of text; None for a causal model that has none
     pad_id: int
     eot_id: int | None = None  # end of turn, where the tokenizer has one
-    dtype: str = "bfloat16"  # activations; norms, softmax, angles and logits stay float32
+    dtype: Dtype = "bfloat16"  # activations; norms, softmax, angles and logits stay float32
 
     def __post_init__(self):
+        super().__post_init__()
         sizes = ("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim")
         rotary = () if self.rope_theta is None else ("rope_theta",)
         require_positive(self, *sizes, "d_ff", "max_length", "norm_eps", *rotary)
@@ -56,9 +59,6 @@ class ModelConfig:
             not rotary or self.head_dim % 2 == 0,
             f"head_dim={self.head_dim} must be even for rotary halves",
         )
-        for name, valid in {"dtype": DTYPES, "norm": NORMS, "mlp": MLPS}.items():
-            value = getattr(self, name)
-            require(value in valid, f"{name}={value!r} must be one of {', '.join(valid)}")
         require(self.cond_dim >= 0, f"cond_dim={self.cond_dim} must not be negative")
         require(
             self.norm == "layer" or not (self.norm_bias or self.cond_dim),
@@ -92,7 +92,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RouterConfig:
+class RouterConfig(Typed):
     """One DIALS router before every layer (DIALS, section 3.2)."""
 
     d_hidden: int = 512
@@ -101,12 +101,13 @@ class RouterConfig:
     execute_bias: float = 3.0  # first bias of the vote to execute; sigmoid(-3) = 4.7 % skip
 
     def __post_init__(self):
+        super().__post_init__()
         require(0 <= self.threshold < 1, f"threshold={self.threshold} must lie in [0, 1)")
         require_positive(self, "d_hidden", "temperature")
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeshConfig:
+class MeshConfig(Typed):
     """Devices along each mesh axis. One axis may be -1: it takes what the others leave."""
 
     data: int = -1
@@ -114,6 +115,7 @@ class MeshConfig:
     tensor: int = 1
 
     def __post_init__(self):
+        super().__post_init__()
         sizes = (self.data, self.fsdp, self.tensor)
         require(sizes.count(-1) <= 1, f"mesh {sizes}: at most one axis may be -1")
         require(all(s == -1 or s > 0 for s in sizes), f"mesh {sizes}: sizes are positive or -1")

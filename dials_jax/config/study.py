@@ -11,7 +11,8 @@ from typing import Literal
 
 from dials_jax.config.base import require, require_positive
 from dials_jax.config.data import Data
-from dials_jax.config.model import MeshConfig
+from dials_jax.config.model import MeshConfig, WeightDtype
+from dials_jax.config.typed import Seed, Typed
 
 Layout = Literal["stacked", "unrolled", "fused", "auto"]
 
@@ -32,7 +33,7 @@ def _require_known(letters: tuple[str, ...], models: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingStudy:
+class SamplingStudy(Typed):
     """What studies share that sample unconditionally and score by generative perplexity."""
 
     models: tuple[tuple[str, str], ...]  # letter and path of each; two may have one path
@@ -47,12 +48,13 @@ class SamplingStudy:
     retokenize: Literal["auto", "always", "never"] = "auto"  # auto: where tokenizers differ
     score_length: int = 1024  # tokens that the scorer reads of a sample
     aggregate: Literal["mean", "corpus"] = "mean"  # the perplexity that tables compare
-    dtype: str | None = "bfloat16"  # of the samplers; the scorer is float32
+    dtype: WeightDtype | None = "bfloat16"  # of the samplers; the scorer is float32
     layout: Layout = "auto"
     mesh: MeshConfig = MeshConfig()
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self):
+        super().__post_init__()
         _require_letters(self.models)
         require(bool(self.scorer), "scorer is missing; give the folder of a causal model")
         _require_known(tuple(letter for letter, _ in self.static), self.models)
@@ -136,7 +138,7 @@ class SearchStudy(SamplingStudy):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImportanceStudy:
+class ImportanceStudy(Typed):
     """How far light models are from a heavy one at each noise level (section 4.1)."""
 
     models: tuple[tuple[str, str], ...]
@@ -147,12 +149,13 @@ class ImportanceStudy:
     num_times: int = 20  # midpoints of as many equal parts of (0, 1)
     num_sequences: int = 500
     batch_size: int = 16
-    dtype: str | None = "float32"
+    dtype: WeightDtype | None = "float32"
     layout: Layout = "auto"
     mesh: MeshConfig = MeshConfig()
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self):
+        super().__post_init__()
         _require_letters(self.models)
         _require_known((self.heavy, *((self.heavy2,) if self.heavy2 else ())), self.models)
         require(
@@ -178,16 +181,17 @@ class ImportanceStudy:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProposeStudy:
+class ProposeStudy(Typed):
     """What it takes to find a good schedule without trying all, replayed on a finished search."""
 
     search: str  # workdir of a SearchStudy
     importance: str = ""  # workdir of an ImportanceStudy; without: only methods that measure
     budgets: tuple[int, ...] = (1, 5, 10, 20, 40, 80)  # schedules tried
     num_repeats: int = 100  # random halves of the samples, and random orders of trying
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self):
+        super().__post_init__()
         require(bool(self.search), "search is missing; give the workdir of a finished search")
         require(bool(self.budgets), "budgets is empty; give numbers of schedules to try")
         require(all(b > 0 for b in self.budgets), f"budgets {self.budgets} must all be positive")

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
-from dials_jax.config.base import nearest, require, require_positive
+from dials_jax.config.base import require, require_positive
 from dials_jax.config.data import Data
 from dials_jax.config.model import MeshConfig, ModelConfig, RouterConfig
+from dials_jax.config.typed import Seed, Typed
 
 RateSchedule = Literal["cosine", "constant"]
 Objective = Literal["llada", "mdlm", "causal"]
 
 
-def _require_one_of(name: str, value: str, valid: tuple[str, ...]) -> None:
-    require(value in valid, f"{name}={value!r} is not known{nearest(value, valid)}")
-
-
 @dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
+class OptimizerConfig(Typed):
     """AdamW with a linear warm-up.
 
     After it the rate falls by half a cosine to `final_scale` (DIALS, appendix A.1), or it stays
@@ -41,13 +38,13 @@ class OptimizerConfig:
     warmup_epochs: float | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         for unit in ("num", "warmup"):
             given = [getattr(self, f"{unit}_{u}") is not None for u in ("steps", "epochs")]
             require(
                 sum(given) == 1,
                 f"optimizer: give exactly one of {unit}_steps and {unit}_epochs",
             )
-        _require_one_of("optimizer.schedule", self.schedule, get_args(RateSchedule))
         for name in ("learning_rate", "clip_norm"):  # clipped at 0, no gradient is left
             value = getattr(self, name)
             require(0 < value < math.inf, f"optimizer: {name}={value} must be positive and finite")
@@ -64,7 +61,7 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ObjectiveConfig:
+class ObjectiveConfig(Typed):
     """What a training step minimises.
 
     - llada: mask ratios drawn for each row by itself; cross-entropy / ratio / answer length.
@@ -79,7 +76,7 @@ class ObjectiveConfig:
     scale_skip_by_mask_ratio: bool = True  # False: the unscaled ablation of DIALS, figure 4
 
     def __post_init__(self):
-        _require_one_of("objective.kind", self.kind, get_args(Objective))
+        super().__post_init__()
         require(0 < self.min_ratio <= 1, f"min_ratio={self.min_ratio} must lie in (0, 1]")
         require(
             0 <= self.target_skip_rate <= 1,
@@ -88,7 +85,7 @@ class ObjectiveConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Typed):
     """One training run: `backbone` empty trains a model, otherwise routers for that backbone.
 
     The exported model is the moving average of the weights if `optimizer.ema` keeps one.
@@ -107,13 +104,14 @@ class TrainConfig:
     dropout: float = 0.0  # share of what attention and MLPs add to the stream; model only
     remat: bool = False  # recompute blocks in the backward pass: less memory, a third more work
     unrolled: bool = False  # own arrays for each layer: faster steps, slower to compile
-    seed: int = 0
+    seed: Seed = 0
     log_every: int = 10
     save_every: int = 1000
     keep_checkpoints: int = 2
     max_minutes: float | None = None  # stop cleanly after so long, compilation apart
 
     def __post_init__(self):
+        super().__post_init__()
         require(
             bool(self.backbone) != (self.model is not None),
             "give either backbone= (train routers on it) or model= (train from scratch)",

@@ -23,7 +23,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -33,8 +33,11 @@ from orbax.checkpoint import v1 as ocp
 
 from dials_jax import sharding, trees
 from dials_jax.config import (
+    Count,
     InputError,
     ModelConfig,
+    Typed,
+    WeightDtype,
     from_dict,
     read_json,
     require,
@@ -48,19 +51,19 @@ from dials_jax.nn import fusing
 
 FORMAT = "dials_jax model"
 VERSION = 1
-DTYPES = ("bfloat16", "float32")
+DTYPES = get_args(WeightDtype)
 CHUNK_BYTES = 2**26  # a device that holds one slice of an array reads few chunks more than its own
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelInfo:
+class ModelInfo(Typed):
     """The content of a model folder's `config.json`."""
 
     format: str = FORMAT
     version: int = VERSION
     model: ModelConfig
-    dtype: str  # of the stored weights; training keeps float32 under bfloat16 activations
-    parameters: int
+    dtype: WeightDtype  # of the stored weights; training keeps float32 under bfloat16 activations
+    parameters: Count
     fingerprint: str  # of the weights; routers remember it
     digests: dict[str, str]  # a group's name to the digest of its stored bits
 
