@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -20,7 +21,8 @@ def buckets(
       max_sizes: different sizes at most.
       batch_size: a batch that is not full costs as much as a full one.
     """
-    rounded = [min(-(-length // multiple) * multiple, max(lengths)) for length in lengths]
+    lengths = np.asarray(lengths)
+    rounded = np.minimum(-(-lengths // multiple) * multiple, lengths.max())
     sizes, counts = np.unique(rounded, return_counts=True)
     chosen = _fewest_tokens(sizes, counts, max_sizes, batch_size)
     return chosen[np.searchsorted(chosen, rounded)].tolist()
@@ -38,9 +40,10 @@ def pair_buckets(
         [buckets(lengths, multiple, most) for most in range(1, max_shapes + 1)]
         for lengths in zip(*pairs, strict=True)
     )
-    ways = [list(zip(p, a, strict=True)) for p in prompts for a in answers]
-    few = [way for way in ways if len(set(way)) <= max_shapes]
-    return min(few, key=lambda way: sum(map(sum, way)))
+    few = [
+        (p, a) for p in prompts for a in answers if len(set(zip(p, a, strict=True))) <= max_shapes
+    ]
+    return list(zip(*min(few, key=lambda way: sum(map(sum, way))), strict=True))
 
 
 def batches(sizes: Sequence, batch_size: int) -> Iterator[list[int]]:
@@ -49,8 +52,10 @@ def batches(sizes: Sequence, batch_size: int) -> Iterator[list[int]]:
     Largest first, so that a batch that does not fit in memory fails at once. The caller puts
     results back by index: `results[i]` belongs to `items[i]`.
     """
-    for size in sorted(set(sizes), reverse=True):
-        members = [i for i, one in enumerate(sizes) if one == size]
+    members_of = defaultdict(list)
+    for i, size in enumerate(sizes):
+        members_of[size].append(i)
+    for _, members in sorted(members_of.items(), reverse=True):
         for start in range(0, len(members), batch_size):
             yield members[start : start + batch_size]
 

@@ -1,5 +1,6 @@
 """The lengths that items are padded to: the cheapest, few, and the same in any order."""
 
+from collections.abc import Sequence
 from itertools import combinations
 
 import numpy as np
@@ -89,3 +90,62 @@ def test_batches_cover_every_item_once_and_never_mix_buckets():
     longest_first = [sizes[group[0]] for group in groups]
     assert longest_first == sorted(longest_first, reverse=True)
     assert len(groups) == sum(-(-n // 7) for n in (32, 32, 32, 3))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_shapes_of_pairs_are_the_cheapest_way_of_few_enough(seed):
+    rng = np.random.default_rng(seed)
+    pairs = [tuple(pair) for pair in rng.integers(0, 30, (rng.integers(1, 40), 2)).tolist()]
+    multiple, most = int(rng.integers(1, 6)), int(rng.integers(1, 6))
+    ways = [
+        list(zip(buckets([p for p, _ in pairs], multiple, i),
+                 buckets([a for _, a in pairs], multiple, j), strict=True))
+        for i in range(1, most + 1)
+        for j in range(1, most + 1)
+    ]  # fmt: skip
+    few = [way for way in ways if len(set(way)) <= most]
+    expected = min(few, key=lambda way: sum(p + a for p, a in way))  # the first among equals
+    assert pair_buckets(pairs, multiple, most) == expected
+
+
+class Counted(Sequence):
+    """Counts how often one of its items is read or, where they are lengths, compared."""
+
+    def __init__(self, items):
+        self.items, self.steps = items, 0
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        item = self.items[i]
+        self.steps += 1
+        return item
+
+
+class Length(int):
+    """A length that a maximum asks for a comparison."""
+
+    def __gt__(self, other):
+        self.seen_by.steps += 1
+        return int(self) > int(other)
+
+
+def pairs_of(num_pairs):
+    pairs = Counted([(Length(i % 50), Length(i % 7)) for i in range(num_pairs)])
+    for pair in pairs.items:
+        for length in pair:
+            length.seen_by = pairs
+    return pairs
+
+
+@pytest.mark.parametrize("num_items", [500, 1000])
+def test_every_item_is_looked_at_a_few_times_however_many_there_are(num_items):
+    lengths = Counted([i % 50 for i in range(num_items)])
+    buckets(lengths, 8, 4)
+    assert num_items <= lengths.steps <= 4 * num_items
+    list(batches(lengths, 16))
+    assert lengths.steps <= 8 * num_items
+    pairs = pairs_of(num_items)
+    pair_buckets(pairs, 8, 3)
+    assert num_items <= pairs.steps <= 20 * num_items
