@@ -10,13 +10,16 @@ from jaxtyping import PyTree
 
 
 def over_positions(fn: Callable[..., PyTree], size: int, *arrays: PyTree) -> PyTree:
-    """`fn` of slices [B, size, ...] of the arrays [B, T, ...], one after another, joined again.
+    """`fn` of slices [B, at most size, ...] of the arrays [B, T, ...], one after another, joined.
 
-    Rows stay whole, so their split over devices stays too.
+    Sequences stay whole, so their split over devices stays too. Slices are equal, and the last one
+    is filled up: it lacks fewer positions than there are slices.
     """
     num_positions = jax.tree.leaves(arrays)[0].shape[1]
-    size = min(size, num_positions)
     count = -(-num_positions // size)
+    if count == 1:
+        return fn(*arrays)
+    size = -(-num_positions // count)
 
     def split(x):
         x = jnp.pad(x, [(0, 0), (0, count * size - num_positions), *[(0, 0)] * (x.ndim - 2)])

@@ -17,6 +17,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from dials_jax import sharding
+from dials_jax.analysis.positions import over_positions
 from dials_jax.config import InputError, ModelConfig, require
 from dials_jax.diffusion.objectives import masked_log_probs
 from dials_jax.models import transformer
@@ -24,8 +25,10 @@ from dials_jax.models.model import Model, as_ids, check_shapes, check_vocabulary
 from dials_jax.nn.stack import Executor, Policy
 from dials_jax.sampling.denoise import guide
 from dials_jax.skipping.flops import Flops, count_flops
-from dials_jax.skipping.policies import router_width
+from dials_jax.skipping.policies import draws, router_width
 from dials_jax.timing import Timed
+
+POSITIONS = 128  # of the answer, scored together; bounds the memory that logits take
 
 
 class Pairs(NamedTuple):
@@ -58,7 +61,8 @@ def log_likelihood(
     """log p(answer | prompt) in nats, a lower bound in expectation.
 
     Args:
-      num_samples: masked copies; a multiple of `batch_size`.
+      num_samples: masked copies; a multiple of `batch_size`. Where all would be equal, as of an
+        answer of one token, one is run (see `num_copies`).
       batch_size: copies of a round, over which the numbers of masks are stratified.
       key: None is `jax.random.key(0)`.
     """
@@ -70,16 +74,26 @@ def log_likelihood(
         f"num_samples={num_samples} must be a multiple of batch_size={batch_size}",
     )
     pairs = pad_pairs([(prompt_ids, answer_ids)], model.config)
-    rows = jax.tree.map(lambda x: np.repeat(x, batch_size, axis=0), pairs)
-    keys = jnp.broadcast_to(row_keys(key, 1), (batch_size,))
+    num_samples = num_copies(len(answer_ids), num_samples, policy)
+    num_rows = min(batch_size, num_samples)
+    rows = jax.tree.map(lambda x: np.repeat(x, num_rows, axis=0), pairs)
+    keys = jnp.broadcast_to(row_keys(key, 1), (num_rows,))
     estimates = []
-    for first in range(0, num_samples, batch_size):
-        samples = np.arange(first, first + batch_size)
+    for first in range(0, num_samples, num_rows):
+        samples = np.arange(first, first + num_rows)
         scores, _ = score_pairs(
             model, rows, keys, samples, stratum=batch_size, cfg_scale=cfg_scale, policy=policy
         )
         estimates.append(np.mean(scores.log_likelihood))
     return float(np.mean(estimates))
+
+
+def num_copies(answer_length: int, num_samples: int, policy: Policy | None) -> int:
+    """How many of `num_samples` masked copies to run for their mean.
+
+    An answer of one token is masked in every copy. They differ only under a policy that draws.
+    """
+    return 1 if answer_length == 1 and not draws(policy) else num_samples
 
 
 def estimate_log_likelihood(
@@ -248,14 +262,16 @@ def draw_masked(
     return jnp.argsort(order) < count
 
 
-def answer_logits(
-    cfg, params, tokens, valid, time, prompt_len, cfg_scale, policy, keys, executor
-) -> tuple[Float[Array, "B A V"], Bool[Array, "L R"]]:
-    """Logits after the prompt, guided if `cfg_scale` is above 0, and the gates.
+def answer_log_probs(
+    cfg, params, tokens, valid, time, answers, masked, cfg_scale, policy, keys, executor
+) -> tuple[Float[Array, "B A"], Bool[Array, "L R"]]:
+    """log p of the answers' tokens where masked, guided if `cfg_scale` is above 0, and the gates.
 
     Args:
+      tokens: prompts and answers, [MASK] in places.
       time: the masked share of each answer.
     """
+    prompt_len = tokens.shape[1] - answers.shape[1]
     if cfg_scale > 0:
         hidden = jnp.where(jnp.arange(tokens.shape[1]) < prompt_len, cfg.mask_id, tokens)
         tokens = jnp.concatenate([tokens, hidden])
@@ -266,9 +282,13 @@ def answer_logits(
         cfg, params, tokens, valid, policy, time=time, row_keys=keys, executor=executor
     )
     h = transformer.predicting(cfg, out.h, valid)[:, prompt_len:]
-    logits = transformer.logits_of(cfg, params, h, time)
-    logits = guide(logits, cfg_scale) if cfg_scale > 0 else logits
-    return transformer.sayable(cfg, logits), out.gates
+
+    def log_probs(h, answers, masked):
+        logits = transformer.logits_of(cfg, params, h, time)
+        logits = guide(logits, cfg_scale) if cfg_scale > 0 else logits
+        return masked_log_probs(transformer.sayable(cfg, logits), answers, masked)
+
+    return over_positions(log_probs, POSITIONS, h, answers, masked), out.gates
 
 
 def _score_pairs_fn(params, pairs, keys, samples, policy, *, cfg, stratum, cfg_scale, executor):
@@ -279,11 +299,10 @@ def _score_pairs_fn(params, pairs, keys, samples, policy, *, cfg, stratum, cfg_s
     valid = jnp.concatenate([pairs.prompt_valid, pairs.answer_valid], axis=1)
     gate_keys = jax.vmap(jax.random.fold_in)(gate_keys, samples)
     share = jnp.sum(masked, axis=1) / jnp.sum(pairs.answer_valid, axis=1)
-    prompt_len = pairs.prompts.shape[1]
-    logits, gates = answer_logits(
-        cfg, params, tokens, valid, share, prompt_len, cfg_scale, policy, gate_keys, executor
-    )
-    log_probs = masked_log_probs(logits, pairs.answers, masked)
+    log_probs, gates = answer_log_probs(
+        cfg, params, tokens, valid, share, pairs.answers, masked, cfg_scale, policy, gate_keys,
+        executor,
+    )  # fmt: skip
     return Scores(jnp.sum(log_probs, axis=1) / share, gates, share)
 
 
@@ -293,10 +312,10 @@ def _score_noisy_fn(
     masked, p_mask = noisy[:, prompt_len:] == cfg.mask_id, p_mask[:, prompt_len:]
     p_mask = jnp.where(masked, p_mask, 1.0)  # elsewhere it is not read, and may be 0
     time = jnp.sum(p_mask * masked, axis=1) / jnp.maximum(jnp.sum(masked, axis=1), 1)
-    logits, gates = answer_logits(
-        cfg, params, noisy, None, time, prompt_len, cfg_scale, policy, keys, executor
-    )
-    log_probs = masked_log_probs(logits, tokens[:, prompt_len:], masked)
+    log_probs, gates = answer_log_probs(
+        cfg, params, noisy, None, time, tokens[:, prompt_len:], masked, cfg_scale, policy, keys,
+        executor,
+    )  # fmt: skip
     return jnp.sum(log_probs / p_mask, axis=1), gates
 
 

@@ -20,7 +20,7 @@ from dials_jax.data.items import Item, item_names, normalise_answer, pad_prompts
 from dials_jax.data.tokenizer import Tokenizer
 from dials_jax.evaluation.earned import Earned, Record, batch_record
 from dials_jax.evaluation.execution import Execution
-from dials_jax.evaluation.likelihood import pad_pairs, score_pairs
+from dials_jax.evaluation.likelihood import num_copies, pad_pairs, score_pairs
 from dials_jax.models import transformer
 from dials_jax.models.model import Model
 from dials_jax.nn.stack import Policy
@@ -65,7 +65,7 @@ def score_task(
       keep: told the record of every batch as soon as it is earned.
     """
     check_task(task, items, model)
-    earned = Earned(model.num_layers, _pairs(task, items), records)
+    earned = Earned(model.num_layers, _pairs(task, items, policy), records)
     progress(earned.num_done)
     score = _exact_match if task.metric == "exact_match" else _likelihoods
     for record in score(earned, model, task, items, tokenizer, policy, batch_size, seed):
@@ -109,11 +109,14 @@ def _pair_names(task: EvalTask, name: str, item: Item) -> list[str]:
     return [f"{name}.{number}" for number in range(len(item.answers))]
 
 
-def _pairs(task: EvalTask, items: Sequence[Item]) -> dict[str, int]:
+def _pairs(task: EvalTask, items: Sequence[Item], policy: Policy | None) -> dict[str, int]:
     """The names of all pairs, and how many copies of each are scored."""
-    copies = 1 if task.metric == "exact_match" else task.num_samples
-    named = zip(item_names(items), items, strict=True)
-    return {pair: copies for name, item in named for pair in _pair_names(task, name, item)}
+    generated = task.metric == "exact_match"
+    return {
+        pair: 1 if generated else num_copies(len(answer), task.num_samples, policy)
+        for name, item in zip(item_names(items), items, strict=True)
+        for pair, answer in zip(_pair_names(task, name, item), item.answers, strict=True)
+    }
 
 
 def check_settings(task: EvalTask) -> None:
@@ -153,9 +156,9 @@ def check_cache(task: EvalTask, sampler: Confidence, model: Model, prompt_length
     jax.eval_shape(lambda: cache.start(net, blocks))
 
 
-def num_rows(task: EvalTask, items: Sequence[Item]) -> int:
+def num_rows(task: EvalTask, items: Sequence[Item], policy: Policy | None) -> int:
     """Rows that `score_task` runs, for its progress."""
-    return sum(_pairs(task, items).values())
+    return sum(_pairs(task, items, policy).values())
 
 
 def item_keys(seed: int, items: Sequence[Item]) -> jax.Array:
@@ -250,16 +253,15 @@ def _likelihoods(
     Raises: InputError where the model says NaN: the first choice would look like the best.
     """
     pairs = [(item.prompt, answer) for item in items for answer in item.answers]
-    names = list(_pairs(task, items))
+    names = list(_pairs(task, items, policy))
     owners = [i for i, item in enumerate(items) for _ in item.answers]
     keys = item_keys(seed, items)[np.asarray(owners)]  # choices of an item share their masks
     stratum = min(STRATUM, task.num_samples)
     lengths = [(len(prompt), len(answer)) for prompt, answer in pairs]
     shapes = pair_buckets(lengths, task.bucket, task.max_programs)
-    for shape in sorted(set(shapes), reverse=True):
-        members = np.array([i for i, s in enumerate(shapes) if s == shape])
+    for members in batches(shapes, len(pairs)):  # all of one shape
         numbers, samples = earned.left([names[i] for i in members])
-        rows = members[numbers]
+        rows, shape = np.asarray(members)[numbers], shapes[members[0]]
         for first in range(0, len(rows), batch_size):
             chosen, copies = rows[first : first + batch_size], samples[first : first + batch_size]
             out, cost = score_pairs(

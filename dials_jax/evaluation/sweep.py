@@ -112,7 +112,7 @@ def _run_once(
         return
     from tqdm import tqdm
 
-    total = num_rows(task, items)
+    total = num_rows(task, items, candidate.policy)
     what = f"{task.name}, {candidate.label}"
     with tqdm(total=total, desc=what, unit="row", disable=not sys.stderr.isatty()) as bar:
         scores = score_task(

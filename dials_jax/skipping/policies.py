@@ -148,6 +148,11 @@ def check_router(router: PyTree, num_layers: int) -> None:
     )
 
 
+def draws(policy: object) -> bool:
+    """Whether the gates may depend on random keys: not those of full, static and routed passes."""
+    return not (policy is None or isinstance(policy, Static | Routed))
+
+
 def router_width(policy: object) -> int:
     """Hidden width of a policy's routers, for counting FLOPs; 0 for policies without."""
     if not isinstance(policy, Routed):

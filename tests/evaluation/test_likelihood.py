@@ -1,4 +1,5 @@
 import dataclasses
+import re
 from pathlib import Path
 
 import jax
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from dials_jax.config import InputError
+from dials_jax.evaluation import likelihood
 from dials_jax.evaluation.likelihood import (
     draw_masked,
     estimate_log_likelihood,
@@ -15,7 +17,7 @@ from dials_jax.evaluation.likelihood import (
     score_pairs,
 )
 from dials_jax.loading import load
-from dials_jax.models.model import Model
+from dials_jax.models.model import Model, row_keys
 from dials_jax.skipping.policies import Random, Static
 from tests.conftest import MASK
 
@@ -161,6 +163,26 @@ def test_costs_count_the_padded_length(model):
     assert skipping.layers_run == 0.5 < skipping.model < 1
 
 
+@pytest.mark.parametrize("cfg_scale", [0.0, 0.5])
+def test_logits_are_held_of_a_few_positions_at_a_time(model, cfg_scale, monkeypatch):
+    pairs, samples = PAIRS[:2], np.array([0, 1])
+    expected, _ = scores_of(model, pairs, samples, cfg_scale=cfg_scale)
+    monkeypatch.setattr(likelihood, "POSITIONS", 2)  # of an answer of 5
+    names = ("cfg", "stratum", "cfg_scale", "executor")
+    traced = likelihood._score_pairs_fn
+    # A function of its own, for the number of positions is read while tracing.
+    program = likelihood.Timed(lambda *args, **kwargs: traced(*args, **kwargs), names)
+    monkeypatch.setattr(likelihood, "_score_pairs", program)
+    scores, _ = scores_of(model, pairs, samples, cfg_scale=cfg_scale)
+    np.testing.assert_allclose(scores.log_likelihood, expected.log_likelihood, rtol=1e-5)
+    rows = model.place_rows((pad_pairs(pairs, model.config), keys_of(2), jnp.asarray(samples)))
+    how = {"cfg": model.config, "stratum": 4, "cfg_scale": cfg_scale, "executor": "auto"}
+    with jax.set_mesh(model.mesh):
+        text = program.lower(model.ready, *rows, None, **how).as_text()
+    widths = {int(n) for n in re.findall(r"tensor<\d+x(\d+)x64xf32>", text)}
+    assert widths == {2}  # the vocabulary is of 64 tokens
+
+
 # ------------------------------------------------------------------------------- log-likelihoods
 
 
@@ -184,6 +206,26 @@ def test_answers_of_one_token_need_no_chance(model):
     logits = model.apply(np.array([[14, 15, 16, 17, model.config.mask_id]])).logits[0, -1]
     expected = float(jax.nn.log_softmax(logits)[18])
     assert len(values) == 1 and values.pop() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("policy, num_copies", [(None, 1), (Static((1,)), 1), (Random(2), 8)])
+def test_only_copies_that_differ_are_run(model, policy, num_copies, monkeypatch):
+    asked = []
+
+    def spy(model, pairs, keys, samples, **kwargs):
+        asked.extend(samples)
+        return score_pairs(model, pairs, keys, samples, **kwargs)
+
+    monkeypatch.setattr(likelihood, "score_pairs", spy)
+    value = log_likelihood(model, *PAIRS[2], 8, 4, policy=policy)
+    assert asked == [*range(num_copies)]
+    keys = jnp.broadcast_to(row_keys(None, 1), (8,))
+    every, _ = scores_of(model, [PAIRS[2]] * 8, np.arange(8), keys, policy=policy)
+    assert value == pytest.approx(float(np.mean(every.log_likelihood)), rel=1e-6)
+    assert (np.ptp(every.log_likelihood) < 1e-5) == (num_copies == 1)
+    asked.clear()
+    log_likelihood(model, *PAIRS[0], 8, 4, policy=policy)  # two tokens: masks differ
+    assert asked == [*range(8)]
 
 
 def test_estimates_follow_the_key(model):

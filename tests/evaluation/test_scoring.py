@@ -281,13 +281,27 @@ def test_execution_and_cost_cover_every_row(scorer, items, choices):
     static = Static((0,))
     out = run(scorer, GENERATION, items, policy=static, progress=done.append)
     steps = max(len(item.answers[0]) for item in items)
-    assert sum(done) == num_rows(GENERATION, items) == 5
+    assert sum(done) == num_rows(GENERATION, items, static) == 5
     assert out.execution.rows.sum() == 5 * steps
     np.testing.assert_array_equal(out.execution.executed.sum(axis=0), [0, 5 * steps])
     assert out.flops.layers_run == 0.5
     done.clear()
     out = run(scorer, CHOICE, choices, policy=static, progress=done.append)
-    assert sum(done) == num_rows(CHOICE, choices) == 2 * 3 * 2 == out.execution.rows.sum()
+    rows = 3 * (2 + 1)  # two copies of the answer of two tokens, one of the other
+    assert sum(done) == num_rows(CHOICE, choices, static) == rows == out.execution.rows.sum()
+
+
+def test_copies_that_are_all_alike_are_run_once(scorer, choices):
+    sevenths = [make_item(item.prompt, [[n] for n in range(2, 9)], label=0) for item in choices]
+    for policy, copies in ((None, 1), (Static((0,)), 1), (Random(1), 4)):
+        found = [
+            run(scorer, dataclasses.replace(CHOICE, num_samples=n), sevenths, policy=policy)
+            for n in (1, 4)
+        ]
+        assert [out.execution.rows.sum() for out in found] == [21, 21 * copies]
+        if copies == 1:
+            assert found[0].flops[:3] == found[1].flops[:3]
+            assert found[0].items == found[1].items and found[0].also == found[1].also
 
 
 def test_samples_must_fill_rounds(scorer, items):
@@ -332,7 +346,7 @@ def test_what_is_recorded_is_not_scored_again(scorer, batch_by_batch):
         )  # fmt: skip
         assert_same(found, whole)
         assert len(new) == len(records) - len({json.dumps(record) for record in kept})
-        assert sum(done) == num_rows(task, items)
+        assert sum(done) == num_rows(task, items, Random(1))
 
 
 def test_the_rest_may_be_scored_in_other_batches(scorer, batch_by_batch):
