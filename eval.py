@@ -8,13 +8,16 @@ from dials_jax.commands import keep_programs, main, parse
 from dials_jax.config import EvalConfig, StudyConfig
 from dials_jax.evaluation.study import run_study
 from dials_jax.evaluation.sweep import sweep
+from dials_jax.stopping import keeping
 
 
 def command() -> None:
     config, workdir = parse(EvalConfig | StudyConfig, __doc__)
     keep_programs()
     run = sweep if isinstance(config, EvalConfig) else run_study
-    run(config, workdir)
+    kept = f"what was measured is kept in {workdir}; the same command goes on with the rest"
+    with keeping(lambda: kept):
+        run(config, workdir)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,16 @@ Stopped, it continues with the same command. With all done, it verifies the fold
 from dials_jax.commands import main, parse
 from dials_jax.config import CorpusData, TrainConfig, require
 from dials_jax.data.prepare import prepare
+from dials_jax.stopping import keeping
 
 
 def command() -> None:
     config, _ = parse(TrainConfig, __doc__, needs_workdir=False)
     require(isinstance(config.data, CorpusData), "the configuration's data is no CorpusData")
     require(config.model is not None, "the configuration has no model=; its ids are needed")
-    manifest = prepare(config.data, config.model)
+    kept = f"finished parts are kept in {config.data.folder}; the same command goes on after them"
+    with keeping(lambda: kept):
+        manifest = prepare(config.data, config.model)
     for name, split in manifest["splits"].items():
         counts = ", ".join(f"{split[what]:,} {what}" for what in ("documents", "tokens", "rows"))
         print(f"{name}: {counts}")

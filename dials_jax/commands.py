@@ -17,6 +17,7 @@ import jax
 
 import dials_jax.config
 from dials_jax.config import InputError, local_path, nearest, require
+from dials_jax.stopping import Stopped, obey_sigterm
 
 C = TypeVar("C")
 
@@ -77,6 +78,7 @@ def _join() -> None:
             f"--distributed finds no other hosts ({error}); leave it out on a single one, or start "
             "the command on every host of a pod"
         ) from error
+    obey_sigterm()  # JAX sets a handler of its own, which nothing here looks at
 
 
 def load_config(path: str, config_class: type[C] | UnionType) -> C:
@@ -152,12 +154,17 @@ def keep_programs() -> None:
 
 
 def main(command: Callable[[], Any]) -> None:
-    """Runs a command; what the user got wrong becomes one line and exit status 2."""
+    """Runs a command; what the user got wrong becomes one line and exit status 2.
+
+    Ctrl-C and SIGTERM become a line that says what is kept, and status 130 and 143.
+    """
+    obey_sigterm()
     try:
         command()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("stopped; the same command continues from the last checkpoint", file=sys.stderr)
-        raise SystemExit(130) from None
+    except KeyboardInterrupt as stop:
+        stop = stop if isinstance(stop, Stopped) else Stopped()
+        print(f"stopped{stop.message and ': '}{stop.message}", file=sys.stderr)
+        raise SystemExit(stop.status) from None

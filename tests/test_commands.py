@@ -1,5 +1,6 @@
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 from dials_jax.commands import keep_programs, main, parse
 from dials_jax.config import EvalConfig, InputError, TrainConfig
+from dials_jax.stopping import Stopped
 
 ROOT = Path(__file__).parents[1]
 
@@ -104,11 +106,8 @@ def test_help_says_how_to_list_every_field(config, capsys):
     "problem, code, line",
     [
         (InputError("x is wrong; do y"), 2, "error: x is wrong; do y\n"),
-        (
-            KeyboardInterrupt(),
-            130,
-            "stopped; the same command continues from the last checkpoint\n",
-        ),
+        (KeyboardInterrupt(), 130, "stopped\n"),
+        (Stopped("step 3 is saved", signal.SIGTERM), 143, "stopped: step 3 is saved\n"),
     ],
 )
 def test_a_command_ends_with_one_line_and_no_traceback(capsys, problem, code, line):

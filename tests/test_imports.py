@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LEVELS = (
-    {"compiling", "config"},
+    {"compiling", "config", "stopping"},
     {"timing", "trees"},
     {"sharding"},
     {"nn", "diffusion", "workdir"},

@@ -16,6 +16,7 @@ from dials_jax import sharding, trees
 from dials_jax.compiling import compiler_options
 from dials_jax.config import InputError, TrainConfig, require
 from dials_jax.data.batches import Batch, batch_at, prefetch, steps_per_epoch
+from dials_jax.stopping import Request, Stopped, keeping
 from dials_jax.training.checkpoint import Checkpoints
 from dials_jax.training.metrics import MetricsWriter, progress_bar
 from dials_jax.training.optimizer import make_optimizer, make_schedule, num_steps
@@ -33,16 +34,20 @@ def train(cfg: TrainConfig, workdir: str | Path) -> TrainState:
 
     Stopping anywhere and calling this again gives bitwise the run that was not stopped. The end is
     the last step, or that after `max_minutes`; calling this again then goes on for as long.
+    Ctrl-C and SIGTERM end the run with a checkpoint of the step reached.
 
     Raises:
       InputError: for settings or data that do not fit, before any expensive work.
       NonFiniteLoss: naming the step; the last good checkpoint stays.
+      Stopped: after Ctrl-C or SIGTERM, saying what is kept.
     """
     with exclusive(workdir) as workdir:
-        return _train(cfg, workdir)
+        checkpoints = Checkpoints(workdir / "checkpoints", cfg.keep_checkpoints)
+        with keeping(lambda: _saved(checkpoints)):
+            return _train(cfg, workdir, checkpoints)
 
 
-def _train(cfg: TrainConfig, workdir: Path) -> TrainState:
+def _train(cfg: TrainConfig, workdir: Path, checkpoints: Checkpoints) -> TrainState:
     mesh = sharding.make_mesh(cfg.mesh)
     shards = sharding.num_batch_shards(mesh)
     rows = cfg.batch_size // cfg.num_microbatches
@@ -58,7 +63,6 @@ def _train(cfg: TrainConfig, workdir: Path) -> TrainState:
     ema = cfg.optimizer.ema
     state = init_state(run.init, optimizer, mesh, run.prefix, ema=ema, source=run.source)
     run = dataclasses.replace(run, source=())  # its memory is needed
-    checkpoints = Checkpoints(workdir / "checkpoints", cfg.keep_checkpoints)
     state = checkpoints.restore(state) or state
     _describe(cfg, run, state, total, epoch)
 
@@ -102,17 +106,19 @@ def _steps(
     with (
         contextlib.closing(MetricsWriter(workdir, start)) as writer,
         progress_bar(total, start, what) as bar,
+        Request() as request,
     ):
         for step, batch in prefetch(load_batch, start, total):
             state, values = step_fn(state, run.frozen, batch)
             clock.start()
+            request.start()
             window.append(values)
             done = step + 1
             bar.update()
             saving = done % cfg.save_every == 0 or done == total
             # A save also ends a window, so that a continued run logs the same means.
             window_ends = saving or done % cfg.log_every == 0
-            stop = clock.is_over(window_ends)
+            stop = clock.is_over(window_ends) or request.came(window_ends)
             if window_ends or stop:
                 means = _means(window)
                 _check_finite(state, workdir)
@@ -129,9 +135,20 @@ def _steps(
                 if saving:
                     checkpoints.save(done, state)
                 window, since = [], time.perf_counter()
-                if stop:
+                # A signal may have come during the save: no more steps for that.
+                if stop or (saving and request.came(True)):
                     break
+        if request.came(True):
+            raise Stopped(_saved(checkpoints), request.signum)
     return state
+
+
+def _saved(checkpoints: Checkpoints) -> str:
+    """What is kept of a training that stops anywhere, and how to go on."""
+    steps = checkpoints.steps()
+    if not steps:
+        return "no step is saved yet; the same command starts again"
+    return f"step {steps[-1]} is saved in {checkpoints.folder}; the same command goes on from there"
 
 
 class Clock:

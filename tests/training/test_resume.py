@@ -15,7 +15,11 @@ import pytest
 
 from dials_jax.commands import load_config
 from dials_jax.config import ArithmeticData, InputError, ObjectiveConfig, TextData, TrainConfig
+from dials_jax.stopping import Stopped
+from dials_jax.training import loop
+from dials_jax.training.checkpoint import Checkpoints
 from dials_jax.training.loop import train
+from dials_jax.training.metrics import MetricsWriter
 
 ROOT = Path(__file__).parents[2]
 CONFIG = """
@@ -107,6 +111,50 @@ def test_killed_and_continued_equals_uninterrupted(kind, kills, arithmetic_model
     assert lines == without_times(logged(tmp_path / "whole"))
     steps = [line["step"] for line in lines]
     assert steps == sorted(set(steps)) and {3, 4, 6, 39, 40} <= set(steps)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_asked_to_end_saves_its_step(signum, train_config, tmp_path, monkeypatch):
+    cfg = train_config(log_every=1, save_every=4)
+    write = MetricsWriter.write
+
+    def write_then_stop(self, step, values):
+        write(self, step, values)
+        if step == 2:
+            signal.raise_signal(signum)
+
+    monkeypatch.setattr(MetricsWriter, "write", write_then_stop)
+    message = "step 3 is saved in .*; the same command goes on from there"
+    with pytest.raises(Stopped, match=message) as stop:
+        train(cfg, tmp_path / "run")
+    assert stop.value.status == 128 + signum
+    assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["00000003"]
+    monkeypatch.undo()
+    state, whole = train(cfg, tmp_path / "run"), train(cfg, tmp_path / "whole")
+    jax.tree.map(np.testing.assert_array_equal, state, whole)
+    assert without_times(logged(tmp_path / "run")) == without_times(logged(tmp_path / "whole"))
+
+
+def test_a_signal_during_a_save_takes_no_more_steps(train_config, tmp_path, monkeypatch):
+    save = Checkpoints.save
+
+    def save_and_stop(self, step, state):
+        signal.raise_signal(signal.SIGTERM)
+        save(self, step, state)
+
+    monkeypatch.setattr(Checkpoints, "save", save_and_stop)
+    with pytest.raises(Stopped, match="step 2 is saved"):
+        train(train_config(), tmp_path)
+    assert Checkpoints(tmp_path / "checkpoints").steps() == [2]
+
+
+def test_before_a_step_is_saved_that_is_what_is_said(train_config, tmp_path, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "init_state", interrupt)
+    with pytest.raises(Stopped, match="no step is saved yet; the same command starts again"):
+        train(train_config(), tmp_path)
 
 
 def test_dropout_reaches_the_loss(tmp_path, train_config):

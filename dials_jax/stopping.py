@@ -1,0 +1,108 @@
+"""Being asked to end: by Ctrl-C, or by the SIGTERM of schedulers and of machines that go away.
+
+What is asked ends a command by `Stopped`, whose message says what is kept. A loop that has work to
+save notes the signal (`Request`) and ends where it can; whatever else runs is left at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(KeyboardInterrupt):
+    """The process was asked to end. The message says what is kept and how to go on from it."""
+
+    def __init__(self, message: str = "", signum: int = signal.SIGINT):
+        super().__init__(message)
+        self.message = message
+        self.signum = signum
+
+    @property
+    def status(self) -> int:
+        """What a shell reports for a process that ended by this signal."""
+        return 128 + self.signum
+
+
+@contextlib.contextmanager
+def keeping(kept: Callable[[], str]) -> Iterator[None]:
+    """Whoever is asked to end within says `kept()`, unless something further in says more."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        stop = stop if isinstance(stop, Stopped) else Stopped()
+        raise Stopped(stop.message or kept(), stop.signum) from None
+
+
+def obey_sigterm() -> None:
+    """SIGTERM ends the process as Ctrl-C does: by an exception, after which things are closed."""
+
+    def stop(signum, frame):
+        raise Stopped(signum=signum)
+
+    _listen(signal.SIGTERM, stop)
+
+
+def _listen(signum: int, handler: Callable) -> bool:
+    """Sets a handler where that is possible and nobody asked to ignore the signal."""
+    if threading.current_thread() is not threading.main_thread():
+        return False
+    if signal.getsignal(signum) is signal.SIG_IGN:  # a job that a script put into the background
+        return False
+    signal.signal(signum, handler)
+    return True
+
+
+class Request:
+    """Notes that the process is asked to end, from `start()` to the end of the `with`.
+
+    After the first signal another Ctrl-C ends the process at once.
+    """
+
+    signum: int | None = None  # of the first signal; on several processes, once they have agreed
+
+    def __init__(self):
+        self._noted: int | None = None
+        self._before: dict[int, Callable | int | None] = {}
+
+    def __enter__(self) -> Request:
+        return self
+
+    def start(self) -> None:
+        """Call it when there is something to save; until then a signal ends the process at once."""
+        if self._before:
+            return
+        before = {signum: signal.getsignal(signum) for signum in SIGNALS}
+        self._before = {s: b for s, b in before.items() if _listen(s, self._note)}
+
+    def _note(self, signum: int, frame: object) -> None:
+        if self._noted is None:
+            self._noted = signum
+            # Not print(): the signal may have come in the middle of one.
+            os.write(2, b"\nstopping at the next step, to save it; Ctrl-C now ends at once\n")
+        if signal.SIGINT in self._before:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def came(self, meeting: bool) -> bool:
+        """Whether to end, the same on every process: several agree only where they meet anyway."""
+        if self.signum is None:
+            if jax.process_count() == 1:
+                self.signum = self._noted
+            elif meeting:
+                noted = multihost_utils.process_allgather(np.int32(self._noted or 0))
+                self.signum = int(np.max(noted)) or None
+        return self.signum is not None
+
+    def __exit__(self, *error: object) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+        self._before = {}

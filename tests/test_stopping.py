@@ -1,0 +1,113 @@
+"""Ctrl-C and SIGTERM: noted where there is work to save, obeyed at once where there is none."""
+
+import signal
+import subprocess
+import sys
+import threading
+
+import jax
+import numpy as np
+import pytest
+
+from dials_jax import stopping
+from dials_jax.commands import main
+from dials_jax.stopping import Request, Stopped, keeping
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """As they were, whatever a test sets."""
+    before = {signum: signal.getsignal(signum) for signum in SIGNALS}
+    yield before
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_command_that_is_stopped_says_what_is_kept(signum, status, capsys):
+    def command():
+        with keeping(lambda: "less"), keeping(lambda: "step 3 is saved"):
+            signal.raise_signal(signum)
+
+    with pytest.raises(SystemExit) as end:
+        main(command)
+    assert end.value.code == status
+    assert capsys.readouterr().err == "stopped: step 3 is saved\n"
+
+
+@pytest.mark.parametrize("signum", SIGNALS)
+def test_a_request_notes_the_signal_and_the_handlers_come_back(signum, handlers):
+    with Request() as request:
+        request.start()
+        assert not request.came(meeting=True)
+        signal.raise_signal(signum)
+        assert request.came(meeting=False) and request.signum == signum
+    assert {s: signal.getsignal(s) for s in SIGNALS} == handlers
+
+
+def test_until_it_starts_a_request_lets_signals_through():
+    with pytest.raises(KeyboardInterrupt), Request():
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_a_second_ctrl_c_ends_the_process_at_once_and_a_second_sigterm_does_not():
+    code = """
+import signal, time
+from dials_jax.stopping import Request
+with Request() as request:
+    request.start()
+    for signum in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+        print(signum.name, flush=True)
+        signal.raise_signal(signum)
+    print("too late", flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGINT
+    assert done.stdout.split() == ["SIGTERM", "SIGTERM", "SIGINT"]
+    assert done.stderr.strip() == "stopping at the next step, to save it; Ctrl-C now ends at once"
+
+
+def test_ignored_signals_stay_ignored():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with Request() as request:
+        request.start()
+        signal.raise_signal(signal.SIGINT)
+        assert not request.came(meeting=True)
+
+
+def test_outside_the_main_thread_signals_are_left_alone(handlers):
+    def work():
+        with Request() as request:
+            request.start()
+            seen.append({s: signal.getsignal(s) for s in SIGNALS})
+
+    seen = []
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [handlers]
+
+
+def test_several_processes_agree_only_where_they_meet(monkeypatch):
+    """The signal reached another process; this one hears of it in the collective."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    heard = []
+
+    def gather(mine):
+        heard.append(int(mine))
+        return np.array([mine, signal.SIGTERM])
+
+    monkeypatch.setattr(stopping.multihost_utils, "process_allgather", gather)
+    with Request() as request:
+        request.start()
+        assert not request.came(meeting=False) and heard == []
+        assert request.came(meeting=True) and heard == [0]
+        assert request.came(meeting=True) and heard == [0]  # once
+        assert request.signum == signal.SIGTERM
+
+
+def test_the_status_is_that_of_a_shell():
+    assert (Stopped().status, Stopped("", signal.SIGTERM).status) == (130, 143)
+    assert issubclass(Stopped, KeyboardInterrupt)
