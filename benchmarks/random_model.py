@@ -7,6 +7,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from dials_jax import sharding, trees
 from dials_jax.config import ModelConfig, RouterConfig, nearest, require
@@ -34,9 +35,15 @@ def make_config(name: str, num_layers: int | None = None) -> ModelConfig:
     return cfg if num_layers is None else dataclasses.replace(cfg, num_layers=num_layers)
 
 
-def make_model(cfg: ModelConfig, layout: Layout = "auto", seed: int = 0) -> Model:
-    """Random weights in the configuration's dtype, one group of parameters at a time."""
-    mesh, key, part = sharding.make_mesh(), jax.random.key(seed), transformer.parts(cfg)
+def make_model(
+    cfg: ModelConfig, layout: Layout = "auto", seed: int = 0, mesh: Mesh | None = None
+) -> Model:
+    """Random weights in the configuration's dtype, one group of parameters at a time.
+
+    Args:
+      mesh: None is one over all devices; the weights are the same on any.
+    """
+    mesh, key, part = mesh or sharding.make_mesh(), jax.random.key(seed), transformer.parts(cfg)
     makers = {
         "embed": part.embed, "layers": part.block, "final_norm": part.final_norm, "head": part.head,
         "time": part.time,

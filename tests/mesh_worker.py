@@ -15,6 +15,8 @@ import conftest
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dials_jax import sharding, trees
@@ -32,13 +34,14 @@ from dials_jax.data.batches import batch_at
 from dials_jax.evaluation.likelihood import pad_pairs, score_pairs
 from dials_jax.models import transformer
 from dials_jax.models.model import Model, row_keys
+from dials_jax.nn import attention
 from dials_jax.nn.kernels import rows_per_device
 from dials_jax.nn.kv import KV
 from dials_jax.nn.lookup import lookup
 from dials_jax.nn.splash import splash_attention
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.generate import generate
-from dials_jax.skipping.policies import Routed
+from dials_jax.skipping.policies import Random, Routed
 from dials_jax.training.losses import model_loss, router_loss
 from dials_jax.training.optimizer import make_optimizer
 from dials_jax.training.step import init_state, make_train_step, shardings_of
@@ -141,6 +144,57 @@ def attend(mesh, inside):
     return {"out": out, "q": gradients[0], "k": gradients[1].k, "v": gradients[1].v}
 
 
+@partial(custom_partitioning, static_argnums=(4,))
+def partitioned_attention(q, k, v, mask, causal):
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal)
+
+
+def _partition(causal, mesh, arg_shapes, result_shape):
+    q = arg_shapes[0].sharding.spec
+    spec = P(*q, *[None] * (4 - len(q)))
+    split, mask = NamedSharding(mesh, spec), NamedSharding(mesh, P(spec[0]))
+
+    def local(q, k, v, mask):
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal)
+
+    return mesh, local, split, (split, split, split, mask)
+
+
+partitioned_attention.def_partition(
+    partition=_partition,
+    infer_sharding_from_operands=lambda causal, mesh, args, result: args[0].sharding,
+    sharding_rule="b t n h, b s n h, b s n h, b o t s -> b t n h",
+    need_replication_factors=("t", "h", "s", "o"),
+)
+
+
+def generate_as_on_gpus(mesh, cfg, params, routers):
+    """Gates a sequence, where attention is a call with its own rules for splitting, as cuDNN's."""
+    calls = []
+
+    def cudnn_attention(q, kv, attn_mask, causal):
+        calls.append(q.shape)
+        if attn_mask is None:
+            attn_mask = jnp.ones((q.shape[0], 1, q.shape[1], kv.k.shape[1]), bool)
+        return partitioned_attention(q, *kv, attn_mask, causal)
+
+    plain = attention.cudnn_fits, attention.cudnn_attention
+    attention.cudnn_fits, attention.cudnn_attention = lambda q: True, cudnn_attention
+    prompts = np.asarray(jax.random.randint(jax.random.key(6), (8, 6), 2, 60))
+    valid = np.arange(6) >= np.arange(8)[:, None] % 3
+    policies = {"routed": Routed(routers, 0.3), "random": Random(1), "full": None}
+    model, found = Model(cfg, params, mesh), {}
+    for policy, cache in (("routed", None), ("random", DualCache()), ("full", None)):
+        out = generate(
+            model, prompts, valid, sampler=Confidence(4, 4, 2), policy=policies[policy],
+            cache=cache, executor="auto" if policy == "full" or mesh.size > 1 else "select",
+        )  # fmt: skip
+        found[policy] = {"tokens": out.tokens, "gates": out.gates}
+    attention.cudnn_fits, attention.cudnn_attention = plain
+    assert calls
+    return found
+
+
 def multiply(mesh):
     """A function of each device's own rows, and how many those are."""
     x, weights = (jax.random.normal(jax.random.key(n), (8, 8)) for n in range(2))
@@ -173,6 +227,7 @@ def run(mesh):
             mesh, router_loss(cfg, router_cfg, objective, False), same_routers, placed, "routers/"
         ),
         "evaluation": evaluate(mesh, cfg, params, routers),
+        "partitioned": generate_as_on_gpus(mesh, cfg, params, routers),
         "lookup": {f"{v}x{d}": look_up(mesh, v, d) for v, d in ((64, 32), (63, 32), (64, 30))},
         "kernel": {
             "alone": attend(mesh, False),

@@ -27,7 +27,9 @@ def results(tmp_path_factory):
 
 
 @pytest.mark.parametrize("mesh", ["data8", "data2_fsdp4", "data2_fsdp2_tensor2"])
-@pytest.mark.parametrize("kind", ["digest", "model", "router", "evaluation", "lookup", "kernel"])
+@pytest.mark.parametrize(
+    "kind", ["digest", "model", "router", "evaluation", "partitioned", "lookup", "kernel"]
+)
 def test_mesh_equals_one_device(results, mesh, kind):
     one = {
         name: x

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from dials_jax.config import ModelConfig
+from dials_jax.nn.broadcast import shifted
 from dials_jax.nn.initializers import normal, residual_depth, zeros_if
-from dials_jax.nn.kernels import attention_per_device, on_hopper, splits
+from dials_jax.nn.kernels import attention_per_device, on_hopper, partly_manual, splits
 from dials_jax.nn.kv import KV
 from dials_jax.nn.rope import apply_rope
 from dials_jax.nn.splash import splash_attention, splash_fits
@@ -48,14 +51,14 @@ class Attention(nnx.Module):
 
     def out(self, y: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
         out = jnp.einsum("BTNH,NHD->BTD", y, self.o[...].astype(y.dtype))
-        return out if self.o_bias is None else out + self.o_bias[...].astype(y.dtype)
+        return out if self.o_bias is None else shifted(out, self.o_bias[...])
 
 
 def project(
     x: Float[Array, "B T D"], kernel: nnx.Param, bias: nnx.Param | None
 ) -> Float[Array, "B T N H"]:
     y = jnp.einsum("BTD,DNH->BTNH", x, kernel[...].astype(x.dtype))
-    return y if bias is None else y + bias[...].astype(x.dtype)
+    return y if bias is None else shifted(y, bias[...])
 
 
 @jax.named_scope("attention")
@@ -80,16 +83,32 @@ def attend(
         return splash_attention(q, kv, valid, causal)
     if index is None and not causal and on_hopper() and _window_fits(q, kv):
         return attention_per_device(window_attention, q, kv, valid)
-    half = q.dtype in (jnp.bfloat16, jnp.float16)
-    fused = jax.default_backend() == "gpu" and half and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
     attn_mask = None if valid is None else valid[:, None, None, :]
     if index is not None:
         to_the_left = index[:, None, :, None] >= jnp.arange(kv.k.shape[1])
         attn_mask = to_the_left if attn_mask is None else to_the_left & attn_mask
-    if fused and attn_mask is not None:  # cuDNN wants the query axis spelled out
+    if not cudnn_fits(q):
+        return jax.nn.dot_product_attention(q, *kv, mask=attn_mask, is_causal=causal)
+    if attn_mask is not None:  # cuDNN wants the query axis spelled out
         attn_mask = jnp.broadcast_to(attn_mask, (q.shape[0], 1, q.shape[1], kv.k.shape[1]))
+    attention = partial(cudnn_attention, causal=causal)
+    if partly_manual():
+        return attention_per_device(attention, q, kv, attn_mask)
+    return attention(q, kv, attn_mask)
+
+
+def cudnn_fits(q: Float[Array, "B T N H"]) -> bool:
+    """Whether cuDNN's fused kernel is there, and for these queries."""
+    half = q.dtype in (jnp.bfloat16, jnp.float16)
+    return jax.default_backend() == "gpu" and half and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
+
+
+def cudnn_attention(
+    q: Float[Array, "B T N H"], kv: KV, attn_mask: Bool[Array, "B 1 T S"] | None, causal: bool
+) -> Float[Array, "B T N H"]:
+    """cuDNN's kernel. It knows how to split itself over a mesh, but not over a part of one's axes."""
     return jax.nn.dot_product_attention(
-        q, *kv, mask=attn_mask, is_causal=causal, implementation="cudnn" if fused else "xla"
+        q, *kv, mask=attn_mask, is_causal=causal, implementation="cudnn"
     )
 
 

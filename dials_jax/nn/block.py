@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dials_jax.config import ModelConfig
 from dials_jax.nn.attention import Attention, attend
+from dials_jax.nn.broadcast import scaled
 from dials_jax.nn.dropout import AFTER_ATTENTION, AFTER_MLP, Dropout, dropped
 from dials_jax.nn.initializers import normal, zeros_if
 from dials_jax.nn.kv import KV, Slots, gather
@@ -101,7 +102,7 @@ class Block(nnx.Module):
 def gated(
     update: Float[Array, "B T D"], gate: Float[Array, "b 1 D"] | None = None
 ) -> Float[Array, "B T D"]:
-    return update if gate is None else gate.astype(update.dtype) * update
+    return update if gate is None else scaled(update, gate)
 
 
 class Embed(nnx.Module):

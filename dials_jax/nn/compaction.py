@@ -12,6 +12,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from dials_jax.nn.broadcast import scaled
+
 Gate = np.bool_ | Bool[Array, ""] | Bool[Array, "B"] | Float[Array, "B"]
 
 # A program has one branch a slice size. Eight a device keep programs small; above eight rows a
@@ -107,5 +109,5 @@ def choose(gate: Gate, h: Float[Array, "B T D"], new: Float[Array, "B T D"]) -> 
     rows = gate[:, None, None] if gate.ndim else gate
     if not jnp.issubdtype(gate.dtype, jnp.floating):
         return jnp.where(rows, new, h)
-    through = (rows - lax.stop_gradient(rows)).astype(h.dtype)
-    return jnp.where(rows > 0.5, new, h) + through * (new - h)
+    through = rows - lax.stop_gradient(rows)
+    return jnp.where(rows > 0.5, new, h) + scaled(new - h, through)

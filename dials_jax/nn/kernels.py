@@ -37,16 +37,29 @@ def splits() -> tuple[int, int]:
     return rows, heads
 
 
+def partly_manual() -> bool:
+    """Whether a `shard_map` around has split some axes of the mesh and left others.
+
+    A call that brings its own rules for splitting (`custom_partitioning`) does not compile there:
+    JAX hands it to the compiler with the axes that are left, and those of size 1 have no names by
+    then. Give such a call to `attention_per_device`, which leaves no axis.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and 0 < len(mesh.manual_axes) < len(mesh.axis_names)
+
+
 def attention_per_device(
     attention: Callable[[Array, KV, Array | None], Array],
     q: Float[Array, "B T N H"],
     kv: KV,
-    valid: Bool[Array, "B S"] | None,
+    mask: Bool[Array, "B *_"] | None,
 ) -> Float[Array, "B T N H"]:
-    """Each device attends in its own rows and heads."""
-    rows, heads = free_axes()
+    """Each device attends in its own rows and heads; in all of those that do not divide evenly."""
+    (row_axes, head_axes), (num_rows, num_heads) = free_axes(), splits()
+    rows = row_axes if q.shape[0] % num_rows == 0 else None
+    heads = head_axes if kv.k.shape[2] % num_heads == 0 else None
     spec = P(rows, None, heads)
-    return _per_device(attention, (q, kv, valid), (spec, spec, P(rows)), spec)
+    return _per_device(attention, (q, kv, mask), (spec, spec, P(rows)), spec)
 
 
 def rows_per_device(

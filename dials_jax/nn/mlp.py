@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dials_jax.config import ModelConfig
+from dials_jax.nn.broadcast import shifted
 from dials_jax.nn.initializers import normal, residual_depth, zeros_if
 from dials_jax.nn.kernels import on_hopper, rows_per_device, splits
 from dials_jax.nn.swiglu import swiglu, swiglu_fits, swiglu_pays
@@ -51,7 +52,7 @@ def linear(
     x: Float[Array, "*B D"], kernel: nnx.Param, bias: nnx.Param | None
 ) -> Float[Array, "*B F"]:
     y = jnp.einsum("...D,DF->...F", x, kernel[...].astype(x.dtype))
-    return y if bias is None else y + bias[...].astype(x.dtype)
+    return y if bias is None else shifted(y, bias[...])
 
 
 def _kernel_pays(x: Float[Array, "B T D"], gate_up: nnx.Param) -> bool:

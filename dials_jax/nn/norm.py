@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dials_jax.config import ModelConfig
+from dials_jax.nn.broadcast import scaled
 from dials_jax.nn.initializers import zeros_if
 
 
@@ -25,7 +26,7 @@ class RMSNorm(nnx.Module):
         x32 = x.astype(jnp.float32)
         variance = jnp.mean(x32 * x32, axis=-1, keepdims=True)
         normed = (x32 * jax.lax.rsqrt(variance + self.eps)).astype(x.dtype)
-        return normed * self.scale[...].astype(x.dtype)
+        return scaled(normed, self.scale[...])
 
 
 class LayerNorm(nnx.Module):

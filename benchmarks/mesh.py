@@ -1,0 +1,266 @@
+"""Every policy over every cache on every mesh: `python -m benchmarks.mesh --help`.
+
+Two tables. `--part equal` compares a small model in float32 with one device: all tokens and gates
+must be the same. `--part timed` runs a model of true width in bfloat16, in turns with one device:
+`against_one` is its time over that of one device with as many sequences as each batch shard has.
+Every batch shard is given the same sequences, so that all of them run the same layers.
+
+A case that fails is a line of its table, and the exit status is then 1. On a machine without
+accelerators, XLA_FLAGS=--xla_force_host_platform_device_count=8 makes devices to try it on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from benchmarks.decode import parse_policy
+from benchmarks.random_model import MODELS, make_config, make_model, make_routers
+from benchmarks.report import Table, exit_status
+from dials_jax import sharding, trees
+from dials_jax.caching.parse import parse_cache
+from dials_jax.config import MeshConfig, ModelConfig, RouterConfig, nearest, require
+from dials_jax.models import llada
+from dials_jax.models.model import Model, row_keys
+from dials_jax.nn.stack import Policy
+from dials_jax.sampling import generate as module
+from dials_jax.sampling.confidence import Confidence
+from dials_jax.sampling.generate import Generation, generate
+from dials_jax.skipping.policies import Routed
+from dials_jax.skipping.router import init_routers
+
+COLUMNS = {
+    "mesh": "<16", "cache": "<8", "policy": "<10", "sequences": ">9d", "layers_run": ">10.3f",
+    "ms_a_call": ">9.2f", "one_ms_a_call": ">13.2f", "against_one": ">11.3f",
+    "compile_s": ">9.1f", "result": "<40",
+}  # fmt: skip
+CACHES = ("none", "prefix", "dual", "es-16-4")
+POLICIES = ("full", "static-2", "random-2", "routed-2")
+
+
+def meshes_of(num_devices: int) -> dict[str, MeshConfig]:
+    """All ways to spread over so many devices along one axis, or along two of equal size."""
+    found = {f"{axis} {num_devices}": {axis: num_devices} for axis in sharding.AXES}
+    side = round(num_devices**0.5)
+    if side > 1 and side * side == num_devices:
+        for pair in (("data", "fsdp"), ("data", "tensor"), ("fsdp", "tensor")):
+            found[" x ".join(f"{axis} {side}" for axis in pair)] = dict.fromkeys(pair, side)
+    return {name: MeshConfig(**{"data": 1, **axes}) for name, axes in found.items()}
+
+
+def undecided_routers(model: Model) -> Routed:
+    """Routers whose sequences, layers and steps really differ in what they skip."""
+    cfg = model.config
+    routers = init_routers(
+        cfg.d_model, cfg.num_layers, RouterConfig(d_hidden=16, execute_bias=0.0), jax.random.key(1)
+    )
+    routers["vote"] = 20 * jax.random.normal(jax.random.key(2), routers["vote"].shape)
+    if trees.is_unrolled(model.params["layers"]):
+        routers = trees.unstack(routers)
+    return Routed(jax.device_put(routers, sharding.replicated(model.mesh)), 0.3)
+
+
+class Part:
+    """Models of equal weights, one a mesh, and the generations that are compared.
+
+    Args:
+      routed: makes the routers of a model from the number of layers to skip.
+      scale: of all weights but the norms'; large ones tell sequences apart.
+    """
+
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        sampler: Confidence,
+        prompt: int,
+        routed: Callable[[Model, int], Policy],
+        scale: float = 1.0,
+    ):
+        self.cfg, self.sampler, self.prompt = cfg, sampler, prompt
+        self._routed, self._scale = routed, scale
+
+    def model(self, mesh: Mesh) -> Model:
+        model = make_model(self.cfg, mesh=mesh)
+        if self._scale == 1:
+            return model
+
+        def scaled(name, x):
+            return x if "norm" in name else self._scale * x
+
+        return Model(self.cfg, trees.map_named(scaled, model.params), mesh)
+
+    def generate(
+        self, model: Model, cache: str, policy: str, sequences: int, copies: int = 1
+    ) -> tuple[Generation, float]:
+        """A generation, and what its program took to compile.
+
+        Args:
+          sequences: that differ.
+          copies: of each, so that every batch shard has all of them.
+        """
+        rng = np.random.default_rng(0)
+        highest = min(1000, self.cfg.vocab_size // 2)
+        prompts = rng.integers(2, highest, (sequences, self.prompt))
+        first = np.linspace(0, self.prompt // 2, sequences).astype(int)
+        valid = np.arange(self.prompt) >= first[:, None]
+        keys = row_keys(jax.random.key(3), sequences)
+        before = module._generate.compile_seconds
+        out = generate(
+            model,
+            np.tile(prompts, (copies, 1)),
+            np.tile(valid, (copies, 1)),
+            sampler=self.sampler,
+            cache=parse_cache(cache),
+            policy=parse_policy(policy, model.num_layers, partial(self._routed, model)),
+            key=jnp.concatenate([keys] * copies),
+        )
+        return out, module._generate.compile_seconds - before
+
+
+def equal_part() -> Part:
+    cfg = llada.small(
+        4, 64, 512, mask_id=511, eos_id=1, pad_id=0, head_dim=16, num_kv_heads=2, dtype="float32"
+    )
+    return Part(cfg, Confidence(16, 8, 16), 16, lambda m, _: undecided_routers(m), scale=4.0)
+
+
+def timed_part(options: argparse.Namespace) -> Part:
+    cfg = make_config(options.model, options.layers)
+    sampler = Confidence(options.gen, options.block, options.gen)
+    return Part(cfg, sampler, options.prompt, make_routers)
+
+
+def compare(part: Part, one: Model, model: Model, cache: str, policy: str) -> dict[str, Any]:
+    """The same sequences on one device and on all."""
+    expected, _ = part.generate(one, cache, policy, 8)
+    out, compile_s = part.generate(model, cache, policy, 8)
+    differ = {
+        "tokens": np.sum(out.tokens != expected.tokens),
+        "gates": np.sum(out.gates != expected.gates) if out.nfe == expected.nfe else -1,
+    }
+    words = [f"{count} {what} differ" for what, count in differ.items() if count]
+    return {
+        "result": ", ".join(words) or "equal", "sequences": 8, "compile_s": compile_s,
+        "layers_run": out.flops.layers_run,
+    }  # fmt: skip
+
+
+def time_case(
+    part: Part, one: Model, model: Model, cache: str, policy: str, options: argparse.Namespace
+) -> dict[str, Any]:
+    """The same sequences a batch shard, in turns with one device. Median times."""
+    copies = sharding.num_batch_shards(model.mesh)
+
+    def on_one():
+        return part.generate(one, cache, policy, options.batch)
+
+    def on_all():
+        return part.generate(model, cache, policy, options.batch, copies)
+
+    on_one()
+    out, compile_s = on_all()
+    pairs = [(on_one()[0], on_all()[0]) for _ in range(options.repeats)]
+    seconds = np.array([[x.flops.seconds for x in pair] for pair in pairs])
+    base, mine = np.median(seconds, axis=0)
+    return {
+        "result": "runs", "sequences": options.batch * copies, "compile_s": compile_s,
+        "layers_run": out.flops.layers_run, "ms_a_call": 1e3 * mine / out.nfe,
+        "one_ms_a_call": 1e3 * base / out.nfe, "against_one": mine / base,
+        "all_seconds": seconds.tolist(),
+    }  # fmt: skip
+
+
+def run_table(
+    part: Part,
+    measure: Callable[..., dict[str, Any]],
+    meshes: dict[str, MeshConfig],
+    options: argparse.Namespace,
+    table: Table,
+) -> int:
+    """Fills the table; returns the number of cases that failed or differ."""
+    one = part.model(sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
+    failures = 0
+    for name, mesh in meshes.items():
+        model = part.model(sharding.make_mesh(mesh))
+        for cache in options.caches:
+            for policy in options.policies:
+                try:
+                    found = measure(part, one, model, cache, policy)
+                except Exception as error:  # of the compiler, say: it belongs into the table
+                    reason = " ".join(f"{type(error).__name__}: {error}".split())
+                    found = {"result": f"fails: {reason[:300]}"}
+                failures += found["result"] not in ("equal", "runs")
+                table.add(mesh=name, cache=cache, policy=policy, **found)
+            module._generate.forget()
+    return failures
+
+
+def chosen(names: Sequence[str] | None, known: dict[str, MeshConfig]) -> dict[str, MeshConfig]:
+    """Meshes by name, `data 2 x tensor 2` also as `data2-tensor2`."""
+    if names is None:
+        return known
+    short = {name.replace(" x ", "-").replace(" ", ""): name for name in known}
+    for name in names:
+        require(name in short, f"mesh {name!r} is not known{nearest(name, short)}")
+    return {short[name]: known[short[name]] for name in names}
+
+
+def run(options: argparse.Namespace) -> int:
+    count = jax.device_count()
+    require(count > 1, "one device is no mesh; run it on a machine with several")
+    meshes = chosen(options.meshes, meshes_of(count))
+    for cache in options.caches:
+        parse_cache(cache)
+    failures = 0
+    for name in ("equal", "timed"):
+        if name not in options.part:
+            continue
+        part = equal_part() if name == "equal" else timed_part(options)
+        for text in options.policies:
+            parse_policy(text, part.cfg.num_layers, lambda _: None)
+        out = options.out and f"{options.out}_{name}.json"
+        table = Table(COLUMNS, out, vars(options) | {"part": name})
+        measure = compare if name == "equal" else partial(time_case, options=options)
+        with jax.default_matmul_precision("highest" if name == "equal" else "default"):
+            failures += run_table(part, measure, meshes, options, table)
+    print(f"{failures} cases failed or differ")
+    return failures
+
+
+def options_of(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.mesh", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--part", nargs="+", default=["equal", "timed"], choices=["equal", "timed"])
+    parser.add_argument("--meshes", nargs="+", help="such as data4 data2-tensor2; default: all")
+    parser.add_argument("--caches", nargs="+", default=list(CACHES))
+    parser.add_argument("--policies", nargs="+", default=list(POLICIES))
+    parser.add_argument("--model", default="llada_8b", help=f"timed; one of {', '.join(MODELS)}")
+    parser.add_argument("--layers", type=int, default=8, help="timed; only so many")
+    parser.add_argument("--batch", type=int, default=8, help="timed; sequences a batch shard")
+    parser.add_argument("--prompt", type=int, default=256, help="timed; tokens")
+    parser.add_argument("--gen", type=int, default=64, help="timed; tokens")
+    parser.add_argument("--block", type=int, default=32, help="timed; tokens")
+    parser.add_argument("--repeats", type=int, default=5, help="timed generations of each")
+    parser.add_argument("--out", metavar="PREFIX", help="writes PREFIX_equal.json and _timed.json")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = options_of(arguments)
+    failures = []
+    status = exit_status(lambda: failures.append(run(options)))
+    return status or min(1, sum(failures))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
