@@ -106,7 +106,7 @@ def cudnn_fits(q: Float[Array, "B T N H"]) -> bool:
 def cudnn_attention(
     q: Float[Array, "B T N H"], kv: KV, attn_mask: Bool[Array, "B 1 T S"] | None, causal: bool
 ) -> Float[Array, "B T N H"]:
-    """cuDNN's kernel. It knows how to split itself over a mesh, but not over a part of one's axes."""
+    """cuDNN's kernel. It can split itself over a mesh, but not over some of its axes only."""
     return jax.nn.dot_product_attention(
         q, *kv, mask=attn_mask, is_causal=causal, implementation="cudnn"
     )
