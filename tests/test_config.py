@@ -29,7 +29,9 @@ OPTIMIZER = OptimizerConfig(num_steps=10, warmup_steps=1)
 TRAIN = TrainConfig(model=small_config(), data=ArithmeticData(), optimizer=OPTIMIZER)
 TASKS = (
     EvalTask(name="sums", metric="exact_match", data=ArithmeticData(operations=("add",))),
-    EvalTask(name="choice", metric="choice", data=TaskData(paths=("a.jsonl",)), choices=("{x}",)),
+    EvalTask(
+        name="choice", metric="choice", data=TaskData(paths=("a.jsonl",)), choices=("{x}", "y")
+    ),
     EvalTask(name="text", metric="nelbo", data=TextData(length=8), limit=3),
 )
 

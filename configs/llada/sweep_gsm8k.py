@@ -3,8 +3,17 @@
 python eval.py --config configs/llada/sweep_gsm8k.py --workdir runs/gsm8k/sweep \\
     --model LLaDA-8B-Base --routers runs/gsm8k/router-1
 
-Generation as in DIALS, table 3: 256 tokens in 256 steps and one block. Zero-shot; put few-shot
-examples into the prompts for the paper's five.
+Generation as in DIALS, table 3: 256 tokens in 256 steps and one block, by LLaDA's sampler at
+temperature 0. Zero-shot; put few-shot examples into the prompts for the paper's five.
+
+Scores as the task gsm8k of lm-evaluation-harness (version 3) under "strict-match": an output counts
+up to the first stop string, its first "####" is compared, and numbers without commas, dollar signs
+and a period at the end. For its "flexible-extract", the last number of the output:
+
+    --tasks.0.extract '(-?[$0-9.,]{2,})|(-?[0-9]+)' --tasks.0.match last
+
+The papers do not say which of the two they report. Items longer than the lengths below are left out
+and counted in the results (none of the test split with GPT-2's tokenizer).
 """
 
 from dials_jax.config import EvalConfig, EvalTask, TaskData
@@ -23,10 +32,13 @@ def get_config() -> EvalConfig:
                     prompt="Question: {question}\nAnswer:",
                     answer=" {answer}",
                     prompt_length=512,
-                    answer_length=256,
+                    answer_length=512,
                     too_long="drop",
                 ),
-                extract=r"#### (-?[\d,.]+)",
+                gen_length=256,
+                extract=r"#### (-?[0-9.,]+)",
+                match="first",
+                until=("Question:", "</s>", "<|im_end|>"),
             ),
         ),
         similarity_threshold=0.95,

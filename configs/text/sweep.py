@@ -4,7 +4,9 @@ python eval.py --config configs/text/sweep.py --workdir runs/text/sweep \\
     --routers runs/text/router-0.1 runs/text/router-0.4 runs/text/router-1.5
 
 Tasks: the NELBO of 384 tokens given 128 on validation text; GSM8K's solutions given their
-questions, by NELBO and by exact match of the final number.
+questions, by NELBO and by exact match of the final number: the first "####" before the model goes
+on with another question, as in lm-evaluation-harness's "strict-match". The solutions take up to 303
+tokens; generation makes 128.
 """
 
 from dials_jax.config import EvalConfig, EvalTask, TaskData, TextData
@@ -14,7 +16,7 @@ GSM8K = TaskData(
     prompt="Question: {question}\nAnswer:",
     answer=" {answer}",
     prompt_length=256,
-    answer_length=128,
+    answer_length=512,
     too_long="drop",
 )
 
@@ -45,7 +47,10 @@ def get_config() -> EvalConfig:
                 name="gsm8k",
                 metric="exact_match",
                 data=GSM8K,
-                extract=r"#### (-?[\d,.]+)",
+                gen_length=128,
+                extract=r"#### (-?[0-9.,]+)",
+                match="first",
+                until=("Question:", "</s>", "<|im_end|>"),
                 limit=128,
                 steps=64,
                 bucket=256,

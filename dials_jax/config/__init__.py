@@ -18,7 +18,7 @@ from dials_jax.config.base import (
     write_json,
 )
 from dials_jax.config.data import ArithmeticData, CorpusData, Data, TaskData, TextData
-from dials_jax.config.evaluation import EvalConfig, EvalTask
+from dials_jax.config.evaluation import Algorithm, EvalConfig, EvalTask
 from dials_jax.config.model import DTYPES, MeshConfig, ModelConfig, RouterConfig, WeightDtype
 from dials_jax.config.paths import local_path
 from dials_jax.config.study import (
@@ -34,6 +34,7 @@ from dials_jax.config.typed import Count, Range, Seed, Typed, as_type, from_dict
 
 __all__ = [
     "DTYPES",
+    "Algorithm",
     "ArithmeticData",
     "CorpusData",
     "Count",

@@ -70,7 +70,11 @@ class CorpusData(Typed):
 
 @dataclass(frozen=True, kw_only=True)
 class TaskData(Typed):
-    """Prompt/answer pairs from JSONL. Fields enter templates as `{name}` or `{name.inner}`."""
+    """Prompt/answer pairs from JSONL. Fields enter templates as `{name}` or `{name.inner}`.
+
+    In training and for every metric of an evaluation a pair is too long if its prompt or any of its
+    answers is, and `too_long` says what becomes of it.
+    """
 
     kind: Literal["task"] = "task"
     paths: tuple[str, ...] = ()
@@ -80,7 +84,7 @@ class TaskData(Typed):
     prompt_length: int = 512  # longest prompt in tokens; prompts are padded on the left
     answer_length: int = 256  # longest answer in tokens, end of text included
     pad_answer: bool = True  # fill the answer with end-of-text tokens and train on them (LLaDA SFT)
-    too_long: Literal["error", "drop"] = "error"
+    too_long: Literal["error", "drop"] = "error"  # "drop" leaves pairs out; results count them
 
 
 @dataclass(frozen=True, kw_only=True)

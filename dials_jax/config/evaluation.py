@@ -10,6 +10,16 @@ from dials_jax.config.data import Data
 from dials_jax.config.model import MeshConfig, WeightDtype
 from dials_jax.config.typed import Seed, Typed
 
+Algorithm = Literal["origin", "maskgit_plus", "topk_margin", "entropy"]  # of Dream's sampler
+
+# Fields that only one kind of task reads. Elsewhere they would be settings without effect.
+_OF_GENERATION = (
+    "match", "until", "gen_length", "sampler", "temperature",
+    "threshold", "factor", "delay_eos", "stop_at_eos", "cache",
+)  # fmt: skip
+_OF_DREAM = ("alg", "alg_temp", "top_p", "top_k")
+_OF_LLADA = ("block_length", "cfg_scale", "threshold", "factor", "delay_eos", "stop_at_eos")
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvalTask(Typed):
@@ -22,11 +32,20 @@ class EvalTask(Typed):
     choice_list: str = ""  # or one field that holds a list ("choices.text")
     label: str = "label"  # field with the index, or with the name, of the right choice
     label_names: str = ""  # field that lists the choices' names ("choices.label")
-    extract: str = ""  # regular expression; its last match is compared, in answer and output
+    extract: str = ""  # regular expression of what is compared, in answer and output alike
+    match: Literal["first", "last"] | None = None  # None: the first; answers may hold one only
+    until: tuple[str, ...] = ()  # stop strings: an output counts up to the first (exact_match)
     limit: int | None = None  # first items only
     num_samples: int = 128  # Monte-Carlo masks an item (choice, nelbo)
+    gen_length: int | None = None  # tokens to generate (exact_match); default: data.answer_length
     steps: int | None = None  # denoising steps (exact_match); default: one a token
-    block_length: int | None = None  # default: one block
+    sampler: Literal["confidence", "dream"] = "confidence"  # LLaDA's or Dream's (exact_match)
+    temperature: float = 0.0  # of what is drawn; 0 takes the most probable (exact_match)
+    alg: Algorithm | None = None  # Dream's order of revealing; default: entropy
+    alg_temp: float | None = None  # Dream's, as are the next two: see sampling/dream.py
+    top_p: float | None = None
+    top_k: int | None = None
+    block_length: int | None = None  # LLaDA's, as are the next six; default: one block
     cfg_scale: float = 0.0
     threshold: float | None = None  # reveal all tokens of this confidence (exact_match)
     factor: float | None = None  # or as many as are confident together (exact_match)
@@ -43,13 +62,29 @@ class EvalTask(Typed):
             self.limit is None or self.limit > 0,
             f"task {self.name!r}: limit={self.limit} must be positive, or None",
         )
-        for name in ("threshold", "factor", "delay_eos", "stop_at_eos", "cache"):
+        require(
+            self.gen_length is None or self.gen_length > 0,
+            f"task {self.name!r}: gen_length={self.gen_length} must be positive, or None",
+        )
+        require(
+            all(self.until), f"task {self.name!r}: until={self.until} has an empty text; remove it"
+        )
+        require(
+            len(self.choices) != 1 and len(set(self.choices)) == len(self.choices),
+            f"task {self.name!r}: choices={self.choices} must be several, and all different",
+        )
+        if self.metric != "exact_match":
+            why = f"is for generation, but metric {self.metric!r} generates nothing; leave it out"
+            self._require_unset((*_OF_GENERATION, *_OF_DREAM), why)
+        elif self.sampler == "dream":
+            self._require_unset(_OF_LLADA, "is of LLaDA's sampler, not of Dream's; leave it out")
+        else:
+            self._require_unset(_OF_DREAM, "is of Dream's sampler; set sampler='dream'")
+
+    def _require_unset(self, names: tuple[str, ...], why: str) -> None:
+        for name in names:
             value, default = getattr(self, name), self.__dataclass_fields__[name].default
-            require(
-                self.metric == "exact_match" or value == default,
-                f"task {self.name!r}: {name}={value!r} is for generation, but metric "
-                f"{self.metric!r} generates nothing; leave it out",
-            )
+            require(value == default, f"task {self.name!r}: {name}={value!r} {why}")
 
 
 @dataclass(frozen=True, kw_only=True)

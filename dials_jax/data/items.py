@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,12 +16,13 @@ from dials_jax.config import (
     ArithmeticData,
     CorpusData,
     EvalTask,
-    InputError,
     ModelConfig,
     TaskData,
     TextData,
     require,
 )
+from dials_jax.data.answers import check_reference
+from dials_jax.data.answers import normalise_answer as normalise_answer  # known by this name, too
 from dials_jax.data.arithmetic import ArithmeticTask
 from dials_jax.data.corpus import load_corpus
 from dials_jax.data.records import located, lookup, read_records
@@ -42,6 +42,16 @@ class Item:
     label: int  # index of the right answer
     reference: str  # text that exact match compares with
     key: int  # 31 bits for random keys; they depend on prompt and answers, never on the order
+
+
+class Items(list[Item]):
+    """The items of a task.
+
+    Attributes:
+      num_dropped: how many more were read, and left out because they are too long.
+    """
+
+    num_dropped: int = 0
 
 
 def make_item(prompt: Ids, answers: Sequence[Ids], label: int = 0, reference: str = "") -> Item:
@@ -68,17 +78,15 @@ def items_digest(items: Sequence[Item]) -> str:
     return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
 
-def load_items(
-    task: EvalTask, tokenizer: Tokenizer | None, model_config: ModelConfig
-) -> list[Item]:
+def load_items(task: EvalTask, tokenizer: Tokenizer | None, model_config: ModelConfig) -> Items:
     """Reads the items of one task, at most `task.limit` of them.
 
     Args:
       tokenizer: of the model. The procedural task brings its own, so it may be None there.
 
-    Raises: InputError, with file and line, for a missing field, a label that names no choice, a
-      prompt that is too long (unless `too_long="drop"`) or one that contains the mask token; and
-      if no item is left.
+    Raises: InputError, with file and line, for a missing field, a label that names no choice,
+      choices that are equal or only one, a prompt or an answer that is too long (unless
+      `too_long="drop"`) or contains the mask token; and if no item is left.
     """
     if isinstance(task.data, ArithmeticData):
         tokenizer = ArithmeticTask(task.data).tokenizer
@@ -88,17 +96,18 @@ def load_items(
     if isinstance(task.data, TextData | CorpusData):
         return _text_items(task, task.data, tokenizer, model_config)
     cfg, records = _records(task)
-    items, num_dropped = [], 0
+    items = Items()
     for where, record in islice(records, task.limit):
         with located(where):
             item = _item(task, cfg, record, tokenizer, model_config.eos_id)
         for what, ids in (("prompt", item.prompt), *(("answer", a) for a in item.answers)):
             require_unmasked(where, what, ids, model_config.mask_id)
-        if fits(cfg, where, "prompt", len(item.prompt)):
+        longest = max(map(len, item.answers)) + (task.metric != "exact_match")  # with its EOS
+        if fits(cfg, where, "prompt", len(item.prompt)) and fits(cfg, where, "answer", longest):
             items.append(item)
         else:
-            num_dropped += 1
-    warn_dropped(num_dropped, num_dropped + len(items))
+            items.num_dropped += 1
+    warn_dropped(items.num_dropped, items.num_dropped + len(items))
     require(bool(items), f"task {task.name!r} has no items; add records or raise limit")
     return items
 
@@ -125,16 +134,17 @@ def _item(
         texts, label = [fill(cfg.answer, record)], 0
         reference = texts[0]
     if task.metric == "exact_match":
-        require(
-            normalise_answer(reference, task.extract) != "",
-            f"extract={task.extract!r} finds nothing in the answer {reference[-60:]!r}",
-        )
+        check_reference(task, reference)
         # Generation sees the prompt alone.
         prompt_ids, answer_ids = tokenizer.encode_batch([prompt, reference])
         return make_item(prompt_ids, [[*answer_ids, eos_id]], label, reference)
     pairs = [encode_pair(tokenizer, prompt, text) for text in texts]
     answers = [answer_ids for _, answer_ids in pairs]
     require(all(answers), f"an answer of {texts} has no tokens; correct the template")
+    require(
+        task.metric != "choice" or len(set(map(tuple, answers))) == len(answers) > 1,
+        f"the choices {texts} must be several, and all different; correct the record or choices=",
+    )
     return make_item(pairs[0][0], answers, label, reference)
 
 
@@ -183,7 +193,7 @@ def _text_items(
     cfg: TextData | CorpusData,
     tokenizer: Tokenizer,
     model_config: ModelConfig,
-) -> list[Item]:
+) -> Items:
     """Rows packed as in training, the first tokens being the prompt."""
     require(
         task.metric == "nelbo",
@@ -203,29 +213,7 @@ def _text_items(
     rows = data.tokens[np.arange(count)].tolist()
     require(bool(rows), f"task {task.name!r} has no items; raise limit")
     start = cfg.prompt_length
-    return [make_item(row[:start], [row[start:]]) for row in rows]
-
-
-def normalise_answer(text: str, extract: str) -> str:
-    """What exact match compares, in reference and output alike.
-
-    Args:
-      extract: regular expression. Its last match counts, group 1 if there is one; "" takes all of
-        `text`, and no match gives "".
-
-    Returns: the stripped answer; a number loses its commas and a trailing period.
-    Raises: InputError if `extract` is not a regular expression.
-    """
-    if extract:
-        try:
-            matches = list(re.finditer(extract, text))
-        except re.error as error:
-            raise InputError(f"extract={extract!r}: {error}; correct the expression") from error
-        last = matches[-1] if matches else None
-        text = "" if last is None else last.group(1 if last.re.groups else 0) or ""
-    text = text.strip()
-    is_number = re.fullmatch(r"[-+]?\$?(\d+|\d{1,3}(,\d{3})+)(\.\d*)?%?", text)
-    return text.replace(",", "").removesuffix(".") if is_number else text
+    return Items(make_item(row[:start], [row[start:]]) for row in rows)
 
 
 def pad_prompts(

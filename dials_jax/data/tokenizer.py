@@ -167,14 +167,28 @@ def check_tokenizer(tokenizer: Tokenizer, model_config: ModelConfig) -> None:
 
 
 def encode_pair(tokenizer: Tokenizer, prompt: str, answer: str) -> tuple[list[int], list[int]]:
-    """Tokenises a prompt and its continuation so that the cut never splits a merged token.
+    """Tokenises a prompt and its continuation. Together the ids spell both texts.
 
     Trailing spaces of the prompt move to the answer, since byte-level BPE joins them to the next
-    word.
+    word. Where the tokens of the whole text do not begin with the prompt's, a token spans the cut
+    ("=-" of "=" and "-5"). Then the answer is tokenised apart: all choices of an item keep one
+    prompt, and it is tokenised as in generation and training.
 
-    Source: LLaDA, eval_llada.py, `_encode_pair`, which follows lm-evaluation-harness.
+    Raises: InputError where the answer apart does not continue the prompt's text, as with
+      tokenizers that begin every text with a space.
+    Source: LLaDA, eval_llada.py, `_encode_pair`, which follows lm-evaluation-harness. Both lose
+      text where a token spans the cut.
     """
     stripped = prompt.rstrip()
     answer = prompt[len(stripped) :] + answer
     whole, prompt_ids = tokenizer.encode_batch([stripped + answer, stripped])
-    return prompt_ids, whole[len(prompt_ids) :]
+    if whole[: len(prompt_ids)] == prompt_ids:
+        return prompt_ids, whole[len(prompt_ids) :]
+    apart = tokenizer.encode(answer)
+    require(
+        tokenizer.decode(prompt_ids + apart)
+        == tokenizer.decode(prompt_ids) + tokenizer.decode(apart),
+        f"a token spans the end of the prompt {stripped[-20:]!r} and the answer {answer[:20]!r}, "
+        "which this tokenizer cannot cut; begin the answer with a space or a line break",
+    )
+    return prompt_ids, apart

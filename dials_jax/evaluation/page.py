@@ -114,7 +114,7 @@ th:first-child, td:first-child { text-align: left; }
 thead th { color: #66707c; font-weight: 600; }
 tbody td { border-top: 1px solid #eef1f4; }
 tbody td:first-child { border-left: 4px solid var(--kind, #d5dae0); }
-.task th { padding-top: 1.1rem; }
+.task th { padding-top: 1.1rem; white-space: normal; }
 small { color: #66707c; font-weight: 400; margin-left: .4rem; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .3rem 1.2rem; margin: 0; }
 dl.facts { grid-template-columns: repeat(2, max-content 1fr); }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,8 @@ DEFINITIONS = (
     ("p", "Two-sided paired test against the full model: the exact McNemar test for items scored "
      "0 or 1, a paired t-test otherwise. It is not corrected for the number of rows, and a large p "
      "does not show that two policies are equal."),
+    ("items", "Scored items, and of how many if some were left out: their prompt or answer is "
+     "too long (too_long=\"drop\"). Published numbers count those as wrong."),
     ("layers", "Layers run / layers, the normalised FLOPs of the papers: head, embeddings and "
      "router are left out."),
     ("model", "FLOPs of the whole model as a share of full execution: the head, attention by "
@@ -103,7 +106,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "model": lambda r: _text(r.model, ".4f"),
     "seconds": lambda r: _text(r.seconds, ".1f"),
     "speed-up": lambda r: _text(r.speedup, ".2f", "x"),
-    "items": lambda r: str(r.num_items),
+    "items": lambda r: _items(r),
 }
 INTERVAL = {"95 % interval": lambda r: f"{_text(r.low, '.4f')} to {_text(r.high, '.4f')}"}
 
@@ -123,14 +126,31 @@ def format_table(rows: Sequence[Row]) -> str:
     for row, row_cells in zip(rows, cells, strict=True):
         if row.task != task:
             task = row.task
-            text.append(_shorten(f"{task} ({_how(row)})", WIDTH))
+            text += textwrap.wrap(f"{task} ({_how(row)})", WIDTH)
         text.append(line(*row_cells))
     return "\n".join(text)
 
 
 def _how(row: Row) -> str:
-    """A task's metric, and the cache it generates with."""
-    return row.metric if row.cache == "none" else f"{row.metric}, cache {row.cache}"
+    """A task's metric, how its texts are generated, and how many items were left out."""
+    parts = [row.metric]
+    if row.sampler is not None:
+        steps = "" if row.steps is None else f", {row.steps} steps"
+        parts += [f"sampler {row.sampler}, temperature {row.temperature:g}{steps}"]
+    if row.sampler is not None or row.cache != "none":
+        parts += [f"cache {row.cache}"]
+    if row.stop is not None:
+        parts += [row.stop]
+    if row.num_dropped:
+        total = row.num_items + row.num_dropped
+        parts += [f"{row.num_dropped} of {total} items left out: too long"]
+    return ", ".join(parts)
+
+
+def _items(row: Row) -> str:
+    """Those that were scored, of all that there are."""
+    total = row.num_items + (row.num_dropped or 0)
+    return f"{row.num_items} of {total}" if row.num_dropped else str(total)
 
 
 def _shorten(text: str, width: int) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import jax
@@ -15,8 +16,9 @@ from dials_jax.caching.cache import NoCache
 from dials_jax.caching.net import Net
 from dials_jax.caching.parse import parse_cache
 from dials_jax.config import EvalTask, require
+from dials_jax.data.answers import is_right, normalise_answer
 from dials_jax.data.buckets import batches, buckets, pair_buckets
-from dials_jax.data.items import Item, item_names, normalise_answer, pad_prompts
+from dials_jax.data.items import Item, item_names, pad_prompts
 from dials_jax.data.tokenizer import Tokenizer
 from dials_jax.evaluation.earned import Earned, Record, batch_record
 from dials_jax.evaluation.execution import Execution
@@ -26,10 +28,13 @@ from dials_jax.models.model import Model
 from dials_jax.nn.stack import Policy
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.denoise import blocks_of
+from dials_jax.sampling.dream import Dream
 from dials_jax.sampling.generate import generate
 from dials_jax.skipping.flops import Flops
 
 NUM_EXAMPLES = 5
+# Raised where a metric's scores change their meaning: kept ones are then not continued.
+RULES = {"exact_match": 2, "choice": 1, "nelbo": 1}
 STRATUM = 16  # masked copies a round, over which their numbers of masks are spread
 
 Progress = Callable[[int], Any]  # told how many rows are done
@@ -122,6 +127,7 @@ def _pairs(task: EvalTask, items: Sequence[Item], policy: Policy | None) -> dict
 def check_settings(task: EvalTask) -> None:
     """Raises: InputError for settings that are wrong whatever the model and the items."""
     parse_cache(task.cache)
+    normalise_answer("", task.extract)
     sampler_of(replace(task, steps=None, block_length=None), length=1)
 
 
@@ -132,6 +138,13 @@ def check_task(task: EvalTask, items: Sequence[Item], model: Model) -> None:
         sampler = sampler_for(task, items)
         length = sampler.gen_length
         check_cache(task, sampler, model, prompt_length)
+        if model.config.model_type == "dream" and task.sampler != "dream":
+            warnings.warn(
+                f"task {task.name!r}: this Dream model is sampled by LLaDA's rules, at temperature "
+                f"{task.temperature:g}; for Dream's own set sampler='dream', temperature=0.1 and "
+                "top_p=0.95 as in its published evaluations",
+                stacklevel=2,
+            )
     else:
         length = max(len(answer) for item in items for answer in item.answers)
         require(
@@ -146,7 +159,9 @@ def check_task(task: EvalTask, items: Sequence[Item], model: Model) -> None:
     )
 
 
-def check_cache(task: EvalTask, sampler: Confidence, model: Model, prompt_length: int) -> None:
+def check_cache(
+    task: EvalTask, sampler: Confidence | Dream, model: Model, prompt_length: int
+) -> None:
     """Raises: InputError for a cache that does not fit the sampler or the model."""
     cfg, shape = model.config, (1, prompt_length + sampler.gen_length)
     rows = jax.eval_shape(lambda: transformer.rows_of(cfg, None, shape))
@@ -169,18 +184,37 @@ def item_keys(seed: int, items: Sequence[Item]) -> jax.Array:
 # ----------------------------------------------------------------------------------- generation
 
 
-def sampler_for(task: EvalTask, items: Sequence[Item]) -> Confidence:
-    """The task's sampler: as many tokens as its answers may have."""
-    length = getattr(task.data, "answer_length", None)
+def generation_facts(task: EvalTask, items: Sequence[Item]) -> dict[str, Any]:
+    """How a task's texts are made and where they end, for results and reports; {} if none are."""
+    if task.metric != "exact_match":
+        return {}
+    settings = asdict(sampler_for(task, items))
+    return {"sampler": task.sampler, **settings, "cache": task.cache, "until": list(task.until)}
+
+
+def sampler_for(task: EvalTask, items: Sequence[Item]) -> Confidence | Dream:
+    """The task's sampler: as many tokens as it asks for, or as its answers may have."""
+    length = task.gen_length or getattr(task.data, "answer_length", None)
     return sampler_of(task, length or max(len(item.answers[0]) for item in items))
 
 
-def sampler_of(task: EvalTask, length: int) -> Confidence:
+def sampler_of(task: EvalTask, length: int) -> Confidence | Dream:
     """By default one block, and one token a step."""
+    if task.sampler == "dream":
+        return Dream(
+            max_new_tokens=length,
+            steps=task.steps or length,
+            alg=task.alg or "entropy",
+            temperature=task.temperature,
+            top_p=task.top_p,
+            top_k=task.top_k,
+            alg_temp=task.alg_temp,
+        )
     return Confidence(
         gen_length=length,
         block_length=task.block_length or length,
         steps=task.steps or length,
+        temperature=task.temperature,
         cfg_scale=task.cfg_scale,
         threshold=task.threshold,
         factor=task.factor,
@@ -213,7 +247,9 @@ def _exact_match(
             fill_to=batch_size,
         )
         execution, scores, examples = Execution(model.num_layers), [], {}
-        execution.add(out.gates, at_work(out.masked_share))
+        # Dream's rows never wait for others, and some of its steps reveal nothing.
+        waits = task.sampler != "dream"
+        execution.add(out.gates, at_work(out.masked_share) if waits else out.masked_share)
         for i, row in zip(group, out.tokens[:, tokens.shape[1] :], strict=True):
             text, correct = _score_output(task, items[i], row.tolist(), tokenizer, cfg)
             scores.append(float(correct))
@@ -235,11 +271,14 @@ def at_work(masked_share: Float[np.ndarray, "S R"]) -> Float[np.ndarray, "S R"]:
 
 
 def _score_output(task, item: Item, row: list[int], tokenizer, cfg) -> tuple[str, bool]:
-    """The text before the first end of text, and whether it is right."""
-    ends = [i for i, token in enumerate(row) if token in (cfg.eos_id, cfg.eot_id)]
+    """The text before its first end, and whether it is right.
+
+    Texts end at end of text, and at a stop string that is one token: it may not be decoded.
+    """
+    stops = {cfg.eos_id, cfg.eot_id, *map(tokenizer.token_to_id, task.until)}
+    ends = [i for i, token in enumerate(row) if token in stops]
     text = tokenizer.decode(row[: ends[0]] if ends else row)
-    expected = normalise_answer(item.reference, task.extract)
-    return text, normalise_answer(text, task.extract) == expected
+    return text, is_right(task, text, item.reference)
 
 
 # ----------------------------------------------------------------------------------- likelihood

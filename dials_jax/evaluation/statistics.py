@@ -50,6 +50,11 @@ class Row:
     seconds: float  # measured, compilation apart
     speedup: float | None  # seconds of the full model / seconds
     num_items: int
+    num_dropped: int | None  # items left out of all the above: too long; None: not recorded
+    sampler: str | None  # and its settings; None: nothing is generated, or older results
+    temperature: float | None
+    steps: int | None  # denoising steps; None where confidence decides
+    stop: str | None  # what ends a generation, and the text that counts
 
 
 def mean_and_stderr(scores: Sequence[int | float] | np.ndarray) -> tuple[float, float]:
@@ -202,7 +207,30 @@ def _row(run: Mapping[str, Any], full: Mapping[str, Any] | None) -> Row:
         seconds=seconds,
         speedup=full["flops"]["seconds"] / seconds if full and seconds else None,
         num_items=len(scores),
+        num_dropped=run.get("num_dropped"),
+        **_decoding(run.get("generation") or {}),
     )
+
+
+# Settings with a column of their own, and those that say the length of what is generated.
+_NAMED = ("sampler", "temperature", "steps", "cache", "until", "stop_at_eos")
+_UNSET = (None, False, 0.0)
+
+
+def _decoding(generation: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns of a row that say how texts were generated."""
+    if not generation:
+        return dict.fromkeys(("sampler", "temperature", "steps", "stop"))
+    others = {k: v for k, v in generation.items() if k not in _NAMED and v not in _UNSET}
+    by_confidence = generation.get("threshold") is not None or generation.get("factor") is not None
+    until = ["end of text", *map(repr, generation["until"])]
+    early = "sequence ends at end of text" if generation.get("stop_at_eos") else "all steps"
+    return {
+        "sampler": ", ".join([generation["sampler"], *(f"{k} {v}" for k, v in others.items())]),
+        "temperature": generation["temperature"],
+        "steps": None if by_confidence else generation["steps"],
+        "stop": f"{early}; text up to {' or '.join(until)}",
+    }
 
 
 def _interval(metric: str, scores: Sequence[int | float]) -> tuple[float, float]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,18 @@ from dials_jax.config import (
     to_dict,
     write_json,
 )
-from dials_jax.data.items import Item, items_digest, load_items
+from dials_jax.data.items import Item, Items, items_digest, load_items
 from dials_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dials_jax.evaluation.report import format_table, write_report
 from dials_jax.evaluation.results import differing, environment
-from dials_jax.evaluation.scoring import check_settings, check_task, num_rows, score_task
+from dials_jax.evaluation.scoring import (
+    RULES,
+    check_settings,
+    check_task,
+    generation_facts,
+    num_rows,
+    score_task,
+)
 from dials_jax.loading import load
 from dials_jax.models.model import Model
 from dials_jax.nn.stack import Policy
@@ -101,7 +109,7 @@ def _run_once(
     cfg: EvalConfig,
     model: Model,
     task: EvalTask,
-    items: Sequence[Item],
+    items: Items,
     tokenizer: Tokenizer,
     candidate: Candidate,
     workdir: Path,
@@ -122,6 +130,8 @@ def _run_once(
         "task": task.name,
         "metric": task.metric,
         "cache": task.cache,
+        "generation": generation_facts(task, items),
+        "num_dropped": items.num_dropped,
         "policy": candidate.describe(),
         "items": scores.items,
         "also": scores.also,
@@ -202,6 +212,7 @@ def _start(
             "fingerprint": model.fingerprint,
         },
         "items": {task.name: items_digest(items) for task, items in tasks},
+        "rules": {task.name: RULES[task.metric] for task in cfg.tasks},
         "routers": {path: router_facts(path)[1]["digests"] for path in cfg.routers},
         "environment": environment(model, cfg.seed),
         "runs": [],
@@ -213,6 +224,7 @@ def _start(
     except InputError as error:
         raise InputError(f"{error}; remove it to start the sweep again") from error
     require("runs" in old, f"{path} is not of a sweep; choose another --workdir")
+    old = _completed(old, cfg)
     before, now = (
         {"config": x["config"], "weights": x["model"]["fingerprint"]} for x in (old, fresh)
     )
@@ -221,6 +233,12 @@ def _start(
         not others,
         f"{workdir} holds another sweep ({', '.join(others)} differ); choose another --workdir",
     )
+    for name, rules in fresh["rules"].items():
+        require(
+            old["rules"].get(name) == rules,
+            f"{workdir} holds scores of {name} by another version's rules for answers; choose "
+            "another --workdir",
+        )
     for kind in ("items", "routers"):
         known = old.get(kind, fresh[kind]).values()  # by path; one may be named in two ways
         for (name, digest), kept in zip(fresh[kind].items(), known, strict=True):
@@ -230,3 +248,12 @@ def _start(
                 "choose another --workdir",
             )
     return old
+
+
+def _completed(old: dict[str, Any], cfg: EvalConfig) -> dict[str, Any]:
+    """With the defaults of a task's settings that are newer than the results, and first rules."""
+    defaults = {f.name: f.default for f in fields(EvalTask) if f.default is not MISSING}
+    defaults = json.loads(json.dumps(defaults))
+    tasks = [defaults | task for task in old["config"].get("tasks", ())]
+    rules = dict.fromkeys([task.name for task in cfg.tasks], 1)
+    return {"rules": rules} | old | {"config": old["config"] | {"tasks": tasks}}

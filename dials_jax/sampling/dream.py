@@ -7,7 +7,7 @@ published checkpoints, whose behaviour this follows token for token.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +15,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from dials_jax.config import ModelConfig, require, require_positive
+from dials_jax.config import Algorithm, ModelConfig, require, require_positive
 from dials_jax.sampling.confidence import gumbel_like, ranks
 from dials_jax.sampling.denoise import Turn
-
-Algorithm = Literal["origin", "maskgit_plus", "topk_margin", "entropy"]
 
 TOKEN, ORDER = 0, 1  # folded into a step's key: what the noise is for
 

@@ -123,6 +123,75 @@ def test_a_pair_joins_to_the_whole_text(tokenizer, prompt, answer):
     assert tokenizer.decode(prompt_ids) == prompt.rstrip()
 
 
+def harness_pair(tokenizer, prompt, answer):
+    """What lm-evaluation-harness's `_encode_pair` does."""
+    stripped = prompt.rstrip()
+    whole = tokenizer.encode(prompt + answer)
+    return tokenizer.encode(stripped), whole[len(tokenizer.encode(stripped)) :]
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A byte-level BPE that learned to join signs, words and spaces as GPT-2's does."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    text = ["x =-5 y=-7 (-3) = -1 Answer:-4 the cat sat ::- --- 1000 10-10\n\n\nnot this\n"] * 3
+    backend.train_from_iterator(text, trainer)
+    return Tokenizer(backend)
+
+
+PROMPTS = ("x =", "y=", "(", "Answer:", "Answer: ", "2-", "the c", "10", "\n", "x =\n\n", "é", "")
+ANSWERS = ("-5", " -5", "5", "-", "--- 3)", "at", " cat sat", "00", "\n\nthis", "\u0301e", " é ")
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_a_pair_loses_no_text_where_a_token_spans_the_cut(trained, prompt):
+    for answer in ANSWERS:
+        prompt_ids, answer_ids = encode_pair(trained, prompt, answer)
+        assert trained.decode(prompt_ids + answer_ids) == prompt + answer
+        assert prompt_ids == trained.encode(prompt.rstrip())  # one for all choices
+        assert trained.decode(answer_ids) == prompt[len(prompt.rstrip()) :] + answer
+        whole = trained.encode(prompt + answer)
+        if whole[: len(prompt_ids)] == prompt_ids:
+            assert (prompt_ids, answer_ids) == harness_pair(trained, prompt, answer)
+
+
+def test_a_minus_sign_is_scored(trained):
+    prompt_ids, answer_ids = encode_pair(trained, "x =", "-5")
+    assert trained.encode("x =-5")[: len(prompt_ids)] != prompt_ids  # "=-" is a token
+    assert trained.decode(answer_ids) == "-5"
+    assert trained.decode(harness_pair(trained, "x =", "-5")[1]) == "5"
+
+
+def test_a_cut_that_a_tokenizer_cannot_make_is_an_input_error():
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers
+
+    pieces = {"▁": 0, "▁foo": 1, "▁foobar": 2, "▁bar": 3}
+    merges = [(a, b) for piece in ("▁foobar", "▁bar") for a, b in _merges(piece, pieces)]
+    backend = Backend(models.BPE(pieces, list(dict.fromkeys(merges))))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    assert encode_pair(Tokenizer(backend), "foo", " bar") == ([1], [3])
+    with pytest.raises(InputError, match="a token spans the end of the prompt 'foo' and the answ"):
+        encode_pair(Tokenizer(backend), "foo", "bar")
+
+
+def _merges(piece, pieces):
+    """Merges that build a piece from its left, whose parts join `pieces`."""
+    left = piece[0]
+    for character in piece[1:]:
+        for part in (character, left + character):
+            pieces.setdefault(part, len(pieces))
+        yield left, character
+        left += character
+
+
 def test_encoding_adds_no_special_tokens(bpe):
     from tokenizers.processors import TemplateProcessing
 

@@ -1,0 +1,127 @@
+"""What exact match calls right. The values are lm-evaluation-harness's (0.4.13) unless said."""
+
+import dataclasses
+
+import pytest
+
+from dials_jax.config import ArithmeticData, EvalTask, InputError
+from dials_jax.data.answers import (
+    before_stop,
+    check_reference,
+    is_right,
+    normalise_answer,
+    normalise_number,
+)
+
+STRICT = EvalTask(
+    name="gsm8k",
+    metric="exact_match",
+    data=ArithmeticData(),
+    extract=r"#### (-?[0-9.,]+)",
+    match="first",
+    until=("Question:", "</s>", "<|im_end|>"),
+)
+FLEXIBLE = dataclasses.replace(STRICT, extract=r"(-?[$0-9.,]{2,})|(-?[0-9]+)", match="last")
+REFERENCE = "9+9=18\n#### 18"
+
+
+@pytest.mark.parametrize(
+    "text, extract, match, expected",
+    [
+        ("a 1 b 22 c", r"\d+", None, "1"),  # the first match
+        ("a 1 b 22 c", r"\d+", "first", "1"),
+        ("a 1 b 22 c", r"\d+", "last", "22"),
+        ("x #### 1,234", r"#### (.*)", None, "1234"),  # group 1
+        ("The answer is 18.", r"answer is (.*)", None, "18"),
+        ("so 18", r"is (\d+)|so (\d+)", None, "18"),  # the group that took part
+        ("is 17 so 18", r"is (\d+)|so (\d+)", "last", "18"),
+        ("A: 7 b", r"(A|B): (\d+)", None, "A"),  # of several, the first
+        ("nothing", r"#### (.*)", None, ""),
+        ("b", r"a|(b)?c|b", None, ""),  # no group took part
+        ("", "", None, ""),
+    ],
+)
+def test_the_match_that_counts(text, extract, match, expected):
+    assert normalise_answer(text, extract, match) == expected
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("$1,000.50", "1000.50"),
+        ("-$5", "-5"),
+        ("$-5", "-5"),
+        ("18$", "18"),
+        ("1,234,567", "1234567"),
+        ("12,34,567", "1234567"),
+        ("18,", "18"),
+        ("18.", "18"),
+        ("1,000.,", "1000"),
+        (".5", ".5"),
+        ("18.0", "18.0"),  # not 18
+        ("18..", "18.."),
+        ("  Paris. ", "Paris."),  # words keep their period, as does what is no number
+        ("$", "$"),
+        ("", ""),
+        ("50%", "50"),  # there the sign is left out by the expression
+        ("$5%.", "5"),
+        ("3,4", "3,4"),  # there 34; here a pair is none
+        ("1,2,3", "1,2,3"),
+    ],
+)
+def test_numbers_are_spelt_alike(text, expected):
+    assert normalise_number(text) == expected
+    assert normalise_number(expected) == expected
+
+
+@pytest.mark.parametrize(
+    "output, strict, flexible",
+    [
+        (" 9+9=18\n#### 18", True, True),
+        (" 9+9=18\n#### 18\n\nQuestion: 3+4?\nAnswer: #### 7", True, True),
+        ("#### 18\n#### 7", True, False),
+        ("#### 7\n#### 18", False, True),
+        ("18</s> #### 7", False, True),
+        ("#### $18", False, True),
+        ("#### 18%", True, True),
+        ("#### 18.", True, True),
+        ("#### 18,", True, True),
+        ("#### 18.00", False, False),
+        ("#### -18", False, False),
+        ("It is 1 8", False, False),
+        ("no number", False, False),
+        ("", False, False),
+        ("Question: #### 18", False, False),
+    ],
+)
+def test_gsm8k_is_scored_as_published(output, strict, flexible):
+    assert is_right(STRICT, output, REFERENCE) == strict
+    assert is_right(FLEXIBLE, output, REFERENCE) == flexible
+
+
+def test_the_first_of_all_stop_strings_ends_the_text():
+    assert before_stop("ab cd ef", ("ef", "cd", "x")) == "ab "
+    assert before_stop("ab", ("x",)) == before_stop("ab", ()) == "ab"
+    assert before_stop("ab", ("a",)) == ""
+
+
+@pytest.mark.parametrize(
+    "changes, reference, message",
+    [
+        ({"extract": "A: (.*)"}, REFERENCE, "finds nothing in the answer"),
+        ({"extract": r"\d+", "match": None}, REFERENCE, "finds 2 answers .*match='first' or"),
+        ({"until": ("\n",)}, REFERENCE, "until=.* stands before what counts"),
+        ({"until": ("9",), "extract": ""}, "19", "until=.* stands before what counts"),
+        ({"extract": "("}, REFERENCE, r"extract='\(': .*; correct the expression"),
+    ],
+)
+def test_a_reference_that_cannot_be_matched_is_an_input_error(changes, reference, message):
+    with pytest.raises(InputError, match=message):
+        check_reference(dataclasses.replace(STRICT, **changes), reference)
+
+
+def test_a_reference_may_repeat_its_answer():
+    task = dataclasses.replace(STRICT, match=None)
+    check_reference(task, "#### 1,800 or #### 1800")
+    check_reference(dataclasses.replace(task, extract=""), "9 and 18")
+    check_reference(FLEXIBLE, REFERENCE)
