@@ -33,6 +33,7 @@ from dials_jax import sharding, trees
 from dials_jax.commands import load_config, override
 from dials_jax.config import InputError, ModelConfig, TrainConfig, require
 from dials_jax.data.batches import Batch
+from dials_jax.keys import seed_key
 from dials_jax.models import transformer
 from dials_jax.skipping.router import init_routers
 from dials_jax.training.losses import LossFn, model_loss, router_loss
@@ -87,7 +88,7 @@ class Subject(NamedTuple):
 
 
 def subject_of(cfg: TrainConfig, backbone: ModelConfig | None) -> Subject:
-    key = jax.random.key(cfg.seed)
+    key = seed_key(cfg.seed)
     if backbone is None:
 
         def init():

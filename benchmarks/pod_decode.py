@@ -32,6 +32,7 @@ from dials_jax import sharding, trees
 from dials_jax.caching.cache import NoCache
 from dials_jax.caching.parse import parse_cache
 from dials_jax.config import MeshConfig, ModelConfig, RouterConfig
+from dials_jax.keys import seed_key
 from dials_jax.models import transformer
 from dials_jax.nn.stack import Policy
 from dials_jax.sampling import generate as module
@@ -60,9 +61,7 @@ def lower(
     """
 
     def make():
-        return transformer.ready(
-            cfg, trees.cast(transformer.init(cfg, jax.random.key(0)), cfg.dtype)
-        )
+        return transformer.ready(cfg, trees.cast(transformer.init(cfg, seed_key(0)), cfg.dtype))
 
     params = jax.eval_shape(make)
     params = placed(params, sharding.param_shardings(params, mesh))
@@ -71,7 +70,7 @@ def lower(
     def rows(dtype, *rest):
         return jax.ShapeDtypeStruct((shape[0], *rest), dtype, sharding=place)
 
-    keys = rows(jax.eval_shape(jax.random.key, 0).dtype)
+    keys = rows(jax.eval_shape(seed_key, 0).dtype)
     # The abstract mesh: what is known beforehand is computed here, not on chips that are not.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         return module._generate.lower(
@@ -84,7 +83,7 @@ def lower(
 def _policy(text: str, cfg: ModelConfig, mesh: Mesh) -> Policy | None:
     def make():
         size = cfg.d_model, cfg.num_layers
-        return rounded(init_routers(*size, RouterConfig(), jax.random.key(0)), cfg.dtype)
+        return rounded(init_routers(*size, RouterConfig(), seed_key(0)), cfg.dtype)
 
     def routed(num_skipped):
         shapes, everywhere = jax.eval_shape(make), sharding.replicated(mesh)

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from dials_jax import sharding, trees
 from dials_jax.config import ModelConfig, RouterConfig, nearest, require
+from dials_jax.keys import seed_key
 from dials_jax.models import dream, groups, llada, mdlm, qwen2, transformer
 from dials_jax.models.groups import Layout
 from dials_jax.models.model import Model
@@ -43,7 +44,7 @@ def make_model(
     Args:
       mesh: None is one over all devices; the weights are the same on any.
     """
-    mesh, key, part = mesh or sharding.make_mesh(), jax.random.key(seed), transformer.parts(cfg)
+    mesh, key, part = mesh or sharding.make_mesh(), seed_key(seed), transformer.parts(cfg)
     makers = {
         "embed": part.embed, "layers": part.block, "final_norm": part.final_norm, "head": part.head,
         "time": part.time,
@@ -68,7 +69,7 @@ def make_routers(model: Model, skipped: int = 0, d_hidden: int = 512, seed: int 
     """Routers of the papers' size that agree on skipping so many layers, the last of all."""
     cfg = model.config
     routers = init_routers(
-        cfg.d_model, cfg.num_layers, RouterConfig(d_hidden=d_hidden), jax.random.key(seed)
+        cfg.d_model, cfg.num_layers, RouterConfig(d_hidden=d_hidden), seed_key(seed)
     )
     skip = jnp.arange(cfg.num_layers) >= cfg.num_layers - skipped
     routers["vote_bias"] = jnp.where(skip[:, None], jnp.array([9.0, 0.0]), jnp.array([0.0, 9.0]))

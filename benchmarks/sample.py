@@ -26,6 +26,7 @@ from benchmarks.profile import print_profile
 from benchmarks.random_model import MODELS, make_config, make_model
 from benchmarks.report import Table, exit_status, peak_gigabytes
 from dials_jax.config import require
+from dials_jax.keys import seed_key
 from dials_jax.models.model import Model
 from dials_jax.sampling import programs
 from dials_jax.sampling.ancestral import Ancestral
@@ -58,7 +59,7 @@ def run_in_turns(
         "sampler": Ancestral(
             options.length, options.steps, options.precision, options.first_hitting
         ),
-        "num_rows": options.batch, "key": jax.random.key(0),
+        "num_rows": options.batch, "key": seed_key(0),
     }  # fmt: skip
     out = {}
     for name, case in cases.items():

@@ -33,6 +33,7 @@ from dials_jax.config import (
     require,
 )
 from dials_jax.data.batches import Batch
+from dials_jax.keys import seed_key
 from dials_jax.models import gpt2, llada, mdlm, transformer
 from dials_jax.skipping.flops import head_flops, layer_flops
 from dials_jax.training.losses import check_objective, model_loss
@@ -87,7 +88,7 @@ class Case:
         )  # fmt: skip
 
         def init():
-            params = transformer.init(cfg, jax.random.key(0))
+            params = transformer.init(cfg, seed_key(0))
             return unroll(params) if options.unrolled else params
 
         self._state = init_state(init, optimizer, mesh, ema=options.ema)

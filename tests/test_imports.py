@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LEVELS = (
     {"compiling", "config", "stopping"},
-    {"timing", "trees"},
+    {"keys", "timing", "trees"},
     {"sharding"},
     {"nn", "diffusion", "workdir"},
     {"models", "skipping"},

@@ -20,6 +20,7 @@ from dials_jax import sharding
 from dials_jax.analysis.positions import over_positions
 from dials_jax.config import InputError, ModelConfig, require
 from dials_jax.diffusion.objectives import masked_log_probs
+from dials_jax.keys import threefry_key
 from dials_jax.models import transformer
 from dials_jax.models.model import Model, as_ids, check_shapes, check_vocabulary, row_keys
 from dials_jax.nn.stack import Executor, Policy
@@ -186,7 +187,7 @@ def score_pairs(
       fill_to: run the program of this batch size, or of a multiple, also for fewer rows.
     """
     num_rows = len(samples)
-    rows = model.place_rows((pairs, keys, jnp.asarray(samples)), fill_to)
+    rows = model.place_rows((pairs, threefry_key(keys), jnp.asarray(samples)), fill_to)
     scores, seconds = model.run(
         _score_pairs, *rows, policy, stratum=stratum, cfg_scale=cfg_scale, executor=executor
     )

@@ -29,6 +29,7 @@ from dials_jax.config import (
 from dials_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dials_jax.evaluation.generative import unigram_entropy
 from dials_jax.evaluation.results import RECORDS, command, environment, file_name, read_records
+from dials_jax.keys import seed_key
 from dials_jax.loading import load
 from dials_jax.models.model import Model
 from dials_jax.sampling.ancestral import Ancestral
@@ -80,7 +81,7 @@ class Drawn:
         """Draws the samples from number `first` on."""
         cfg = self.cfg
         numbers = jnp.arange(first, min(first + cfg.batch_size, cfg.num_samples))
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(cfg.seed), numbers)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(seed_key(cfg.seed), numbers)
         out = generate(
             self.models,
             None,

@@ -23,6 +23,7 @@ from dials_jax.data.tokenizer import Tokenizer
 from dials_jax.evaluation.earned import Earned, Record, batch_record
 from dials_jax.evaluation.execution import Execution
 from dials_jax.evaluation.likelihood import num_copies, pad_pairs, score_pairs
+from dials_jax.keys import seed_key
 from dials_jax.models import transformer
 from dials_jax.models.model import Model
 from dials_jax.nn.stack import Policy
@@ -178,7 +179,7 @@ def num_rows(task: EvalTask, items: Sequence[Item], policy: Policy | None) -> in
 
 def item_keys(seed: int, items: Sequence[Item]) -> jax.Array:
     numbers = jnp.asarray([item.key for item in items], jnp.uint32)
-    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), numbers)
+    return jax.vmap(jax.random.fold_in, (None, 0))(seed_key(seed), numbers)
 
 
 # ----------------------------------------------------------------------------------- generation

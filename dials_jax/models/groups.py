@@ -19,6 +19,7 @@ from jaxtyping import PyTree
 
 from dials_jax import sharding, trees
 from dials_jax.config import ModelConfig, require
+from dials_jax.keys import seed_key
 from dials_jax.models import transformer
 from dials_jax.nn import fusing
 
@@ -28,7 +29,7 @@ ReadGroup = Callable[[str, PyTree], PyTree]  # a group's name, its shardings -> 
 
 def abstract_params(cfg: ModelConfig) -> trees.Params:
     """Shapes of all parameters, layers stacked."""
-    return jax.eval_shape(lambda: transformer.init(cfg, jax.random.key(0)))
+    return jax.eval_shape(lambda: transformer.init(cfg, seed_key(0)))
 
 
 def group_shapes(cfg: ModelConfig) -> dict[str, PyTree]:

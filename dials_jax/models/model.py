@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from dials_jax import sharding, trees
 from dials_jax.config import InputError, ModelConfig, require
+from dials_jax.keys import seed_key, threefry_key
 from dials_jax.models import transformer
 from dials_jax.nn import fusing
 from dials_jax.nn.stack import Executor, Policy
@@ -180,14 +181,15 @@ def check_vocabulary(
 
 
 def row_keys(key: jax.Array | None, num_rows: int) -> jax.Array:
-    """One key a row. A single key is folded with the row's number; None stands for seed 0."""
-    key = jax.random.key(0) if key is None else key
+    """One threefry key a row. A single key is folded with the row's number; None is seed 0's."""
+    key = seed_key(0) if key is None else key
     typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     require(typed, "the key is none of jax.random.key; make it with that, and several by split")
     if key.ndim == 1:
         if key.shape[0] != num_rows:
             raise InputError(f"{key.shape[0]} keys for {num_rows} rows; give one key, or one a row")
-        return key
+        return threefry_key(key)
+    key = threefry_key(key)
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(num_rows))
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from dials_jax import trees
 from dials_jax.config import ModelConfig
+from dials_jax.keys import threefry_key
 from dials_jax.nn.block import VOCABULARY_UNIT, Block, Embed, Head, Rows, pad_vocabulary
 from dials_jax.nn.dropout import Dropout, numbered
 from dials_jax.nn.fusing import is_fused
@@ -65,6 +66,7 @@ def block_of(cfg: ModelConfig, layer: trees.Params) -> Pure:
 
 def init(cfg: ModelConfig, key: jax.Array) -> trees.Params:
     """Random float32 parameters, layers stacked."""
+    key = threefry_key(key)
     embed_key, layers_key, head_key = jax.random.split(key, 3)
     part = parts(cfg)
     params = {

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float
 
 from dials_jax import trees
 from dials_jax.config import RouterConfig, require
+from dials_jax.keys import threefry_key
 from dials_jax.nn.initializers import normal
 from dials_jax.nn.norm import RMSNorm
 from dials_jax.nn.pure import Pure
@@ -66,7 +67,7 @@ def router_module(d_model: int, cfg: RouterConfig) -> Pure:
 
 def init_routers(d_model: int, num_layers: int, cfg: RouterConfig, key: jax.Array) -> trees.Params:
     """Routers of all layers, stacked, in float32."""
-    return router_module(d_model, cfg).init_stack(key, num_layers)
+    return router_module(d_model, cfg).init_stack(threefry_key(key), num_layers)
 
 
 def rounded(routers: trees.Params, dtype: str) -> trees.Params:

@@ -20,6 +20,7 @@ from dials_jax.config import (
     to_dict,
     write_json,
 )
+from dials_jax.keys import seed_key
 from dials_jax.skipping.policies import Routed
 from dials_jax.skipping.router import init_routers, rounded
 
@@ -99,7 +100,7 @@ def load_router(path: str | Path, model: Backbone, threshold: float | None = Non
     if threshold is not None:
         cfg = dataclasses.replace(cfg, threshold=threshold)
     abstract = jax.eval_shape(
-        lambda: init_routers(facts["d_model"], facts["num_layers"], cfg, jax.random.key(0))
+        lambda: init_routers(facts["d_model"], facts["num_layers"], cfg, seed_key(0))
     )
     whole = sharding.replicated(model.mesh)
     placed = jax.tree.map(

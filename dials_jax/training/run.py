@@ -22,6 +22,7 @@ from dials_jax.config import (
 )
 from dials_jax.data.batches import TrainingData
 from dials_jax.data.sources import training_data
+from dials_jax.keys import seed_key
 from dials_jax.loading import load
 from dials_jax.models import transformer
 from dials_jax.models.checkpoint import save_model
@@ -81,7 +82,7 @@ def _model_run(cfg: TrainConfig, mesh: Mesh) -> Run:
         if source:
             params = grow_vocabulary(*source, cfg.model.vocab_size)
         else:
-            params = transformer.init(cfg.model, jax.random.key(cfg.seed))
+            params = transformer.init(cfg.model, seed_key(cfg.seed))
         return unroll(params) if cfg.unrolled else params
 
     def export(workdir: Path, params: trees.Params) -> None:
@@ -123,7 +124,7 @@ def _router_run(cfg: TrainConfig, mesh: Mesh) -> Run:
     return Run(
         data=data,
         loss_fn=router_loss(backbone.config, cfg.router, cfg.objective, cfg.remat),
-        init=lambda: init_routers(d_model, num_layers, cfg.router, jax.random.key(cfg.seed)),
+        init=lambda: init_routers(d_model, num_layers, cfg.router, seed_key(cfg.seed)),
         frozen=backbone.params,
         prefix="routers/",
         identity={

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from dials_jax import sharding, trees
 from dials_jax.data.batches import Batch
+from dials_jax.keys import seed_key
 from dials_jax.training.losses import Draws, LossFn
 from dials_jax.training.optimizer import move_average
 
@@ -98,7 +99,7 @@ def make_train_step(
     """
 
     def step(state: TrainState, frozen: trees.Params, batch: Batch):
-        step_key = jax.random.fold_in(jax.random.key(seed), state.step)
+        step_key = jax.random.fold_in(seed_key(seed), state.step)
 
         def gradients(microbatch):
             draws = Draws.of(step_key, microbatch.row, batch.row.shape[0])

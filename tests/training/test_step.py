@@ -72,6 +72,12 @@ def test_one_microbatch_equals_four(kind, backbone, routers, batch):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["dropout", "routers"])
+def test_microbatches_do_not_matter_where_jax_makes_other_keys(kind, backbone, routers, batch):
+    with jax.default_prng_impl("rbg"):
+        test_one_microbatch_equals_four(kind, backbone, routers, batch)
+
+
 def test_a_step_has_randomness_of_its_own(backbone, batch):
     cfg, optimizer = backbone.config, optax.sgd(0.0)
     step = jax.jit(make_train_step(model_loss(cfg, ObjectiveConfig(), False), optimizer, 0))
