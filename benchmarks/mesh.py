@@ -28,6 +28,7 @@ from benchmarks.report import Table, exit_status
 from dials_jax import sharding, trees
 from dials_jax.caching.parse import parse_cache
 from dials_jax.config import MeshConfig, ModelConfig, RouterConfig, nearest, require
+from dials_jax.keys import seed_key
 from dials_jax.models import llada
 from dials_jax.models.model import Model, row_keys
 from dials_jax.nn.stack import Policy
@@ -60,9 +61,9 @@ def undecided_routers(model: Model) -> Routed:
     """Routers whose sequences, layers and steps really differ in what they skip."""
     cfg = model.config
     routers = init_routers(
-        cfg.d_model, cfg.num_layers, RouterConfig(d_hidden=16, execute_bias=0.0), jax.random.key(1)
+        cfg.d_model, cfg.num_layers, RouterConfig(d_hidden=16, execute_bias=0.0), seed_key(1)
     )
-    routers["vote"] = 20 * jax.random.normal(jax.random.key(2), routers["vote"].shape)
+    routers["vote"] = 20 * jax.random.normal(seed_key(2), routers["vote"].shape)
     if trees.is_unrolled(model.params["layers"]):
         routers = trees.unstack(routers)
     return Routed(jax.device_put(routers, sharding.replicated(model.mesh)), 0.3)
@@ -111,7 +112,7 @@ class Part:
         prompts = rng.integers(2, highest, (sequences, self.prompt))
         first = np.linspace(0, self.prompt // 2, sequences).astype(int)
         valid = np.arange(self.prompt) >= first[:, None]
-        keys = row_keys(jax.random.key(3), sequences)
+        keys = row_keys(seed_key(3), sequences)
         before = module._generate.compile_seconds
         out = generate(
             model,
