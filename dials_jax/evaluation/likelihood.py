@@ -65,7 +65,7 @@ def log_likelihood(
       num_samples: masked copies; a multiple of `batch_size`. Where all would be equal, as of an
         answer of one token, one is run (see `num_copies`).
       batch_size: copies of a round, over which the numbers of masks are stratified.
-      key: None is `jax.random.key(0)`.
+      key: of `jax.random.key`. None is that of seed 0.
     """
     model.config.require_mask()
     _require_guidance(cfg_scale)
@@ -181,8 +181,8 @@ def score_pairs(
 
     Args:
       keys: the key of each row's pair; copies of one pair share it.
-      samples: which copy of its pair a row is, from 0. Together with the key it fixes the masks,
-        so a row's score depends neither on its batch nor on the order of requests.
+      samples: which copy of its pair a row is, from 0. Together with the key it fixes the masks and
+        random gates, whatever the batch and the order of requests.
       stratum: copies a round.
       fill_to: run the program of this batch size, or of a multiple, also for fewer rows.
     """

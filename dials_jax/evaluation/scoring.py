@@ -64,7 +64,7 @@ def score_task(
     records: Sequence[Record] = (),
     keep: Callable[[dict[str, Any]], Any] = lambda record: None,
 ) -> TaskScores:
-    """Scores every item. Keys come from seed and item: order and batches do not matter.
+    """Scores every item. Keys come from seed and item, whatever the order and the batches.
 
     Args:
       records: of batches that an earlier call scored; what they hold is not scored again.

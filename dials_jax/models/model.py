@@ -83,7 +83,7 @@ class Model:
           time: of denoising, t in (0, 1], one or one a row; None: 0. Read by models with
             `time_conditioning` only.
           step: denoising step, for random policies.
-          key: for random policies; one key, or one a row. None is `jax.random.key(0)`.
+          key: for random policies; one key, or one a row. None is the key of seed 0.
 
         Raises: InputError for rows of several lengths, more tokens than learned positions, and
           tokens outside the vocabulary (of arrays on the host; no other is fetched).

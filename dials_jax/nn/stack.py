@@ -1,9 +1,9 @@
 """Runs the layers of a transformer, each row through those that its gate opens.
 
 The stack knows gates, not routers, and layers with a memory, not caches. A `Policy` turns hidden
-states into a gate a row, and one of three executors carries the gates out, with equal results. A
-layer that is skipped leaves its memory (keys and values) as it was: a later model call reads what
-the layer last wrote for that row.
+states into a gate a row, and one of three executors carries the gates out, with equal results up
+to rounding. A layer that is skipped leaves its memory (keys and values) as it was: a later model
+call reads what the layer last wrote for that row.
 
 - `select`: every layer computed, rows chosen afterwards. Training, and the reference.
 - `cond`: one `lax.cond` a layer, for a decision that all rows share.

@@ -93,8 +93,8 @@ def generate(
       policy: which layers run at which step; None runs all. A mapping gives models their own.
       cache: what a step runs; None runs the whole canvas. A layer that a policy skips leaves its
         keys and values in the cache as they were.
-      key: one key (folded with the row's number), or one a row, so that a row's result does not
-        depend on its place in a batch. None is `jax.random.key(0)`.
+      key: one key (folded with the row's number), or one a row, so that a row's random numbers do
+        not depend on its place in a batch. None is the key of seed 0.
       fill_to: run the program of this batch size, or of a multiple, also for fewer rows.
 
     Raises: InputError for prompts of several lengths or with [MASK], padding that is not on the

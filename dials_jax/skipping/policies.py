@@ -1,8 +1,8 @@
 """Which layers run: the policies full (None), static, random and routed.
 
 Each is a pytree, so it enters compiled functions as an argument, and implements
-`dials_jax.nn.stack.Policy`. Layers count from 0. Rows always decide alone: a row's gates do not
-depend on the rest of its batch.
+`dials_jax.nn.stack.Policy`. Layers count from 0. Rows always decide alone: a row's gates come from
+its own tokens, hidden states and key.
 """
 
 from __future__ import annotations

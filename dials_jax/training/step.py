@@ -92,7 +92,7 @@ def make_train_step(
     """`step(state, frozen, batch) -> (state, metrics)`, a pure function of its arguments.
 
     Every random number is folded from the seed, the step and the row's number in its batch, so
-    the result depends neither on the number of microbatches nor on that of devices.
+    the number of microbatches, and that of devices, changes the result by rounding only.
 
     Args:
       ema: the decay of the moving average, if the state has one.
