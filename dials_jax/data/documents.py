@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -15,8 +16,9 @@ from dials_jax.config import CorpusData, InputError, nearest, read_json, require
 from dials_jax.data.records import (
     JSON_LINES,
     TEXT,
+    Document,
+    content_sha256,
     expand_paths,
-    file_sha256,
     located,
     read_documents,
     require_text,
@@ -31,13 +33,13 @@ class Documents:
 
     Attributes:
       digest: equal for equal corpora.
-      read: yields (where, text) of documents start to stop.
+      read: yields documents start to stop, each as (where, its text in pieces).
       skipped: files that were left out.
     """
 
     count: int
     digest: str
-    read: Callable[[int, int], Iterator[tuple[str, str]]]
+    read: Callable[[int, int], Iterator[Document]]
     skipped: tuple[str, ...] = ()
 
 
@@ -71,7 +73,7 @@ def _file_documents(cfg: CorpusData) -> Documents:
     content = [[path.name, entry["sha256"]] for path, entry in files]
     digest = hashlib.sha256(json.dumps([cfg.text_field, content]).encode()).hexdigest()
 
-    def read(start: int, stop: int) -> Iterator[tuple[str, str]]:
+    def read(start: int, stop: int) -> Iterator[Document]:
         first = 0  # number of the file's first document
         for path, entry in files:
             last = first + entry["documents"]
@@ -102,11 +104,12 @@ def _survey(cfg: CorpusData) -> dict[str, dict[str, Any]]:
 
 
 def _look_at(path: Path, field: str) -> dict[str, Any]:
+    count = 0
     try:
-        digest = file_sha256(path)
-        count = sum(1 for _ in read_documents(path, field))
-    except OSError as error:
-        return {"documents": 0, "sha256": "", "error": f"{path}: {error.strerror}"}
+        digest = content_sha256(path)
+        for _, chunks in read_documents(path, field):
+            deque(chunks, maxlen=0)  # read to its end
+            count += 1
     except InputError as error:
         return {"documents": 0, "sha256": "", "error": str(error)}
     return {"documents": count, "sha256": digest, "error": ""}
@@ -139,14 +142,14 @@ def _hub_documents(cfg: CorpusData) -> Documents:
         "be a string in all of them: write those that have one to files, and give paths=",
     )
 
-    def read(start: int, stop: int) -> Iterator[tuple[str, str]]:
+    def read(start: int, stop: int) -> Iterator[Document]:
         for first in range(start, stop, READ_AHEAD):
             texts = found[first : min(first + READ_AHEAD, stop)][field]
             for i, text in enumerate(texts):
                 where = f"{name}[{first + i}]"
                 with located(where):
                     require_text(text, field)
-                yield where, text
+                yield where, (text,)
 
     # The package's fingerprint names the prepared files: a new version of the data changes it.
     identity = json.dumps([name, field, len(found), found._fingerprint])

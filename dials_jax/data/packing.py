@@ -10,14 +10,14 @@ every split. It drops about half a row of some 1,100 a batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from jaxtyping import Integer
 
-from dials_jax.config import require
-from dials_jax.data.tokenizer import Tokenizer
+from dials_jax.data.encoding import Encoded
 
 BATCH_DOCUMENTS = 1000  # what `datasets.map` hands to the reference's packing at a time
 
@@ -29,45 +29,23 @@ def token_dtype(*largest: int) -> np.dtype:
     return np.dtype("<u2" if max(largest) < 2**16 else "<u4")
 
 
-def encode_documents(
-    documents: Sequence[tuple[str, str]], plain: Tokenizer, eos_id: int, mask_id: int | None
-) -> list[list[int]]:
-    """Tokens and EOS of every (where, text).
-
-    Args:
-      plain: `Tokenizer.plain()`, so that names of special tokens are ordinary text.
-
-    Raises: InputError, naming the document, if it contains the mask token.
-    """
-    encoded = plain.encode_batch([text for _, text in documents])
-    for (where, _), ids in zip(documents, encoded, strict=True):
-        require(
-            mask_id is None or mask_id not in ids, f"{where}: contains the mask token; remove it"
-        )
-        ids.append(eos_id)
-    return encoded
-
-
 def stream_rows(
-    documents: Sequence[list[int]], rest: list[int], length: int, dtype: np.dtype
+    pieces: Sequence[Encoded], rest: list[int], length: int, eos_id: int, dtype: np.dtype
 ) -> tuple[Rows, list[int]]:
     """Rows of what `rest` and the documents hold, and the tokens that wait for the next call.
 
     A document of nothing but EOS is left out.
     """
-    return _cut([rest, *(ids for ids in documents if len(ids) > 1)], length, dtype)
+    return _cut([rest, *(piece.ids for piece in pieces if not piece.empty)], length, dtype)
 
 
 def mdlm_rows(
-    documents: Sequence[list[int]], rest: list[int], length: int, dtype: np.dtype
+    pieces: Sequence[Encoded], rest: list[int], length: int, eos_id: int, dtype: np.dtype
 ) -> tuple[Rows, list[int]]:
-    """Rows of one batch of documents, none waiting: see the top of the file."""
-    assert not rest and len(documents) <= BATCH_DOCUMENTS
-    pieces, _ = _cut(documents, length - 2, dtype)
-    if not len(pieces):
-        return np.empty((0, length), dtype), []
-    ends = np.full((len(pieces), 1), documents[0][-1], dtype)
-    return np.concatenate([ends, pieces, ends], axis=1), []
+    """Rows of some of a thousand documents, and the tokens that wait for more of the thousand."""
+    texts, rest = _cut([rest, *(piece.ids for piece in pieces)], length - 2, dtype)
+    ends = np.full((len(texts), 1), eos_id, dtype)
+    return np.concatenate([ends, texts, ends], axis=1), rest
 
 
 def _cut(documents: Sequence[list[int]], length: int, dtype: np.dtype) -> tuple[Rows, list[int]]:
@@ -76,4 +54,29 @@ def _cut(documents: Sequence[list[int]], length: int, dtype: np.dtype) -> tuple[
     return tokens[:whole].reshape(-1, length), tokens[whole:].tolist()
 
 
-PACKINGS = {"mdlm": mdlm_rows, "stream": stream_rows}
+class Packing(NamedTuple):
+    rows: Callable[[Sequence[Encoded], list[int], int, int, np.dtype], tuple[Rows, list[int]]]
+    keeps_rest: bool  # from one thousand documents to the next
+
+
+PACKINGS = {"mdlm": Packing(mdlm_rows, False), "stream": Packing(stream_rows, True)}
+
+
+def write_rows(out: BinaryIO, batches: Iterable[Rows], length: int, dtype: np.dtype) -> int:
+    """Writes the bytes that `np.save` makes of all rows, a batch at a time; returns their number.
+
+    numpy leaves room in the header for the first axis to grow, so it can be written again.
+    """
+
+    def write_header(num_rows: int) -> None:
+        fields = {"descr": dtype.str, "fortran_order": False, "shape": (num_rows, length)}
+        np.lib.format.write_array_header_1_0(out, fields)
+
+    write_header(0)
+    num_rows = 0
+    for rows in batches:
+        out.write(rows.tobytes())
+        num_rows += len(rows)
+    out.seek(0)
+    write_header(num_rows)
+    return num_rows

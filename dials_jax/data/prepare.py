@@ -30,8 +30,9 @@ from dials_jax.data.corpus import (
     require_packages,
 )
 from dials_jax.data.documents import Documents, open_documents
-from dials_jax.data.packing import BATCH_DOCUMENTS, PACKINGS, encode_documents, token_dtype
-from dials_jax.data.records import file_sha256
+from dials_jax.data.encoding import encode_documents
+from dials_jax.data.packing import BATCH_DOCUMENTS, PACKINGS, Rows, token_dtype, write_rows
+from dials_jax.data.records import Document, file_sha256
 from dials_jax.data.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
 from dials_jax.workdir import exclusive, require_unclaimed
 
@@ -136,7 +137,7 @@ class _Packer:
                 if not note.exists():
                     if at != first:
                         documents = self.documents.read(numbers[first], numbers.stop)
-                    self._write(note, islice(documents, size), rest, progress.update)
+                    self._write(note, documents, rest, progress.update)
                     at = first + size
                 parts.append(read_json(note))
                 rest = parts[-1].pop("rest")
@@ -147,31 +148,47 @@ class _Packer:
     def _write(
         self,
         note: Path,
-        documents: Iterator[tuple[str, str]],
+        documents: Iterator[Document],
         rest: list[int],
         advance: Callable[[int], Any],
     ) -> None:
+        """Writes the rows of `documents`, then their note.
+
+        Args:
+          rest: tokens that the parts before have left over; this one's take their place.
+        """
         dtype = token_dtype(self.plain.vocab_size - 1, self.model_config.eos_id)
-        rows, counts = [], {"documents": 0, "tokens": 0}
-        for ids in self._encoded(documents):
-            more, rest = PACKINGS[self.cfg.packing](ids, rest, self.cfg.length, dtype)
-            rows.append(more)
-            counts["documents"] += len(ids)
-            counts["tokens"] += sum(map(len, ids))
-            advance(len(ids))
+        counts, rest = {"documents": 0, "tokens": 0}, list(rest)
+        rows = self._rows(documents, rest, dtype, counts, advance)
         data, temporary = note.with_suffix(".npy"), note.with_suffix(".tmp")
         with temporary.open("wb") as file:
-            np.save(file, np.concatenate(rows))
+            counts["rows"] = write_rows(file, rows, self.cfg.length, dtype)
         digest = file_sha256(temporary)
         temporary.replace(data)
-        counts |= {"rows": sum(map(len, rows)), "sha256": digest, "rest": rest}
-        write_json(note, {"file": data.name, **counts})
+        write_json(note, {"file": data.name, **counts, "sha256": digest, "rest": rest})
 
-    def _encoded(self, documents: Iterator[tuple[str, str]]) -> Iterator[list[list[int]]]:
-        """Yields the tokens of a batch of documents at a time."""
-        while batch := list(islice(documents, BATCH_DOCUMENTS)):
-            cfg = self.model_config
-            yield encode_documents(batch, self.plain, cfg.eos_id, cfg.mask_id)
+    def _rows(
+        self,
+        documents: Iterator[Document],
+        rest: list[int],
+        dtype: np.dtype,
+        counts: dict[str, int],
+        advance: Callable[[int], Any],
+    ) -> Iterator[Rows]:
+        """Yields the rows of some documents at a time; updates `rest` and `counts`."""
+        packing, length = PACKINGS[self.cfg.packing], self.cfg.length
+        eos_id, mask_id = self.model_config.eos_id, self.model_config.mask_id
+        for _ in range(PART_BATCHES):
+            thousand = islice(documents, BATCH_DOCUMENTS)
+            for pieces in encode_documents(thousand, self.plain, eos_id, mask_id):
+                rows, rest[:] = packing.rows(pieces, rest, length, eos_id, dtype)
+                ended = sum(piece.ends for piece in pieces)
+                counts["documents"] += ended
+                counts["tokens"] += sum(len(piece.ids) for piece in pieces)
+                advance(ended)
+                yield rows
+            if not packing.keeps_rest:
+                rest.clear()
 
 
 def _verify(folder: Path, name: str, split: dict[str, Any], documents: int, length: int) -> None:

@@ -7,7 +7,11 @@ import gzip
 import hashlib
 import json
 import lzma
+import os
+import reprlib
+import warnings
 import zlib
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +20,10 @@ from dials_jax.config import InputError, nearest, require
 
 TEXT = (".txt",)
 JSON_LINES = (".jsonl", ".jsonl.xz", ".jsonl.gz")
+PIECE = 1 << 16  # characters of a text that are read at a time
+LONGEST_LINE = 1 << 28  # bytes; a line of JSON is held whole
+# Where a document stands, for messages, and its text in pieces of any size.
+Document = tuple[str, Iterable[str]]
 _OPEN = {".xz": lzma.open, ".gz": gzip.open}
 # What a truncated or damaged archive raises, or a file that the disk does not give.
 _BROKEN = (EOFError, OSError, lzma.LZMAError, zlib.error)
@@ -33,23 +41,64 @@ def located(where: str) -> Iterator[None]:
 def expand_paths(paths: Iterable[str], suffixes: tuple[str, ...] = JSON_LINES) -> list[Path]:
     """The files that `paths` name, folders replaced by their sorted contents.
 
+    What is hidden inside a folder (`.git`, the copies in `.ipynb_checkpoints`) is left out. Other
+    files that are not read are named and counted in a warning, since they may be half a corpus.
+
     Raises: InputError if a path is missing, has another suffix, or is a folder without such files.
     """
     paths, wanted = [Path(p) for p in paths], ", ".join(suffixes)
     require(bool(paths), f"paths is empty; name at least one file or folder ({wanted})")
     files = []
     for path in paths:
-        require(path.exists(), f"{path} is missing; correct paths")
-        found = sorted(path.rglob("*")) if path.is_dir() else [path]
-        found = [p for p in found if p.is_file() and p.name.endswith(suffixes)]
+        try:
+            require(path.exists(), f"{path} is missing; correct paths")
+            there = sorted(_visible_files(path)) if path.is_dir() else [path]
+        except (OSError, ValueError) as error:  # too long, forbidden, or no possible name
+            if isinstance(error, InputError):
+                raise
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"{str(path)[:200]!r}: {reason}; correct paths") from error
+        found = [p for p in there if p.is_file() and p.name.endswith(suffixes)]
         require(bool(found), f"{path} is not, and does not hold, a file of type {wanted}")
         files += found
+        if unread := [str(p.relative_to(path)) for p in there if not p.name.endswith(suffixes)]:
+            more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
+            warnings.warn(
+                f"{path}: {len(unread)} of {len(there)} files are not read, being no {wanted}: "
+                f"{', '.join(unread[:3])}{more}",
+                stacklevel=2,
+            )
     return files
+
+
+def _visible_files(folder: Path) -> Iterator[Path]:
+    """All below `folder` but folders and what is hidden. Raises: OSError for one that is closed."""
+
+    def stop(error: OSError) -> None:  # os.walk passes over it otherwise
+        raise error
+
+    for inside, folders, names in os.walk(folder, onerror=stop):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(inside, name) for name in names if not name.startswith("."))
 
 
 def file_sha256(path: str | Path) -> str:
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def content_sha256(path: Path) -> str:
+    """Of what is read of a file of documents: of a text, not its byte order mark.
+
+    Raises: InputError if it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            marked = path.suffix in TEXT and file.read(len(BOM_UTF8)) == BOM_UTF8
+            file.seek(len(BOM_UTF8) if marked else 0)
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; mend or remove it") from error
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -61,48 +110,88 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     require(path.is_file(), f"{path} is missing")
     try:
         with _OPEN.get(path.suffix, open)(path, "rb") as file:
-            for line_number, line in enumerate(file, start=1):
+            while line := file.readline(LONGEST_LINE + 1):
+                line_number += 1
+                if line_number == 1:
+                    require_utf8(line)
+                if len(line) > LONGEST_LINE:
+                    size = f"{LONGEST_LINE >> 20} MiB"
+                    raise InputError(f"a line of more than {size}; write such a text to a .txt")
                 if line.strip():
-                    record = json.loads(line)
+                    record = json.loads(line.removeprefix(BOM_UTF8).decode())
                     require(isinstance(record, dict), "expected one JSON object a line")
                     yield line_number, record
     # InputError and JSONDecodeError are ValueErrors too, but the consumer's own errors never
     # arrive here: a generator sees only what its own body raises.
-    except (ValueError, *_BROKEN) as error:
+    except (ValueError, RecursionError, *_BROKEN) as error:
         # A broken archive fails before it hands out the line that follows.
         broken = line_number + isinstance(error, _BROKEN)
         reason = getattr(error, "msg", error)  # without JSON's own "line 1 column 8"
+        if isinstance(error, RecursionError):
+            reason = "nested too deep"
         raise InputError(f"{path}:{broken}: {reason}; mend or delete the line") from error
 
 
-def read_documents(path: Path, field: str = "text") -> Iterator[tuple[str, str]]:
-    """Yields (where, text): a .txt file is one document, a line of JSON its `field`.
+def require_utf8(head: bytes) -> None:
+    """Raises: InputError if a file that begins so is UTF-16 or UTF-32, with its mark or without."""
+    marked = head.startswith((BOM_UTF16_LE, BOM_UTF16_BE))
+    require(
+        not (marked or b"\0" in head[:4]),
+        "is not UTF-8 but UTF-16 or UTF-32; convert it, with iconv or an editor",
+    )
+
+
+def read_documents(path: Path, field: str = "text") -> Iterator[Document]:
+    """Yields documents as (where, their text in pieces): a .txt file, or `field` of a JSON line.
+
+    The pieces are to be taken before the next document.
 
     Raises: InputError for what cannot be read or has no such text.
     """
     if path.suffix in TEXT:
-        try:
-            yield str(path), path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path} is not UTF-8: {error}; convert or remove it") from error
-        except OSError as error:
-            raise InputError(f"{path}: {error.strerror}; mend or remove it") from error
+        yield str(path), _read_text(path)
         return
     for line_number, record in read_jsonl(path):
         where = f"{path}:{line_number}"
         with located(where):
             text = lookup(record, field)
             require_text(text, field)
-        yield where, text
+        yield where, (text,)
+
+
+def _read_text(path: Path) -> Iterator[str]:
+    try:
+        with path.open("rb") as file:
+            require_utf8(file.read(4))
+        with path.open(encoding="utf-8-sig") as file:
+            while piece := file.read(PIECE):
+                yield piece
+    except UnicodeDecodeError as error:
+        odd = error.object[error.start]
+        raise InputError(
+            f"{path} is not UTF-8 ({error.reason}: byte {odd:#x}); convert or remove it"
+        ) from error
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; mend or remove it") from error
+    except InputError as error:
+        raise InputError(f"{path} {error}") from error
 
 
 def require_text(text: Any, field: str) -> None:
     """Raises: InputError for a document's field that holds no text."""
-    require(isinstance(text, str), f"field {field!r} is {text!r}; it must be a string")
+    if not isinstance(text, str):
+        raise InputError(f"field {field!r} is {reprlib.repr(text)}; it must be a string")
+    _require_unicode(text, field)
+
+
+def _require_unicode(text: str, field: str) -> None:
     try:
-        text.encode()  # JSON can spell half of a surrogate pair, which is no character
+        text.encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"field {field!r} is not Unicode; mend or delete it") from error
+        raise InputError(
+            f"field {field!r} holds half of a surrogate pair, {text[error.start]!a}, which is no "
+            "character; mend or delete it"
+        ) from error
 
 
 def read_records(paths: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -115,13 +204,19 @@ def read_records(paths: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
 def lookup(record: dict[str, Any], name: str) -> Any:
     """The field `name`, dots stepping into inner objects and lists: "choices.text", "tests.0".
 
-    Raises: InputError naming the nearest field that exists.
+    Raises: InputError naming the nearest field that exists, or for text that is not Unicode.
     """
     value: Any = record
     for part in name.split("."):
         if isinstance(value, list):
             value = {str(i): inner for i, inner in enumerate(value)}
-        require(isinstance(value, dict), f"field {name!r}: nothing lies inside {value!r}")
-        require(part in value, f"no field {name!r}{nearest(part, value)}")
+        # Not `require`: the messages take longer than all the rest of reading.
+        if not isinstance(value, dict):
+            raise InputError(f"field {name!r}: nothing lies inside {reprlib.repr(value)}")
+        if part not in value:
+            raise InputError(f"no field {name!r}{nearest(part, value)}")
         value = value[part]
+    for text in value if isinstance(value, list) else [value]:
+        if isinstance(text, str):
+            _require_unicode(text, name)
     return value

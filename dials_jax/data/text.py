@@ -14,18 +14,25 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int, Integer
 
 from dials_jax.config import InputError, TextData, read_json, require, write_json
 from dials_jax.data.batches import Batch, Indices, Rows, generator
-from dials_jax.data.packing import encode_documents, stream_rows, token_dtype
-from dials_jax.data.records import JSON_LINES, TEXT, expand_paths, file_sha256, read_documents
+from dials_jax.data.encoding import Encoded, encode_documents
+from dials_jax.data.packing import Rows as Packed
+from dials_jax.data.packing import stream_rows, token_dtype, write_rows
+from dials_jax.data.records import (
+    JSON_LINES,
+    TEXT,
+    content_sha256,
+    expand_paths,
+    file_sha256,
+    read_documents,
+)
 from dials_jax.data.tokenizer import Tokenizer, check_ids, load_tokenizer
-
-BATCH_CHARACTERS = 1_000_000  # tokenised together; bounds the memory that packing takes
 
 
 @runtime_checkable
@@ -117,7 +124,7 @@ def packed_summary(cfg: TextData, data: PackedText) -> dict[str, Any]:
 def _fingerprint(files: list[Path], tokenizer: Tokenizer, eos_id: int, length: int) -> str:
     digest = hashlib.sha256(json.dumps([tokenizer.fingerprint, eos_id, length]).encode())
     for path in files:
-        content = [path.name, path.stat().st_size, file_sha256(path)]
+        content = [path.name, path.stat().st_size, content_sha256(path)]
         digest.update(json.dumps(content).encode())
     return digest.hexdigest()[:16]
 
@@ -133,31 +140,17 @@ def _is_whole(packed: Path) -> bool:
         return False
 
 
-def _batched(documents: Iterator[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
-    batch, size = [], 0
-    for where, text in documents:
-        batch.append((where, text))
-        size += len(text)
-        if size >= BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
 def _tokenised(
     files: list[Path], tokenizer: Tokenizer, eos_id: int, mask_id: int | None
-) -> Iterator[list[list[int]]]:
-    """Yields batches of documents' tokens, each document ending with EOS."""
+) -> Iterator[list[Encoded]]:
     from tqdm import tqdm
 
-    plain = tokenizer.plain()
     documents = chain.from_iterable(map(read_documents, files))
     # disable=None: no bar where stderr is a file.
     with tqdm(desc="tokenising", unit=" documents", disable=None) as progress:
-        for batch in _batched(documents):
-            yield encode_documents(batch, plain, eos_id, mask_id)
-            progress.update(len(batch))
+        for pieces in encode_documents(documents, tokenizer.plain(), eos_id, mask_id):
+            yield pieces
+            progress.update(sum(piece.ends for piece in pieces))
 
 
 def _pack(
@@ -174,10 +167,10 @@ def _pack(
     temporary = packed.with_name(f"{packed.stem}.{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("wb") as out:
-            _write_header(out, dtype, (0, length))
-            counts = _write_rows(out, _tokenised(files, tokenizer, eos_id, mask_id), dtype, length)
-            out.seek(0)
-            _write_header(out, dtype, (counts["rows"], length))
+            counts = {"documents": 0, "tokens": 0}
+            batches = _tokenised(files, tokenizer, eos_id, mask_id)
+            rows = _stream(batches, eos_id, length, dtype, counts)
+            counts["rows"] = write_rows(out, rows, length, dtype)
         require(
             counts["rows"] > 0,
             f"{', '.join(map(str, files[:3]))}: {counts['tokens']} tokens do not fill one row of "
@@ -197,23 +190,18 @@ def _pack(
         temporary.unlink(missing_ok=True)
 
 
-def _write_header(out: BinaryIO, dtype: np.dtype, shape: tuple[int, int]) -> None:
-    """numpy leaves room in the header for the first axis to grow, so it can be written again."""
-    fields = {"descr": dtype.str, "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(out, fields)
-
-
-def _write_rows(
-    out: BinaryIO, batches: Iterator[list[list[int]]], dtype: np.dtype, length: int
-) -> dict[str, int]:
-    """Appends the documents' tokens in whole rows; returns the counts, empty documents left out."""
-    counts = {"documents": 0, "tokens": 0, "rows": 0}
+def _stream(
+    batches: Iterator[list[Encoded]],
+    eos_id: int,
+    length: int,
+    dtype: np.dtype,
+    counts: dict[str, int],
+) -> Iterator[Packed]:
+    """Yields the rows of some documents at a time; adds to `counts`, empty documents left out."""
     rest: list[int] = []  # less than a row, between batches
-    for documents in batches:
-        rows, rest = stream_rows(documents, rest, length, dtype)
-        out.write(rows.tobytes())
-        kept = [len(ids) for ids in documents if len(ids) > 1]
-        counts["documents"] += len(kept)
-        counts["tokens"] += sum(kept)
-        counts["rows"] += len(rows)
-    return counts
+    for pieces in batches:
+        rows, rest = stream_rows(pieces, rest, length, eos_id, dtype)
+        kept = [piece for piece in pieces if not piece.empty]
+        counts["documents"] += sum(piece.ends for piece in kept)
+        counts["tokens"] += sum(len(piece.ids) for piece in kept)
+        yield rows

@@ -16,6 +16,7 @@ from dials_jax.data import arrayrecord, corpus, documents, packing
 from dials_jax.data import prepare as preparing
 from dials_jax.data.batches import batch_at
 from dials_jax.data.corpus import load_corpus
+from dials_jax.data.encoding import Encoded
 from dials_jax.data.items import load_items
 from dials_jax.data.prepare import prepare
 from dials_jax.data.sources import training_data
@@ -67,15 +68,44 @@ def expected_mdlm(tokenizer, texts, length):
     return rows
 
 
-def test_mdlm_rows_by_hand():
-    dtype = np.dtype("<u2")
-    ids = [[5, 6, 7, 1], [1], [8, 9, 1], [4, 1]]
-    rows, rest = packing.mdlm_rows(ids, [], 5, dtype)
-    assert rows.tolist() == [[1, 5, 6, 7, 1], [1, 1, 1, 8, 1], [1, 9, 1, 4, 1]]
-    assert rest == [] and rows.dtype == dtype
-    assert packing.mdlm_rows([[4, 1]], [], 5, dtype)[0].shape == (0, 5)
-    rows, rest = packing.stream_rows(ids, [2, 3], 5, dtype)
+def encoded(*documents):
+    return [Encoded(ids, True, empty=len(ids) == 1) for ids in documents]
+
+
+def test_rows_by_hand():
+    dtype, pieces = np.dtype("<u2"), encoded([5, 6, 7, 1], [1], [8, 9, 1], [4, 1])
+    expected = [[1, 5, 6, 7, 1], [1, 1, 1, 8, 1], [1, 9, 1, 4, 1]]
+    rows, rest = packing.mdlm_rows(pieces, [], 5, EOS, dtype)
+    assert rows.tolist() == expected and rest == [1] and rows.dtype == dtype
+    assert packing.mdlm_rows(encoded([4, 1]), [], 5, EOS, dtype)[0].shape == (0, 5)
+    rows, rest = packing.stream_rows(pieces, [2, 3], 5, EOS, dtype)
     assert rows.tolist() == [[2, 3, 5, 6, 7], [1, 8, 9, 1, 4]] and rest == [1]
+
+
+def test_pieces_of_a_document_give_the_rows_of_the_whole():
+    dtype = np.dtype("<u2")
+    whole = encoded([5, 6, 7, 8, 1], [1], [9, 1])
+    parts = [
+        [Encoded([5], False, False)],
+        [Encoded([6, 7, 8], False, False), Encoded([1], True, False), *whole[1:]],
+    ]
+    for rows_of in (packing.mdlm_rows, packing.stream_rows):
+        expected, expected_rest = rows_of(whole, [], 4, EOS, dtype)
+        found, rest = [], []
+        for pieces in parts:
+            rows, rest = rows_of(pieces, rest, 4, EOS, dtype)
+            found += rows.tolist()
+        assert found == expected.tolist() and rest == expected_rest
+
+
+def test_rows_are_written_as_numpy_saves_them(tmp_path):
+    """So that a prepared folder is the same whichever version began it."""
+    rows = np.arange(30, dtype="<u2").reshape(6, 5)
+    for batches in ([rows[:4], rows[4:]], []):
+        with (tmp_path / "rows.npy").open("wb") as out:
+            assert packing.write_rows(out, batches, 5, rows.dtype) == sum(map(len, batches))
+        np.save(tmp_path / "expected.npy", np.concatenate([rows[:0], *batches]))
+        assert (tmp_path / "rows.npy").read_bytes() == (tmp_path / "expected.npy").read_bytes()
 
 
 def test_mdlm_packing_splits_off_the_last_documents(cfg, model_config, tokenizer):
@@ -134,14 +164,14 @@ import json
 packing.BATCH_DOCUMENTS = preparing.BATCH_DOCUMENTS = 4
 preparing.PART_BATCHES = 2
 cfg = from_dict(CorpusData, json.loads(sys.argv[1]))
-write = preparing.np.save
-def save(file, rows):
+write = preparing.write_rows
+def save(file, *rest):
     if "train-00003" in file.name:
         file.write(b"half of a part")
         file.flush()
         os.kill(os.getpid(), signal.SIGKILL)
-    write(file, rows)
-preparing.np.save = save
+    return write(file, *rest)
+preparing.write_rows = save
 preparing.prepare(cfg, small_config(vocab_size=99, mask_id=int(sys.argv[2]), eos_id=1))
 """
 
@@ -158,9 +188,13 @@ def test_killed_while_it_writes_it_continues_to_the_same_bytes(cfg, model_config
     assert written == [f"train-{i:05d}.json" for i in range(3)]
     counted = []
     encode = preparing.encode_documents
-    monkeypatch.setattr(
-        preparing, "encode_documents", lambda d, *a: counted.extend(d) or encode(d, *a)
-    )
+
+    def encode_counted(documents, *rest):
+        documents = list(documents)
+        counted.extend(documents)
+        return encode(documents, *rest)
+
+    monkeypatch.setattr(preparing, "encode_documents", encode_counted)
     prepare(killed, model_config)
     # What was finished, validation and three parts, is not tokenised again.
     assert len(counted) == len(DOCUMENTS) - 9 - 3 * 8

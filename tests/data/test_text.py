@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dials_jax.config import CorpusData, InputError, TextData
-from dials_jax.data import text
+from dials_jax.data import encoding, text
 from dials_jax.data.batches import batch_at
 from dials_jax.data.text import pack_text, packed_summary
 from dials_jax.data.tokenizer import character_tokenizer
@@ -44,7 +44,7 @@ def test_rows_hold_the_documents_end_to_end(cfg, pack, tokenizer):
 
 def test_the_size_of_a_tokenising_batch_does_not_matter(cfg, pack, monkeypatch):
     first = np.array(pack(cfg).tokens)
-    monkeypatch.setattr(text, "BATCH_CHARACTERS", 1)
+    monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 1)
     again = pack(dataclasses.replace(cfg, cache=cfg.cache + "2"))
     np.testing.assert_array_equal(first, again.tokens)
 
