@@ -22,8 +22,11 @@ from dials_jax.evaluation.generative import (
 )
 from dials_jax.evaluation.results import Records, identity
 from dials_jax.evaluation.samples import (
+    Batches,
     Drawn,
     Kept,
+    by_schedule,
+    check_batch,
     check_schedules,
     model_facts,
     static_policies,
@@ -62,7 +65,8 @@ class Bench:
         self._check_scorer()
         prints = {letter: facts["fingerprint"] for letter, facts in self.samples.facts.items()}
         weights = {"models": prints, "scorer": self.scorer.fingerprint}
-        self.records = Records(workdir, identity(cfg, weights))
+        self.records = Records(workdir, identity(cfg, weights), check_batch)
+        self._batches = by_schedule(self.records.all)
 
     def _tokenizers(self) -> tuple[Tokenizer, Tokenizer] | None:
         """Of the samples and of the scorer; None where samples are scored as the ids they are."""
@@ -108,16 +112,17 @@ class Bench:
         self, schedule: Schedule, progress: Callable[[int], Any] = lambda n: None
     ) -> Measured:
         """Scores the samples that the records do not hold yet, and puts them there."""
-        done = batches_of(self.records.all, schedule)
-        first = sum(len(record["nll"]) for record in done)
+        done = self._batches.setdefault(str(schedule), {})
+        first = 0
         while first < self.cfg.num_samples:
-            batch = self.samples.batch(schedule, first)
-            scores = score_samples(self.scorer, self._scored(batch.tokens), self.cfg.batch_size)
-            found = {"nll": scores.nll.tolist(), "weight": scores.weight.tolist()}
-            self.records.add(batch.record | found)
-            done.append(batch.record | found)
-            first += len(batch.tokens)
-            progress(len(batch.tokens))
+            if first not in done:
+                batch = self.samples.batch(schedule, first)
+                scores = score_samples(self.scorer, self._scored(batch.tokens), self.cfg.batch_size)
+                found = {"nll": scores.nll.tolist(), "weight": scores.weight.tolist()}
+                done[first] = batch.record | found
+                self.records.add(done[first])
+                progress(len(batch.tokens))
+            first += len(done[first]["nll"])
         return measured(done)
 
     def _scored(self, samples: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B S"]:
@@ -129,14 +134,9 @@ class Bench:
         return retokenise(samples, *self.tokenizers, *ends, length)
 
 
-def batches_of(records: Sequence[dict[str, Any]], schedule: Schedule) -> list[dict[str, Any]]:
-    """The records of one schedule. A batch that two runs at once wrote twice counts once."""
-    found = {r["first"]: r for r in records if r["schedule"] == str(schedule)}
-    return list(found.values())
-
-
-def measured(records: Sequence[dict[str, Any]]) -> Measured:
-    """All batches of one schedule together."""
+def measured(batches: Batches) -> Measured:
+    """All batches of one schedule together, in the order of their samples."""
+    records = [batches[first] for first in sorted(batches)]
 
     def joined(name):
         return np.concatenate([record[name] for record in records]).astype(float)

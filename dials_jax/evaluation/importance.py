@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,13 @@ from dials_jax.config import ImportanceStudy, require, to_dict
 from dials_jax.data.batches import generator
 from dials_jax.data.sources import training_data
 from dials_jax.evaluation.predictions import plot_predictions, prediction_table, predictions
-from dials_jax.evaluation.results import Outcome, Records, environment, identity
+from dials_jax.evaluation.record_lines import require_numbers
+from dials_jax.evaluation.results import (
+    Outcome,
+    Records,
+    environment,
+    identity,
+)
 from dials_jax.evaluation.samples import require_known
 from dials_jax.evaluation.study_page import Shown, Table, as_dicts, publish
 from dials_jax.loading import load
@@ -53,7 +60,7 @@ def run_importance(cfg: ImportanceStudy, workdir: Path) -> Outcome:
     tokens, data = clean_rows(cfg, heavy)
     weights = {letter: model.fingerprint for letter, model in models.items()}
     weights |= {cfg.heavy: heavy.fingerprint, "data": data}
-    records = Records(workdir, identity(cfg, weights))
+    records = Records(workdir, identity(cfg, weights), partial(_check_time, letters=set(models)))
     done = {record["time"] for record in records.all}
     quiet = not sys.stderr.isatty()
     for time in tqdm([t for t in cfg.times if t not in done], unit="time", disable=quiet):
@@ -108,6 +115,16 @@ def clean_rows(cfg: ImportanceStudy, heavy: Model) -> tuple[Int[np.ndarray, "N T
         "the importance study masks whole rows; give text data with prompt_length=0",
     )
     return tokens, data.fingerprint
+
+
+def _check_time(record: Any, letters: set[str]) -> None:
+    """Raises: a plain error for what is no record of a noise level."""
+    require_numbers([record["time"]])
+    if record["models"].keys() != letters:
+        raise ValueError(f"models are {sorted(record['models'])}")
+    for found in record["models"].values():
+        for name in Divergence._fields:
+            require_numbers(found[name])
 
 
 def _plain(divergence: Divergence) -> dict[str, list[float]]:

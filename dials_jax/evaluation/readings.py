@@ -9,8 +9,10 @@ from jaxtyping import Float
 
 from dials_jax.analysis import schedule_search as search
 from dials_jax.config import SearchStudy, from_dict, read_json, require
-from dials_jax.evaluation.bench import batches_of, measured
-from dials_jax.evaluation.results import RECORDS, read_records
+from dials_jax.evaluation.bench import measured
+from dials_jax.evaluation.record_lines import read_records
+from dials_jax.evaluation.results import RECORDS
+from dials_jax.evaluation.samples import by_schedule, check_batch
 from dials_jax.sampling.schedule import Schedule
 
 HARMS = ("gap", "kl", "relative_kl")  # curves of an importance study that predict harm
@@ -59,11 +61,11 @@ def read_search(workdir: str | Path) -> tuple[SearchStudy, Float[np.ndarray, "S 
         f"{workdir} holds no search; give the workdir of a SearchStudy that ended",
     )
     cfg = from_dict(SearchStudy, results["config"])
-    records, _ = read_records(Path(workdir) / RECORDS)
+    batches_of = by_schedule(read_records(Path(workdir) / RECORDS, check_batch))
     values = []
     for schedule in coarse_schedules(cfg):
-        batches = batches_of(records, schedule)
-        count = sum(len(record["nll"]) for record in batches)
+        batches = batches_of.get(str(schedule), {})
+        count = sum(len(record["nll"]) for record in batches.values())
         require(
             count >= cfg.num_samples,
             f"{workdir} has {count} of {cfg.num_samples} samples of {schedule}; let an exhaustive "

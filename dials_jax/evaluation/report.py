@@ -9,6 +9,7 @@ import dataclasses
 import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,8 @@ DEFINITIONS = (
     ("model", "FLOPs of the whole model as a share of full execution: the head, attention by "
      "length and the router are counted. results.json also holds the absolute number."),
     ("seconds", "Measured time of the run on the device above, compilation apart. Speed-up is the "
-     "full model's time / this time."),
+     "full model's time / this time, where both were measured with the same device, mesh, layout, "
+     "batch size and padding."),
 )  # fmt: skip
 
 
@@ -76,7 +78,9 @@ def write_report(results: Mapping[str, Any], folder: str | Path) -> list[Row]:
     columns = [field.name for field in dataclasses.fields(Row)]  # also without any rows
     write_csv(folder / "results.csv", columns, map(dataclasses.asdict, rows))
     figures = _write_plots(results["runs"], rows, folder / "plots") if rows else {}
-    (folder / "report.html").write_text(_page(results, rows, figures), encoding="utf-8")
+    (folder / "report.html").write_text(
+        _page(results, rows, figures), encoding="utf-8", errors="backslashreplace"
+    )
     return rows
 
 
@@ -162,11 +166,11 @@ def _shorten(text: str, width: int) -> str:
 
 def _write_plots(runs: Sequence[Mapping], rows: Sequence[Row], folder: Path) -> dict[Path, str]:
     """Path of each figure -> one sentence on how to read it."""
-    panels, figures = [], {}
+    panels, figures, left = [], {}, iter(rows)  # rows are in the order of the groups
     for task, group in by_task(runs).items():
         points = [
             plots.Point(row.kind, _tag(run["policy"]), row.layers_run, row.value, row.low, row.high)
-            for run, row in zip(group, [row for row in rows if row.task == task], strict=True)
+            for run, row in zip(group, islice(left, len(group)), strict=True)
         ]
         metric = group[0]["metric"]
         lower = metric not in ACCURACIES

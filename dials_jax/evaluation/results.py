@@ -29,14 +29,17 @@ from dials_jax.config import (
     to_dict,
     write_json,
 )
+from dials_jax.evaluation.record_lines import Check, Lines, sealed
 from dials_jax.models.model import Model
 
 RECORDS = "runs.jsonl"
+IDENTITY = "study.json"  # what the records of a study depend on
 LONGEST_NAME = 120  # of a file, without its ending; file systems take 255
 # Settings that choose among what is measured, or how it is shown: a study goes on when they change.
 READING = ("schedules", "figure", "aggregate", "top", "budget", "importance")
 # Results, and what writes and shows them.
 Outcome = tuple[dict[str, Any], Callable[[], None]]
+Agree = Callable[[Mapping[str, Any], Mapping[str, Any], Path], Mapping[str, Any]]
 
 
 def environment(model: Model, seed: int) -> dict[str, Any]:
@@ -68,11 +71,20 @@ def file_name(text: str) -> str:
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Unrounded values; what is None or not finite is an empty cell."""
-    with path.open("w", newline="", encoding="utf-8") as file:
+    """Unrounded values; what is None or not finite is an empty cell.
+
+    A text that a spreadsheet would take for a formula is quoted by an apostrophe.
+    """
+    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
-        writer.writerows(map(finite, rows))
+        for row in rows:
+            writer.writerow({name: _cell(value) for name, value in finite(dict(row)).items()})
+
+
+def _cell(value: Any) -> Any:
+    formula = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r"))
+    return f"'{value}" if formula else value
 
 
 def identity(cfg: StudyConfig, weights: dict[str, Any]) -> dict[str, Any]:
@@ -81,37 +93,71 @@ def identity(cfg: StudyConfig, weights: dict[str, Any]) -> dict[str, Any]:
     return {"kind": type(cfg).__name__, "config": settings, "weights": weights}
 
 
+def same_study(old: Mapping[str, Any], new: Mapping[str, Any], workdir: Path) -> Mapping[str, Any]:
+    """The identity that a study goes on with.
+
+    Raises: InputError naming what differs.
+    """
+    others = differing(_completed(old), new)
+    require(
+        not others,
+        f"{workdir} holds another study ({', '.join(others)} differ); choose another --workdir",
+    )
+    return old
+
+
 class Records:
     """Results of a run that may be stopped: one JSON object a line, written as soon as earned.
+
+    Every line ends with a short digest of the rest. A line that does not fit its digest is set
+    aside, so that what it held is measured again.
 
     Attributes:
       all: the records so far, those of an earlier run first.
     """
 
-    def __init__(self, workdir: str | Path, identity: Mapping[str, Any]):
+    def __init__(
+        self,
+        workdir: str | Path,
+        identity: Mapping[str, Any],
+        check: Check,
+        name: str = IDENTITY,
+        agree: Agree = same_study,
+        before: tuple[Mapping[str, Any], Sequence[dict[str, Any]]] | None = None,
+    ):
         """Continues what the workdir holds, or starts.
 
         Args:
-          identity: what the results depend on; kept in study.json.
+          identity: what the results depend on; kept in the file called `name`.
+          check: raises for a record that is none.
+          agree: the identity to go on with, of that in the workdir and the new one.
+          before: identity and records of a version that kept them elsewhere.
         Raises: InputError if the workdir holds results that depend on something else.
         """
-        self.path = Path(workdir) / RECORDS
+        workdir = Path(workdir)
+        self.path = workdir / RECORDS
         identity = json.loads(json.dumps(identity))
-        study = Path(workdir) / "study.json"
-        if study.exists():
-            _check_identity(study, identity)
-        self.all, size = read_records(self.path)
-        require(
-            study.exists() or not self.all,
-            f"{workdir} holds {RECORDS} but no study.json that says of what; remove the folder to "
-            "start the study again",
-        )
+        known = workdir / name
+        old = _read_identity(known) if known.exists() else None
+        if old is not None:
+            lines = Lines.read(self.path, check)
+        elif before is not None:
+            old, lines = before[0], Lines.of(self.path, before[1])
+        else:
+            lines = Lines.read(self.path, check)
+            require(
+                not lines.good,
+                f"{workdir} holds {RECORDS} but no {name} that says of what; put it back, or "
+                "choose another --workdir",
+            )
+        if old is not None:
+            identity = dict(agree(old, identity, workdir))
+        self.all = list(lines.good.values())
 
         def open_for_more():  # once all processes have read what is there
-            if not study.exists():
-                write_json(study, identity)
-            if self.path.exists():
-                os.truncate(self.path, size)
+            lines.set_aside()
+            if identity != old or not known.exists():
+                write_json(known, identity)
 
         sharding.wait()
         sharding.on_first_process(open_for_more)
@@ -120,20 +166,15 @@ class Records:
         """Every process makes the same calls; the first one writes. What is not finite is null."""
         if jax.process_index() == 0:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(finite(record), allow_nan=False) + "\n")
+                file.write(sealed(record) + "\n")
         self.all.append(dict(record))
 
 
-def _check_identity(path: Path, identity: dict[str, Any]) -> None:
+def _read_identity(path: Path) -> dict[str, Any]:
     try:
-        old = read_json(path)
+        return read_json(path)
     except InputError as error:
-        raise InputError(f"{error}; remove {path.parent} to start the study again") from error
-    others = differing(_completed(old), identity)
-    require(
-        not others,
-        f"{path.parent} holds another study ({', '.join(others)} differ); choose another --workdir",
-    )
+        raise InputError(f"{error}; put it back, or choose another --workdir") from error
 
 
 def _completed(old: dict[str, Any]) -> dict[str, Any]:
@@ -141,12 +182,15 @@ def _completed(old: dict[str, Any]) -> dict[str, Any]:
     kinds = {cls.__name__: cls for cls in get_args(StudyConfig)}
     if old.get("kind") not in kinds:
         return old
+    config = old.get("config")
+    if not isinstance(config, dict):
+        return old
     defaults = {
         f.name: to_dict(f.default) if dataclasses.is_dataclass(f.default) else f.default
         for f in dataclasses.fields(kinds[old["kind"]])
         if f.default is not dataclasses.MISSING and f.name not in READING
     }
-    return {**old, "config": {**json.loads(json.dumps(defaults)), **old.get("config", {})}}
+    return {**old, "config": {**json.loads(json.dumps(defaults)), **config}}
 
 
 def differing(old: Any, new: Any, name: str = "") -> list[str]:
@@ -171,21 +215,3 @@ def _one_path(old: Any, new: Any) -> bool:
     if os.path.isabs(old) == os.path.isabs(new):
         return False
     return os.path.abspath(old) == os.path.abspath(new)
-
-
-def read_records(path: str | Path) -> tuple[list[dict[str, Any]], int]:
-    """The records of a file and the bytes they take: a stopped run may leave half a line more."""
-    path = Path(path)
-    if not path.exists():
-        return [], 0
-    content = path.read_bytes()
-    complete = content[: content.rfind(b"\n") + 1]
-    records = []
-    for number, line in enumerate(complete.splitlines(), start=1):
-        try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            raise InputError(
-                f"{path}, line {number} is not valid JSON: {error}; remove that line"
-            ) from error
-    return records, len(complete)

@@ -6,8 +6,9 @@ drawn on one machine, and scored on another or years later, without the models t
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,13 @@ from dials_jax.config import (
 )
 from dials_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dials_jax.evaluation.generative import unigram_entropy
-from dials_jax.evaluation.results import RECORDS, command, environment, file_name, read_records
+from dials_jax.evaluation.record_lines import read_records, require_numbers
+from dials_jax.evaluation.results import (
+    RECORDS,
+    command,
+    environment,
+    file_name,
+)
 from dials_jax.keys import seed_key
 from dials_jax.loading import load
 from dials_jax.models.model import Model
@@ -48,6 +55,28 @@ class Batch(NamedTuple):
 
     tokens: Int[np.ndarray, "B T"]
     record: dict[str, Any]  # schedule, first, entropy, nfe, flops, seconds, perhaps an example
+
+
+Batches = dict[int, dict[str, Any]]  # records of one schedule, by their first sample
+
+
+def check_batch(record: Any) -> None:
+    """Raises: a plain error for what is no record of a batch."""
+    if type(record["schedule"]) is not str or type(record["first"]) is not int:
+        raise TypeError("schedule is no text, or first no number")
+    for name in ("nll", "weight", "entropy"):
+        require_numbers(record[name], len(record["nll"]))
+    if not record["nll"]:
+        raise ValueError("no samples")
+    require_numbers([record[name] for name in ("seconds", "flops", "nfe")])
+
+
+def by_schedule(records: Iterable[dict[str, Any]]) -> dict[str, Batches]:
+    """The batches of every schedule. A batch that two runs at once wrote twice counts once."""
+    found: dict[str, Batches] = {}
+    for record in records:
+        found.setdefault(record["schedule"], {})[record["first"]] = record
+    return found
 
 
 class Drawn:
@@ -100,6 +129,7 @@ class Drawn:
             "nfe": out.nfe,
             "flops": out.flops.model_total,
             "seconds": out.flops.seconds,
+            "tokens": _digest(out.tokens),
         }
         return Batch(out.tokens, record | ({} if first else self._example(out.tokens[0])))
 
@@ -139,22 +169,17 @@ class Kept:
             (self.folder / "models.json").is_file(),
             f"{workdir} holds no samples; give the workdir of a study that drew some",
         )
-        kept = read_json(self.folder / "models.json")
+        kept = _read_kept(self.folder / "models.json")
         self.facts: dict[str, dict[str, Any]] = kept["models"]
         _check_drawing(cfg, self.facts, kept["config"])
         self.environment = kept["environment"] | {"command": command()}
-        self.records = {
-            (record["schedule"], record["first"]): record
-            for record in read_records(workdir / RECORDS)[0]
-        }
+        self.batches = by_schedule(read_records(workdir / RECORDS, check_batch))
         for schedule in schedules:
             self._check(schedule, cfg.num_samples, cfg.length)
 
     def _check(self, schedule: Schedule, num_samples: int, length: int) -> None:
         found = 0
-        for (name, first), record in self.records.items():
-            if name != str(schedule):
-                continue
+        for first, record in self.batches.get(str(schedule), {}).items():
             path = _path(self.folder, schedule, first)
             if path.is_file():
                 require(
@@ -169,10 +194,38 @@ class Kept:
         )
 
     def batch(self, schedule: Schedule, first: int) -> Batch:
-        """Reads the samples that were drawn from number `first` on."""
-        old = self.records[str(schedule), first]
-        tokens = np.load(_path(self.folder, schedule, first)).astype(np.int32)
+        """Reads the samples that were drawn from number `first` on.
+
+        Raises: InputError for samples that are not those that were drawn.
+        """
+        old, path = self.batches[str(schedule)][first], _path(self.folder, schedule, first)
+        tokens = np.load(path).astype(np.int32)
+        require(
+            old.get("tokens") in (None, _digest(tokens)),  # versions before kept no digest
+            f"{path} is damaged: it does not hold what was drawn; copy it again, or draw the "
+            "samples again",
+        )
         return Batch(tokens, {k: v for k, v in old.items() if k not in ("nll", "weight")})
+
+
+def _read_kept(path: Path) -> dict[str, Any]:
+    """What a study wrote down of its samples. Raises: InputError if something of it is missing."""
+    kept = read_json(path)
+    try:
+        for facts in kept["models"].values():
+            missing = {"path", "num_layers", "fingerprint", "eos_id", "tokenizer"} - facts.keys()
+            require(not missing, f"a model has no {', '.join(missing)}")
+        missing = set(DRAWING) - kept["config"].keys()
+        require(not missing, f"config has no {', '.join(missing)}")
+        return kept | {"environment": dict(kept["environment"])}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path} is damaged ({error!r}); copy it again, or draw the samples again"
+        ) from error
+
+
+def _digest(tokens: Int[np.ndarray, "B T"]) -> str:
+    return hashlib.sha256(tokens.astype("<i4").tobytes()).hexdigest()[:16]
 
 
 def _check_drawing(cfg: SamplingStudy, facts: Mapping[str, Any], old: Mapping[str, Any]) -> None:

@@ -48,7 +48,7 @@ class Row:
     layers_run: float  # share of full execution
     model: float  # share of full execution, the whole model counted
     seconds: float  # measured, compilation apart
-    speedup: float | None  # seconds of the full model / seconds
+    speedup: float | None  # seconds of the full model / seconds, if they compare
     num_items: int
     num_dropped: int | None  # items left out of all the above: too long; None: not recorded
     sampler: str | None  # and its settings; None: nothing is generated, or older results
@@ -205,7 +205,7 @@ def _row(run: Mapping[str, Any], full: Mapping[str, Any] | None) -> Row:
         layers_run=run["flops"]["layers_run"],
         model=run["flops"]["model"],
         seconds=seconds,
-        speedup=full["flops"]["seconds"] / seconds if full and seconds else None,
+        speedup=full["flops"]["seconds"] / seconds if seconds and _as_timed(run, full) else None,
         num_items=len(scores),
         num_dropped=run.get("num_dropped"),
         **_decoding(run.get("generation") or {}),
@@ -231,6 +231,14 @@ def _decoding(generation: Mapping[str, Any]) -> dict[str, Any]:
         "steps": None if by_confidence else generation["steps"],
         "stop": f"{early}; text up to {' or '.join(until)}",
     }
+
+
+def _as_timed(run: Mapping[str, Any], full: Mapping[str, Any] | None) -> bool:
+    """Whether both took their time under the same circumstances: device, mesh, batch size..."""
+    if full is None:
+        return False
+    measured = run.get("measured", [])
+    return len(measured) <= 1 and measured == full.get("measured", [])
 
 
 def _interval(metric: str, scores: Sequence[int | float]) -> tuple[float, float]:

@@ -23,7 +23,6 @@ from dials_jax.config import (
     read_json,
     require,
     require_packages,
-    require_writable,
     to_dict,
 )
 from dials_jax.evaluation import study_report as report
@@ -31,10 +30,13 @@ from dials_jax.evaluation.bench import Bench, Measured
 from dials_jax.evaluation.importance import run_importance
 from dials_jax.evaluation.proposals import run_proposals
 from dials_jax.evaluation.readings import coarse_schedules, read_harms
-from dials_jax.evaluation.results import RECORDS, Outcome
+from dials_jax.evaluation.results import IDENTITY, RECORDS, Outcome
 from dials_jax.evaluation.study_page import Shown, as_dicts, publish
 from dials_jax.sampling.schedule import Schedule
 from dials_jax.sharding import on_first_process
+from dials_jax.workdir import exclusive, require_unclaimed
+
+FILES = (RECORDS, "results.csv", "report.html", "plots", "samples", "sweep.json")
 
 
 def run_study(cfg: StudyConfig, workdir: str | Path) -> dict[str, Any]:
@@ -48,25 +50,28 @@ def run_study(cfg: StudyConfig, workdir: str | Path) -> dict[str, Any]:
         ImportanceStudy: run_importance,
         ProposeStudy: run_proposals,
     }
-    workdir = Path(workdir).absolute()
-    require_writable(workdir)
-    _require_own(workdir, type(cfg).__name__)
     require_packages("eval", "matplotlib", "scipy")
-    on_first_process(lambda: print(f"results: {workdir}", flush=True))
-    results, show = runners[type(cfg)](cfg, workdir)
-    on_first_process(show)
-    on_first_process(lambda: print(f"report: {workdir / 'report.html'}", flush=True))
+    with exclusive(workdir) as workdir:
+        _require_own(workdir, type(cfg).__name__)
+        on_first_process(lambda: print(f"results: {workdir}", flush=True))
+        results, show = runners[type(cfg)](cfg, workdir)
+        on_first_process(show)
+        on_first_process(lambda: print(f"report: {workdir / 'report.html'}", flush=True))
     return results
 
 
 def _require_own(workdir: Path, kind: str) -> None:
-    """Raises: InputError for results of a sweep or of another kind of study: they would be lost."""
-    path = workdir / "results.json"
+    """Raises: InputError for files that this study did not write and would write over."""
+    path, known = workdir / "results.json", (workdir / IDENTITY).exists()
     try:
-        found = read_json(path).get("kind") if path.exists() else kind
+        found = read_json(path).get("kind") if path.exists() else None
     except InputError as error:
-        raise InputError(f"{error}; remove it: what was measured lies in {RECORDS}") from error
-    require(found == kind, f"{path} is not of a {kind}; choose another --workdir")
+        require(known, f"{error}; move it away, or choose another --workdir")
+        return  # it is written again from the records
+    if found is None and not path.exists():
+        require_unclaimed(workdir, IDENTITY, FILES)
+    else:
+        require(found == kind, f"{path} is not of a {kind}; choose another --workdir")
 
 
 # ---------------------------------------------------------------------------- given schedules

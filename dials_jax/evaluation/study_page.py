@@ -57,7 +57,9 @@ def publish(
     write_json(workdir / "results.json", results)
     write_csv(workdir / "results.csv", list(rows[0]), rows)
     figures = shown.draw(workdir / "plots")
-    (workdir / "report.html").write_text(_page(results, shown, figures), encoding="utf-8")
+    (workdir / "report.html").write_text(
+        _page(results, shown, figures), encoding="utf-8", errors="backslashreplace"
+    )
 
 
 def as_dicts(rows: Sequence[Any]) -> list[dict[str, Any]]:

@@ -1,11 +1,10 @@
-"""A sweep: every policy on every task, written to disk as each run ends."""
+"""A sweep: every policy on every task, written to disk as each batch is scored."""
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +15,28 @@ from dials_jax.analysis.similarity import layer_similarities
 from dials_jax.config import (
     EvalConfig,
     EvalTask,
-    InputError,
-    read_json,
     require,
     require_packages,
-    require_writable,
-    to_dict,
     write_json,
 )
-from dials_jax.data.items import Item, Items, items_digest, load_items
+from dials_jax.data.items import Item, Items, load_items
 from dials_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dials_jax.evaluation.report import format_table, write_report
-from dials_jax.evaluation.results import differing, environment
 from dials_jax.evaluation.scoring import (
-    RULES,
     check_settings,
     check_task,
     generation_facts,
     num_rows,
     score_task,
 )
+from dials_jax.evaluation.sweep_records import SweepRecords, circumstances, sweep_identity
 from dials_jax.loading import load
 from dials_jax.models.model import Model
 from dials_jax.nn.stack import Policy
 from dials_jax.skipping.policies import Random, Static
 from dials_jax.skipping.similarity import choose_static_layers
 from dials_jax.skipping.storage import load_router, router_facts
+from dials_jax.workdir import exclusive
 
 
 @dataclass(frozen=True)
@@ -58,28 +53,52 @@ class Candidate:
 
 
 def sweep(cfg: EvalConfig, workdir: str | Path) -> dict[str, Any]:
-    """Runs what is not in `workdir/results.json` yet.
+    """Scores what `workdir` does not hold yet, and writes its results and report.
 
-    Results are written after every run, the report with its plots after every task.
+    Every batch is kept as soon as it is scored, the results are written after every run, and the
+    report with its plots after every task. Runs of other calls in the same workdir stay.
 
-    Raises: InputError before the first run for tasks, routers or layers that do not fit.
+    Raises: InputError before the first run for tasks, routers or layers that do not fit, for a
+      workdir that another process works in, and for what in it depends on other settings.
     """
-    workdir = Path(workdir).absolute()
-    require_writable(workdir)
     require_packages("eval", "matplotlib", "scipy")
     require(bool(cfg.tasks), "the sweep has no tasks; add some to the configuration")
     for task in cfg.tasks:
         check_settings(task)
+    with exclusive(workdir) as workdir:
+        return _sweep(cfg, workdir)
+
+
+def _sweep(cfg: EvalConfig, workdir: Path) -> dict[str, Any]:
     model = load(cfg.model, cfg.dtype, sharding.make_mesh(cfg.mesh), cfg.layout)
     tokenizer = load_tokenizer(model.path)
     tasks = [(task, load_items(task, tokenizer, model.config)) for task in cfg.tasks]
     _check(cfg, model, tasks)
-    shared = [Candidate("full", "full", None), *_routed(cfg, model), *_random(cfg)]
-    results = _start(cfg, model, tasks, workdir)
+    routed, digests = _routed(cfg, model)
+    shared = [Candidate("full", "full", None), *routed, *_random(cfg)]
+    identity = sweep_identity(cfg, model, tasks, digests)
+    records = SweepRecords(workdir, identity, model)
+    facts = {
+        "model": {
+            "path": cfg.model,
+            "num_layers": model.num_layers,
+            "parameters": trees.count_parameters(model.params),
+            "fingerprint": model.fingerprint,
+        },
+        **{
+            kind: {name: task[kind] for name, task in identity["tasks"].items()}
+            for kind in ("items", "rules")
+        },
+        "routers": digests,
+    }
     for task, items in tasks:
-        static = _static(cfg, model, task, items)
+        static = _static(cfg, model, task, items, records)
         for candidate in [*shared[:1], *static, *shared[1:]]:
-            _run_once(results, cfg, model, task, items, tokenizer, candidate, workdir)
+            if (task.name, candidate.label) not in records.runs:
+                _run_once(records, cfg, model, task, items, tokenizer, candidate)
+                results = records.results(cfg, facts)
+                sharding.on_first_process(lambda r=results: write_json(workdir / "results.json", r))
+        results = records.results(cfg, facts)
         if jax.process_index() == 0:
             rows = write_report(results, workdir)
     if jax.process_index() == 0:
@@ -105,64 +124,78 @@ def _check(cfg: EvalConfig, model: Model, tasks: Sequence[tuple[EvalTask, list[I
 
 
 def _run_once(
-    results: dict[str, Any],
+    records: SweepRecords,
     cfg: EvalConfig,
     model: Model,
     task: EvalTask,
     items: Items,
     tokenizer: Tokenizer,
     candidate: Candidate,
-    workdir: Path,
 ) -> None:
-    """Scores one policy on one task unless an earlier sweep did."""
-    done = {(run["task"], run["policy"]["label"]) for run in results["runs"]}
-    if (task.name, candidate.label) in done:
-        return
+    """Scores what is left of one policy on one task."""
     from tqdm import tqdm
 
     total = num_rows(task, items, candidate.policy)
     what = f"{task.name}, {candidate.label}"
+    policy = candidate.describe()
+    measured = circumstances(cfg, task, model)
+    about = {"task": task.name, "policy": policy, "measured": measured}
+    earlier = list(records.batches(task.name, policy))
+    if earlier and jax.process_index() == 0:
+        done = sum(count for record in earlier for _, _, count, _ in record["scores"])
+        print(f"{what}: goes on after {done} of {total} rows", flush=True)
     with tqdm(total=total, desc=what, unit="row", disable=not sys.stderr.isatty()) as bar:
         scores = score_task(
-            model, task, items, tokenizer, candidate.policy, cfg.batch_size, cfg.seed, bar.update
-        )
+            model, task, items, tokenizer, candidate.policy, cfg.batch_size, cfg.seed, bar.update,
+            records=earlier,
+            keep=lambda record: records.add(about | record),
+        )  # fmt: skip
     run = {
         "task": task.name,
         "metric": task.metric,
         "cache": task.cache,
         "generation": generation_facts(task, items),
         "num_dropped": items.num_dropped,
-        "policy": candidate.describe(),
+        "policy": policy,
         "items": scores.items,
         "also": scores.also,
         "flops": scores.flops._asdict(),
         "execution": scores.execution.to_dict(),
         "examples": scores.examples,
+        "measured": _distinct(x["measured"] for x in records.batches(task.name, policy)),
     }
-    results["runs"].append(run)
+    records.add({"run": run})
     if jax.process_index() == 0:
-        write_json(workdir / "results.json", results)
         mean = sum(scores.items.values()) / len(scores.items)
         print(f"{what}: {mean:.4f}, {scores.flops.layers_run:.1%} of layers", flush=True)
+
+
+def _distinct(values: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for value in values:
+        if value not in found[-1:] and value not in found:
+            found.append(value)
+    return found
 
 
 # ------------------------------------------------------------------------------------- policies
 
 
-def _routed(cfg: EvalConfig, model: Model) -> list[Candidate]:
-    """One policy a router, by rising lambda."""
-    found = []
+def _routed(cfg: EvalConfig, model: Model) -> tuple[list[Candidate], dict[str, Any]]:
+    """One policy a router, by rising lambda; and the digests of the routers, by label."""
+    found, digests = [], {}
     for path in cfg.routers:
         _, facts = router_facts(path)
         weight = facts["skip_weight"]
         policy = load_router(path, model, cfg.threshold)
         found.append(Candidate("routed", f"routed λ={weight:g}", policy, {"lambda": weight}))
+        digests[found[-1].label] = facts["digests"]
     labels = [c.label for c in found]
     require(
         len(set(labels)) == len(labels),
         f"two routers have the same lambda ({', '.join(labels)}); evaluate them in two sweeps",
     )
-    return sorted(found, key=lambda c: c.facts["lambda"])
+    return sorted(found, key=lambda c: c.facts["lambda"]), digests
 
 
 def _random(cfg: EvalConfig) -> list[Candidate]:
@@ -170,16 +203,25 @@ def _random(cfg: EvalConfig) -> list[Candidate]:
 
 
 def _static(
-    cfg: EvalConfig, model: Model, task: EvalTask, items: Sequence[Item]
+    cfg: EvalConfig,
+    model: Model,
+    task: EvalTask,
+    items: Sequence[Item],
+    records: SweepRecords,
 ) -> list[Candidate]:
-    """The layers that Algorithm 1 chooses from the task's prompts, for every k it can reach."""
+    """The layers that Algorithm 1 chooses from the task's prompts, for every k it can reach.
+
+    What it goes by is kept: measured again in other batches, it could choose other layers.
+    """
     if not cfg.static:
         return []
-    chosen = items[: cfg.num_calibration]
-    gen_length = max(len(answer) for item in chosen for answer in item.answers)
-    similarities = layer_similarities(
-        model, [item.prompt for item in chosen], gen_length, cfg.batch_size
-    )
+    if task.name not in records.similarities:
+        chosen = items[: cfg.num_calibration]
+        gen_length = max(len(answer) for item in chosen for answer in item.answers)
+        prompts = [item.prompt for item in chosen]
+        found = layer_similarities(model, prompts, gen_length, cfg.batch_size)
+        records.add({"task": task.name, "similarities": found.tolist()})
+    similarities = records.similarities[task.name]
     found = []
     for k in cfg.static:
         layers = choose_static_layers(similarities, k, cfg.similarity_threshold)
@@ -189,71 +231,3 @@ def _static(
         facts = {"layers": list(layers), "num_skipped": k}
         found.append(Candidate("static", f"static k={k}", Static(layers), facts))
     return found
-
-
-# ------------------------------------------------------------------------------------- results
-
-
-def _start(
-    cfg: EvalConfig, model: Model, tasks: Sequence[tuple[EvalTask, list[Item]]], workdir: Path
-) -> dict[str, Any]:
-    """The results so far, or new ones.
-
-    Raises: InputError if the workdir holds the results of another sweep, or of routers or items
-      that are others by now.
-    """
-    path = workdir / "results.json"
-    fresh = {
-        "config": to_dict(cfg),
-        "model": {
-            "path": cfg.model,
-            "num_layers": model.num_layers,
-            "parameters": trees.count_parameters(model.params),
-            "fingerprint": model.fingerprint,
-        },
-        "items": {task.name: items_digest(items) for task, items in tasks},
-        "rules": {task.name: RULES[task.metric] for task in cfg.tasks},
-        "routers": {path: router_facts(path)[1]["digests"] for path in cfg.routers},
-        "environment": environment(model, cfg.seed),
-        "runs": [],
-    }
-    if not path.exists():
-        return fresh
-    try:
-        old = read_json(path)
-    except InputError as error:
-        raise InputError(f"{error}; remove it to start the sweep again") from error
-    require("runs" in old, f"{path} is not of a sweep; choose another --workdir")
-    old = _completed(old, cfg)
-    before, now = (
-        {"config": x["config"], "weights": x["model"]["fingerprint"]} for x in (old, fresh)
-    )
-    others = differing(before, now)
-    require(
-        not others,
-        f"{workdir} holds another sweep ({', '.join(others)} differ); choose another --workdir",
-    )
-    for name, rules in fresh["rules"].items():
-        require(
-            old["rules"].get(name) == rules,
-            f"{workdir} holds scores of {name} by another version's rules for answers; choose "
-            "another --workdir",
-        )
-    for kind in ("items", "routers"):
-        known = old.get(kind, fresh[kind]).values()  # by path; one may be named in two ways
-        for (name, digest), kept in zip(fresh[kind].items(), known, strict=True):
-            require(
-                kept == digest,
-                f"{workdir} holds results of other {kind} than {name} has now; "
-                "choose another --workdir",
-            )
-    return old
-
-
-def _completed(old: dict[str, Any], cfg: EvalConfig) -> dict[str, Any]:
-    """With the defaults of a task's settings that are newer than the results, and first rules."""
-    defaults = {f.name: f.default for f in fields(EvalTask) if f.default is not MISSING}
-    defaults = json.loads(json.dumps(defaults))
-    tasks = [defaults | task for task in old["config"].get("tasks", ())]
-    rules = dict.fromkeys([task.name for task in cfg.tasks], 1)
-    return {"rules": rules} | old | {"config": old["config"] | {"tasks": tasks}}

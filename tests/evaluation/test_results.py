@@ -9,45 +9,104 @@ import sys
 import pytest
 
 from dials_jax.config import InputError
+from dials_jax.evaluation.record_lines import read_records
 from dials_jax.evaluation.results import (
     RECORDS,
     Records,
     command,
     differing,
     file_name,
-    read_records,
+    write_csv,
 )
 
 IDENTITY = {"config": {"seed": 0, "models": [["H", "a"]]}, "weights": {"H": "12ab"}}
 
 
+def check(record):
+    record["n"]
+
+
+def opened(workdir, identity=IDENTITY):
+    return Records(workdir, identity, check)
+
+
 def test_records_continue_after_half_a_line(tmp_path):
-    records = Records(tmp_path, IDENTITY)
+    records = opened(tmp_path)
     records.add({"n": 1})
     records.add({"n": 2})
     with records.path.open("a") as file:
         file.write('{"n": 3, "va')
-    assert read_records(records.path)[0] == [{"n": 1}, {"n": 2}]
-    again = Records(tmp_path, IDENTITY)
+    assert read_records(records.path, check) == [{"n": 1}, {"n": 2}]
+    again = opened(tmp_path)
     assert again.all == [{"n": 1}, {"n": 2}]
     again.add({"n": 3})
-    assert Records(tmp_path, IDENTITY).all == [{"n": 1}, {"n": 2}, {"n": 3}]
+    assert opened(tmp_path).all == [{"n": 1}, {"n": 2}, {"n": 3}]
+    assert not (tmp_path / "runs.odd.jsonl").exists()
 
 
 def test_records_are_json_that_strict_readers_take(tmp_path):
-    records = Records(tmp_path, IDENTITY)
-    records.add({"kl": [0.5, math.nan, math.inf]})
+    records = opened(tmp_path)
+    records.add({"n": [0.5, math.nan, math.inf]})
     (line,) = records.path.read_text().splitlines()
-    assert json.loads(line, parse_constant=pytest.fail) == {"kl": [0.5, None, None]}
+    record = json.loads(line, parse_constant=pytest.fail)
+    assert record["n"] == [0.5, None, None] and [*record] == ["n", "digest"]
+
+
+def test_no_flipped_bit_is_used_in_silence(tmp_path):
+    """Wherever a bit of the file flips, each record is as it was, or it is set aside."""
+    records = opened(tmp_path)
+    for n in range(3):
+        records.add({"n": n, "value": [0.25, 1e-7]})
+    whole, before = records.path.read_bytes(), records.all
+    lengths = set()
+    for place in range(len(whole)):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << place % 8
+        records.path.write_bytes(flipped)
+        left = [{k: r.get(k) for k in ("n", "value")} for r in opened(tmp_path).all]
+        assert all(record in before for record in left)
+        lengths.add(len(left))
+    assert lengths <= {1, 2, 3}
+    odd = (tmp_path / "runs.odd.jsonl").read_bytes()
+    assert len(odd) > len(whole)
+
+
+def test_odd_lines_are_set_aside_and_named(tmp_path, capsys):
+    records = opened(tmp_path)
+    odd = ['{"n": 1}', "oops", '{"m": 1}', "[" * 10**5, '"\\ud800"', "3"]
+    records.add({"n": 0})
+    good = records.path.read_text()
+    records.path.write_text("\n".join([*odd, good]))  # none comes after a line with a digest
+    assert opened(tmp_path).all == [{"n": 1}, {"n": 0}]
+    assert records.path.read_text() == odd[0] + "\n" + good
+    assert (tmp_path / "runs.odd.jsonl").read_text() == "\n".join([*odd[1:], ""])
+    shown = capsys.readouterr().err.splitlines()
+    assert [line.split(" is ")[0] for line in shown] == [
+        f"{records.path}, line {number}" for number in range(2, 7)
+    ]
+    with records.path.open("a") as file:
+        file.write('{"n": 7}\n')
+    assert len(opened(tmp_path).all) == 2
+    assert "line 3 has lost its digest" in capsys.readouterr().err
+
+
+def test_records_of_another_run_are_read_but_not_mended(tmp_path):
+    records = opened(tmp_path)
+    records.add({"n": 1})
+    text = records.path.read_text().replace("1", "2", 1)
+    records.path.write_text(text)
+    with pytest.raises(InputError, match=r"runs.jsonl, line 1 is damaged.*run that study again"):
+        read_records(records.path, check)
+    assert records.path.read_text() == text
 
 
 def test_what_differs_is_named(tmp_path):
-    Records(tmp_path, IDENTITY)
+    opened(tmp_path)
     other = {"config": {**IDENTITY["config"], "seed": 1}, "weights": {"H": "34cd"}}
     with pytest.raises(InputError, match=r"\(config.seed, weights.H differ\); choose another"):
-        Records(tmp_path, other)
+        opened(tmp_path, other)
     with pytest.raises(InputError, match=r"\(config.steps differ\)"):
-        Records(tmp_path, {**IDENTITY, "config": {**IDENTITY["config"], "steps": 3}})
+        opened(tmp_path, {**IDENTITY, "config": {**IDENTITY["config"], "steps": 3}})
 
 
 def test_only_paths_are_compared_as_paths():
@@ -55,24 +114,29 @@ def test_only_paths_are_compared_as_paths():
     assert differing({"extract": "(.*)/"}, {"extract": "(.*)"}) == ["extract"]
 
 
-def test_broken_files_are_named(tmp_path):
-    records = Records(tmp_path, IDENTITY)
-    records.add({"n": 1})
-    records.path.write_text("oops\n" + records.path.read_text())
-    with pytest.raises(InputError, match=r"runs.jsonl, line 1 is not valid JSON.*remove that line"):
-        Records(tmp_path, IDENTITY)
+def test_a_broken_identity_is_named(tmp_path):
+    opened(tmp_path)
     (tmp_path / "study.json").write_text("{")
-    with pytest.raises(InputError, match=r"study.json is not valid JSON.*; remove .* to start"):
-        Records(tmp_path, IDENTITY)
+    with pytest.raises(InputError, match=r"study.json is not valid JSON.*; put it back, or"):
+        opened(tmp_path)
+    (tmp_path / "study.json").write_text('{"kind": "SearchStudy", "config": 3}')
+    with pytest.raises(InputError, match="holds another study"):
+        opened(tmp_path)
+
+
+def test_a_text_is_no_formula(tmp_path):
+    rows = [{"task": "=1+1", "value": -1.5}, {"task": "a\udcff", "value": math.nan}]
+    write_csv(tmp_path / "x.csv", ["task", "value"], rows)
+    assert (tmp_path / "x.csv").read_text().split() == ["task,value", "'=1+1,-1.5", "a\\udcff,"]
 
 
 def test_records_of_nobody_knows_what_are_refused(tmp_path):
-    Records(tmp_path, IDENTITY).add({"n": 1})
+    opened(tmp_path).add({"n": 1})
     (tmp_path / "study.json").unlink()
-    with pytest.raises(InputError, match=r"holds runs.jsonl but no study.json.*remove the folder"):
-        Records(tmp_path, {**IDENTITY, "config": {"seed": 1}})
+    with pytest.raises(InputError, match=r"holds runs.jsonl but no study.json.*put it back"):
+        opened(tmp_path, {**IDENTITY, "config": {"seed": 1}})
     (tmp_path / RECORDS).unlink()
-    assert Records(tmp_path, IDENTITY).all == []
+    assert opened(tmp_path).all == []
 
 
 def test_files_are_named_after_any_text():

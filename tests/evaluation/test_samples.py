@@ -1,6 +1,7 @@
 """Samples that a study has kept are scored again, without the models that drew them."""
 
 import dataclasses
+import json
 import shutil
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from dials_jax.config import InputError
 from dials_jax.data.tokenizer import character_tokenizer, load_tokenizer
 from dials_jax.evaluation import samples
+from dials_jax.evaluation.bench import measured
 from dials_jax.evaluation.generative import retokenise, score_samples
 from dials_jax.evaluation.study import run_study
 from dials_jax.loading import load
@@ -134,3 +136,53 @@ def test_where_samples_were_drawn_is_told_of_their_times(comparing, compared, tm
 def test_a_budget_needs_a_scorer_that_chooses(searching):
     with pytest.raises(InputError, match="samples: a search with a budget"):
         dataclasses.replace(searching, samples="old", budget=2)
+
+
+def test_a_flipped_token_is_noticed(comparing, compared, without_models, tmp_path):
+    old = shutil.copytree(compared, tmp_path / "old")
+    path = old / "samples/L8-3.npy"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"L8-3.npy is damaged: it does not hold what was drawn"):
+        run_study(dataclasses.replace(comparing, samples=str(old)), tmp_path / "new")
+    assert len(records_of(tmp_path / "new")) == 5  # what was sound is scored and kept
+    shutil.copy(compared / "samples/L8-3.npy", path)
+    run_study(dataclasses.replace(comparing, samples=str(old)), tmp_path / "new")
+    assert records_of(tmp_path / "new") == records_of(compared)
+
+
+@pytest.mark.parametrize("missing", ["models", "config", "environment"])
+def test_damaged_facts_of_samples_are_named(missing, comparing, compared, tmp_path):
+    old = shutil.copytree(compared, tmp_path / "old")
+    facts = json.loads((old / "samples/models.json").read_text())
+    del facts[missing]
+    (old / "samples/models.json").write_text(json.dumps(facts))
+    with pytest.raises(InputError, match=r"models.json is damaged.*; copy it again") as error:
+        run_study(dataclasses.replace(comparing, samples=str(old)), tmp_path / "new")
+    assert "\n" not in str(error.value)
+
+
+def test_records_are_grouped_in_one_pass():
+    """Reading back a study takes as many looks at its records as it has records."""
+
+    class Counted(dict):
+        looks = 0
+
+        def __getitem__(self, name):
+            Counted.looks += 1
+            return super().__getitem__(name)
+
+    looks = []
+    for count in (100, 200):
+        records = [
+            Counted(schedule=f"H{n // 2 + 1}", first=n % 2, nll=[1.0], weight=[1.0], entropy=[0.5],
+                    seconds=1.0, flops=1.0)
+            for n in reversed(range(count))
+        ]  # fmt: skip
+        Counted.looks = 0
+        batches = samples.by_schedule(records)
+        values = [measured(batches[f"H{n + 1}"]) for n in range(count // 2)]
+        assert len(values[0].entropy) == 2 and values[0].seconds == 2
+        looks.append(Counted.looks)
+    assert looks[1] == 2 * looks[0]

@@ -27,6 +27,7 @@ from dials_jax.evaluation.readings import coarse_schedules, read_harms, read_sea
 from dials_jax.evaluation.study import run_study
 from dials_jax.loading import load
 from dials_jax.sampling.schedule import Schedule
+from dials_jax.workdir import exclusive
 from tests.evaluation.studies import LENGTH, STEPS, records_of, results_of
 
 pytestmark = pytest.mark.usefixtures("quick_plots")
@@ -172,6 +173,43 @@ def test_a_search_that_was_stopped_gives_the_same_file(searching, searched, tmp_
     run_study(searching, tmp_path)
     assert first.calls + second.calls == len(records_of(searched))
     assert records_of(tmp_path) == records_of(searched)
+
+
+def test_an_odd_line_is_set_aside_and_only_its_batch_measured_again(
+    searching, searched, tmp_path, monkeypatch, capsys
+):
+    workdir = shutil.copytree(searched, tmp_path / "search")
+    lines = (workdir / "runs.jsonl").read_text().splitlines(keepends=True)
+    lines[2] = lines[2].replace('"nll": [', '"nll": [1', 1)  # the first batch of a schedule
+    (workdir / "runs.jsonl").write_text("".join(lines))
+    (workdir / "results.json").write_text("{")  # written again from the records
+    again = Stop(None)
+    monkeypatch.setattr(samples, "generate", again)
+    with pytest.raises(InputError, match=r"runs.jsonl, line 3 is damaged.*run that study again"):
+        run_study(dataclasses.replace(searching, samples=str(workdir)), tmp_path / "other")
+    run_study(searching, workdir)
+    assert again.calls == 1
+    assert "runs.jsonl, line 3 is damaged" in capsys.readouterr().err
+    found = records_of(workdir)
+    assert [*found[:2], found[-1], *found[2:-1]] == records_of(searched)
+    new, old = (
+        {row["schedule"]: row["perplexity"] for row in results_of(x)["schedules"]}
+        for x in (workdir, searched)
+    )
+    assert new == old
+
+
+def test_one_process_at_a_time(searching, tmp_path):
+    with exclusive(tmp_path), pytest.raises(InputError, match="is in use by process"):
+        run_study(searching, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["report.html", "plots", "samples", "sweep.json"])
+def test_files_of_others_are_not_overwritten(name, searching, tmp_path):
+    (tmp_path / name).mkdir()
+    with pytest.raises(InputError, match=f"{name} was not made by a run of this folder"):
+        run_study(searching, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_batches_that_two_runs_at_once_wrote_twice_count_once(

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import shutil
+from functools import partial
 
 import jax
 import numpy as np
@@ -14,14 +15,16 @@ from dials_jax.config import (
     EvalConfig,
     EvalTask,
     InputError,
+    MeshConfig,
     RouterConfig,
     TaskData,
     to_dict,
 )
-from dials_jax.evaluation import report, sweep
+from dials_jax.evaluation import report, scoring, sweep, sweep_records
 from dials_jax.loading import load
 from dials_jax.skipping.router import init_routers
 from dials_jax.skipping.storage import save_router
+from dials_jax.workdir import exclusive
 
 ARITHMETIC = ArithmeticData(operations=("max", "add"))
 RECORDS = [{"prompt": f"+{a},{a + 7}=", "answer": str(2 * a + 7)} for a in range(11, 16)]
@@ -115,11 +118,11 @@ class Scorer:
     def __init__(self, stop):
         self.stop, self.calls, self.score_task = stop, 0, sweep.score_task
 
-    def __call__(self, *args):
+    def __call__(self, *args, **kwargs):
         if self.calls == self.stop:
             raise KeyboardInterrupt
         self.calls += 1
-        return self.score_task(*args)
+        return self.score_task(*args, **kwargs)
 
 
 def test_an_interrupted_sweep_goes_on_where_it_stopped(
@@ -151,7 +154,7 @@ def test_results_do_not_depend_on_the_batch_size(cfg, finished, tmp_path, withou
 def test_the_workdir_of_another_sweep_is_refused(cfg, finished, tmp_path):
     workdir = shutil.copytree(finished, tmp_path / "sweep")
     tasks = (dataclasses.replace(cfg.tasks[0], steps=4), cfg.tasks[1])
-    with pytest.raises(InputError, match=r"another sweep \(config.tasks.steps, config.seed differ"):
+    with pytest.raises(InputError, match=r"another sweep \(seed, tasks.sums.steps differ"):
         sweep.sweep(dataclasses.replace(cfg, seed=1, tasks=tasks), workdir)
     (workdir / "results.json").write_text('{"kind": "SearchStudy", "config": {}}')
     with pytest.raises(InputError, match=r"results.json is not of a sweep; choose another"):
@@ -177,8 +180,9 @@ def test_routers_and_items_that_changed_meanwhile_are_refused(
     task = dataclasses.replace(cfg.tasks[1], data=data)
     cfg = dataclasses.replace(cfg, tasks=(task,), routers=(str(copy / "a"),))
     results = json.loads((finished / "results.json").read_text())
-    results |= {"config": to_dict(cfg), "runs": []}
-    results["routers"] = {str(copy / "a"): results["routers"][str(folder / "a")]}
+    results |= {"config": to_dict(cfg)}  # as versions without records left them
+    results["runs"] = [run for run in results["runs"] if run["task"] == "records"]
+    results["routers"] = {str(copy / "a"): results["routers"]["routed λ=0.5"]}
     del results["items"]["sums"]
     workdir.mkdir()
     (workdir / "results.json").write_text(json.dumps(results))
@@ -188,16 +192,245 @@ def test_routers_and_items_that_changed_meanwhile_are_refused(
             sweep.sweep(cfg, workdir)
 
     shutil.copytree(copy / "b" / "router", copy / "a" / "router", dirs_exist_ok=True)
-    refused("results of other routers than .* has now; choose another --workdir")
+    refused(r"another sweep \(routers.routed λ=0.5.digests differ\); choose another --workdir")
     shutil.copytree(folder / "a" / "router", copy / "a" / "router", dirs_exist_ok=True)
     text = (copy / "records.jsonl").read_text()
     (copy / "records.jsonl").write_text(text.replace('"29"', '"28"'))
-    refused("results of other items than records has now; choose another --workdir")
+    refused(r"another sweep \(tasks.records.items differ\); choose another --workdir")
+
+
+# --------------------------------------------------------------------------------- going on
+
+
+class Batches:
+    """What scores a batch, counted; it stops the sweep before batch `stop`."""
+
+    def __init__(self, monkeypatch, stop=None):
+        self.stop, self.calls = stop, 0
+        for name in ("generate", "score_pairs"):
+            monkeypatch.setattr(scoring, name, partial(self._count, getattr(scoring, name)))
+
+    def _count(self, function, *args, **kwargs):
+        if self.calls == self.stop:
+            raise KeyboardInterrupt
+        self.calls += 1
+        return function(*args, **kwargs)
+
+
+def lines_of(workdir, kind="scores"):
+    """Numbers of the lines of runs.jsonl that are records of a kind, and the lines."""
+    lines = (workdir / "runs.jsonl").read_text().splitlines(keepends=True)
+    return [i for i, line in enumerate(lines) if kind in json.loads(line)], lines
+
+
+@pytest.fixture(scope="module")
+def num_batches(finished):
+    return len(lines_of(finished)[0])
+
+
+@pytest.mark.parametrize("stop", [1, 10])
+def test_a_stopped_policy_goes_on_with_its_next_batch(
+    stop, cfg, finished, num_batches, tmp_path, monkeypatch, without_plots
+):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        Batches(patch, stop)
+        sweep.sweep(cfg, tmp_path)
+    assert len(lines_of(tmp_path)[0]) == stop
+    with (tmp_path / "runs.jsonl").open("a") as file:
+        file.write('{"task": "sums", "pol')  # killed while writing
+    rest = Batches(monkeypatch)
+    sweep.sweep(cfg, tmp_path)
+    assert rest.calls == num_batches - stop
+    assert runs_of(tmp_path) == runs_of(finished)
+
+
+def test_what_changes_no_score_may_change_on_the_way(
+    cfg, finished, num_batches, tmp_path, monkeypatch, without_plots
+):
+    others = {
+        "batch_size": 3,
+        "layout": "unrolled",
+        "mesh": MeshConfig(data=1),
+        "random": (),
+        "tasks": tuple(dataclasses.replace(t, bucket=8, max_programs=1) for t in cfg.tasks[:1]),
+    }
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep, "score_task", None)  # nothing is left to score
+        workdir = shutil.copytree(finished, tmp_path / "done")
+        sweep.sweep(dataclasses.replace(cfg, **others), workdir)
+        assert runs_of(workdir) == runs_of(finished)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        Batches(patch, 1)
+        sweep.sweep(cfg, tmp_path / "part")
+    sweep.sweep(dataclasses.replace(cfg, **others), tmp_path / "part")
+    expected = {(r["task"], r["policy"]["label"]): r for r in runs_of(finished)}
+    runs = runs_of(tmp_path / "part")
+    assert [run["policy"]["label"] for run in runs] == LABELS[:3]
+    for run in runs:
+        before = expected[run["task"], run["policy"]["label"]]
+        for name in ("items", "examples", "execution", "policy"):
+            assert run[name] == before[name]
+    assert [x["batch_size"] for x in runs[0]["measured"]] == [4, 3]
+    with (tmp_path / "part" / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["speedup"] for row in rows] == [""] * 3  # the full model's time was of two kinds
+
+
+def test_policies_and_tasks_are_added(cfg, finished, tmp_path, monkeypatch, without_plots):
+    one = dataclasses.replace(cfg, tasks=cfg.tasks[:1], static=(), random=(), routers=())
+    sweep.sweep(one, tmp_path)
+    rest = Scorer(stop=None)
+    monkeypatch.setattr(sweep, "score_task", rest)
+    sweep.sweep(dataclasses.replace(cfg, tasks=cfg.tasks[1:]), tmp_path)
+    assert rest.calls == 4
+    sweep.sweep(cfg, tmp_path)
+    assert rest.calls == 7
+    assert runs_of(tmp_path) == runs_of(finished)
+    results = sweep.sweep(one, tmp_path)  # what is there stays in the results
+    assert rest.calls == 7 and len(results["runs"]) == len(runs_of(finished))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"seed": 1}, "seed"),
+        ({"dtype": "bfloat16"}, "dtype"),
+        ({"similarity_threshold": 0.5}, "static.similarity_threshold"),
+        ({"num_calibration": 5}, "static.num_calibration"),
+        ({"threshold": 0.7}, "routers.routed λ=0.5.threshold"),
+    ],
+)
+def test_what_changes_scores_is_named(changes, named, cfg, finished, tmp_path):
+    workdir = shutil.copytree(finished, tmp_path / "sweep")
+    with pytest.raises(InputError, match=rf"another sweep \({named} differ\)") as error:
+        sweep.sweep(dataclasses.replace(cfg, **changes), workdir)
+    assert "\n" not in str(error.value)
+
+
+def test_another_router_of_a_known_lambda_is_refused(cfg, folder, finished, tmp_path):
+    workdir = shutil.copytree(finished, tmp_path / "sweep")
+    with pytest.raises(InputError, match=r"\(routers.routed λ=0.5.digests.* differ"):
+        sweep.sweep(dataclasses.replace(cfg, routers=(str(folder / "b"),)), workdir)
+
+
+def test_one_process_at_a_time(cfg, tmp_path):
+    with exclusive(tmp_path), pytest.raises(InputError, match="is in use by process"):
+        sweep.sweep(cfg, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["results.csv", "report.html", "plots", "runs.jsonl"])
+def test_files_of_others_are_not_overwritten(name, cfg, tmp_path):
+    (tmp_path / name).mkdir() if name == "plots" else (tmp_path / name).write_text("mine")
+    with pytest.raises(InputError, match=f"{name} was not made by a run of this folder"):
+        sweep.sweep(cfg, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+# ------------------------------------------------------------------------------------ damage
+
+
+def test_an_odd_line_is_set_aside_and_measured_again(
+    cfg, finished, tmp_path, monkeypatch, without_plots, capsys
+):
+    """A batch whose run is there as well costs nothing; one of an unfinished run is scored."""
+    workdir = shutil.copytree(finished, tmp_path / "sweep")
+    batches, lines = lines_of(workdir)
+    runs, _ = lines_of(workdir, "run")
+    for number in (batches[0], runs[0]):
+        place = lines[number].rindex("0")
+        lines[number] = lines[number][:place] + "1" + lines[number][place + 1 :]
+    lines[runs[-1]] = "oops" + lines[runs[-1]]
+    (workdir / "runs.jsonl").write_text("".join(lines))
+    (workdir / "results.json").write_text("{")  # written again from the records
+    counted = Batches(monkeypatch)
+    sweep.sweep(cfg, workdir)
+    assert counted.calls == 1
+    assert runs_of(workdir) == runs_of(finished)
+    assert len((workdir / "runs.odd.jsonl").read_text().splitlines()) == 3
+    shown = capsys.readouterr().err
+    assert (
+        f"runs.jsonl, line {batches[0] + 1} is damaged (its digest does not fit): it is set"
+        in shown
+    )
+    assert f"runs.jsonl, line {runs[-1] + 1} is damaged" in shown
+    sweep.sweep(cfg, workdir)
+    assert counted.calls == 1 and "set aside" not in capsys.readouterr().err
+
+
+@pytest.fixture
+def before(cfg, finished, folder, tmp_path):
+    """A sweep by a version that kept results.json alone, and a function that changes it."""
+    workdir = shutil.copytree(finished, tmp_path / "before")
+    for name in ("runs.jsonl", "sweep.json"):
+        (workdir / name).unlink()
+    results = json.loads((workdir / "results.json").read_text())
+    results["routers"] = {str(folder / "a"): results["routers"]["routed λ=0.5"]}
+    for run in results["runs"]:
+        del run["measured"]
+    results["config"]["tasks"][0].pop("gen_length")  # a setting that is newer
+
+    def change(edit=lambda results: None):
+        edit(results)
+        (workdir / "results.json").write_text(json.dumps(results))
+        return workdir
+
+    change()
+    return change
+
+
+def test_a_sweep_of_a_version_without_records_goes_on(
+    before, cfg, finished, monkeypatch, without_plots
+):
+    rest = Scorer(stop=None)
+    monkeypatch.setattr(sweep, "score_task", rest)
+    workdir = before(lambda results: results["runs"].pop(2))
+    sweep.sweep(cfg, workdir)
+    assert rest.calls == 1
+    sweep.sweep(cfg, workdir)
+    assert rest.calls == 1
+    runs = runs_of(workdir)
+    measured = [run.pop("measured", None) for run in runs]
+    assert [x is not None for x in measured] == [i == 2 for i in range(8)]
+    assert runs == [{k: x for k, x in r.items() if k != "measured"} for r in runs_of(finished)]
+    with pytest.raises(InputError, match=r"another sweep \(seed differ\)"):
+        sweep.sweep(dataclasses.replace(cfg, seed=1), workdir)
+
+
+def test_scores_by_other_rules_are_not_continued(before, cfg, finished, tmp_path, monkeypatch):
+    workdir = before(lambda results: results.pop("rules"))
+    with pytest.raises(InputError, match="scores of sums by another version's rules"):
+        sweep.sweep(cfg, workdir)
+    workdir = shutil.copytree(finished, tmp_path / "sweep")
+    monkeypatch.setitem(sweep_records.RULES, "nelbo", 7)
+    with pytest.raises(InputError, match="scores of records by another version's rules"):
+        sweep.sweep(cfg, workdir)
+
+
+DAMAGE = {
+    "a run is text": lambda r: r["runs"].__setitem__(0, "full"),
+    "no policy": lambda r: r["runs"][1].pop("policy"),
+    "items are text": lambda r: r["runs"][0]["items"].update({"x": "1.0"}),
+    "no seconds": lambda r: r["runs"][0]["flops"].pop("seconds"),
+    "uneven execution": lambda r: r["runs"][0]["execution"]["executed"][3].append(1),
+    "a kind of policy": lambda r: r["runs"][0]["policy"].update(kind="fool"),
+    "runs are a number": lambda r: r.update(runs=3),
+    "no config": lambda r: r.pop("config"),
+    "an example without output": lambda r: r["runs"][0]["examples"][0].pop("output"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_results_of_a_version_without_records(damage, before, cfg):
+    workdir = before(DAMAGE[damage])
+    left = (workdir / "results.json").read_text()
+    with pytest.raises(InputError, match=r"results.json is damaged .*; put it back") as error:
+        sweep.sweep(cfg, workdir)
+    assert "\n" not in str(error.value) and (workdir / "results.json").read_text() == left
 
 
 def test_broken_results_are_not_overwritten(cfg, tmp_path):
     (tmp_path / "results.json").write_text('{"runs": [')
-    with pytest.raises(InputError, match=r"results.json is not valid JSON.*remove it"):
+    with pytest.raises(InputError, match=r"results.json is not valid JSON.*move it away"):
         sweep.sweep(cfg, tmp_path)
     assert (tmp_path / "results.json").read_text() == '{"runs": ['
 
