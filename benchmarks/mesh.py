@@ -27,7 +27,14 @@ from benchmarks.random_model import MODELS, make_config, make_model, make_router
 from benchmarks.report import Table, exit_status
 from dials_jax import sharding, trees
 from dials_jax.caching.parse import parse_cache
-from dials_jax.config import MeshConfig, ModelConfig, RouterConfig, nearest, require
+from dials_jax.config import (
+    InputError,
+    MeshConfig,
+    ModelConfig,
+    RouterConfig,
+    nearest,
+    require,
+)
 from dials_jax.keys import seed_key
 from dials_jax.models import llada
 from dials_jax.models.model import Model, row_keys
@@ -128,7 +135,7 @@ class Part:
 
 def equal_part() -> Part:
     cfg = llada.small(
-        4, 64, 512, mask_id=511, eos_id=1, pad_id=0, head_dim=16, num_kv_heads=2, dtype="float32"
+        8, 64, 512, mask_id=511, eos_id=1, pad_id=0, head_dim=16, num_kv_heads=2, dtype="float32"
     )
     return Part(cfg, Confidence(16, 8, 16), 16, lambda m, _: undecided_routers(m), scale=4.0)
 
@@ -195,6 +202,8 @@ def run_table(
             for policy in options.policies:
                 try:
                     found = measure(part, one, model, cache, policy)
+                except InputError:  # of the options: no case would run
+                    raise
                 except Exception as error:  # of the compiler, say: it belongs into the table
                     reason = " ".join(f"{type(error).__name__}: {error}".split())
                     found = {"result": f"fails: {reason[:300]}"}
