@@ -144,7 +144,7 @@ def check_task(task: EvalTask, items: Sequence[Item], model: Model) -> None:
                 f"task {task.name!r}: this Dream model is sampled by LLaDA's rules, at temperature "
                 f"{task.temperature:g}; for Dream's own set sampler='dream', temperature=0.1 and "
                 "top_p=0.95 as in its published evaluations",
-                stacklevel=2,
+                stacklevel=1,  # one place, so that it is said once
             )
     else:
         length = max(len(answer) for item in items for answer in item.answers)

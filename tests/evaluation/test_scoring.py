@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from dials_jax.models import transformer
 from dials_jax.models.model import Model
 from dials_jax.sampling import generate as generation
 from dials_jax.sampling.confidence import Confidence
+from dials_jax.sampling.dream import Dream
 from dials_jax.skipping.policies import Random, Static
 from tests.conftest import small_config
 
@@ -110,6 +112,69 @@ def test_text_after_the_end_does_not_count(scorer, items):
     assert {e["output"] for e in run(silent, GENERATION, items).examples} == {""}
 
 
+def score_output(task, text, reference, cfg, tail=()):
+    row = [*TOKENIZER.encode(text), *tail]
+    return scoring._score_output(
+        task, make_item((), [()], reference=reference), row, TOKENIZER, cfg
+    )
+
+
+def test_a_stop_string_ends_a_text_whether_it_is_decoded_or_not(scorer):
+    cfg = scorer.config
+    task = dataclasses.replace(GENERATION, extract=r"\d+", match="last")
+    assert score_output(task, "12=3", "12", cfg) == ("12=3", False)
+    stops = dataclasses.replace(task, until=("7", "=3"))
+    assert score_output(stops, "12=3", "12", cfg) == ("12=3", True)
+    token = dataclasses.replace(task, until=("[PAD]",))  # special tokens are not decoded
+    rest = [cfg.pad_id, *TOKENIZER.encode("34")]
+    assert score_output(token, "12", "12", cfg, rest) == ("12", True)
+    assert score_output(task, "12", "12", cfg, rest) == ("1234", False)
+
+
+DREAM = {"sampler": "dream", "alg": "maskgit_plus", "temperature": 0.1, "top_p": 0.95, "steps": 3}
+
+
+def test_a_task_may_take_dreams_sampler(scorer, items, monkeypatch):
+    asked, generate = [], scoring.generate
+
+    def spy(*args, **kwargs):
+        asked.append(kwargs["sampler"])
+        return generate(*args, **kwargs)
+
+    monkeypatch.setattr(scoring, "generate", spy)
+    out = run(scorer, dataclasses.replace(GENERATION, **DREAM, gen_length=6), items, batch_size=5)
+    assert asked == [Dream(6, 3, "maskgit_plus", temperature=0.1, top_p=0.95)]
+    assert out.execution.rows.sum() == 5 * 3
+    assert all(len(example["output"]) <= 6 for example in out.examples)
+    slow = dataclasses.replace(GENERATION, **DREAM | {"steps": 12}, gen_length=6)
+    out = run(scorer, slow, items, batch_size=5)
+    assert out.execution.rows.sum() == 5 * 12  # also steps that reveal nothing
+
+
+def test_results_say_how_texts_are_generated(mixed):
+    facts = scoring.generation_facts(dataclasses.replace(GENERATION, **DREAM), mixed)
+    assert facts == {
+        **DREAM, "max_new_tokens": 4, "top_k": None, "alg_temp": None, "eps": 1e-3,
+        "cache": "none", "until": [],
+    }  # fmt: skip
+    task = dataclasses.replace(FIRST, cache="dual", until=("Q:",), stop_at_eos=True)
+    facts = scoring.generation_facts(task, mixed)
+    assert facts["sampler"] == "confidence" and facts["temperature"] == 0.0
+    assert (facts["gen_length"], facts["block_length"], facts["steps"]) == (4, 2, 4)
+    assert facts["cache"] == "dual" and facts["until"] == ["Q:"] and facts["stop_at_eos"]
+    assert scoring.generation_facts(NELBO, mixed) == {}
+
+
+def test_a_dream_model_under_lladas_rules_is_said(scorer, mixed):
+    model = Model(dataclasses.replace(scorer.config, model_type="dream"), scorer.params)
+    with pytest.warns(UserWarning, match="this Dream model is sampled by LLaDA's rules, at temp"):
+        scoring.check_task(GENERATION, mixed, model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scoring.check_task(dataclasses.replace(GENERATION, **DREAM), mixed, model)
+        scoring.check_task(GENERATION, mixed, scorer)
+
+
 def test_order_and_batches_change_no_exact_match(scorer, items):
     whole = run(scorer, GENERATION, items, batch_size=2, policy=Random(1))
     parts = run(scorer, GENERATION, items[::-1], batch_size=1, policy=Random(1))
@@ -150,6 +215,7 @@ def test_the_tasks_settings_reach_generation(scorer, mixed, monkeypatch):
 
     monkeypatch.setattr(scoring, "generate", spy)
     choice = {"cfg_scale": 0.5, "threshold": 0.7, "delay_eos": True, "stop_at_eos": True}
+    choice |= {"temperature": 0.3}
     task = dataclasses.replace(FIRST, steps=2, cache="dual", **choice)
     with pytest.raises(KeyboardInterrupt):
         run(scorer, task, mixed)
