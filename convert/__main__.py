@@ -11,7 +11,7 @@ import jax
 
 from convert import lightning
 from convert.hugging_face import MODEL_TYPES, convert, write
-from dials_jax.config import InputError, ModelConfig
+from dials_jax.config import InputError, ModelConfig, require
 from dials_jax.models.checkpoint import DTYPES
 
 DESCRIPTION = """Convert a Hugging Face folder (config.json and safetensors) to a dials_jax model
@@ -42,6 +42,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=True,
         help="of a .ckpt: the averaged weights, or those of the last step",
     )
+    parser.add_argument(
+        "--mask-id",
+        type=int,
+        metavar="N",
+        help="of a .ckpt: the id of [MASK], for a tokenizer that is not known",
+    )
+    parser.add_argument(
+        "--eos-id",
+        type=int,
+        metavar="N",
+        help="of a .ckpt: the id of the end of text, given with --mask-id",
+    )
     parser.epilog = f"Known model types: {', '.join(MODEL_TYPES)}."
     options = parser.parse_args(arguments)
     jax.config.update("jax_platforms", "cpu")  # leave the GPU's memory to others
@@ -57,9 +69,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> ModelConfig:
     source = Path(options.source).expanduser()
     if source.suffix != lightning.SUFFIX:
+        require(
+            options.mask_id is None and options.eos_id is None,
+            "--mask-id and --eos-id are for a .ckpt; write mask_token_id into config.json",
+        )
         return convert(source, options.target, options.dtype)
     opened = lightning.open_checkpoint(
-        source, options.dtype, allow_pickle=options.allow_pickle, ema=options.ema
+        source,
+        options.dtype,
+        allow_pickle=options.allow_pickle,
+        ema=options.ema,
+        mask_id=options.mask_id,
+        eos_id=options.eos_id,
     )
     return write(options.target, *opened, source.parent)
 

@@ -16,6 +16,8 @@ from dials_jax.config import ModelConfig
 
 TABLE = qwen2.TABLE
 
+ARCHITECTURES = ("DreamModel",)
+
 # The configuration repeats Qwen's positions; by its README Dream is good for these.
 USABLE_POSITIONS = 2048
 

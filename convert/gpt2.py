@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.settings import integer, number, require_options, token_id, width_of_heads
+from convert.settings import flag, integer, number, require_options, token_id, width_of_heads
 from convert.table import Row, split
 from dials_jax.config import ModelConfig
 from dials_jax.models import gpt2
@@ -41,6 +41,8 @@ TABLE = (
     Row("lm_head.weight", "head/kernel", 1),
 )
 
+ARCHITECTURES = ("GPT2LMHeadModel", "GPT2Model")
+
 DEFAULTS = {"activation_function": "gelu_new", "scale_attn_weights": True}
 REQUIRED = {
     **DEFAULTS,
@@ -49,7 +51,8 @@ REQUIRED = {
 }
 
 CONV1D = re.compile(r"h\.\d+\.(attn|mlp)\.c_\w+\.weight")  # kept [in, out], unlike a torch Linear
-BUFFERS = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # the causal pattern, in older files
+# The causal pattern, in files of transformers before version 5.
+BUFFERS = r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias"
 
 
 def translate(values: dict[str, Any], dtype: str) -> ModelConfig:
@@ -78,10 +81,9 @@ def translate(values: dict[str, Any], dtype: str) -> ModelConfig:
 
 
 def arrange(values: dict[str, Any], tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The tensors under the names of the table: no prefix, no buffers, projections apart."""
+    """The tensors under the names of the table: no prefix, projections apart."""
     plain = {name.removeprefix("transformer."): x for name, x in tensors.items()}
-    plain = {name: x for name, x in plain.items() if not BUFFERS.fullmatch(name)}
     plain = {name: x.T if CONV1D.fullmatch(name) else x for name, x in plain.items()}
-    if values.get("tie_word_embeddings", True) and "wte.weight" in plain:
+    if flag(values, "tie_word_embeddings", True) and "wte.weight" in plain:
         plain.setdefault("lm_head.weight", plain["wte.weight"])
     return split(plain, r"h\.\d+\.attn\.c_attn", ("q", "k", "v"), axis=0)

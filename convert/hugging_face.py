@@ -1,8 +1,9 @@
 """Opens a Hugging Face folder as a configuration and a tree of parameters.
 
-To add a kind of model, write a module with `translate(values, dtype) -> ModelConfig` and `TABLE`
-(see `convert/llada.py`; `convert/settings.py` reads numbers) and list it in `MODEL_TYPES`. Where
-its tensors need more than new names, `arrange(values, tensors) -> tensors` comes first.
+To add a kind of model, write a module and list it in `MODEL_TYPES`. It has `ARCHITECTURES`, `TABLE`
+and `translate(values, dtype) -> ModelConfig` (see `convert/llada.py`; `convert/settings.py` reads
+numbers). Where its tensors need more than new names, `arrange(values, tensors) -> tensors` comes
+first. `BUFFERS` is a pattern of the names of what is saved beside weights.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import numpy as np
 
 from convert import dream, gpt2, llada, mdlm, qwen2
 from convert.safetensors_reader import open_tensors
-from convert.table import fill
+from convert.settings import flag
+from convert.table import fill, is_buffer, unwrapped
 from dials_jax import trees
-from dials_jax.config import ModelConfig, nearest, read_json, require
+from dials_jax.config import InputError, ModelConfig, nearest, read_json, require
 from dials_jax.models.checkpoint import dtype_name, save_model
 from dials_jax.models.groups import abstract_params
 
@@ -28,6 +30,10 @@ MODEL_TYPES = {  # the `model_type` of config.json
     "mdlm": mdlm,
     "gpt2": gpt2,
 }
+
+# Options of config.json that only a mixture of experts has.
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "expert_intermediate_size")
+WEIGHTS = tuple(np.dtype(x) for x in (ml_dtypes.bfloat16, np.float32, np.float16))
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -52,12 +58,36 @@ def open_folder(source: str | Path, dtype: Any = None) -> tuple[ModelConfig, tre
     source = Path(source).expanduser()
     require(source.is_dir(), f"{source} is not a folder; give a downloaded checkpoint")
     values = read_json(source / "config.json")
-    kind = values.get("model_type")
-    require(
-        kind in MODEL_TYPES,
-        f"{source}: model type {kind!r} is not known{nearest(str(kind), MODEL_TYPES)}",
-    )
+    check_kind(values, source)
     return from_tensors(values, open_tensors(source), source, dtype)
+
+
+def check_kind(values: dict[str, Any], source: Path) -> None:
+    """Raises: InputError for a model that is none of `MODEL_TYPES`, saying what it is."""
+    kind, found = values.get("model_type"), values.get("architectures")
+    names = found if isinstance(found, list) else []
+    names = [name for name in names if isinstance(name, str)]
+    what = names[0] if names else f"model type {kind!r}"
+    for option in EXPERTS:
+        experts = values.get(option)
+        require(not experts, f"{source}: a mixture of experts ({what}) is not supported")
+    require(
+        not values.get("quantization_config"),
+        f"{source}: quantised weights are not supported; take the checkpoint in BF16 or F32",
+    )
+    if not isinstance(kind, str) or kind not in MODEL_TYPES:
+        ours = {name for family in MODEL_TYPES.values() for name in family.ARCHITECTURES}
+        other = {*names} - ours  # published under that type: no slip of the pen
+        hint = (
+            f"; these are: {', '.join(MODEL_TYPES)}" if other else nearest(str(kind), MODEL_TYPES)
+        )
+        named = f" ({what})" if names else ""
+        raise InputError(f"{source}: model type {kind!r}{named} is not supported{hint}")
+    known = MODEL_TYPES[kind].ARCHITECTURES
+    require(
+        not names or bool({*names} & {*known}),
+        f"{source}: {what} is not supported; of model type {kind!r} only {' or '.join(known)} is",
+    )
 
 
 def from_tensors(
@@ -65,12 +95,23 @@ def from_tensors(
 ) -> tuple[ModelConfig, trees.Params]:
     """The same, from the content of config.json and the tensors."""
     family = MODEL_TYPES[values["model_type"]]
+    own_buffers = getattr(family, "BUFFERS", "")
+    tensors = unwrapped(tensors, source)
+    tensors = {name: x for name, x in tensors.items() if not is_buffer(name, own_buffers)}
+    for name, x in tensors.items():
+        require(
+            x.dtype in WEIGHTS,
+            f"{source}: {name!r} is {x.dtype}; weights must be {', '.join(map(str, WEIGHTS))}",
+        )
     all_bfloat16 = all(x.dtype == ml_dtypes.bfloat16 for x in tensors.values())
     dtype = dtype_name(dtype) or ("bfloat16" if all_bfloat16 else "float32")
-    cfg = family.translate(values, dtype)
+    try:
+        cfg = family.translate(values, dtype)
+        tied = flag(values, "tie_word_embeddings")
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
     if hasattr(family, "arrange"):
         tensors = family.arrange(values, tensors)
-    tied = bool(values.get("tie_word_embeddings"))
     return cfg, fill(family.TABLE, abstract_params(cfg), tensors, source, tied)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from convert.settings import integer, number, require_options, width_of_heads
+from convert.settings import flag, integer, number, require_options, width_of_heads
 from convert.table import Row
 from dials_jax.config import ModelConfig
 
@@ -38,6 +38,8 @@ TABLE = (
     Row("model.transformer.ff_out.bias", "head/bias", 0),
 )
 
+ARCHITECTURES = ("LLaDAModelLM",)  # of config.json: others of this model type are other models
+
 # Options that change the maths, and the only value implemented. null counts as false.
 REQUIRED = {
     "activation_type": "silu",
@@ -65,8 +67,8 @@ def translate(values: dict[str, Any], dtype: str) -> ModelConfig:
     num_heads, head_dim = integer(values, "n_heads"), width_of_heads(values, "d_model", "n_heads")
     vocab_size = integer(values, "embedding_size", values.get("vocab_size"))
     mask_id, eos_id = integer(values, "mask_token_id"), integer(values, "eos_token_id")
-    num_kv_heads = 1 if values.get("multi_query_attention") else num_heads
-    bias = bool(values.get("include_bias"))
+    num_kv_heads = 1 if flag(values, "multi_query_attention") else num_heads
+    bias = flag(values, "include_bias")
     has_eot = mask_id == PUBLISHED_MASK_ID and vocab_size > PUBLISHED_EOT_ID
     return ModelConfig(
         model_type="llada",
@@ -80,7 +82,7 @@ def translate(values: dict[str, Any], dtype: str) -> ModelConfig:
         max_length=integer(values, "max_sequence_length"),
         rope_theta=number(values, "rope_theta"),
         norm_eps=number(values, "rms_norm_eps"),
-        qkv_bias=bias or bool(values.get("include_qkv_bias")),
+        qkv_bias=flag(values, "include_qkv_bias") or bias,
         bias=bias,
         mask_id=mask_id,
         eos_id=eos_id,

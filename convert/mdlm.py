@@ -5,11 +5,11 @@ Source: `models/dit.py` of the authors' code.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from convert.settings import integer, width_of_heads
+from convert.settings import flag, integer, token_id, width_of_heads
 from convert.table import Row, split
 from dials_jax.config import ModelConfig, require
 from dials_jax.models import mdlm
@@ -42,22 +42,50 @@ TABLE = (
     Row(f"{_OUT}.linear.bias", "head/bias", 0),
 )
 
-BUFFERS = ("rotary_emb.inv_freq",)  # computed, not learned
+ARCHITECTURES = ("MDLM",)
+
+
+class Tokens(NamedTuple):
+    """A tokenizer with a [MASK] of its own, and its special tokens."""
+
+    vocab_size: int
+    mask_id: int
+    eos_id: int
+    pad_id: int
+
+
+# By the names in the authors' settings. GPT-2's has no [MASK], so that training adds one, last.
+LAST_ID_IS_MASK = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
+TOKENIZERS = {
+    "text8": Tokens(35, mask_id=4, eos_id=3, pad_id=5),
+    "bert-base-uncased": Tokens(30522, mask_id=103, eos_id=102, pad_id=0),
+}
+
+
+def known_by_size(vocab_size: int) -> str | None:
+    """The tokenizer with a [MASK] of its own that has so many tokens."""
+    return next((name for name, t in TOKENIZERS.items() if t.vocab_size == vocab_size), None)
 
 
 def translate(values: dict[str, Any], dtype: str) -> ModelConfig:
     """A published `config.json` as ours.
 
-    The vocabulary is GPT-2's, whose last token is the end of text, and [MASK] after it.
+    Where it names no [MASK], the vocabulary is GPT-2's, whose last token is the end of text, and
+    [MASK] after it.
+
+    Raises: InputError for the size of another tokenizer's vocabulary without the id of its [MASK].
     """
     d_model, vocab_size = integer(values, "hidden_dim"), integer(values, "vocab_size")
-    conditioned = values.get("time_conditioning") or False
-    require(
-        isinstance(conditioned, bool),
-        f"config.json: time_conditioning={conditioned!r} must be true or false",
-    )
-    mask_id = integer(values, "mask_token_id", vocab_size - 1)
-    eos_id = integer(values, "eos_token_id", vocab_size - 2)
+    mask_id, name = token_id(values, "mask_token_id"), known_by_size(vocab_size)
+    if mask_id is None:
+        require(
+            name is None,
+            f"config.json: mask_token_id is missing, and {vocab_size} tokens are those of {name}, "
+            "whose [MASK] is not the last; add mask_token_id and eos_token_id",
+        )
+        mask_id = vocab_size - 1
+    # Without the place that GPT-2's tokens have, the end of text is not known either.
+    eos_id = integer(values, "eos_token_id", vocab_size - 2 if mask_id == vocab_size - 1 else None)
     return mdlm.small(
         integer(values, "n_blocks"),
         d_model,
@@ -68,13 +96,12 @@ def translate(values: dict[str, Any], dtype: str) -> ModelConfig:
         head_dim=width_of_heads(values, "hidden_dim", "n_heads"),
         cond_dim=integer(values, "cond_dim"),
         max_length=integer(values, "model_length"),
-        time_conditioning=conditioned,
+        time_conditioning=flag(values, "time_conditioning"),
         dtype=dtype,
     )
 
 
 def arrange(values: dict[str, Any], tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The tensors under the names of the table: no prefix, no buffers, projections apart."""
+    """The tensors under the names of the table: no prefix, projections apart."""
     plain = {name.removeprefix("backbone."): x for name, x in tensors.items()}
-    plain = {name: x for name, x in plain.items() if name not in BUFFERS}
     return split(plain, r"blocks\.\d+\.attn_qkv", ("q", "k", "v"), axis=0)

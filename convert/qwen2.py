@@ -7,7 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from convert.settings import integer, number, require_options, token_id, width_of_heads
+from convert.settings import (
+    integer,
+    number,
+    require_options,
+    section,
+    token_id,
+    width_of_heads,
+)
 from convert.table import Row
 from dials_jax.config import ModelConfig, require
 
@@ -32,6 +39,8 @@ TABLE = (
     Row("lm_head.weight", "head/kernel", 1, tied="model.embed_tokens.weight"),
 )
 
+ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen2Model")
+
 REQUIRED = {"hidden_act": "silu", "use_sliding_window": False}
 
 
@@ -41,8 +50,11 @@ def translate(values: dict[str, Any], dtype: str) -> ModelConfig:
     Raises: InputError for an option that is not implemented and for a missing number.
     """
     require_options(values, REQUIRED)
-    kinds = set(values.get("layer_types") or ()) - {"full_attention"}
-    require(not kinds, f"config.json: layer_types {sorted(kinds)} are not implemented")
+    kinds = values.get("layer_types") or []
+    require(
+        isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds),
+        f"config.json: layer_types={kinds!r} are not implemented; only 'full_attention' is",
+    )
     head_dim = width_of_heads(values, "hidden_size", "num_attention_heads")
     eos_id = token_id(values, "eos_token_id")
     return ModelConfig(
@@ -69,8 +81,8 @@ def translate(values: dict[str, Any], dtype: str) -> ModelConfig:
 
 def rope_theta(values: dict[str, Any]) -> float:
     """The base of the angles, which transformers 5 moved into `rope_parameters`."""
-    rope = values.get("rope_parameters") or {}
-    for options in (rope, values.get("rope_scaling") or {}):
+    rope = section(values, "rope_parameters")
+    for options in (rope, section(values, "rope_scaling")):
         kind = options.get("rope_type", options.get("type", "default"))
         require(
             kind == "default",

@@ -10,23 +10,47 @@ from dials_jax.config import require
 def require_options(values: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Raises: InputError for an option that changes the maths and has another value than ours."""
     for name, only in wanted.items():
-        given = values.get(name) or False
+        given = values.get(name)
         require(
-            given == only, f"config.json: {name}={given!r} is not implemented; only {only!r} is"
+            given is not None or not only,
+            f"config.json: {name} is missing; only {only!r} is implemented",
+        )
+        require(
+            (False if given is None else given) == only,
+            f"config.json: {name}={given!r} is not implemented; only {only!r} is",
         )
 
 
 def integer(values: dict[str, Any], name: str, default: int | None = None) -> int:
     value = default if values.get(name) is None else values[name]
     require(value is not None, f"config.json: {name} is missing; add it")
-    require(isinstance(value, int), f"config.json: {name}={value!r} must be an integer")
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    require(whole, f"config.json: {name}={value!r} must be an integer")
+    require(abs(value) < 2**31, f"config.json: {name}={value} is too large")
     return value
 
 
 def number(values: dict[str, Any], name: str) -> float:
     value = values.get(name)
-    require(isinstance(value, (int, float)), f"config.json: {name} must be a number; add it")
+    real = isinstance(value, int | float) and not isinstance(value, bool)
+    require(
+        real and abs(value) < 1e300,
+        f"config.json: {name}={value!r} must be a finite number; correct it",
+    )
     return float(value)
+
+
+def flag(values: dict[str, Any], name: str, default: bool = False) -> bool:
+    value = default if values.get(name) is None else values[name]
+    require(isinstance(value, bool), f"config.json: {name}={value!r} must be true or false")
+    return value
+
+
+def section(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """An object inside the configuration; empty where it is absent."""
+    value = {} if values.get(name) is None else values[name]
+    require(isinstance(value, dict), f"config.json: {name}={value!r} must be an object")
+    return value
 
 
 def token_id(values: dict[str, Any], name: str) -> int | None:

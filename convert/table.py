@@ -6,12 +6,14 @@ import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from dials_jax import trees
 from dials_jax.config import require
+
+T = TypeVar("T")
 
 
 class Row(NamedTuple):
@@ -70,6 +72,38 @@ def fill(
         f"{min(unused, default='')!r} first",
     )
     return params
+
+
+# What wraps a module adds its name to those of the tensors inside: torch.compile, data parallelism,
+# sharding, checkpointing of activations.
+WRAPPERS = (
+    "_orig_mod",
+    "module",
+    "_forward_module",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+)
+# What torch saves beside weights: angles and positions, which are computed.
+BUFFERS = r"(.+\.)?(rotary_emb\.\w*(inv_freq|cached)|position_ids)"
+
+
+def unwrapped(tensors: dict[str, T], source: Path) -> dict[str, T]:
+    """The tensors, in their order, under the names that they have in a module by itself."""
+
+    def plain(name: str) -> str:
+        return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+    out = {plain(name): x for name, x in tensors.items()}
+    require(
+        len(out) == len(tensors),
+        f"{source} holds the same tensors twice, plain and compiled or wrapped; keep one of them",
+    )
+    return out
+
+
+def is_buffer(name: str, also: str = "") -> bool:
+    """Whether a tensor is computed, not learned; `also`: a pattern of the model's own buffers."""
+    return bool(re.fullmatch(BUFFERS, name) or (also and re.fullmatch(also, name)))
 
 
 def split(

@@ -8,7 +8,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-KINDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+KINDS = {
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float64": "F64",
+    "int64": "I64",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
 TINY = {
     "model_type": "llada",
     "d_model": 32,

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from convert.__main__ import main
+from convert.safetensors_reader import open_file
 from dials_jax.config import InputError
 from dials_jax.loading import load
 
@@ -81,6 +82,62 @@ def test_a_folder_without_safetensors_says_what_is_read(sharded, tmp_path, capsy
     assert "only safetensors" in error_line(sharded, tmp_path / "target", capsys)
 
 
+def test_shards_without_an_index_name_what_is_missing(sharded, tmp_path, capsys):
+    (sharded / INDEX).unlink()
+    line = error_line(sharded, tmp_path / "target", capsys)
+    assert "model-00001-of-00002.safetensors" in line and INDEX in line
+
+
+@pytest.mark.parametrize("shard", [3, None, [SHARD], {}, "", "..", "a\0b", "a" * 300], ids=repr)
+def test_an_index_whose_shards_are_no_names_is_refused(sharded, tmp_path, capsys, shard):
+    edit_json(sharded / INDEX, lambda v: v["weight_map"].update(ghost=shard))
+    assert "safetensors" in error_line(sharded, tmp_path / "target", capsys)
+
+
+def entry(dtype="F32", shape=(2,), place=(0, 8)):
+    return {"dtype": dtype, "shape": shape, "data_offsets": place}
+
+
+HEADERS = {
+    "overlap": {"a": entry(), "b": entry(place=(4, 12))},
+    "hole": {"a": entry(), "b": entry(place=(12, 20))},
+    "hole_at_the_start": {"a": entry(place=(4, 12))},
+    "bytes_left_over": {"a": entry(), "b": entry(shape=(1,), place=(8, 12))},
+    "shape_in_words": {"a": entry(shape="2")},
+    "size_in_words": {"a": entry(shape=("2",))},
+    "size_with_a_fraction": {"a": entry(shape=(2.0,))},
+    "negative_sizes": {"a": entry(shape=(-2, -1))},
+    "size_true": {"a": entry(shape=(True, 2))},
+    "huge_size": {"a": entry(shape=(2**62, 2**62))},
+    "place_with_a_fraction": {"a": entry(place=(0.0, 8.0))},
+    "place_backwards": {"a": entry(place=(8, 0))},
+    "other_size_than_place": {"a": entry(shape=(3,))},
+    "dtype_list": {"a": entry(dtype=["F32"])},
+    "dtype_unknown": {"a": entry(dtype="F33")},
+    "dtype_of_half_bytes": {"a": entry(dtype="F4", shape=(16,))},
+    "no_object": {"a": 3},
+    "no_place": {"a": {"dtype": "F32", "shape": [2]}},
+    "metadata_list": {"__metadata__": [], "a": entry()},
+    "no_header": [],
+    "twice": '{"a": %s, "a": %s}' % ((json.dumps(entry()),) * 2),
+    "deep": '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}",
+    "nan": '{"a": {"dtype": "F32", "shape": [NaN], "data_offsets": [0, 8]}}',
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_what_the_format_forbids_is_one_line(tmp_path, name):
+    header = HEADERS[name]
+    text = (header if isinstance(header, str) else json.dumps(header)).encode()
+    places = [e["data_offsets"] for e in header.values()] if name in ("overlap", "hole") else []
+    size = max([8, *(end for _, end in places)]) + 12 * (name == "bytes_left_over")
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(size))
+    with pytest.raises(InputError) as caught:
+        open_file(file)
+    assert str(file) in str(caught.value) and "\n" not in str(caught.value)
+
+
 # ------------------------------------------------------------------------------- tensors
 
 
@@ -147,6 +204,33 @@ def test_a_number_that_is_missing_or_none_is_named(write_folder, tmp_path, capsy
 
 def test_a_mask_outside_the_vocabulary_is_refused(write_folder, tmp_path, capsys):
     assert "mask_id=41" in error_line(write_folder(mask_token_id=41), tmp_path / "target", capsys)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_experts": 64, "architectures": ["XMoE"]}, "a mixture of experts (XMoE)"),
+        ({"model_type": "llada2_moe", "num_experts": 8}, "a mixture of experts"),
+        ({"architectures": ["LLaDAForImages"]}, "LLaDAForImages is not supported"),
+        (
+            {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
+            "(LlamaForCausalLM) is not supported",
+        ),
+        ({"model_type": "sdar", "architectures": ["SDAR"]}, "'sdar' (SDAR) is not supported"),
+        ({"model_type": ["llada"]}, "['llada']"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantised weights"),
+        ({"activation_type": "absent"}, "activation_type is missing"),
+        ({"include_bias": "false"}, "include_bias='false' must be true or false"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings='false'"),
+        ({"rope_theta": float("inf")}, "rope_theta=inf"),
+        ({"rope_theta": 10**400}, "rope_theta=1000"),
+        ({"n_layers": True}, "n_layers=True"),
+        ({"vocab_size": 2**40, "embedding_size": None}, "too large"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_the_true_cause_is_named(write_folder, tmp_path, capsys, changes, words):
+    assert words in error_line(write_folder(**changes), tmp_path / "target", capsys)
 
 
 # ------------------------------------------------------------------------------- targets

@@ -11,6 +11,7 @@ import pytest
 from convert.__main__ import main
 from convert.hugging_face import convert, open_folder
 from dials_jax import trees
+from dials_jax.config import InputError
 from dials_jax.loading import load
 from dials_jax.models import checkpoint, llada, transformer
 
@@ -140,6 +141,40 @@ def test_names_without_the_leading_model_are_accepted(write_folder, tiny_tensors
     short = {name.removeprefix("model."): x for name, x in tiny_tensors.items()}
     _, params = open_folder(write_folder(short))
     np.testing.assert_array_equal(params["embed"]["table"], short["transformer.wte.weight"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "int64", "bool"])
+def test_buffers_are_left_out_whatever_they_are(write_folder, tiny_tensors, dtype):
+    name = "model.transformer.blocks.0.rotary_emb.inv_freq"
+    buffers = {name: np.ones(4, dtype), "model.position_ids": np.ones(4, dtype)}
+    cfg, params = open_folder(write_folder(tiny_tensors | buffers))
+    assert cfg.dtype == "bfloat16"  # of the weights alone
+    scale = tiny_tensors["model.transformer.ln_f.weight"]
+    np.testing.assert_array_equal(params["final_norm"]["scale"], scale)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "int64", "uint8"])
+def test_weights_of_another_dtype_are_refused(write_folder, tiny_tensors, dtype):
+    name = "model.transformer.ln_f.weight"
+    source = write_folder(tiny_tensors | {name: np.ones(32, dtype)})
+    with pytest.raises(InputError, match=f"{name}' is {dtype}; weights must be"):
+        open_folder(source)
+
+
+def test_names_of_a_compiled_or_wrapped_model_are_those_inside(write_folder, tiny_tensors):
+    wrapped = {
+        n.replace("model.", "module._orig_mod.model.", 1): x for n, x in tiny_tensors.items()
+    }
+    _, params = open_folder(write_folder(wrapped))
+    np.testing.assert_array_equal(
+        params["embed"]["table"], tiny_tensors["model.transformer.wte.weight"]
+    )
+
+
+def test_tensors_both_plain_and_wrapped_are_refused(write_folder, tiny_tensors):
+    name = "model.transformer.ln_f.weight"
+    with pytest.raises(InputError, match="twice"):
+        open_folder(write_folder(tiny_tensors | {f"_orig_mod.{name}": tiny_tensors[name]}))
 
 
 # ------------------------------------------------------------------------------- settings

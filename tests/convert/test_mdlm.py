@@ -1,6 +1,7 @@
 """MDLM and GPT-2: the authors' numbers from folders and from a Lightning checkpoint."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -93,7 +94,9 @@ def test_other_prefixes_and_buffers_change_nothing(edited):
 def test_gpt2_without_a_prefix_and_with_the_causal_pattern(edited):
     tensors = open_tensors(GOLDEN / "gpt2_tiny")
     tensors = {n.removeprefix("transformer."): x for n, x in tensors.items()}
-    tensors["h.0.attn.bias"] = np.tri(64, dtype=np.float32)[None, None]
+    for layer, dtype in enumerate((np.float32, np.uint8, np.bool_)):
+        tensors[f"h.{layer}.attn.bias"] = np.tri(64, dtype=dtype)[None, None]
+        tensors[f"h.{layer}.attn.masked_bias"] = np.array(-10000.0).astype(dtype)
     _, params = open_folder(edited("gpt2_tiny", tensors))
     assert_same_bits(params, open_folder(GOLDEN / "gpt2_tiny")[1])
     np.testing.assert_array_equal(params["head"]["kernel"].T, params["embed"]["table"])
@@ -207,15 +210,150 @@ def test_the_settings_in_a_checkpoint_count_in_the_containers_of_the_authors_too
     assert cfg.time_conditioning and cfg.max_length == 48
 
 
+SAVED = {
+    "backbone": "dit",
+    "parameterization": "subs",
+    "time_conditioning": False,
+    "model": {"length": 48, "n_heads": 4},
+}
+
+
+def resized(content, vocab_size):
+    """Gives the checkpoint's model so many tokens; random values."""
+    torch = pytest.importorskip("torch")
+
+    def one(x):
+        return torch.randn((vocab_size, *x.shape[1:])) if x.shape[:1] == (97,) else x
+
+    content["state_dict"] = {name: one(x) for name, x in content["state_dict"].items()}
+    content["ema"]["shadow_params"] = [one(x) for x in content["ema"]["shadow_params"]]
+
+
+def with_settings(checkpoint, vocab_size=97, wrap=lambda x: x, **changes):
+    def change(content):
+        resized(content, vocab_size)
+        content["hyper_parameters"] = {"config": wrap(SAVED | changes)}
+
+    rewrite(checkpoint, change)
+
+
+def tokenizer(name):
+    return {"tokenizer_name_or_path": name}
+
+
+@pytest.mark.parametrize("kept_by", ["dict", "containers", "omegaconf"])
+@pytest.mark.parametrize(
+    ("name", "vocab_size", "ids"),
+    [
+        ("text8", 35, (4, 3, 5)),
+        ("bert-base-uncased", 30522, (103, 102, 0)),
+        ("google-bert/bert-base-uncased", 30522, (103, 102, 0)),
+        ("gpt2", 97, (96, 95, 95)),
+        ("openai-community/gpt2-large", 97, (96, 95, 95)),
+    ],
+)
+def test_special_tokens_are_those_of_the_tokenizer_trained_with(
+    checkpoint, name, vocab_size, ids, kept_by
+):
+    wrap = {"dict": lambda x: x, "containers": Container}.get(kept_by)
+    wrap = wrap or pytest.importorskip("omegaconf").OmegaConf.create
+    with_settings(checkpoint, vocab_size, wrap, data=tokenizer(name))
+    cfg, _ = open_checkpoint(checkpoint, allow_pickle=True)
+    assert (cfg.mask_id, cfg.eos_id, cfg.pad_id) == ids
+    assert cfg.max_length == 48
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "changes"),
+    [
+        (97, {"data": tokenizer("roberta-base")}),
+        (97, {"data": tokenizer("text8")}),
+        (35, {}),
+        (30522, {}),
+    ],
+)
+def test_an_unknown_tokenizer_asks_for_its_ids(checkpoint, vocab_size, changes):
+    with_settings(checkpoint, vocab_size, **changes)
+    with pytest.raises(InputError, match="--mask-id and --eos-id"):
+        open_checkpoint(checkpoint, allow_pickle=True)
+    with pytest.raises(InputError, match="give both"):
+        open_checkpoint(checkpoint, allow_pickle=True, mask_id=7)
+    cfg, _ = open_checkpoint(checkpoint, allow_pickle=True, mask_id=7, eos_id=8)
+    assert (cfg.mask_id, cfg.eos_id, cfg.pad_id) == (7, 8, 8)
+
+
+def test_a_folder_of_another_vocabulary_needs_the_id_of_its_mask():
+    values = read_json(GOLDEN / "mdlm_tiny" / "config.json") | {"vocab_size": 30522}
+    with pytest.raises(InputError, match="mask_token_id is missing"):
+        mdlm.translate(values, "float32")
+    with pytest.raises(InputError, match="eos_token_id is missing"):
+        mdlm.translate(values | {"mask_token_id": 103}, "float32")
+    assert mdlm.translate(values | {"mask_token_id": 103, "eos_token_id": 102}, "float32").subs
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"parameterization": "sedd"}, "parameterization='sedd'"),
+        ({"parameterization": "d3pm"}, "parameterization='d3pm'"),
+        ({"parameterization": "ar", "backbone": "ar"}, "parameterization='ar'"),
+        ({"backbone": "dimamba"}, "backbone='dimamba'"),
+        ({"algo": {"name": "bd3lm", "parameterization": "subs"}}, "name='bd3lm'"),
+        ({"algo": {"name": "duo", "parameterization": "mean"}}, "parameterization='mean'"),
+        ({"time_conditioning": True, "noise": {"type": "cosine"}}, "'cosine'"),
+        ({"time_conditioning": "False"}, "time_conditioning='False'"),
+        ({"model": {"length": "${data.length}"}}, "model_length="),
+    ],
+    ids=lambda x: "" if isinstance(x, str) else next(iter(x)),
+)
+def test_a_model_of_another_kind_is_refused_by_name(checkpoint, changes, words):
+    with_settings(checkpoint, **changes)
+    with pytest.raises(InputError, match=re.escape(words)):
+        open_checkpoint(checkpoint, allow_pickle=True)
+
+
+@pytest.mark.parametrize("ema", [True, False])
+@pytest.mark.parametrize("wrapper", ["_orig_mod", "module", "_forward_module.module"])
+@pytest.mark.parametrize("place", ["outside", "inside", "block"])
+def test_a_compiled_or_wrapped_model_gives_the_same_weights(checkpoint, place, wrapper, ema):
+    _, expected = open_checkpoint(checkpoint, allow_pickle=True, ema=ema)
+
+    def wrap(name):
+        if place == "outside":
+            return f"{wrapper}.{name}"
+        if place == "inside":
+            return name.replace("backbone.", f"backbone.{wrapper}.")
+        return re.sub(r"(blocks\.\d+)", rf"\1.{wrapper}", name)
+
+    def change(content):
+        content["state_dict"] = {wrap(k): x for k, x in content["state_dict"].items()}
+
+    rewrite(checkpoint, change)
+    assert_same_bits(open_checkpoint(checkpoint, allow_pickle=True, ema=ema)[1], expected)
+
+
+def test_the_number_of_heads_is_read_where_no_angles_are_kept(checkpoint):
+    def change(content):
+        del content["state_dict"]["backbone.rotary_emb.inv_freq"]
+        content["hyper_parameters"] = {"config": SAVED}
+
+    rewrite(checkpoint, change)
+    assert open_checkpoint(checkpoint, allow_pickle=True)[0].num_heads == 4
+    rewrite(checkpoint, lambda content: content.pop("hyper_parameters"))
+    with pytest.raises(InputError, match="number of heads"):
+        open_checkpoint(checkpoint, allow_pickle=True)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        (lambda content: content.update(ema=[1]), "--no-ema"),
         (lambda content: content.pop("ema"), "--no-ema"),
         (lambda content: content["ema"]["shadow_params"].reverse(), "order"),
         (lambda content: content.pop("state_dict"), "state_dict"),
         (lambda content: content["state_dict"].clear(), "backbone"),
     ],
-    ids=["no_ema", "other_order", "no_state", "no_tensors"],
+    ids=["odd_ema", "no_ema", "other_order", "no_state", "no_tensors"],
 )
 def test_a_checkpoint_of_another_kind_is_named(checkpoint, tmp_path, capsys, change, words):
     rewrite(checkpoint, change)
