@@ -83,7 +83,12 @@ def load_corpus(cfg: CorpusData, eos_id: int | None, tokenizer: Tokenizer) -> Pa
     folder, manifest = Path(cfg.folder), read_manifest(cfg)
     settings, split = manifest["settings"], manifest["splits"][cfg.split]
     require(
-        settings["tokenizer"] == tokenizer.fingerprint,
+        settings["tokenizer"] != tokenizer.misread,
+        f"{folder} was prepared by version 0.1, which took this tokenizer for GPT-2's: its ids are "
+        "wrong; prepare another folder",
+    )
+    require(
+        settings["tokenizer"] in tokenizer.fingerprints,
         f"{folder} was prepared with another tokenizer; take {folder}/tokenizer.json, or prepare "
         "another folder",
     )

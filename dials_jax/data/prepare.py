@@ -67,7 +67,7 @@ def _prepare(cfg: CorpusData, model_config: ModelConfig, folder: Path) -> dict[s
     if Path(cfg.tokenizer).expanduser().absolute() in (folder, folder / "tokenizer.json"):
         names.remove("tokenizer.json")  # the one that is used
     require_unclaimed(folder, SETTINGS, names)
-    _claim(folder, settings)
+    _claim(folder, settings, tokenizer)
     tokenizer.save(folder)
     packer = _Packer(cfg, model_config, tokenizer.plain(), documents, folder / PARTS)
     border = documents.count - cfg.num_validation
@@ -101,12 +101,13 @@ def _settings(
     }
 
 
-def _claim(folder: Path, settings: dict[str, Any]) -> None:
+def _claim(folder: Path, settings: dict[str, Any], tokenizer: Tokenizer) -> None:
     """Notes what the folder is for. Raises: InputError if it holds something else."""
     path = folder / SETTINGS
     for name, there in (read_json(path) if path.exists() else {}).items():
+        same = tokenizer.fingerprints if name == "tokenizer" else (settings.get(name),)
         require(
-            there == settings.get(name),
+            there in same,
             f"{folder} was begun with {name}={there!r}, not {settings.get(name)!r}; choose "
             "another folder, or delete it",
         )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from dials_jax.config import ArithmeticData, CorpusData, Data, ModelConfig, TextData, require
 from dials_jax.data.arithmetic import ArithmeticTask
 from dials_jax.data.batches import TrainingData
 from dials_jax.data.corpus import load_corpus, read_manifest
 from dials_jax.data.tasks import load_task
 from dials_jax.data.text import pack_text
-from dials_jax.data.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
+from dials_jax.data.tokenizer import Tokenizer, check_tokenizer, has_tokenizer, load_tokenizer
 
 
 def training_data(
@@ -21,14 +23,8 @@ def training_data(
 
     Raises: InputError for data that does not fit the model.
     """
+    tokenizer = tokenizer_of(cfg, model_folder)
     task = ArithmeticTask(cfg) if isinstance(cfg, ArithmeticData) else cfg
-    if isinstance(task, CorpusData):
-        read_manifest(task)  # "not prepared" comes before "no tokenizer"
-    if isinstance(task, ArithmeticTask):
-        tokenizer = task.tokenizer
-    else:
-        prepared = task.folder if isinstance(task, CorpusData) else ""
-        tokenizer = load_tokenizer(cfg.tokenizer or model_folder or prepared)
     check_tokenizer(tokenizer, model_config)
     text = isinstance(task, TextData | CorpusData)
     length = task.length if text else task.prompt_length + task.answer_length
@@ -38,6 +34,26 @@ def training_data(
         "shorten them or raise max_length",
     )
     return _rows(task, model_config, tokenizer), tokenizer
+
+
+def tokenizer_of(
+    cfg: Data, model_folder: str = "", load: Callable[[str], Tokenizer] = load_tokenizer
+) -> Tokenizer:
+    """The tokenizer that the data names, else the model's, else a prepared corpus's.
+
+    The procedural task brings its own.
+
+    Raises: InputError if there is none, or the corpus is not prepared.
+    """
+    if isinstance(cfg, ArithmeticData):
+        return ArithmeticTask(cfg).tokenizer
+    places = [place for place in (cfg.tokenizer, model_folder) if place]
+    if isinstance(cfg, CorpusData):
+        read_manifest(cfg)  # "not prepared" comes before "no tokenizer"
+        places.append(cfg.folder)
+    if not cfg.tokenizer:
+        places = [place for place in places if has_tokenizer(place)] or places
+    return load(places[0] if places else "")
 
 
 def _rows(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -103,13 +104,12 @@ def pack_text(
     files = expand_paths(cfg.paths, TEXT + JSON_LINES)
     tokenizer = tokenizer or load_tokenizer(cfg.tokenizer)
     check_ids(tokenizer, mask_id, eos_id)
-    fingerprint = _fingerprint(files, tokenizer, eos_id, cfg.length)
-    packed = Path(cfg.cache) / f"{fingerprint}.npy"
-    if not _is_whole(packed):
+    packed, is_there = _find_packed(cfg, files, tokenizer, eos_id)
+    if not is_there:
         _pack(files, tokenizer, eos_id, mask_id, cfg.length, packed)
     return PackedText(
         tokens=np.load(packed, mmap_mode="r"),
-        fingerprint=fingerprint,
+        fingerprint=packed.stem,
         prompt_length=cfg.prompt_length,
         random_length_prob=cfg.random_length_prob,
         fill_id=eos_id,
@@ -121,12 +121,37 @@ def packed_summary(cfg: TextData, data: PackedText) -> dict[str, Any]:
     return read_json(Path(cfg.cache) / f"{data.fingerprint}.json")
 
 
-def _fingerprint(files: list[Path], tokenizer: Tokenizer, eos_id: int, length: int) -> str:
-    digest = hashlib.sha256(json.dumps([tokenizer.fingerprint, eos_id, length]).encode())
-    for path in files:
-        content = [path.name, path.stat().st_size, content_sha256(path)]
-        digest.update(json.dumps(content).encode())
-    return digest.hexdigest()[:16]
+def _find_packed(
+    cfg: TextData, files: list[Path], tokenizer: Tokenizer, eos_id: int
+) -> tuple[Path, bool]:
+    """Where the rows are, or will be, and whether they are there.
+
+    Those of version 0.1 serve if their ids were right.
+    """
+    contents = [[path.name, path.stat().st_size, content_sha256(path)] for path in files]
+
+    def place(fingerprint: str) -> Path:
+        digest = hashlib.sha256(json.dumps([fingerprint, eos_id, cfg.length]).encode())
+        for content in contents:
+            digest.update(json.dumps(content).encode())
+        return Path(cfg.cache) / f"{digest.hexdigest()[:16]}.npy"
+
+    now, *earlier = map(place, tokenizer.fingerprints)
+    if _is_whole(now):
+        return now, True
+    wrong = [place(tokenizer.misread)] if tokenizer.misread else []
+    for packed in filter(_is_whole, earlier):
+        if not np.isin(np.load(packed, mmap_mode="r"), tokenizer.name_ids(but=eos_id)).any():
+            return packed, True
+        wrong.append(packed)
+    for packed in wrong:
+        if packed.is_file():
+            warnings.warn(
+                f"{packed} was packed by version 0.1 with wrong ids (docs/data.md says which); the "
+                "text is packed anew",
+                stacklevel=3,
+            )
+    return now, False
 
 
 def _is_whole(packed: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,34 +13,45 @@ import numpy as np
 from jaxtyping import Int
 
 from dials_jax.config import InputError, ModelConfig, require
+from dials_jax.data.spelling import Spelling, cannot_spell, incomplete_spelling
+from dials_jax.data.tokenizer_files import fingerprint_of, read_file, read_folder
 
 Ids = Sequence[int] | Int[np.ndarray, "_"]
 
 
 class Tokenizer:
-    """A `tokenizers.Tokenizer` that adds no special tokens and neither pads nor cuts."""
+    """A `tokenizers.Tokenizer` that adds no special tokens and neither pads nor cuts.
 
-    def __init__(self, backend: Any):
+    Attributes:
+      misread: fingerprint of what version 0.1 took for this tokenizer, where its ids were wrong.
+    """
+
+    def __init__(self, backend: Any, earlier: Sequence[str] = (), misread: str | None = None):
         # A tokenizer.json may carry both settings, and cutting would lose text in silence.
         backend.no_truncation()
         backend.no_padding()
         self.backend = backend
+        self.misread = misread
+        self._earlier = tuple(earlier)
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Raises: InputError if a text holds a character that the vocabulary cannot spell."""
+        if self._spelling is not None:
+            self._spelling.check(texts)
         try:
             encodings = self.backend.encode_batch(texts, add_special_tokens=False)
         except Exception as error:  # the package raises nothing more precise
             known = self.backend.get_vocab()
             odd = sorted({c for text in texts for c in text if c not in known})
-            raise InputError(
-                f"the tokenizer cannot encode {''.join(odd)[:40]!r} ({error}); "
-                "change the text or take another tokenizer"
-            ) from error
+            raise cannot_spell(odd, str(error)) from error
         return [encoding.ids for encoding in encodings]
+
+    @functools.cached_property
+    def _spelling(self) -> Spelling | None:
+        return incomplete_spelling(self.backend)
 
     def decode(self, ids: Ids) -> str:
         """The text of `ids`, special tokens dropped."""
@@ -66,64 +78,88 @@ class Tokenizer:
         """True for tokens that are control symbols rather than pieces of text."""
         return token_id in self.backend.get_added_tokens_decoder()
 
-    def plain(self) -> Tokenizer:
-        """A copy that reads the names of special tokens as ordinary text.
+    def name_ids(self, but: int) -> list[int]:
+        """Ids of the added tokens that have names, except `but`."""
+        added = self.backend.get_added_tokens_decoder().items()
+        return [i for i, token in added if is_name(token.content) and i != but]
 
-        Documents are content: a web page about BERT may say "[MASK]" and mean nothing by it.
+    def plain(self) -> Tokenizer:
+        """A copy that reads the names of added tokens as ordinary text.
+
+        Documents are content: a web page about BERT may say "[MASK]" and mean nothing by it. Added
+        tokens of white space only are no names, and stay.
         """
         from tokenizers import Tokenizer as Backend
 
-        copy = Backend.from_str(self.backend.to_str())
+        values = json.loads(self.backend.to_str())
+        for token in values["added_tokens"]:
+            token["special"] = token["special"] or is_name(token["content"])
+        copy = Backend.from_str(json.dumps(values))
         copy.encode_special_tokens = True
-        return Tokenizer(copy)
+        plain = Tokenizer(copy)
+        plain.fingerprints = self.fingerprints
+        return plain
 
     def save(self, folder: str | Path) -> None:
         """Writes tokenizer.json into `folder`, which is made if needed."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.backend.save(str(Path(folder) / "tokenizer.json"))
 
-    @functools.cached_property
+    @property
     def fingerprint(self) -> str:
         """Equal for tokenizers that encode alike."""
-        return hashlib.sha256(self.backend.to_str().encode()).hexdigest()[:16]
+        return self.fingerprints[0]
+
+    @functools.cached_property
+    def fingerprints(self) -> tuple[str, ...]:
+        """The fingerprint, and those that the same ids had in version 0.1.
+
+        In that version names of added tokens that are not special were tokens in documents too,
+        so tokenizers that have such got another one.
+        """
+        found = fingerprint_of(self.backend)
+        added = self.backend.get_added_tokens_decoder().values()
+        if any(is_name(token.content) and not token.special for token in added):
+            now = hashlib.sha256(f"{found}, names are text".encode()).hexdigest()[:16]
+            return tuple(dict.fromkeys((now, found, *self._earlier)))
+        return tuple(dict.fromkeys((found, *self._earlier)))
+
+
+def is_name(added_token: str) -> bool:
+    """False for runs of spaces, which some tokenizers add to spell text with."""
+    return bool(added_token.strip())
+
+
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether the folder holds files of a tokenizer."""
+    names = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
+    return any((Path(folder).expanduser() / name).is_file() for name in names)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Loads a tokenizer.json, a folder with one, or a folder with vocab.json and merges.txt.
+    """Loads the tokenizer of a folder, or a tokenizer.json.
 
-    The last is GPT-2's byte-level BPE; it has no mask token, so [MASK] gets the next free id
-    (50257), as in MDLM.
+    What the files of a published folder (with tokenizer_config.json) mean, transformers knows. A
+    folder with vocab.json and merges.txt alone is GPT-2's byte-level BPE. GPT-2's has no mask
+    token, so [MASK] gets the next free id (50257), as in MDLM, whatever files it comes in.
 
     Raises: InputError if there is no tokenizer at `path`, or if it does not parse.
     """
-    from tokenizers import Tokenizer as Backend
-
     require(bool(path), "no tokenizer is given; set tokenizer= to a file or a folder")
     path = Path(path).expanduser()
-    file = path / "tokenizer.json" if path.is_dir() else path
-    vocab, merges = path / "vocab.json", path / "merges.txt"
     try:
-        if file.is_file():
-            return Tokenizer(Backend.from_file(str(file)))
-        if vocab.is_file() and merges.is_file():
-            return _byte_level_bpe(vocab, merges)
-    except Exception as error:  # the package raises nothing more precise
-        raise InputError(f"{path} is not a tokenizer: {error}") from error
-    raise InputError(
-        f"{path} has no tokenizer; give a tokenizer.json, or a folder with it or with "
-        "vocab.json and merges.txt"
-    )
-
-
-def _byte_level_bpe(vocab: Path, merges: Path) -> Tokenizer:
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import decoders, models, pre_tokenizers
-
-    backend = Backend(models.BPE.from_file(str(vocab), str(merges)))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["<|endoftext|>", "[MASK]"])
-    return Tokenizer(backend)
+        found = read_folder(path) if path.is_dir() else read_file(path) if path.is_file() else None
+    except InputError:
+        raise
+    except Exception as error:  # the packages raise nothing more precise
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path} is not a tokenizer: {reason}") from error
+    if found is None:
+        raise InputError(
+            f"{path} has no tokenizer; give a tokenizer.json, or a folder with it, with the files "
+            "of a published tokenizer, or with vocab.json and merges.txt"
+        )
+    return Tokenizer(found.backend, found.earlier, found.misread)
 
 
 def character_tokenizer(characters: str) -> Tokenizer:

@@ -73,11 +73,11 @@ class Bench:
         if self.cfg.retokenize == "never":
             return None
         theirs, drawn_with = load_tokenizer(self.scorer.path), self.drawn_by["tokenizer"]
-        if self.cfg.retokenize == "auto" and drawn_with == theirs.fingerprint:
+        if self.cfg.retokenize == "auto" and drawn_with in theirs.fingerprints:
             return None
         ours = load_tokenizer(self.drawn_by["path"])
         require(
-            drawn_with in (None, ours.fingerprint),
+            drawn_with in (None, *ours.fingerprints),
             f"{self.drawn_by['path']} has another tokenizer than when the samples were drawn; "
             "put that one back",
         )
