@@ -82,7 +82,8 @@ def load_items(task: EvalTask, tokenizer: Tokenizer | None, model_config: ModelC
     """Reads the items of one task, at most `task.limit` of them.
 
     Args:
-      tokenizer: of the model. The procedural task brings its own, so it may be None there.
+      tokenizer: `sources.tokenizer_of` finds it. The procedural task brings its own, so it may be
+        None there.
 
     Raises: InputError, with file and line, for a missing field, a label that names no choice,
       choices that are equal or only one, a prompt or an answer that is too long (unless

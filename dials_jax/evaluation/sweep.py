@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from dials_jax.config import (
     write_json,
 )
 from dials_jax.data.items import Item, Items, load_items
+from dials_jax.data.sources import tokenizer_of
 from dials_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dials_jax.evaluation.report import format_table, write_report
 from dials_jax.evaluation.scoring import (
@@ -71,8 +73,12 @@ def sweep(cfg: EvalConfig, workdir: str | Path) -> dict[str, Any]:
 
 def _sweep(cfg: EvalConfig, workdir: Path) -> dict[str, Any]:
     model = load(cfg.model, cfg.dtype, sharding.make_mesh(cfg.mesh), cfg.layout)
-    tokenizer = load_tokenizer(model.path)
-    tasks = [(task, load_items(task, tokenizer, model.config)) for task in cfg.tasks]
+    load_once = functools.cache(load_tokenizer)
+    tokenizers = [tokenizer_of(task.data, model.path, load_once) for task in cfg.tasks]
+    tasks = [
+        (task, load_items(task, tokenizer, model.config))
+        for task, tokenizer in zip(cfg.tasks, tokenizers, strict=True)
+    ]
     _check(cfg, model, tasks)
     routed, digests = _routed(cfg, model)
     shared = [Candidate("full", "full", None), *routed, *_random(cfg)]
@@ -91,7 +97,7 @@ def _sweep(cfg: EvalConfig, workdir: Path) -> dict[str, Any]:
         },
         "routers": digests,
     }
-    for task, items in tasks:
+    for (task, items), tokenizer in zip(tasks, tokenizers, strict=True):
         static = _static(cfg, model, task, items, records)
         for candidate in [*shared[:1], *static, *shared[1:]]:
             if (task.name, candidate.label) not in records.runs:

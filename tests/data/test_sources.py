@@ -5,12 +5,19 @@ import string
 
 import pytest
 
-from dials_jax.config import ArithmeticData, InputError, TaskData, TextData
+from dials_jax.config import (
+    ArithmeticData,
+    CorpusData,
+    InputError,
+    TaskData,
+    TextData,
+    write_json,
+)
 from dials_jax.data import sources
 from dials_jax.data.arithmetic import ArithmeticTask
 from dials_jax.data.batches import batch_at
-from dials_jax.data.sources import training_data
-from dials_jax.data.tokenizer import character_tokenizer
+from dials_jax.data.sources import tokenizer_of, training_data
+from dials_jax.data.tokenizer import character_tokenizer, load_tokenizer
 
 
 @pytest.fixture
@@ -80,3 +87,28 @@ def test_a_tokenizer_without_the_mask_is_refused_before_text_is_packed(
     character_tokenizer(string.digits).save(tmp_path / "small")
     with pytest.raises(InputError, match=f"no token mask_id={model_config.mask_id}"):
         training_data(text, model_config, str(tmp_path / "small"))
+
+
+def test_the_datas_tokenizer_goes_before_the_models_and_the_corpus_has_one_too(
+    task, folder, tmp_path
+):
+    own, other = character_tokenizer("0123456789+="), character_tokenizer("=+9876543210")
+    own.save(tmp_path / "own")
+    other.save(tmp_path / "corpus")
+    write_json(
+        tmp_path / "corpus" / "manifest.json",
+        {
+            "settings": {"length": 16, "packing": "mdlm", "num_validation": 0},
+            "splits": {"train": {}},
+        },
+    )
+    named = dataclasses.replace(task, tokenizer=str(tmp_path / "own"))
+    assert tokenizer_of(named, folder).fingerprint == own.fingerprint
+    assert tokenizer_of(task, folder).fingerprint == load_tokenizer(folder).fingerprint
+    corpus = CorpusData(folder=str(tmp_path / "corpus"), length=16, num_validation=0)
+    assert tokenizer_of(corpus, folder).fingerprint == load_tokenizer(folder).fingerprint
+    (tmp_path / "weights").mkdir()  # a model that came without a tokenizer
+    for place in ("", str(tmp_path / "weights")):
+        assert tokenizer_of(corpus, place).fingerprint == other.fingerprint
+    with pytest.raises(InputError, match="weights has no tokenizer"):
+        tokenizer_of(task, str(tmp_path / "weights"))

@@ -11,6 +11,8 @@ from dials_jax.data.tokenizer import (
     encode_pair,
     load_tokenizer,
 )
+from dials_jax.data.tokenizer_files import fingerprint_of
+from tests.data import published
 
 VOCAB = {"a": 0, "b": 1, "Ġ": 2, "ab": 3, "Ġab": 4, "<|endoftext|>": 5}  # Ġ is a space
 
@@ -199,3 +201,63 @@ def test_encoding_adds_no_special_tokens(bpe):
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 5)]
     )
     assert Tokenizer(bpe.backend).encode("ab") == [3]
+
+
+def test_what_a_bpe_cannot_spell_is_named_not_left_out(bpe):
+    assert bpe.encode("ab ab[MASK]") == [3, 4, 6]
+    with pytest.raises(InputError, match="cannot encode '78c'"):
+        bpe.encode_batch(["ab 7", "bc 78 ab"])
+    with pytest.raises(InputError, match=r"cannot encode 'KMS\[\]'|cannot encode 'AKMS\[\]'"):
+        bpe.plain().encode("ab[MASK]")
+    assert bpe.encode("abb") == [3, 1]  # what was refused is not remembered as fine
+    with pytest.raises(InputError, match="cannot encode '7'"):
+        bpe.encode("7")
+
+
+@pytest.mark.parametrize("character", ["é", "€", "😀", "\x00", "e\u0301"])
+def test_one_missing_symbol_of_256_is_enough(tmp_path, character):
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models, pre_tokenizers
+
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    [(piece, _)] = pre_tokenizers.ByteLevel(False, use_regex=False).pre_tokenize_str(character)
+    for missing in {*piece} - {"e"}:
+        vocab = {s: i for i, s in enumerate(s for s in symbols if s != missing)}
+        backend = Backend(models.BPE(vocab, []))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer = Tokenizer(backend)
+        assert len(tokenizer.encode("plain text 78")) == 13
+        with pytest.raises(InputError, match="its BPE has no symbol"):
+            tokenizer.encode(f"some {character}")
+
+
+def test_a_bpe_of_characters_names_what_it_lacks_too():
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models, pre_tokenizers
+
+    vocab = {"a": 0, "##b": 1, "a##b": 2}
+    backend = Backend(models.BPE(vocab, [], continuing_subword_prefix="##"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    assert Tokenizer(backend).encode("ab a") == [0, 1, 0]
+    with pytest.raises(InputError, match="cannot encode 'c'"):
+        Tokenizer(backend).encode("ab ac")
+
+
+def test_whole_vocabularies_are_not_searched(tmp_path):
+    published.two_files(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer._spelling is None
+    text = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x30000, 7)]))
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_added_tokens_that_are_not_special_are_text_in_documents(bpe):
+    bpe.backend.add_tokens(["abab", "  "])
+    tokenizer = Tokenizer(bpe.backend)
+    name, spaces = tokenizer.token_to_id("abab"), tokenizer.token_to_id("  ")
+    assert tokenizer.encode("abab") == [name]
+    assert tokenizer.plain().encode("abab") == [3, 3]
+    assert tokenizer.plain().encode("ab  ab") == [3, spaces, 3]  # no name, only a run of spaces
+    assert tokenizer.plain().fingerprint == tokenizer.fingerprint
+    # Version 0.1 read them as tokens, so its fingerprint is an earlier one.
+    assert tokenizer.fingerprint != tokenizer.fingerprints[1] == fingerprint_of(bpe.backend)

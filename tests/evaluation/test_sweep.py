@@ -20,7 +20,10 @@ from dials_jax.config import (
     TaskData,
     to_dict,
 )
+from dials_jax.data.items import load_items
+from dials_jax.data.tokenizer import character_tokenizer, load_tokenizer
 from dials_jax.evaluation import report, scoring, sweep, sweep_records
+from dials_jax.evaluation.scoring import score_task
 from dials_jax.loading import load
 from dials_jax.skipping.router import init_routers
 from dials_jax.skipping.storage import save_router
@@ -508,3 +511,31 @@ def test_two_routers_of_one_lambda_are_refused(cfg, folder, tmp_path):
     both = dataclasses.replace(cfg, routers=(str(folder / "a"), str(folder / "b")))
     with pytest.raises(InputError, match="two routers have the same lambda"):
         sweep.sweep(both, tmp_path)
+
+
+def test_a_tasks_tokenizer_is_used_for_its_items_and_its_outputs(
+    cfg, arithmetic_model, folder, tmp_path, without_plots
+):
+    records = [{"prompt": p, "answer": a} for p, a in (("1+2=", "3"), ("4+5=", "9"))]
+    path = tmp_path / "sums.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    own = load_tokenizer(arithmetic_model)
+    spelling = "".join(own.id_to_token(i) for i in range(2, own.vocab_size - 1))
+    other = character_tokenizer(spelling[::-1])  # the same characters, other ids
+    other.save(tmp_path / "other")
+    data = TaskData(paths=(str(path),), prompt_length=8, answer_length=4)
+    named = dataclasses.replace(data, tokenizer=str(tmp_path / "other"))
+    tasks = [
+        EvalTask(name=name, metric="exact_match", data=d, steps=2)
+        for name, d in (("own", data), ("other", named))
+    ]
+    cfg = dataclasses.replace(cfg, tasks=tuple(tasks), routers=(), static=(), random=())
+    sweep.sweep(cfg, tmp_path / "sweep")
+    examples = {run["task"]: run["examples"] for run in runs_of(tmp_path / "sweep")}
+    assert [e["prompt"] for e in examples["other"]] == ["1+2=", "4+5="]
+    model = load(arithmetic_model)
+    for task, tokenizer in zip(tasks, (own, other), strict=True):
+        items = load_items(task, tokenizer, model.config)
+        scores = score_task(model, task, items, tokenizer, None, cfg.batch_size, cfg.seed)
+        assert scores.examples == examples[task.name]
+    assert examples["own"] != examples["other"]
