@@ -108,7 +108,7 @@ def test_other_tokenizers_take_documents_whole(monkeypatch):
     monkeypatch.setattr(encoding, "PIECE", 7)
     ten_characters = byte_level(".{10}")
     lowercase = byte_level(QWEN2, normalizers.Lowercase())
-    spaced = byte_level(QWEN2, None, ["a b"])
+    spaced = byte_level(QWEN2, None, ["  "])  # names would be text
     prefixed = byte_level()
     prefixed.backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     text = "a b " * 20
