@@ -73,7 +73,8 @@ class TaskData(Typed):
     """Prompt/answer pairs from JSONL. Fields enter templates as `{name}` or `{name.inner}`.
 
     In training and for every metric of an evaluation a pair is too long if its prompt or any of its
-    answers is, and `too_long` says what becomes of it.
+    answers is, and `too_long` says what becomes of it. The end of text counts in training, which
+    puts one after every answer.
     """
 
     kind: Literal["task"] = "task"
@@ -82,7 +83,7 @@ class TaskData(Typed):
     prompt: str = "{prompt}"
     answer: str = "{answer}"
     prompt_length: int = 512  # longest prompt in tokens; prompts are padded on the left
-    answer_length: int = 256  # longest answer in tokens, end of text included
+    answer_length: int = 256  # longest answer in tokens, in training with its end of text
     pad_answer: bool = True  # fill the answer with end-of-text tokens and train on them (LLaDA SFT)
     too_long: Literal["error", "drop"] = "error"  # "drop" leaves pairs out; results count them
 

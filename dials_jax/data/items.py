@@ -103,7 +103,8 @@ def load_items(task: EvalTask, tokenizer: Tokenizer | None, model_config: ModelC
             item = _item(task, cfg, record, tokenizer, model_config.eos_id)
         for what, ids in (("prompt", item.prompt), *(("answer", a) for a in item.answers)):
             require_unmasked(where, what, ids, model_config.mask_id)
-        longest = max(map(len, item.answers)) + (task.metric != "exact_match")  # with its EOS
+        # Without an EOS: no metric needs one after an answer that fills its room.
+        longest = max(map(len, item.answers)) - (task.metric == "exact_match")
         if fits(cfg, where, "prompt", len(item.prompt)) and fits(cfg, where, "answer", longest):
             items.append(item)
         else:

@@ -151,17 +151,17 @@ def test_lengths_mean_the_same_to_every_metric(metric, load, write_jsonl):
     records = [{"q": "q", "a": "a" * n, "b": "b", "label": 0} for n in (1, 3, 4)]
     records.append({"q": "q" * 5, "a": "a", "b": "b", "label": 0})
     data = TaskData(
-        paths=(write_jsonl(records),), prompt="{q}", answer="{a}", prompt_length=4, answer_length=4
+        paths=(write_jsonl(records),), prompt="{q}", answer="{a}", prompt_length=4, answer_length=3
     )
     choices = {"choices": ("{b}", "{a}")} if metric == "choice" else {}
     task = EvalTask(name="t", metric=metric, data=data, **choices)
-    with pytest.raises(InputError, match=r"jsonl:3: the answer has 5 tokens but answer_length=4"):
-        load(task)  # its end of text counts
+    with pytest.raises(InputError, match=r"jsonl:3: the answer has 4 tokens but answer_length=3"):
+        load(task)
     with pytest.warns(UserWarning, match="dropped 2 of 4"):
         items = load(dataclasses.replace(task, data=dataclasses.replace(data, too_long="drop")))
     assert len(items) == 2 and items.num_dropped == 2
-    longer = dataclasses.replace(data, prompt_length=5, answer_length=5)
-    items = load(dataclasses.replace(task, data=longer))
+    longer = dataclasses.replace(data, prompt_length=5, answer_length=4)
+    items = load(dataclasses.replace(task, data=longer))  # no end of text is needed
     assert len(items) == 4 and items.num_dropped == 0
 
 
