@@ -217,11 +217,14 @@ def run(mesh):
     )
     routers = conftest.random_routers(cfg)
     router_cfg = RouterConfig(d_hidden=8, threshold=0.3)
-    placed = Model(cfg, params, mesh).params
+    model = Model(cfg, params, mesh)
+    placed = model.params
+    unrolled = Model(cfg, params | {"layers": trees.unstack(params["layers"])}, mesh)
     new_model = partial(transformer.init, cfg, jax.random.key(0))
     same_routers = partial(jax.tree.map, jnp.copy, routers)
     return {
         "digest": trees.digest(placed),
+        "fingerprint": {"stacked": model.fingerprint, "unrolled": unrolled.fingerprint},
         "model": train_step(mesh, model_loss(cfg, objective, True), new_model, {}, ""),
         "router": train_step(
             mesh, router_loss(cfg, router_cfg, objective, False), same_routers, placed, "routers/"

@@ -28,7 +28,11 @@ def results(tmp_path_factory):
 
 @pytest.mark.parametrize("mesh", ["data8", "data2_fsdp4", "data2_fsdp2_tensor2"])
 @pytest.mark.parametrize(
-    "kind", ["digest", "model", "router", "evaluation", "partitioned", "lookup", "kernel"]
+    "kind",
+    [
+        *("digest", "fingerprint", "model", "router", "evaluation", "partitioned", "lookup"),
+        "kernel",
+    ],
 )
 def test_mesh_equals_one_device(results, mesh, kind):
     one = {

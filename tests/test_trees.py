@@ -82,6 +82,90 @@ def test_a_fingerprint_tells_weights_and_layers_apart():
     assert trees.fingerprint(last) != fingerprint
 
 
+def wide_params(dtype="float32"):
+    """Arrays of more elements than the first half of a fingerprint reads."""
+    rng = np.random.default_rng(0)
+
+    def one(*shape):
+        return (1 + rng.random(shape)).astype(dtype)
+
+    layers = {"mlp": {"up": one(3, 12, 40), "up_bias": one(3, 40)}, "norm": {"scale": one(3, 12)}}
+    return {"embed": {"table": one(30, 12)}, "layers": layers, "head": {"kernel": one(12, 30)}}
+
+
+LEAVES = [name for name, _ in trees.named_leaves(wide_params())]
+
+
+@pytest.mark.parametrize("dtype", ["float32", ml_dtypes.bfloat16])
+@pytest.mark.parametrize("leaf", LEAVES)
+@pytest.mark.parametrize("place", [0, 0.3, 0.77, 1])
+def test_a_fingerprint_sees_one_element_anywhere(leaf, place, dtype):
+    def change(name, x):
+        x = x.copy()
+        if name == leaf:  # by one bit of bfloat16's
+            x.reshape(-1)[round(place * (x.size - 1))] += 1 / 64
+        return x
+
+    params = wide_params(dtype)
+    changed = trees.map_named(change, params)
+    assert trees.fingerprint(changed) != trees.fingerprint(params)
+    unrolled = {**changed, "layers": trees.unstack(changed["layers"])}
+    assert trees.fingerprint(unrolled) == trees.fingerprint(changed)
+
+
+def exchanged(x, i, j):
+    x = x.copy()
+    x[i], x[j] = x[j], x[i]
+    return x
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: exchanged(x, (1, 11, 0), (1, 11, 39)),
+        lambda x: exchanged(x, (1, 11), (1, 10)),
+        lambda x: x[:, :, ::-1],
+        lambda x: exchanged(x, 1, 2),
+        lambda x: x * np.where(np.arange(40) >= 38, -1, 1).astype(x.dtype),
+        lambda x: np.roll(x, 1),
+        lambda x: x.swapaxes(1, 2),
+    ],
+    ids=["elements", "rows", "columns", "layers", "signs", "shifted", "transposed"],
+)
+def test_a_fingerprint_sees_elements_in_another_order(change):
+    params = wide_params()
+    mlp = params["layers"]["mlp"]
+    other = {**params, "layers": {**params["layers"], "mlp": {**mlp, "up": change(mlp["up"])}}}
+    assert trees.fingerprint(other) != trees.fingerprint(params)
+
+
+def test_groups_in_any_order_give_the_fingerprint_of_the_whole():
+    params, found = wide_params(), trees.Fingerprint()
+    found.add({"head": params["head"]})
+    for i in (2, 0, 1):
+        found.add_layer(i, trees.layer_slice(params["layers"], i))
+    found.add({"embed": params["embed"]})
+    assert found.hex() == trees.fingerprint(params)
+
+
+def test_a_fingerprint_of_an_earlier_version_is_accepted_with_a_warning(caplog):
+    now = trees.fingerprint(wide_params())
+    assert trees.same_weights(now, now, "here") and not caplog.records
+    assert trees.same_weights(now[:16], now, "runs/router")
+    (record,) = caplog.records
+    message = record.getMessage()
+    assert "runs/router" in message and "earlier version" in message and "\n" not in message
+
+
+@pytest.mark.parametrize("change", [lambda x: x[:15], lambda x: x[::-1], lambda x: x[:31], len])
+def test_other_fingerprints_are_not_those_of_these_weights(change, caplog):
+    now = trees.fingerprint(wide_params())
+    assert not trees.same_weights(change(now), now, "") and not trees.same_weights(
+        now, now[:16], ""
+    )
+    assert not trees.same_weights(None, now, "") and not caplog.records
+
+
 def test_first_elements_count_in_row_order():
     x = np.arange(24).reshape(2, 3, 4)
     np.testing.assert_array_equal(trees.first_elements(x, 10, 5), [10, 11, 12, 13, 14])

@@ -19,7 +19,7 @@ from urllib.parse import quote
 import flax
 import jax
 
-from dials_jax import sharding
+from dials_jax import sharding, trees
 from dials_jax.config import (
     InputError,
     StudyConfig,
@@ -205,7 +205,8 @@ def differing(old: Any, new: Any, name: str = "") -> list[str]:
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         found = [x for pair in zip(old, new, strict=True) for x in differing(*pair, name)]
         return list(dict.fromkeys(found))
-    return [] if old == new or _one_path(old, new) else [name]
+    same = old == new or _one_path(old, new) or trees.same_weights(old, new, name)
+    return [] if same else [name]
 
 
 def _one_path(old: Any, new: Any) -> bool:

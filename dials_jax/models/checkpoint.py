@@ -47,7 +47,6 @@ from dials_jax.config import (
 from dials_jax.models import groups
 from dials_jax.models.groups import Layout
 from dials_jax.models.model import Model
-from dials_jax.nn import fusing
 
 FORMAT = "dials_jax model"
 VERSION = 1
@@ -99,19 +98,24 @@ def save_model(
     unfinished = folder.with_name(folder.name + ".unfinished")
     sharding.on_first_process(lambda: _make_empty(unfinished))
 
-    digests = {}
+    digests, fingerprint = {}, trees.Fingerprint()
     for name in groups.progress(groups.group_shapes(cfg), "saving"):
         group = jax.tree.map(
             partial(groups.materialise, dtype=dtype), groups.get_group(cfg, params, name)
         )
         digests[name] = group_digest(group)
+        key, _, layer = name.partition("/")
+        if layer:
+            fingerprint.add_layer(int(layer), group)
+        else:
+            fingerprint.add({key: group})
         _write_group(unfinished, name, group)
 
     info = ModelInfo(
         model=cfg,
         dtype=dtype,
         parameters=num_parameters,
-        fingerprint=trees.fingerprint(params, partial(fusing.unfuse, cfg=cfg)),
+        fingerprint=fingerprint.hex(),
         digests=digests,
     )
 

@@ -91,7 +91,7 @@ def load_router(path: str | Path, model: Backbone, threshold: float | None = Non
     """
     folder, facts = router_facts(path)
     require(
-        facts["backbone_fingerprint"] == model.fingerprint,
+        trees.same_weights(facts["backbone_fingerprint"], model.fingerprint, str(folder)),
         f"router {folder} belongs to another backbone (fingerprint "
         f"{facts['backbone_fingerprint']}, this model is {model.fingerprint}); "
         "load the model it was trained on, or train a router for this one",

@@ -101,6 +101,14 @@ def test_dtype_casts_weights_and_activations_from_either_folder(model, converted
     assert from_source.fingerprint == model.fingerprint
 
 
+@pytest.mark.parametrize("layout", ["stacked", "unrolled", "fused"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_fingerprint_is_that_of_before_and_of_every_element(converted, layout, dtype):
+    earlier, every = "f64ed27d52cbf93b", "f93f053952b44f9a"
+    for folder in (GOLDEN, converted):
+        assert load(folder, dtype, layout=layout).fingerprint == earlier + every
+
+
 def test_conversion_with_a_dtype_stores_that_dtype(tmp_path):
     convert(GOLDEN, tmp_path / "half", "bfloat16")
     half = load(tmp_path / "half")

@@ -114,6 +114,13 @@ def test_only_paths_are_compared_as_paths():
     assert differing({"extract": "(.*)/"}, {"extract": "(.*)"}) == ["extract"]
 
 
+def test_weights_known_by_a_shorter_fingerprint_are_the_same_with_a_warning(caplog):
+    now = "0123456789abcdef" + "fedcba9876543210"
+    old, new = ({"weights": {"models": {"H": x}}} for x in (now[:16], now))
+    assert not differing(old, new) and len(caplog.records) == 1
+    assert differing({"weights": {"models": {"H": now[1:17]}}}, new) == ["weights.models.H"]
+
+
 def test_a_broken_identity_is_named(tmp_path):
     opened(tmp_path)
     (tmp_path / "study.json").write_text("{")

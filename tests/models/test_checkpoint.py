@@ -99,7 +99,7 @@ def test_an_interrupted_save_leaves_no_model_and_the_next_one_succeeds(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(trees, "fingerprint", fail)
+        patch.setattr(trees.Fingerprint, "hex", fail)
         save_model(tmp_path / "model", CFG, params)
     assert not (tmp_path / "model").exists()
     assert not any(map(checkpoint.is_model_folder, tmp_path.iterdir()))

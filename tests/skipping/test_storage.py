@@ -1,5 +1,6 @@
 """Routers come back as they were, and only to the model they were trained on."""
 
+import json
 import shutil
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 from dials_jax import trees
 from dials_jax.config import InputError, RouterConfig
 from dials_jax.loading import load
+from dials_jax.models.model import Model
 from dials_jax.skipping.router import apply_router, init_routers
 from dials_jax.skipping.storage import load_router, router_facts, save_router
 
@@ -79,6 +81,30 @@ def test_the_router_of_another_backbone_is_refused(workdir, backbone, other_mode
     with pytest.raises(InputError, match="belongs to another backbone") as error:
         load_router(workdir, other)
     assert backbone.fingerprint in str(error.value) and other.fingerprint in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["embed/table", "layers/mlp/down", "head/kernel"])
+def test_one_other_element_makes_another_backbone(workdir, backbone, name):
+    def change(path, x):
+        return x.at[(-1,) * x.ndim].add(1.0) if path == name else x
+
+    other = Model(backbone.config, trees.map_named(change, backbone.params))
+    with pytest.raises(InputError, match="belongs to another backbone"):
+        load_router(workdir, other)
+
+
+def test_a_router_of_a_version_before_is_loaded_with_a_warning(
+    workdir, backbone, other_model, caplog
+):
+    file = workdir / "router" / "config.json"
+    facts = json.loads(file.read_text())
+    facts["backbone_fingerprint"] = backbone.fingerprint[:16]
+    file.write_text(json.dumps(facts))
+    load_router(workdir, backbone)
+    (record,) = caplog.records
+    assert str(workdir) in record.getMessage() and "earlier version" in record.getMessage()
+    with pytest.raises(InputError, match="belongs to another backbone"):
+        load_router(workdir, load(other_model))
 
 
 def test_what_is_no_router_is_refused(arithmetic_model, tmp_path):

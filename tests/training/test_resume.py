@@ -14,7 +14,15 @@ import numpy as np
 import pytest
 
 from dials_jax.commands import load_config
-from dials_jax.config import ArithmeticData, InputError, ObjectiveConfig, TextData, TrainConfig
+from dials_jax.config import (
+    ArithmeticData,
+    InputError,
+    ObjectiveConfig,
+    TextData,
+    TrainConfig,
+    read_json,
+    write_json,
+)
 from dials_jax.stopping import Stopped
 from dials_jax.training import loop
 from dials_jax.training.checkpoint import Checkpoints
@@ -241,6 +249,12 @@ def test_routers_do_not_continue_on_another_backbone(
 ):
     backbone = shutil.copytree(arithmetic_model, tmp_path / "model")
     train(train_config(backbone), tmp_path / "run")
+    known = read_json(tmp_path / "run" / "config.json")
+    # A version before knew half of it.
+    shorter = known | {"backbone_fingerprint": known["backbone_fingerprint"][:16]}
+    write_json(tmp_path / "run" / "config.json", shorter)
+    train(train_config(backbone), tmp_path / "run")
+    assert read_json(tmp_path / "run" / "config.json") == known
     shutil.rmtree(backbone)
     shutil.copytree(other_model, backbone)
     with pytest.raises(InputError, match="holds another experiment \\(backbone_fingerprint"):
