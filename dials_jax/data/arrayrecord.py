@@ -9,15 +9,16 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int, Integer
 
-from dials_jax.config import InputError
+from dials_jax.config import InputError, read_json, require
 from dials_jax.data.text import RowStore
 
 # The last is tensorflow-datasets' own need, which it does not declare.
@@ -35,20 +36,53 @@ class RecordRows:
         import grain
         import tensorflow_datasets as tfds
 
-        try:
+        _require_known_features(folder)
+        self.folder = folder
+        with self._one_line():
             records = tfds.builder_from_directory(folder).as_data_source(split)
-        except Exception as error:  # the package raises nothing more precise
-            raise InputError(
-                f"{folder} cannot be read ({type(error).__name__}); delete the folder and run "
-                'prepare.py again, or set reader="numpy"'
-            ) from error
         self.records = grain.MapDataset.source(records)
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, indices: Int[np.ndarray, "B"]) -> Integer[np.ndarray, "B T"]:
-        return np.stack([self.records[int(i)]["tokens"] for i in indices])
+        with self._one_line():  # the format has hashes: what is damaged is never read as rows
+            return np.stack([self.records[int(i)]["tokens"] for i in indices])
+
+    @contextlib.contextmanager
+    def _one_line(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # the packages raise nothing more precise
+            reason = " ".join(str(error).split())[:100]
+            raise InputError(
+                f"{self.folder} cannot be read ({type(error).__name__}: {reason}); delete the "
+                'folder and run prepare.py again, or set reader="numpy"'
+            ) from error
+
+
+def _require_known_features(folder: Path) -> None:
+    """Raises: InputError for kinds of features that `write_records` does not write.
+
+    tensorflow-datasets imports whatever module their names begin with.
+    """
+    path, ours = folder / "features.json", r"tensorflow_datasets\.core\.features\.\w+\.\w+"
+    for name in _class_names(read_json(path)):
+        require(
+            re.fullmatch(ours, str(name)) is not None,
+            f"{path} names {str(name)[:80]!r}, no class of tensorflow-datasets; delete the folder "
+            'and run prepare.py again, or set reader="numpy"',
+        )
+
+
+def _class_names(features: Any) -> Iterator[Any]:
+    if isinstance(features, list):
+        features = dict(enumerate(features))
+    for key, value in features.items() if isinstance(features, dict) else ():
+        if key in ("pythonClassName", "python_class_name", "type"):
+            yield value
+        else:
+            yield from _class_names(value)
 
 
 def write_records(splits: Mapping[str, RowStore], length: int, folder: Path) -> None:

@@ -11,7 +11,9 @@ serve machines without Grain, for as much disk again (18 GB for OpenWebText).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,12 +21,14 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, Integer
 
-from dials_jax.config import CorpusData, InputError, nearest, read_json, require
+from dials_jax.config import CorpusData, InputError, nearest, read_json, require, write_json
 from dials_jax.data.arrayrecord import RecordRows, missing_packages
+from dials_jax.data.records import file_sha256
 from dials_jax.data.text import PackedText, RowStore
 from dials_jax.data.tokenizer import Tokenizer
 
 MANIFEST, PARTS, RECORDS = "manifest.json", "parts", "array_record"
+FILES = "files.json"  # what is known of files as long as their size, date and inode stay
 
 
 class PartRows:
@@ -59,9 +63,13 @@ def read_manifest(cfg: CorpusData) -> dict[str, Any]:
         "run prepare.py with this configuration",
     )
     manifest = read_json(folder / MANIFEST)
+    require(
+        _is_manifest(manifest),
+        f"{folder / MANIFEST} is damaged; run prepare.py again, which writes it anew",
+    )
     named = ("dataset",) if cfg.dataset else ()  # a reader need not say where rows came from
     for name in ("length", "packing", "num_validation", *named):
-        there, here = manifest["settings"][name], getattr(cfg, name)
+        there, here = manifest["settings"].get(name), getattr(cfg, name)
         require(
             there == here,
             f"{folder} was prepared with {name}={there!r}, not {here!r}; change the setting, or "
@@ -72,6 +80,29 @@ def read_manifest(cfg: CorpusData) -> dict[str, Any]:
         f"{folder} has no split {cfg.split!r}{nearest(cfg.split, manifest['splits'])}",
     )
     return manifest
+
+
+def _is_manifest(manifest: dict[str, Any]) -> bool:
+    """Whether all is there that reading needs, and every part is a file of the folder itself."""
+    try:
+        known = {"tokenizer", "eos_id"} <= manifest["settings"].keys()
+        return known and all(
+            all(map(is_part, split["parts"]))
+            and 0 < split["rows"] == sum(part["rows"] for part in split["parts"])
+            for split in manifest["splits"].values()
+        )
+    except (KeyError, TypeError, AttributeError):
+        return False
+
+
+def is_part(note: Any) -> bool:
+    """Whether it says which file of the folder holds how many rows."""
+    return (
+        isinstance(note, dict)
+        and re.fullmatch(r"[\w-]+\.npy", str(note.get("file"))) is not None
+        and type(note.get("rows")) is int
+        and isinstance(note.get("sha256"), str)
+    )
 
 
 def load_corpus(cfg: CorpusData, eos_id: int | None, tokenizer: Tokenizer) -> PackedText:
@@ -102,7 +133,8 @@ def load_corpus(cfg: CorpusData, eos_id: int | None, tokenizer: Tokenizer) -> Pa
         rows = RecordRows(folder / RECORDS, cfg.split)
         require(len(rows) == split["rows"], f"{folder / RECORDS} is incomplete; prepare it again")
     else:
-        rows = part_rows(folder, split)
+        verify_parts(folder, split)
+        rows = part_rows(folder, split, cfg.length)
     digests = "".join(part["sha256"] for part in split["parts"])
     return PackedText(
         tokens=rows,
@@ -110,18 +142,58 @@ def load_corpus(cfg: CorpusData, eos_id: int | None, tokenizer: Tokenizer) -> Pa
         prompt_length=cfg.prompt_length,
         random_length_prob=cfg.random_length_prob,
         fill_id=eos_id,
+        num_ids=tokenizer.vocab_size,
     )
 
 
-def part_rows(folder: Path, split: dict[str, Any]) -> PartRows:
+def verify_parts(folder: Path, split: dict[str, Any], again: bool = False) -> None:
+    """Compares the parts of a split of the manifest with their digests.
+
+    That reads every byte. It is noted in the folder, where that can be written to, and files of the
+    same size, date and inode are not read a second time.
+
+    Args:
+      again: read all of them, noted or not.
+
+    Raises: InputError, naming the part that is missing or is not what was written.
+    """
+    from tqdm import tqdm
+
+    notes: dict[str, Any] = {}
+    with contextlib.suppress(InputError):  # none yet, or half of them
+        notes = read_json(folder / FILES)
+    # No path ends with a slash, so this is no file of the corpus, which are noted there too.
+    verified = notes.setdefault(f"{PARTS}/", {})
+    fresh = {}
+    for part in split["parts"]:
+        path = folder / PARTS / part["file"]
+        require(path.is_file(), f"{path} is missing; delete its .json and run prepare.py again")
+        status = path.stat()
+        stamp = [status.st_size, status.st_mtime_ns, status.st_ino, part["sha256"]]
+        if again or verified.get(part["file"]) != stamp:
+            fresh[part["file"]] = stamp
+    # disable=None: no bar where stderr is a file.
+    for part in tqdm([p for p in split["parts"] if p["file"] in fresh], "verifying", disable=None):
+        path = folder / PARTS / part["file"]
+        require(
+            file_sha256(path) == part["sha256"],
+            f"{path} is damaged; delete its .json and run prepare.py again",
+        )
+    if fresh:
+        verified |= fresh
+        with contextlib.suppress(OSError):  # a folder that is only read
+            write_json(folder / FILES, notes)
+
+
+def part_rows(folder: Path, split: dict[str, Any], length: int) -> PartRows:
     """The .npy rows of one split of the manifest. Raises: InputError if some are missing."""
     files = [folder / PARTS / part["file"] for part in split["parts"]]
     rows = PartRows(files)
     for file, part, found in zip(files, split["parts"], rows.parts, strict=True):
         require(
-            len(found) == part["rows"],
-            f"{file} holds {len(found)} rows instead of {part['rows']}; delete the folder and "
-            "run prepare.py again",
+            found.shape == (part["rows"], length) and found.dtype.kind == "u",
+            f"{file} holds {found.shape} {found.dtype} instead of {part['rows']} rows of {length} "
+            "tokens; delete the folder and run prepare.py again",
         )
     return rows
 

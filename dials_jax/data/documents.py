@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import hashlib
 import json
 import sys
@@ -12,7 +14,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from dials_jax.config import CorpusData, InputError, nearest, read_json, require, write_json
+from dials_jax.config import (
+    CorpusData,
+    InputError,
+    nearest,
+    read_json,
+    require,
+    require_packages,
+    write_json,
+)
+from dials_jax.data.corpus import FILES, PARTS
 from dials_jax.data.records import (
     JSON_LINES,
     TEXT,
@@ -22,6 +33,7 @@ from dials_jax.data.records import (
     located,
     read_documents,
     require_text,
+    warn_unread,
 )
 
 READ_AHEAD = 1000  # documents that a Hugging Face data set hands out at a time
@@ -33,6 +45,7 @@ class Documents:
 
     Attributes:
       digest: equal for equal corpora.
+      former_digest: the one that earlier versions gave the same documents.
       read: yields documents start to stop, each as (where, its text in pieces).
       skipped: files that were left out.
     """
@@ -41,6 +54,7 @@ class Documents:
     digest: str
     read: Callable[[int, int], Iterator[Document]]
     skipped: tuple[str, ...] = ()
+    former_digest: str = ""
 
 
 def open_documents(cfg: CorpusData) -> Documents:
@@ -55,11 +69,16 @@ def open_documents(cfg: CorpusData) -> Documents:
         bool(cfg.dataset) != bool(cfg.paths),
         "give either dataset= (a Hugging Face data set) or paths= (files), not both or neither",
     )
-    return _hub_documents(cfg) if cfg.dataset else _file_documents(cfg)
+    if cfg.paths:
+        return _file_documents(cfg, expand_paths(cfg.paths, TEXT + JSON_LINES))
+    require_packages("data", "datasets")
+    if Path(cfg.dataset).is_dir():
+        return _local_documents(cfg)
+    return _hub_documents(cfg)
 
 
-def _file_documents(cfg: CorpusData) -> Documents:
-    found = _survey(cfg)
+def _file_documents(cfg: CorpusData, paths: list[Path]) -> Documents:
+    found = _survey(cfg, paths)
     bad = {path: entry["error"] for path, entry in found.items() if entry["error"]}
     files = [(Path(path), entry) for path, entry in found.items() if path not in bad]
     if bad:
@@ -71,7 +90,7 @@ def _file_documents(cfg: CorpusData) -> Documents:
         )
         print(f"skipping: {count}", *named, sep="\n  ", file=sys.stderr)
     content = [[path.name, entry["sha256"]] for path, entry in files]
-    digest = hashlib.sha256(json.dumps([cfg.text_field, content]).encode()).hexdigest()
+    digest = _digest([cfg.text_field, content])
 
     def read(start: int, stop: int) -> Iterator[Document]:
         first = 0  # number of the file's first document
@@ -86,20 +105,23 @@ def _file_documents(cfg: CorpusData) -> Documents:
     return Documents(count, digest, read, skipped=tuple(bad))
 
 
-def _survey(cfg: CorpusData) -> dict[str, dict[str, Any]]:
+def _survey(cfg: CorpusData, paths: list[Path]) -> dict[str, dict[str, Any]]:
     """What is known of every file: its documents, digest, and why it cannot be read."""
     from tqdm import tqdm
 
-    notes = Path(cfg.folder) / "files.json"
-    known = read_json(notes) if notes.is_file() else {}
-    files, field, found = expand_paths(cfg.paths, TEXT + JSON_LINES), cfg.text_field, {}
+    notes = Path(cfg.folder) / FILES
+    known: dict[str, Any] = {}
+    with contextlib.suppress(InputError):  # none yet, or half of them
+        known = read_json(notes)
+    field, found = cfg.text_field, {}
     # disable=None: no bar where stderr is a file.
-    for path in tqdm(files, "reading", unit=" files", disable=None):
+    for path in tqdm(paths, "reading", unit=" files", disable=None):
         stamp = [path.stat().st_size, path.stat().st_mtime_ns, field]
         entry = known.get(str(path), {})
         unchanged = entry.get("stamp") == stamp and not entry["error"]
         found[str(path)] = entry if unchanged else {"stamp": stamp, **_look_at(path, field)}
-    write_json(notes, found)
+    parts = f"{PARTS}/"  # what `corpus.verify_parts` notes there
+    write_json(notes, ({parts: known[parts]} if parts in known else {}) | found)
     return found
 
 
@@ -115,21 +137,71 @@ def _look_at(path: Path, field: str) -> dict[str, Any]:
     return {"documents": count, "sha256": digest, "error": ""}
 
 
-def _hub_documents(cfg: CorpusData) -> Documents:
+def _local_documents(cfg: CorpusData) -> Documents:
+    """A folder on this machine. Files that `paths` takes are read as `paths` reads them.
+
+    The package decides which files make a split, by their names or the folder's README.md. It
+    would leave out all but the most frequent format, and spells dates in JSON anew.
+    """
+    import datasets
+
+    with _named(cfg):
+        config = datasets.load_dataset_builder(cfg.dataset, cfg.dataset_config or None).config
+        files = {str(split): list(of) for split, of in (config.data_files or {}).items()}
+        split = cfg.dataset_split.partition("[")[0]  # "train[:10%]" takes some of its documents
+    chosen = files.get(split, [])
+    known = TEXT + JSON_LINES
+    readable = chosen and all(file.endswith(known) for file in chosen)
+    if not readable or split != cfg.dataset_split:
+        digests = [[Path(file).name, content_sha256(Path(file))] for file in sorted(chosen)]
+        return _hub_documents(cfg, digests)
+    named = _matching_files(cfg.dataset, split)
+    # A README.md may choose other files than names do.
+    paths = [Path(file) for file in (named if set(chosen) <= set(named) else chosen)]
+    warn_unread(Path(cfg.dataset), paths, known)
+    documents = _file_documents(cfg, sorted(p for p in paths if p.name.endswith(known)))
+    return dataclasses.replace(documents, digest=f"files:{documents.digest}")
+
+
+def _matching_files(folder: str, split: str) -> list[str]:
+    """All files that the package counts to a split by their names, whatever their format."""
+    from datasets.data_files import get_data_patterns, resolve_pattern
+
+    found: set[str] = set()
+    for name, patterns in get_data_patterns(folder).items():
+        for pattern in patterns if name == split else ():
+            with contextlib.suppress(FileNotFoundError):  # nothing fits this one
+                found.update(resolve_pattern(pattern, folder))
+    return sorted(found)
+
+
+@contextlib.contextmanager
+def _named(cfg: CorpusData) -> Iterator[None]:
+    """One line for whatever the package raises: anything from no network to a bad name."""
     try:
-        import datasets
-    except ImportError as error:
-        raise InputError(
-            "the package datasets is missing; pip install 'dials_jax[data]', or give paths="
-        ) from error
-    name = ", ".join(filter(None, [cfg.dataset, cfg.dataset_config, cfg.dataset_split]))
-    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"data set {_name(cfg)}: {reason}; correct it or give paths=") from error
+
+
+def _name(cfg: CorpusData) -> str:
+    return ", ".join(filter(None, [cfg.dataset, cfg.dataset_config, cfg.dataset_split]))
+
+
+def _hub_documents(cfg: CorpusData, files: list[list[str]] | None = None) -> Documents:
+    """A data set as the package reads it.
+
+    Args:
+      files: names and digests of its files where they are at hand.
+    """
+    import datasets
+
+    name = _name(cfg)
+    with _named(cfg):
         found = datasets.load_dataset(
             cfg.dataset, cfg.dataset_config or None, split=cfg.dataset_split
         )
-    except Exception as error:  # anything from no network to a bad name
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"data set {name}: {reason}; correct it or give paths=") from error
     field = cfg.text_field
     require(
         field in found.column_names,
@@ -151,6 +223,13 @@ def _hub_documents(cfg: CorpusData) -> Documents:
                     require_text(text, field)
                 yield where, (text,)
 
-    # The package's fingerprint names the prepared files: a new version of the data changes it.
-    identity = json.dumps([name, field, len(found), found._fingerprint])
-    return Documents(len(found), hashlib.sha256(identity.encode()).hexdigest(), read)
+    # The package's fingerprint names the prepared files: a new version of the data changes it. For
+    # files on this machine it changes with their dates, too.
+    identity = [name, field, len(found), found._fingerprint]
+    former = _digest(identity)
+    digest = _digest([*identity[:3], files]) if files else former
+    return Documents(len(found), digest, read, former_digest=former)
+
+
+def _digest(identity: list) -> str:
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()

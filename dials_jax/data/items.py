@@ -212,7 +212,7 @@ def _text_items(
     else:
         data = pack_text(cfg, model_config.eos_id, model_config.mask_id, tokenizer)
     count = data.num_rows if task.limit is None else min(task.limit, data.num_rows)
-    rows = data.tokens[np.arange(count)].tolist()
+    rows = data.rows(np.arange(count))[0].tolist()
     require(bool(rows), f"task {task.name!r} has no items; raise limit")
     start = cfg.prompt_length
     return Items(make_item(row[:start], [row[start:]]) for row in rows)

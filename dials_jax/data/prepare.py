@@ -7,7 +7,7 @@ continues after its last part, and leaves the bytes that it would have left with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -26,8 +26,10 @@ from dials_jax.data.corpus import (
     MANIFEST,
     PARTS,
     RECORDS,
+    is_part,
     part_rows,
     require_packages,
+    verify_parts,
 )
 from dials_jax.data.documents import Documents, open_documents
 from dials_jax.data.encoding import encode_documents
@@ -67,7 +69,8 @@ def _prepare(cfg: CorpusData, model_config: ModelConfig, folder: Path) -> dict[s
     if Path(cfg.tokenizer).expanduser().absolute() in (folder, folder / "tokenizer.json"):
         names.remove("tokenizer.json")  # the one that is used
     require_unclaimed(folder, SETTINGS, names)
-    _claim(folder, settings, tokenizer)
+    also = {"tokenizer": tokenizer.fingerprints, "source": (documents.former_digest,)}
+    _claim(folder, settings, also)
     tokenizer.save(folder)
     packer = _Packer(cfg, model_config, tokenizer.plain(), documents, folder / PARTS)
     border = documents.count - cfg.num_validation
@@ -101,13 +104,26 @@ def _settings(
     }
 
 
-def _claim(folder: Path, settings: dict[str, Any], tokenizer: Tokenizer) -> None:
-    """Notes what the folder is for. Raises: InputError if it holds something else."""
+def _claim(folder: Path, settings: dict[str, Any], also: Mapping[str, Collection[str]]) -> None:
+    """Notes what the folder is for.
+
+    Args:
+      also: values that earlier versions gave the same settings.
+
+    Raises: InputError if it holds something else.
+    """
     path = folder / SETTINGS
-    for name, there in (read_json(path) if path.exists() else {}).items():
-        same = tokenizer.fingerprints if name == "tokenizer" else (settings.get(name),)
+    begun = read_json(path) if path.exists() else {}
+    source = str(begun.get("source", settings["source"]))
+    require(
+        source.startswith("files:") or not settings["source"].startswith("files:"),
+        f"{folder} was prepared by an earlier version, which read the files of "
+        f"dataset={settings['dataset']} otherwise; train from it as it is, or choose another "
+        "folder",
+    )
+    for name, there in begun.items():
         require(
-            there in same,
+            there in (settings.get(name), *also.get(name, ())),
             f"{folder} was begun with {name}={there!r}, not {settings.get(name)!r}; choose "
             "another folder, or delete it",
         )
@@ -140,7 +156,7 @@ class _Packer:
                         documents = self.documents.read(numbers[first], numbers.stop)
                     self._write(note, documents, rest, progress.update)
                     at = first + size
-                parts.append(read_json(note))
+                parts.append(_read_note(note))
                 rest = parts[-1].pop("rest")
                 progress.update(first + parts[-1]["documents"] - progress.n)
         counts = {name: sum(p[name] for p in parts) for name in ("documents", "tokens", "rows")}
@@ -204,12 +220,17 @@ def _verify(folder: Path, name: str, split: dict[str, Any], documents: int, leng
         f"{name}: {split['tokens']} tokens of {documents} documents do not fill one row of "
         f"length={length}; add text, shorten the rows or change num_validation",
     )
-    for part in split["parts"]:
-        path = folder / PARTS / part["file"]
-        require(
-            path.is_file() and file_sha256(path) == part["sha256"],
-            f"{path} is damaged; delete its .json and run prepare.py again",
-        )
+    verify_parts(folder, split, again=True)
+
+
+def _read_note(path: Path) -> dict[str, Any]:
+    note = read_json(path)
+    counts = all(type(note.get(name)) is int for name in ("documents", "tokens"))
+    require(
+        counts and is_part(note) and isinstance(note.get("rest"), list),
+        f"{path} is damaged; delete it and run prepare.py again",
+    )
+    return note
 
 
 def _add_records(cfg: CorpusData, folder: Path, splits: dict[str, dict[str, Any]]) -> None:
@@ -219,7 +240,7 @@ def _add_records(cfg: CorpusData, folder: Path, splits: dict[str, dict[str, Any]
     if missing := missing_packages():
         print(f"no ArrayRecord, for {', '.join(missing)} is not installed; the .npy parts serve")
         return
-    rows = {name: part_rows(folder, split) for name, split in splits.items()}
+    rows = {name: part_rows(folder, split, cfg.length) for name, split in splits.items()}
     if (folder / RECORDS).is_dir():
         for name, wanted in rows.items():
             require_equal_ends(RecordRows(folder / RECORDS, name), wanted, f"{folder / RECORDS}")

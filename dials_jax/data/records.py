@@ -61,14 +61,20 @@ def expand_paths(paths: Iterable[str], suffixes: tuple[str, ...] = JSON_LINES) -
         found = [p for p in there if p.is_file() and p.name.endswith(suffixes)]
         require(bool(found), f"{path} is not, and does not hold, a file of type {wanted}")
         files += found
-        if unread := [str(p.relative_to(path)) for p in there if not p.name.endswith(suffixes)]:
-            more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
-            warnings.warn(
-                f"{path}: {len(unread)} of {len(there)} files are not read, being no {wanted}: "
-                f"{', '.join(unread[:3])}{more}",
-                stacklevel=2,
-            )
+        warn_unread(path, there, suffixes)
     return files
+
+
+def warn_unread(folder: Path, files: list[Path], suffixes: tuple[str, ...]) -> None:
+    """Names and counts those of `files` that have other suffixes, in a warning."""
+    unread = [path.name for path in files if not path.name.endswith(suffixes)]
+    if unread:
+        more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
+        warnings.warn(
+            f"{folder}: {len(unread)} of {len(files)} files are not read, being no "
+            f"{', '.join(suffixes)}: {', '.join(unread[:3])}{more}",
+            stacklevel=3,
+        )
 
 
 def _visible_files(folder: Path) -> Iterator[Path]:

@@ -54,13 +54,22 @@ class PackedText:
     prompt_length: int
     random_length_prob: float
     fill_id: int  # stands where a row was cut; never valid
+    num_ids: int  # of the vocabulary
 
     @property
     def num_rows(self) -> int:
         return len(self.tokens)
 
     def rows(self, indices: Indices) -> Rows:
-        tokens = np.asarray(self.tokens[np.asarray(indices)], np.int32)
+        """Raises: InputError for a token that is not in the vocabulary."""
+        stored = self.tokens[np.asarray(indices)]
+        largest = stored.max(initial=0)
+        if largest >= self.num_ids:
+            raise InputError(
+                f"packed rows hold token {largest}, but the tokenizer has {self.num_ids} ids; "
+                "they are damaged or of another tokenizer: delete and pack them again"
+            )
+        tokens = np.asarray(stored, np.int32)
         answer = np.broadcast_to(np.arange(tokens.shape[1]) >= self.prompt_length, tokens.shape)
         return tokens, answer.copy(), None
 
@@ -113,6 +122,7 @@ def pack_text(
         prompt_length=cfg.prompt_length,
         random_length_prob=cfg.random_length_prob,
         fill_id=eos_id,
+        num_ids=tokenizer.vocab_size,
     )
 
 
