@@ -119,8 +119,8 @@ def word_boundary(plain: Tokenizer) -> Boundary:
         _are_known(pattern)
         # The canonical composition of a text never joins anything over a space or a line break.
         and normalizer.get("type") in (None, "NFC")
-        and not any(t.lstrip or t.rstrip or re.search(r"\s", t.content) for t in added)
-        and not any(_WORD_END.match(token.content) for token in added)
+        and not any(token.lstrip or token.rstrip for token in added)
+        and not any(re.search(r"\S\s|\s\S", t.content) or _WORD_END.match(t.content) for t in added)
     )
     return _last_word_end if known else lambda text: 0
 

@@ -62,7 +62,9 @@ class Packing(NamedTuple):
 PACKINGS = {"mdlm": Packing(mdlm_rows, False), "stream": Packing(stream_rows, True)}
 
 
-def write_rows(out: BinaryIO, batches: Iterable[Rows], length: int, dtype: np.dtype) -> int:
+def write_rows(
+    out: BinaryIO, batches: Iterable[Integer[np.ndarray, "_ T"]], length: int, dtype: np.dtype
+) -> int:
     """Writes the bytes that `np.save` makes of all rows, a batch at a time; returns their number.
 
     numpy leaves room in the header for the first axis to grow, so it can be written again.

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from dials_jax.config import CorpusData, ModelConfig, read_json, require, write_json
+from dials_jax.config import CorpusData, InputError, ModelConfig, read_json, require, write_json
 from dials_jax.data.arrayrecord import (
     RecordRows,
     missing_packages,
@@ -49,7 +49,14 @@ def prepare(cfg: CorpusData, model_config: ModelConfig) -> dict[str, Any]:
     Raises: InputError for a corpus, tokenizer or folder that does not fit, before work begins.
     """
     with exclusive(cfg.folder, "data.folder") as folder:
-        return _prepare(cfg, model_config, folder)
+        try:
+            return _prepare(cfg, model_config, folder)
+        except OSError as error:  # a full disk, a file that is no longer there
+            reason = f"{error.strerror or error}: {error.filename or folder}"
+            raise InputError(
+                f"{folder} is not prepared ({reason}); mend that and run prepare.py again, it "
+                "continues"
+            ) from error
 
 
 def _prepare(cfg: CorpusData, model_config: ModelConfig, folder: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dials_jax.config import InputError, nearest, require
+from dials_jax.config import InputError, local_path, nearest, require
 
 TEXT = (".txt",)
 JSON_LINES = (".jsonl", ".jsonl.xz", ".jsonl.gz")
@@ -50,14 +50,12 @@ def expand_paths(paths: Iterable[str], suffixes: tuple[str, ...] = JSON_LINES) -
     require(bool(paths), f"paths is empty; name at least one file or folder ({wanted})")
     files = []
     for path in paths:
+        local_path(path, "paths")
+        require(path.exists(), f"{path} is missing; correct paths")
         try:
-            require(path.exists(), f"{path} is missing; correct paths")
             there = sorted(_visible_files(path)) if path.is_dir() else [path]
-        except (OSError, ValueError) as error:  # too long, forbidden, or no possible name
-            if isinstance(error, InputError):
-                raise
-            reason = getattr(error, "strerror", None) or error
-            raise InputError(f"{str(path)[:200]!r}: {reason}; correct paths") from error
+        except OSError as error:
+            raise InputError(f"{error.filename}: {error.strerror}; mend or remove it") from error
         found = [p for p in there if p.is_file() and p.name.endswith(suffixes)]
         require(bool(found), f"{path} is not, and does not hold, a file of type {wanted}")
         files += found

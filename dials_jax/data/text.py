@@ -7,20 +7,23 @@ damage, which a digest in the .json beside it shows.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
+import re
 import uuid
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int, Integer
 
-from dials_jax.config import InputError, TextData, read_json, require, write_json
+from dials_jax.config import InputError, TextData, local_path, read_json, require, write_json
 from dials_jax.data.batches import Batch, Indices, Rows, generator
 from dials_jax.data.encoding import Encoded, encode_documents
 from dials_jax.data.packing import Rows as Packed
@@ -34,6 +37,8 @@ from dials_jax.data.records import (
     read_documents,
 )
 from dials_jax.data.tokenizer import Tokenizer, check_ids, load_tokenizer
+
+UNFINISHED = ".part"
 
 
 @runtime_checkable
@@ -128,7 +133,7 @@ def pack_text(
 
 def packed_summary(cfg: TextData, data: PackedText) -> dict[str, Any]:
     """Counts (documents, tokens, rows), source files and tokenizer of packed text."""
-    return read_json(Path(cfg.cache) / f"{data.fingerprint}.json")
+    return read_json(local_path(cfg.cache, "cache") / f"{data.fingerprint}.json")
 
 
 def _find_packed(
@@ -144,7 +149,7 @@ def _find_packed(
         digest = hashlib.sha256(json.dumps([fingerprint, eos_id, cfg.length]).encode())
         for content in contents:
             digest.update(json.dumps(content).encode())
-        return Path(cfg.cache) / f"{digest.hexdigest()[:16]}.npy"
+        return local_path(cfg.cache, "cache") / f"{digest.hexdigest()[:16]}.npy"
 
     now, *earlier = map(place, tokenizer.fingerprints)
     if _is_whole(now):
@@ -196,33 +201,65 @@ def _pack(
     length: int,
     packed: Path,
 ) -> None:
-    packed.parent.mkdir(parents=True, exist_ok=True)
     dtype = token_dtype(tokenizer.vocab_size - 1, eos_id)
-    # Several processes may pack the same text at once; the last rename wins, with equal bytes.
-    temporary = packed.with_name(f"{packed.stem}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("wb") as out:
-            counts = {"documents": 0, "tokens": 0}
-            batches = _tokenised(files, tokenizer, eos_id, mask_id)
-            rows = _stream(batches, eos_id, length, dtype, counts)
-            counts["rows"] = write_rows(out, rows, length, dtype)
+    with _temporary(packed) as out:
+        counts = {"documents": 0, "tokens": 0}
+        batches = _tokenised(files, tokenizer, eos_id, mask_id)
+        rows = _stream(batches, eos_id, length, dtype, counts)
+        counts["rows"] = write_rows(out, rows, length, dtype)
         require(
             counts["rows"] > 0,
             f"{', '.join(map(str, files[:3]))}: {counts['tokens']} tokens do not fill one row of "
             f"length={length}; add text or shorten the rows",
         )
+        out.flush()
         facts = {
             "length": length,
             "files": [str(p) for p in files],
             "tokenizer": tokenizer.fingerprint,
-            "sha256": file_sha256(temporary),
+            "sha256": file_sha256(out.name),
         }
-        summary = temporary.with_suffix(".json")
+        summary = Path(out.name).with_suffix(".json")
         write_json(summary, counts | facts)
         summary.replace(packed.with_suffix(".json"))
-        temporary.replace(packed)
-    finally:
-        temporary.unlink(missing_ok=True)
+        Path(out.name).replace(packed)
+
+
+@contextlib.contextmanager
+def _temporary(packed: Path) -> Iterator[BinaryIO]:
+    """A file to write before it gets its name; what is not renamed goes again.
+
+    Several processes may pack the same text at once; the last rename wins, with equal bytes. Each
+    holds a lock on its file, so that those of killed ones are known and removed.
+
+    Raises: InputError if it cannot be written.
+    """
+    try:
+        packed.parent.mkdir(parents=True, exist_ok=True)
+        _remove_dead(packed.parent)
+        path = packed.with_name(f"{packed.stem}.{uuid.uuid4().hex}{UNFINISHED}")
+        with path.open("wb") as out:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(out, fcntl.LOCK_EX)
+            try:
+                yield out
+            finally:
+                path.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{packed.parent} cannot be written to ({error.strerror}); choose another cache"
+        ) from error
+
+
+def _remove_dead(cache: Path) -> None:
+    """Removes what killed packings have left: unfinished files that no process holds locked."""
+    for path in cache.glob(f"*{UNFINISHED}"):
+        if not re.fullmatch(r"[0-9a-f]{16}\.[0-9a-f]{32}", path.stem):
+            continue
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+            path.with_suffix(".json").unlink(missing_ok=True)
 
 
 def _stream(

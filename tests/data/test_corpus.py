@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +21,7 @@ from dials_jax.data.corpus import load_corpus
 from dials_jax.data.encoding import Encoded
 from dials_jax.data.items import load_items
 from dials_jax.data.prepare import prepare
+from dials_jax.data.records import file_sha256
 from dials_jax.data.sources import training_data
 from dials_jax.data.text import pack_text
 
@@ -238,6 +241,156 @@ def test_a_part_holds_what_it_held_when_it_was_written(cfg, model_config):
     assert files_of(cfg.folder) == before
 
 
+@pytest.mark.parametrize("part", ["train-00001", "train-00004"])
+def test_a_flipped_bit_of_any_row_is_not_trained_on(cfg, model_config, part, monkeypatch):
+    prepare(cfg, model_config)
+    training_data(cfg, model_config)
+    path = Path(cfg.folder) / "parts" / f"{part}.npy"
+    content = bytearray(path.read_bytes())
+    content[-7] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=rf"{part}\.npy is damaged; delete its \.json and run"):
+        training_data(cfg, model_config)
+    path.with_suffix(".json").unlink()
+    prepare(cfg, model_config)
+    training_data(cfg, model_config)
+
+
+def test_every_row_is_read_once_to_verify_and_again_when_its_file_changes(
+    cfg, model_config, monkeypatch
+):
+    read = []
+    monkeypatch.setattr(
+        corpus, "file_sha256", lambda path: read.append(path.name) or file_sha256(path)
+    )
+    prepare(cfg, model_config)
+    train = [f"train-{i:05d}.npy" for i in range(5)]
+    assert sorted(read) == [*train, "validation-00000.npy", "validation-00001.npy"]
+    for split in ("train", "validation"):
+        read.clear()
+        training_data(dataclasses.replace(cfg, split=split), model_config)
+        assert read == []  # noted when it was prepared
+    read.clear()
+    os.utime(Path(cfg.folder) / "parts" / train[2])
+    for expected in ([train[2]], []):
+        training_data(cfg, model_config)
+        assert read == expected
+        read.clear()
+    (Path(cfg.folder) / "files.json").write_text("half of")  # or of a version without such notes
+    monkeypatch.setattr(corpus, "write_json", lambda *_: (_ for _ in ()).throw(OSError("closed")))
+    for _ in range(2):  # a folder that is only read: again at every start
+        training_data(cfg, model_config)
+        assert read == train
+        read.clear()
+
+
+def edited(manifest, path, value):
+    *inner, last = path
+    for name in inner:
+        manifest = manifest[name]
+    if value is None:
+        del manifest[last]
+    else:
+        manifest[last] = value
+
+
+@pytest.mark.parametrize("name", ["../../outside.npy", "/outside.npy", "..", "", 3, "a/b.npy"])
+def test_a_part_lies_in_its_folder(cfg, model_config, name):
+    prepare(cfg, model_config)
+    path = Path(cfg.folder) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["splits"]["train"]["parts"][0]["file"] = name
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=r"manifest\.json is damaged; run prepare\.py again"):
+        training_data(cfg, model_config)
+    prepare(cfg, model_config)  # which writes it anew
+    training_data(cfg, model_config)
+    note = Path(cfg.folder) / "parts" / "train-00000.json"
+    note.write_text(json.dumps({**json.loads(note.read_text()), "file": name}))
+    with pytest.raises(InputError, match=r"train-00000\.json is damaged; delete it and run"):
+        prepare(cfg, model_config)
+
+
+@pytest.mark.parametrize("value", [None, [], "7", -1, {"a": 1}])
+@pytest.mark.parametrize(
+    "path",
+    [
+        ("splits",), ("splits", "train"), ("splits", "train", "parts"), ("splits", "train", "rows"),
+        ("splits", "train", "parts", 1), ("splits", "train", "parts", 1, "rows"), ("settings",),
+        ("splits", "train", "parts", 1, "sha256"), ("settings", "tokenizer"),
+        ("settings", "eos_id"), ("settings", "length"),
+    ],
+)  # fmt: skip
+def test_an_edited_manifest_is_one_line(cfg, model_config, path, value):
+    prepare(cfg, model_config)
+    file = Path(cfg.folder) / "manifest.json"
+    manifest = json.loads(file.read_text())
+    edited(manifest, path, value)
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(InputError) as error:
+        training_data(cfg, model_config)
+    assert "\n" not in str(error.value)
+
+
+def test_rows_of_another_kind_are_one_line(cfg, model_config):
+    """Though their digest is the manifest's."""
+    prepare(cfg, model_config)
+    manifest = corpus.read_manifest(cfg)
+    [part, *_] = manifest["splits"]["train"]["parts"]
+    path = Path(cfg.folder) / "parts" / part["file"]
+    for rows in (np.zeros((part["rows"], 16)), np.zeros((part["rows"], 15), "u2"), np.zeros(3)):
+        np.save(path, rows)
+        part["sha256"] = file_sha256(path)
+        (Path(cfg.folder) / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(InputError, match=r"instead of .* rows of 16 tokens"):
+            training_data(cfg, model_config)
+
+
+@needs_records
+def test_damaged_records_are_one_line_and_import_nothing(cfg, model_config):
+    cfg = dataclasses.replace(cfg, reader="grain", num_validation=0)
+    prepare(cfg, model_config)
+    folder = Path(cfg.folder) / "array_record"
+    features = folder / "features.json"
+    original = features.read_text()
+    for module in (
+        "wave.Wave",
+        "tensorflow_datasets.core.features.wave",
+        "tensorflow_datasets.x.Y",
+    ):
+        sys.modules.pop("wave", None)
+        features.write_text(re.sub(r"tensorflow_datasets[\w.]*\.Tensor\b", module, original))
+        assert features.read_text() != original
+        with pytest.raises(InputError, match=r"features\.json names .*; delete the folder and run"):
+            training_data(cfg, model_config)
+        assert "wave" not in sys.modules
+    features.write_text(original)
+    data, _ = training_data(cfg, model_config)
+    [path] = folder.glob("*array_record-0*")
+    content = bytearray(path.read_bytes())
+    middle = content.index(data.tokens[np.array([0])].tobytes()[:8])
+    content[middle] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"array_record cannot be read \(.*hash mismatch"):
+        training_data(cfg, model_config)[0].rows(range(data.num_rows))
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(cfg, model_config, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for folder in ("file", "file/corpus"):
+        with pytest.raises(InputError, match=r"no folder that can be written to"):
+            prepare(dataclasses.replace(cfg, folder=str(tmp_path / folder)), model_config)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "parts/train-00000.tmp")
+
+    monkeypatch.setattr(preparing, "write_rows", full)
+    with pytest.raises(
+        InputError, match=r"not prepared \(No space left .*train-00000\.tmp\); mend"
+    ):
+        prepare(cfg, model_config)
+
+
 def test_batches_do_not_depend_on_the_number_of_processes(cfg, model_config):
     prepare(cfg, model_config)
     data, _ = training_data(cfg, model_config)
@@ -405,25 +558,92 @@ def test_causal_models_need_no_mask(cfg, model_config, tokenizer):
         assert rows.num_rows > 0
 
 
-def test_a_hugging_face_data_set_gives_the_rows_of_its_files(cfg, model_config, tokenizer):
+@pytest.fixture
+def hub(cfg):
+    """A local data set, not yet written: (its folder, the configuration that reads it)."""
     pytest.importorskip("datasets")
-    prepare(cfg, model_config)
-    expected = all_rows(cfg, tokenizer)
     folder = Path(cfg.folder).parent / "hub"
     folder.mkdir()
-    Path(cfg.paths[0]).rename(folder / "train.jsonl")
-    hub = dataclasses.replace(cfg, paths=(), dataset=str(folder), folder=cfg.folder + "-hub")
+    return folder, dataclasses.replace(
+        cfg, paths=(), dataset=str(folder), folder=cfg.folder + "-hub"
+    )
+
+
+def test_a_hugging_face_data_set_gives_the_rows_of_its_files(cfg, model_config, tokenizer, hub):
+    import datasets
+
+    prepare(cfg, model_config)
+    expected = all_rows(cfg, tokenizer)
+    folder, hub = hub
+    rows = [json.loads(line) for line in Path(cfg.paths[0]).read_text().splitlines()]
+    datasets.Dataset.from_list(rows).to_parquet(folder / "train.parquet")
     prepare(hub, model_config)
     for reading in (hub, dataclasses.replace(hub, dataset="")):
         np.testing.assert_array_equal(all_rows(reading, tokenizer), expected)
+    os.utime(folder / "train.parquet", (1, 1))  # a copy has other dates and the same content
+    prepare(hub, model_config)
     for change, message in [
         ({"text_field": "txet"}, "has no field 'txet'; did you mean 'text'"),
         ({"dataset_split": "tset"}, "tset"),
     ]:
         with pytest.raises(InputError, match=message):
             prepare(dataclasses.replace(hub, **change), model_config)
-    with (folder / "train.jsonl").open("a") as file:
-        file.write('{"text": null}\n')
+    datasets.Dataset.from_list([*rows, {"text": None}]).to_parquet(folder / "train.parquet")
     with pytest.raises(InputError, match=r"hub, train: field 'text' is None in 1 of 48 documents"):
         prepare(dataclasses.replace(hub, folder=cfg.folder + "-null"), model_config)
     assert not Path(cfg.folder + "-null").exists()  # known before the work, not at that document
+
+
+def test_a_corpus_that_an_earlier_version_began_goes_on(cfg, model_config, hub, monkeypatch):
+    """Its digest was of the package's fingerprint, which knows dates."""
+    import datasets
+
+    folder, hub = hub
+    datasets.Dataset.from_list([{"text": d} for d in DOCUMENTS]).to_parquet(folder / "a.parquet")
+    monkeypatch.setattr(documents, "_local_documents", documents._hub_documents)
+    former = prepare(hub, model_config)
+    monkeypatch.undo()
+    monkeypatch.setattr(preparing, "BATCH_DOCUMENTS", 4)
+    monkeypatch.setattr(preparing, "PART_BATCHES", 2)
+    now = prepare(hub, model_config)
+    assert now["splits"] == former["splits"]
+    assert now["settings"]["source"] != former["settings"]["source"]  # from here on without dates
+    (folder / "a.parquet").unlink()
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in DOCUMENTS))
+    with pytest.raises(InputError, match=r"by an earlier version, .*; train from it as it is, or"):
+        prepare(hub, model_config)
+    assert training_data(hub, model_config)[0].num_rows == former["splits"]["train"]["rows"]
+
+
+def test_a_local_data_set_is_read_as_its_paths(cfg, model_config, tokenizer, hub):
+    folder, hub = hub
+    texts = ["2020-01-01T00:00:00", "2021-02-03", "1e5", "007", *DOCUMENTS]
+    (folder / ".ipynb_checkpoints").mkdir()
+    for name in ("a.jsonl", ".ipynb_checkpoints/a.jsonl"):
+        (folder / name).write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    (folder / "b.txt").write_text("two\nlines are one document")
+    (folder / "c.csv").write_text("text\nnot read")
+    with pytest.warns(UserWarning, match=r"1 of 3 files are not read, .*: c\.csv"):
+        manifest = prepare(hub, model_config)
+    assert manifest["settings"]["documents"] == len(texts) + 1
+    files = dataclasses.replace(cfg, paths=(str(folder),))
+    with pytest.warns(UserWarning, match=r"1 of 3 files are not read, .*: c\.csv"):
+        prepare(files, model_config)
+    for split in ("train", "validation"):
+        expected = all_rows(files, tokenizer, split)
+        np.testing.assert_array_equal(all_rows(hub, tokenizer, split), expected)
+    for path in folder.glob("*.*"):
+        os.utime(path, (1, 1))
+    with pytest.warns(UserWarning):
+        assert prepare(hub, model_config) == manifest
+
+
+def test_a_local_data_set_keeps_its_splits(cfg, model_config, tokenizer, hub):
+    folder, hub = hub
+    hub = dataclasses.replace(hub, num_validation=0, length=3)
+    for name, text in (("train", "a b c d"), ("test", "x y z")):
+        (folder / f"{name}.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    (folder / "train-more.txt").write_text("more")
+    for split, count in (("train", 2), ("test", 1), ("train[:1]", 1)):
+        named = dataclasses.replace(hub, dataset_split=split, folder=f"{hub.folder}-{split}")
+        assert prepare(named, model_config)["settings"]["documents"] == count

@@ -53,6 +53,7 @@ KINDS = {
     "gpt2 spelt out": lambda: byte_level(GPT2),
     "qwen2": lambda: byte_level(QWEN2, tokenizers.normalizers.NFC(), ["<tool>"]),
     "llama3": lambda: byte_level(QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")),
+    "gpt-neox": lambda: byte_level(None, tokenizers.normalizers.NFC(), ["  ", "   ", "\n\n"]),
     "characters": lambda: character_tokenizer("".join(sorted(set("".join(ODD) + "b我们")))).plain(),
 }
 

@@ -1,4 +1,5 @@
 import dataclasses
+import fcntl
 import functools
 import json
 import lzma
@@ -157,6 +158,54 @@ def test_a_bad_record_is_named_and_leaves_nothing_behind(
     with pytest.raises(InputError, match=message):
         pack(dataclasses.replace(cfg, paths=(path,)))
     assert not list((tmp_path / "cache").iterdir())
+
+
+def test_what_killed_packings_left_is_removed_and_nothing_else(cfg, pack):
+    cache = Path(cfg.cache)
+    cache.mkdir()
+    name = f"{'0' * 16}.{'1' * 32}"
+    living = f"{'0' * 16}.{'2' * 32}.part"
+    others = {"notes.part", f"{'0' * 16}.part", f"{'3' * 16}.{'4' * 32}.txt", living}
+    for file in (f"{name}.part", f"{name}.json", *others):
+        (cache / file).write_text("")
+    with (cache / living).open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        data = pack(cfg)
+    packed = {f"{data.fingerprint}.npy", f"{data.fingerprint}.json"}
+    assert {p.name for p in cache.iterdir()} == others | packed
+
+
+def test_a_packing_holds_a_lock_until_its_rows_have_their_name(cfg, pack, monkeypatch):
+    """Otherwise another process would take its file for a dead one."""
+    write, locked = text.write_json, []
+
+    def look(path, values):
+        with Path(path).with_suffix(".part").open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                locked.append(path)
+        write(path, values)
+
+    monkeypatch.setattr(text, "write_json", look)
+    pack(cfg)
+    assert len(locked) == 1
+
+
+def test_a_cache_that_cannot_be_written_is_an_input_error(cfg, pack, tmp_path):
+    (tmp_path / "file").write_text("")
+    for cache in ("file", "file/cache"):
+        with pytest.raises(InputError, match=r"cannot be written to \(.*\); choose another cache"):
+            pack(dataclasses.replace(cfg, cache=str(tmp_path / cache)))
+
+
+def test_a_token_outside_of_the_vocabulary_is_not_trained_on(cfg, pack):
+    data = pack(cfg)
+    bad = dataclasses.replace(data, tokens=np.full((2, 8), data.num_ids, "<u2"))
+    for rows in (data, dataclasses.replace(bad, num_ids=data.num_ids + 1)):
+        rows.rows([0, 1])
+    with pytest.raises(InputError, match=f"hold token {data.num_ids}, but the tokenizer has"):
+        bad.rows([0, 1])
 
 
 def test_bad_settings_and_too_little_text_are_input_errors(cfg, pack, tmp_path):
