@@ -9,25 +9,17 @@ interval is exact.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from itertools import combinations
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from dials_jax.analysis.placements import Placements
 from dials_jax.config import require
 
 GRID = 2000  # points of an integral over the time
 RIDGE = 0.3  # squared noise over squared effect that the additive model assumes of a segment
-
-
-def placements(num_segments: int, num_light: int) -> Bool[np.ndarray, "S n"]:
-    """All ways to place the light segments, in the order of `itertools.combinations`."""
-    chosen = list(combinations(range(num_segments), num_light))
-    light = np.zeros((len(chosen), num_segments), bool)
-    np.put_along_axis(light, np.array(chosen), True, axis=1)
-    return light
 
 
 # ------------------------------------------------------------------------------- reading a search
@@ -131,18 +123,16 @@ class Trials(NamedTuple):
     perplexity: list[float]  # theirs
 
 
-Predict = Callable[[Trials], Float[np.ndarray, "S"]]
+Propose = Callable[[Trials], int]  # the schedule to try next; good for one search
 
 
 def seek(
-    predict: Predict, measure: Callable[[int], float], budget: int, num_schedules: int
+    propose: Propose, measure: Callable[[int], float], budget: int, num_schedules: int
 ) -> Trials:
-    """Tries `budget` schedules, each the untried one with the lowest prediction so far."""
+    """Tries `budget` schedules, or all, as they are proposed."""
     trials = Trials([], [])
     for _ in range(min(budget, num_schedules)):
-        predicted = np.array(predict(trials), float)
-        predicted[trials.tried] = np.inf
-        schedule = int(np.argmin(predicted))
+        schedule = propose(trials)
         trials.perplexity.append(measure(schedule))
         trials.tried.append(schedule)
     return trials
@@ -152,38 +142,43 @@ def best_of(trials: Trials) -> int:
     return trials.tried[int(np.argmin(trials.perplexity))]
 
 
-def by_chance(num_schedules: int, seed: int) -> Predict:
+def in_order(numbers: Iterable[int]) -> Propose:
+    """Of an order that no trial changes."""
+    left = iter(numbers)
+    return lambda trials: next(left)
+
+
+def by_chance(light: Placements, seed: int) -> Propose:
     """Any order: what a method that knows something must beat."""
-    order = np.random.default_rng(seed).permutation(num_schedules).astype(float)
-    return lambda trials: order
+    return in_order(light.in_random_order(seed))
 
 
-def by_importance(light: Bool[np.ndarray, "S n"], harm: Float[np.ndarray, "n"]) -> Predict:
+def by_importance(light: Placements, harm: Float[np.ndarray, "n"]) -> Propose:
     """The sum of the harm of the light segments: needs no trial."""
-    predicted = light @ harm
-    return lambda trials: predicted
+    return in_order(light.in_order_of(harm))
 
 
 def by_additive_model(
-    light: Bool[np.ndarray, "S n"], seed: int, harm: Float[np.ndarray, "n"] | None = None
-) -> Predict:
-    """Perplexity as a sum over segments, fitted to the trials so far.
+    light: Placements, seed: int, harm: Float[np.ndarray, "n"] | None = None
+) -> Propose:
+    """Perplexity as a sum over segments, fitted to the trials so far; the lowest prediction next.
 
     Args:
       harm: the measured importance. The fit then shrinks to a multiple of it, and the first
         trials are those that it prefers; without it the first trials are random.
     """
-    num_schedules, num_segments = light.shape
-    start = by_chance(num_schedules, seed) if harm is None else by_importance(light, harm)
-    warm_up = num_segments // 2 if harm is None else 2
+    start = by_chance(light, seed) if harm is None else by_importance(light, harm)
+    warm_up = light.num_segments // 2 if harm is None else 2
+    tried: dict[int, Bool[np.ndarray, "n"]] = {}
 
-    def predict(trials: Trials) -> Float[np.ndarray, "S"]:
+    def propose(trials: Trials) -> int:
         if len(trials.tried) < warm_up:
             return start(trials)
-        effects = fit_additive(light[trials.tried], np.array(trials.perplexity), harm)
-        return light @ effects
+        tried.update((number, light.light(number)) for number in trials.tried[len(tried) :])
+        effects = fit_additive(np.array([*tried.values()]), np.array(trials.perplexity), harm)
+        return next(number for number in light.in_order_of(effects) if number not in tried)
 
-    return predict
+    return propose
 
 
 def fit_additive(
@@ -227,7 +222,7 @@ class Regret(NamedTuple):
 
 
 def regret(
-    make: Callable[[int], Predict],
+    make: Callable[[int], Propose],
     values: Float[np.ndarray, "S N"],
     budget: int,
     num_repeats: int = 100,

@@ -11,9 +11,10 @@ from jaxtyping import Bool, Float
 
 from dials_jax.analysis import schedule_search as search
 from dials_jax.analysis import study_plots as plots
-from dials_jax.analysis.schedule_search import Predict, Regret
+from dials_jax.analysis.placements import Placements
+from dials_jax.analysis.schedule_search import Propose, Regret
 from dials_jax.config import ProposeStudy, require, to_dict
-from dials_jax.evaluation.readings import coarse_schedules, read_harms, read_search
+from dials_jax.evaluation.readings import coarse_schedules, placements_of, read_harms, read_search
 from dials_jax.evaluation.results import Outcome
 from dials_jax.evaluation.statistics import mean_interval
 from dials_jax.evaluation.study_page import Shown, Table, as_dicts, publish
@@ -38,11 +39,11 @@ READING = (
 
 
 def methods_of(
-    light: Bool[np.ndarray, "S n"], harms: Mapping[str, Float[np.ndarray, "n"]]
-) -> dict[str, Callable[[int], search.Predict]]:
-    """Ways to choose what to try next, by name; each is made from a seed."""
+    light: Placements, harms: Mapping[str, Float[np.ndarray, "n"]]
+) -> dict[str, Callable[[int], Propose]]:
+    """Ways to choose what to try next, by name; each is made from a seed, for one search."""
     methods = {
-        "chance": lambda seed: search.by_chance(len(light), seed),
+        "chance": lambda seed: search.by_chance(light, seed),
         "additive model": lambda seed: search.by_additive_model(light, seed),
     }
     for name, harm in harms.items():
@@ -57,14 +58,15 @@ def methods_of(
 def run_proposals(cfg: ProposeStudy, workdir: Path) -> Outcome:
     """Replays ways to find a schedule on a finished search, and compares what they find."""
     searched, values = read_search(cfg.search)
-    light = search.placements(searched.num_segments, searched.num_light)
+    placements = placements_of(searched)
+    light = placements.table
     letter, num_segments = searched.light, searched.num_segments
     harms = read_harms(cfg.importance, letter, num_segments) if cfg.importance else {}
     require(
         max(cfg.budgets) <= len(light),
         f"budgets {cfg.budgets} ask for more than the {len(light)} schedules of the search",
     )
-    methods = methods_of(light, harms)
+    methods = methods_of(placements, harms)
     budgets = sorted(cfg.budgets)
     regrets = {
         name: [search.regret(make, values, b, cfg.num_repeats, cfg.seed) for b in budgets]
@@ -125,7 +127,7 @@ class Choice:
 
 
 def choices(
-    methods: Mapping[str, Callable[[int], Predict]],
+    methods: Mapping[str, Callable[[int], Propose]],
     values: Float[np.ndarray, "S N"],
     budgets: Sequence[int],
     schedules: Sequence[Schedule],

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from dials_jax.analysis import schedule_search as search
+from dials_jax.analysis.placements import Placements
 from dials_jax.config import SearchStudy, from_dict, read_json, require
 from dials_jax.evaluation.bench import measured
 from dials_jax.evaluation.record_lines import read_records
@@ -18,13 +19,19 @@ from dials_jax.sampling.schedule import Schedule
 HARMS = ("gap", "kl", "relative_kl")  # curves of an importance study that predict harm
 
 
+def placements_of(cfg: SearchStudy) -> Placements:
+    return Placements(cfg.num_segments, cfg.num_light)
+
+
+def coarse_schedule(cfg: SearchStudy, number: int) -> Schedule:
+    """Of one placement of the light segments."""
+    chosen = placements_of(cfg).chosen(number)
+    return Schedule.coarse(cfg.num_segments, chosen, cfg.steps, cfg.light, cfg.heavy)
+
+
 def coarse_schedules(cfg: SearchStudy) -> list[Schedule]:
-    """Every placement of the light segments, in the order of `placements`."""
-    return [
-        Schedule.coarse(cfg.num_segments, np.flatnonzero(row).tolist(), cfg.steps, cfg.light,
-                        cfg.heavy)
-        for row in search.placements(cfg.num_segments, cfg.num_light)
-    ]  # fmt: skip
+    """Of every placement, in their order."""
+    return [coarse_schedule(cfg, number) for number in range(cfg.num_schedules)]
 
 
 def read_harms(
@@ -51,7 +58,7 @@ def read_harms(
 
 
 def read_search(workdir: str | Path) -> tuple[SearchStudy, Float[np.ndarray, "S N"]]:
-    """A finished search and the values of its schedules, in the order of `placements`.
+    """A finished search and the values of its schedules, in the order of their placements.
 
     Raises: InputError for a workdir without a search, or with one that has not ended.
     """

@@ -10,9 +10,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Bool
 
 from dials_jax.analysis import schedule_search as search
+from dials_jax.analysis.placements import Placements
 from dials_jax.config import (
     ImportanceStudy,
     InputError,
@@ -29,7 +29,12 @@ from dials_jax.evaluation import study_report as report
 from dials_jax.evaluation.bench import Bench, Measured
 from dials_jax.evaluation.importance import run_importance
 from dials_jax.evaluation.proposals import run_proposals
-from dials_jax.evaluation.readings import coarse_schedules, read_harms
+from dials_jax.evaluation.readings import (
+    coarse_schedule,
+    coarse_schedules,
+    placements_of,
+    read_harms,
+)
 from dials_jax.evaluation.results import IDENTITY, RECORDS, Outcome
 from dials_jax.evaluation.study_page import Shown, as_dicts, publish
 from dials_jax.sampling.schedule import Schedule
@@ -140,31 +145,34 @@ def _facts(bench: Bench) -> dict[str, Any]:
 
 def run_search(cfg: SearchStudy, workdir: Path) -> Outcome:
     """Tries all schedules, or as many as the budget allows; figures 2 to 4 and 7."""
-    schedules = coarse_schedules(cfg)
-    light = search.placements(cfg.num_segments, cfg.num_light)
-    predict = _predictor(cfg, light)
-    bench = Bench(cfg, schedules, workdir)
-    budget = cfg.budget or len(schedules)
-    found: dict[Schedule, Measured] = {}
+    placements = placements_of(cfg)
+    budget = cfg.budget or placements.number
+    # All have the same steps and models, so where a budget leaves most out, one is checked for all.
+    checked = [coarse_schedule(cfg, 0)] if cfg.budget else coarse_schedules(cfg)
+    propose = _proposals(cfg, placements)
+    bench = Bench(cfg, checked, workdir)
+    found: dict[int, tuple[Schedule, Measured]] = {}
     with _progress(bench, budget) as bar:
 
         def measure(number: int) -> float:
-            schedule = schedules[number]
-            found[schedule] = bench.measure(schedule, bar.update)
-            value = float(found[schedule].values(cfg.aggregate).mean())
+            schedule = coarse_schedule(cfg, number)
+            measured = bench.measure(schedule, bar.update)
+            found[number] = schedule, measured
+            value = float(measured.values(cfg.aggregate).mean())
             _tell(bar, f"{len(found)}/{budget} {schedule}: {value:.3f}")
             return value
 
-        trials = search.seek(predict, measure, budget, len(schedules))
+        trials = search.seek(propose, measure, budget, placements.number)
     results = _facts(bench)
-    best_first = sorted(trials.tried, key=lambda n: trials.perplexity[trials.tried.index(n)])
-    ranked = {schedules[n]: found[schedules[n]] for n in best_first}
+    best_first = [trials.tried[i] for i in np.argsort(trials.perplexity, kind="stable")]
+    ranked = dict(found[number] for number in best_first)
     rows = report.schedule_rows(ranked, bench.depths, cfg.aggregate)
     results["schedules"] = as_dicts(rows)
     results["examples"] = report.examples(bench.records.all)
     draw = _nothing
     if cfg.budget is None:
-        values = np.stack([found[s].values(cfg.aggregate) for s in schedules])
+        light = placements.table
+        values = np.stack([found[n][1].values(cfg.aggregate) for n in range(len(light))])
         results["segments"] = report.segment_results(light, values, cfg.top)
         draw = partial(report.plot_search, light, values, cfg.top)
     title = "Schedules tried" if cfg.budget else "All schedules of coarse segments"
@@ -176,11 +184,10 @@ def _nothing(folder: Path) -> dict[Path, str]:
     return {}
 
 
-def _predictor(cfg: SearchStudy, light: Bool[np.ndarray, "S n"]) -> search.Predict:
+def _proposals(cfg: SearchStudy, placements: Placements) -> search.Propose:
     """In order without a budget; with one, by the additive model and the importance if given."""
     if cfg.budget is None:
-        order = np.arange(len(light), dtype=float)
-        return lambda trials: order
+        return search.in_order(range(placements.number))
     harms = read_harms(cfg.importance, cfg.light, cfg.num_segments) if cfg.importance else {}
     harm = harms.get("relative_kl", harms.get("kl"))
-    return search.by_additive_model(light, cfg.seed, harm)
+    return search.by_additive_model(placements, cfg.seed, harm)

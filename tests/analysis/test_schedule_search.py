@@ -1,17 +1,18 @@
 """Reading a search by hand-made tables, and searches that know where to look."""
 
-from itertools import combinations
+from itertools import combinations, islice
 
 import numpy as np
 import pytest
 
+from dials_jax.analysis import placements as module
+from dials_jax.analysis.placements import Placements
 from dials_jax.analysis.schedule_search import (
     best_of,
     by_additive_model,
     by_chance,
     by_importance,
     fit_additive,
-    placements,
     rank_correlation,
     regret,
     seek,
@@ -28,27 +29,72 @@ HARM = np.array([0.1, 0.4, 1.0, 1.6, 2.0, 2.1, 1.5, 0.9, 0.3, 0.2])
 def table():
     """A search of 210 schedules whose segments add up, with samples of common difficulty."""
     rng = np.random.default_rng(0)
-    light = placements(10, 4)
+    light = Placements(10, 4).table
     means = 40 + light @ HARM
     values = means[:, None] + rng.normal(0, 5, 160) + rng.normal(0, 2, (len(light), 160))
     return light, means, values
 
 
 def test_every_placement_comes_once():
-    light = placements(6, 2)
+    light = Placements(6, 2).table
     assert [tuple(np.flatnonzero(row)) for row in light] == list(combinations(range(6), 2))
-    assert placements(10, 4).shape == (210, 10)
+    assert Placements(10, 4).table.shape == (210, 10)
+
+
+@pytest.mark.parametrize("size", [(6, 2), (7, 4), (5, 5), (9, 1)])
+def test_a_placement_is_known_by_its_number(size):
+    light = Placements(*size)
+    chosen = [light.chosen(number) for number in range(light.number)]
+    assert chosen == [list(one) for one in combinations(range(size[0]), size[1])]
+    assert [light.number_of(one) for one in chosen] == list(range(light.number))
+    np.testing.assert_array_equal([light.light(n) for n in range(light.number)], light.table)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_many_placements_come_in_the_order_that_a_table_has(seed, monkeypatch):
+    costs, light = np.random.default_rng(seed).normal(size=9), Placements(9, 4)
+    expected = list(light.in_order_of(costs))
+    monkeypatch.setattr(module, "LISTED", 1)
+    assert list(light.in_order_of(costs)) == expected
+    alike = list(light.in_order_of(np.round(costs)))  # many equal sums: in order of the sums
+    assert sorted(alike) == list(range(light.number))
+    assert (np.diff(light.table[alike] @ np.round(costs)) >= 0).all()
+    assert list(Placements(6, 1).in_order_of(np.zeros(6))) == list(range(6))
+
+
+def test_placements_come_once_in_random_order(monkeypatch):
+    light = Placements(6, 3)
+    shuffled = [list(light.in_random_order(seed)) for seed in (0, 0, 1)]
+    monkeypatch.setattr(module, "PERMUTED", 1)
+    drawn = [list(islice(light.in_random_order(seed), 20)) for seed in (0, 0, 1)]
+    for first, again, other in (shuffled, drawn):
+        assert sorted(first) == list(range(20)) and first == again != other
+
+
+@pytest.mark.parametrize("harm", [None, np.linspace(0, 1, 40) ** 2])
+def test_a_search_looks_at_few_of_very_many_placements(harm, monkeypatch):
+    """Of 138 thousand million, by steps and not by seconds."""
+    compared = []
+    whole = module.heapq.heappush
+    monkeypatch.setattr(
+        module.heapq, "heappush", lambda heap, entry: (compared.append(1), whole(heap, entry))
+    )
+    light = Placements(40, 20)
+    rng = np.random.default_rng(0)
+    trials = seek(by_additive_model(light, 0, harm), lambda number: rng.normal(), 30, light.number)
+    assert len(set(trials.tried)) == 30 and max(trials.tried) < light.number
+    assert len(compared) <= 30 * 31 * 20
 
 
 def test_equation_8_on_a_table():
-    light = placements(3, 1)
+    light = Placements(3, 1).table
     values = np.array([[1.0, 3.0], [4.0, 4.0], [9.0, 3.0]])
     found = segment_influence(light, values)
     np.testing.assert_allclose(found.value, [2 - 4, 4 - 4, 6 - 4], atol=1e-12)
     by_sample = values - values.mean(axis=0)  # one schedule a segment
     half = 12.7062 * by_sample.std(axis=1, ddof=1) / np.sqrt(2)
     np.testing.assert_allclose(found.high - found.value, half, rtol=1e-4)
-    two = segment_influence(placements(3, 2), values)  # schedules 01, 02, 12
+    two = segment_influence(Placements(3, 2).table, values)  # schedules 01, 02, 12
     np.testing.assert_allclose(two.value, [3 - 4, 4 - 4, 5 - 4], atol=1e-12)
 
 
@@ -61,7 +107,7 @@ def test_what_samples_have_in_common_is_no_uncertainty(table):
 
 
 def test_segments_of_the_best_and_the_worst():
-    light, perplexity = placements(4, 2), np.array([5.0, 1.0, 4.0, 2.0, 6.0, 3.0])
+    light, perplexity = Placements(4, 2).table, np.array([5.0, 1.0, 4.0, 2.0, 6.0, 3.0])
     best, worst = segment_counts(light, perplexity, 2)  # (0, 2), (1, 2); (0, 1), (1, 3)
     assert best.tolist() == [1, 1, 2, 0] and worst.tolist() == [1, 2, 0, 1]
 
@@ -97,8 +143,8 @@ def test_an_additive_model_recovers_what_adds_up(table):
 
 
 def test_a_search_never_tries_twice_and_knows_no_more_than_it_tried(table):
-    light, means, _ = table
-    asked = []
+    means = table[1]
+    light, asked = Placements(10, 4), []
 
     def measure(schedule):
         asked.append(schedule)
@@ -107,14 +153,14 @@ def test_a_search_never_tries_twice_and_knows_no_more_than_it_tried(table):
     trials = seek(by_additive_model(light, seed=0), measure, budget=30, num_schedules=210)
     assert asked == trials.tried and len(set(asked)) == 30
     assert means[best_of(trials)] == min(trials.perplexity)
-    assert len(seek(by_chance(210, 0), measure, 999, 210).tried) == 210
+    assert len(seek(by_chance(light, 0), measure, 999, 210).tried) == 210
     assert seek(by_importance(light, HARM), measure, 1, 210).tried == [int(np.argmin(means))]
 
 
 def test_knowing_more_costs_less(table):
-    light, _, values = table
+    light, values = Placements(10, 4), table[2]
     methods = {
-        "chance": lambda seed: by_chance(210, seed),
+        "chance": lambda seed: by_chance(light, seed),
         "additive": lambda seed: by_additive_model(light, seed),
         "importance": lambda seed: by_importance(light, HARM),
         "both": lambda seed: by_additive_model(light, seed, HARM),
@@ -128,13 +174,13 @@ def test_knowing_more_costs_less(table):
 
 def test_nothing_is_judged_by_the_samples_that_chose_it():
     values = np.random.default_rng(0).normal(40, 1, (50, 40))  # all schedules are equally good
-    found = regret(lambda seed: by_chance(50, seed), values, 1)
+    found = regret(lambda seed: by_chance(Placements(50, 1), seed), values, 1)
     best_of_noise = 40 - np.mean([values[:, i::2].mean(axis=1).min() for i in range(2)])
     assert abs(found.mean) < 0.2 < 0.4 < best_of_noise
 
 
 def test_a_wrong_importance_is_corrected_by_trials(table):
-    light, _, values = table
+    light, values = Placements(10, 4), table[2]
     wrong = HARM[::-1] + np.where(np.arange(10) < 4, 3, 0)
     with_it = regret(lambda s: by_importance(light, wrong), values, 40, num_repeats=10).mean
     corrected = regret(lambda s: by_additive_model(light, s, wrong), values, 40, num_repeats=10)

@@ -3,7 +3,8 @@ import dataclasses
 import numpy as np
 
 from dials_jax.analysis import study_plots as plots
-from dials_jax.analysis.schedule_search import Correlation, Influence, Regret, placements
+from dials_jax.analysis.placements import Placements
+from dials_jax.analysis.schedule_search import Correlation, Influence, Regret
 from dials_jax.analysis.step_importance import Curve
 
 METHODS = ("a", "b", "c", "d", "e", "c + b", "d + b", "e + b")  # as many as a study has at most
@@ -50,7 +51,7 @@ def test_fractions_are_in_order(drawn, tmp_path):
 def test_light_segments_stand_out(drawn, tmp_path):
     from matplotlib.colors import to_hex
 
-    light = placements(3, 1)
+    light = Placements(3, 1).table
     plots.placement_rows(light[:1], light[2:], ([1.5], [2.5]), tmp_path / "p.png")
     colors = [[to_hex(bar.get_facecolor()) for bar in ax.patches] for ax in drawn[0].axes]
     assert [c.index(plots.LIGHT) for c in colors] == [0, 2]
@@ -93,7 +94,7 @@ def test_names_fit_into_the_figures(drawn, tmp_path):
         difference=0.0, difference_low=0.0, difference_high=0.0,
     )  # fmt: skip
     predictions.plot_predictions([row, dataclasses.replace(row, quantity="kl")], tmp_path)
-    light, found = placements(3, 1), Correlation(-0.36, -0.53, -0.02)
+    light, found = Placements(3, 1).table, Correlation(-0.36, -0.53, -0.02)
     harms = dict.fromkeys(proposals.HARM_LABELS, x)
     noise = np.ones((3, 2))
     proposals.plot_proposals(

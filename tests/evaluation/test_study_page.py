@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from dials_jax.analysis.schedule_search import placements
+from dials_jax.analysis.placements import Placements
 from dials_jax.config import ProposeStudy
 from dials_jax.evaluation import study_report
 from dials_jax.evaluation.importance import plot_importance
@@ -96,7 +96,7 @@ def test_given_schedules_are_drawn(figure, comparing, compared, tmp_path):
 
 def test_a_search_is_drawn(searching, searched, tmp_path):
     _, values = read_search(searched)
-    light = placements(searching.num_segments, searching.num_light)
+    light = Placements(searching.num_segments, searching.num_light).table
     captions = plot_search(light, values, searching.top, tmp_path)
     assert drawn(captions, tmp_path) == {"influence", "best_and_worst", "segment_frequencies"}
 
