@@ -28,7 +28,7 @@ ODD = [
 ]  # fmt: skip
 
 
-def byte_level(pattern=None, normalizer=None, added=()):
+def byte_level(pattern=None, normalizer=None, added=(), rstrip=False):
     """A byte-level BPE with merges over spaces, punctuation and letters."""
     from tokenizers import AddedToken, models, pre_tokenizers, trainers
 
@@ -44,7 +44,7 @@ def byte_level(pattern=None, normalizer=None, added=()):
     )  # fmt: skip
     rng = random.Random(0)
     backend.train_from_iterator(("".join(rng.choices(ODD, k=30)) for _ in range(300)), trainer)
-    backend.add_tokens([AddedToken(text, normalized=False) for text in added])
+    backend.add_tokens([AddedToken(text, normalized=False, rstrip=rstrip) for text in added])
     return Tokenizer(backend).plain()
 
 
@@ -109,7 +109,7 @@ def test_other_tokenizers_take_documents_whole(monkeypatch):
     monkeypatch.setattr(encoding, "PIECE", 7)
     ten_characters = byte_level(".{10}")
     lowercase = byte_level(QWEN2, normalizers.Lowercase())
-    spaced = byte_level(QWEN2, None, ["  "])  # names would be text
+    spaced = byte_level(QWEN2, None, ["\t"], rstrip=True)  # takes spaces that follow
     prefixed = byte_level()
     prefixed.backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     text = "a b " * 20

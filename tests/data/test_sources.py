@@ -98,10 +98,17 @@ def test_the_datas_tokenizer_goes_before_the_models_and_the_corpus_has_one_too(
     write_json(
         tmp_path / "corpus" / "manifest.json",
         {
-            "settings": {"length": 16, "packing": "mdlm", "num_validation": 0},
-            "splits": {"train": {}},
+            "settings": {
+                "length": 16, "packing": "mdlm", "num_validation": 0, "eos_id": 1,
+                "tokenizer": other.fingerprint,
+            },
+            "splits": {
+                "train": {
+                    "rows": 1, "parts": [{"file": "train-00000.npy", "rows": 1, "sha256": ""}],
+                },
+            },
         },
-    )
+    )  # fmt: skip
     named = dataclasses.replace(task, tokenizer=str(tmp_path / "own"))
     assert tokenizer_of(named, folder).fingerprint == own.fingerprint
     assert tokenizer_of(task, folder).fingerprint == load_tokenizer(folder).fingerprint
