@@ -142,8 +142,8 @@ def check_task(task: EvalTask, items: Sequence[Item], model: Model) -> None:
         if model.config.model_type == "dream" and task.sampler != "dream":
             warnings.warn(
                 f"task {task.name!r}: this Dream model is sampled by LLaDA's rules, at temperature "
-                f"{task.temperature:g}; for Dream's own set sampler='dream', temperature=0.1 and "
-                "top_p=0.95 as in its published evaluations",
+                f"{task.temperature:g}; its published numbers are of sampler='dream', with alg, "
+                "temperature and top_p",
                 stacklevel=1,  # one place, so that it is said once
             )
     else:

@@ -8,6 +8,7 @@ import pytest
 
 from dials_jax.analysis import plots
 from dials_jax.config import InputError
+from dials_jax.evaluation import report
 from dials_jax.evaluation.report import WIDTH, format_table, write_report
 from dials_jax.evaluation.statistics import summarise
 from tests.evaluation.pages import HOSTILE, read_page
@@ -129,6 +130,61 @@ def test_the_terminal_table_is_aligned_and_fits(make_results):
         "piqa (choice)",
         "text (nelbo)",
     ]
+
+
+CONFIDENCE = {
+    "sampler": "confidence", "gen_length": 256, "block_length": 32, "steps": 256,
+    "temperature": 0.2, "cfg_scale": 0.0, "remasking": "low_confidence", "threshold": None,
+    "stop_at_eos": False, "cache": "dual", "until": ["Q:", "\n\n"],
+}  # fmt: skip
+DREAM = {
+    "sampler": "dream", "max_new_tokens": 64, "steps": 32, "alg": "entropy", "temperature": 0.1,
+    "top_p": 0.95, "top_k": None, "cache": "none", "until": [],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "generation, columns, words",
+    [
+        (
+            CONFIDENCE,
+            {"temperature": "0.2", "steps": "256", "num_dropped": "6"},
+            "sampler confidence, gen_length 256, block_length 32, remasking low_confidence, "
+            "temperature 0.2, 256 steps, cache dual, all steps; text up to end of text or 'Q:' or "
+            "'\\n\\n', 6 of 126 items left out: too long",
+        ),
+        (
+            CONFIDENCE | {"threshold": 0.9, "stop_at_eos": True, "until": []},
+            {"temperature": "0.2", "steps": ""},
+            "threshold 0.9, temperature 0.2, cache dual, sequence ends at end of text; text up to "
+            "end of text, 6 of 126",
+        ),
+        (
+            DREAM,
+            {"sampler": "dream, max_new_tokens 64, alg entropy, top_p 0.95", "steps": "32"},
+            "sampler dream, max_new_tokens 64, alg entropy, top_p 0.95, temperature 0.1, 32 steps, "
+            "cache none, all steps; text up to end of text, 6 of 126 items left out",
+        ),
+    ],
+)
+def test_report_and_csv_say_how_texts_are_made_and_how_many_items_are_left_out(
+    generation, columns, words, make_results, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(report, "_write_plots", lambda *args: {})
+    results = make_results(tasks=("sums",), kinds=("full",))
+    results["runs"][0] |= {"generation": generation, "cache": generation["cache"], "num_dropped": 6}
+    table = format_table(write_report(results, tmp_path))
+    assert words in " ".join(table.split()) and "120 of 126" in table
+    assert words in read_page(tmp_path).visible
+    with (tmp_path / "results.csv").open(encoding="utf-8") as file:
+        (record,) = csv.DictReader(file)
+    assert columns.items() <= record.items()
+
+
+def test_results_without_these_facts_are_still_shown(make_results):
+    (row,) = summarise(make_results(tasks=("sums",), kinds=("full",)))
+    assert (row.sampler, row.temperature, row.steps, row.stop, row.num_dropped) == (None,) * 5
+    assert "sums (exact_match)\n" in format_table([row])
 
 
 def test_a_small_p_is_not_shown_as_zero(make_results):
