@@ -171,8 +171,9 @@ def _label(task: EvalTask, record: dict[str, Any], num_choices: int) -> int:
     if task.label_names:
         names = lookup(record, task.label_names)
         require(
-            isinstance(names, list) and label in names,
-            f"field {task.label!r} is {label!r}; {task.label_names!r} lists {names!r}",
+            isinstance(names, list) and names.count(label) == 1,
+            f"field {task.label!r} is {label!r}; {task.label_names!r} must list it once, but lists "
+            f"{names!r}",
         )
         index = names.index(label)
     else:

@@ -212,21 +212,24 @@ def _row(run: Mapping[str, Any], full: Mapping[str, Any] | None) -> Row:
     )
 
 
-# Settings with a column of their own, and those that say the length of what is generated.
+# Settings with a column of their own.
 _NAMED = ("sampler", "temperature", "steps", "cache", "until", "stop_at_eos")
-_UNSET = (None, False, 0.0)
 
 
 def _decoding(generation: Mapping[str, Any]) -> dict[str, Any]:
     """The columns of a row that say how texts were generated."""
     if not generation:
         return dict.fromkeys(("sampler", "temperature", "steps", "stop"))
-    others = {k: v for k, v in generation.items() if k not in _NAMED and v not in _UNSET}
+    others = [
+        f"{name} {value}"
+        for name, value in generation.items()
+        if name not in _NAMED and value is not None and value is not False
+    ]
     by_confidence = generation.get("threshold") is not None or generation.get("factor") is not None
     until = ["end of text", *map(repr, generation["until"])]
     early = "sequence ends at end of text" if generation.get("stop_at_eos") else "all steps"
     return {
-        "sampler": ", ".join([generation["sampler"], *(f"{k} {v}" for k, v in others.items())]),
+        "sampler": ", ".join([generation["sampler"], *others]),
         "temperature": generation["temperature"],
         "steps": None if by_confidence else generation["steps"],
         "stop": f"{early}; text up to {' or '.join(until)}",

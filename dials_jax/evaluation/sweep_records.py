@@ -310,6 +310,7 @@ def _check_run(run: Mapping[str, Any], num_layers: int) -> None:
     require_numbers(list(run["items"].values()))
     if not run["items"]:
         raise ValueError("no items")
+    require_numbers([run.get("num_dropped") or 0], 1)
     _check_costs(run, num_layers)
     if run.get("generation"):
         _require_text(run["generation"]["sampler"], *run["generation"]["until"])

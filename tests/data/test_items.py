@@ -75,7 +75,8 @@ def test_a_label_is_looked_up_among_the_names_before_it_is_an_index(load, write_
 @pytest.mark.parametrize(
     "record, change, message",
     [
-        ({"key": "C"}, {}, r"arc\.jsonl:1: field 'key' is 'C'; 'choices.label' lists \['A', 'B'\]"),
+        ({"key": "C"}, {}, r"arc\.jsonl:1: field 'key' is 'C'; .* lists \['A', 'B'\]"),
+        ({"choices": {"text": ["p", "q"], "label": ["B", "B"]}}, {}, "label' must list it once"),
         ({"key": "B"}, {"label_names": ""}, "not an index; name the field"),
         ({"key": 2}, {"label_names": ""}, "there are 2 choices; count from 0"),
         ({"key": -1}, {"label_names": ""}, "'key' is -1, not an index"),

@@ -149,14 +149,15 @@ DREAM = {
         (
             CONFIDENCE,
             {"temperature": "0.2", "steps": "256", "num_dropped": "6"},
-            "sampler confidence, gen_length 256, block_length 32, remasking low_confidence, "
+            "sampler confidence, gen_length 256, block_length 32, cfg_scale 0.0, "
+            "remasking low_confidence, "
             "temperature 0.2, 256 steps, cache dual, all steps; text up to end of text or 'Q:' or "
             "'\\n\\n', 6 of 126 items left out: too long",
         ),
         (
-            CONFIDENCE | {"threshold": 0.9, "stop_at_eos": True, "until": []},
+            CONFIDENCE | {"threshold": 0.0, "stop_at_eos": True, "until": []},
             {"temperature": "0.2", "steps": ""},
-            "threshold 0.9, temperature 0.2, cache dual, sequence ends at end of text; text up to "
+            "threshold 0.0, temperature 0.2, cache dual, sequence ends at end of text; text up to "
             "end of text, 6 of 126",
         ),
         (
