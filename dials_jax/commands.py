@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import os
 import re
 import runpy
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import UnionType
@@ -82,17 +84,20 @@ def _join() -> None:
 
 
 def load_config(path: str, config_class: type[C] | UnionType) -> C:
-    """Runs a configuration file and returns what its `get_config()` returns."""
-    require(
-        Path(path).is_file(), f"configuration {path} is missing; configs/ lists those there are"
-    )
-    make = runpy.run_path(path).get("get_config")
-    require(callable(make), f"configuration {path} has no function get_config()")
+    """Runs a configuration file and returns what its `get_config()` returns.
+
+    Raises: InputError for anything that goes wrong in it, with the line.
+    """
+    file = local_path(path, "--config")
+    require(file.is_file(), f"configuration {path} is missing; configs/ lists those there are")
+    make = None
     try:
+        make = runpy.run_path(str(file)).get("get_config")
+        require(callable(make), "it has no function get_config()")
         config = make()
-    except TypeError as error:
-        _require_known_fields(path, error)
-        raise
+    except (Exception, SystemExit) as error:
+        where = f"configuration {path}{_line(str(file), error, make)}"
+        raise InputError(f"{where}: {_reason(error)}") from error
     taken = " or ".join(c.__name__ for c in get_args(config_class) or (config_class,))
     require(
         isinstance(config, config_class),
@@ -102,13 +107,36 @@ def load_config(path: str, config_class: type[C] | UnionType) -> C:
     return config
 
 
-def _require_known_fields(path: str, error: TypeError) -> None:
-    """Explains a field that a dataclass of `dials_jax.config` does not have, or misses."""
-    match = re.match(r"(\w+)\.__init__\(\) (?:.*unexpected.*'(\w+)'|missing)", str(error))
+def _line(file: str, error: BaseException, make: Any) -> str:
+    """Where in the file an error arose."""
+    if isinstance(error, SyntaxError) and error.filename == file:
+        return f", line {error.lineno}"
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == file]
+    if not lines and inspect.isfunction(make):  # it wants an argument
+        lines = [make.__code__.co_firstlineno]
+    return f", line {lines[-1]}" if lines else ""
+
+
+def _reason(error: BaseException) -> str:
+    """An error of a configuration file in one line."""
+    if isinstance(error, InputError):
+        return str(error)
+    if isinstance(error, SystemExit):
+        return "it calls exit; a configuration only returns settings"
+    message = " ".join(str(error).split())
+    if isinstance(error, TypeError):
+        message += _field_hint(message)
+    return f"{type(error).__name__}: {message}"
+
+
+def _field_hint(message: str) -> str:
+    """What to do about a field that a class of `dials_jax.config` does not have, or misses."""
+    match = re.match(r"(\w+)\.__init__\(\) (?:.*unexpected.*'(\w+)'|missing)", message)
     config_class = match and getattr(dials_jax.config, match[1], None)
-    if config_class:
-        hint = nearest(match[2], config_class.__dataclass_fields__) if match[2] else "; add it"
-        raise InputError(f"configuration {path}: {error}{hint}") from error
+    if not config_class:
+        return ""
+    return nearest(match[2], config_class.__dataclass_fields__) if match[2] else "; add it"
 
 
 def override(config: C, arguments: list[str], description: str = "") -> C:

@@ -68,6 +68,51 @@ def test_wrong_files_are_refused(config, tmp_path):
         parse(EvalConfig, "Evaluates.", ["--config", config, "--workdir", "run"])
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("import sys\nsys.exit(3)", "line 2: it calls exit"),
+        ("def get_config():\n  raise SystemExit", "line 2: it calls exit"),
+        ("\n\nimport no_such_package", "line 3: ModuleNotFoundError: No module named 'no_such_"),
+        ("from dials_jax.config import TrainConfi", "line 1: ImportError: cannot import name"),
+        ("x = 1\ndef get_config(:\n", "line 2: SyntaxError: "),
+        ("x = '\0'", "SyntaxError: "),
+        ("\ndef get_config(size): pass", "line 2: TypeError: get_config.. missing 1 required"),
+        ("def get_config():\n  return 1 / 0", "line 2: ZeroDivisionError: division by zero"),
+        ("def get_config():\n  return get_config()", "line 2: RecursionError: "),
+        ("import os\nW = os.environ['NOT_SET_HERE']", "line 2: KeyError: 'NOT_SET_HERE'"),
+        ("get_config = 3", "it has no function get_config"),
+        (
+            "from dials_jax.config import *\ndef get_config():\n  return RouterConfig(\n"
+            "    d_hiden=3)",
+            "line 3: TypeError: RouterConfig.*d_hiden.*; did you mean 'd_hidden'",
+        ),
+        (
+            "from dials_jax.config import *\ndef get_config():\n  return EvalTask(name='x')",
+            "line 3: TypeError: EvalTask.* missing 2 required .*; add it",
+        ),
+        (
+            "from dials_jax.config import *\ndef get_config():\n  MeshConfig(data=0)",
+            "line 3: mesh .0, 1, 1.: sizes are positive or -1",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("untyped")  # which would check the fields first
+def test_what_goes_wrong_in_a_configuration_file_is_one_line(tmp_path, text, message):
+    path = tmp_path / "c.py"
+    path.write_text(text)
+    with pytest.raises(InputError, match=rf"^configuration \S+c\.py(, |: ){message}") as error:
+        parsed(str(path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("path", ["a" * 300, "~nobody_of_this_name/c.py", "\0", "a\udcff.py", ""])
+def test_a_configuration_that_no_file_can_be_called(path):
+    with pytest.raises(InputError, match="--config") as error:
+        parsed(path)
+    assert "\n" not in str(error.value) and str(error.value).isprintable()
+
+
 def test_missing_arguments_are_named(config):
     with pytest.raises(InputError, match="--workdir DIR is missing"):
         parse(TrainConfig, "Trains.", ["--config", config])
