@@ -20,12 +20,12 @@ from dials_jax.caching.cache import Blocks, Number, Pass, Revealed, window_sizes
 from dials_jax.caching.leaving import EarlyPasses
 from dials_jax.caching.net import Net
 from dials_jax.caching.plan import Indicator, Memory, Plan
-from dials_jax.config import require
+from dials_jax.config import Typed, require, require_positive
 from dials_jax.nn.kv import Slots, write
 
 
 @dataclass(frozen=True)
-class EarlySkip:
+class EarlySkip(Typed):
     """Settings of ES-dLLM.
 
     Attributes:
@@ -47,8 +47,7 @@ class EarlySkip:
     indicator: Indicator = "hidden"
 
     def __post_init__(self):
-        for name in ("proportions", "depths"):
-            object.__setattr__(self, name, tuple(float(x) for x in getattr(self, name)))
+        super().__post_init__()
         p, d = self.proportions, self.depths
         require(len(p) == len(d), f"{len(p)} proportions for {len(d)} depths; give one a depth")
         require(
@@ -59,12 +58,7 @@ class EarlySkip:
         rising = all(a < b < 1 for a, b in pairwise(d))
         require(falling and rising, f"proportions={p} must fall and depths={d} rise, within (0, 1)")
         require(0 <= self.alpha <= 1, f"alpha={self.alpha} must lie in [0, 1]")
-        for name in ("prompt_every", "block_every"):
-            require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
-        require(
-            self.indicator in ("hidden", "query", "key", "value"),
-            f"indicator={self.indicator!r} must be 'hidden', 'query', 'key' or 'value'",
-        )
+        require_positive(self, "prompt_every", "block_every")
 
     # --------------------------------------------------------------------------- the plan
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from math import ceil, sqrt
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 
 from dials_jax.caching.cache import Cache, Work
 from dials_jax.caching.net import Net
-from dials_jax.config import ModelConfig, require, require_positive
+from dials_jax.config import ModelConfig, Typed, require, require_positive
 from dials_jax.models import transformer
 from dials_jax.nn.stack import StackOutput
 from dials_jax.sampling.confidence import gumbel_like
@@ -38,7 +38,7 @@ TIMES, TOKENS = 0, 1  # folded into a row's key: what the draws are for
 
 
 @dataclass(frozen=True)
-class Ancestral:
+class Ancestral(Typed):
     """Settings of the sampler.
 
     The time t is the probability that a token is masked. It falls from 1 to 1e-5 in equal steps,
@@ -64,12 +64,8 @@ class Ancestral:
     slots: int | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         require_positive(self, "length", "steps")
-        known = get_args(Precision)
-        require(
-            self.precision in known,
-            f"precision={self.precision!r} must be one of {', '.join(known)}",
-        )
         require(self.slots is None or self.slots > 0, f"slots={self.slots} must be positive")
         require(
             not self.first_hitting or self.precision == "exact",

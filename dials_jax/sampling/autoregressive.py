@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from dials_jax.caching.cache import Cache, Work
 from dials_jax.caching.net import Net
-from dials_jax.config import ModelConfig, require, require_positive
+from dials_jax.config import ModelConfig, Typed, require, require_positive
 from dials_jax.models import transformer
 from dials_jax.nn.stack import Policy
 from dials_jax.sampling.denoise import Record
@@ -24,7 +24,7 @@ from dials_jax.skipping.policies import Static
 
 
 @dataclass(frozen=True)
-class Autoregressive:
+class Autoregressive(Typed):
     """Settings of decoding from left to right, for causal models.
 
     A row ends at its first end of text; the rest of it is filled with end of text, and decoding
@@ -41,6 +41,7 @@ class Autoregressive:
     temperature: float = 0.0
 
     def __post_init__(self):
+        super().__post_init__()
         require_positive(self, "max_new_tokens")
         require(self.temperature >= 0, f"temperature={self.temperature} must not be negative")
 

@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from dials_jax.config import ModelConfig, require
+from dials_jax.config import ModelConfig, Typed, require, require_positive
 from dials_jax.sampling.denoise import Turn
 
 
 @dataclass(frozen=True)
-class Confidence:
+class Confidence(Typed):
     """Settings of the sampler.
 
     As in the reference, a model that predicts [MASK] itself spends quota on it, and the token may
@@ -58,8 +58,8 @@ class Confidence:
     stop_at_eos: bool = False
 
     def __post_init__(self):
-        for name in ("gen_length", "block_length", "steps"):
-            require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
+        super().__post_init__()
+        require_positive(self, "gen_length", "block_length", "steps")
         require(
             self.gen_length % self.block_length == 0,
             f"gen_length={self.gen_length} must be divisible by block_length={self.block_length}",
@@ -71,10 +71,6 @@ class Confidence:
         )
         for name in ("temperature", "cfg_scale"):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
-        require(
-            self.remasking in ("low_confidence", "random"),
-            f"remasking={self.remasking!r} must be 'low_confidence' or 'random'",
-        )
         require(
             self.threshold is None or self.factor is None,
             "threshold and factor are two rules for the same choice; give one of them",

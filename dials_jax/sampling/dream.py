@@ -7,7 +7,6 @@ published checkpoints, whose behaviour this follows token for token.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from dials_jax.config import Algorithm, ModelConfig, require, require_positive
+from dials_jax.config import Algorithm, ModelConfig, Typed, require, require_positive
 from dials_jax.sampling.confidence import gumbel_like, ranks
 from dials_jax.sampling.denoise import Turn
 
@@ -23,7 +22,7 @@ TOKEN, ORDER = 0, 1  # folded into a step's key: what the noise is for
 
 
 @dataclass(frozen=True)
-class Dream:
+class Dream(Typed):
     """Settings of the sampler.
 
     Every row counts its own masked tokens; the published code takes the mean of the batch.
@@ -56,9 +55,8 @@ class Dream:
     eps: float = 1e-3
 
     def __post_init__(self):
+        super().__post_init__()
         require_positive(self, "max_new_tokens", "steps")
-        algorithms = get_args(Algorithm)
-        require(self.alg in algorithms, f"alg={self.alg!r} must be one of {', '.join(algorithms)}")
         for name in ("temperature", "alg_temp"):
             value = getattr(self, name)
             require(value is None or value >= 0, f"{name}={value} must not be negative")

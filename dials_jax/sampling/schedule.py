@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from itertools import groupby
 from numbers import Real
 
-from dials_jax.config import require
+from dials_jax.config import Typed, require
 
 
 @dataclass(frozen=True)
-class Schedule:
+class Schedule(Typed):
     """Runs of steps, each taken by the model of one letter; the first run sees the most noise.
 
     `L125,H750,L125` is 125 steps of L, 750 of H and 125 of L. `str` gives back this text.
@@ -28,6 +28,7 @@ class Schedule:
     segments: tuple[tuple[str, int], ...]
 
     def __post_init__(self):
+        super().__post_init__()
         require(bool(self.segments), "a schedule is empty; give one such as L125,H750,L125")
         for letter, steps in self.segments:
             require(
