@@ -7,12 +7,13 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from dials_jax.config import InputError, read_json, require
+from dials_jax.config import InputError, local_path, read_json, require, typed
 from dials_jax.models import checkpoint, groups
 from dials_jax.models.groups import Layout
 from dials_jax.models.model import Model
 
 
+@typed
 def load(
     path: str | Path, dtype: Any = None, mesh: Mesh | None = None, layout: Layout = "auto"
 ) -> Model:
@@ -26,7 +27,7 @@ def load(
 
     Raises: InputError for any other path, and for a folder that is broken.
     """
-    folder = Path(path).expanduser()
+    folder = local_path(path, "model")
     require(folder.is_dir(), f"{path} is not a folder; give a model, a workdir or a download")
     for candidate in (folder, folder / "model"):
         if checkpoint.is_model_folder(candidate):

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from dials_jax.caching.cache import Cache, DualCache, PrefixCache
 from dials_jax.caching.early_skip import EarlySkip
-from dials_jax.config import nearest, require
+from dials_jax.config import nearest, require, typed
 
 
+@typed
 def parse_cache(text: str) -> Cache | None:
     """`none`, `prefix`, `dual`, or `es-PROMPT-BLOCK`, as in `es-64-4`."""
     name, *numbers = text.split("-")
     if name == "es":
         require(
-            len(numbers) == 2 and all(n.isdecimal() for n in numbers),
+            len(numbers) == 2 and all(n.isdecimal() and len(n) < 10 for n in numbers),
             f"cache {text!r}: give es-PROMPT-BLOCK, as in es-64-4",
         )
         return EarlySkip(prompt_every=int(numbers[0]), block_every=int(numbers[1]))

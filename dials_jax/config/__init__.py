@@ -30,10 +30,21 @@ from dials_jax.config.study import (
     StudyConfig,
 )
 from dials_jax.config.training import ObjectiveConfig, OptimizerConfig, TrainConfig
-from dials_jax.config.typed import Count, Range, Seed, Typed, as_type, from_dict, shown, typed
+from dials_jax.config.typed import (
+    INT32,
+    Count,
+    Range,
+    Seed,
+    Typed,
+    as_type,
+    from_dict,
+    shown,
+    typed,
+)
 
 __all__ = [
     "DTYPES",
+    "INT32",
     "Algorithm",
     "ArithmeticData",
     "CorpusData",

@@ -18,12 +18,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dials_jax import sharding
 from dials_jax.analysis.positions import over_positions
-from dials_jax.config import InputError, ModelConfig, require
+from dials_jax.config import InputError, ModelConfig, require, shown, typed
 from dials_jax.diffusion.objectives import masked_log_probs
 from dials_jax.keys import threefry_key
 from dials_jax.models import transformer
 from dials_jax.models.model import Model, as_ids, check_shapes, check_vocabulary, row_keys
-from dials_jax.nn.stack import Executor, Policy
+from dials_jax.nn.stack import Executor, Policy, check_policy
 from dials_jax.sampling.denoise import guide
 from dials_jax.skipping.flops import Flops, count_flops
 from dials_jax.skipping.policies import draws, router_width
@@ -49,6 +49,7 @@ class Scores(NamedTuple):
     masked_share: Float[Array, "R"]  # masked share of the answer
 
 
+@typed
 def log_likelihood(
     model: Model,
     prompt_ids: Sequence[int],
@@ -68,6 +69,7 @@ def log_likelihood(
       key: of `jax.random.key`. None is that of seed 0.
     """
     model.config.require_mask()
+    check_policy(policy)
     _require_guidance(cfg_scale)
     require(batch_size > 0, f"batch_size={batch_size} must be positive")
     require(
@@ -97,6 +99,7 @@ def num_copies(answer_length: int, num_samples: int, policy: Policy | None) -> i
     return 1 if answer_length == 1 and not draws(policy) else num_samples
 
 
+@typed
 def estimate_log_likelihood(
     model: Model,
     tokens: Int[ArrayLike, "*B T"],
@@ -119,6 +122,7 @@ def estimate_log_likelihood(
 
     Raises: InputError for copies and probabilities that cannot be those of the tokens.
     """
+    check_policy(policy)
     _require_guidance(cfg_scale)
     copies = _given_copies(model.config, tokens, noisy, p_mask, prompt_len)
     num_rows = len(copies[0])
@@ -138,7 +142,11 @@ def _given_copies(
 ) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"], Float[np.ndarray, "B T"]]:
     """The arguments of `estimate_log_likelihood` that are arrays, a row a copy, checked."""
     cfg.require_mask()
-    noisy, p_mask = as_ids(noisy, "noisy row"), np.asarray(p_mask, np.float32)
+    noisy = as_ids(noisy, "noisy row")
+    try:
+        p_mask = np.asarray(p_mask, np.float32)
+    except (TypeError, ValueError) as error:
+        raise InputError("p_mask is no array of numbers; give one a token") from error
     check_shapes(cfg, noisy.shape, None)
     require(
         p_mask.shape == noisy.shape,
@@ -215,20 +223,21 @@ def pad_pairs(
 ) -> Pairs:
     """Pads to common lengths, at least those given.
 
-    Raises: InputError for an empty answer, [MASK] or an unknown token in a pair, or more tokens
-      than positions.
+    Raises: InputError for an empty answer, [MASK] or an unknown token in a pair, anything but
+      integers, or more tokens than positions.
     """
+    pairs = [_as_pair(pair, i) for i, pair in enumerate(pairs)]
     prompt_length = max([prompt_length, *(len(p) for p, _ in pairs)])
     answer_length = max([answer_length, *(len(a) for _, a in pairs)])
     out = Pairs(
-        np.full((len(pairs), prompt_length), cfg.pad_id, np.int32),
-        np.full((len(pairs), answer_length), cfg.pad_id, np.int32),
+        np.full((len(pairs), prompt_length), cfg.pad_id),
+        np.full((len(pairs), answer_length), cfg.pad_id),
         np.zeros((len(pairs), prompt_length), bool),
         np.zeros((len(pairs), answer_length), bool),
     )
     for i, (prompt, answer) in enumerate(pairs):
         require(len(answer) > 0, f"pair {i}: the answer is empty")
-        if cfg.mask_id in prompt or cfg.mask_id in answer:
+        if (prompt == cfg.mask_id).any() or (answer == cfg.mask_id).any():
             raise InputError(f"pair {i} contains [MASK] (id {cfg.mask_id}); remove it")
         total = len(prompt) + len(answer)
         require(total <= cfg.max_length, f"pair {i}: {total} tokens for {cfg.max_length} positions")
@@ -239,7 +248,21 @@ def pad_pairs(
     tokens = np.concatenate([out.prompts, out.answers], axis=1)
     present = np.concatenate([out.prompt_valid, out.answer_valid], axis=1)
     check_vocabulary(cfg, tokens, present, "pair")
-    return out
+    return out._replace(prompts=out.prompts.astype(np.int32), answers=out.answers.astype(np.int32))
+
+
+def _as_pair(pair: Sequence[ArrayLike], i: int) -> tuple[np.ndarray, np.ndarray]:
+    two = isinstance(pair, tuple | list) and len(pair) == 2
+    require(two, f"pair {i} is {shown(pair)}; give the token ids of a prompt and of an answer")
+    prompt, answer = (
+        as_ids(ids, f"pair {i}: {part}")
+        for ids, part in zip(pair, ("prompt id", "answer id"), strict=True)
+    )
+    require(
+        prompt.ndim == answer.ndim == 1,
+        f"pair {i} has shapes {prompt.shape} and {answer.shape}; give one row of ids each",
+    )
+    return prompt, answer
 
 
 def draw_masked(

@@ -192,10 +192,10 @@ def _routed(cfg: EvalConfig, model: Model) -> tuple[list[Candidate], dict[str, A
     found, digests = [], {}
     for path in cfg.routers:
         _, facts = router_facts(path)
-        weight = facts["skip_weight"]
+        weight = facts.skip_weight
         policy = load_router(path, model, cfg.threshold)
         found.append(Candidate("routed", f"routed λ={weight:g}", policy, {"lambda": weight}))
-        digests[found[-1].label] = facts["digests"]
+        digests[found[-1].label] = facts.digests
     labels = [c.label for c in found]
     require(
         len(set(labels)) == len(labels),

@@ -38,9 +38,11 @@ from dials_jax.config import (
     ModelConfig,
     Typed,
     WeightDtype,
+    as_type,
     from_dict,
     read_json,
     require,
+    shown,
     to_dict,
     write_json,
 )
@@ -236,6 +238,8 @@ def dtype_name(dtype: Any) -> str | None:
     """The name of a dtype of weights. Raises: InputError unless bfloat16, float32 or None."""
     if dtype is None:
         return None
-    name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
-    require(name in DTYPES, f"dtype={name!r}: give {' or '.join(DTYPES)}")
-    return name
+    try:
+        name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
+    except TypeError:
+        name = shown(dtype)
+    return as_type(WeightDtype, name, "dtype")

@@ -14,12 +14,14 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from dials_jax import sharding, trees
-from dials_jax.config import InputError, ModelConfig, require
+from dials_jax.config import InputError, ModelConfig, require, shown, typed
 from dials_jax.keys import seed_key, threefry_key
 from dials_jax.models import transformer
 from dials_jax.nn import fusing
-from dials_jax.nn.stack import Executor, Policy
+from dials_jax.nn.stack import Executor, Policy, check_policy
 from dials_jax.timing import Timed
+
+IDS = "give token ids, as a tokenizer's encode does"
 
 
 class Output(NamedTuple):
@@ -64,6 +66,7 @@ class Model:
         with jax.set_mesh(self.mesh):
             return transformer.ready(self.config, self.params)
 
+    @typed
     def apply(
         self,
         tokens: Int[ArrayLike, "B T"],
@@ -90,7 +93,9 @@ class Model:
         """
         if not isinstance(tokens, jax.Array):
             tokens = as_ids(tokens, "row")
-        valid = np.asarray(valid, bool) if isinstance(valid, list | tuple) else valid
+        require(jnp.issubdtype(tokens.dtype, jnp.integer), f"tokens are of {tokens.dtype}; {IDS}")
+        valid = None if valid is None else as_valid(valid)
+        check_policy(policy)
         check_shapes(self.config, np.shape(tokens), valid)
         if not isinstance(tokens, jax.Array) and not isinstance(valid, jax.Array):
             check_vocabulary(self.config, tokens, valid, "row")
@@ -98,7 +103,7 @@ class Model:
         valid = None if valid is None else jnp.asarray(valid, bool)
         keys = row_keys(key, num_rows)
         if time is not None:
-            time = jnp.broadcast_to(jnp.asarray(time, jnp.float32), num_rows)
+            time = jnp.broadcast_to(as_time(time, num_rows), num_rows)
         rows = self.place_rows((jnp.asarray(tokens, jnp.int32), valid, time, keys))
         out, _ = self.run(_apply, *rows, jnp.asarray(step), policy, executor=executor)
         return Output(out.logits[:num_rows], out.gates[:, :num_rows])
@@ -142,8 +147,55 @@ def as_ids(rows: ArrayLike, what: str) -> np.ndarray:
             f"{what}s differ in length; pad them on the left and give valid=, False at padding"
         ) from error
     integers = ids.size == 0 or np.issubdtype(ids.dtype, np.integer)
-    require(integers, f"{what}s are of {ids.dtype}; give token ids, as a tokenizer's encode does")
-    return ids
+    require(integers, f"{what}s are of {ids.dtype}; {IDS}")
+    require(not _hold_truths(rows), f"{what}s hold True or False; {IDS}")
+    return ids.astype(np.int32) if ids.size == 0 else ids
+
+
+def _hold_truths(rows: ArrayLike) -> bool:
+    """Whether lists of numbers hold True or False, which numpy takes for 1 and 0 there."""
+    if not isinstance(rows, list | tuple):
+        return False
+    kinds = set(map(type, rows))
+    if kinds & {list, tuple}:
+        return any(map(_hold_truths, rows))
+    return bool(kinds & {bool, np.bool_})
+
+
+def as_valid(valid: ArrayLike) -> np.ndarray | jax.Array:
+    """Where tokens are real, as one array of booleans; an array on the device stays there.
+
+    Raises: InputError for rows of several lengths, and for other values than true and false.
+    """
+    if isinstance(valid, jax.Array):
+        return valid.astype(bool)
+    try:
+        found = np.asarray(valid)
+    except ValueError as error:
+        raise InputError("rows of valid differ in length; give one value a token") from error
+    require(
+        found.size == 0 or (found.dtype.kind in "biuf" and bool(np.isin(found, (0, 1)).all())),
+        "valid holds other values than True and False; give True where a token is real",
+    )
+    return found.astype(bool)
+
+
+def as_time(time: ArrayLike, num_rows: int) -> np.ndarray | jax.Array:
+    """Times of denoising; an array on the device stays there.
+
+    Raises: InputError for other shapes than one, or one a row, and for times outside [0, 1].
+    """
+    if not isinstance(time, jax.Array):
+        try:
+            time = np.asarray(time, np.float32)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"time={shown(time)} is no number; give t in (0, 1]") from error
+        require(bool(((time >= 0) & (time <= 1)).all()), f"time={time} must lie in [0, 1]")
+    require(
+        time.shape in ((), (1,), (num_rows,)),
+        f"time has shape {time.shape} for {num_rows} rows; give one, or one a row",
+    )
+    return time.astype(np.float32)
 
 
 def check_shapes(

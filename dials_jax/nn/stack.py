@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from dials_jax import trees
-from dials_jax.config import nearest, require
+from dials_jax.config import InputError, nearest, require, shown
 from dials_jax.nn.compaction import MAX_BRANCHES, Compaction, Gate, Slice, choose
 from dials_jax.nn.kv import gather
 from dials_jax.sharding import BATCH_AXES, constrain_rows, num_batch_shards
@@ -75,6 +75,15 @@ class Policy(Protocol):
 
         A float gate is 0 or 1 with a straight-through gradient; only `select` takes it.
         """
+
+
+def check_policy(policy: object) -> None:
+    """Raises: InputError for what is neither None nor a policy."""
+    known = isinstance(policy, Policy) and not isinstance(policy, type)
+    if policy is not None and not known:  # else its weights would be fetched for the text
+        raise InputError(
+            f"policy={shown(policy)} is no policy; give None, or one as Static((7, 9))"
+        )
 
 
 class StackOutput(NamedTuple):

@@ -13,8 +13,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dials_jax import sharding
 from dials_jax.caching.cache import Cache, NoCache
-from dials_jax.config import ModelConfig, require
-from dials_jax.models.model import Model, as_ids, row_keys
+from dials_jax.config import ModelConfig, require, typed
+from dials_jax.models.model import Model, as_ids, as_valid, row_keys
 from dials_jax.nn.stack import Executor, Policy
 from dials_jax.sampling.ancestral import Ancestral
 from dials_jax.sampling.autoregressive import Autoregressive, decode
@@ -69,6 +69,7 @@ class Generation:
     flops: Flops
 
 
+@typed
 def generate(
     model: Model | Mapping[str, Model],
     prompts: Int[ArrayLike, "B P"] | None = None,
@@ -101,10 +102,10 @@ def generate(
       left, an empty prompt where logits are shifted, more tokens than the model has positions
       for, or settings that do not compose.
     """
-    cache_given, cache = cache, cache or NoCache()
+    cache_given, cache = cache, NoCache() if cache is None else cache
     check_kinds(sampler, schedule, cache, fill_to)
     prompts = rows_without_prompts(num_rows) if prompts is None else as_ids(prompts, "prompt")
-    valid = None if valid is None else np.asarray(valid, bool)
+    valid = None if valid is None else np.asarray(as_valid(valid))
     require(
         num_rows in (None, len(prompts)),
         f"num_rows={num_rows} and {len(prompts)} prompts; num_rows is for rows without prompts",

@@ -8,9 +8,9 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from dials_jax.caching.cache import Cache, NoCache
-from dials_jax.config import InputError, ModelConfig, nearest, require
+from dials_jax.config import InputError, ModelConfig, nearest, require, shown
 from dials_jax.models.model import Model, check_shapes, check_vocabulary
-from dials_jax.nn.stack import Policy
+from dials_jax.nn.stack import Policy, check_policy
 from dials_jax.sampling.autoregressive import Autoregressive
 from dials_jax.sampling.programs import AnySampler, Role, count_steps
 from dials_jax.sampling.schedule import Schedule
@@ -42,17 +42,15 @@ def roles_of(
     models = dict(model) if several else {ALONE: model}
     policies = policy if isinstance(policy, Mapping) else dict.fromkeys(models, policy)
     for letter in policies:
-        known = f"no model is called {letter!r}{nearest(letter, models)}"
+        known = f"no model is called {letter!r}{nearest(str(letter), models)}"
         require(letter in models, f"policy: {known}")
     for letter in schedule.letters if schedule else ():
         known = f"no model is called {letter!r}{nearest(letter, models)}"
         require(letter in models, f"schedule {schedule}: {known}")
     for one in models.values():
-        require(isinstance(one, Model), f"model={one!r} is no model; give what `load` returns")
+        require(isinstance(one, Model), f"model={shown(one)} is no model; give what `load` returns")
     for one in policies.values():
-        known = isinstance(one, Policy) and not isinstance(one, type)
-        if one is not None and not known:  # else its weights would be fetched for the text
-            raise InputError(f"policy={one!r} is no policy; give None, or one as Static((7, 9))")
+        check_policy(one)
     return {letter: Role(one, policies.get(letter)) for letter, one in models.items()}
 
 
@@ -91,17 +89,18 @@ def check_turns(
 
 
 def check_kinds(sampler: object, schedule: object, cache: object, fill_to: int) -> None:
-    """Raises: InputError for text where an object is wanted, and for a batch of no rows."""
+    """Raises: InputError for what is no sampler, schedule or cache, and for a batch of no rows."""
     require(
-        not isinstance(sampler, str | type),
-        f"sampler={sampler!r} is no sampler; give one, as Confidence(gen_length=128)",
+        isinstance(sampler, AnySampler) and not isinstance(sampler, type),
+        f"sampler={shown(sampler)} is no sampler; give one, as Confidence(gen_length=128)",
     )
     require(
         schedule is None or isinstance(schedule, Schedule),
-        f"schedule={schedule!r} is no Schedule; give Schedule.parse('L2,H4,L2')",
+        f"schedule={shown(schedule)} is no Schedule; give Schedule.parse('L2,H4,L2')",
     )
     require(
-        not isinstance(cache, str | type), f"cache={cache!r} is no cache; give one, as DualCache()"
+        isinstance(cache, Cache) and not isinstance(cache, type),
+        f"cache={shown(cache)} is no cache; give one, as DualCache()",
     )
     require(fill_to > 0, f"fill_to={fill_to} must be positive")
 

@@ -7,18 +7,17 @@ its own tokens, hidden states and key.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from numbers import Integral, Number
-from typing import Any, NamedTuple
+from numbers import Number
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from dials_jax import trees
-from dials_jax.config import InputError, require
+from dials_jax.config import INT32, Range, Typed, as_type, require
 from dials_jax.nn.stack import Denoising
 from dials_jax.skipping.gumbel import gumbel_votes, straight_through_threshold
 from dials_jax.skipping.router import SKIP, apply_router, skip_share, votes_to_skip
@@ -36,11 +35,9 @@ class Static:
     layers: Sequence[int] = _static()  # kept as a sorted tuple, each once
 
     def __post_init__(self):
-        try:
-            layers = {operator.index(i) for i in self.layers}
-        except TypeError as error:
-            raise InputError(f"Static: {error}; layers are integers") from error
-        object.__setattr__(self, "layers", tuple(sorted(layers)))
+        layers = list(self.layers) if isinstance(self.layers, set | frozenset) else self.layers
+        layers = as_type(tuple[int, ...], layers, "Static: layers")
+        object.__setattr__(self, "layers", tuple(sorted(set(layers))))
 
     def check(self, num_layers: int) -> None:
         """Raises: InputError for a layer that a model of so many does not have."""
@@ -69,13 +66,13 @@ class Random:
     num_skipped: Any  # an integer; JAX also builds the class around tracers and shapes
 
     def __post_init__(self):
-        if isinstance(self.num_skipped, Number):
-            require(
-                isinstance(self.num_skipped, Integral) and int(self.num_skipped) >= 0,
-                f"Random: cannot skip {self.num_skipped} layers; give how many, 0 or more",
-            )
+        if isinstance(self.num_skipped, Number | str | list | tuple):
+            number = as_type(Annotated[int, Range(0, INT32.high)], self.num_skipped, "num_skipped")
+            object.__setattr__(self, "num_skipped", number)
 
     def plan(self, num_layers: int, denoising: Denoising) -> Bool[Array, "L B"]:
+        require(self.num_skipped is not None, "Random: num_skipped is None; give how many layers")
+
         def row(key):
             order = jax.random.permutation(jax.random.fold_in(key, denoising.step), num_layers)
             return order >= self.num_skipped
@@ -88,7 +85,7 @@ class Random:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Routed:
+class Routed(Typed):
     """Skips a layer for a row when more than `threshold` of its masked tokens vote so.
 
     A row without masked tokens executes everything. Padding never votes.
@@ -97,6 +94,10 @@ class Routed:
 
     router: PyTree
     threshold: float = _static(default=0.1)
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(0 <= self.threshold <= 1, f"threshold={self.threshold} must lie in [0, 1]")
 
     def plan(self, num_layers: int, denoising: Denoising) -> PyTree:
         check_router(self.router, num_layers)

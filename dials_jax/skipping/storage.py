@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,10 +15,14 @@ from dials_jax import sharding, trees
 from dials_jax.config import (
     InputError,
     RouterConfig,
+    Typed,
     from_dict,
+    local_path,
     read_json,
     require,
+    shown,
     to_dict,
+    typed,
     write_json,
 )
 from dials_jax.keys import seed_key
@@ -26,6 +31,20 @@ from dials_jax.skipping.router import init_routers, rounded
 
 FORMAT = "dials_jax router"
 AGAIN = "run its training command again, which writes it from the last checkpoint"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterInfo(Typed):
+    """The content of a router folder's `config.json`."""
+
+    format: str = FORMAT
+    version: int = 1
+    router: RouterConfig
+    num_layers: int
+    d_model: int
+    backbone_fingerprint: str
+    skip_weight: float  # the lambda it was trained with
+    digests: dict[str, str]  # a path in the routers' arrays to the digest of its bits
 
 
 @runtime_checkable
@@ -48,25 +67,23 @@ def save_router(
     """Writes a folder for `load_router`; `skip_weight` is the lambda it was trained with."""
     folder = Path(folder).absolute()
     ocp.save(folder / "params", routers, overwrite=True)
-    facts = {
-        "format": FORMAT,
-        "version": 1,
-        "router": to_dict(cfg),
-        "num_layers": backbone.config.num_layers,
-        "d_model": backbone.config.d_model,
-        "backbone_fingerprint": backbone.fingerprint,
-        "skip_weight": skip_weight,
-        "digests": trees.digest_hex(routers),
-    }
-    sharding.on_first_process(lambda: write_json(folder / "config.json", facts))
+    info = RouterInfo(
+        router=cfg,
+        num_layers=backbone.config.num_layers,
+        d_model=backbone.config.d_model,
+        backbone_fingerprint=backbone.fingerprint,
+        skip_weight=skip_weight,
+        digests=trees.digest_hex(routers),
+    )
+    sharding.on_first_process(lambda: write_json(folder / "config.json", to_dict(info)))
 
 
-def router_facts(path: str | Path) -> tuple[Path, dict[str, Any]]:
+def router_facts(path: str | Path) -> tuple[Path, RouterInfo]:
     """The folder of a router, given it or the workdir that trained it, and its config.json.
 
     Raises: InputError if there is no router.
     """
-    path = Path(path).expanduser().absolute()
+    path = local_path(path, "router")
     folder = path / "router" if (path / "router" / "config.json").exists() else path
     require(
         (folder / "config.json").exists(),
@@ -75,12 +92,13 @@ def router_facts(path: str | Path) -> tuple[Path, dict[str, Any]]:
     facts = read_json(folder / "config.json")
     require(
         facts.get("format") == FORMAT,
-        f"{folder} is not a router but {facts.get('format', 'something else')!r}; "
+        f"{folder} is not a router but {shown(facts.get('format', 'something else'))}; "
         "give the workdir of a finished router training",
     )
-    return folder, facts
+    return folder, from_dict(RouterInfo, facts, str(folder / "config.json"))
 
 
+@typed
 def load_router(path: str | Path, model: Backbone, threshold: float | None = None) -> Routed:
     """A trained router as a policy for `model`.
 
@@ -89,18 +107,24 @@ def load_router(path: str | Path, model: Backbone, threshold: float | None = Non
 
     Raises: InputError if the router was trained on another backbone, or if it is damaged.
     """
-    folder, facts = router_facts(path)
+    folder, info = router_facts(path)
     require(
-        trees.same_weights(facts["backbone_fingerprint"], model.fingerprint, str(folder)),
+        trees.same_weights(info.backbone_fingerprint, model.fingerprint, str(folder)),
         f"router {folder} belongs to another backbone (fingerprint "
-        f"{facts['backbone_fingerprint']}, this model is {model.fingerprint}); "
+        f"{info.backbone_fingerprint}, this model is {model.fingerprint}); "
         "load the model it was trained on, or train a router for this one",
     )
-    cfg = from_dict(RouterConfig, facts["router"], str(folder))
+    size = model.config.num_layers, model.config.d_model
+    require(
+        (info.num_layers, info.d_model) == size,
+        f"router {folder} is for {info.num_layers} layers of width {info.d_model}, this model has "
+        f"{size[0]} of {size[1]}; {AGAIN}",
+    )
+    cfg = info.router
     if threshold is not None:
         cfg = dataclasses.replace(cfg, threshold=threshold)
     abstract = jax.eval_shape(
-        lambda: init_routers(facts["d_model"], facts["num_layers"], cfg, seed_key(0))
+        lambda: init_routers(info.d_model, info.num_layers, cfg, seed_key(0))
     )
     whole = sharding.replicated(model.mesh)
     placed = jax.tree.map(
@@ -113,7 +137,7 @@ def load_router(path: str | Path, model: Backbone, threshold: float | None = Non
         raise InputError(f"router {folder} cannot be read ({reason}); {AGAIN}") from error
     # Orbax loads a flipped bit in silence.
     require(
-        trees.digest_hex(routers) == facts["digests"],
+        trees.digest_hex(routers) == info.digests,
         f"router {folder} is damaged: its arrays do not match their digests; {AGAIN}",
     )
     routers = rounded(routers, model.config.dtype)

@@ -41,7 +41,7 @@ def test_routers_come_back_bitwise(inside, workdir, router_params, backbone):
     policy = load_router(workdir / inside, backbone)
     jax.tree.map(np.testing.assert_array_equal, policy.router, router_params)
     assert policy.threshold == 0.25
-    assert router_facts(workdir / inside)[1]["skip_weight"] == 0.5
+    assert router_facts(workdir / inside)[1].skip_weight == 0.5
 
 
 def test_routers_are_laid_out_as_the_layers(workdir, router_params, arithmetic_model):
@@ -67,7 +67,7 @@ def test_saving_again_replaces(workdir, router_params, backbone):
     save_router(workdir / "router", doubled, CFG, backbone, skip_weight=0.7)
     policy = load_router(workdir, backbone)
     np.testing.assert_array_equal(policy.router["vote"], doubled["vote"])
-    assert router_facts(workdir)[1]["skip_weight"] == 0.7
+    assert router_facts(workdir)[1].skip_weight == 0.7
 
 
 def test_a_threshold_overrides_the_one_of_training(workdir, backbone):
