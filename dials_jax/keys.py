@@ -11,12 +11,17 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from dials_jax.config import Seed, as_type
+
 KIND = "threefry2x32"
 
 
 def seed_key(seed: int) -> jax.Array:
-    """The key of a seed, whatever kind JAX is set to make."""
-    return jax.random.key(seed, impl=KIND)
+    """The key of a seed, whatever kind JAX is set to make.
+
+    Raises: InputError for a seed beyond 32 bits, of which JAX would leave out the rest.
+    """
+    return jax.random.key(as_type(Seed, seed, "seed"), impl=KIND)
 
 
 def threefry_key(key: jax.Array) -> jax.Array:

@@ -80,7 +80,9 @@ pytestmark = pytest.mark.usefixtures("untyped")  # no other check stands before 
 
 
 def test_every_settings_class_is_typed_and_tried_here():
-    classes = {c for c in vars(config).values() if dataclasses.is_dataclass(c)} - {Range}
+    classes = {
+        c for c in vars(config).values() if isinstance(c, type) and dataclasses.is_dataclass(c)
+    } - {Range}
     assert all(issubclass(c, Typed) for c in classes)
     assert classes <= {type(value) for value in VALID} | {SamplingStudy}
 
@@ -96,7 +98,9 @@ def test_every_field_refuses_a_value_of_another_type_in_one_line(valid, name):
 
 @pytest.mark.parametrize(("valid", "name"), [p for p in FIELDS if is_closed(*p.values)])
 def test_every_closed_set_names_the_nearest(valid, name):
-    right = getattr(valid, name) or "float32"
+    hint = typing.get_type_hints(type(valid))[name]
+    closed = next(x for x in (hint, *typing.get_args(hint)) if typing.get_origin(x) is Literal)
+    right = typing.get_args(closed)[0]
     with pytest.raises(InputError, match=f"{name}='{right}x' is not known; did you mean '{right}'"):
         dataclasses.replace(valid, **{name: f"{right}x"})
 

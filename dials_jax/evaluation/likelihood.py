@@ -251,7 +251,7 @@ def pad_pairs(
     return out._replace(prompts=out.prompts.astype(np.int32), answers=out.answers.astype(np.int32))
 
 
-def _as_pair(pair: Sequence[ArrayLike], i: int) -> tuple[np.ndarray, np.ndarray]:
+def _as_pair(pair: object, i: int) -> tuple[np.ndarray, np.ndarray]:
     two = isinstance(pair, tuple | list) and len(pair) == 2
     require(two, f"pair {i} is {shown(pair)}; give the token ids of a prompt and of an answer")
     prompt, answer = (

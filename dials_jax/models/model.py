@@ -132,7 +132,7 @@ class Model:
         return jax.tree.map(one, rows)
 
 
-def as_ids(rows: ArrayLike, what: str) -> np.ndarray:
+def as_ids(rows: Any, what: str) -> np.ndarray:
     """Rows of token ids as one array.
 
     Args:
@@ -152,7 +152,7 @@ def as_ids(rows: ArrayLike, what: str) -> np.ndarray:
     return ids.astype(np.int32) if ids.size == 0 else ids
 
 
-def _hold_truths(rows: ArrayLike) -> bool:
+def _hold_truths(rows: Any) -> bool:
     """Whether lists of numbers hold True or False, which numpy takes for 1 and 0 there."""
     if not isinstance(rows, list | tuple):
         return False
@@ -162,7 +162,7 @@ def _hold_truths(rows: ArrayLike) -> bool:
     return bool(kinds & {bool, np.bool_})
 
 
-def as_valid(valid: ArrayLike) -> np.ndarray | jax.Array:
+def as_valid(valid: Any) -> np.ndarray | jax.Array:
     """Where tokens are real, as one array of booleans; an array on the device stays there.
 
     Raises: InputError for rows of several lengths, and for other values than true and false.
@@ -180,7 +180,7 @@ def as_valid(valid: ArrayLike) -> np.ndarray | jax.Array:
     return found.astype(bool)
 
 
-def as_time(time: ArrayLike, num_rows: int) -> np.ndarray | jax.Array:
+def as_time(time: Any, num_rows: int) -> np.ndarray | jax.Array:
     """Times of denoising; an array on the device stays there.
 
     Raises: InputError for other shapes than one, or one a row, and for times outside [0, 1].

@@ -103,7 +103,7 @@ def generate(
       for, or settings that do not compose.
     """
     cache_given, cache = cache, NoCache() if cache is None else cache
-    check_kinds(sampler, schedule, cache, fill_to)
+    check_kinds(sampler, cache, fill_to)
     prompts = rows_without_prompts(num_rows) if prompts is None else as_ids(prompts, "prompt")
     valid = None if valid is None else np.asarray(as_valid(valid))
     require(

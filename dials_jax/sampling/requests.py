@@ -88,15 +88,11 @@ def check_turns(
     )
 
 
-def check_kinds(sampler: object, schedule: object, cache: object, fill_to: int) -> None:
-    """Raises: InputError for what is no sampler, schedule or cache, and for a batch of no rows."""
+def check_kinds(sampler: object, cache: object, fill_to: int) -> None:
+    """Raises: InputError for what is no sampler or cache, and for a batch of no rows."""
     require(
         isinstance(sampler, AnySampler) and not isinstance(sampler, type),
         f"sampler={shown(sampler)} is no sampler; give one, as Confidence(gen_length=128)",
-    )
-    require(
-        schedule is None or isinstance(schedule, Schedule),
-        f"schedule={shown(schedule)} is no Schedule; give Schedule.parse('L2,H4,L2')",
     )
     require(
         isinstance(cache, Cache) and not isinstance(cache, type),

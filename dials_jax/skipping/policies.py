@@ -36,7 +36,7 @@ class Static:
 
     def __post_init__(self):
         layers = list(self.layers) if isinstance(self.layers, set | frozenset) else self.layers
-        layers = as_type(tuple[int, ...], layers, "Static: layers")
+        layers = as_type(tuple[int, ...], layers, "layers")
         object.__setattr__(self, "layers", tuple(sorted(set(layers))))
 
     def check(self, num_layers: int) -> None:

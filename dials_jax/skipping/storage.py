@@ -123,9 +123,7 @@ def load_router(path: str | Path, model: Backbone, threshold: float | None = Non
     cfg = info.router
     if threshold is not None:
         cfg = dataclasses.replace(cfg, threshold=threshold)
-    abstract = jax.eval_shape(
-        lambda: init_routers(info.d_model, info.num_layers, cfg, seed_key(0))
-    )
+    abstract = jax.eval_shape(lambda: init_routers(info.d_model, info.num_layers, cfg, seed_key(0)))
     whole = sharding.replicated(model.mesh)
     placed = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), abstract

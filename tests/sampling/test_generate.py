@@ -226,7 +226,7 @@ def test_tokens_outside_the_vocabulary_are_refused(lively, prompts):
         ({"policy": Random}, "is no policy; give None"),
         ({"policy": 3}, "policy=3 is no policy"),
         ({"model": "runs/demo"}, "model='runs/demo' is no model; give what `load` returns"),
-        ({"executor": "compct"}, "executor='compct' is unknown; did you mean 'compact'"),
+        ({"executor": "compct"}, "executor='compct' is not known; did you mean 'compact'"),
     ],
 )
 def test_what_is_no_such_thing_is_refused(lively, prompts, changes, message, untyped):

@@ -241,7 +241,7 @@ def test_no_letter_escapes_the_checks(lively, letter):
 
 
 def test_a_schedule_is_no_text(models, untyped):
-    with pytest.raises(InputError, match=r"schedule='H12' is no Schedule; give Schedule.parse"):
+    with pytest.raises(InputError, match="schedule='H12' must be a Schedule or None"):
         generate(models, num_rows=1, sampler=STEPS, schedule="H12")
 
 

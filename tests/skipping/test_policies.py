@@ -32,14 +32,14 @@ def test_static_refuses_a_layer_that_does_not_exist(layer):
         Static((layer,)).plan(L, denoising(1))
 
 
-@pytest.mark.parametrize("number", [0.25, 1.5, np.int64(-1)])
+@pytest.mark.parametrize("number", [0.25, True, "3", (3,), 2**40, np.int64(-1)])
 def test_random_skips_whole_layers(number):
-    with pytest.raises(InputError, match=f"cannot skip {number} layers; give how many"):
+    with pytest.raises(InputError, match=r"num_skipped=.* must "):
         Random(number)
 
 
 def test_static_skips_whole_layers(untyped):
-    with pytest.raises(InputError, match=r"Static: .*float.*; layers are integers"):
+    with pytest.raises(InputError, match=r"layers=1\.7 must be an integer"):
         Static((3, 1.7))
 
 
