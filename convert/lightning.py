@@ -77,12 +77,12 @@ def open_checkpoint(
     require(isinstance(state, dict), f"{path} has no state_dict; give a Lightning checkpoint")
     saved = _saved_settings(content)
     _require_mdlm(path, saved)
-    state = unwrapped({name: x for name, x in state.items() if hasattr(x, "detach")}, path)
+    state = unwrapped({name: x for name, x in state.items() if _is_named_tensor(name, x)}, path)
     tensors = {k.removeprefix(PREFIX): x for k, x in state.items() if k.startswith(PREFIX)}
     require(bool(tensors), f"{path}: no tensor of its state_dict starts with {PREFIX!r} (MDLM)")
     if ema:
         tensors |= _averaged(path, content, tensors)
-    arrays = {name: x.detach().float().numpy() for name, x in tensors.items()}
+    arrays = {name: _array(path, name, x) for name, x in tensors.items() if _counts(name, x)}
     values = _settings(path, saved, arrays)
     if mask_id is not None:
         given = {"mask_token_id": mask_id, "eos_token_id": eos_id, "pad_token_id": eos_id}
@@ -107,11 +107,33 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
+def _is_named_tensor(name: Any, x: Any) -> bool:
+    return isinstance(name, str) and hasattr(x, "detach")
+
+
+def _counts(name: str, x: Any) -> bool:
+    """Positions that a module keeps as integers are computed, as all buffers are."""
+    return x.is_floating_point() or not is_buffer(name)
+
+
+def _array(path: Path, name: str, x: Any) -> np.ndarray:
+    dense = str(x.layout) == "torch.strided" and x.device.type == "cpu"
+    require(
+        dense and x.is_floating_point(),
+        f"{path}: {PREFIX + name!r} is of {x.dtype} ({x.layout}, {x.device}); weights must be "
+        "dense and real",
+    )
+    return x.detach().float().numpy()
+
+
 def _averaged(path: Path, content: dict, tensors: dict[str, Any]) -> dict[str, Any]:
     """The averages, which are saved as a list in the order of the parameters, without names."""
     average = content.get("ema")
     shadow = average.get("shadow_params") if isinstance(average, dict) else None
-    require(bool(shadow), f"{path} holds no averaged weights; add --no-ema for the last step's")
+    require(
+        isinstance(shadow, list) and all(hasattr(x, "detach") for x in shadow),
+        f"{path} holds no averaged weights; add --no-ema for the last step's",
+    )
     names = [name for name in tensors if not is_buffer(name)]
     require(
         [x.shape for x in shadow] == [tensors[name].shape for name in names],
@@ -210,7 +232,7 @@ def _special_tokens(path: Path, saved: dict, values: dict[str, Any]) -> dict[str
     like = mdlm.known_by_size(vocab_size)
     require(
         name in mdlm.LAST_ID_IS_MASK or (named is None and like is None),
-        f"{path}: the special tokens of {named or like} with {vocab_size} tokens are not known; "
+        f"{path}: the special tokens of {named or like!r} with {vocab_size} tokens are not known; "
         "add their ids by --mask-id and --eos-id",
     )
     return {}
@@ -224,4 +246,5 @@ def _plain(settings: Any) -> Any:
         return {name: _plain(value) for name, value in settings.items()}
     if isinstance(settings, list):
         return [_plain(value) for value in settings]
-    return settings
+    known = settings is None or isinstance(settings, str | int | float)
+    return settings if known else f"<{type(settings).__name__}>"

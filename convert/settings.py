@@ -62,7 +62,7 @@ def width_of_heads(values: dict[str, Any], width: str, heads: str) -> int:
     """The model's width over the number of heads; `width` and `heads` are their names upstream."""
     d_model, num_heads = integer(values, width), integer(values, heads)
     require(
-        num_heads > 0 and d_model % num_heads == 0,
-        f"config.json: {width}={d_model} must be a multiple of {heads}={num_heads}",
+        d_model > 0 and num_heads > 0 and d_model % num_heads == 0,
+        f"config.json: {width}={d_model} must be a positive multiple of {heads}={num_heads}",
     )
     return d_model // num_heads

@@ -225,6 +225,7 @@ def test_a_mask_outside_the_vocabulary_is_refused(write_folder, tmp_path, capsys
         ({"rope_theta": float("inf")}, "rope_theta=inf"),
         ({"rope_theta": 10**400}, "rope_theta=1000"),
         ({"n_layers": True}, "n_layers=True"),
+        ({"d_model": 0}, "d_model=0 must be a positive multiple"),
         ({"vocab_size": 2**40, "embedding_size": None}, "too large"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",

@@ -218,6 +218,10 @@ SAVED = {
 }
 
 
+def spoil(content, change):
+    content["ema"]["shadow_params"][3] = change(content["ema"]["shadow_params"][3])
+
+
 def resized(content, vocab_size):
     """Gives the checkpoint's model so many tokens; random values."""
     torch = pytest.importorskip("torch")
@@ -348,12 +352,28 @@ def test_the_number_of_heads_is_read_where_no_angles_are_kept(checkpoint):
     ("change", "words"),
     [
         (lambda content: content.update(ema=[1]), "--no-ema"),
+        (lambda content: content["ema"].update(shadow_params=[1]), "--no-ema"),
+        (lambda content: content["ema"].update(shadow_params=True), "--no-ema"),
+        (lambda content: spoil(content, lambda x: x.to_sparse()), "dense"),
+        (lambda content: spoil(content, lambda x: x.to("meta")), "dense"),
+        (lambda content: spoil(content, lambda x: x.int()), "int32"),
         (lambda content: content.pop("ema"), "--no-ema"),
         (lambda content: content["ema"]["shadow_params"].reverse(), "order"),
         (lambda content: content.pop("state_dict"), "state_dict"),
         (lambda content: content["state_dict"].clear(), "backbone"),
     ],
-    ids=["odd_ema", "no_ema", "other_order", "no_state", "no_tensors"],
+    ids=[
+        "odd_ema",
+        "odd_shadow",
+        "no_list",
+        "sparse",
+        "meta",
+        "integers",
+        "no_ema",
+        "other_order",
+        "no_state",
+        "no_tensors",
+    ],
 )
 def test_a_checkpoint_of_another_kind_is_named(checkpoint, tmp_path, capsys, change, words):
     rewrite(checkpoint, change)
