@@ -150,7 +150,9 @@ def partitioned_attention(q, k, v, mask, causal):
 
 
 def _partition(causal, mesh, arg_shapes, result_shape):
-    q = arg_shapes[0].sharding.spec
+    q, k, v, _ = (x.sharding.spec for x in arg_shapes)
+    if not q == k == v:
+        raise ValueError("queries, keys and values are split in different ways, says cuDNN too")
     spec = P(*q, *[None] * (4 - len(q)))
     split, mask = NamedSharding(mesh, spec), NamedSharding(mesh, P(spec[0]))
 
@@ -184,9 +186,11 @@ def generate_as_on_gpus(mesh, cfg, params, routers):
     valid = np.arange(6) >= np.arange(8)[:, None] % 3
     policies = {"routed": Routed(routers, 0.3), "random": Random(1), "full": None}
     model, found = Model(cfg, params, mesh), {}
+    grouped_cfg = conftest.small_config(num_kv_heads=1)  # no axis splits its keys and values
+    grouped = Model(grouped_cfg, transformer.init(grouped_cfg, jax.random.key(0)), mesh)
     for policy, cache in (("routed", None), ("random", DualCache()), ("full", None)):
         out = generate(
-            model, prompts, valid, sampler=Confidence(4, 4, 2), policy=policies[policy],
+            grouped if policy == "full" else model, prompts, valid, sampler=Confidence(4, 4, 2), policy=policies[policy],
             cache=cache, executor="auto" if policy == "full" or mesh.size > 1 else "select",
         )  # fmt: skip
         found[policy] = {"tokens": out.tokens, "gates": out.gates}

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dials_jax.config import ModelConfig
 from dials_jax.nn.broadcast import shifted
 from dials_jax.nn.initializers import normal, residual_depth, zeros_if
-from dials_jax.nn.kernels import attention_per_device, on_hopper, partly_manual, splits
+from dials_jax.nn.kernels import attention_per_device, divides, on_hopper, splits_itself
 from dials_jax.nn.kv import KV
 from dials_jax.nn.rope import apply_rope
 from dials_jax.nn.splash import splash_attention, splash_fits
@@ -81,7 +81,7 @@ def attend(
     """
     if index is None and splash_fits(q, kv):
         return splash_attention(q, kv, valid, causal)
-    if index is None and not causal and on_hopper() and _window_fits(q, kv):
+    if index is None and not causal and on_hopper() and divides(q, kv) and window_fits(q, kv):
         return attention_per_device(window_attention, q, kv, valid)
     attn_mask = None if valid is None else valid[:, None, None, :]
     if index is not None:
@@ -92,9 +92,9 @@ def attend(
     if attn_mask is not None:  # cuDNN wants the query axis spelled out
         attn_mask = jnp.broadcast_to(attn_mask, (q.shape[0], 1, q.shape[1], kv.k.shape[1]))
     attention = partial(cudnn_attention, causal=causal)
-    if partly_manual():
-        return attention_per_device(attention, q, kv, attn_mask)
-    return attention(q, kv, attn_mask)
+    if splits_itself(q, kv):
+        return attention(q, kv, attn_mask)
+    return attention_per_device(attention, q, kv, attn_mask)
 
 
 def cudnn_fits(q: Float[Array, "B T N H"]) -> bool:
@@ -106,13 +106,7 @@ def cudnn_fits(q: Float[Array, "B T N H"]) -> bool:
 def cudnn_attention(
     q: Float[Array, "B T N H"], kv: KV, attn_mask: Bool[Array, "B 1 T S"] | None, causal: bool
 ) -> Float[Array, "B T N H"]:
-    """cuDNN's kernel. It can split itself over a mesh, but not over some of its axes only."""
+    """cuDNN's kernel, where it `splits_itself` or is given what one device has."""
     return jax.nn.dot_product_attention(
         q, *kv, mask=attn_mask, is_causal=causal, implementation="cudnn"
     )
-
-
-def _window_fits(q: Float[Array, "B T N H"], kv: KV) -> bool:
-    rows, heads = splits()
-    whole = q.shape[0] % rows == kv.k.shape[2] % heads == 0
-    return whole and window_fits(q, kv)

@@ -37,15 +37,23 @@ def splits() -> tuple[int, int]:
     return rows, heads
 
 
-def partly_manual() -> bool:
-    """Whether a `shard_map` around has split some axes of the mesh and left others.
+def divides(q: Float[Array, "B T N H"], kv: KV) -> bool:
+    """Whether every device gets equally many rows, and whole groups of heads."""
+    rows, heads = splits()
+    return q.shape[0] % rows == kv.k.shape[2] % heads == 0
 
-    A call that brings its own rules for splitting (`custom_partitioning`) does not compile there:
-    JAX hands it to the compiler with the axes that are left, and those of size 1 have no names by
-    then. Give such a call to `attention_per_device`, which leaves no axis.
+
+def splits_itself(q: Float[Array, "B T N H"], kv: KV) -> bool:
+    """Whether a call with its own rules for splitting (`custom_partitioning`) may stand here.
+
+    Where a `shard_map` around has split some axes of the mesh and left others, such a call does not
+    compile: JAX gives the compiler the axes that are left, and those of size 1 have no names by
+    then. And cuDNN's rules want keys and values split as queries are, which heads in groups that
+    do not divide are not. There, `attention_per_device` leaves nothing to split.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and 0 < len(mesh.manual_axes) < len(mesh.axis_names)
+    partly_manual = not mesh.empty and 0 < len(mesh.manual_axes) < len(mesh.axis_names)
+    return not partly_manual and divides(q, kv)
 
 
 def attention_per_device(

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from dials_jax.nn.kernels import attention_per_device, splits
+from dials_jax.nn.kernels import attention_per_device, divides
 from dials_jax.nn.kv import KV
 
 BLOCKS = 512, 256, 128  # queries and keys at a time: the most that divide the length
@@ -24,8 +24,7 @@ def splash_fits(q: Float[Array, "B T N H"], kv: KV) -> bool:
     whole_blocks = num_queries % BLOCKS[-1] == num_keys % BLOCKS[-1] == 0
     if not _on_tpu() or q.dtype != jnp.bfloat16 or num_keys < SHORTEST or not whole_blocks:
         return False
-    rows, heads = splits()
-    return q.shape[0] % rows == kv.k.shape[2] % heads == 0
+    return divides(q, kv)
 
 
 def _on_tpu() -> bool:
