@@ -8,6 +8,8 @@ first. `BUFFERS` is a pattern of the names of what is saved beside weights.
 
 from __future__ import annotations
 
+import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from convert.settings import flag
 from convert.table import fill, is_buffer, unwrapped
 from dials_jax import trees
 from dials_jax.config import InputError, ModelConfig, nearest, read_json, require
+from dials_jax.data.tokenizer import has_tokenizer, load_tokenizer
 from dials_jax.models.checkpoint import dtype_name, save_model
 from dials_jax.models.groups import abstract_params
 
@@ -121,7 +124,33 @@ def convert(source: str | Path, target: str | Path, dtype: Any = None) -> ModelC
 
 
 def write(target: str | Path, cfg: ModelConfig, params: trees.Params, beside: Path) -> ModelConfig:
-    """Writes a model folder, with the tokenizer's files of the folder `beside`."""
-    present = [file for name in TOKENIZER_FILES if (file := beside / name).is_file()]
-    save_model(target, cfg, params, dtype=cfg.dtype, tokenizer_files=present)
+    """Writes a model folder, with the tokenizer of the folder `beside`."""
+    with tempfile.TemporaryDirectory() as made:
+        files = tokenizer_files(beside, Path(made))
+        save_model(target, cfg, params, dtype=cfg.dtype, tokenizer_files=files)
     return cfg
+
+
+def tokenizer_files(source: Path, made: Path) -> list[Path]:
+    """The files to copy, and a tokenizer.json in the folder `made` where they do not say all.
+
+    A published folder's tokenizer may depend on its config.json, which the model folder replaces.
+    Links are followed: Hugging Face's cache is made of them. Any other that leads out of the folder
+    is named in a warning, since what it leads to is copied.
+    """
+    files = {name: source / name for name in TOKENIZER_FILES if (source / name).is_file()}
+    root = source.resolve()
+    for file in files.values():
+        target = file.resolve()
+        if not any(map(target.is_relative_to, (root, root.parent.parent / "blobs"))):
+            warnings.warn(f"{file} is a link; {target} is copied", stacklevel=3)
+    if not has_tokenizer(source):
+        return list(files.values())
+    try:
+        tokenizer, complete = load_tokenizer(source), files.get("tokenizer.json")
+        if not complete or load_tokenizer(complete).fingerprint != tokenizer.fingerprint:
+            tokenizer.save(made)
+            files["tokenizer.json"] = made / "tokenizer.json"
+    except (ImportError, InputError) as error:
+        warnings.warn(f"the tokenizer's files are copied as they are: {error}", stacklevel=3)
+    return list(files.values())

@@ -50,10 +50,12 @@ def read_folder(folder: Path) -> Reading | None:
     Raises: InputError for files that contradict each other, or that transformers cannot read.
     """
     own = _own_readings(folder)
-    wanted = _read_published(folder) if _is_published(folder) else None
-    if not own and wanted is None:
+    if _is_published(folder):
+        wanted, is_gpt2 = _read_published(folder)
+    elif own:
+        wanted, is_gpt2 = own[-1], (folder / "vocab.json").is_file() and follows_gpt2(own[-1])
+    else:
         return None
-    wanted = wanted or own[-1]
     backend = next((x for x in own if x is wanted or encode_alike(x, wanted)), wanted)
     check_ids_of_added(backend, _declared_ids(folder), folder)
     before = own[-1] if own else backend  # what version 0.1 read
@@ -61,7 +63,7 @@ def read_folder(folder: Path) -> Reading | None:
     if not (folder / "tokenizer.json").is_file() and own:
         before = with_mask(before)
     found = fingerprint_of(before)
-    if (folder / "vocab.json").is_file() and follows_gpt2(backend):
+    if is_gpt2:
         backend = with_mask(backend)
     return Reading(backend, (found,)) if same else Reading(backend, misread=found)
 
@@ -225,24 +227,28 @@ def _settings(folder: Path) -> dict[str, Any]:
     return read_json(file) if file.is_file() else {}
 
 
-def _model_type(folder: Path) -> str | None:
+def _config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
-    return read_json(file).get("model_type") if file.is_file() else None
+    return read_json(file) if file.is_file() else {}
 
 
 def _is_published(folder: Path) -> bool:
+    """Whether it takes transformers to say what the files mean."""
+    complete, config = (folder / "tokenizer.json").is_file(), _config(folder)
+    if "format" in config and complete:
+        return False  # a model folder of this library; conversion completed tokenizer.json
     if (folder / "tokenizer_config.json").is_file():
-        return True
+        # Without any of these transformers knows no more than the other files say.
+        return bool({"tokenizer_class", "auto_map"} & _settings(folder).keys()) or (
+            "model_type" in config
+        )
     # Where neither it nor tokenizer.json says what the two files mean, the kind of model does.
-    return (
-        (folder / "vocab.json").is_file()
-        and not (folder / "tokenizer.json").is_file()
-        and _model_type(folder) not in GPT2_TYPES
-    )
+    two_files = (folder / "vocab.json").is_file()
+    return two_files and not complete and config.get("model_type") not in GPT2_TYPES
 
 
-def _read_published(folder: Path) -> Any:
-    """The fast tokenizer that transformers makes of the files."""
+def _read_published(folder: Path) -> tuple[Any, bool]:
+    """The fast tokenizer that transformers makes of the files; whether it is GPT-2's, as it was."""
     require_packages("data", "transformers", "tokenizers")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found"
     from transformers import AutoTokenizer, PreTrainedTokenizerFast, logging
@@ -250,7 +256,7 @@ def _read_published(folder: Path) -> Any:
 
     settings, complete = _settings(folder), (folder / "tokenizer.json").is_file()
     name = settings.get("tokenizer_class") or ""
-    kind = KNOWN_TYPES.get(name) or ("" if name else KNOWN_TYPES.get(_model_type(folder)))
+    kind = KNOWN_TYPES.get(name or _config(folder).get("model_type"))
     foreign = not (tokenizer_class_from_name(name) if name else "auto_map" not in settings)
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     reader: Any = AutoTokenizer
@@ -278,4 +284,4 @@ def _read_published(folder: Path) -> Any:
     )
     backend = found.backend_tokenizer
     backend.post_processor = None  # adds special tokens, which are never asked for
-    return backend
+    return backend, type(found).__name__ == "GPT2Tokenizer" and found.mask_token is None

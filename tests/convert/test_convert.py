@@ -1,5 +1,6 @@
 """Conversion gives the weights, and the numbers, of the published model."""
 
+import sys
 from pathlib import Path
 
 import jax
@@ -9,11 +10,13 @@ import numpy as np
 import pytest
 
 from convert.__main__ import main
-from convert.hugging_face import convert, open_folder
+from convert.hugging_face import convert, open_folder, write
 from dials_jax import trees
 from dials_jax.config import InputError
+from dials_jax.data.tokenizer import character_tokenizer, load_tokenizer
 from dials_jax.loading import load
 from dials_jax.models import checkpoint, llada, transformer
+from tests.data import published
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llada_tiny"
 TOLERANCE = 2e-4
@@ -245,6 +248,52 @@ def test_tokenizer_files_come_along(write_folder, tmp_path):
     source = write_folder()
     (source / "tokenizer.json").write_text("{}")
     (source / "README.md").write_text("not a tokenizer")
-    convert(source, tmp_path / "target")
+    with pytest.warns(UserWarning, match=r"copied as they are: .*source is not a tokenizer"):
+        convert(source, tmp_path / "target")
     assert (tmp_path / "target" / "tokenizer.json").read_text() == "{}"
     assert not (tmp_path / "target" / "README.md").exists()
+
+
+def lay_out(kind, folder):
+    source = getattr(published, kind.removesuffix("_alone"))(folder)
+    if kind == "qwen2_alone":  # nothing but its config.json says what kind it is
+        (source / "tokenizer_config.json").unlink()
+    if kind == "gpt2_alone":
+        (source / "tokenizer.json").unlink()
+    return source
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt2_alone", "qwen2", "qwen2_alone", "dream", "llada"])
+def test_a_converted_folder_has_the_ids_of_its_source(kind, write_folder, tmp_path, monkeypatch):
+    source = lay_out(kind, tmp_path / "tokenizer")
+    expected = load_tokenizer(source)
+    target = tmp_path / "target"
+    cfg, params = open_folder(write_folder())
+    write(target, cfg, params, source)
+    monkeypatch.setitem(sys.modules, "transformers", None)  # what is converted needs it no more
+    found = load_tokenizer(target)
+    assert found.fingerprint == expected.fingerprint
+    assert found.encode_batch(published.texts()) == expected.encode_batch(published.texts())
+    copied = {file.name for file in source.iterdir()} - {"config.json", "tokenization_dream.py"}
+    assert copied <= {file.name for file in target.iterdir()}
+
+
+def test_links_of_the_cache_are_followed_and_others_named(write_folder, tmp_path, recwarn):
+    cache, source = tmp_path / "hub" / "blobs", tmp_path / "hub" / "snapshots" / "1"
+    cache.mkdir(parents=True)
+    source.mkdir(parents=True)
+    character_tokenizer("abc").save(cache)
+    (source / "tokenizer.json").symlink_to("../../blobs/tokenizer.json")
+    cfg, params = open_folder(write_folder())
+    write(tmp_path / "target", cfg, params, source)
+    assert not [w for w in recwarn if "link" in str(w.message)]
+    copy = tmp_path / "target" / "tokenizer.json"
+    assert not copy.is_symlink() and copy.read_bytes() == (cache / copy.name).read_bytes()
+    (tmp_path / "far").mkdir()
+    (cache / copy.name).rename(tmp_path / "far" / copy.name)
+    (source / copy.name).unlink()
+    (source / copy.name).symlink_to(tmp_path / "far" / copy.name)
+    with pytest.warns(
+        UserWarning, match=r"tokenizer.json is a link; .*far/tokenizer.json is copied"
+    ):
+        write(tmp_path / "again", cfg, params, source)
