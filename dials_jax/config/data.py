@@ -22,7 +22,8 @@ class TextData(Typed):
 
     kind: Literal["text"] = "text"
     paths: tuple[str, ...] = ()  # .txt, .jsonl or .jsonl.xz files, or folders of them
-    tokenizer: str = ""  # a tokenizer.json, or a folder with one or with vocab.json and merges.txt
+    # A tokenizer.json, or a folder with the files of one (docs/data.md); "" is the model's.
+    tokenizer: str = ""
     length: int = 1024
     prompt_length: int = 0  # tokens at the front that are never masked
     random_length_prob: float = 0.01  # rows cut to U{1..length}, as LLaDA does (appendix B.1)
@@ -48,7 +49,7 @@ class CorpusData(Typed):
     paths: tuple[str, ...] = ()  # or .txt, .jsonl, .jsonl.gz, .jsonl.xz files, or folders of them
     text_field: str = "text"
     skip_bad_files: bool = False  # leave out files that cannot be read, instead of stopping
-    tokenizer: str = ""  # as in TextData; training takes the one in `folder` where this is empty
+    tokenizer: str = ""  # as in TextData; where the model has none either, the one in `folder`
     length: int = 1024
     packing: Literal["mdlm", "stream"] = "mdlm"  # see dials_jax/data/packing.py
     num_validation: int = 100_000  # so many last documents are the split "validation"
@@ -79,7 +80,7 @@ class TaskData(Typed):
 
     kind: Literal["task"] = "task"
     paths: tuple[str, ...] = ()
-    tokenizer: str = ""
+    tokenizer: str = ""  # as in TextData
     prompt: str = "{prompt}"
     answer: str = "{answer}"
     prompt_length: int = 512  # longest prompt in tokens; prompts are padded on the left

@@ -34,6 +34,7 @@ from dials_jax.data.records import (
     content_sha256,
     expand_paths,
     file_sha256,
+    located,
     read_documents,
 )
 from dials_jax.data.tokenizer import Tokenizer, check_ids, load_tokenizer
@@ -104,7 +105,7 @@ def pack_text(
     """Packs the documents of `cfg.paths` (a .txt file is one document), or finds them packed.
 
     Every document ends with an EOS token. What does not fill the last row is dropped. Names of
-    special tokens inside a document are ordinary text.
+    added tokens inside a document are ordinary text.
 
     Args:
       tokenizer: default: the one at `cfg.tokenizer`.
@@ -119,7 +120,9 @@ def pack_text(
     tokenizer = tokenizer or load_tokenizer(cfg.tokenizer)
     check_ids(tokenizer, mask_id, eos_id)
     packed, is_there = _find_packed(cfg, files, tokenizer, eos_id)
-    if not is_there:
+    if is_there:
+        _check_spelling(files, tokenizer)
+    else:
         _pack(files, tokenizer, eos_id, mask_id, cfg.length, packed)
     return PackedText(
         tokens=np.load(packed, mmap_mode="r"),
@@ -167,6 +170,17 @@ def _find_packed(
                 stacklevel=3,
             )
     return now, False
+
+
+def _check_spelling(files: list[Path], tokenizer: Tokenizer) -> None:
+    """Raises: InputError for text whose rows lack characters: version 0.1 left them out."""
+    if tokenizer.spells_all:
+        return
+    plain = tokenizer.plain()
+    for where, chunks in chain.from_iterable(map(read_documents, files)):
+        with located(where):
+            for chunk in chunks:
+                plain.check_spelling([chunk])
 
 
 def _is_whole(packed: Path) -> bool:

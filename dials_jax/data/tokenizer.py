@@ -39,8 +39,7 @@ class Tokenizer:
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Raises: InputError if a text holds a character that the vocabulary cannot spell."""
-        if self._spelling is not None:
-            self._spelling.check(texts)
+        self.check_spelling(texts)
         try:
             encodings = self.backend.encode_batch(texts, add_special_tokens=False)
         except Exception as error:  # the package raises nothing more precise
@@ -48,6 +47,16 @@ class Tokenizer:
             odd = sorted({c for text in texts for c in text if c not in known})
             raise cannot_spell(odd, str(error)) from error
         return [encoding.ids for encoding in encodings]
+
+    @property
+    def spells_all(self) -> bool:
+        """False for a BPE that would leave characters out."""
+        return self._spelling is None
+
+    def check_spelling(self, texts: Sequence[str]) -> None:
+        """Raises: InputError naming the characters that a BPE would leave out."""
+        if self._spelling is not None:
+            self._spelling.check(texts)
 
     @functools.cached_property
     def _spelling(self) -> Spelling | None:

@@ -251,3 +251,22 @@ def test_packed_text_of_wrong_ids_is_packed_anew_and_named(folders, text, tmp_pa
     with warnings.catch_warnings(action="error"):  # said once
         assert pack_text(text, eos_id, None, qwen2).fingerprint == again.fingerprint
     assert again.fingerprint != first.fingerprint
+
+
+def test_packed_text_with_characters_left_out_is_refused(text, tmp_path, monkeypatch):
+    """Version 0.1 packed it under the same name."""
+    symbols = sorted(set("the cat sat on the mat in 024.".replace(" ", "Ġ")))
+    vocab = {symbol: i for i, symbol in enumerate(symbols)}
+    published.write(tmp_path / "vocab.json", vocab)
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = load_tokenizer(tmp_path)
+    eos_id = tokenizer.token_to_id("<|endoftext|>")
+    first = pack_text(text, eos_id, None, tokenizer)
+    again = pack_text(text, eos_id, None, load_tokenizer(tmp_path))
+    assert again.fingerprint == first.fingerprint  # a small alphabet is no fault
+    (tmp_path / "text.txt").write_text("the cat sat on the mat in 2026. " * 9)
+    with monkeypatch.context() as patch:
+        patch.setattr(Tokenizer, "check_spelling", lambda *_: None)
+        pack_text(text, eos_id, None, load_tokenizer(tmp_path))
+    with pytest.raises(InputError, match=r"text.txt: the tokenizer cannot encode '6'"):
+        pack_text(text, eos_id, None, load_tokenizer(tmp_path))
