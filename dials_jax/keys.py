@@ -1,9 +1,9 @@
 """Random keys, all of one kind: a sequence's random numbers are its own in whatever batch.
 
-Of JAX's kinds only threefry promises that `vmap` over keys gives what each key gives by itself.
-Under "rbg" and "unsafe_rbg", which are usual on TPUs, it reads the first key of the batch and no
-other. So every key made from a seed names its kind, and keys of another kind are converted where
-they come in.
+`vmap` over threefry keys gives what each key gives by itself. Over keys of "rbg" and "unsafe_rbg",
+which are usual on TPUs, it reads the first of the batch and no other (as `jax.random` says). So
+every key made from a seed names its kind, and keys of another kind are converted where they come
+in.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ def threefry_key(key: jax.Array) -> jax.Array:
 
 
 def _of_words(words: jax.Array) -> jax.Array:
+    words = jnp.pad(words, (words.size % 2, 0))  # "philox2x32" has one
     key = folded = jax.random.wrap_key_data(words[:2], impl=KIND)
     for word in words[2:]:
         folded = jax.random.fold_in(folded, word)

@@ -43,7 +43,7 @@ def test_every_key_made_from_a_seed_names_its_kind():
         assert path.name == "keys.py" or not found, f"{path} makes a key; use keys.seed_key"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "philox2x32", "philox4x32"])
 def test_converted_keys_differ_where_keys_do(kind):
     keys = jax.random.split(jax.random.key(0, impl=kind), 64)
     found = threefry_key(keys)
