@@ -21,7 +21,7 @@ class TextData(Typed):
     """Documents packed end to end into rows of `length` tokens."""
 
     kind: Literal["text"] = "text"
-    paths: tuple[str, ...] = ()  # .txt, .jsonl or .jsonl.xz files, or folders of them
+    paths: tuple[str, ...] = ()  # .txt, .jsonl, .jsonl.gz, .jsonl.xz files, or folders of them
     # A tokenizer.json, or a folder with the files of one (docs/data.md); "" is the model's.
     tokenizer: str = ""
     length: int = 1024
@@ -43,7 +43,7 @@ class CorpusData(Typed):
 
     kind: Literal["corpus"] = "corpus"
     folder: str  # the rows, for all hosts of a pod
-    dataset: str = ""  # name or folder for `datasets.load_dataset`: "Skylion007/openwebtext"
+    dataset: str = ""  # "Skylion007/openwebtext", or a folder; see docs/data.md
     dataset_config: str = ""
     dataset_split: str = "train"
     paths: tuple[str, ...] = ()  # or .txt, .jsonl, .jsonl.gz, .jsonl.xz files, or folders of them

@@ -146,6 +146,14 @@ def load_corpus(cfg: CorpusData, eos_id: int | None, tokenizer: Tokenizer) -> Pa
     )
 
 
+def read_notes(folder: Path) -> dict[str, dict[str, Any]]:
+    """What is known of files, by their paths; nothing where that was edited or half written."""
+    with contextlib.suppress(InputError):
+        notes = read_json(folder / FILES)
+        return {path: note for path, note in notes.items() if isinstance(note, dict)}
+    return {}
+
+
 def verify_parts(folder: Path, split: dict[str, Any], again: bool = False) -> None:
     """Compares the parts of a split of the manifest with their digests.
 
@@ -159,9 +167,7 @@ def verify_parts(folder: Path, split: dict[str, Any], again: bool = False) -> No
     """
     from tqdm import tqdm
 
-    notes: dict[str, Any] = {}
-    with contextlib.suppress(InputError):  # none yet, or half of them
-        notes = read_json(folder / FILES)
+    notes = read_notes(folder)
     # No path ends with a slash, so this is no file of the corpus, which are noted there too.
     verified = notes.setdefault(f"{PARTS}/", {})
     fresh = {}

@@ -18,12 +18,11 @@ from dials_jax.config import (
     CorpusData,
     InputError,
     nearest,
-    read_json,
     require,
     require_packages,
     write_json,
 )
-from dials_jax.data.corpus import FILES, PARTS
+from dials_jax.data.corpus import FILES, PARTS, read_notes
 from dials_jax.data.records import (
     JSON_LINES,
     TEXT,
@@ -109,19 +108,16 @@ def _survey(cfg: CorpusData, paths: list[Path]) -> dict[str, dict[str, Any]]:
     """What is known of every file: its documents, digest, and why it cannot be read."""
     from tqdm import tqdm
 
-    notes = Path(cfg.folder) / FILES
-    known: dict[str, Any] = {}
-    with contextlib.suppress(InputError):  # none yet, or half of them
-        known = read_json(notes)
+    known = read_notes(Path(cfg.folder))
     field, found = cfg.text_field, {}
     # disable=None: no bar where stderr is a file.
     for path in tqdm(paths, "reading", unit=" files", disable=None):
         stamp = [path.stat().st_size, path.stat().st_mtime_ns, field]
         entry = known.get(str(path), {})
-        unchanged = entry.get("stamp") == stamp and not entry["error"]
+        unchanged = entry.get("stamp") == stamp and entry.get("error") == ""
         found[str(path)] = entry if unchanged else {"stamp": stamp, **_look_at(path, field)}
     parts = f"{PARTS}/"  # what `corpus.verify_parts` notes there
-    write_json(notes, ({parts: known[parts]} if parts in known else {}) | found)
+    write_json(Path(cfg.folder) / FILES, ({parts: known[parts]} if parts in known else {}) | found)
     return found
 
 

@@ -112,7 +112,9 @@ class Tokenizer:
     def save(self, folder: str | Path) -> None:
         """Writes tokenizer.json into `folder`, which is made if needed."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        self.backend.save(str(Path(folder) / "tokenizer.json"))
+        # Not by `backend.save`, whose errors do not say that they are the disk's.
+        text = self.backend.to_str(pretty=True)
+        (Path(folder) / "tokenizer.json").write_text(text, encoding="utf-8")
 
     @property
     def fingerprint(self) -> str:

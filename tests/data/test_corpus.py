@@ -346,6 +346,28 @@ def test_rows_of_another_kind_are_one_line(cfg, model_config):
             training_data(cfg, model_config)
 
 
+@pytest.mark.parametrize("notes", ["half of", "[]", '{"parts/": 3}', None])
+def test_notes_on_files_are_only_a_help(cfg, model_config, notes):
+    manifest = prepare(cfg, model_config)
+    path = Path(cfg.folder) / "files.json"
+    path.write_text(notes or json.dumps({**json.loads(path.read_text()), cfg.paths[0]: 3}))
+    training_data(cfg, model_config)
+    assert prepare(cfg, model_config) == manifest
+
+
+def test_a_folder_in_the_place_of_a_file_is_one_line(cfg, model_config):
+    prepare(cfg, model_config)
+    path = Path(cfg.folder) / "tokenizer.json"
+    content = path.read_bytes()
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(InputError, match=r"not prepared \(Is a directory: .*tokenizer\.json\)"):
+        prepare(cfg, model_config)
+    path.rmdir()
+    prepare(cfg, model_config)
+    assert path.read_bytes() == content
+
+
 @needs_records
 def test_damaged_records_are_one_line_and_import_nothing(cfg, model_config):
     cfg = dataclasses.replace(cfg, reader="grain", num_validation=0)
