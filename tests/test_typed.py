@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 from dials_jax import config
+from dials_jax.caching.early_skip import EarlySkip
+from dials_jax.caching.parse import parse_cache
 from dials_jax.commands import override
 from dials_jax.config import (
     ArithmeticData,
@@ -40,6 +42,14 @@ from dials_jax.config import (
     read_json,
     to_dict,
 )
+from dials_jax.data.tokenizer import load_tokenizer
+from dials_jax.evaluation.likelihood import pad_pairs
+from dials_jax.loading import load
+from dials_jax.sampling.ancestral import Ancestral
+from dials_jax.sampling.confidence import Confidence
+from dials_jax.sampling.dream import Dream
+from dials_jax.sampling.schedule import Schedule
+from dials_jax.skipping.policies import Routed, check_router
 from tests.conftest import small_config
 
 MODELS = (("H", "runs/heavy"), ("L", "runs/light"))
@@ -226,3 +236,59 @@ def test_json_that_cannot_be_read_is_refused_in_one_line(tmp_path, text):
 def test_names_that_are_no_files_are_refused(tmp_path, name, message):
     with pytest.raises(InputError, match=message):
         read_json(tmp_path / name)
+
+
+ODD = [None, "x", b"x", 1.5, math.nan, True, -1, 2**40, [1], {"a": 1}, object(), np.zeros((2, 2))]
+
+
+@pytest.mark.parametrize("odd", ODD, ids=lambda x: type(x).__name__)
+@pytest.mark.parametrize(
+    ("function", "right", "names"),
+    [
+        (Schedule.parse, {}, "text"),
+        (Schedule.sandwich, {"steps": 8, "light_steps": 2}, "steps light_steps light heavy"),
+        (Schedule.quarter, {"number": 1, "steps": 8}, "number steps heavy"),
+        (Schedule.coarse, {"num_segments": 2, "chosen": (0,), "steps": 8}, "num_segments steps"),
+        (load, {"path": "no/such/folder"}, "path dtype mesh layout"),
+        (load_tokenizer, {}, "path"),
+        (parse_cache, {}, "text"),
+        (Confidence, {"gen_length": 8, "block_length": 8, "steps": 8}, "gen_length remasking"),
+        (Dream, {"max_new_tokens": 8, "steps": 8}, "steps alg"),
+        (Ancestral, {"length": 8, "steps": 8}, "length precision first_hitting"),
+        (EarlySkip, {}, "proportions depths prompt_every indicator"),
+        (Routed, {"router": {}}, "threshold"),
+        (pad_pairs, {"pairs": [([3], [4])], "cfg": small_config()}, "pairs cfg prompt_length"),
+    ],
+    ids=lambda x: getattr(x, "__qualname__", ""),
+)
+def test_public_functions_refuse_odd_arguments_in_one_line(function, right, names, odd):
+    harmless = {
+        "first_hitting=True", "dtype=None", "mesh=None", "heavy='x'", "light='x'",
+        "prompt_length=-1",
+    }  # fmt: skip
+    for name in names.split():
+        if f"{name}={odd!r}" in harmless:
+            continue
+        with pytest.raises(InputError) as error:
+            function(**{**right, name: odd})
+        assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        ([3.9], [4]), ([True, 3], [4]), ([3], [4], [5]), 3, "ab", ([2**40], [4]), ([3], [-1]),
+        (3, 4), ([[3]], [[4]]), ("a", "b"), (None, [3]), ([3], [63]), ([3], []),
+        ([3], np.array([4.0])), ([3], [4, np.True_]), ([3], [2**32 + 4]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_likelihood_is_of_token_ids_only(pair):
+    with pytest.raises(InputError):
+        pad_pairs([pair], small_config())
+
+
+@pytest.mark.parametrize("router", ["x", {}, None, [1], {"a": 3}, object()], ids=str)
+def test_a_policy_without_routers_is_refused(router):
+    with pytest.raises(InputError, match="the router holds no arrays"):
+        check_router(router, 4)

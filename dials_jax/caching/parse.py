@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dials_jax.caching.cache import Cache, DualCache, PrefixCache
 from dials_jax.caching.early_skip import EarlySkip
-from dials_jax.config import nearest, require, typed
+from dials_jax.config import nearest, require, shown, typed
 
 
 @typed
@@ -14,9 +14,11 @@ def parse_cache(text: str) -> Cache | None:
     if name == "es":
         require(
             len(numbers) == 2 and all(n.isdecimal() and len(n) < 10 for n in numbers),
-            f"cache {text!r}: give es-PROMPT-BLOCK, as in es-64-4",
+            f"cache {shown(text)}: give es-PROMPT-BLOCK, as in es-64-4",
         )
         return EarlySkip(prompt_every=int(numbers[0]), block_every=int(numbers[1]))
     caches = {"none": None, "prefix": PrefixCache(), "dual": DualCache()}
-    require(text in caches, f"cache {text!r} is not known{nearest(text, [*caches, 'es-64-4'])}")
+    require(
+        text in caches, f"cache {shown(text)} is not known{nearest(text, [*caches, 'es-64-4'])}"
+    )
     return caches[text]

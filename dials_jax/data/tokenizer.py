@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from dials_jax.config import InputError, ModelConfig, require
+from dials_jax.config import InputError, ModelConfig, local_path, require, typed
 from dials_jax.data.spelling import Spelling, cannot_spell, incomplete_spelling
 from dials_jax.data.tokenizer_files import fingerprint_of, read_file, read_folder
 
@@ -147,6 +147,7 @@ def has_tokenizer(folder: str | Path) -> bool:
     return any((Path(folder).expanduser() / name).is_file() for name in names)
 
 
+@typed
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Loads the tokenizer of a folder, or a tokenizer.json.
 
@@ -157,7 +158,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Raises: InputError if there is no tokenizer at `path`, or if it does not parse.
     """
     require(bool(path), "no tokenizer is given; set tokenizer= to a file or a folder")
-    path = Path(path).expanduser()
+    path = local_path(path, "tokenizer")
     try:
         found = read_folder(path) if path.is_dir() else read_file(path) if path.is_file() else None
     except InputError:

@@ -215,6 +215,7 @@ def score_pairs(
     return scores, flops
 
 
+@typed
 def pad_pairs(
     pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
     cfg: ModelConfig,
@@ -226,7 +227,12 @@ def pad_pairs(
     Raises: InputError for an empty answer, [MASK] or an unknown token in a pair, anything but
       integers, or more tokens than positions.
     """
+    require(isinstance(pairs, list | tuple), f"pairs={shown(pairs)} is no list of pairs")
     pairs = [_as_pair(pair, i) for i, pair in enumerate(pairs)]
+    for length in (prompt_length, answer_length):
+        require(
+            length <= cfg.max_length, f"{length} tokens are more than {cfg.max_length} positions"
+        )
     prompt_length = max([prompt_length, *(len(p) for p, _ in pairs)])
     answer_length = max([answer_length, *(len(a) for _, a in pairs)])
     out = Pairs(

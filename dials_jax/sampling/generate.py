@@ -106,6 +106,7 @@ def generate(
     check_kinds(sampler, cache, fill_to)
     prompts = rows_without_prompts(num_rows) if prompts is None else as_ids(prompts, "prompt")
     valid = None if valid is None else np.asarray(as_valid(valid))
+    require(prompts.ndim == 2, f"prompts have shape {prompts.shape}; give [batch, length]")
     require(
         num_rows in (None, len(prompts)),
         f"num_rows={num_rows} and {len(prompts)} prompts; num_rows is for rows without prompts",

@@ -5,14 +5,15 @@ Source: Sedykh et al. 2026, "Not All Denoising Steps Are Equal", section 3.
 
 from __future__ import annotations
 
-import operator
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
-from numbers import Real
+from typing import Annotated
 
-from dials_jax.config import Typed, require
+from dials_jax.config import Range, Typed, as_type, require, shown, typed
+
+Steps = Annotated[int, Range(1, 10_000_000)]  # every one of them is written out as a letter
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,12 @@ class Schedule(Typed):
         for letter, steps in self.segments:
             require(
                 len(letter) == 1 and letter.isalpha() and steps > 0,
-                f"schedule segment {letter}{steps}: give one letter and a positive number of steps",
+                f"schedule segment {letter[:20]}{steps}: give one letter and a positive number of "
+                "steps",
             )
 
     @classmethod
+    @typed
     def parse(cls, text: str) -> Schedule:
         """From text such as `L125,H750,L125`.
 
@@ -44,11 +47,11 @@ class Schedule(Typed):
         """
         segments = []
         for part in text.split(","):
-            found = re.fullmatch(r"\s*([A-Za-z])(\d+)\s*", part)
+            found = re.fullmatch(r"\s*([A-Za-z])([0-9]{1,9})\s*", part)
             require(
                 found is not None,
-                f"schedule {text!r}: {part.strip()!r} is not a letter and a number of steps, as in "
-                "L125,H750,L125",
+                f"schedule {shown(text)}: {shown(part.strip())} is not a letter and a number of "
+                "steps, as in L125,H750,L125",
             )
             segments.append((found[1], int(found[2])))
         return cls(tuple(segments))
@@ -57,35 +60,42 @@ class Schedule(Typed):
         return ",".join(f"{letter}{steps}" for letter, steps in self.segments)
 
     @classmethod
+    @typed
     def of_steps(cls, letters: Iterable[str]) -> Schedule:
         """From the letter of every step; equal neighbours make one run."""
+        if not isinstance(letters, str):
+            letters = as_type(tuple[str, ...], letters, "letters")
         return cls(tuple((letter, len(list(run))) for letter, run in groupby(letters)))
 
     @classmethod
+    @typed
     def sandwich(
-        cls, steps: int, light_steps: Real, light: str = "L", heavy: str = "H"
+        cls, steps: Steps, light_steps: int | float, light: str = "L", heavy: str = "H"
     ) -> Schedule:
         """Light steps at both ends, half of them each; an odd one comes first.
 
         Args:
           light_steps: how many (an integer), or which fraction of all (a float).
         """
+        _require_letters(light, heavy)
         count = _count(steps, light_steps)
         ends = count - count // 2, count // 2
         return cls.of_steps(light * ends[0] + heavy * (steps - count) + light * ends[1])
 
     @classmethod
-    def quarter(cls, number: int, steps: int, light: str = "L", heavy: str = "H") -> Schedule:
+    @typed
+    def quarter(cls, number: int, steps: Steps, light: str = "L", heavy: str = "H") -> Schedule:
         """Light steps in one quarter, the first (most noise) to the fourth."""
         require(1 <= number <= 4, f"quarter {number} does not exist; give 1 to 4")
         return cls.coarse(4, (number - 1,), steps, light, heavy)
 
     @classmethod
+    @typed
     def coarse(
         cls,
-        num_segments: int,
+        num_segments: Steps,
         chosen: Iterable[int],
-        steps: int,
+        steps: Steps,
         light: str = "L",
         heavy: str = "H",
     ) -> Schedule:
@@ -93,7 +103,9 @@ class Schedule(Typed):
 
         Raises: InputError for steps that do not split evenly, or segments that do not exist.
         """
-        chosen = set(chosen)
+        _require_letters(light, heavy)
+        listed = list(chosen) if isinstance(chosen, set | frozenset) else chosen
+        chosen = set(as_type(tuple[int, ...], listed, "chosen"))
         require(
             steps % num_segments == 0,
             f"steps={steps} do not split into {num_segments} equal segments; give a multiple",
@@ -137,12 +149,14 @@ class Schedule(Typed):
         return self.each_step.count(letter) / self.num_steps
 
 
-def _count(steps: int, light_steps: Real) -> int:
-    try:
-        count = operator.index(light_steps)
-    except TypeError:
-        share = float(light_steps)
-        require(0 <= share <= 1, f"light_steps={share}: a fraction lies in [0, 1]")
-        return round(share * steps)
-    require(0 <= count <= steps, f"light_steps={count} must lie in 0 to {steps}")
-    return count
+def _require_letters(*letters: str) -> None:
+    for letter in letters:
+        require(len(letter) == 1 and letter.isalpha(), f"{shown(letter)} is no letter of a model")
+
+
+def _count(steps: int, light_steps: int | float) -> int:
+    if isinstance(light_steps, float):
+        require(0 <= light_steps <= 1, f"light_steps={light_steps}: a fraction lies in [0, 1]")
+        return round(light_steps * steps)
+    require(0 <= light_steps <= steps, f"light_steps={light_steps} must lie in 0 to {steps}")
+    return light_steps

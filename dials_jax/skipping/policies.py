@@ -66,7 +66,7 @@ class Random:
     num_skipped: Any  # an integer; JAX also builds the class around tracers and shapes
 
     def __post_init__(self):
-        if isinstance(self.num_skipped, Number | str | list | tuple):
+        if isinstance(self.num_skipped, Number | str | bytes | list | tuple | dict | set):
             number = as_type(Annotated[int, Range(0, INT32.high)], self.num_skipped, "num_skipped")
             object.__setattr__(self, "num_skipped", number)
 
@@ -142,6 +142,9 @@ class StochasticRouted:
 
 
 def check_router(router: PyTree, num_layers: int) -> None:
+    leaves = jax.tree.leaves(router)
+    arrays = bool(leaves) and all(np.ndim(leaf) > 0 and hasattr(leaf, "dtype") for leaf in leaves)
+    require(arrays, "the router holds no arrays of parameters; give what load_router returns")
     layers = trees.num_layers(router)
     require(
         layers == num_layers,
