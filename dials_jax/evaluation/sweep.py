@@ -83,7 +83,7 @@ def _sweep(cfg: EvalConfig, workdir: Path) -> dict[str, Any]:
     routed, digests = _routed(cfg, model)
     shared = [Candidate("full", "full", None), *routed, *_random(cfg)]
     identity = sweep_identity(cfg, model, tasks, digests)
-    records = SweepRecords(workdir, identity, model)
+    records = SweepRecords(workdir, identity, {t.name: own for t, own in tasks}, model)
     facts = {
         "model": {
             "path": cfg.model,
@@ -91,16 +91,14 @@ def _sweep(cfg: EvalConfig, workdir: Path) -> dict[str, Any]:
             "parameters": trees.count_parameters(model.params),
             "fingerprint": model.fingerprint,
         },
-        **{
-            kind: {name: task[kind] for name, task in identity["tasks"].items()}
-            for kind in ("items", "rules")
-        },
+        "items": {name: task["items"][0] for name, task in identity["tasks"].items()},
+        "rules": {name: task["rules"] for name, task in identity["tasks"].items()},
         "routers": digests,
     }
     for (task, items), tokenizer in zip(tasks, tokenizers, strict=True):
         static = _static(cfg, model, task, items, records)
         for candidate in [*shared[:1], *static, *shared[1:]]:
-            if (task.name, candidate.label) not in records.runs:
+            if not records.finished(task.name, candidate.describe(), len(items)):
                 _run_once(records, cfg, model, task, items, tokenizer, candidate)
                 results = records.results(cfg, facts)
                 sharding.on_first_process(lambda r=results: write_json(workdir / "results.json", r))
@@ -221,13 +219,14 @@ def _static(
     """
     if not cfg.static:
         return []
-    if task.name not in records.similarities:
-        chosen = items[: cfg.num_calibration]
+    chosen = items[: cfg.num_calibration]
+    measured = task.name, len(chosen)
+    if measured not in records.similarities:
         gen_length = max(len(answer) for item in chosen for answer in item.answers)
         prompts = [item.prompt for item in chosen]
         found = layer_similarities(model, prompts, gen_length, cfg.batch_size)
-        records.add({"task": task.name, "similarities": found.tolist()})
-    similarities = records.similarities[task.name]
+        records.add({"task": task.name, "num_prompts": len(chosen), "similarities": found.tolist()})
+    similarities = records.similarities[measured]
     found = []
     for k in cfg.static:
         layers = choose_static_layers(similarities, k, cfg.similarity_threshold)

@@ -1,7 +1,8 @@
 """What a sweep has earned: its records in `runs.jsonl`, and the runs that they add up to.
 
 Every batch is a record, so a sweep that was stopped goes on. What scores do not depend on (batch
-size, mesh, layout) may change on the way, and policies and tasks may come and go.
+size, mesh, layout) may change on the way, policies and tasks may come and go, and a task may get
+more items.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from dials_jax.evaluation.results import (
     differing,
     environment,
 )
-from dials_jax.evaluation.scoring import RULES
+from dials_jax.evaluation.scoring import RULES, generation_facts
 from dials_jax.models.model import Model
 from dials_jax.skipping.flops import Flops
 from dials_jax.workdir import require_unclaimed
@@ -49,25 +50,32 @@ class SweepRecords:
 
     Attributes:
       runs: what is finished, by task and label of the policy.
-      similarities: of the layers, by task, as Algorithm 1 takes them.
+      similarities: of the layers, by task and number of prompts, as Algorithm 1 takes them.
       environment: that of the last measurement; None before the first.
     """
 
-    def __init__(self, workdir: Path, identity: Mapping[str, Any], model: Model):
+    def __init__(
+        self,
+        workdir: Path,
+        identity: Mapping[str, Any],
+        items: Mapping[str, Sequence[Item]],
+        model: Model,
+    ):
         """Continues what the workdir holds, results of versions without records too, or starts.
 
         Raises: InputError if the workdir holds something that this sweep would spoil, or results
           that depend on something else.
         """
         self.runs: dict[tuple[str, str], dict[str, Any]] = {}
-        self.similarities: dict[str, list[float]] = {}
+        self.similarities: dict[tuple[str, int], list[float]] = {}
         self.environment: dict[str, Any] | None = None
         self._batches: dict[str, list[dict[str, Any]]] = defaultdict(list)
         self._now = environment(model, identity["seed"])
         self._measuring = False
         check = partial(check_record, num_layers=model.num_layers)
         before = _before(workdir, identity, model.num_layers)
-        self._records = Records(workdir, identity, check, SWEEP, _agree, before)
+        agree = partial(_agree, items=items)
+        self._records = Records(workdir, identity, check, SWEEP, agree, before)
         for record in self._records.all:
             self._note(record)
 
@@ -78,7 +86,8 @@ class SweepRecords:
         elif "scores" in record:
             self._batches[_key(record["task"], record["policy"])].append(record)
         elif "similarities" in record:
-            self.similarities[record["task"]] = record["similarities"]
+            where = record["task"], record["num_prompts"]
+            self.similarities[where] = record["similarities"]
         else:
             self.environment = record["environment"]
 
@@ -94,8 +103,21 @@ class SweepRecords:
         """Those of one policy, as `Candidate.describe` has it, on one task."""
         return self._batches[_key(task, policy)]
 
+    def finished(self, task: str, policy: Mapping[str, Any], num_items: int) -> bool:
+        """Whether a policy is scored on all items, with the layers that it skips now."""
+        run = self.runs.get((task, policy["label"]))
+        same = run is not None and run["policy"].get("layers") == policy.get("layers")
+        return same and len(run["items"]) == num_items
+
     def results(self, cfg: EvalConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
-        """What the report shows: the finished runs, those of tasks of other calls last."""
+        """What the report shows: the finished runs, those of tasks of other calls last.
+
+        Of a task that got more items since, only runs on all of them.
+        """
+        most: dict[str, int] = defaultdict(int)
+        for run in self.runs.values():
+            most[run["task"]] = max(most[run["task"]], len(run["items"]))
+        runs = [run for run in self.runs.values() if len(run["items"]) == most[run["task"]]]
         names = {task.name: number for number, task in enumerate(cfg.tasks)}
 
         def place(run):
@@ -113,7 +135,7 @@ class SweepRecords:
             "config": to_dict(cfg),
             **facts,
             "environment": self.environment or self._now,
-            "runs": sorted(self.runs.values(), key=place),
+            "runs": sorted(runs, key=place),
         }
 
 
@@ -145,13 +167,18 @@ def sweep_identity(
         "similarity_threshold": cfg.similarity_threshold,
         "num_calibration": cfg.num_calibration,
     }
-    return {
+    identity = {
         "kind": type(cfg).__name__,
         "seed": cfg.seed,
         "dtype": model.config.dtype,
         "weights": model.fingerprint,
         "tasks": {
-            task.name: _settings(task) | {"rules": RULES[task.metric], "items": items_digest(items)}
+            task.name: {
+                **_settings(task),
+                "rules": RULES[task.metric],
+                "items": [items_digest(items), len(items)],
+                "generation": generation_facts(task, items),
+            }
             for task, items in tasks
         },
         "static": static if cfg.static else {},
@@ -160,14 +187,22 @@ def sweep_identity(
             for label, digests in routers.items()
         },
     }
+    return json.loads(json.dumps(identity))  # as it is read back
 
 
 def _settings(task: EvalTask) -> dict[str, Any]:
     return {name: x for name, x in to_dict(task).items() if name not in ("name", *PADDING)}
 
 
-def _agree(old: Mapping[str, Any], new: Mapping[str, Any], workdir: Path) -> Mapping[str, Any]:
+def _agree(
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    workdir: Path,
+    items: Mapping[str, Sequence[Item]],
+) -> Mapping[str, Any]:
     """The identity of a sweep that goes on: what is only in one of the two is no contradiction.
+
+    Nor are more items at the end of a task, by a higher limit or in its files.
 
     Raises: InputError naming the settings that differ and would change scores.
     """
@@ -175,7 +210,12 @@ def _agree(old: Mapping[str, Any], new: Mapping[str, Any], workdir: Path) -> Map
         old.get("kind") == new["kind"] and all(type(old.get(x)) is dict for x in GROUPS),
         f"{workdir / SWEEP} is of no sweep, or damaged; put it back, or choose another --workdir",
     )
-    old = {**old, "tasks": {name: _completed(name, x) for name, x in old["tasks"].items()}}
+    tasks = {name: _completed(name, task) for name, task in old["tasks"].items()}
+    for name in tasks.keys() & items.keys():
+        digest, count = tasks[name].get("items") or (None, 0)
+        if items_digest(items[name][:count]) == digest:
+            tasks[name] |= {kind: new["tasks"][name][kind] for kind in ("limit", "items")}
+    old = {**old, "tasks": tasks}
     before, now = (
         {**one, **{group: {n: x for n, x in one[group].items() if n in other[group]}
                    for group in GROUPS}}
@@ -192,17 +232,20 @@ def _agree(old: Mapping[str, Any], new: Mapping[str, Any], workdir: Path) -> Map
         not others,
         f"{workdir} holds another sweep ({', '.join(others)} differ); choose another --workdir",
     )
-    return {**old, **{group: {**new[group], **old[group]} for group in GROUPS}}
+    return {**new, **{group: {**old[group], **new[group]} for group in GROUPS}}
 
 
 def _completed(name: str, old: Any) -> Any:
     """The settings of a task with the defaults of those that are newer than the sweep."""
     try:
-        beside = {key: old[key] for key in ("rules", "items")}
+        beside = {key: old[key] for key in ("rules", "items", "generation")}
+        digest, count = beside["items"]
+        _require_text(digest)
+        require_numbers([count])
         settings = {key: value for key, value in old.items() if key not in beside}
         return _settings(from_dict(EvalTask, {"name": name, **settings})) | beside
     except (AttributeError, KeyError, TypeError, ValueError):
-        return old  # of a newer version, or damaged: it differs
+        return {}  # of a newer version, or damaged: it differs
 
 
 # ------------------------------------------------------------------------- what was there before
@@ -248,6 +291,7 @@ def _read_before(
         records.append({"run": run})
         check_record(records[-1], num_layers)
     items, digests, rules = (found.get(x, {}) for x in ("items", "routers", "rules"))
+    counts = {run["task"]: len(run["items"]) for run in runs}
     routed = [run["policy"]["label"] for run in runs if run["policy"]["kind"] == "routed"]
     static = {name: cfg[name] for name in ("similarity_threshold", "num_calibration")}
     identity = {
@@ -256,8 +300,14 @@ def _read_before(
         "dtype": where["dtype"],
         "weights": found["model"]["fingerprint"],
         "tasks": {
-            name: _settings(task)
-            | {"rules": rules.get(name, 1), "items": items.get(name, _items(new, name))}
+            name: {
+                **_settings(task),
+                "rules": rules.get(name, 1),
+                "items": [items[name], counts[name]]
+                if name in items and name in counts
+                else _known(new, name, "items"),
+                "generation": _known(new, name, "generation"),
+            }
             for name, task in tasks.items()
         },
         "static": static if cfg["static"] else {},
@@ -269,9 +319,9 @@ def _read_before(
     return identity, records
 
 
-def _items(new: Mapping[str, Any], task: str) -> str | None:
-    """The digest of a task's items, for results of versions that kept none."""
-    return new["tasks"].get(task, {}).get("items")
+def _known(new: Mapping[str, Any], task: str, name: str) -> Any:
+    """What a sweep says now of a task, for results of versions that did not say it."""
+    return new["tasks"].get(task, {}).get(name)
 
 
 def _digests(new: Mapping[str, Any], label: str, kept: Mapping[str, Any]) -> Any:
@@ -296,6 +346,7 @@ def check_record(record: Any, num_layers: int) -> None:
         _check_costs(record, num_layers)
     elif "similarities" in record:
         _require_text(record["task"])
+        require_numbers([record["num_prompts"]])
         require_numbers(record["similarities"], num_layers)
     else:
         dict(record["environment"])

@@ -293,6 +293,27 @@ def test_policies_and_tasks_are_added(cfg, finished, tmp_path, monkeypatch, with
     assert rest.calls == 7 and len(results["runs"]) == len(runs_of(finished))
 
 
+def test_a_task_gets_more_items(cfg, finished, tmp_path, monkeypatch, without_plots):
+    """What was scored of them stays; a run on fewer items is not compared with those on all."""
+    short = dataclasses.replace(cfg.tasks[1], limit=3)
+    few = dataclasses.replace(cfg, tasks=(short,), static=())
+    sweep.sweep(few, tmp_path)
+    more = dataclasses.replace(few, tasks=(cfg.tasks[1],), random=())
+    with monkeypatch.context() as patch:
+        counted = Batches(patch)
+        sweep.sweep(more, tmp_path)
+        assert counted.calls == 2 * 2  # four copies of two more items, in batches of four
+    expected = {r["policy"]["label"]: r for r in runs_of(finished) if r["task"] == "records"}
+    runs = runs_of(tmp_path)
+    assert [run["policy"]["label"] for run in runs] == ["full", "routed λ=0.5"]
+    for run in runs:
+        assert run == expected[run["policy"]["label"]]
+    with pytest.raises(InputError, match=r"\(tasks.records.limit, tasks.records.items differ\)"):
+        sweep.sweep(few, tmp_path)
+    sweep.sweep(dataclasses.replace(more, random=cfg.random), tmp_path)
+    assert runs_of(tmp_path)[2] == expected["random k=2"]
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
