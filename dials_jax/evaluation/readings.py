@@ -11,11 +11,12 @@ from dials_jax.analysis import schedule_search as search
 from dials_jax.analysis.placements import Placements
 from dials_jax.config import SearchStudy, from_dict, read_json, require
 from dials_jax.evaluation.bench import measured
-from dials_jax.evaluation.record_lines import read_records
+from dials_jax.evaluation.record_lines import read_records, require_numbers, sound
 from dials_jax.evaluation.results import RECORDS
 from dials_jax.evaluation.samples import by_schedule, check_batch
 from dials_jax.sampling.schedule import Schedule
 
+AGAIN = "run that study again: it writes its results anew from its records"
 HARMS = ("gap", "kl", "relative_kl")  # curves of an importance study that predict harm
 
 
@@ -38,22 +39,25 @@ def read_harms(
     workdir: str | Path, letter: str, num_segments: int
 ) -> dict[str, Float[np.ndarray, "n"]]:
     """The importance of each segment by every curve that an importance study has of a model."""
-    results = read_json(Path(workdir) / "results.json")
+    path = Path(workdir) / "results.json"
+    results = read_json(path)
     require(
         results.get("kind") == "ImportanceStudy",
         f"{workdir} holds no importance study; give the workdir of one that ended",
     )
     found = {}
-    for name in HARMS:
-        by_letter = results["curves"].get(name, {})
-        require(
-            not by_letter or letter in by_letter,
-            f"{workdir} measured {', '.join(by_letter)} but not {letter!r}; measure that model",
-        )
-        if by_letter:
-            points = by_letter[letter]
-            times, values = np.array(points["times"]), np.array(points["value"])
-            found[name] = search.segment_harm(times, values, num_segments)
+    with sound(path, AGAIN):
+        for name in HARMS:
+            by_letter = results["curves"].get(name, {})
+            require(
+                not by_letter or letter in by_letter,
+                f"{workdir} measured {', '.join(by_letter)} but not {letter!r}; measure that model",
+            )
+            if by_letter:
+                points = by_letter[letter]
+                require_numbers(points["value"], len(points["times"]))
+                times, values = (np.array(points[x], float) for x in ("times", "value"))
+                found[name] = search.segment_harm(times, values, num_segments)
     return found
 
 
@@ -62,12 +66,14 @@ def read_search(workdir: str | Path) -> tuple[SearchStudy, Float[np.ndarray, "S 
 
     Raises: InputError for a workdir without a search, or with one that has not ended.
     """
-    results = read_json(Path(workdir) / "results.json")
+    path = Path(workdir) / "results.json"
+    results = read_json(path)
     require(
         results.get("kind") == "SearchStudy",
         f"{workdir} holds no search; give the workdir of a SearchStudy that ended",
     )
-    cfg = from_dict(SearchStudy, results["config"])
+    with sound(path, AGAIN):
+        cfg = from_dict(SearchStudy, results["config"])
     batches_of = by_schedule(read_records(Path(workdir) / RECORDS, check_batch))
     values = []
     for schedule in coarse_schedules(cfg):

@@ -7,7 +7,8 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,19 @@ from dials_jax.config import InputError, finite, require
 
 ODD = "runs.odd.jsonl"  # beside a file of records: its lines that were none
 Check = Callable[[Any], Any]  # raises a plain error for what is no record
+# What plain code raises for values that are missing, or of another type than they should be.
+PLAIN_ERRORS = (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError)
+
+
+@contextmanager
+def sound(path: Path, remedy: str) -> Iterator[None]:
+    """Raises: InputError naming the file if what is read from it within is missing or odd."""
+    try:
+        yield
+    except InputError:
+        raise
+    except PLAIN_ERRORS as error:
+        raise InputError(f"{path} is damaged ({error!r}); {remedy}") from error
 
 
 def read_records(path: str | Path, check: Check) -> list[dict[str, Any]]:
@@ -106,12 +120,14 @@ def _digest(text: bytes) -> str:
 def _require_record(record: Any, check: Check) -> None:
     try:
         check(record)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    except PLAIN_ERRORS as error:
         raise InputError(f"is no record of this kind of run ({error!r})") from error
 
 
 def require_numbers(values: Any, count: int | None = None) -> None:
     """Raises: ValueError unless it is a list of numbers, or of null for what was not finite."""
     plain = isinstance(values, list) and {type(x) for x in values} <= {int, float, type(None)}
+    for value in values if plain else ():
+        float(value or 0)  # an integer may be too large
     if not plain or count not in (None, len(values)):
         raise ValueError(f"{str(values)[:40]} is no list of {count or ''} numbers")

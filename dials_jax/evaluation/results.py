@@ -139,17 +139,14 @@ class Records:
         identity = json.loads(json.dumps(identity))
         known = workdir / name
         old = _read_identity(known) if known.exists() else None
-        if old is not None:
-            lines = Lines.read(self.path, check)
-        elif before is not None:
+        lines = found = Lines.read(self.path, check)
+        if old is None and before is not None:
             old, lines = before[0], Lines.of(self.path, before[1])
-        else:
-            lines = Lines.read(self.path, check)
-            require(
-                not lines.good,
-                f"{workdir} holds {RECORDS} but no {name} that says of what; put it back, or "
-                "choose another --workdir",
-            )
+        require(  # whoever was killed while taking over what was before has written the same lines
+            known.exists() or not found.good or (lines is not found and found.lines == lines.lines),
+            f"{workdir} holds {RECORDS} but no {name} that says of what; put it back, or choose "
+            "another --workdir",
+        )
         if old is not None:
             identity = dict(agree(old, identity, workdir))
         self.all = list(lines.good.values())

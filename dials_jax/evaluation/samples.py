@@ -29,7 +29,7 @@ from dials_jax.config import (
 )
 from dials_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dials_jax.evaluation.generative import unigram_entropy
-from dials_jax.evaluation.record_lines import read_records, require_numbers
+from dials_jax.evaluation.record_lines import read_records, require_numbers, sound
 from dials_jax.evaluation.results import (
     RECORDS,
     command,
@@ -211,17 +211,15 @@ class Kept:
 def _read_kept(path: Path) -> dict[str, Any]:
     """What a study wrote down of its samples. Raises: InputError if something of it is missing."""
     kept = read_json(path)
-    try:
+    with sound(path, "copy it again, or draw the samples again"):
         for facts in kept["models"].values():
             missing = {"path", "num_layers", "fingerprint", "eos_id", "tokenizer"} - facts.keys()
-            require(not missing, f"a model has no {', '.join(missing)}")
+            if missing:
+                raise ValueError(f"a model has no {', '.join(sorted(missing))}")
         missing = set(DRAWING) - kept["config"].keys()
-        require(not missing, f"config has no {', '.join(missing)}")
+        if missing:
+            raise ValueError(f"config has no {', '.join(sorted(missing))}")
         return kept | {"environment": dict(kept["environment"])}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{path} is damaged ({error!r}); copy it again, or draw the samples again"
-        ) from error
 
 
 def _digest(tokens: Int[np.ndarray, "B T"]) -> str:

@@ -8,6 +8,7 @@ more items.
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -25,7 +26,7 @@ from dials_jax.config import (
 )
 from dials_jax.data.items import Item, items_digest
 from dials_jax.evaluation.execution import NUM_BINS
-from dials_jax.evaluation.record_lines import require_numbers
+from dials_jax.evaluation.record_lines import require_numbers, sound
 from dials_jax.evaluation.results import (
     RECORDS,
     Records,
@@ -81,7 +82,9 @@ class SweepRecords:
 
     def _note(self, record: dict[str, Any]) -> None:
         if "run" in record:
-            run = record["run"]
+            run = record["run"]  # a bound on log 0 is infinite, which JSON cannot hold
+            items = {name: math.inf if x is None else x for name, x in run["items"].items()}
+            run = {**run, "items": items}
             self.runs[run["task"], run["policy"]["label"]] = run
         elif "scores" in record:
             self._batches[_key(record["task"], record["policy"])].append(record)
@@ -270,24 +273,23 @@ def _before(
     if known or found is None:
         require_unclaimed(workdir, SWEEP, FILES)
         return None
-    try:
+    with sound(path, "put it back, or choose another --workdir"):
         return _read_before(found, identity, num_layers)
-    except InputError as error:
-        raise InputError(f"{path}: {error}; choose another --workdir") from error
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{path} is damaged ({error!r}); put it back, or choose another --workdir"
-        ) from error
 
 
 def _read_before(
     found: Mapping[str, Any], new: Mapping[str, Any], num_layers: int
 ) -> tuple[Mapping[str, Any], list[dict[str, Any]]]:
     cfg, runs, where = found["config"], found["runs"], found["environment"]
-    tasks = {task["name"]: from_dict(EvalTask, task) for task in cfg["tasks"]}
+    where_from = "results.json: config.tasks"
+    tasks = {task["name"]: from_dict(EvalTask, task, where_from) for task in cfg["tasks"]}
     records = [{"environment": dict(where)}]
     for run in runs:
-        require(run["task"] in tasks, f"a run of task {run['task']!r}, which config does not have")
+        if run["task"] not in tasks:
+            raise ValueError(f"a run of task {run['task']!r}, which config does not have")
+        task = tasks[run["task"]]
+        if (run["metric"], run.get("cache", "none")) != (task.metric, task.cache):
+            raise ValueError(f"a run of task {run['task']!r} with another metric or cache")
         records.append({"run": run})
         check_record(records[-1], num_layers)
     items, digests, rules = (found.get(x, {}) for x in ("items", "routers", "rules"))
@@ -359,13 +361,14 @@ def _check_run(run: Mapping[str, Any], num_layers: int) -> None:
         raise ValueError(f"policy of kind {policy['kind']!r}")
     require_numbers([policy.get("lambda", 0), policy.get("num_skipped", 0)], 2)
     require_numbers(list(run["items"].values()))
-    if not run["items"]:
-        raise ValueError("no items")
+    if not run["items"] or (run["metric"] != "nelbo" and None in run["items"].values()):
+        raise ValueError("no items, or no score of one")
     require_numbers([run.get("num_dropped") or 0], 1)
     _check_costs(run, num_layers)
     if run.get("generation"):
         _require_text(run["generation"]["sampler"], *run["generation"]["until"])
         require_numbers([run["generation"][name] for name in ("temperature", "steps")])
+        float(run["generation"]["temperature"])
     for example in run.get("examples", []):
         _require_text(*(example[name] for name in ("prompt", "output", "reference")))
         bool(example["correct"])
@@ -374,6 +377,8 @@ def _check_run(run: Mapping[str, Any], num_layers: int) -> None:
 def _check_costs(record: Mapping[str, Any], num_layers: int) -> None:
     flops, execution = record["flops"], record["execution"]
     require_numbers([flops[name] for name in Flops._fields], len(flops))
+    if None in flops.values():
+        raise ValueError("a number of flops is null")
     require_numbers(execution["rows"], NUM_BINS)
     if len(execution["executed"]) != NUM_BINS:
         raise ValueError("execution of another number of mask ratios")

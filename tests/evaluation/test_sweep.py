@@ -157,7 +157,7 @@ def test_results_do_not_depend_on_the_batch_size(cfg, finished, tmp_path, withou
 def test_the_workdir_of_another_sweep_is_refused(cfg, finished, tmp_path):
     workdir = shutil.copytree(finished, tmp_path / "sweep")
     tasks = (dataclasses.replace(cfg.tasks[0], steps=4), cfg.tasks[1])
-    with pytest.raises(InputError, match=r"another sweep \(seed, tasks.sums.steps differ"):
+    with pytest.raises(InputError, match=r"another sweep \(seed, tasks.sums.steps, tasks.sums.gen"):
         sweep.sweep(dataclasses.replace(cfg, seed=1, tasks=tasks), workdir)
     (workdir / "results.json").write_text('{"kind": "SearchStudy", "config": {}}')
     with pytest.raises(InputError, match=r"results.json is not of a sweep; choose another"):
@@ -437,6 +437,8 @@ DAMAGE = {
     "no seconds": lambda r: r["runs"][0]["flops"].pop("seconds"),
     "uneven execution": lambda r: r["runs"][0]["execution"]["executed"][3].append(1),
     "a kind of policy": lambda r: r["runs"][0]["policy"].update(kind="fool"),
+    "a number that is no float": lambda r: r["runs"][0]["flops"].update(seconds=10**400),
+    "no score": lambda r: r["runs"][0]["items"].update({"x": None}),
     "runs are a number": lambda r: r.update(runs=3),
     "no config": lambda r: r.pop("config"),
     "an example without output": lambda r: r["runs"][0]["examples"][0].pop("output"),
@@ -560,3 +562,12 @@ def test_a_tasks_tokenizer_is_used_for_its_items_and_its_outputs(
         scores = score_task(model, task, items, tokenizer, None, cfg.batch_size, cfg.seed)
         assert scores.examples == examples[task.name]
     assert examples["own"] != examples["other"]
+
+
+def test_batches_are_not_lost_with_the_file_that_says_of_what_they_are(cfg, finished, tmp_path):
+    workdir = shutil.copytree(finished, tmp_path / "sweep")
+    (workdir / "sweep.json").unlink()
+    records = (workdir / "runs.jsonl").read_bytes()
+    with pytest.raises(InputError, match=r"holds runs.jsonl but no sweep.json.*put it back"):
+        sweep.sweep(cfg, workdir)
+    assert (workdir / "runs.jsonl").read_bytes() == records
