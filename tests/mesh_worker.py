@@ -190,8 +190,9 @@ def generate_as_on_gpus(mesh, cfg, params, routers):
     grouped = Model(grouped_cfg, transformer.init(grouped_cfg, jax.random.key(0)), mesh)
     for policy, cache in (("routed", None), ("random", DualCache()), ("full", None)):
         out = generate(
-            grouped if policy == "full" else model, prompts, valid, sampler=Confidence(4, 4, 2), policy=policies[policy],
-            cache=cache, executor="auto" if policy == "full" or mesh.size > 1 else "select",
+            grouped if policy == "full" else model, prompts, valid, sampler=Confidence(4, 4, 2),
+            policy=policies[policy], cache=cache,
+            executor="auto" if policy == "full" or mesh.size > 1 else "select",
         )  # fmt: skip
         found[policy] = {"tokens": out.tokens, "gates": out.gates}
     attention.cudnn_fits, attention.cudnn_attention = plain
