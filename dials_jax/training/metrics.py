@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Any
 
 import jax
+
+from dials_jax.config.lines import json_lines, named
+
+log = logging.getLogger(__name__)
 
 LINE_SECONDS = 15  # between two lines of progress in a log
 
@@ -15,7 +20,8 @@ LINE_SECONDS = 15  # between two lines of progress in a log
 class MetricsWriter:
     """One JSON object a line; continuing at a step drops what was written after it.
 
-    TensorBoard files are written too where tensorboardX is installed. Only process 0 writes.
+    A line that is no record of a step goes to `metrics.odd.jsonl`, with a warning. TensorBoard
+    files are written too where tensorboardX is installed. Only process 0 writes.
     """
 
     def __init__(self, workdir: Path, step: int):
@@ -23,12 +29,8 @@ class MetricsWriter:
         if not self._active:
             return
         path = workdir / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if _step_of(line) <= step]
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        temporary.replace(path)
-        self._file = path.open("a")
+        _drop_later(path, step)
+        self._file = path.open("a", encoding="utf-8")
         self._board = _tensorboard(workdir / "tensorboard", step)
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -47,12 +49,23 @@ class MetricsWriter:
                 self._board.close()
 
 
-def _step_of(line: str) -> float:
-    """The step of a line; a line cut short by a kill counts as later than everything."""
-    try:
-        return float(json.loads(line)["step"])
-    except json.JSONDecodeError:
-        return float("inf")
+def _drop_later(path: Path, step: int) -> None:
+    """Keeps the records up to a step; what is no record is set aside."""
+    temporary, aside = path.with_name(path.name + ".tmp"), path.with_name("metrics.odd.jsonl")
+    odd = []
+    with temporary.open("wb") as kept:
+        for number, line, record in json_lines(path) if path.exists() else ():
+            at = (record or {}).get("step")
+            if type(at) is not int or not 0 <= at < 2**63:
+                odd.append((number, line))
+            elif at <= step:
+                kept.write(line)
+    if odd:
+        what = named([number for number, _ in odd])
+        log.warning("%s, %s: no record of a step; moved to %s", path, what, aside)
+        with aside.open("ab") as file:
+            file.writelines(line for _, line in odd)
+    temporary.replace(path)
 
 
 def _tensorboard(folder: Path, step: int):

@@ -50,6 +50,48 @@ def test_bad_logs_are_errors_of_one_line(tmp_path):
     file = write_metrics(tmp_path / "metrics.jsonl", [{"step": 1}])
     with pytest.raises(InputError, match="logs no loss"):
         plots.training_curves(file, tmp_path / "t.png")
-    file.write_text('{"step": 0, "loss": 1}\nnonsense\n')
-    with pytest.raises(InputError, match="line 2 is not valid JSON"):
+
+
+def test_odd_lines_and_values_are_left_out(drawn, tmp_path, caplog):
+    file = write_metrics(tmp_path / "run" / "metrics.jsonl", [{"step": 0, "loss": 1}])
+    odd = ["nonsense", "3", '{"step": "1", "loss": 2}', '{"loss": 2}']
+    huge, text, none = '{"step": 4, "loss": 1' + "0" * 400 + "}", '{"step": 5, "loss": "6"}', "null"
+    rest = [huge, text, f'{{"step": 6, "loss": {none}}}', '{"step": 7, "loss": 3}']
+    file.write_text(file.read_text() + "\n".join(odd + rest) + "\n")
+    plots.training_curves(file, tmp_path / "t.png")
+    assert drawn[0].axes[0].lines[1].get_xydata().tolist() == [[0, 1], [7, 3]]
+    assert "metrics.jsonl, line 2 and 3 more: no record of a step; left out" in caplog.text
+
+
+def test_drawing_takes_no_more_than_its_points_however_long_the_run(drawn, tmp_path, monkeypatch):
+    """Multiplications of the smoothing, and points drawn; both grew with the run."""
+    work, convolve = [], np.convolve
+
+    def counted(a, b, mode):
+        work.append(len(a) * len(b))
+        return convolve(a, b, mode)
+
+    monkeypatch.setattr(np, "convolve", counted)
+    totals = []
+    for length in (plots.MOST_POINTS, 10 * plots.MOST_POINTS + 1):
+        work.clear()
+        records = [{"step": i, "loss": 1 + i % 7} for i in range(length)]
+        records[length // 2]["loss"] = 50.0
+        file = write_metrics(tmp_path / "run" / "metrics.jsonl", records)
         plots.training_curves(file, tmp_path / "t.png")
+        smooth, raw = drawn[-1].axes[0].lines
+        totals.append(sum(work))
+        assert len(smooth.get_xdata()) <= plots.MOST_POINTS
+        assert len(raw.get_xdata()) <= 2 * plots.MOST_POINTS
+        # What stands out is still seen, where it was.
+        at = raw.get_xdata()[np.argmax(raw.get_ydata())]
+        assert raw.get_ydata().max() == 50 and abs(at - length // 2) <= 11
+        assert raw.get_ydata().min() == 1
+    assert totals[1] <= totals[0]
+
+
+def test_thinned_points_are_means_and_ranges_of_neighbours(monkeypatch):
+    monkeypatch.setattr(plots, "MOST_POINTS", 3)
+    steps, means, (x, y) = plots._thinned(np.arange(7.0), np.array([1.0, 2, 6, 0, 0, 3, 9]))
+    assert steps.tolist() == [1, 4, 6] and means.tolist() == [3, 1, 9]
+    assert x.tolist() == [1, 1, 4, 4, 6, 6] and y.tolist() == [1, 6, 0, 3, 9, 9]

@@ -35,6 +35,26 @@ def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path):
     assert read(tmp_path) == {10: 1.0, 30: 3.0}
 
 
+ODD = [
+    b"12", b"null", b'{"loss": 1.0}', b'{"step": "7"}', b'{"step": true}', b'{"step": -1}',
+    b'{"step": 1e3}', b'{"step": ' + b"9" * 30 + b"}", b'{"step": ' + b"9" * 5000 + b"}",
+    b'{"step": 10, "loss": \xff}', b"[" * 100_000, b"",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("odd", ODD, ids=range(len(ODD)))
+def test_an_odd_line_is_named_and_set_aside(odd, tmp_path, caplog):
+    write(tmp_path, 0, {10: 1.0})
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(odd + b"\n")
+    write(tmp_path, 20, {30: 3.0})
+    assert read(tmp_path) == {10: 1.0, 30: 3.0}
+    assert (tmp_path / "metrics.odd.jsonl").read_bytes() == odd + b"\n"
+    assert "metrics.jsonl, line 2: no record of a step; moved to" in caplog.text
+    write(tmp_path, 30, {40: 4.0})  # from then on nothing is odd
+    assert (tmp_path / "metrics.odd.jsonl").read_bytes() == odd + b"\n"
+
+
 def test_a_fresh_start_drops_everything(tmp_path):
     write(tmp_path, 0, {10: 1.0})
     write(tmp_path, 0, {10: 5.0})
