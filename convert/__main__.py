@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 
 from convert import lightning
 from convert.hugging_face import MODEL_TYPES, convert, write
-from dials_jax.config import InputError, ModelConfig, require
+from dials_jax.config import InputError, ModelConfig, local_path, require
 from dials_jax.models.checkpoint import DTYPES
+from dials_jax.stopping import Stopped, keeping, obey_sigterm
 
 DESCRIPTION = """Convert a Hugging Face folder (config.json and safetensors) to a dials_jax model
 folder, which loads sharded and checked. Needs neither PyTorch nor a GPU; one layer at a time is in
@@ -20,7 +20,10 @@ memory. A Lightning checkpoint of MDLM (*.ckpt) needs PyTorch and --allow-pickle
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, or 2 after one line that says what is wrong with the input."""
+    """Returns the exit status: 0, or 2 after one line that says what is wrong with the input.
+
+    After Ctrl-C and SIGTERM it is 130 and 143.
+    """
     parser = argparse.ArgumentParser(prog="python -m convert", description=DESCRIPTION)
     parser.add_argument(
         "source", metavar="SRC", help="folder with config.json and *.safetensors, or a .ckpt"
@@ -57,17 +60,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.epilog = f"Known model types: {', '.join(MODEL_TYPES)}."
     options = parser.parse_args(arguments)
     jax.config.update("jax_platforms", "cpu")  # leave the GPU's memory to others
+    obey_sigterm()
     try:
-        cfg = run(options)
+        with keeping(lambda: "what is not whole is not kept; the same command starts again"):
+            cfg = run(options)
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Stopped as stop:
+        print(f"stopped: {stop.message}", file=sys.stderr)
+        return stop.status
     print(f"{options.target}: {cfg.model_type}, {cfg.num_layers} layers, {cfg.dtype}")
     return 0
 
 
 def run(options: argparse.Namespace) -> ModelConfig:
-    source = Path(options.source).expanduser()
+    source = local_path(options.source, "SRC")
+    local_path(options.target, "DST")
     if source.suffix != lightning.SUFFIX:
         require(
             options.mask_id is None and options.eos_id is None,

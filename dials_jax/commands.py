@@ -184,7 +184,8 @@ def keep_programs() -> None:
 def main(command: Callable[[], Any]) -> None:
     """Runs a command; what the user got wrong becomes one line and exit status 2.
 
-    Ctrl-C and SIGTERM become a line that says what is kept, and status 130 and 143.
+    Ctrl-C and SIGTERM become a line that says what is kept, and status 130 and 143; a file that
+    cannot be read or written, on a full disk say, becomes one and status 1.
     """
     obey_sigterm()
     try:
@@ -192,6 +193,11 @@ def main(command: Callable[[], Any]) -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except OSError as error:
+        what = error.strerror or str(error).partition("\n")[0]
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{what}; what was saved before stays", file=sys.stderr)
+        raise SystemExit(1) from None
     except KeyboardInterrupt as stop:
         stop = stop if isinstance(stop, Stopped) else Stopped()
         print(f"stopped{stop.message and ': '}{stop.message}", file=sys.stderr)

@@ -16,6 +16,8 @@ import socket
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import jax
+
 from dials_jax import sharding
 from dials_jax.config import InputError, local_path, require, require_writable
 
@@ -101,19 +103,47 @@ def _remove_empty(folders: Iterable[Path]) -> None:
             folder.rmdir()
 
 
-def require_unclaimed(folder: Path, mark: str, names: Iterable[str]) -> None:
+def require_unclaimed(
+    folder: Path, mark: str, names: Iterable[str], reads: str | Path | None = None
+) -> None:
     """Says no before a run writes over what it did not make.
 
     Args:
       mark: the file by which a run knows a folder as its own; whoever has it may write all names.
       names: what the run is going to write or replace.
+      reads: a file or its folder that the run is given; that file it may write again.
     Raises: InputError naming the first that lies there without the mark.
     """
     if (folder / mark).exists():
         return
+    given = Path(reads).expanduser().absolute() if reads else None
     for name in names:
         require(
-            not os.path.lexists(folder / name),
+            not os.path.lexists(folder / name) or given in (folder, folder / name),
             f"{folder / name} was not made by a run of this folder, which has no {mark}, and would "
             "be overwritten; move it away, or choose another folder",
         )
+
+
+@contextlib.contextmanager
+def writing(path: Path, rest: str) -> Iterator[None]:
+    """Turns whatever keeps `path` from being written, a full disk for one, into a line.
+
+    Args:
+      rest: what stays, and what to do.
+    Raises: InputError with the reason. Want of memory is passed on.
+    """
+    logging.getLogger("absl").addFilter(_is_news)  # adding it again changes nothing
+    try:
+        yield
+    except (InputError, MemoryError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as error:  # Orbax raises many kinds
+        reason = getattr(error, "strerror", None) or str(error.__cause__ or error)
+        line = " ".join(reason.split()) or type(error).__name__
+        raise InputError(f"{path} could not be written ({line[:300]}); {rest}") from error
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Orbax logs the traceback of every thread that fails, some late, besides raising."""
+    return "_SignalingThread" not in record.getMessage()

@@ -1,3 +1,4 @@
+import errno
 import os
 import runpy
 import signal
@@ -151,6 +152,11 @@ def test_help_says_how_to_list_every_field(config, capsys):
     "problem, code, line",
     [
         (InputError("x is wrong; do y"), 2, "error: x is wrong; do y\n"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "run/metrics.jsonl"),
+            1,
+            "error: run/metrics.jsonl: No space left on device; what was saved before stays\n",
+        ),
         (KeyboardInterrupt(), 130, "stopped\n"),
         (Stopped("step 3 is saved", signal.SIGTERM), 143, "stopped: step 3 is saved\n"),
     ],

@@ -93,7 +93,7 @@ def require_packages(extra: str, *names: str) -> None:
 
 
 def write_json(path: str | Path, values: Any) -> None:
-    """Writes through a temporary file, so a reader never sees half of it.
+    """Writes through a temporary file, so a reader never sees half of it, nor does a loss of power.
 
     What is not finite becomes null.
     """
@@ -101,7 +101,10 @@ def write_json(path: str | Path, values: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     text = json.dumps(finite(values), indent=1, allow_nan=False)
-    temporary.write_text(text + "\n", encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)
 
 

@@ -72,10 +72,8 @@ def _prepare(cfg: CorpusData, model_config: ModelConfig, folder: Path) -> dict[s
         "lower it",
     )
     settings = _settings(cfg, model_config, tokenizer, documents)
-    names = {MANIFEST, PARTS, RECORDS, "tokenizer.json"}
-    if Path(cfg.tokenizer).expanduser().absolute() in (folder, folder / "tokenizer.json"):
-        names.remove("tokenizer.json")  # the one that is used
-    require_unclaimed(folder, SETTINGS, names)
+    names = (MANIFEST, PARTS, RECORDS, "tokenizer.json")
+    require_unclaimed(folder, SETTINGS, names, reads=cfg.tokenizer)
     also = {"tokenizer": tokenizer.fingerprints, "source": (documents.former_digest,)}
     _claim(folder, settings, also)
     tokenizer.save(folder)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ from dials_jax.config import (
     WeightDtype,
     as_type,
     from_dict,
+    local_path,
     read_json,
     require,
     shown,
@@ -49,10 +51,13 @@ from dials_jax.config import (
 from dials_jax.models import groups
 from dials_jax.models.groups import Layout
 from dials_jax.models.model import Model
+from dials_jax.workdir import writing
 
 FORMAT = "dials_jax model"
 VERSION = 1
 DTYPES = get_args(WeightDtype)
+GROUPS = ("embed", "time", "layers", "final_norm", "head")
+MARK = "UNFINISHED"  # a file in a folder that is being written
 CHUNK_BYTES = 2**26  # a device that holds one slice of an array reads few chunks more than its own
 
 
@@ -87,18 +92,21 @@ def save_model(
       params: arrays of JAX or numpy, layers stacked or unrolled. Memory-mapped arrays stay on disk
         until their group's turn.
       dtype: of the stored weights; None keeps theirs.
-      overwrite: replace a folder that exists, once the new one is whole.
+      overwrite: replace a model folder that exists, once the new one is whole.
 
     Raises: InputError if the folder exists or the disk is too full, before anything is written.
     """
-    folder = Path(folder).absolute()
+    folder = local_path(folder, "the model's folder")
     leaves = jax.tree.leaves(params)
     dtype = dtype_name(dtype) or jnp.result_type(*leaves).name
     num_parameters = trees.count_parameters(params)
-    require(overwrite or not folder.exists(), f"{folder} exists; remove it or name another folder")
+    require(overwrite or not folder.exists(), f"{folder} exists; name another folder")
+    require_replaceable(folder)
     _require_space(folder, num_parameters * jnp.dtype(dtype).itemsize)
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    sharding.on_first_process(lambda: _make_empty(unfinished))
+    unfinished = _unfinished(folder)
+    again = "make room and run the command again"
+    with writing(unfinished, again):
+        sharding.on_first_process(lambda: _begin(unfinished))
 
     digests, fingerprint = {}, trees.Fingerprint()
     for name in groups.progress(groups.group_shapes(cfg), "saving"):
@@ -111,7 +119,8 @@ def save_model(
             fingerprint.add_layer(int(layer), group)
         else:
             fingerprint.add({key: group})
-        _write_group(unfinished, name, group)
+        with writing(unfinished / "params" / name, again):
+            _write_group(unfinished, name, group)
 
     info = ModelInfo(
         model=cfg,
@@ -125,11 +134,53 @@ def save_model(
         for file in tokenizer_files:
             shutil.copy(file, unfinished)
         write_json(unfinished / "config.json", to_dict(info))
+        (unfinished / MARK).unlink()
         if folder.exists():
             shutil.rmtree(folder)
         unfinished.rename(folder)
 
-    sharding.on_first_process(finish)
+    with writing(unfinished, again):
+        sharding.on_first_process(finish)
+
+
+def require_replaceable(folder: Path) -> None:
+    """Raises: InputError where `save_model` would remove a folder that it did not make."""
+    unfinished = _unfinished(folder)
+    require(
+        not os.path.lexists(folder) or _is_empty(folder) or _says_model(folder),
+        f"{folder} is no {FORMAT} and would be overwritten; move it away",
+    )
+    require(
+        not os.path.lexists(unfinished) or _is_empty(unfinished) or _is_unfinished(unfinished),
+        f"{unfinished} was not left by a save that was stopped, and would be removed; move it away",
+    )
+
+
+def _unfinished(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".unfinished")
+
+
+def _says_model(folder: Path) -> bool:
+    try:
+        return not folder.is_symlink() and is_model_folder(folder)
+    except InputError:  # a config.json that says nothing
+        return False
+
+
+def _is_unfinished(folder: Path) -> bool:
+    """Whether a save that was stopped left the folder: it has the mark, or is from before there
+    was one and holds groups of parameters only."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    if (folder / MARK).is_file() or _says_model(folder):
+        return True
+    groups_there = {path.name.partition(".")[0] for path in (folder / "params").glob("*")}
+    others = [path for path in folder.iterdir() if path.is_dir() and path.name != "params"]
+    return not others and 0 < len(groups_there) and groups_there <= set(GROUPS)
+
+
+def _is_empty(folder: Path) -> bool:
+    return not folder.is_symlink() and folder.is_dir() and not any(folder.iterdir())
 
 
 def _require_space(folder: Path, needed: int) -> None:
@@ -142,10 +193,11 @@ def _require_space(folder: Path, needed: int) -> None:
     )
 
 
-def _make_empty(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
+def _begin(unfinished: Path) -> None:
+    if unfinished.exists():
+        shutil.rmtree(unfinished)
+    unfinished.mkdir(parents=True)
+    (unfinished / MARK).write_text("left by a save that was stopped; the next one removes it\n")
 
 
 # ----------------------------------------------------------------------------------- loading

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -28,6 +30,7 @@ from dials_jax.config import (
 from dials_jax.keys import seed_key
 from dials_jax.skipping.policies import Routed
 from dials_jax.skipping.router import init_routers, rounded
+from dials_jax.workdir import writing
 
 FORMAT = "dials_jax router"
 AGAIN = "run its training command again, which writes it from the last checkpoint"
@@ -64,9 +67,14 @@ def save_router(
     backbone: Backbone,
     skip_weight: float,
 ) -> None:
-    """Writes a folder for `load_router`; `skip_weight` is the lambda it was trained with."""
-    folder = Path(folder).absolute()
-    ocp.save(folder / "params", routers, overwrite=True)
+    """Writes a folder for `load_router`; `skip_weight` is the lambda it was trained with.
+
+    Raises: InputError if the folder is something else than a router, or cannot be written.
+    """
+    folder = local_path(folder, "the router's folder")
+    require_replaceable(folder)
+    with writing(folder, AGAIN):
+        ocp.save(folder / "params", routers, overwrite=True)
     info = RouterInfo(
         router=cfg,
         num_layers=backbone.config.num_layers,
@@ -75,7 +83,24 @@ def save_router(
         skip_weight=skip_weight,
         digests=trees.digest_hex(routers),
     )
-    sharding.on_first_process(lambda: write_json(folder / "config.json", to_dict(info)))
+    with writing(folder, AGAIN):
+        sharding.on_first_process(lambda: write_json(folder / "config.json", to_dict(info)))
+
+
+def require_replaceable(folder: Path) -> None:
+    """Raises: InputError where `save_router` would write over what it did not make.
+
+    Its own is a router, or the arrays alone that a stopped save has left.
+    """
+    if not os.path.lexists(folder):
+        return
+    config, own = folder / "config.json", False
+    if folder.is_dir() and not folder.is_symlink():
+        names = [path.name for path in folder.iterdir()]
+        with contextlib.suppress(InputError):  # a config.json that says nothing
+            own = not names or (config.exists() and read_json(config).get("format") == FORMAT)
+        own = own or all(name.startswith("params") for name in names)
+    require(own, f"{folder} is no {FORMAT} and would be overwritten; move it away")
 
 
 def router_facts(path: str | Path) -> tuple[Path, RouterInfo]:

@@ -1,6 +1,7 @@
 """A saved model comes back bit for bit, or not at all."""
 
 import dataclasses
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -204,3 +205,65 @@ def test_other_paths_and_arguments_are_refused(damaged, tmp_path):
     assert_refused(tmp_path / "empty", "holds no model")
     with pytest.raises(InputError, match="float16"):
         load(damaged, "float16")
+
+
+# ------------------------------------------------------------------------------- whose folder
+
+
+@pytest.mark.parametrize("name", ["model", "model.unfinished"])
+@pytest.mark.parametrize("content", ["thesis.txt", "params/thesis.txt", "params/embed.d/../deep/x"])
+def test_a_folder_that_no_save_made_is_neither_replaced_nor_removed(
+    name, content, params, tmp_path
+):
+    foreign = (tmp_path / name / content).resolve()
+    foreign.parent.mkdir(parents=True)
+    foreign.write_text("years of work")
+    with pytest.raises(InputError, match=rf"{name} .*; move it away"):
+        save_model(tmp_path / "model", CFG, params, overwrite=True)
+    assert foreign.read_text() == "years of work" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_link_to_another_model_is_not_replaced(damaged, params, tmp_path):
+    (tmp_path / "link").symlink_to(damaged)
+    with pytest.raises(InputError, match="move it away"):
+        save_model(tmp_path / "link", CFG, params, overwrite=True)
+
+
+def test_what_a_stopped_save_left_is_removed(params, tmp_path, monkeypatch):
+    """Also of the version that left no mark: groups of parameters alone."""
+    write = checkpoint._write_group
+
+    def stop(folder, name, group):
+        if name == "final_norm":
+            raise KeyboardInterrupt
+        write(folder, name, group)
+
+    unfinished = tmp_path / "model.unfinished"
+    for mark in (True, False):
+        monkeypatch.setattr(checkpoint, "_write_group", stop)
+        with pytest.raises(KeyboardInterrupt):
+            save_model(tmp_path / "model", CFG, params, overwrite=True)
+        monkeypatch.undo()
+        assert (unfinished / checkpoint.MARK).exists()
+        if not mark:
+            (unfinished / checkpoint.MARK).unlink()
+            (unfinished / "tokenizer.json").touch()
+        save_model(tmp_path / "model", CFG, params, overwrite=True)
+        assert not unfinished.exists()
+        assert sorted(p.name for p in (tmp_path / "model").iterdir()) == ["config.json", "params"]
+
+
+def test_a_full_disk_ends_in_a_line(params, tmp_path, monkeypatch):
+    def fail(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_write_group", fail)
+    with pytest.raises(InputError, match=r"embed could not be written \(No space left"):
+        save_model(tmp_path / "model", CFG, params)
+
+
+def test_an_address_of_another_file_system_is_no_folder(params, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="gs://bucket/model is no local path"):
+        save_model("gs://bucket/model", CFG, params)
+    assert list(tmp_path.iterdir()) == []

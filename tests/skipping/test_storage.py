@@ -128,3 +128,23 @@ def test_missing_arrays_are_one_error(workdir, backbone):
     shutil.rmtree(workdir / "router" / "params")
     with pytest.raises(InputError, match="cannot be read"):
         load_router(workdir, backbone)
+
+
+def test_a_folder_that_is_no_router_is_not_written_into(router_params, backbone, tmp_path):
+    for name, content in (("thesis.txt", ""), ("config.json", '{"model_type": "llada"}')):
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        (folder / name).write_text(content)
+        with pytest.raises(InputError, match=r"is no dials_jax router .*; move it away"):
+            save_router(folder, router_params, CFG, backbone, skip_weight=0.5)
+        assert [path.name for path in folder.iterdir()] == [name]
+
+
+def test_a_router_and_what_a_stopped_save_left_of_one_are_replaced(
+    workdir, router_params, backbone
+):
+    for stopped in (False, True):
+        if stopped:
+            (workdir / "router" / "config.json").unlink()
+        save_router(workdir / "router", router_params, CFG, backbone, skip_weight=0.7)
+        assert router_facts(workdir)[1]["skip_weight"] == 0.7
