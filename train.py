@@ -10,6 +10,7 @@ from dials_jax.analysis.training_plots import training_curves
 from dials_jax.commands import keep_programs, main, parse
 from dials_jax.config import TrainConfig
 from dials_jax.sharding import on_first_process
+from dials_jax.stopping import keeping
 from dials_jax.training.loop import train
 
 
@@ -17,7 +18,8 @@ def command() -> None:
     config, workdir = parse(TrainConfig, __doc__)
     keep_programs()
     train(config, workdir)
-    on_first_process(lambda: draw(workdir))
+    with keeping(lambda: f"training has ended, and its result is in {workdir}"):
+        on_first_process(lambda: draw(workdir))
 
 
 def draw(workdir: Path) -> None:

@@ -82,6 +82,23 @@ def unstack(stacked: PyTree) -> tuple[PyTree, ...]:
     return tuple(layer_slice(stacked, i) for i in range(num_layers(stacked)))
 
 
+def relayout(tree: PyTree, unrolled: bool) -> PyTree:
+    """Every model's parameters in a tree, its moments in an optimiser's state too, in one layout.
+
+    Values stay what they are; what has no layers is passed through.
+    """
+
+    def is_model(node):
+        return isinstance(node, dict) and "layers" in node
+
+    def one(node):
+        if not is_model(node) or is_unrolled(node["layers"]) == unrolled:
+            return node
+        return {**node, "layers": (unstack if unrolled else stack)(node["layers"])}
+
+    return jax.tree.map(one, tree, is_leaf=is_model)
+
+
 # --------------------------------------------------------------------------------------- digests
 
 

@@ -7,8 +7,12 @@ digests.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +21,9 @@ from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
 from dials_jax import trees
-from dials_jax.config import InputError, read_json, write_json
+from dials_jax.config import InputError, read_json, require, write_json
 from dials_jax.sharding import on_first_process
+from dials_jax.workdir import writing
 
 log = logging.getLogger(__name__)
 
@@ -29,68 +34,150 @@ class Checkpoints:
     def __init__(self, folder: str | Path, keep: int = 2):
         self.folder = Path(folder).absolute()
         self.keep = keep
+        self._damaged: set[int] = set()  # found so by `restore`
 
     def steps(self) -> list[int]:
-        """Steps with a finished checkpoint, ascending."""
-        found = self.folder.glob("*/digest.json")
-        return sorted(int(p.parent.name) for p in found if p.parent.name.isdecimal())
+        """Steps with a finished checkpoint, ascending. Raises: InputError if that is hidden."""
+        with _readable(self.folder):
+            return sorted(
+                int(p.name) for p in self._own_names() if p.name.isdecimal() and _is_finished(p)
+            )
+
+    def require_own(self) -> None:
+        """Raises: InputError for a folder called as ours are that no save can have made."""
+        with _readable(self.folder):
+            foreign = [path for path in self._own_names() if not _made_by_a_save(path)]
+        require(
+            not foreign,
+            f"{foreign and foreign[0]} is no checkpoint and would be overwritten; move it away",
+        )
+
+    def _own_names(self) -> list[Path]:
+        if not self.folder.exists():
+            return []
+        return [p for p in self.folder.iterdir() if re.fullmatch(r"\d+(\.partial)?", p.name)]
 
     def save(self, step: int, state: PyTree) -> None:
         """Writes, reads back, compares, and only then removes all but the `keep` newest.
 
-        Raises: OSError if what was read back differs from what was written.
+        Raises:
+          InputError: if it cannot be written; the older ones stay.
+          OSError: if what was read back differs from what was written.
         """
         final = self.folder / f"{step:08d}"
         partial = self.folder / f"{step:08d}.partial"
         on_first_process(self._remove_partial)
         flat = flatten(state)
-        ocp.save(partial / "state", flat)
-        digests = trees.digest_hex(flat)
-        if trees.digest_hex(_load(partial, flat)) != digests:
-            raise OSError(f"checkpoint {partial} reads back differently; the storage is failing")
+        rest = "older checkpoints stay; make room and run the same command again"
+        try:
+            with writing(partial, rest):
+                ocp.save(partial / "state", flat)
+            digests = trees.digest_hex(flat)
+            if trees.digest_hex(_load(partial, flat)) != digests:
+                raise OSError(f"checkpoint {partial} reads back differently; the storage fails")
+            with writing(partial, rest):
+                on_first_process(lambda: write_json(partial / "digest.json", digests))
+        except Exception:
+            if jax.process_index() == 0:
+                self._remove_partial()  # its room is needed
+            raise
 
         def finish():
-            write_json(partial / "digest.json", digests)
-            shutil.rmtree(final, ignore_errors=True)  # a damaged one, whose step was run again
+            if final.exists():  # a damaged one, whose step was run again
+                shutil.rmtree(final)
             partial.rename(final)
+            self._damaged.discard(step)
             self._prune(step)
 
         on_first_process(finish)
 
-    def restore(self, state: PyTree) -> PyTree | None:
+    def restore(self, state: PyTree, *layouts: PyTree) -> PyTree | None:
         """The newest checkpoint whose digests match, shaped and placed like `state`, or None.
 
-        Raises: InputError if there are checkpoints but none is intact.
+        Args:
+          state: arrays, or their shapes, dtypes and shardings.
+          layouts: other ways to lay out the same values; what was stored so comes back so.
+        Raises: InputError if a checkpoint cannot be read, or if there are some and none is intact.
         """
         steps = self.steps()
-        flat = flatten(state)
+        likes = {frozenset(flatten(like)): like for like in (*layouts, state)}
         for step in reversed(steps):
             folder = self.folder / f"{step:08d}"
             try:
-                loaded = _load(folder, flat)
-                if trees.digest_hex(loaded) == read_json(folder / "digest.json"):
-                    return unflatten(state, loaded)
+                digests = read_json(folder / "digest.json")
+                like = likes.get(frozenset(digests), state)
+                loaded = _load(folder, flatten(like))
+                if trees.digest_hex(loaded) == digests:
+                    return unflatten(like, loaded)
                 problem = "its arrays do not match their digests"
             except (jax.errors.JaxRuntimeError, MemoryError):
                 raise  # no room for it, which says nothing of the files
             except Exception as error:  # Orbax raises many kinds for damaged files
+                _require_readable(folder)
                 problem = (str(error).splitlines() or [type(error).__name__])[0]
             log.warning("checkpoint %s is damaged (%s); trying an older one", folder, problem)
-        if steps:
-            raise InputError(f"no checkpoint in {self.folder} is intact; remove it to start again")
+            self._damaged.add(step)
+        require(
+            not steps,
+            f"no checkpoint in {self.folder} is intact; bring back a copy, or choose another "
+            "--workdir to start again",
+        )
         return None
 
     def _remove_partial(self) -> None:
         """What stopped saves left, of any step: a continued run may save at others."""
         for folder in self.folder.glob("*.partial"):
-            shutil.rmtree(folder, ignore_errors=True)
+            if _made_by_a_save(folder):
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _prune(self, newest: int) -> None:
-        """Later checkpoints than `newest` were found damaged: training went on before them."""
-        steps = self.steps()
-        kept = [step for step in steps if step <= newest][-self.keep :]
-        for step in set(steps) - set(kept):
-            shutil.rmtree(self.folder / f"{step:08d}")
+        """Removes what is older than the `keep` newest that are good.
+
+        Later checkpoints than `newest` are not looked at: they were found damaged, and training
+        went on before them.
+        """
+        good = [s for s in self.steps() if s <= newest and s not in self._damaged]
+        for step in self.steps():
+            if step < good[-self.keep :][0]:
+                shutil.rmtree(self.folder / f"{step:08d}")
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """What cannot be read is not damaged: nothing is decided without it."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{error.filename or path} cannot be read ({error.strerror or error}); nothing was "
+            "changed: make it readable and run the same command again"
+        ) from error
+
+
+def _require_readable(folder: Path) -> None:
+    """Raises: InputError if a byte of the folder cannot be read."""
+
+    def stop(error: OSError):
+        raise error
+
+    with _readable(folder):
+        for place, _, names in os.walk(folder, onerror=stop):
+            for name in names:
+                with (Path(place) / name).open("rb") as file:
+                    while file.read(2**24):
+                        pass
+
+
+def _is_finished(folder: Path) -> bool:
+    """The digests are written last. Raises: OSError if that cannot be seen."""
+    return (folder / "digest.json").exists()
+
+
+def _made_by_a_save(folder: Path) -> bool:
+    """Whether a folder holds nothing but what a save writes, whole or not."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    return all(path.name.startswith(("state", "digest.json")) for path in folder.iterdir())
 
 
 def flatten(tree: PyTree) -> dict[str, Any]:
@@ -102,7 +189,8 @@ def unflatten(like: PyTree, flat: dict[str, Any]) -> PyTree:
     return trees.map_named(lambda name, _: flat[name.replace("/", ".")], like)
 
 
-def _load(folder: Path, flat: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def _load(folder: Path, flat: dict[str, Any]) -> dict[str, jax.Array]:
+    """Reads what is shaped and placed as `flat`: arrays, or what says so of them."""
     abstract = {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
         for name, x in flat.items()

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -20,8 +21,21 @@ from dials_jax.stopping import Request, Stopped, keeping
 from dials_jax.training.checkpoint import Checkpoints
 from dials_jax.training.metrics import MetricsWriter, progress_bar
 from dials_jax.training.optimizer import make_optimizer, make_schedule, num_steps
-from dials_jax.training.run import Run, claim_workdir, prepare
-from dials_jax.training.step import TrainState, init_state, make_train_step, shardings_of
+from dials_jax.training.run import (
+    Run,
+    claim_workdir,
+    prepare,
+    require_own,
+    require_same_experiment,
+)
+from dials_jax.training.step import (
+    TrainState,
+    init_state,
+    make_train_step,
+    restore_state,
+    shardings_of,
+    state_shapes,
+)
 from dials_jax.workdir import exclusive
 
 
@@ -56,14 +70,22 @@ def _train(cfg: TrainConfig, workdir: Path, checkpoints: Checkpoints) -> TrainSt
         f"{rows} rows a microbatch do not divide over {shards} batch shards; change batch_size, "
         "num_microbatches or mesh",
     )
+    require_own(workdir, cfg)
+    checkpoints.require_own()
     run = prepare(cfg, mesh)
     epoch = steps_per_epoch(run.data, cfg.batch_size)
     optimizer, total = make_optimizer(cfg.optimizer, epoch), num_steps(cfg.optimizer, epoch)
-    claim_workdir(workdir, cfg, run.identity)
+    same = partial(require_same_experiment, workdir, cfg, run.identity, epoch)
+    same(step=max(checkpoints.steps(), default=0))
     ema = cfg.optimizer.ema
-    state = init_state(run.init, optimizer, mesh, run.prefix, ema=ema, source=run.source)
+    how = (run.init, optimizer, mesh, run.prefix)
+    shapes = state_shapes(*how, ema=ema, source=run.source)
+    state = restore_state(checkpoints.restore, shapes, mesh, run.prefix)
+    if state is None:
+        state = init_state(*how, ema=ema, source=run.source)
+    same(step=int(state.step))  # an older checkpoint may have been taken
+    claim_workdir(workdir, cfg, run.identity)
     run = dataclasses.replace(run, source=())  # its memory is needed
-    state = checkpoints.restore(state) or state
     _describe(cfg, run, state, total, epoch)
 
     step_fn = jax.jit(

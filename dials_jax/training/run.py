@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dials_jax import trees
 from dials_jax.config import (
     InputError,
+    OptimizerConfig,
     TrainConfig,
     from_dict,
     read_json,
@@ -24,24 +26,44 @@ from dials_jax.data.batches import TrainingData
 from dials_jax.data.sources import training_data
 from dials_jax.keys import seed_key
 from dials_jax.loading import load
-from dials_jax.models import transformer
+from dials_jax.models import checkpoint, transformer
 from dials_jax.models.checkpoint import save_model
 from dials_jax.models.model import Model
 from dials_jax.sharding import on_first_process
+from dials_jax.skipping import storage
 from dials_jax.skipping.router import init_routers
 from dials_jax.skipping.storage import save_router
 from dials_jax.training.losses import LossFn, check_objective, model_loss, router_loss
+from dials_jax.training.optimizer import make_schedule, num_steps
 from dials_jax.training.source import grow_vocabulary, load_source
+from dials_jax.workdir import require_unclaimed, writing
 
 # Settings that may change between one part of a run and the next. Those of data say where rows are
 # found; that they are the same rows, the data's fingerprint says.
+# The same goes for the models that a run starts from, which have fingerprints as well.
 FREE_FIELDS = tuple(
     f"train.{name}"
     for name in (
         *("log_every", "save_every", "keep_checkpoints", "mesh", "remat", "max_minutes"),
+        *("num_microbatches", "unrolled", "backbone", "init_from"),
         *(f"data.{place}" for place in ("folder", "paths", "cache", "tokenizer", "reader")),
     )
 )
+# Nothing looks at these where a model is trained.
+ROUTER_FIELDS = (
+    "train.router",
+    *(f"train.objective.{name}" for name in ("skip_weight", "target_skip_rate", "scale_skip")),
+)
+# Of these only the learning rates count that follow from them.
+RATE_FIELDS = tuple(
+    f"train.optimizer.{name}"
+    for name in (
+        *("learning_rate", "schedule", "final_scale"),
+        *(f"{what}_{unit}" for what in ("num", "warmup") for unit in ("steps", "epochs")),
+    )
+)
+# What training writes into its workdir, which its config.json marks as its own.
+OUTPUTS = ("checkpoints", "metrics.jsonl", "tensorboard", "training.png")
 
 
 @dataclass(frozen=True)
@@ -86,7 +108,8 @@ def _model_run(cfg: TrainConfig, mesh: Mesh) -> Run:
         return unroll(params) if cfg.unrolled else params
 
     def export(workdir: Path, params: trees.Params) -> None:
-        on_first_process(lambda: tokenizer.save(workdir))
+        with writing(workdir / "tokenizer.json", "make room and run the same command again"):
+            on_first_process(lambda: tokenizer.save(workdir))
         files = [workdir / "tokenizer.json"]
         save_model(workdir / "model", cfg.model, params, tokenizer_files=files, overwrite=True)
 
@@ -135,29 +158,78 @@ def _router_run(cfg: TrainConfig, mesh: Mesh) -> Run:
     )
 
 
-def claim_workdir(workdir: Path, cfg: TrainConfig, identity: dict[str, Any]) -> None:
-    """Writes `config.json`, or checks that the workdir holds this very experiment.
+def require_own(workdir: Path, cfg: TrainConfig) -> None:
+    """Raises: InputError if the workdir holds what this run would write over and did not make."""
+    tokenizer = getattr(cfg.data, "tokenizer", None)
+    made = ("router",) if cfg.backbone else ("model", "model.unfinished", "tokenizer.json")
+    require_unclaimed(workdir, "config.json", (*OUTPUTS, *made), reads=tokenizer)
+    if cfg.backbone:
+        storage.require_replaceable(workdir / "router")
+    else:
+        checkpoint.require_replaceable(workdir / "model")
 
-    Raises: InputError naming the first setting that differs.
+
+def require_same_experiment(
+    workdir: Path, cfg: TrainConfig, identity: dict[str, Any], steps_per_epoch: int, step: int
+) -> None:
+    """Checks that what the workdir holds, if it does, can go on with these settings.
+
+    Args:
+      step: of the checkpoint that the run goes on from. More steps, or another warm-up, are the
+        same experiment if no learning rate changes from there on.
+    Raises: InputError naming the first setting that does not fit.
     """
     path = workdir / "config.json"
-    mine = {"train": to_dict(cfg), **identity}
-    if path.exists():
-        theirs = read_json(path)
-        try:  # a setting that is newer than the run had its default
-            theirs["train"] = to_dict(from_dict(TrainConfig, theirs.get("train", {})))
-        except InputError as error:
-            raise InputError(
-                f"{workdir} holds another experiment ({error}); choose another --workdir"
-            ) from error
-        for name, (old, new) in _differences(theirs, mine).items():
-            require(
-                name.startswith(FREE_FIELDS),
-                f"{workdir} holds another experiment ({name.removeprefix('train.')} is {old!r} "
-                f"there and {new!r} here); choose another --workdir",
-            )
-    if jax.process_index() == 0:
-        write_json(path, mine)
+    if not path.exists():
+        return
+    theirs, other = read_json(path), f"{workdir} holds another experiment"
+    try:  # a setting that is newer than the run had its default
+        before = from_dict(TrainConfig, theirs.get("train", {}))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        line = str(error).partition("\n")[0]
+        raise InputError(f"{other} ({line}); choose another --workdir") from error
+    theirs["train"] = to_dict(before)
+    rates = []
+    free = FREE_FIELDS if cfg.backbone else FREE_FIELDS + ROUTER_FIELDS
+    for name, (old, new) in _differences(theirs, {"train": to_dict(cfg), **identity}).items():
+        said = f"{name.removeprefix('train.')} is {old!r} there and {new!r} here"
+        if name in RATE_FIELDS:
+            rates.append(said)
+        else:
+            require(name.startswith(free), f"{other} ({said}); choose another --workdir")
+    if rates:
+        _require_same_rates(workdir, before.optimizer, cfg, steps_per_epoch, step, rates[0])
+
+
+def _require_same_rates(
+    workdir: Path,
+    old: OptimizerConfig,
+    cfg: TrainConfig,
+    steps_per_epoch: int,
+    step: int,
+    said: str,
+) -> None:
+    """Raises: InputError if a rate from `step` on would not be what it would have been."""
+    total = num_steps(cfg.optimizer, steps_per_epoch)
+    require(total >= step, f"{workdir} has taken {step} steps and {total} are asked for; ask more")
+    # One more than both take: where the old run ends, a cosine would jump.
+    steps = jnp.arange(step, min(total, num_steps(old, steps_per_epoch)) + 1)
+    before, now = (
+        jax.vmap(make_schedule(optimizer, steps_per_epoch))(steps)
+        for optimizer in (old, cfg.optimizer)
+    )
+    advice = f"train on with --init-from {workdir / 'model'} in" if cfg.model else "choose"
+    require(
+        bool(jnp.all(before == now)),
+        f"{workdir} holds another experiment ({said}, which changes the learning rates of its "
+        f"steps); keep it, or {advice} another --workdir",
+    )
+
+
+def claim_workdir(workdir: Path, cfg: TrainConfig, identity: dict[str, Any]) -> None:
+    """Notes what the workdir is for."""
+    values = {"train": to_dict(cfg), **identity}
+    on_first_process(lambda: write_json(workdir / "config.json", values))
 
 
 def _differences(a: Any, b: Any, name: str = "") -> dict[str, tuple[Any, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -61,15 +62,65 @@ def init_state(
       ema: keep a moving average; it starts as the parameters do.
       source: arrays that `init` makes the parameters from.
     """
-
-    def make(*source):
-        params = init(*source)
-        average = None if ema is None else params
-        return TrainState(jnp.int32(0), params, optimizer.init(params), jnp.int32(-1), average)
-
+    make = partial(_fresh, init, optimizer, ema)
     shardings = shardings_of(jax.eval_shape(make, *source), mesh, prefix)
     with jax.set_mesh(mesh):
         return jax.jit(make, out_shardings=shardings)(*source)
+
+
+def state_shapes(
+    init: Callable[..., trees.Params],
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    prefix: str = "",
+    *,
+    ema: float | None = None,
+    source: tuple = (),
+) -> TrainState:
+    """What `init_state` makes, as shapes, dtypes and shardings: no memory is needed yet."""
+    return placed_shapes(
+        jax.eval_shape(partial(_fresh, init, optimizer, ema), *source), mesh, prefix
+    )
+
+
+def placed_shapes(state: TrainState, mesh: Mesh, prefix: str = "") -> TrainState:
+    """The shapes and dtypes of a state with the shardings of the table."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        state,
+        shardings_of(state, mesh, prefix),
+    )
+
+
+def _fresh(
+    init: Callable[..., trees.Params],
+    optimizer: optax.GradientTransformation,
+    ema: float | None,
+    *source: trees.Params,
+) -> TrainState:
+    params = init(*source)
+    average = None if ema is None else params
+    return TrainState(jnp.int32(0), params, optimizer.init(params), jnp.int32(-1), average)
+
+
+def restore_state(
+    restore: Callable[..., TrainState | None], shapes: TrainState, mesh: Mesh, prefix: str = ""
+) -> TrainState | None:
+    """What `restore` finds, laid out as `shapes` are whichever way its layers were stored.
+
+    Args:
+      restore: `Checkpoints.restore`.
+    """
+    layers = shapes.params.get("layers")
+    if layers is None:  # routers
+        return restore(shapes)
+    unrolled = trees.is_unrolled(layers)
+    stored = jax.eval_shape(partial(trees.relayout, unrolled=not unrolled), shapes)
+    state = restore(shapes, placed_shapes(stored, mesh, prefix))
+    if state is None or trees.is_unrolled(state.params["layers"]) == unrolled:
+        return state
+    change = partial(trees.relayout, unrolled=unrolled)
+    return jax.jit(change, out_shardings=shardings_of(shapes, mesh, prefix))(state)
 
 
 def shardings_of(state: TrainState, mesh: Mesh, prefix: str = "") -> TrainState:

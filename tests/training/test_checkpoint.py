@@ -1,7 +1,10 @@
 """A checkpoint comes back bit for bit, or an older one does."""
 
+import errno
 import logging
+import resource
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -143,7 +146,7 @@ def test_what_a_stopped_save_leaves_is_ignored_and_removed(step, copied):
 def test_none_intact_is_an_error(copied):
     for step in (10, 20):
         flip_a_bit(copied.folder / f"{step:08d}")
-    with pytest.raises(InputError, match=r"no checkpoint in .* is intact; remove it"):
+    with pytest.raises(InputError, match=r"no checkpoint in .* is intact; bring back a copy"):
         copied.restore(make_state(0))
 
 
@@ -164,9 +167,81 @@ def test_a_damaged_checkpoint_is_replaced_when_its_step_comes_again(copied):
     assert_same_bits(copied.restore(make_state(0)), make_state(20))
 
 
-def test_damaged_later_checkpoints_never_displace_an_intact_one(copied):
+def test_what_was_found_damaged_never_displaces_an_intact_one(copied):
+    """Nor is it removed: who knows what was wrong. Training goes on before it."""
     flip_a_bit(copied.folder / "00000020")
     checkpoints = Checkpoints(copied.folder, keep=1)
+    assert_same_bits(checkpoints.restore(make_state(0)), make_state(10))
     checkpoints.save(15, make_state(15))
-    assert checkpoints.steps() == [15]
+    assert checkpoints.steps() == [15, 20]
     assert_same_bits(checkpoints.restore(make_state(0)), make_state(15))
+    checkpoints.save(25, make_state(25))
+    assert checkpoints.steps() == [25]
+
+
+def test_one_that_was_found_damaged_is_not_one_of_those_kept(copied):
+    flip_a_bit(copied.folder / "00000020")
+    checkpoints = Checkpoints(copied.folder, keep=2)
+    assert_same_bits(checkpoints.restore(make_state(0)), make_state(10))
+    checkpoints.save(25, make_state(25))
+    assert checkpoints.steps() == [10, 20, 25]
+
+
+# ------------------------------------------------------------------- unreadable, foreign, no room
+
+
+@pytest.mark.parametrize("part", ["state", "digest.json"])
+def test_what_cannot_be_read_is_not_damaged(part, copied, monkeypatch):
+    """The newer checkpoint may be good: nothing goes back before it, nothing is removed."""
+    opened = Path.open
+
+    def refuse(self, *args, **kwargs):
+        if "00000020" in str(self) and part in str(self):
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return opened(self, *args, **kwargs)
+
+    def fail(folder, flat):
+        raise ValueError("Orbax says something")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(checkpoint, "_load", fail)
+    message = "00000020.* cannot be read .Permission denied.; nothing was changed"
+    with pytest.raises(InputError, match=message):
+        copied.restore(make_state(0))
+    monkeypatch.undo()
+    assert_same_bits(copied.restore(make_state(0)), make_state(20))
+
+
+def test_a_folder_that_hides_its_checkpoints_is_not_an_empty_one(copied, monkeypatch):
+    def refuse(self):
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(InputError, match="checkpoints cannot be read"):
+        copied.restore(make_state(0))
+
+
+@pytest.mark.parametrize("name", ["00000030", "00000030.partial"])
+def test_folders_that_no_save_made_are_refused_and_kept(name, copied):
+    foreign = copied.folder / name
+    foreign.mkdir()
+    copied.require_own()  # an empty one holds nothing
+    (foreign / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match=f"{name} is no checkpoint .*move it away"):
+        copied.require_own()
+    copied.save(40, make_state(40))
+    assert (foreign / "thesis.txt").exists()
+
+
+def test_a_full_disk_ends_in_a_line_and_the_older_ones_stay(copied):
+    """A limit on the size of files stands for it."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(InputError, match="older checkpoints stay; make room") as error:
+            copied.save(30, make_state(30))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(error.value)
+    assert sorted(p.name for p in copied.folder.iterdir()) == ["00000010", "00000020"]
+    assert_same_bits(copied.restore(make_state(0)), make_state(20))

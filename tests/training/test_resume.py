@@ -1,5 +1,6 @@
 """A run that is killed anywhere and continued is bitwise the run that was not."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -13,11 +14,13 @@ import jax
 import numpy as np
 import pytest
 
+from dials_jax import trees
 from dials_jax.commands import load_config
 from dials_jax.config import (
     ArithmeticData,
     InputError,
     ObjectiveConfig,
+    RouterConfig,
     TextData,
     TrainConfig,
     read_json,
@@ -28,6 +31,8 @@ from dials_jax.training import loop
 from dials_jax.training.checkpoint import Checkpoints
 from dials_jax.training.loop import train
 from dials_jax.training.metrics import MetricsWriter
+from dials_jax.training.run import claim_workdir, require_same_experiment
+from dials_jax.workdir import exclusive
 
 ROOT = Path(__file__).parents[2]
 CONFIG = """
@@ -225,6 +230,132 @@ def test_what_only_concerns_logs_and_saves_may_change(train_config, finished, tm
     workdir = finished(train_config(), tmp_path / "run")
     state = train(train_config(log_every=1, save_every=5, keep_checkpoints=1), workdir)
     assert int(state.step) == 6
+
+
+def with_optimizer(cfg, **changes):
+    return dataclasses.replace(cfg, optimizer=dataclasses.replace(cfg.optimizer, **changes))
+
+
+@pytest.fixture
+def constant(train_config):
+    return with_optimizer(train_config(), schedule="constant")
+
+
+def test_other_microbatches_and_layouts_go_on_with_the_same_bits(constant, finished, tmp_path):
+    """Layers are stored as the run had them and come back as this one wants them."""
+    workdir = finished(constant, tmp_path / "run")
+    first = train(constant, workdir)
+    for changes in ({"unrolled": True}, {"num_microbatches": 2, "save_every": 3}, {}):
+        cfg = dataclasses.replace(constant, **changes)
+        state = train(cfg, workdir)
+        assert trees.is_unrolled(state.params["layers"]) == cfg.unrolled
+        stacked = trees.relayout(state, unrolled=False)
+        jax.tree.map(np.testing.assert_array_equal, stacked, first)
+
+
+def test_layers_stored_unrolled_come_back_stacked(constant, tmp_path):
+    cfg = with_optimizer(constant, num_steps=2, ema=0.9)
+    unrolled = train(dataclasses.replace(cfg, unrolled=True), tmp_path)
+    assert trees.is_unrolled(unrolled.opt_state[1][0].mu["layers"])
+    state = train(cfg, tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, state, trees.relayout(unrolled, unrolled=False))
+
+
+def test_more_steps_at_a_constant_rate_are_the_longer_run(constant, finished, tmp_path):
+    longer = with_optimizer(constant, num_steps=8)
+    state = train(longer, finished(constant, tmp_path / "run"))
+    jax.tree.map(np.testing.assert_array_equal, state, train(longer, tmp_path / "whole"))
+    assert without_times(logged(tmp_path / "run")) == without_times(logged(tmp_path / "whole"))
+
+
+def resumes(before, cfg, workdir, step=6, epoch=25):
+    """Raises what a run of `cfg` does on a workdir of `before` with a checkpoint of that step."""
+    workdir.mkdir(exist_ok=True)
+    claim_workdir(workdir, before, {})
+    require_same_experiment(workdir, cfg, {}, epoch, step)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_steps": 60},
+        {"num_steps": 6},
+        {"num_steps": None, "num_epochs": 2.0},
+        {"warmup_steps": 5, "num_steps": 60},  # done already
+        {"warmup_steps": None, "warmup_epochs": 0.2},
+        {"final_scale": 0.5},  # of a cosine
+    ],
+)
+def test_settings_go_on_that_leave_the_rates_from_here_on(changes, constant, tmp_path):
+    resumes(constant, with_optimizer(constant, **changes), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"num_steps": 5}, "has taken 6 steps and 5 are asked for"),
+        ({"learning_rate": 0.1}, "optimizer.learning_rate is 0.01 there and 0.1 here, which chang"),
+        ({"num_steps": 60, "warmup_steps": 20}, "which changes the learning rates"),
+        ({"schedule": "cosine"}, "optimizer.schedule is 'constant' there and 'cosine' here"),
+        ({"b1": 0.5}, r"optimizer.b1 is 0.9 there and 0.5 here\); choose another --workdir"),
+    ],
+)
+def test_settings_that_change_what_is_to_come_are_refused(changes, problem, constant, tmp_path):
+    before = with_optimizer(constant, num_steps=50)
+    with pytest.raises(InputError, match=problem):
+        resumes(before, with_optimizer(before, **changes), tmp_path)
+
+
+def test_a_cosine_cannot_become_longer(train_config, tmp_path):
+    """Its rates all hang on its length; the model can be trained on under a new schedule."""
+    cfg = train_config()
+    resumes(cfg, with_optimizer(cfg, num_steps=None, num_epochs=0.24), tmp_path)  # as long
+    for step in (2, 6):
+        with pytest.raises(InputError, match=r"learning rates of its steps.*--init-from .*/model"):
+            resumes(cfg, with_optimizer(cfg, num_steps=12), tmp_path, step)
+
+
+def test_what_is_only_for_routers_does_not_concern_a_model(train_config, tmp_path):
+    cfg = train_config()
+    objective = dataclasses.replace(cfg.objective, skip_weight=0.5, scale_skip_by_mask_ratio=False)
+    changes = {"objective": objective, "router": RouterConfig(d_hidden=4)}
+    resumes(cfg, dataclasses.replace(cfg, **changes), tmp_path)
+    router = train_config("model")
+    with pytest.raises(InputError, match=r"router.d_hidden is 8 there and 4 here"):
+        resumes(router, dataclasses.replace(router, **changes), tmp_path / "router")
+
+
+def test_a_model_may_move_and_keeps_its_fingerprint(train_config, tmp_path):
+    resumes(train_config("here/model"), train_config("there/model"), tmp_path)
+
+
+OURS = ["checkpoints", "metrics.jsonl", "tensorboard", "training.png"]
+
+
+@pytest.mark.parametrize("name", [*OURS, "model", "model.unfinished", "tokenizer.json"])
+def test_what_a_training_did_not_make_is_refused_before_it_starts(name, train_config, tmp_path):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match=f"{name} was not made by a run of this folder"):
+        train(train_config(), tmp_path)
+    assert sorted(p.name for p in tmp_path.rglob("*")) == sorted([name, "thesis.txt"])
+
+
+@pytest.mark.parametrize(
+    "name", ["model", "model.unfinished", "checkpoints/00000002", "checkpoints/00000002.partial"]
+)
+def test_nor_does_a_run_that_goes_on_take_foreign_folders_for_its_own(name, train_config, tmp_path):
+    claim_workdir(tmp_path, train_config(), {})
+    (tmp_path / name).mkdir(parents=True)
+    (tmp_path / name / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="move it away"):
+        train(train_config(), tmp_path)
+    assert (tmp_path / name / "thesis.txt").exists()
+
+
+def test_a_second_training_on_a_workdir_is_refused(train_config, tmp_path):
+    with exclusive(tmp_path), pytest.raises(InputError, match="is in use by process"):
+        train(train_config(), tmp_path)
 
 
 def test_a_run_goes_on_where_its_data_was_moved_to(train_config, arithmetic_model, tmp_path):
