@@ -147,4 +147,4 @@ def test_a_router_and_what_a_stopped_save_left_of_one_are_replaced(
         if stopped:
             (workdir / "router" / "config.json").unlink()
         save_router(workdir / "router", router_params, CFG, backbone, skip_weight=0.7)
-        assert router_facts(workdir)[1]["skip_weight"] == 0.7
+        assert router_facts(workdir)[1].skip_weight == 0.7
