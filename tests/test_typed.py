@@ -288,7 +288,9 @@ def test_a_likelihood_is_of_token_ids_only(pair):
         pad_pairs([pair], small_config())
 
 
-@pytest.mark.parametrize("router", ["x", {}, None, [1], {"a": 3}, object()], ids=lambda x: type(x).__name__)
+@pytest.mark.parametrize(
+    "router", ["x", {}, None, [1], {"a": 3}, object()], ids=lambda x: type(x).__name__
+)
 def test_a_policy_without_routers_is_refused(router):
     with pytest.raises(InputError, match="the router holds no arrays"):
         check_router(router, 4)
