@@ -74,8 +74,9 @@ class TaskData(Typed):
     """Prompt/answer pairs from JSONL. Fields enter templates as `{name}` or `{name.inner}`.
 
     In training and for every metric of an evaluation a pair is too long if its prompt or any of its
-    answers is, and `too_long` says what becomes of it. The end of text counts in training, which
-    puts one after every answer.
+    answers is, and `too_long` says what becomes of it. Of a reference from which an evaluation's
+    `extract` takes the answer, only that counts. The end of text counts in training, which puts one
+    after every answer.
     """
 
     kind: Literal["task"] = "task"

@@ -103,8 +103,7 @@ def load_items(task: EvalTask, tokenizer: Tokenizer | None, model_config: ModelC
             item = _item(task, cfg, record, tokenizer, model_config.eos_id)
         for what, ids in (("prompt", item.prompt), *(("answer", a) for a in item.answers)):
             require_unmasked(where, what, ids, model_config.mask_id)
-        # Without an EOS: no metric needs one after an answer that fills its room.
-        longest = max(map(len, item.answers)) - (task.metric == "exact_match")
+        longest = _longest_answer(task, item, tokenizer)
         if fits(cfg, where, "prompt", len(item.prompt)) and fits(cfg, where, "answer", longest):
             items.append(item)
         else:
@@ -148,6 +147,19 @@ def _item(
         f"the choices {texts} must be several, and all different; correct the record or choices=",
     )
     return make_item(pairs[0][0], answers, label, reference)
+
+
+def _longest_answer(task: EvalTask, item: Item, tokenizer: Tokenizer) -> int:
+    """Tokens that must have room: those that are scored, or that an output must hold to be right.
+
+    Of a reference from which `extract` takes the answer, that part: what leads there is free. No
+    metric needs an end of text after an answer that fills its room.
+    """
+    if task.metric != "exact_match":
+        return max(map(len, item.answers))
+    if not task.extract:
+        return len(item.answers[0]) - 1
+    return len(tokenizer.encode(normalise_answer(item.reference, task.extract, task.match)))
 
 
 def _choices(task: EvalTask, record: dict[str, Any]) -> list[str]:

@@ -166,6 +166,19 @@ def test_lengths_mean_the_same_to_every_metric(metric, load, write_jsonl):
     assert len(items) == 4 and items.num_dropped == 0
 
 
+def test_of_a_reference_only_what_is_compared_must_have_room(load, write_jsonl):
+    data = TaskData(
+        paths=(write_jsonl([{"q": "q", "a": "abcd:efg"}]),), prompt="{q}", answer="{a}",
+        prompt_length=4, answer_length=3,
+    )  # fmt: skip
+    task = EvalTask(name="t", metric="exact_match", data=data, extract=":(.*)")
+    assert len(load(task)) == 1
+    with pytest.raises(InputError, match="the answer has 3 tokens but answer_length=2"):
+        load(dataclasses.replace(task, data=dataclasses.replace(data, answer_length=2)))
+    with pytest.raises(InputError, match="the answer has 8 tokens"):
+        load(dataclasses.replace(task, extract=""))
+
+
 def test_keys_depend_on_content_and_not_on_labels_or_order():
     base = make_item([1, 2], [[3], [4]])
     assert all(0 <= make_item([i], [[1]]).key < 2**31 for i in range(20))
