@@ -320,6 +320,7 @@ def test_a_model_of_another_kind_is_refused_by_name(checkpoint, changes, words):
 @pytest.mark.parametrize("wrapper", ["_orig_mod", "module", "_forward_module.module"])
 @pytest.mark.parametrize("place", ["outside", "inside", "block"])
 def test_a_compiled_or_wrapped_model_gives_the_same_weights(checkpoint, place, wrapper, ema):
+    pytest.importorskip("torch")
     _, expected = open_checkpoint(checkpoint, allow_pickle=True, ema=ema)
 
     def wrap(name):
