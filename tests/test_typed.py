@@ -288,6 +288,12 @@ def test_a_likelihood_is_of_token_ids_only(pair):
         pad_pairs([pair], small_config())
 
 
+@pytest.mark.parametrize("path", ["runs/router", Path("runs/router")])
+def test_a_policy_of_a_path_says_how_to_load_it(path):
+    with pytest.raises(InputError, match="give what load_router"):
+        Routed(path)
+
+
 @pytest.mark.parametrize(
     "router", ["x", {}, None, [1], {"a": 3}, object()], ids=lambda x: type(x).__name__
 )

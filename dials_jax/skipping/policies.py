@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Number
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import jax
@@ -98,6 +99,10 @@ class Routed(Typed):
     def __post_init__(self):
         super().__post_init__()
         require(0 <= self.threshold <= 1, f"threshold={self.threshold} must lie in [0, 1]")
+        require(
+            not isinstance(self.router, str | Path),
+            f"router={str(self.router)!r} is a path; give what load_router(path, model) returns",
+        )
 
     def plan(self, num_layers: int, denoising: Denoising) -> PyTree:
         check_router(self.router, num_layers)
