@@ -70,7 +70,7 @@ def lower(
     def rows(dtype, *rest):
         return jax.ShapeDtypeStruct((shape[0], *rest), dtype, sharding=place)
 
-    keys = rows(jax.eval_shape(seed_key, 0).dtype)
+    keys = rows(jax.eval_shape(lambda: seed_key(0)).dtype)
     # The abstract mesh: what is known beforehand is computed here, not on chips that are not.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         return module._generate.lower(

@@ -21,7 +21,7 @@ AT_REST = OptimizerConfig(learning_rate=1e-9, num_steps=1, warmup_steps=0, weigh
 def causal(tmp_path_factory):
     """Makes the folder of a random causal model over the first `vocab_size` characters."""
 
-    def make(cfg, vocab_size, **changes):
+    def make(cfg, vocab_size, seed=7, **changes):
         folder = tmp_path_factory.mktemp("causal")
         values = {
             "vocab_size": vocab_size,
@@ -30,7 +30,7 @@ def causal(tmp_path_factory):
             "mask_id": None,
         } | changes
         cfg = dataclasses.replace(cfg, **values)
-        save_model(folder / "model", cfg, transformer.init(cfg, jax.random.key(7)))
+        save_model(folder / "model", cfg, transformer.init(cfg, jax.random.key(seed)))
         return folder
 
     return make
@@ -64,8 +64,10 @@ def test_a_continued_model_resumes_and_remembers_its_source(causal, train_config
     train(dataclasses.replace(cfg, max_minutes=1e-9), tmp_path / "parts")
     parts, whole = train(cfg, tmp_path / "parts"), train(cfg, tmp_path / "whole")
     jax.tree.map(np.testing.assert_array_equal, parts, whole)
-    with pytest.raises(InputError, match="holds another experiment \\(init_from"):
-        train(dataclasses.replace(cfg, init_from=str(causal(model, 18))), tmp_path / "parts")
+    moved, other = (causal(model, 18, seed=seed) for seed in (7, 8))
+    train(dataclasses.replace(cfg, init_from=str(moved)), tmp_path / "parts")
+    with pytest.raises(InputError, match="holds another experiment \\(source_fingerprint"):
+        train(dataclasses.replace(cfg, init_from=str(other)), tmp_path / "parts")
 
 
 @pytest.mark.parametrize(
