@@ -21,8 +21,7 @@ from dials_jax.config import (
     TextData,
     require,
 )
-from dials_jax.data.answers import check_reference
-from dials_jax.data.answers import normalise_answer as normalise_answer  # known by this name, too
+from dials_jax.data.answers import check_reference, normalise_answer
 from dials_jax.data.arithmetic import ArithmeticTask
 from dials_jax.data.corpus import load_corpus
 from dials_jax.data.records import located, lookup, read_records
