@@ -6,8 +6,9 @@ Stopped, it continues with the same command. With all done, it verifies the fold
 """
 
 from dials_jax.commands import main, parse
-from dials_jax.config import CorpusData, TrainConfig, require
+from dials_jax.config import CorpusData, TrainConfig
 from dials_jax.data.prepare import prepare
+from dials_jax.errors import require
 from dials_jax.stopping import keeping
 
 

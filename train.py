@@ -6,9 +6,9 @@ python train.py --config configs/demo/model.py --workdir runs/model [--optimizer
 from importlib.util import find_spec
 from pathlib import Path
 
-from dials_jax.analysis.training_plots import training_curves
 from dials_jax.commands import keep_programs, main, parse
 from dials_jax.config import TrainConfig
+from dials_jax.reporting.training_plots import training_curves
 from dials_jax.sharding import on_first_process
 from dials_jax.stopping import keeping
 from dials_jax.training.loop import train

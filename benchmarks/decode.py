@@ -25,7 +25,8 @@ from benchmarks.profile import print_profile
 from benchmarks.random_model import MODELS, make_config, make_model, make_routers
 from benchmarks.report import Table, exit_status, peak_gigabytes
 from dials_jax.caching.parse import parse_cache
-from dials_jax.config import ModelConfig, nearest, require
+from dials_jax.config import ModelConfig
+from dials_jax.errors import nearest, require
 from dials_jax.models.model import Model
 from dials_jax.nn.stack import Policy
 from dials_jax.sampling import generate as module

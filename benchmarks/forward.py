@@ -21,12 +21,12 @@ from jax import lax
 
 from benchmarks.random_model import MODELS, make_config, make_model, make_routers
 from benchmarks.report import Table, exit_status, peak_gigabytes
-from dials_jax.config import require
+from dials_jax.compiling import Timed
+from dials_jax.errors import require
 from dials_jax.models import transformer
-from dials_jax.models.model import Model, row_keys
+from dials_jax.models.model import Model, sequence_keys
 from dials_jax.skipping.flops import layer_flops
 from dials_jax.skipping.policies import Static
-from dials_jax.timing import Timed
 
 COLUMNS = {
     "layout": "<9", "batch": ">5d", "case": "<26", "ms": ">8.2f", "full_ms": ">8.2f",
@@ -83,7 +83,7 @@ class Case:
         cfg = model.config
         tokens = np.random.default_rng(0).integers(2, 500, (batch, options.tokens), dtype=np.int32)
         tokens[:, options.prompt :] = cfg.mask_id
-        self._rows = model.place_rows((jnp.asarray(tokens), row_keys(None, batch)))
+        self._rows = model.place_rows((jnp.asarray(tokens), sequence_keys(None, batch)))
         self._timed = Timed(_passes, static_argnames=("cfg", "executor", "prompt", "passes"))
         self._model, self._policy = model, policy
         self._static = {

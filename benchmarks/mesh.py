@@ -27,23 +27,16 @@ from benchmarks.random_model import MODELS, make_config, make_model, make_router
 from benchmarks.report import Table, exit_status
 from dials_jax import sharding, trees
 from dials_jax.caching.parse import parse_cache
-from dials_jax.config import (
-    InputError,
-    MeshConfig,
-    ModelConfig,
-    RouterConfig,
-    nearest,
-    require,
-)
+from dials_jax.config import MeshConfig, ModelConfig, RouterConfig
+from dials_jax.errors import InputError, nearest, require
 from dials_jax.keys import seed_key
 from dials_jax.models import llada
-from dials_jax.models.model import Model, row_keys
+from dials_jax.models.model import Model, sequence_keys
 from dials_jax.nn.stack import Policy
 from dials_jax.sampling import generate as module
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.generate import Generation, generate
-from dials_jax.skipping.policies import Routed
-from dials_jax.skipping.router import init_routers
+from dials_jax.skipping.routed import Routed, init_routers
 
 COLUMNS = {
     "mesh": "<16", "cache": "<8", "policy": "<10", "sequences": ">9d", "layers_run": ">10.3f",
@@ -119,7 +112,7 @@ class Part:
         prompts = rng.integers(2, highest, (sequences, self.prompt))
         first = np.linspace(0, self.prompt // 2, sequences).astype(int)
         valid = np.arange(self.prompt) >= first[:, None]
-        keys = row_keys(seed_key(3), sequences)
+        keys = sequence_keys(seed_key(3), sequences)
         before = module._generate.compile_seconds
         out = generate(
             model,

@@ -31,11 +31,12 @@ from benchmarks.random_model import make_config
 from benchmarks.report import Table, exit_status
 from dials_jax import sharding, trees
 from dials_jax.commands import load_config, override
-from dials_jax.config import InputError, ModelConfig, TrainConfig, require
+from dials_jax.config import ModelConfig, TrainConfig
 from dials_jax.data.batches import Batch
+from dials_jax.errors import InputError, require
 from dials_jax.keys import seed_key
 from dials_jax.models import transformer
-from dials_jax.skipping.router import init_routers
+from dials_jax.skipping.routed import init_routers
 from dials_jax.training.losses import LossFn, model_loss, router_loss
 from dials_jax.training.optimizer import make_optimizer
 from dials_jax.training.run import unroll

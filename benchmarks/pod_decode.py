@@ -37,8 +37,7 @@ from dials_jax.models import transformer
 from dials_jax.nn.stack import Policy
 from dials_jax.sampling import generate as module
 from dials_jax.sampling.confidence import Confidence
-from dials_jax.skipping.policies import Routed
-from dials_jax.skipping.router import init_routers, rounded
+from dials_jax.skipping.routed import Routed, init_routers, rounded
 
 COLUMNS = {
     "topology": "<10", "data": ">4d", "tensor": ">6d", "cache": "<12", "policy": "<12",

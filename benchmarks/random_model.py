@@ -10,13 +10,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dials_jax import sharding, trees
-from dials_jax.config import ModelConfig, RouterConfig, nearest, require
+from dials_jax.config import ModelConfig, RouterConfig
+from dials_jax.errors import nearest, require
 from dials_jax.keys import seed_key
 from dials_jax.models import dream, groups, llada, mdlm, qwen2, transformer
 from dials_jax.models.groups import Layout
 from dials_jax.models.model import Model
-from dials_jax.skipping.policies import Routed
-from dials_jax.skipping.router import init_routers, rounded
+from dials_jax.skipping.routed import Routed, init_routers, rounded
 
 MODELS = {
     "llada_8b": llada.llada_8b,

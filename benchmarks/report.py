@@ -12,7 +12,8 @@ from typing import Any
 import jax
 
 from dials_jax.commands import keep_programs
-from dials_jax.config import InputError, require, write_json
+from dials_jax.errors import InputError, require
+from dials_jax.files import write_json
 
 
 def machine() -> dict[str, Any]:

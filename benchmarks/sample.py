@@ -25,13 +25,13 @@ import numpy as np
 from benchmarks.profile import print_profile
 from benchmarks.random_model import MODELS, make_config, make_model
 from benchmarks.report import Table, exit_status, peak_gigabytes
-from dials_jax.config import require
+from dials_jax.errors import require
 from dials_jax.keys import seed_key
 from dials_jax.models.model import Model
 from dials_jax.sampling import programs
 from dials_jax.sampling.ancestral import Ancestral
 from dials_jax.sampling.generate import Generation, generate
-from dials_jax.sampling.schedule import Schedule
+from dials_jax.sampling.model_schedule import Schedule
 
 COLUMNS = {
     "case": "<24", "nfe": ">6d", "ms_a_step": ">9.3f", "ms_a_call": ">9.3f", "seconds": ">8.3f",

@@ -24,15 +24,9 @@ from benchmarks.profile import print_profile
 from benchmarks.report import Table, exit_status, peak_gigabytes
 from dials_jax import sharding, trees
 from dials_jax.compiling import compiler_options
-from dials_jax.config import (
-    MeshConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    OptimizerConfig,
-    nearest,
-    require,
-)
+from dials_jax.config import MeshConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
 from dials_jax.data.batches import Batch
+from dials_jax.errors import nearest, require
 from dials_jax.keys import seed_key
 from dials_jax.models import gpt2, llada, mdlm, transformer
 from dials_jax.skipping.flops import head_flops, layer_flops

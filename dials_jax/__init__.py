@@ -9,9 +9,10 @@ out.tokens, out.gates, out.flops
 """
 
 from dials_jax.caching.cache import DualCache, PrefixCache
-from dials_jax.caching.early_skip import EarlySkip
-from dials_jax.config import InputError, ModelConfig, RouterConfig
+from dials_jax.caching.early_skip.settings import EarlySkip
+from dials_jax.config import ModelConfig, RouterConfig
 from dials_jax.data.tokenizer import load_tokenizer
+from dials_jax.errors import InputError
 from dials_jax.evaluation.likelihood import estimate_log_likelihood, log_likelihood
 from dials_jax.loading import load
 from dials_jax.models.model import Model
@@ -20,8 +21,9 @@ from dials_jax.sampling.autoregressive import Autoregressive
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.dream import Dream
 from dials_jax.sampling.generate import generate
-from dials_jax.sampling.schedule import Schedule
-from dials_jax.skipping.policies import Random, Routed, Static
+from dials_jax.sampling.model_schedule import Schedule
+from dials_jax.skipping.policies import Random, Static
+from dials_jax.skipping.routed import Routed
 from dials_jax.skipping.storage import load_router
 
 __all__ = [

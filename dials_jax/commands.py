@@ -18,7 +18,8 @@ from typing import Any, TypeVar, get_args
 import jax
 
 import dials_jax.config
-from dials_jax.config import InputError, local_path, nearest, require
+from dials_jax.errors import InputError, nearest, require
+from dials_jax.files import local_path
 from dials_jax.stopping import Stopped, obey_sigterm
 
 C = TypeVar("C")

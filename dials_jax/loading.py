@@ -7,8 +7,10 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from dials_jax.config import InputError, local_path, read_json, require, typed
-from dials_jax.models import checkpoint, groups
+from dials_jax.config import typed
+from dials_jax.errors import InputError, require
+from dials_jax.files import local_path, read_json
+from dials_jax.models import folders, groups
 from dials_jax.models.groups import Layout
 from dials_jax.models.model import Model
 
@@ -30,8 +32,8 @@ def load(
     folder = local_path(path, "model")
     require(folder.is_dir(), f"{path} is not a folder; give a model, a workdir or a download")
     for candidate in (folder, folder / "model"):
-        if checkpoint.is_model_folder(candidate):
-            return checkpoint.load_model(candidate, dtype, mesh, layout)
+        if folders.is_model_folder(candidate):
+            return folders.load_model(candidate, dtype, mesh, layout)
     config_file = folder / "config.json"
     if config_file.is_file() and "model_type" in read_json(config_file):
         return _load_hugging_face(folder, dtype, mesh, layout)
@@ -42,7 +44,9 @@ def load(
 
 
 def _load_hugging_face(folder: Path, dtype: Any, mesh: Mesh | None, layout: Layout) -> Model:
-    from convert.hugging_face import open_folder  # names of other libraries stay out of this one
+    from dials_jax.convert.hugging_face import (
+        open_folder,  # names of other libraries stay out of this one
+    )
 
     cfg, params = open_folder(folder, dtype)
     return Model(cfg, groups.place(cfg, params, mesh, layout), mesh, str(folder.absolute()))

@@ -20,7 +20,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
 from dials_jax import trees
-from dials_jax.config import InputError, MeshConfig, require
+from dials_jax.config import MeshConfig
+from dials_jax.errors import InputError, require
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -135,18 +136,18 @@ def place_batch(batch: PyTree, mesh: Mesh) -> PyTree:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
-def place_rows(x: jax.Array, mesh: Mesh) -> jax.Array:
+def place_sequences(x: jax.Array, mesh: Mesh) -> jax.Array:
     """An array of rows, the whole of it on every process, to a global array."""
     sharding = batch_sharding(mesh)
     if jax.process_count() == 1:
         return jax.device_put(x, sharding)
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        data = place_rows(jax.random.key_data(x), mesh)
+        data = place_sequences(jax.random.key_data(x), mesh)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
-def constrain_rows(x: jax.Array) -> jax.Array:
+def constrain_batch(x: jax.Array) -> jax.Array:
     """Keeps the leading axis split over rows; does nothing without a mesh in context."""
     mesh = jax.sharding.get_abstract_mesh()
     # Inside `shard_map` the batch axes are manual: the rows are already local.

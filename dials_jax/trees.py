@@ -6,23 +6,17 @@ tree whose leaves have a leading axis of layers) and *unrolled* (a tuple with on
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import math
-import re
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Int, PyTree
 
 Params = PyTree
 
-FINGERPRINT_ELEMENTS = 256  # of each array, that the first half of a fingerprint is of
-EARLIER_DIGITS = 16  # of the fingerprints of versions that had this half only
 
 log = logging.getLogger(__name__)
 
@@ -102,163 +96,4 @@ def relayout(tree: PyTree, unrolled: bool) -> PyTree:
 # --------------------------------------------------------------------------------------- digests
 
 
-@jax.jit
-def digest(tree: PyTree) -> PyTree:
-    """Two 32-bit sums over the bits of each leaf.
-
-    Integer sums do not depend on sharding or on the order of reduction. The second sum weighs
-    every element by its place, so that exchanged elements are seen.
-    """
-    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
-
-    def one(x):
-        if x.dtype == jnp.bool_:
-            x = x.astype(jnp.uint8)
-        bits = lax.bitcast_convert_type(x, unsigned[x.dtype.itemsize]).astype(jnp.uint32)
-        weights = flat_index(x.shape) * jnp.uint32(2654435761) | jnp.uint32(1)
-        # One reduction of both: as two, XLA on CPU writes `bits` out, twice the size of the leaf.
-        zero, axes = jnp.uint32(0), tuple(range(x.ndim))
-        return jnp.stack(lax.reduce((bits, bits * weights), (zero, zero), add_pairs, axes))
-
-    def add_pairs(a, b):
-        return a[0] + b[0], a[1] + b[1]
-
-    return jax.tree.map(one, tree)
-
-
-def flat_index(shape: tuple[int, ...]) -> jax.Array:
-    """Every element's place in row-major order, modulo 2^32. Sharded axes need no gather."""
-    index = jnp.zeros(shape, jnp.uint32)
-    for axis, size in enumerate(shape):
-        index = index * jnp.uint32(size) + lax.broadcasted_iota(jnp.uint32, shape, axis)
-    return index
-
-
-def digest_hex(tree: PyTree) -> dict[str, str]:
-    """`digest` on the host: a path's name to 16 hexadecimal digits."""
-    pairs = jax.device_get(dict(named_leaves(digest(tree))))
-    return {name: f"{int(a):08x}{int(b):08x}" for name, (a, b) in pairs.items()}
-
-
 # ---------------------------------------------------------------------------------- fingerprints
-
-
-def fingerprint(params: Params, plain: Callable[[PyTree], PyTree] = lambda layer: layer) -> str:
-    """Names a set of weights, whatever their layout, sharding or dtype (float32 or bfloat16).
-
-    One pass over the weights where they are, of every element as bfloat16: what is lost in that
-    rounding does not count. A router belongs to one fingerprint.
-
-    Args:
-      plain: turns an unrolled layer into the arrays that it is saved as.
-    """
-    found, layers = Fingerprint(), params["layers"]
-    for i in range(num_layers(layers)):
-        if is_unrolled(layers):
-            found.add_layer(i, plain(layers[i]))
-        else:
-            found.add_layer(i, layers, stacked=True)
-    found.add({name: x for name, x in params.items() if name != "layers"})
-    return found.hex()
-
-
-class Fingerprint:
-    """A fingerprint of weights that come one group after the other, in any order."""
-
-    def __init__(self):
-        self.layers: dict[int, list[_Piece]] = {}
-        self.others: list[_Piece] = []
-
-    def add_layer(self, number: int, layer: PyTree, stacked: bool = False) -> None:
-        """Args: stacked: `layer` is all layers, and this one of them counts."""
-        self.layers[number] = _pieces(layer, number if stacked else None)
-
-    def add(self, tree: PyTree) -> None:
-        """Parameters outside the layers, under their names."""
-        self.others += _pieces(tree, None)
-
-    def hex(self) -> str:
-        """32 hexadecimal digits: 16 of the first elements of each array, all that versions before
-        this one had, and 16 of every element."""
-        first, every = hashlib.sha256(), hashlib.sha256()
-        for pieces in (*(self.layers[i] for i in sorted(self.layers)), self.others):
-            for piece in sorted(pieces):
-                first.update(piece.label + piece.first)
-                every.update(piece.label + piece.every)
-        return first.hexdigest()[:EARLIER_DIGITS] + every.hexdigest()[:EARLIER_DIGITS]
-
-
-def same_weights(stored: Any, now: Any, where: str) -> bool:
-    """Whether two fingerprints are equal, the stored one as far as an earlier version knew it.
-
-    Args:
-      where: it is stored, for the warning that so short a fingerprint may miss a difference.
-    """
-    if stored == now:
-        return True
-    both = (EARLIER_DIGITS, stored), (2 * EARLIER_DIGITS, now)
-    if not all(type(x) is str and re.fullmatch(f"[0-9a-f]{{{n}}}", x) for n, x in both):
-        return False
-    if not now.startswith(stored):
-        return False
-    log.warning(
-        "%s: fingerprint %s is of an earlier version and knows the first %d elements of each array "
-        "only; weights that differ elsewhere would not be noticed",
-        where, stored, FINGERPRINT_ELEMENTS,
-    )  # fmt: skip
-    return True
-
-
-class _Piece(NamedTuple):
-    """What fingerprints know of one array."""
-
-    name: str
-    label: bytes  # name and shape
-    first: bytes  # its first elements
-    every: bytes  # a digest of all
-
-
-def _pieces(tree: PyTree, layer: int | None) -> list[_Piece]:
-    """Args: layer: of a stacked tree, the one that counts."""
-    digests = jax.device_get(dict(named_leaves(_digest_mixed(tree, layer))))
-    pieces = []
-    for name, x in named_leaves(tree):
-        shape = tuple(x.shape if layer is None else x.shape[1:])
-        size = math.prod(shape)
-        first = first_elements(x, size * (layer or 0), min(FINGERPRINT_ELEMENTS, size))
-        pieces.append(
-            _Piece(
-                name,
-                f"{name}{shape}".encode(),
-                np.asarray(first, dtype=jnp.bfloat16).tobytes(),
-                np.asarray(digests[name], "<u4").tobytes(),
-            )
-        )
-    return pieces
-
-
-@jax.jit
-def _digest_mixed(tree: PyTree, layer: int | Int[Array, ""] | None) -> PyTree:
-    """`digest` of every element as bfloat16, its bits mixed with its place.
-
-    Plain sums of bits miss, for example, two elements that exchange their signs.
-    """
-
-    def one(x):
-        bits = lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
-        return mixed(bits ^ (flat_index(x.shape) * jnp.uint32(2654435761)))
-
-    return digest(jax.tree.map(one, tree if layer is None else layer_slice(tree, layer)))
-
-
-def mixed(x: Array) -> Array:
-    """A permutation of 32-bit numbers in which every bit depends on every other (MurmurHash3)."""
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-        x = (x ^ (x >> shift)) * jnp.uint32(factor)
-    return x ^ (x >> 16)
-
-
-def first_elements(x: Any, start: int, count: int) -> np.ndarray:
-    """`count` elements from flat index `start` on, touching no more of the array than it must."""
-    index = np.unravel_index(np.arange(start, start + count), x.shape)
-    return np.asarray(x[index])

@@ -19,7 +19,8 @@ from pathlib import Path
 import jax
 
 from dials_jax import sharding
-from dials_jax.config import InputError, local_path, require, require_writable
+from dials_jax.errors import InputError, require
+from dials_jax.files import local_path
 
 log = logging.getLogger(__name__)
 
@@ -147,3 +148,17 @@ def writing(path: Path, rest: str) -> Iterator[None]:
 def _is_news(record: logging.LogRecord) -> bool:
     """Orbax logs the traceback of every thread that fails, some late, besides raising."""
     return "_SignalingThread" not in record.getMessage()
+
+
+def require_writable(workdir: str | Path, name: str = "--workdir") -> None:
+    """Raises: InputError for a folder that cannot be made or written to. Makes nothing.
+
+    Args:
+      name: of the option or field that gave the folder, for the message.
+    """
+    workdir = Path(workdir).absolute()
+    nearest_existing = next(path for path in (workdir, *workdir.parents) if path.exists())
+    require(
+        nearest_existing.is_dir() and os.access(nearest_existing, os.W_OK),
+        f"{nearest_existing} is no folder that can be written to; choose another {name}",
+    )

@@ -11,13 +11,17 @@ install_import_hook("dials_jax", "beartype.beartype")
 
 # Tests compile many small programs and run each for a moment: this halves their time.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
-# Commands that tests start leave nothing in the user's folder.
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+# Programs are compiled once, not once a worker and a run; commands that tests start inherit it.
+CACHE = Path(__file__).parents[1] / ".cache" / "tests"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
 from dials_jax import trees  # noqa: E402
+from dials_jax.compiling import Timed  # noqa: E402
 from dials_jax.config import (  # noqa: E402
     ArithmeticData,
     OptimizerConfig,
@@ -26,14 +30,13 @@ from dials_jax.config import (  # noqa: E402
 )
 from dials_jax.data.arithmetic import ArithmeticTask  # noqa: E402
 from dials_jax.models import llada, transformer  # noqa: E402
-from dials_jax.models.checkpoint import save_model  # noqa: E402
+from dials_jax.models.folders import save_model  # noqa: E402
 from dials_jax.models.model import Model  # noqa: E402
-from dials_jax.nn import compaction  # noqa: E402
-from dials_jax.skipping.router import init_routers  # noqa: E402
-from dials_jax.timing import Timed  # noqa: E402
+from dials_jax.nn import gates  # noqa: E402
+from dials_jax.skipping.routed import init_routers  # noqa: E402
 
 jax.config.update("jax_default_matmul_precision", "highest")
-compaction.FEWEST_TOKENS = 1  # rows of tests are short, and would all be computed together
+gates.FEWEST_TOKENS = 1  # rows of tests are short, and would all be computed together
 
 MASK, EOS, PAD = 63, 1, 0
 # Every compiled program takes some of the 65,530 regions of memory that Linux gives a process;

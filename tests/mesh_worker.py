@@ -9,6 +9,8 @@ import re
 import sys
 from functools import partial
 
+from dials_jax import digests
+
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 import conftest
@@ -21,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from dials_jax import sharding, trees
 from dials_jax.caching.cache import DualCache
-from dials_jax.caching.early_skip import EarlySkip
+from dials_jax.caching.early_skip.settings import EarlySkip
 from dials_jax.config import (
     ArithmeticData,
     MeshConfig,
@@ -33,15 +35,16 @@ from dials_jax.data.arithmetic import ArithmeticTask
 from dials_jax.data.batches import batch_at
 from dials_jax.evaluation.likelihood import pad_pairs, score_pairs
 from dials_jax.models import transformer
-from dials_jax.models.model import Model, row_keys
+from dials_jax.models.model import Model, sequence_keys
 from dials_jax.nn import attention
-from dials_jax.nn.kernels import rows_per_device
+from dials_jax.nn.kernels.per_device import rows_per_device
+from dials_jax.nn.kernels.sharded_lookup import lookup
+from dials_jax.nn.kernels.tpu_attention import splash_attention
 from dials_jax.nn.kv import KV
-from dials_jax.nn.lookup import lookup
-from dials_jax.nn.splash import splash_attention
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.generate import generate
-from dials_jax.skipping.policies import Random, Routed
+from dials_jax.skipping.policies import Random
+from dials_jax.skipping.routed import Routed
 from dials_jax.training.losses import model_loss, router_loss
 from dials_jax.training.optimizer import make_optimizer
 from dials_jax.training.step import init_state, make_train_step, shardings_of
@@ -88,7 +91,7 @@ def evaluate(mesh, cfg, params, routers):
     out = generate(model, prompts, valid, sampler=Confidence(8, 4, 4, temperature=0.5), **how)
     cached = {name: generate_over(cache, model, prompts, valid, how) for name, cache in CACHES}
     pairs = pad_pairs([(p[:3].tolist(), p[3:].tolist()) for p in prompts], cfg)
-    keys = row_keys(jax.random.key(7), 8)
+    keys = sequence_keys(jax.random.key(7), 8)
     scores, _ = score_pairs(model, pairs, keys, np.arange(8), stratum=8, **how)
     return {
         "tokens": out.tokens,
@@ -228,7 +231,7 @@ def run(mesh):
     new_model = partial(transformer.init, cfg, jax.random.key(0))
     same_routers = partial(jax.tree.map, jnp.copy, routers)
     return {
-        "digest": trees.digest(placed),
+        "digest": digests.digest(placed),
         "fingerprint": {"stacked": model.fingerprint, "unrolled": unrolled.fingerprint},
         "model": train_step(mesh, model_loss(cfg, objective, True), new_model, {}, ""),
         "router": train_step(

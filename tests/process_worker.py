@@ -20,9 +20,9 @@ from dials_jax.config import (
     ScheduleStudy,
     TrainConfig,
 )
-from dials_jax.evaluation.study import run_study
 from dials_jax.evaluation.sweep import sweep
 from dials_jax.models import mdlm
+from dials_jax.studies.study import run_study
 from dials_jax.training.loop import train
 from tests import conftest  # noqa: F401  exact products, shapes checked
 

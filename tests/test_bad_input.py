@@ -13,7 +13,7 @@ import pytest
 from dials_jax.config import RouterConfig
 from dials_jax.data.tokenizer import character_tokenizer
 from dials_jax.loading import load
-from dials_jax.skipping.router import init_routers
+from dials_jax.skipping.routed import init_routers
 from dials_jax.skipping.storage import save_router
 from dials_jax.training.loop import train
 

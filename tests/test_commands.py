@@ -10,7 +10,8 @@ import jax
 import pytest
 
 from dials_jax.commands import keep_programs, main, parse
-from dials_jax.config import EvalConfig, InputError, TrainConfig
+from dials_jax.config import EvalConfig, TrainConfig
+from dials_jax.errors import InputError
 from dials_jax.stopping import Stopped
 
 ROOT = Path(__file__).parents[1]
@@ -180,7 +181,7 @@ RUN = """
 from dials_jax.commands import keep_programs
 keep_programs()
 import jax
-from dials_jax.timing import Timed
+from dials_jax.compiling import Timed
 
 misses = []
 jax.monitoring.register_event_listener(lambda e, **_: misses.append(e) if "miss" in e else None)

@@ -4,9 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dials_jax import timing
-from dials_jax.compiling import compiler_options
-from dials_jax.timing import Timed
+from dials_jax import compiling
+from dials_jax.compiling import Timed, compiler_options
 from dials_jax.training import loop
 
 UNKNOWN = "xla_no_such_option"
@@ -29,7 +28,7 @@ def test_only_gpus_are_asked_for_something(monkeypatch):
 
 
 def test_timed_functions_are_compiled_with_them(monkeypatch):
-    monkeypatch.setattr(timing, "compiler_options", lambda: {UNKNOWN: True})
+    monkeypatch.setattr(compiling, "compiler_options", lambda: {UNKNOWN: True})
     with refused():
         Timed(jnp.negative)(1.0)
 

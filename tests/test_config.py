@@ -9,7 +9,6 @@ from dials_jax.config import (
     ArithmeticData,
     EvalConfig,
     EvalTask,
-    InputError,
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
@@ -18,11 +17,10 @@ from dials_jax.config import (
     TextData,
     TrainConfig,
     from_dict,
-    nearest,
-    read_json,
     to_dict,
-    write_json,
 )
+from dials_jax.errors import InputError, nearest
+from dials_jax.files import read_json, write_json
 from tests.conftest import small_config
 
 OPTIMIZER = OptimizerConfig(num_steps=10, warmup_steps=1)

@@ -11,10 +11,10 @@ import pytest
 from dials_jax import sharding, trees
 from dials_jax.commands import parse
 from dials_jax.config import EvalConfig, RouterConfig, ScheduleStudy, StudyConfig, TrainConfig
-from dials_jax.evaluation.samples import check_schedules
 from dials_jax.models import llada, transformer
-from dials_jax.sampling.schedule import Schedule
-from dials_jax.skipping.router import init_routers
+from dials_jax.sampling.model_schedule import Schedule
+from dials_jax.skipping.routed import init_routers
+from dials_jax.studies.samples import check_schedules
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "configs").rglob("*.py"))

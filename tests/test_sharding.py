@@ -8,7 +8,8 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from dials_jax import sharding, trees
-from dials_jax.config import InputError, MeshConfig
+from dials_jax.config import MeshConfig
+from dials_jax.errors import InputError
 from dials_jax.models import gpt2, mdlm, transformer
 from tests.conftest import random_routers, small_config
 
@@ -129,4 +130,4 @@ def test_optimiser_states_lie_beside_their_parameters():
 
 def test_rows_are_constrained_only_under_a_mesh():
     x = jax.numpy.ones((4, 2))
-    assert sharding.constrain_rows(x) is x
+    assert sharding.constrain_batch(x) is x

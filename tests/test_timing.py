@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dials_jax.compiling import Timed
 from dials_jax.skipping.policies import Static
-from dials_jax.timing import Timed
 
 
 def power(x, policy=None, *, exponent):

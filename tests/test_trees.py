@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dials_jax import trees
+from dials_jax import digests, trees
 
 TREE = {"a": jnp.arange(6.0).reshape(2, 3), "b": {"c": jnp.ones((2, 4)), "d": jnp.arange(2)}}
 
@@ -40,18 +40,18 @@ def test_unstacking_and_stacking_return_the_same():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "bool"])
 def test_a_digest_sees_a_changed_and_an_exchanged_element(dtype):
     x = jnp.arange(-3, 9).reshape(3, 4).astype(dtype)
-    digest = trees.digest_hex({"x": x})["x"]
-    assert len(digest) == 16 and digest == trees.digest_hex({"x": x})["x"]
-    assert digest != trees.digest_hex({"x": x.at[0, 0].set(x.dtype.type(0))})["x"]
+    digest = digests.digest_hex({"x": x})["x"]
+    assert len(digest) == 16 and digest == digests.digest_hex({"x": x})["x"]
+    assert digest != digests.digest_hex({"x": x.at[0, 0].set(x.dtype.type(0))})["x"]
     swapped = x.at[0, 0].set(x[0, 3]).at[0, 3].set(x[0, 0])
-    assert digest != trees.digest_hex({"x": swapped})["x"]
+    assert digest != digests.digest_hex({"x": swapped})["x"]
 
 
 def test_a_digest_sees_a_single_flipped_bit():
     x = jnp.linspace(0, 1, 50)
     flipped = np.asarray(x).copy()
     flipped.view(np.uint32)[17] ^= 1
-    assert trees.digest_hex({"x": x}) != trees.digest_hex({"x": jnp.asarray(flipped)})
+    assert digests.digest_hex({"x": x}) != digests.digest_hex({"x": jnp.asarray(flipped)})
 
 
 def params_of(seed=0, num_layers=3):
@@ -64,22 +64,22 @@ def params_of(seed=0, num_layers=3):
 
 def test_a_fingerprint_ignores_layout_and_dtype():
     params = params_of()
-    fingerprint = trees.fingerprint(params)
+    fingerprint = digests.fingerprint(params)
     unrolled = {**params, "layers": trees.unstack(params["layers"])}
-    assert trees.fingerprint(unrolled) == fingerprint
-    assert trees.fingerprint(trees.cast(params, jnp.bfloat16)) == fingerprint
+    assert digests.fingerprint(unrolled) == fingerprint
+    assert digests.fingerprint(trees.cast(params, jnp.bfloat16)) == fingerprint
     host = jax.tree.map(lambda x: np.asarray(x).astype(ml_dtypes.bfloat16), params)
-    assert trees.fingerprint(host) == fingerprint
+    assert digests.fingerprint(host) == fingerprint
 
 
 def test_a_fingerprint_tells_weights_and_layers_apart():
     params = params_of()
-    fingerprint = trees.fingerprint(params)
-    assert trees.fingerprint(params_of(seed=1)) != fingerprint
+    fingerprint = digests.fingerprint(params)
+    assert digests.fingerprint(params_of(seed=1)) != fingerprint
     reversed_layers = {**params, "layers": {"w": params["layers"]["w"][::-1]}}
-    assert trees.fingerprint(reversed_layers) != fingerprint
+    assert digests.fingerprint(reversed_layers) != fingerprint
     last = {**params, "layers": {"w": params["layers"]["w"].at[2, 0, 0].add(1)}}
-    assert trees.fingerprint(last) != fingerprint
+    assert digests.fingerprint(last) != fingerprint
 
 
 def wide_params(dtype="float32"):
@@ -108,9 +108,9 @@ def test_a_fingerprint_sees_one_element_anywhere(leaf, place, dtype):
 
     params = wide_params(dtype)
     changed = trees.map_named(change, params)
-    assert trees.fingerprint(changed) != trees.fingerprint(params)
+    assert digests.fingerprint(changed) != digests.fingerprint(params)
     unrolled = {**changed, "layers": trees.unstack(changed["layers"])}
-    assert trees.fingerprint(unrolled) == trees.fingerprint(changed)
+    assert digests.fingerprint(unrolled) == digests.fingerprint(changed)
 
 
 def exchanged(x, i, j):
@@ -136,22 +136,22 @@ def test_a_fingerprint_sees_elements_in_another_order(change):
     params = wide_params()
     mlp = params["layers"]["mlp"]
     other = {**params, "layers": {**params["layers"], "mlp": {**mlp, "up": change(mlp["up"])}}}
-    assert trees.fingerprint(other) != trees.fingerprint(params)
+    assert digests.fingerprint(other) != digests.fingerprint(params)
 
 
 def test_groups_in_any_order_give_the_fingerprint_of_the_whole():
-    params, found = wide_params(), trees.Fingerprint()
+    params, found = wide_params(), digests.Fingerprint()
     found.add({"head": params["head"]})
     for i in (2, 0, 1):
         found.add_layer(i, trees.layer_slice(params["layers"], i))
     found.add({"embed": params["embed"]})
-    assert found.hex() == trees.fingerprint(params)
+    assert found.hex() == digests.fingerprint(params)
 
 
 def test_a_fingerprint_of_an_earlier_version_is_accepted_with_a_warning(caplog):
-    now = trees.fingerprint(wide_params())
-    assert trees.same_weights(now, now, "here") and not caplog.records
-    assert trees.same_weights(now[:16], now, "runs/router")
+    now = digests.fingerprint(wide_params())
+    assert digests.same_weights(now, now, "here") and not caplog.records
+    assert digests.same_weights(now[:16], now, "runs/router")
     (record,) = caplog.records
     message = record.getMessage()
     assert "runs/router" in message and "earlier version" in message and "\n" not in message
@@ -159,13 +159,13 @@ def test_a_fingerprint_of_an_earlier_version_is_accepted_with_a_warning(caplog):
 
 @pytest.mark.parametrize("change", [lambda x: x[:15], lambda x: x[::-1], lambda x: x[:31], len])
 def test_other_fingerprints_are_not_those_of_these_weights(change, caplog):
-    now = trees.fingerprint(wide_params())
-    assert not trees.same_weights(change(now), now, "") and not trees.same_weights(
+    now = digests.fingerprint(wide_params())
+    assert not digests.same_weights(change(now), now, "") and not digests.same_weights(
         now, now[:16], ""
     )
-    assert not trees.same_weights(None, now, "") and not caplog.records
+    assert not digests.same_weights(None, now, "") and not caplog.records
 
 
 def test_first_elements_count_in_row_order():
     x = np.arange(24).reshape(2, 3, 4)
-    np.testing.assert_array_equal(trees.first_elements(x, 10, 5), [10, 11, 12, 13, 14])
+    np.testing.assert_array_equal(digests.first_elements(x, 10, 5), [10, 11, 12, 13, 14])

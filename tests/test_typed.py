@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dials_jax import config
-from dials_jax.caching.early_skip import EarlySkip
+from dials_jax.caching.early_skip.settings import EarlySkip
 from dials_jax.caching.parse import parse_cache
 from dials_jax.commands import override
 from dials_jax.config import (
@@ -21,7 +21,6 @@ from dials_jax.config import (
     EvalConfig,
     EvalTask,
     ImportanceStudy,
-    InputError,
     MeshConfig,
     ObjectiveConfig,
     OptimizerConfig,
@@ -38,18 +37,18 @@ from dials_jax.config import (
     Typed,
     as_type,
     from_dict,
-    parse_json,
-    read_json,
     to_dict,
 )
 from dials_jax.data.tokenizer import load_tokenizer
+from dials_jax.errors import InputError
 from dials_jax.evaluation.likelihood import pad_pairs
+from dials_jax.files import parse_json, read_json
 from dials_jax.loading import load
 from dials_jax.sampling.ancestral import Ancestral
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.dream import Dream
-from dials_jax.sampling.schedule import Schedule
-from dials_jax.skipping.policies import Routed, check_router
+from dials_jax.sampling.model_schedule import Schedule
+from dials_jax.skipping.routed import Routed, check_router
 from tests.conftest import small_config
 
 MODELS = (("H", "runs/heavy"), ("L", "runs/light"))

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dials_jax.config import InputError, local_path
+from dials_jax.errors import InputError
+from dials_jax.files import local_path
 from dials_jax.workdir import LOCK, exclusive, require_unclaimed
 
 HOLDER = """

@@ -9,7 +9,7 @@ revealed, and then time follows FLOPs.
 """
 
 from dials_jax.config import ScheduleStudy
-from dials_jax.sampling.schedule import Schedule
+from dials_jax.sampling.model_schedule import Schedule
 
 STEPS = 1000
 

@@ -10,7 +10,7 @@ the ends; fewer blocks are farther away.
 """
 
 from dials_jax.config import CorpusData, ImportanceStudy
-from dials_jax.sampling.schedule import Schedule
+from dials_jax.sampling.model_schedule import Schedule
 
 STEPS = 1000
 LIGHT = {"L": 4, "B": 6, "C": 8, "D": 10}  # letter: blocks

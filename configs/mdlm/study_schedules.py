@@ -11,7 +11,7 @@ Published (1M training steps, 1,600 samples): all heavy 42.85 ± .71; the sandwi
 """
 
 from dials_jax.config import ScheduleStudy
-from dials_jax.sampling.schedule import Schedule
+from dials_jax.sampling.model_schedule import Schedule
 
 STEPS = 1000
 

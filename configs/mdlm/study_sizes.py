@@ -7,7 +7,7 @@ Published: 4 blocks 44.31 ± .76 (16.67 % of blocks saved), 6 blocks 43.67 ± .6
 """
 
 from dials_jax.config import ScheduleStudy
-from dials_jax.sampling.schedule import Schedule
+from dials_jax.sampling.model_schedule import Schedule
 
 STEPS = 1000
 LIGHT = {"A": 4, "B": 6, "C": 8, "D": 10}  # letter: blocks

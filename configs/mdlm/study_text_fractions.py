@@ -7,7 +7,7 @@ Expected: docs/results/scheduling.md.
 """
 
 from dials_jax.config import ScheduleStudy
-from dials_jax.sampling.schedule import Schedule
+from dials_jax.sampling.model_schedule import Schedule
 
 STEPS = 240
 

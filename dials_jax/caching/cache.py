@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from dials_jax.caching.net import Net
+from dials_jax.caching.canvas import CanvasModel
 
 # Windows whose length depends on the block are rounded up to one of so many sizes, all compiled.
 MAX_SIZES = 8
@@ -97,22 +97,22 @@ class Cache(Protocol):
 
     partial: bool
 
-    def start(self, net: Net, blocks: Blocks) -> PyTree:
+    def start(self, net: CanvasModel, blocks: Blocks) -> PyTree:
         """The memory before the first call."""
 
-    def passes(self, net: Net, blocks: Blocks) -> list[Pass]:
+    def passes(self, net: CanvasModel, blocks: Blocks) -> list[Pass]:
         """Every kind of model call."""
 
     def kind(
-        self, block: Number, step_in_block: Number, memory: PyTree, net: Net, blocks: Blocks
+        self, block: Number, step_in_block: Number, memory: PyTree, net: CanvasModel, blocks: Blocks
     ) -> Number:
         """Which of them is due. Elementwise, and without the memory where steps are fixed."""
 
-    def learn(self, memory: PyTree, revealed: Revealed, net: Net) -> PyTree:
+    def learn(self, memory: PyTree, revealed: Revealed, net: CanvasModel) -> PyTree:
         """The memory after the sampler has revealed tokens."""
 
 
-def whole_canvas(net: Net, blocks: Blocks) -> Pass:
+def whole_canvas(net: CanvasModel, blocks: Blocks) -> Pass:
     """Runs everything and writes all of the memory, where there is one."""
 
     def call(progress: Progress, memory: PyTree) -> Call:
@@ -125,7 +125,7 @@ def whole_canvas(net: Net, blocks: Blocks) -> Pass:
 
 
 def block_rows(
-    net: Net, blocks: Blocks, progress: Progress, first: Int[Array, ""] | int
+    net: CanvasModel, blocks: Blocks, progress: Progress, first: Int[Array, ""] | int
 ) -> tuple[Int[Array, "R W"], Int[Array, "B W"]]:
     """The places that predict the block, in a window that begins at `first`; what they predict."""
     index = net.range(blocks.start + progress.block * blocks.length, blocks.length)
@@ -133,7 +133,7 @@ def block_rows(
     return rows, index[: progress.tokens.shape[0]]
 
 
-def at_work(net: Net, progress: Progress) -> Bool[Array, "R 1"]:
+def at_work(net: CanvasModel, progress: Progress) -> Bool[Array, "R 1"]:
     """Rows that have not finished the block.
 
     The others must not write while they wait, wherever that could be read later: what a row keeps
@@ -144,7 +144,7 @@ def at_work(net: Net, progress: Progress) -> Bool[Array, "R 1"]:
 
 
 def writing(
-    net: Net, blocks: Blocks, progress: Progress, index: Int[Array, "R W"]
+    net: CanvasModel, blocks: Blocks, progress: Progress, index: Int[Array, "R W"]
 ) -> Bool[Array, "R W"] | None:
     """The slots that a window of a prefix or dual cache writes; None: all.
 
@@ -162,18 +162,18 @@ class NoCache:
 
     partial = False
 
-    def start(self, net: Net, blocks: Blocks) -> PyTree:
+    def start(self, net: CanvasModel, blocks: Blocks) -> PyTree:
         return None
 
-    def passes(self, net: Net, blocks: Blocks) -> list[Pass]:
+    def passes(self, net: CanvasModel, blocks: Blocks) -> list[Pass]:
         return [whole_canvas(net, blocks)]
 
     def kind(
-        self, block: Number, step_in_block: Number, memory: PyTree, net: Net, blocks: Blocks
+        self, block: Number, step_in_block: Number, memory: PyTree, net: CanvasModel, blocks: Blocks
     ) -> Number:
         return jnp.zeros_like(step_in_block)
 
-    def learn(self, memory: PyTree, revealed: Revealed, net: Net) -> PyTree:
+    def learn(self, memory: PyTree, revealed: Revealed, net: CanvasModel) -> PyTree:
         return memory
 
 
@@ -186,22 +186,22 @@ class DualCache:
 
     partial = False
 
-    def start(self, net: Net, blocks: Blocks) -> PyTree:
+    def start(self, net: CanvasModel, blocks: Blocks) -> PyTree:
         return net.empty()
 
-    def passes(self, net: Net, blocks: Blocks) -> list[Pass]:
+    def passes(self, net: CanvasModel, blocks: Blocks) -> list[Pass]:
         return [whole_canvas(net, blocks), block_only(net, blocks)]
 
     def kind(
-        self, block: Number, step_in_block: Number, memory: PyTree, net: Net, blocks: Blocks
+        self, block: Number, step_in_block: Number, memory: PyTree, net: CanvasModel, blocks: Blocks
     ) -> Number:
         return jnp.where(step_in_block > 0, 1, 0)
 
-    def learn(self, memory: PyTree, revealed: Revealed, net: Net) -> PyTree:
+    def learn(self, memory: PyTree, revealed: Revealed, net: CanvasModel) -> PyTree:
         return memory
 
 
-def block_only(net: Net, blocks: Blocks) -> Pass:
+def block_only(net: CanvasModel, blocks: Blocks) -> Pass:
     """Runs the tokens that predict the block."""
 
     def call(progress: Progress, memory: PyTree) -> Call:
@@ -223,14 +223,14 @@ class PrefixCache:
 
     partial = False
 
-    def start(self, net: Net, blocks: Blocks) -> PyTree:
+    def start(self, net: CanvasModel, blocks: Blocks) -> PyTree:
         return net.empty()
 
-    def passes(self, net: Net, blocks: Blocks) -> list[Pass]:
+    def passes(self, net: CanvasModel, blocks: Blocks) -> list[Pass]:
         sizes = window_sizes(blocks.count)
         return [whole_canvas(net, blocks), *(self._suffix(net, blocks, n) for n in sizes)]
 
-    def _suffix(self, net: Net, blocks: Blocks, num_blocks: int) -> Pass:
+    def _suffix(self, net: CanvasModel, blocks: Blocks, num_blocks: int) -> Pass:
         """Runs the last `num_blocks` blocks, and writes the one in work and those after it."""
         size = num_blocks * blocks.length + net.offset
 
@@ -250,7 +250,7 @@ class PrefixCache:
         return Pass(call, Work((size,) * net.cfg.num_layers, blocks.length))
 
     def kind(
-        self, block: Number, step_in_block: Number, memory: PyTree, net: Net, blocks: Blocks
+        self, block: Number, step_in_block: Number, memory: PyTree, net: CanvasModel, blocks: Blocks
     ) -> Number:
         return jnp.where(
             step_in_block == 0,
@@ -258,7 +258,7 @@ class PrefixCache:
             1 + which_size(blocks.count - block, blocks.count),
         )
 
-    def learn(self, memory: PyTree, revealed: Revealed, net: Net) -> PyTree:
+    def learn(self, memory: PyTree, revealed: Revealed, net: CanvasModel) -> PyTree:
         return memory
 
 

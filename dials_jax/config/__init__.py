@@ -4,23 +4,9 @@ A dataclass here is a static argument of `jax.jit`, the content of `config.json`
 the command line. A function takes the smallest of them that it needs.
 """
 
-from dials_jax.config.base import (
-    InputError,
-    finite,
-    nearest,
-    parse_json,
-    read_json,
-    require,
-    require_packages,
-    require_positive,
-    require_writable,
-    to_dict,
-    write_json,
-)
 from dials_jax.config.data import ArithmeticData, CorpusData, Data, TaskData, TextData
 from dials_jax.config.evaluation import Algorithm, EvalConfig, EvalTask
 from dials_jax.config.model import DTYPES, MeshConfig, ModelConfig, RouterConfig, WeightDtype
-from dials_jax.config.paths import local_path
 from dials_jax.config.study import (
     ImportanceStudy,
     ProposeStudy,
@@ -38,7 +24,9 @@ from dials_jax.config.typed import (
     Typed,
     as_type,
     from_dict,
+    require_positive,
     shown,
+    to_dict,
     typed,
 )
 
@@ -53,7 +41,6 @@ __all__ = [
     "EvalConfig",
     "EvalTask",
     "ImportanceStudy",
-    "InputError",
     "MeshConfig",
     "ModelConfig",
     "ObjectiveConfig",
@@ -72,18 +59,9 @@ __all__ = [
     "Typed",
     "WeightDtype",
     "as_type",
-    "finite",
     "from_dict",
-    "local_path",
-    "nearest",
-    "parse_json",
-    "read_json",
-    "require",
-    "require_packages",
     "require_positive",
-    "require_writable",
     "shown",
     "to_dict",
     "typed",
-    "write_json",
 ]

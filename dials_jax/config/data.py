@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from dials_jax.config.base import require
 from dials_jax.config.typed import Seed, Typed
+from dials_jax.errors import require
 
 
 def _require_share(random_length_prob: float) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from dials_jax.config.base import require, require_positive
 from dials_jax.config.data import Data
 from dials_jax.config.model import MeshConfig, WeightDtype
-from dials_jax.config.typed import Seed, Typed
+from dials_jax.config.typed import Seed, Typed, require_positive
+from dials_jax.errors import require
 
 Algorithm = Literal["origin", "maskgit_plus", "topk_margin", "entropy"]  # of Dream's sampler
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from dials_jax.config.base import require, require_positive
-from dials_jax.config.typed import Typed
+from dials_jax.config.typed import Typed, require_positive
+from dials_jax.errors import require
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 WeightDtype = Literal["bfloat16", "float32"]  # models are stored and loaded in one of these

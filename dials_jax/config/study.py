@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from math import comb
 from typing import Literal
 
-from dials_jax.config.base import require, require_positive
 from dials_jax.config.data import Data
 from dials_jax.config.model import MeshConfig, WeightDtype
-from dials_jax.config.typed import Seed, Typed
+from dials_jax.config.typed import Seed, Typed, require_positive
+from dials_jax.errors import require
 
 Layout = Literal["stacked", "unrolled", "fused", "auto"]
 

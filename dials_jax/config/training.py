@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from dials_jax.config.base import require, require_positive
 from dials_jax.config.data import Data
 from dials_jax.config.model import MeshConfig, ModelConfig, RouterConfig
-from dials_jax.config.typed import Seed, Typed
+from dials_jax.config.typed import Seed, Typed, require_positive
+from dials_jax.errors import require
 
 RateSchedule = Literal["cosine", "constant"]
 Objective = Literal["llada", "mdlm", "causal"]

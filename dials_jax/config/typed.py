@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import json
 import math
 import operator
 import os
@@ -23,7 +24,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union
 
 import numpy as np
 
-from dials_jax.config.base import InputError, nearest, require
+from dials_jax.errors import InputError, nearest, require
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable)
@@ -286,3 +287,14 @@ def shown(value: Any) -> str:
     except ValueError:  # an integer of thousands of digits
         text = f"a {type(value).__name__}"
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass as plain JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def require_positive(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(value > 0, f"{name}={value} must be positive")

@@ -17,10 +17,11 @@ import hashlib
 from collections.abc import Iterator
 from itertools import chain, islice
 
-from dials_jax.config import ArithmeticData, nearest, require
+from dials_jax.config import ArithmeticData
 from dials_jax.data.batches import generator
 from dials_jax.data.tasks import TaskRows
 from dials_jax.data.tokenizer import Tokenizer, character_tokenizer
+from dials_jax.errors import nearest, require
 
 SYMBOLS = {"add": "+", "reverse": "r", "max": ">", "sort": "s"}
 HELD_OUT = 10  # one prompt in so many is kept for testing

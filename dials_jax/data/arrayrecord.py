@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, Integer
 
-from dials_jax.config import InputError, read_json, require
 from dials_jax.data.text import RowStore
+from dials_jax.errors import InputError, require
+from dials_jax.files import read_json
 
 # The last is tensorflow-datasets' own need, which it does not declare.
 PACKAGES = ("array_record", "grain", "tensorflow_datasets", "importlib_resources")

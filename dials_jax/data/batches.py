@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, Int
 
-from dials_jax.config import require
+from dials_jax.errors import require
 
 Result = TypeVar("Result")
 
@@ -27,7 +27,7 @@ class Batch(NamedTuple):
 
 
 Indices = Sequence[int] | Int[np.ndarray, "B"]
-Rows = tuple[Int[np.ndarray, "B T"], Bool[np.ndarray, "B T"], Bool[np.ndarray, "B T"] | None]
+RowArrays = tuple[Int[np.ndarray, "B T"], Bool[np.ndarray, "B T"], Bool[np.ndarray, "B T"] | None]
 
 
 @runtime_checkable
@@ -46,7 +46,7 @@ class TrainingData(Protocol):
         """Equal for equal rows."""
         ...
 
-    def rows(self, indices: Indices) -> Rows:
+    def rows(self, indices: Indices) -> RowArrays:
         """(tokens, answer, valid) of these rows."""
         ...
 

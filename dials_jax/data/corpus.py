@@ -21,11 +21,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, Integer
 
-from dials_jax.config import CorpusData, InputError, nearest, read_json, require, write_json
+from dials_jax.config import CorpusData
 from dials_jax.data.arrayrecord import RecordRows, missing_packages
 from dials_jax.data.records import file_sha256
 from dials_jax.data.text import PackedText, RowStore
 from dials_jax.data.tokenizer import Tokenizer
+from dials_jax.errors import InputError, nearest, require
+from dials_jax.files import read_json, write_json
 
 MANIFEST, PARTS, RECORDS = "manifest.json", "parts", "array_record"
 FILES = "files.json"  # what is known of files as long as their size, date and inode stay

@@ -14,14 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from dials_jax.config import (
-    CorpusData,
-    InputError,
-    nearest,
-    require,
-    require_packages,
-    write_json,
-)
+from dials_jax.config import CorpusData
 from dials_jax.data.corpus import FILES, PARTS, read_notes
 from dials_jax.data.records import (
     JSON_LINES,
@@ -34,6 +27,8 @@ from dials_jax.data.records import (
     require_text,
     warn_unread,
 )
+from dials_jax.errors import InputError, nearest, require, require_packages
+from dials_jax.files import write_json
 
 READ_AHEAD = 1000  # documents that a Hugging Face data set hands out at a time
 

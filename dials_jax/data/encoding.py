@@ -12,9 +12,9 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-from dials_jax.config import InputError
 from dials_jax.data.records import PIECE, Document
 from dials_jax.data.tokenizer import Tokenizer
+from dials_jax.errors import InputError
 
 BATCH_CHARACTERS = 1_000_000  # tokenised together; bounds the memory that packing takes
 

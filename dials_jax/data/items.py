@@ -12,15 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int
 
-from dials_jax.config import (
-    ArithmeticData,
-    CorpusData,
-    EvalTask,
-    ModelConfig,
-    TaskData,
-    TextData,
-    require,
-)
+from dials_jax.config import ArithmeticData, CorpusData, EvalTask, ModelConfig, TaskData, TextData
 from dials_jax.data.answers import check_reference, normalise_answer
 from dials_jax.data.arithmetic import ArithmeticTask
 from dials_jax.data.corpus import load_corpus
@@ -28,6 +20,7 @@ from dials_jax.data.records import located, lookup, read_records
 from dials_jax.data.tasks import fill, fits, require_unmasked, warn_dropped
 from dials_jax.data.text import pack_text
 from dials_jax.data.tokenizer import Ids, Tokenizer, check_tokenizer, encode_pair
+from dials_jax.errors import require
 
 NUM_ARITHMETIC = 1000  # test items of the procedural task when no limit is set
 

@@ -21,7 +21,7 @@ from dials_jax.data.encoding import Encoded
 
 BATCH_DOCUMENTS = 1000  # what `datasets.map` hands to the reference's packing at a time
 
-Rows = Integer[np.ndarray, "n T"]
+PackedRows = Integer[np.ndarray, "n T"]
 
 
 def token_dtype(*largest: int) -> np.dtype:
@@ -31,7 +31,7 @@ def token_dtype(*largest: int) -> np.dtype:
 
 def stream_rows(
     pieces: Sequence[Encoded], rest: list[int], length: int, eos_id: int, dtype: np.dtype
-) -> tuple[Rows, list[int]]:
+) -> tuple[PackedRows, list[int]]:
     """Rows of what `rest` and the documents hold, and the tokens that wait for the next call.
 
     A document of nothing but EOS is left out.
@@ -41,21 +41,23 @@ def stream_rows(
 
 def mdlm_rows(
     pieces: Sequence[Encoded], rest: list[int], length: int, eos_id: int, dtype: np.dtype
-) -> tuple[Rows, list[int]]:
+) -> tuple[PackedRows, list[int]]:
     """Rows of some of a thousand documents, and the tokens that wait for more of the thousand."""
     texts, rest = _cut([rest, *(piece.ids for piece in pieces)], length - 2, dtype)
     ends = np.full((len(texts), 1), eos_id, dtype)
     return np.concatenate([ends, texts, ends], axis=1), rest
 
 
-def _cut(documents: Sequence[list[int]], length: int, dtype: np.dtype) -> tuple[Rows, list[int]]:
+def _cut(
+    documents: Sequence[list[int]], length: int, dtype: np.dtype
+) -> tuple[PackedRows, list[int]]:
     tokens = np.fromiter(chain.from_iterable(documents), dtype)
     whole = len(tokens) // length * length
     return tokens[:whole].reshape(-1, length), tokens[whole:].tolist()
 
 
 class Packing(NamedTuple):
-    rows: Callable[[Sequence[Encoded], list[int], int, int, np.dtype], tuple[Rows, list[int]]]
+    rows: Callable[[Sequence[Encoded], list[int], int, int, np.dtype], tuple[PackedRows, list[int]]]
     keeps_rest: bool  # from one thousand documents to the next
 
 

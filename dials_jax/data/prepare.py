@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from dials_jax.config import CorpusData, InputError, ModelConfig, read_json, require, write_json
+from dials_jax.config import CorpusData, ModelConfig
 from dials_jax.data.arrayrecord import (
     RecordRows,
     missing_packages,
@@ -33,9 +33,11 @@ from dials_jax.data.corpus import (
 )
 from dials_jax.data.documents import Documents, open_documents
 from dials_jax.data.encoding import encode_documents
-from dials_jax.data.packing import BATCH_DOCUMENTS, PACKINGS, Rows, token_dtype, write_rows
+from dials_jax.data.packing import BATCH_DOCUMENTS, PACKINGS, PackedRows, token_dtype, write_rows
 from dials_jax.data.records import Document, file_sha256
 from dials_jax.data.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
+from dials_jax.errors import InputError, require
+from dials_jax.files import read_json, write_json
 from dials_jax.workdir import exclusive, require_unclaimed
 
 SETTINGS = "settings.json"  # what a folder was begun with
@@ -196,7 +198,7 @@ class _Packer:
         dtype: np.dtype,
         counts: dict[str, int],
         advance: Callable[[int], Any],
-    ) -> Iterator[Rows]:
+    ) -> Iterator[PackedRows]:
         """Yields the rows of some documents at a time; updates `rest` and `counts`."""
         packing, length = PACKINGS[self.cfg.packing], self.cfg.length
         eos_id, mask_id = self.model_config.eos_id, self.model_config.mask_id

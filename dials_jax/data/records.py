@@ -16,7 +16,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dials_jax.config import InputError, local_path, nearest, require
+from dials_jax.errors import InputError, nearest, require
+from dials_jax.files import local_path
 
 TEXT = (".txt",)
 JSON_LINES = (".jsonl", ".jsonl.xz", ".jsonl.gz")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from dials_jax.config import ArithmeticData, CorpusData, Data, ModelConfig, TextData, require
+from dials_jax.config import ArithmeticData, CorpusData, Data, ModelConfig, TextData
 from dials_jax.data.arithmetic import ArithmeticTask
 from dials_jax.data.batches import TrainingData
 from dials_jax.data.corpus import load_corpus, read_manifest
 from dials_jax.data.tasks import load_task
 from dials_jax.data.text import pack_text
 from dials_jax.data.tokenizer import Tokenizer, check_tokenizer, has_tokenizer, load_tokenizer
+from dials_jax.errors import require
 
 
 def training_data(

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from dials_jax.config import InputError
+from dials_jax.errors import InputError
 
 
 def cannot_spell(characters: Iterable[str], reason: str) -> InputError:

@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from dials_jax.config import ModelConfig, TaskData, require
-from dials_jax.data.batches import Indices, Rows
+from dials_jax.config import ModelConfig, TaskData
+from dials_jax.data.batches import Indices, RowArrays
 from dials_jax.data.records import located, lookup, read_records
 from dials_jax.data.tokenizer import Ids, Tokenizer, check_tokenizer, load_tokenizer
+from dials_jax.errors import require
 
 Pair = tuple[Ids, Ids]  # prompt and answer, without padding or EOS
 
@@ -73,7 +74,7 @@ class TaskRows:
             digest.update(repr([*map(int, prompt), -1, *map(int, answer)]).encode())
         return digest.hexdigest()[:16]
 
-    def rows(self, indices: Indices) -> Rows:
+    def rows(self, indices: Indices) -> RowArrays:
         shape = (len(indices), self.prompt_length + self.answer_length)
         tokens = np.full(shape, self.pad_id, np.int32)
         tokens[:, self.prompt_length :] = self.eos_id

@@ -23,10 +23,10 @@ from typing import Any, BinaryIO, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int, Integer
 
-from dials_jax.config import InputError, TextData, local_path, read_json, require, write_json
-from dials_jax.data.batches import Batch, Indices, Rows, generator
+from dials_jax.config import TextData
+from dials_jax.data.batches import Batch, Indices, RowArrays, generator
 from dials_jax.data.encoding import Encoded, encode_documents
-from dials_jax.data.packing import Rows as Packed
+from dials_jax.data.packing import PackedRows as Packed
 from dials_jax.data.packing import stream_rows, token_dtype, write_rows
 from dials_jax.data.records import (
     JSON_LINES,
@@ -38,6 +38,8 @@ from dials_jax.data.records import (
     read_documents,
 )
 from dials_jax.data.tokenizer import Tokenizer, check_ids, load_tokenizer
+from dials_jax.errors import InputError, require
+from dials_jax.files import local_path, read_json, write_json
 
 UNFINISHED = ".part"
 
@@ -66,7 +68,7 @@ class PackedText:
     def num_rows(self) -> int:
         return len(self.tokens)
 
-    def rows(self, indices: Indices) -> Rows:
+    def rows(self, indices: Indices) -> RowArrays:
         """Raises: InputError for a token that is not in the vocabulary."""
         stored = self.tokens[np.asarray(indices)]
         largest = stored.max(initial=0)

@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from dials_jax.config import InputError, ModelConfig, local_path, require, typed
+from dials_jax.config import ModelConfig, typed
 from dials_jax.data.spelling import Spelling, cannot_spell, incomplete_spelling
 from dials_jax.data.tokenizer_files import fingerprint_of, read_file, read_folder
+from dials_jax.errors import InputError, require
+from dials_jax.files import local_path
 
 Ids = Sequence[int] | Int[np.ndarray, "_"]
 

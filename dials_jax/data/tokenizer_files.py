@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dials_jax.config import InputError, read_json, require, require_packages
+from dials_jax.errors import InputError, require, require_packages
+from dials_jax.files import read_json
 
 # Tokenizers that a folder brings as code, and model types, and the type of transformers that does
 # the same. Dream's is Qwen2's with other special tokens.

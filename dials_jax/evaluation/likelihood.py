@@ -17,17 +17,18 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from dials_jax import sharding
-from dials_jax.analysis.positions import over_positions
-from dials_jax.config import InputError, ModelConfig, require, shown, typed
+from dials_jax.compiling import Timed
+from dials_jax.config import ModelConfig, shown, typed
 from dials_jax.diffusion.objectives import masked_log_probs
+from dials_jax.errors import InputError, require
+from dials_jax.evaluation.positions import over_positions
 from dials_jax.keys import threefry_key
 from dials_jax.models import transformer
-from dials_jax.models.model import Model, as_ids, check_shapes, check_vocabulary, row_keys
+from dials_jax.models.model import Model, as_ids, check_shapes, check_vocabulary, sequence_keys
 from dials_jax.nn.stack import Executor, Policy, check_policy
-from dials_jax.sampling.denoise import guide
+from dials_jax.sampling.loop import guide
 from dials_jax.skipping.flops import Flops, count_flops
-from dials_jax.skipping.policies import draws, router_width
-from dials_jax.timing import Timed
+from dials_jax.skipping.routed import draws, router_width
 
 POSITIONS = 128  # of the answer, scored together; bounds the memory that logits take
 
@@ -80,7 +81,7 @@ def log_likelihood(
     num_samples = num_copies(len(answer_ids), num_samples, policy)
     num_rows = min(batch_size, num_samples)
     rows = jax.tree.map(lambda x: np.repeat(x, num_rows, axis=0), pairs)
-    keys = jnp.broadcast_to(row_keys(key, 1), (num_rows,))
+    keys = jnp.broadcast_to(sequence_keys(key, 1), (num_rows,))
     estimates = []
     for first in range(0, num_samples, num_rows):
         samples = np.arange(first, first + num_rows)
@@ -126,7 +127,7 @@ def estimate_log_likelihood(
     _require_guidance(cfg_scale)
     copies = _given_copies(model.config, tokens, noisy, p_mask, prompt_len)
     num_rows = len(copies[0])
-    rows = model.place_rows((*copies, row_keys(key, num_rows)))
+    rows = model.place_rows((*copies, sequence_keys(key, num_rows)))
     (values, _), _ = model.run(
         _score_noisy, *rows, policy, prompt_len=prompt_len, cfg_scale=cfg_scale, executor=executor
     )

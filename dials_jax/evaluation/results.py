@@ -2,89 +2,28 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import datetime
-import hashlib
 import json
 import os
-import platform
-import shlex
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
-from urllib.parse import quote
 
-import flax
 import jax
 
-from dials_jax import sharding, trees
-from dials_jax.config import (
-    InputError,
-    StudyConfig,
-    finite,
-    read_json,
-    require,
-    to_dict,
-    write_json,
-)
-from dials_jax.evaluation.record_lines import Check, Lines, sealed
-from dials_jax.models.model import Model
+from dials_jax import digests, sharding
+from dials_jax.config import StudyConfig, to_dict
+from dials_jax.errors import InputError, require
+from dials_jax.files import read_json, write_json
+from dials_jax.records import Check, Lines, sealed
 
 RECORDS = "runs.jsonl"
 IDENTITY = "study.json"  # what the records of a study depend on
-LONGEST_NAME = 120  # of a file, without its ending; file systems take 255
 # Settings that choose among what is measured, or how it is shown: a study goes on when they change.
 READING = ("schedules", "figure", "aggregate", "top", "budget", "importance")
 # Results, and what writes and shows them.
 Outcome = tuple[dict[str, Any], Callable[[], None]]
 Agree = Callable[[Mapping[str, Any], Mapping[str, Any], Path], Mapping[str, Any]]
-
-
-def environment(model: Model, seed: int) -> dict[str, Any]:
-    devices = model.mesh.devices
-    return {
-        "device": f"{devices.size} x {devices.flat[0].device_kind}",
-        "mesh": ", ".join(f"{name} {size}" for name, size in model.mesh.shape.items()),
-        "dtype": model.config.dtype,
-        "jax": jax.__version__,
-        "flax": flax.__version__,
-        "python": platform.python_version(),
-        "date": datetime.date.today().isoformat(),
-        "command": command(),
-        "seed": seed,
-    }
-
-
-def command() -> str:
-    """What was typed, to be typed again."""
-    return shlex.join(["python", *sys.argv])
-
-
-def file_name(text: str) -> str:
-    """A file's name for any text: what names may not hold is quoted, what is too long is cut."""
-    quoted = quote(text, safe=",")
-    if len(quoted) <= LONGEST_NAME:
-        return quoted
-    return f"{quoted[:LONGEST_NAME]}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-
-
-def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Unrounded values; what is None or not finite is an empty cell.
-
-    A text that a spreadsheet would take for a formula is quoted by an apostrophe.
-    """
-    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({name: _cell(value) for name, value in finite(dict(row)).items()})
-
-
-def _cell(value: Any) -> Any:
-    formula = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r"))
-    return f"'{value}" if formula else value
 
 
 def identity(cfg: StudyConfig, weights: dict[str, Any]) -> dict[str, Any]:
@@ -202,7 +141,7 @@ def differing(old: Any, new: Any, name: str = "") -> list[str]:
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         found = [x for pair in zip(old, new, strict=True) for x in differing(*pair, name)]
         return list(dict.fromkeys(found))
-    same = old == new or _one_path(old, new) or trees.same_weights(old, new, name)
+    same = old == new or _one_path(old, new) or digests.same_weights(old, new, name)
     return [] if same else [name]
 
 

@@ -13,13 +13,14 @@ import numpy as np
 from jaxtyping import Float
 
 from dials_jax.caching.cache import NoCache
-from dials_jax.caching.net import Net
+from dials_jax.caching.canvas import CanvasModel
 from dials_jax.caching.parse import parse_cache
-from dials_jax.config import EvalTask, require
+from dials_jax.config import EvalTask
 from dials_jax.data.answers import is_right, normalise_answer
 from dials_jax.data.buckets import batches, buckets, pair_buckets
 from dials_jax.data.items import Item, item_names, pad_prompts
 from dials_jax.data.tokenizer import Tokenizer
+from dials_jax.errors import require
 from dials_jax.evaluation.earned import Earned, Record, batch_record
 from dials_jax.evaluation.execution import Execution
 from dials_jax.evaluation.likelihood import num_copies, pad_pairs, score_pairs
@@ -28,9 +29,9 @@ from dials_jax.models import transformer
 from dials_jax.models.model import Model
 from dials_jax.nn.stack import Policy
 from dials_jax.sampling.confidence import Confidence
-from dials_jax.sampling.denoise import blocks_of
 from dials_jax.sampling.dream import Dream
 from dials_jax.sampling.generate import generate
+from dials_jax.sampling.loop import blocks_of
 from dials_jax.skipping.flops import Flops
 
 NUM_EXAMPLES = 5
@@ -165,9 +166,9 @@ def check_cache(
 ) -> None:
     """Raises: InputError for a cache that does not fit the sampler or the model."""
     cfg, shape = model.config, (1, prompt_length + sampler.gen_length)
-    rows = jax.eval_shape(lambda: transformer.rows_of(cfg, None, shape))
+    rows = jax.eval_shape(lambda: transformer.block_inputs(cfg, None, shape))
     given = jnp.ones(shape, bool) if sampler.cfg_scale > 0 else None
-    net = Net(cfg, model.params, None, "auto", rows, None, given, prompt_length)
+    net = CanvasModel(cfg, model.params, None, "auto", rows, None, given, prompt_length)
     cache, blocks = parse_cache(task.cache) or NoCache(), blocks_of(sampler, prompt_length)
     jax.eval_shape(lambda: cache.start(net, blocks))
 

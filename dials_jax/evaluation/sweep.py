@@ -12,18 +12,11 @@ from typing import Any
 import jax
 
 from dials_jax import sharding, trees
-from dials_jax.analysis.similarity import layer_similarities
-from dials_jax.config import (
-    EvalConfig,
-    EvalTask,
-    require,
-    require_packages,
-    write_json,
-)
+from dials_jax.config import EvalConfig, EvalTask
 from dials_jax.data.items import Item, Items, load_items
 from dials_jax.data.sources import tokenizer_of
 from dials_jax.data.tokenizer import Tokenizer, load_tokenizer
-from dials_jax.evaluation.report import format_table, write_report
+from dials_jax.errors import require, require_packages
 from dials_jax.evaluation.scoring import (
     check_settings,
     check_task,
@@ -32,11 +25,13 @@ from dials_jax.evaluation.scoring import (
     score_task,
 )
 from dials_jax.evaluation.sweep_records import SweepRecords, circumstances, sweep_identity
+from dials_jax.files import write_json
 from dials_jax.loading import load
 from dials_jax.models.model import Model
 from dials_jax.nn.stack import Policy
+from dials_jax.reporting.sweep_report import format_table, write_report
 from dials_jax.skipping.policies import Random, Static
-from dials_jax.skipping.similarity import choose_static_layers
+from dials_jax.skipping.similarity import choose_static_layers, layer_similarities
 from dials_jax.skipping.storage import load_router, router_facts
 from dials_jax.workdir import exclusive
 

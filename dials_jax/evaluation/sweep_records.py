@@ -15,26 +15,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dials_jax.config import (
-    EvalConfig,
-    EvalTask,
-    InputError,
-    from_dict,
-    read_json,
-    require,
-    to_dict,
-)
+from dials_jax.config import EvalConfig, EvalTask, from_dict, to_dict
 from dials_jax.data.items import Item, items_digest
+from dials_jax.errors import InputError, require
 from dials_jax.evaluation.execution import NUM_BINS
-from dials_jax.evaluation.record_lines import require_numbers, sound
-from dials_jax.evaluation.results import (
-    RECORDS,
-    Records,
-    differing,
-    environment,
-)
+from dials_jax.evaluation.results import RECORDS, Records, differing
 from dials_jax.evaluation.scoring import RULES, generation_facts
+from dials_jax.files import read_json
 from dials_jax.models.model import Model
+from dials_jax.records import require_numbers, sound
+from dials_jax.reporting.environment import environment
 from dials_jax.skipping.flops import Flops
 from dials_jax.workdir import require_unclaimed
 

@@ -18,7 +18,8 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from dials_jax import sharding, trees
-from dials_jax.config import ModelConfig, require
+from dials_jax.config import ModelConfig
+from dials_jax.errors import require
 from dials_jax.keys import seed_key
 from dials_jax.models import transformer
 from dials_jax.nn import fusing

@@ -13,13 +13,14 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from dials_jax import sharding, trees
-from dials_jax.config import InputError, ModelConfig, require, shown, typed
+from dials_jax import digests, sharding, trees
+from dials_jax.compiling import Timed
+from dials_jax.config import ModelConfig, shown, typed
+from dials_jax.errors import InputError, require
 from dials_jax.keys import seed_key, threefry_key
 from dials_jax.models import transformer
 from dials_jax.nn import fusing
 from dials_jax.nn.stack import Executor, Policy, check_policy
-from dials_jax.timing import Timed
 
 IDS = "give token ids, as a tokenizer's encode does"
 
@@ -54,7 +55,7 @@ class Model:
     @cached_property
     def fingerprint(self) -> str:
         """Names the weights, whatever their layout or dtype; routers remember it."""
-        return trees.fingerprint(self.params, partial(fusing.unfuse, cfg=self.config))
+        return digests.fingerprint(self.params, partial(fusing.unfuse, cfg=self.config))
 
     @property
     def num_layers(self) -> int:
@@ -101,7 +102,7 @@ class Model:
             check_vocabulary(self.config, tokens, valid, "row")
         num_rows = np.shape(tokens)[0]
         valid = None if valid is None else jnp.asarray(valid, bool)
-        keys = row_keys(key, num_rows)
+        keys = sequence_keys(key, num_rows)
         if time is not None:
             time = jnp.broadcast_to(as_time(time, num_rows), num_rows)
         rows = self.place_rows((jnp.asarray(tokens, jnp.int32), valid, time, keys))
@@ -127,7 +128,7 @@ class Model:
             extra = -x.shape[0] % multiple
             if extra:
                 x = jnp.concatenate([x, jnp.broadcast_to(x[-1:], (extra, *x.shape[1:]))])
-            return sharding.place_rows(x, self.mesh)
+            return sharding.place_sequences(x, self.mesh)
 
         return jax.tree.map(one, rows)
 
@@ -232,7 +233,7 @@ def check_vocabulary(
         )
 
 
-def row_keys(key: jax.Array | None, num_rows: int) -> jax.Array:
+def sequence_keys(key: jax.Array | None, num_rows: int) -> jax.Array:
     """One threefry key a row. A single key is folded with the row's number; None is seed 0's."""
     key = seed_key(0) if key is None else key
     typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
@@ -245,10 +246,10 @@ def row_keys(key: jax.Array | None, num_rows: int) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(num_rows))
 
 
-def _forward(params, tokens, valid, time, row_keys, step, policy, *, cfg, executor):
+def _forward(params, tokens, valid, time, sequence_keys, step, policy, *, cfg, executor):
     out = transformer.run_layers(
         cfg, params, tokens, valid, policy,
-        time=time, step=step, row_keys=row_keys, executor=executor,
+        time=time, step=step, row_keys=sequence_keys, executor=executor,
     )  # fmt: skip
     return Output(transformer.predictions(cfg, params, out.h, valid, time), out.gates)
 

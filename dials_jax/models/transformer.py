@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from dials_jax import trees
 from dials_jax.config import ModelConfig
 from dials_jax.keys import threefry_key
-from dials_jax.nn.block import VOCABULARY_UNIT, Block, Embed, Head, Rows, pad_vocabulary
+from dials_jax.nn.block import VOCABULARY_UNIT, Block, BlockInputs, Embed, Head, pad_vocabulary
 from dials_jax.nn.dropout import Dropout, numbered
 from dials_jax.nn.fusing import is_fused
 from dials_jax.nn.kv import Slots, gather, write
@@ -130,17 +130,19 @@ def conditioning(
 # ----------------------------------------------------------------------------------- layers
 
 
-def rows_of(cfg: ModelConfig, valid: Bool[Array, "B T"] | None, shape: tuple[int, int]) -> Rows:
+def block_inputs(
+    cfg: ModelConfig, valid: Bool[Array, "B T"] | None, shape: tuple[int, int]
+) -> BlockInputs:
     """The rows of a whole canvas: positions count from each row's first real token."""
     index = jnp.broadcast_to(jnp.arange(shape[1]), shape)
     if cfg.rope_theta is None:
-        return Rows(None, valid, Slots(index))
+        return BlockInputs(None, valid, Slots(index))
     positions = index if valid is None else positions_of(valid)
-    return Rows(rope_angles(positions, cfg.head_dim, cfg.rope_theta), valid, Slots(index))
+    return BlockInputs(rope_angles(positions, cfg.head_dim, cfg.rope_theta), valid, Slots(index))
 
 
 def embed(
-    cfg: ModelConfig, params: trees.Params, tokens: Int[Array, "B T"], rows: Rows
+    cfg: ModelConfig, params: trees.Params, tokens: Int[Array, "B T"], rows: BlockInputs
 ) -> Float[Array, "B T D"]:
     """The residual stream before the first layer."""
     positions = None
@@ -210,7 +212,7 @@ def run_layers(
       dropout: of what each block adds to the stream; None in inference. For executor "select".
     """
     masked = is_masked(cfg, tokens) if valid is None else is_masked(cfg, tokens) & valid
-    rows = rows_of(cfg, valid, tokens.shape)
+    rows = block_inputs(cfg, valid, tokens.shape)
     layers = _fold_layers(cfg, params)["layers"]
     return run_stack(
         layer_of(cfg, remat=remat, dropout=dropout),

@@ -12,11 +12,16 @@ from jaxtyping import Array, Bool, Float, Int
 from dials_jax.config import ModelConfig
 from dials_jax.nn.broadcast import shifted
 from dials_jax.nn.initializers import normal, residual_depth, zeros_if
-from dials_jax.nn.kernels import attention_per_device, divides, on_hopper, splits_itself
+from dials_jax.nn.kernels.hopper_attention import window_attention, window_fits
+from dials_jax.nn.kernels.per_device import (
+    attention_per_device,
+    divides,
+    on_hopper,
+    splits_itself,
+)
+from dials_jax.nn.kernels.tpu_attention import splash_attention, splash_fits
 from dials_jax.nn.kv import KV
 from dials_jax.nn.rope import apply_rope
-from dials_jax.nn.splash import splash_attention, splash_fits
-from dials_jax.nn.window_attention import window_attention, window_fits
 
 
 class Attention(nnx.Module):
@@ -76,8 +81,8 @@ def attend(
       causal: the same for queries and keys of the same tokens. It needs no array of who sees whom.
 
     cuDNN's fused kernel takes half precision and heads of up to 128 only; on one H200 it is 1.5
-    times as fast as XLA's. For TPU see `dials_jax.nn.splash`, for a few queries on Hopper GPUs
-    `dials_jax.nn.window_attention`.
+    times as fast as XLA's. For TPU see `nn/kernels/tpu_attention.py`, for a few queries on
+    Hopper GPUs `nn/kernels/hopper_attention.py`.
     """
     if index is None and splash_fits(q, kv):
         return splash_attention(q, kv, valid, causal)

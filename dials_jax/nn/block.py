@@ -14,8 +14,8 @@ from dials_jax.nn.attention import Attention, attend
 from dials_jax.nn.broadcast import scaled
 from dials_jax.nn.dropout import AFTER_ATTENTION, AFTER_MLP, Dropout, dropped
 from dials_jax.nn.initializers import normal, zeros_if
+from dials_jax.nn.kernels.sharded_lookup import lookup
 from dials_jax.nn.kv import KV, Slots, gather
-from dials_jax.nn.lookup import lookup
 from dials_jax.nn.mlp import MLP
 from dials_jax.nn.modulation import IN_BLOCK, Modulation
 from dials_jax.nn.norm import make_norm
@@ -23,7 +23,7 @@ from dials_jax.nn.norm import make_norm
 VOCABULARY_UNIT = 128  # products with the vocabulary run several times as fast on whole tiles
 
 
-class Rows(NamedTuple):
+class BlockInputs(NamedTuple):
     """What a block needs beside the hidden states; every leaf leads with the batch."""
 
     angles: Float[Array, "B T 2 _"] | None  # sines and cosines of the positions; None: learned
@@ -50,7 +50,7 @@ class Block(nnx.Module):
     def __call__(
         self,
         h: Float[Array, "B T D"],
-        rows: Rows,
+        rows: BlockInputs,
         wanted: Int[Array, "B W"] | None = None,
     ) -> Float[Array, "B W D"]:
         """The tokens' new hidden states, where they are all there is to attend to.
@@ -64,7 +64,7 @@ class Block(nnx.Module):
         return self.finish(h, attend(q, new, rows.valid, causal=self.causal), rows)
 
     def project(
-        self, h: Float[Array, "B T D"], rows: Rows, wanted: Int[Array, "B W"] | None = None
+        self, h: Float[Array, "B T D"], rows: BlockInputs, wanted: Int[Array, "B W"] | None = None
     ) -> tuple[Float[Array, "B W N H"], KV]:
         """Queries of the wanted tokens, keys and values of all."""
         normed = self.attention_norm(h, *self.modulations(rows)[0:2])
@@ -76,7 +76,7 @@ class Block(nnx.Module):
         h: Float[Array, "B W D"],
         q: Float[Array, "B W N H"],
         seen: KV,
-        rows: Rows,
+        rows: BlockInputs,
         wanted: Int[Array, "B W"] | None = None,
     ) -> Float[Array, "B W D"]:
         """The rest of the block, once all keys and values that the queries see are there."""
@@ -86,7 +86,7 @@ class Block(nnx.Module):
         return self.finish(h, attend(q, seen, rows.valid, index), rows)
 
     def finish(
-        self, h: Float[Array, "B W D"], attended: Float[Array, "B W N H"], rows: Rows
+        self, h: Float[Array, "B W D"], attended: Float[Array, "B W N H"], rows: BlockInputs
     ) -> Float[Array, "B W D"]:
         m = self.modulations(rows)
         update = self.attention.out(attended)
@@ -94,7 +94,7 @@ class Block(nnx.Module):
         update = self.mlp(self.mlp_norm(h, *m[3:5]))
         return h + gated(dropped(update, rows.dropout, AFTER_MLP), *m[5:6])
 
-    def modulations(self, rows: Rows) -> list[Float[Array, "b 1 D"]]:
+    def modulations(self, rows: BlockInputs) -> list[Float[Array, "b 1 D"]]:
         """Shift, scale and gate of attention, then of the MLP; none without adaLN."""
         return [] if self.modulation is None else self.modulation(rows.c)
 

@@ -10,8 +10,8 @@ from jaxtyping import Array, Float
 from dials_jax.config import ModelConfig
 from dials_jax.nn.broadcast import shifted
 from dials_jax.nn.initializers import normal, residual_depth, zeros_if
-from dials_jax.nn.kernels import on_hopper, rows_per_device, splits
-from dials_jax.nn.swiglu import swiglu, swiglu_fits, swiglu_pays
+from dials_jax.nn.kernels.hopper_swiglu import swiglu, swiglu_fits, swiglu_pays
+from dials_jax.nn.kernels.per_device import on_hopper, rows_per_device, splits
 
 
 class MLP(nnx.Module):

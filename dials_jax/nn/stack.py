@@ -24,10 +24,11 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from dials_jax import trees
-from dials_jax.config import InputError, nearest, require, shown
-from dials_jax.nn.compaction import MAX_BRANCHES, Compaction, Gate, Slice, choose
+from dials_jax.config import shown
+from dials_jax.errors import InputError, nearest, require
+from dials_jax.nn.gates import MAX_BRANCHES, Compaction, Gate, Slice, choose
 from dials_jax.nn.kv import gather
-from dials_jax.sharding import BATCH_AXES, constrain_rows, num_batch_shards
+from dials_jax.sharding import BATCH_AXES, constrain_batch, num_batch_shards
 
 Executor = Literal["auto", "select", "cond", "compact"]
 
@@ -133,7 +134,7 @@ def run_stack(
         params, plan, memory = xs
         gate = gate_of(plan, h)
         new, memory = _execute(layer, params, h, context, memory, gate, executor)
-        new = constrain_rows(new)
+        new = constrain_batch(new)
         seen = observe(h, new) if observe else None
         return new, (jnp.broadcast_to(gate, h.shape[:1]), memory, seen)
 
@@ -142,7 +143,7 @@ def run_stack(
         gate, near = gate_of(plan, h), gather(h, wanted)
         context_here = (h, context, wanted)
         new, memory = _execute(_last(layer), params, near, context_here, memory, gate, executor)
-        return constrain_rows(new), (jnp.broadcast_to(gate, h.shape[:1]), memory, None)
+        return constrain_batch(new), (jnp.broadcast_to(gate, h.shape[:1]), memory, None)
 
     count = trees.num_layers(layers)
     first, last = span or (0, count)
@@ -151,7 +152,7 @@ def run_stack(
         plan = trees.stack(plan)
     if isinstance(plan, np.ndarray) and plan.dtype == bool:  # the gates of every step
         must_run = None
-    h = constrain_rows(h)
+    h = constrain_batch(h)
     if trees.is_unrolled(layers):
         outputs = []
         for i in range(first, last):

@@ -21,12 +21,13 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from dials_jax.caching.cache import Cache, Work
-from dials_jax.caching.net import Net
-from dials_jax.config import ModelConfig, Typed, require, require_positive
+from dials_jax.caching.canvas import CanvasModel
+from dials_jax.config import ModelConfig, Typed, require_positive
+from dials_jax.errors import require
 from dials_jax.models import transformer
 from dials_jax.nn.stack import StackOutput
 from dials_jax.sampling.confidence import gumbel_like
-from dials_jax.sampling.denoise import Record, note, start_record
+from dials_jax.sampling.loop import Record, note, start_record
 
 Precision = Literal["exact", "float32"]
 
@@ -110,7 +111,7 @@ class Ancestral(Typed):
         return [Work((total,) * cfg.num_layers, head, prompt_length)]
 
 
-class Plan(NamedTuple):
+class RevealPlan(NamedTuple):
     """Which tokens each step reveals. A row's model calls are those of its steps that reveal any.
 
     Attributes:
@@ -128,7 +129,7 @@ class Plan(NamedTuple):
     time: Float[Array, "B steps"]
 
 
-def draw_plan(sampler: Ancestral, keys: jax.Array, prompt_length: int) -> Plan:
+def draw_reveal_plan(sampler: Ancestral, keys: jax.Array, prompt_length: int) -> RevealPlan:
     """Draws every token's time, with all 32 bits: steps may be as short as 2^-10, or shorter."""
     row = jax.vmap(lambda key: jax.random.bits(jax.random.fold_in(key, TIMES), (sampler.length,)))
     drawn = row(keys)
@@ -143,7 +144,7 @@ def draw_plan(sampler: Ancestral, keys: jax.Array, prompt_length: int) -> Plan:
     sorted_steps, numbers = jnp.take_along_axis(step, order, axis=1), jnp.arange(sampler.steps + 1)
     before = jax.vmap(lambda steps: jnp.searchsorted(steps, numbers))(sorted_steps)
     calls = -(-jnp.diff(before, axis=1) // sampler.num_slots)
-    return Plan(
+    return RevealPlan(
         jnp.pad(step, ((0, 0), (prompt_length, 0)), constant_values=-1),
         prompt_length + order,
         before,
@@ -173,14 +174,14 @@ class State(NamedTuple):
     tokens: Int[Array, "B T"]
     step: Int[Array, ""]
     calls: Int[Array, "B"]
-    plan: Plan | None
+    plan: RevealPlan | None
     record: Record
 
 
 class Exact:
     """Model calls that compute logits where they reveal tokens, as functions of the state."""
 
-    def __init__(self, sampler: Ancestral, net: Net, prompt_length: int, keys: jax.Array):
+    def __init__(self, sampler: Ancestral, net: CanvasModel, prompt_length: int, keys: jax.Array):
         self.sampler, self.net, self.prompt_length, self.keys = sampler, net, prompt_length, keys
         self.num_steps = sampler.steps
 
@@ -189,7 +190,7 @@ class Exact:
         most = sampler.steps
         if not sampler.first_hitting:  # calls for more than fits into a row's slots
             most += min(num_rows, MAX_FULL) * ((sampler.length - 1) // sampler.num_slots)
-        plan = draw_plan(sampler, self.keys, self.prompt_length)
+        plan = draw_reveal_plan(sampler, self.keys, self.prompt_length)
         calls, record = jnp.zeros(num_rows, jnp.int32), start_record(most, num_layers, num_rows)
         return State(canvas, jnp.asarray(0, jnp.int32), calls, plan, record)
 
@@ -242,7 +243,7 @@ class Exact:
 
 
 def call(
-    net: Net,
+    net: CanvasModel,
     tokens: Int[Array, "B T"],
     step: Int[Array, ""],
     time: Float[Array, "B"],

@@ -15,11 +15,12 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from dials_jax.caching.cache import Cache, Work
-from dials_jax.caching.net import Net
-from dials_jax.config import ModelConfig, Typed, require, require_positive
+from dials_jax.caching.canvas import CanvasModel
+from dials_jax.config import ModelConfig, Typed, require_positive
+from dials_jax.errors import require
 from dials_jax.models import transformer
 from dials_jax.nn.stack import Policy
-from dials_jax.sampling.denoise import Record
+from dials_jax.sampling.loop import Record
 from dials_jax.skipping.policies import Static
 
 
@@ -92,7 +93,7 @@ def filler(cfg: ModelConfig) -> int:
 
 def decode(
     sampler: Autoregressive,
-    net: Net,
+    net: CanvasModel,
     canvas: Int[Array, "B T"],
     noise_keys: jax.Array,
     prompt_length: int,

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from dials_jax.config import ModelConfig, Typed, require, require_positive
-from dials_jax.sampling.denoise import Turn
+from dials_jax.config import ModelConfig, Typed, require_positive
+from dials_jax.errors import require
+from dials_jax.sampling.loop import Turn
 
 
 @dataclass(frozen=True)

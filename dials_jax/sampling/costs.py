@@ -10,16 +10,16 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from dials_jax.caching.cache import Cache, Work
-from dials_jax.caching.net import Net
+from dials_jax.caching.canvas import CanvasModel
 from dials_jax.config import ModelConfig
 from dials_jax.models import transformer
 from dials_jax.nn.stack import Policy
 from dials_jax.sampling.ancestral import Ancestral
 from dials_jax.sampling.autoregressive import Autoregressive
-from dials_jax.sampling.denoise import blocks_of
+from dials_jax.sampling.loop import blocks_of
 from dials_jax.sampling.programs import AnySampler
 from dials_jax.skipping.flops import Flops, count_flops
-from dials_jax.skipping.policies import router_width
+from dials_jax.skipping.routed import router_width
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ def work_of(cfg: ModelConfig, sampler: AnySampler, cache: Cache, prompt_length: 
     if isinstance(sampler, Autoregressive | Ancestral):
         return sampler.work(cfg, prompt_length)
     length = prompt_length + sampler.gen_length
-    rows = jax.eval_shape(lambda: transformer.rows_of(cfg, None, (1, length)))
+    rows = jax.eval_shape(lambda: transformer.block_inputs(cfg, None, (1, length)))
     known = prompt_length if sampler.cfg_scale == 0 else 0
-    sketch = Net(cfg, None, None, "auto", rows, None, None, known)
+    sketch = CanvasModel(cfg, None, None, "auto", rows, None, None, known)
     return [p.work for p in cache.passes(sketch, blocks_of(sampler, prompt_length))]
 
 

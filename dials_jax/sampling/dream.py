@@ -14,9 +14,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from dials_jax.config import Algorithm, ModelConfig, Typed, require, require_positive
+from dials_jax.config import Algorithm, ModelConfig, Typed, require_positive
+from dials_jax.errors import require
 from dials_jax.sampling.confidence import gumbel_like, ranks
-from dials_jax.sampling.denoise import Turn
+from dials_jax.sampling.loop import Turn
 
 TOKEN, ORDER = 0, 1  # folded into a step's key: what the noise is for
 

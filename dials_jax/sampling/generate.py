@@ -13,13 +13,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dials_jax import sharding
 from dials_jax.caching.cache import Cache, NoCache
-from dials_jax.config import ModelConfig, require, typed
-from dials_jax.models.model import Model, as_ids, as_valid, row_keys
+from dials_jax.compiling import Timed
+from dials_jax.config import ModelConfig, typed
+from dials_jax.errors import require
+from dials_jax.models.model import Model, as_ids, as_valid, sequence_keys
 from dials_jax.nn.stack import Executor, Policy
 from dials_jax.sampling.ancestral import Ancestral
 from dials_jax.sampling.autoregressive import Autoregressive, decode
 from dials_jax.sampling.costs import Part, total_cost, work_of
-from dials_jax.sampling.denoise import Record
+from dials_jax.sampling.loop import Record
+from dials_jax.sampling.model_schedule import Schedule
 from dials_jax.sampling.programs import (
     STATIC,
     AnySampler,
@@ -37,9 +40,7 @@ from dials_jax.sampling.requests import (
     roles_of,
     rows_without_prompts,
 )
-from dials_jax.sampling.schedule import Schedule
 from dials_jax.skipping.flops import Flops
-from dials_jax.timing import Timed
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def generate(
     if schedule:
         check_turns(roles, turns, sampler, cache)
     first, num_rows = next(iter(roles.values())), len(prompts)
-    rows = (jnp.asarray(prompts, jnp.int32), valid, row_keys(key, num_rows))
+    rows = (jnp.asarray(prompts, jnp.int32), valid, sequence_keys(key, num_rows))
     rows = first.model.place_rows(rows, fill_to)
     static = {"sampler": sampler, "cache": cache, "executor": executor}
     if schedule or isinstance(sampler, Ancestral):

@@ -15,16 +15,16 @@ import numpy as np
 from jaxtyping import Array, Int, PyTree
 
 from dials_jax.caching.cache import Cache
-from dials_jax.caching.net import Net
+from dials_jax.caching.canvas import CanvasModel
+from dials_jax.compiling import Timed
 from dials_jax.models import transformer
 from dials_jax.models.model import Model
 from dials_jax.nn.stack import Policy
 from dials_jax.sampling.ancestral import Ancestral, Exact
 from dials_jax.sampling.autoregressive import Autoregressive, filler
-from dials_jax.sampling.denoise import Loop, Record, Sampler, num_steps
+from dials_jax.sampling.loop import Loop, Record, Sampler, num_steps
+from dials_jax.sampling.model_schedule import Schedule
 from dials_jax.sampling.published import Published
-from dials_jax.sampling.schedule import Schedule
-from dials_jax.timing import Timed
 
 AnySampler = Sampler | Ancestral | Autoregressive
 
@@ -50,7 +50,7 @@ class Steps(Protocol):
 class Setting(NamedTuple):
     """What a program works on: the batch as this model and sampler see it."""
 
-    net: Net
+    net: CanvasModel
     canvas: Int[Array, "B T"]
     noise_keys: jax.Array
     prompt_length: int
@@ -69,9 +69,9 @@ def set_out(params, prompts, valid, keys, policy, *, cfg, sampler, executor) -> 
         given = jnp.broadcast_to(jnp.arange(canvas.shape[1]) < prompt_length, canvas.shape)
         gate_keys = jnp.concatenate([gate_keys, uncond_gate_keys])
         valid = None if valid is None else jnp.concatenate([valid, valid])
-    rows = transformer.rows_of(cfg, valid, (gate_keys.shape[0], canvas.shape[1]))
+    rows = transformer.block_inputs(cfg, valid, (gate_keys.shape[0], canvas.shape[1]))
     unseen = prompt_length if given is None else 0
-    net = Net(cfg, params, policy, executor, rows, gate_keys, given, unseen)
+    net = CanvasModel(cfg, params, policy, executor, rows, gate_keys, given, unseen)
     return Setting(net, canvas, noise_keys, prompt_length)
 
 

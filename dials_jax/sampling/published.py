@@ -8,10 +8,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from dials_jax.caching.net import Net
+from dials_jax.caching.canvas import CanvasModel
 from dials_jax.models import transformer
 from dials_jax.sampling.ancestral import EPS, Ancestral, State, call
-from dials_jax.sampling.denoise import note, start_record
+from dials_jax.sampling.loop import note, start_record
 
 UNIFORM_BITS = 24  # of the published noise
 
@@ -25,7 +25,7 @@ class Published:
     without change reuses the call before it, which changes no result and is left out.
     """
 
-    def __init__(self, sampler: Ancestral, net: Net, prompt_length: int, keys: jax.Array):
+    def __init__(self, sampler: Ancestral, net: CanvasModel, prompt_length: int, keys: jax.Array):
         self.sampler, self.net, self.prompt_length, self.keys = sampler, net, prompt_length, keys
         self.num_steps = sampler.steps
 

@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 
 from dials_jax.caching.cache import Blocks, Cache
-from dials_jax.caching.net import Net
+from dials_jax.caching.canvas import CanvasModel
 
 # A step: the kind of its model call, or the kinds that it may be, depending on the block.
 Step = int | tuple[int, ...]
@@ -19,7 +19,7 @@ Step = int | tuple[int, ...]
 Timetable = list[tuple[int, Any]]
 
 
-def block_timetable(cache: Cache, net: Net, blocks: Blocks, num_steps: int) -> list[Step]:
+def block_timetable(cache: Cache, net: CanvasModel, blocks: Blocks, num_steps: int) -> list[Step]:
     """The model calls of every block."""
 
     def kind(block, step):

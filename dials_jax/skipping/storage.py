@@ -13,23 +13,12 @@ import jax
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
-from dials_jax import sharding, trees
-from dials_jax.config import (
-    InputError,
-    RouterConfig,
-    Typed,
-    from_dict,
-    local_path,
-    read_json,
-    require,
-    shown,
-    to_dict,
-    typed,
-    write_json,
-)
+from dials_jax import digests, sharding, trees
+from dials_jax.config import RouterConfig, Typed, from_dict, shown, to_dict, typed
+from dials_jax.errors import InputError, require
+from dials_jax.files import local_path, read_json, write_json
 from dials_jax.keys import seed_key
-from dials_jax.skipping.policies import Routed
-from dials_jax.skipping.router import init_routers, rounded
+from dials_jax.skipping.routed import Routed, init_routers, rounded
 from dials_jax.workdir import writing
 
 FORMAT = "dials_jax router"
@@ -81,7 +70,7 @@ def save_router(
         d_model=backbone.config.d_model,
         backbone_fingerprint=backbone.fingerprint,
         skip_weight=skip_weight,
-        digests=trees.digest_hex(routers),
+        digests=digests.digest_hex(routers),
     )
     with writing(folder, AGAIN):
         sharding.on_first_process(lambda: write_json(folder / "config.json", to_dict(info)))
@@ -134,7 +123,7 @@ def load_router(path: str | Path, model: Backbone, threshold: float | None = Non
     """
     folder, info = router_facts(path)
     require(
-        trees.same_weights(info.backbone_fingerprint, model.fingerprint, str(folder)),
+        digests.same_weights(info.backbone_fingerprint, model.fingerprint, str(folder)),
         f"router {folder} belongs to another backbone (fingerprint "
         f"{info.backbone_fingerprint}, this model is {model.fingerprint}); "
         "load the model it was trained on, or train a router for this one",
@@ -160,7 +149,7 @@ def load_router(path: str | Path, model: Backbone, threshold: float | None = Non
         raise InputError(f"router {folder} cannot be read ({reason}); {AGAIN}") from error
     # Orbax loads a flipped bit in silence.
     require(
-        trees.digest_hex(routers) == info.digests,
+        digests.digest_hex(routers) == info.digests,
         f"router {folder} is damaged: its arrays do not match their digests; {AGAIN}",
     )
     routers = rounded(routers, model.config.dtype)

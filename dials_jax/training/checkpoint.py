@@ -20,8 +20,9 @@ import jax
 from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
-from dials_jax import trees
-from dials_jax.config import InputError, read_json, require, write_json
+from dials_jax import digests, trees
+from dials_jax.errors import InputError, require
+from dials_jax.files import read_json, write_json
 from dials_jax.sharding import on_first_process
 from dials_jax.workdir import writing
 
@@ -72,11 +73,11 @@ class Checkpoints:
         try:
             with writing(partial, rest):
                 ocp.save(partial / "state", flat)
-            digests = trees.digest_hex(flat)
-            if trees.digest_hex(_load(partial, flat)) != digests:
+            expected = digests.digest_hex(flat)
+            if digests.digest_hex(_load(partial, flat)) != expected:
                 raise OSError(f"checkpoint {partial} reads back differently; the storage fails")
             with writing(partial, rest):
-                on_first_process(lambda: write_json(partial / "digest.json", digests))
+                on_first_process(lambda: write_json(partial / "digest.json", expected))
         except Exception:
             if jax.process_index() == 0:
                 self._remove_partial()  # its room is needed
@@ -104,10 +105,10 @@ class Checkpoints:
         for step in reversed(steps):
             folder = self.folder / f"{step:08d}"
             try:
-                digests = read_json(folder / "digest.json")
-                like = likes.get(frozenset(digests), state)
+                expected = read_json(folder / "digest.json")
+                like = likes.get(frozenset(expected), state)
                 loaded = _load(folder, flatten(like))
-                if trees.digest_hex(loaded) == digests:
+                if digests.digest_hex(loaded) == expected:
                     return unflatten(like, loaded)
                 problem = "its arrays do not match their digests"
             except (jax.errors.JaxRuntimeError, MemoryError):

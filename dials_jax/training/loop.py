@@ -15,8 +15,9 @@ from jax.experimental import multihost_utils
 
 from dials_jax import sharding, trees
 from dials_jax.compiling import compiler_options
-from dials_jax.config import InputError, TrainConfig, require
+from dials_jax.config import TrainConfig
 from dials_jax.data.batches import Batch, batch_at, prefetch, steps_per_epoch
+from dials_jax.errors import InputError, require
 from dials_jax.stopping import Request, Stopped, keeping
 from dials_jax.training.checkpoint import Checkpoints
 from dials_jax.training.metrics import MetricsWriter, progress_bar

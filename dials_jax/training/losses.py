@@ -10,21 +10,21 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dials_jax import trees
-from dials_jax.config import ModelConfig, ObjectiveConfig, RouterConfig, require
+from dials_jax.config import ModelConfig, ObjectiveConfig, RouterConfig
 from dials_jax.data.batches import Batch
-from dials_jax.diffusion.corruption import corrupt
 from dials_jax.diffusion.cross_entropy import Head, weighted_cross_entropy
+from dials_jax.diffusion.noise import corrupt, stratified, stratified_noise, uniform_noise
 from dials_jax.diffusion.objectives import (
     causal_weights,
     diffusion_weights,
     next_tokens,
     skip_loss,
 )
-from dials_jax.diffusion.schedule import stratified, stratified_noise, uniform_noise
+from dials_jax.errors import require
 from dials_jax.models import transformer
 from dials_jax.nn.dropout import Dropout
 from dials_jax.nn.stack import Policy, StackOutput
-from dials_jax.skipping.policies import StochasticRouted
+from dials_jax.skipping.routed import StochasticRouted
 
 
 class Mean(NamedTuple):

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from dials_jax.config.lines import json_lines, named
+from dials_jax.files import json_lines, named
 
 log = logging.getLogger(__name__)
 

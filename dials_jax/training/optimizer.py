@@ -8,7 +8,8 @@ import optax
 from jaxtyping import Array, Int
 
 from dials_jax import trees
-from dials_jax.config import OptimizerConfig, require
+from dials_jax.config import OptimizerConfig
+from dials_jax.errors import require
 
 
 def num_steps(cfg: OptimizerConfig, steps_per_epoch: int) -> int:

@@ -11,27 +11,20 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from dials_jax import trees
-from dials_jax.config import (
-    InputError,
-    OptimizerConfig,
-    TrainConfig,
-    from_dict,
-    read_json,
-    require,
-    to_dict,
-    write_json,
-)
+from dials_jax import digests, trees
+from dials_jax.config import OptimizerConfig, TrainConfig, from_dict, to_dict
 from dials_jax.data.batches import TrainingData
 from dials_jax.data.sources import training_data
+from dials_jax.errors import InputError, require
+from dials_jax.files import read_json, write_json
 from dials_jax.keys import seed_key
 from dials_jax.loading import load
-from dials_jax.models import checkpoint, transformer
-from dials_jax.models.checkpoint import save_model
+from dials_jax.models import folders, transformer
+from dials_jax.models.folders import save_model
 from dials_jax.models.model import Model
 from dials_jax.sharding import on_first_process
 from dials_jax.skipping import storage
-from dials_jax.skipping.router import init_routers
+from dials_jax.skipping.routed import init_routers
 from dials_jax.skipping.storage import save_router
 from dials_jax.training.losses import LossFn, check_objective, model_loss, router_loss
 from dials_jax.training.optimizer import make_schedule, num_steps
@@ -166,7 +159,7 @@ def require_own(workdir: Path, cfg: TrainConfig) -> None:
     if cfg.backbone:
         storage.require_replaceable(workdir / "router")
     else:
-        checkpoint.require_replaceable(workdir / "model")
+        folders.require_replaceable(workdir / "model")
 
 
 def require_same_experiment(
@@ -238,4 +231,4 @@ def _differences(a: Any, b: Any, name: str = "") -> dict[str, tuple[Any, Any]]:
         for key in {**b, **a}:
             found |= _differences(a.get(key), b.get(key), f"{name}.{key}" if name else key)
         return found
-    return {} if a == b or trees.same_weights(a, b, name) else {name: (a, b)}
+    return {} if a == b or digests.same_weights(a, b, name) else {name: (a, b)}

@@ -7,7 +7,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from dials_jax import trees
-from dials_jax.config import ModelConfig, require
+from dials_jax.config import ModelConfig
+from dials_jax.errors import require
 from dials_jax.loading import load
 from dials_jax.models import groups
 from dials_jax.models.model import Model

@@ -5,9 +5,9 @@ from itertools import combinations, islice
 import numpy as np
 import pytest
 
-from dials_jax.analysis import placements as module
-from dials_jax.analysis.placements import Placements
-from dials_jax.analysis.schedule_search import (
+from dials_jax.studies import placements as module
+from dials_jax.studies.placements import Placements
+from dials_jax.studies.search import (
     best_of,
     by_additive_model,
     by_chance,

@@ -2,9 +2,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dials_jax.analysis.similarity import layer_similarities
 from dials_jax.models import transformer
 from dials_jax.models.model import Model
+from dials_jax.skipping.similarity import layer_similarities
 
 PROMPTS = [(3, 4, 5, 6, 7), (8, 9), (10, 11)]
 

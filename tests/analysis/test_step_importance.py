@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from dials_jax import trees
-from dials_jax.analysis import step_importance
-from dials_jax.analysis.step_importance import Divergence, curve, curves, divergences
-from dials_jax.config import InputError
+from dials_jax.errors import InputError
 from dials_jax.models import mdlm, transformer
 from dials_jax.models.model import Model
+from dials_jax.studies import divergence
+from dials_jax.studies.divergence import Divergence, curve, curves, divergences
 from tests.conftest import MASK, small_config
 
 TIME = 0.4
@@ -73,7 +73,7 @@ def test_a_model_does_not_differ_from_itself(found):
 def test_neither_batches_nor_slices_nor_other_models_matter(
     lively, light, tokens, found, monkeypatch
 ):
-    monkeypatch.setattr(step_importance, "POSITIONS", 5)
+    monkeypatch.setattr(divergence, "POSITIONS", 5)
     again = divergences(lively, {"L": light}, tokens, TIME, seed=3, batch_size=2)
     np.testing.assert_allclose(again["L"], found["L"], rtol=1e-4, atol=1e-5)
     other = divergences(lively, {"L": light}, tokens, TIME, seed=4, batch_size=2)

@@ -2,10 +2,10 @@ import dataclasses
 
 import numpy as np
 
-from dials_jax.analysis import study_plots as plots
-from dials_jax.analysis.placements import Placements
-from dials_jax.analysis.schedule_search import Correlation, Influence, Regret
-from dials_jax.analysis.step_importance import Curve
+from dials_jax.studies import plots as plots
+from dials_jax.studies.divergence import Curve
+from dials_jax.studies.placements import Placements
+from dials_jax.studies.search import Correlation, Influence, Regret
 
 METHODS = ("a", "b", "c", "d", "e", "c + b", "d + b", "e + b")  # as many as a study has at most
 REGRETS = [Regret(1, 0, 2), Regret(0, 0, 0)]
@@ -83,7 +83,7 @@ def test_every_other_figure_is_written(tmp_path):
 def test_names_fit_into_the_figures(drawn, tmp_path):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    from dials_jax.evaluation import predictions, proposals
+    from dials_jax.studies import predictions, proposals
 
     x = np.linspace(0.1, 0.9, 3)
     curve = Curve(x, 400 * x, 400 * x, 400 * x)

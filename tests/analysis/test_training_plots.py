@@ -4,8 +4,8 @@ import math
 import numpy as np
 import pytest
 
-from dials_jax.analysis import training_plots as plots
-from dials_jax.config import InputError
+from dials_jax.errors import InputError
+from dials_jax.reporting import training_plots as plots
 
 
 def write_metrics(path, records, tail=""):

@@ -9,7 +9,7 @@ import pytest
 from benchmarks import pod, pod_decode, report
 from benchmarks.random_model import make_config, make_model
 from dials_jax import sharding
-from dials_jax.models.model import row_keys
+from dials_jax.models.model import sequence_keys
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.generate import generate
 
@@ -28,7 +28,7 @@ def test_the_program_is_generates_own():
     prompts = np.arange(2, 10).reshape(2, 4)
     valid = np.array([[False, True, True, True], [True] * 4])
     lowered = pod_decode.lower(cfg, sharding.make_mesh(), sampler, (2, 4), "dual", "full")
-    rows = model.place_rows((prompts.astype(np.int32), valid, row_keys(None, 2)))
+    rows = model.place_rows((prompts.astype(np.int32), valid, sequence_keys(None, 2)))
     tokens, _ = lowered.compile()(model.ready, *rows, None)
     cache = pod_decode.parse_cache("dual")
     expected = generate(model, prompts, valid, sampler=sampler, cache=cache)

@@ -10,11 +10,12 @@ import pytest
 
 from dials_jax import trees
 from dials_jax.caching.cache import DualCache, NoCache, PrefixCache
-from dials_jax.caching.early_skip import EarlySkip
+from dials_jax.caching.early_skip.settings import EarlySkip
 from dials_jax.models import transformer
 from dials_jax.models.model import Model
 from dials_jax.sampling.confidence import Confidence
-from dials_jax.skipping.policies import Random, Routed, Static
+from dials_jax.skipping.policies import Random, Static
+from dials_jax.skipping.routed import Routed
 from tests.conftest import MASK, random_routers, small_config
 
 P = 5

@@ -10,9 +10,10 @@ import jax
 import numpy as np
 
 from dials_jax.caching.cache import NoCache, PrefixCache
-from dials_jax.caching.early_skip import EarlySkip
-from dials_jax.sampling.denoise import step_limit
-from dials_jax.skipping.policies import Random, Routed, Static
+from dials_jax.caching.early_skip.settings import EarlySkip
+from dials_jax.sampling.loop import step_limit
+from dials_jax.skipping.policies import Random, Static
+from dials_jax.skipping.routed import Routed
 
 
 class Decoder:

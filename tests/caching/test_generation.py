@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from dials_jax.caching.cache import DualCache, NoCache, PrefixCache
-from dials_jax.caching.early_skip import EarlySkip
-from dials_jax.config import InputError
+from dials_jax.caching.early_skip.settings import EarlySkip
+from dials_jax.errors import InputError
 from dials_jax.models.model import Model
 from dials_jax.sampling import generate as module
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.generate import generate
-from dials_jax.skipping.policies import Random, Routed
+from dials_jax.skipping.policies import Random
+from dials_jax.skipping.routed import Routed
 from tests.caching.conftest import CACHES, PLACES, QUOTA, G, P, keys_of
 from tests.caching.reference import Decoder
 from tests.conftest import EOS, MASK, random_routers

@@ -8,14 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dials_jax.caching import importance, leaving
 from dials_jax.caching.cache import DualCache, NoCache, PrefixCache
-from dials_jax.caching.early_skip import EarlySkip
+from dials_jax.caching.early_skip.settings import EarlySkip, importance, passes
+from dials_jax.compiling import Timed
 from dials_jax.loading import load
 from dials_jax.sampling import generate as module
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.generate import generate
-from dials_jax.timing import Timed
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llada_tiny"
 
@@ -79,9 +78,9 @@ def published_order(monkeypatch):
     def leftmost(revealed):
         return jnp.broadcast_to(jnp.min(jnp.argmax(revealed, axis=1)), (revealed.shape[0], 1))
 
-    monkeypatch.setattr(leaving, "top", top)
+    monkeypatch.setattr(passes, "top", top)
     monkeypatch.setattr(importance, "top", top)
-    monkeypatch.setattr(leaving, "leftmost", leftmost)
+    monkeypatch.setattr(passes, "leftmost", leftmost)
 
     def traced_anew(*args, **kwargs):  # programs of the patched code stay in this test
         return module._generate_fn(*args, **kwargs)

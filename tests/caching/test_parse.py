@@ -1,9 +1,9 @@
 import pytest
 
 from dials_jax.caching.cache import DualCache, PrefixCache
-from dials_jax.caching.early_skip import EarlySkip
+from dials_jax.caching.early_skip.settings import EarlySkip
 from dials_jax.caching.parse import parse_cache
-from dials_jax.config import InputError
+from dials_jax.errors import InputError
 
 
 def test_names_of_caches():

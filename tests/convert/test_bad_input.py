@@ -6,9 +6,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from convert.__main__ import main
-from convert.safetensors_reader import open_file
-from dials_jax.config import InputError
+from dials_jax.convert.__main__ import main
+from dials_jax.convert.safetensors_reader import open_file
+from dials_jax.errors import InputError
 from dials_jax.loading import load
 
 SHARD = "model-00002-of-00002.safetensors"

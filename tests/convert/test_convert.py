@@ -9,13 +9,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from convert.__main__ import main
-from convert.hugging_face import convert, open_folder, write
 from dials_jax import trees
-from dials_jax.config import InputError
+from dials_jax.convert.__main__ import main
+from dials_jax.convert.hugging_face import convert, open_folder, write
 from dials_jax.data.tokenizer import character_tokenizer, load_tokenizer
+from dials_jax.errors import InputError
 from dials_jax.loading import load
-from dials_jax.models import checkpoint, llada, transformer
+from dials_jax.models import folders, llada, transformer
 from tests.data import published
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llada_tiny"
@@ -93,7 +93,7 @@ def test_a_converted_folder_loads_the_same_parameters_as_its_source(model, conve
     loaded = load(converted)
     assert loaded.config == model.config
     assert_same_bits(loaded.params, model.params)
-    assert loaded.fingerprint == checkpoint.read_info(converted).fingerprint == model.fingerprint
+    assert loaded.fingerprint == folders.read_info(converted).fingerprint == model.fingerprint
 
 
 def test_dtype_casts_weights_and_activations_from_either_folder(model, converted):
@@ -211,8 +211,8 @@ def test_queries_keys_and_values_may_be_all_that_has_biases(write_folder, tiny_t
 
 
 def test_multi_query_attention_means_one_key_head():
-    from convert.llada import translate
-    from dials_jax.config import read_json
+    from dials_jax.convert.llada import translate
+    from dials_jax.files import read_json
 
     values = read_json(GOLDEN / "config.json") | {"n_kv_heads": None}
     assert translate(values, "float32").num_kv_heads == 4
@@ -220,8 +220,8 @@ def test_multi_query_attention_means_one_key_head():
 
 
 def test_the_published_configuration_becomes_the_preset():
-    from convert.llada import translate
-    from dials_jax.config import read_json
+    from dials_jax.convert.llada import translate
+    from dials_jax.files import read_json
 
     published = dict(
         d_model=4096, n_heads=32, n_kv_heads=32, n_layers=32, mlp_hidden_size=12288,

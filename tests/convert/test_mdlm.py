@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convert import gpt2, mdlm
-from convert.__main__ import main
-from convert.hugging_face import open_folder
-from convert.lightning import open_checkpoint
-from convert.safetensors_reader import open_tensors
-from dials_jax.config import InputError, read_json
+from dials_jax.convert import gpt2, mdlm
+from dials_jax.convert.__main__ import main
+from dials_jax.convert.hugging_face import open_folder
+from dials_jax.convert.lightning import open_checkpoint
+from dials_jax.convert.safetensors_reader import open_tensors
 from dials_jax.diffusion.subs import subs_log_probs
+from dials_jax.errors import InputError
+from dials_jax.files import read_json
 from dials_jax.loading import load
 from dials_jax.models import gpt2 as our_gpt2
 from dials_jax.models import mdlm as our_mdlm

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convert import dream, qwen2
-from convert.__main__ import main
-from convert.hugging_face import convert, open_folder
-from convert.safetensors_reader import open_tensors
-from dials_jax.config import InputError, read_json
+from dials_jax.convert import dream, qwen2
+from dials_jax.convert.__main__ import main
+from dials_jax.convert.hugging_face import convert, open_folder
+from dials_jax.convert.safetensors_reader import open_tensors
+from dials_jax.errors import InputError
 from dials_jax.evaluation.likelihood import log_likelihood
+from dials_jax.files import read_json
 from dials_jax.loading import load
 from dials_jax.models import transformer
 from dials_jax.models.dream import dream_7b

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from dials_jax.config import ArithmeticData, EvalTask, InputError
+from dials_jax.config import ArithmeticData, EvalTask
 from dials_jax.data.answers import (
     before_stop,
     check_reference,
@@ -12,6 +12,7 @@ from dials_jax.data.answers import (
     normalise_answer,
     normalise_number,
 )
+from dials_jax.errors import InputError
 
 STRICT = EvalTask(
     name="gsm8k",

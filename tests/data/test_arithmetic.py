@@ -4,9 +4,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from dials_jax.config import ArithmeticData, InputError
+from dials_jax.config import ArithmeticData
 from dials_jax.data.arithmetic import SYMBOLS, ArithmeticTask
 from dials_jax.data.batches import batch_at
+from dials_jax.errors import InputError
 
 CFG = ArithmeticData(operations=tuple(SYMBOLS), num_items=400)
 

@@ -4,8 +4,8 @@ import time
 import numpy as np
 import pytest
 
-from dials_jax.config import InputError
 from dials_jax.data.batches import batch_at, generator, prefetch, steps_per_epoch
+from dials_jax.errors import InputError
 
 
 class Numbers:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dials_jax.config import CorpusData, EvalTask, InputError, TextData
+from dials_jax.config import CorpusData, EvalTask, TextData
 from dials_jax.data import arrayrecord, corpus, documents, packing
 from dials_jax.data import prepare as preparing
 from dials_jax.data.batches import batch_at
@@ -24,6 +24,7 @@ from dials_jax.data.prepare import prepare
 from dials_jax.data.records import file_sha256
 from dials_jax.data.sources import training_data
 from dials_jax.data.text import pack_text
+from dials_jax.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 EOS = 1

@@ -3,13 +3,14 @@ import dataclasses
 import numpy as np
 import pytest
 
-from dials_jax.config import ArithmeticData, EvalTask, InputError, TaskData, TextData
+from dials_jax.config import ArithmeticData, EvalTask, TaskData, TextData
 from dials_jax.data.arithmetic import ArithmeticTask
 from dials_jax.data.items import (
     load_items,
     make_item,
     pad_prompts,
 )
+from dials_jax.errors import InputError
 
 QUESTIONS = [
     {"q": "sky", "sol1": "blue", "sol2": "red", "label": 0, "text": "so #### 1,234."},

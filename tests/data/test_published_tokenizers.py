@@ -8,10 +8,11 @@ import warnings
 import pytest
 from tokenizers import Tokenizer as Backend
 
-from dials_jax.config import InputError, TextData
+from dials_jax.config import TextData
 from dials_jax.data.text import pack_text
 from dials_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dials_jax.data.tokenizer_files import fingerprint_of
+from dials_jax.errors import InputError
 from tests.data import published
 
 TEXTS = published.texts()
@@ -111,7 +112,7 @@ def test_a_saved_tokenizer_needs_nothing_else(folders, tmp_path, monkeypatch):
 
 
 def test_without_transformers_a_published_folder_names_the_extra(folders, monkeypatch):
-    monkeypatch.setattr("dials_jax.config.base.find_spec", lambda name: None)
+    monkeypatch.setattr("dials_jax.errors.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"transformers, tokenizers missing; pip install"):
         load_tokenizer(folders / "dream")
 

@@ -5,7 +5,6 @@ from codecs import BOM_UTF8
 
 import pytest
 
-from dials_jax.config import InputError
 from dials_jax.data import records
 from dials_jax.data.records import (
     content_sha256,
@@ -16,6 +15,7 @@ from dials_jax.data.records import (
     read_jsonl,
     read_records,
 )
+from dials_jax.errors import InputError
 
 GOOD = '{"text": "one"}\n\n{"text": "twö"}\n'
 

@@ -5,19 +5,14 @@ import string
 
 import pytest
 
-from dials_jax.config import (
-    ArithmeticData,
-    CorpusData,
-    InputError,
-    TaskData,
-    TextData,
-    write_json,
-)
+from dials_jax.config import ArithmeticData, CorpusData, TaskData, TextData
 from dials_jax.data import sources
 from dials_jax.data.arithmetic import ArithmeticTask
 from dials_jax.data.batches import batch_at
 from dials_jax.data.sources import tokenizer_of, training_data
 from dials_jax.data.tokenizer import character_tokenizer, load_tokenizer
+from dials_jax.errors import InputError
+from dials_jax.files import write_json
 
 
 @pytest.fixture

@@ -3,8 +3,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from dials_jax.config import InputError, TaskData
+from dials_jax.config import TaskData
 from dials_jax.data.tasks import fill, load_task
+from dials_jax.errors import InputError
 
 EOS, PAD = 1, 0
 

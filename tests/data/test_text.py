@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dials_jax.config import CorpusData, InputError, TextData
+from dials_jax.config import CorpusData, TextData
 from dials_jax.data import encoding, text
 from dials_jax.data.batches import batch_at
 from dials_jax.data.text import pack_text, packed_summary
 from dials_jax.data.tokenizer import character_tokenizer
+from dials_jax.errors import InputError
 
 DOCUMENTS = ["abc", "", "hello world", "x" * 25]
 EOS = 1

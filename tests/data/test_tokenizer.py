@@ -3,7 +3,6 @@ import json
 
 import pytest
 
-from dials_jax.config import InputError
 from dials_jax.data.tokenizer import (
     Tokenizer,
     character_tokenizer,
@@ -12,6 +11,7 @@ from dials_jax.data.tokenizer import (
     load_tokenizer,
 )
 from dials_jax.data.tokenizer_files import fingerprint_of
+from dials_jax.errors import InputError
 from tests.data import published
 
 VOCAB = {"a": 0, "b": 1, "Ġ": 2, "ab": 3, "Ġab": 4, "<|endoftext|>": 5}  # Ġ is a space

@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dials_jax.diffusion.corruption import corrupt
+from dials_jax.diffusion.noise import corrupt
 
 B, T = 400, 60
 KEYS = jax.random.split(jax.random.key(0), B)

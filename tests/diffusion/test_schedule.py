@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dials_jax.diffusion.schedule import stratified, stratified_noise, uniform_noise
+from dials_jax.diffusion.noise import stratified, stratified_noise, uniform_noise
 
 N = 16
 

@@ -13,11 +13,11 @@ from dials_jax.config import (
     TextData,
 )
 from dials_jax.data.arithmetic import ArithmeticTask
-from dials_jax.evaluation import importance as importance_study
-from dials_jax.evaluation import proposals, study
-from dials_jax.evaluation.study import run_study
 from dials_jax.models import transformer
-from dials_jax.models.checkpoint import save_model
+from dials_jax.models.folders import save_model
+from dials_jax.studies import importance as importance_study
+from dials_jax.studies import proposals, study
+from dials_jax.studies.study import run_study
 from tests.conftest import small_config
 from tests.evaluation.studies import LENGTH, STEPS
 

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from dials_jax.config import InputError
 from dials_jax.data.tokenizer import character_tokenizer
-from dials_jax.evaluation import generative
-from dials_jax.evaluation.generative import (
+from dials_jax.errors import InputError
+from dials_jax.evaluation import perplexity
+from dials_jax.evaluation.perplexity import (
     Scores,
     counts,
     estimate,
@@ -60,13 +60,13 @@ def test_scores_are_those_of_a_plain_loop(scorer, samples):
 
 def test_neither_batches_nor_slices_of_positions_matter(scorer, samples, monkeypatch):
     expected = score_samples(scorer, samples, batch_size=7)
-    monkeypatch.setattr(generative, "POSITIONS", 5)  # 11 positions: the last slice is shorter
+    monkeypatch.setattr(perplexity, "POSITIONS", 5)  # 11 positions: the last slice is shorter
     # A program of its own, for the number of positions is read while tracing.
-    monkeypatch.setattr(generative, "_nll", generative.Timed(generative._nll_fn, ("cfg",)))
+    monkeypatch.setattr(perplexity, "_nll", perplexity.Timed(perplexity._nll_fn, ("cfg",)))
     for batch_size in (1, 3):
         scores = score_samples(scorer, samples, batch_size)
         np.testing.assert_allclose(scores.nll, expected.nll, rtol=1e-5)
-    assert generative._nll.num_programs == 2  # a last, smaller batch needs none of its own
+    assert perplexity._nll.num_programs == 2  # a last, smaller batch needs none of its own
 
 
 def test_which_tokens_count():

@@ -5,15 +5,13 @@ import dataclasses
 import numpy as np
 import pytest
 
-from dials_jax.analysis.step_importance import Divergence, divergences
-from dials_jax.config import (
-    InputError,
-    ProposeStudy,
-)
-from dials_jax.evaluation import importance as importance_study
-from dials_jax.evaluation.statistics import mean_interval
-from dials_jax.evaluation.study import run_study
-from dials_jax.sampling.schedule import Schedule
+from dials_jax.config import ProposeStudy
+from dials_jax.errors import InputError
+from dials_jax.sampling.model_schedule import Schedule
+from dials_jax.statistics import mean_interval
+from dials_jax.studies import importance as importance_study
+from dials_jax.studies.divergence import Divergence, divergences
+from dials_jax.studies.study import run_study
 from tests.evaluation.studies import records_of, results_of
 
 pytestmark = pytest.mark.usefixtures("quick_plots")

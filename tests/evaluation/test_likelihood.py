@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dials_jax.config import InputError
+from dials_jax.errors import InputError
 from dials_jax.evaluation import likelihood
 from dials_jax.evaluation.likelihood import (
     draw_masked,
@@ -17,7 +17,7 @@ from dials_jax.evaluation.likelihood import (
     score_pairs,
 )
 from dials_jax.loading import load
-from dials_jax.models.model import Model, row_keys
+from dials_jax.models.model import Model, sequence_keys
 from dials_jax.skipping.policies import Random, Static
 from tests.conftest import MASK
 
@@ -219,7 +219,7 @@ def test_only_copies_that_differ_are_run(model, policy, num_copies, monkeypatch)
     monkeypatch.setattr(likelihood, "score_pairs", spy)
     value = log_likelihood(model, *PAIRS[2], 8, 4, policy=policy)
     assert asked == [*range(num_copies)]
-    keys = jnp.broadcast_to(row_keys(None, 1), (8,))
+    keys = jnp.broadcast_to(sequence_keys(None, 1), (8,))
     every, _ = scores_of(model, [PAIRS[2]] * 8, np.arange(8), keys, policy=policy)
     assert value == pytest.approx(float(np.mean(every.log_likelihood)), rel=1e-6)
     assert (np.ptp(every.log_likelihood) < 1e-5) == (num_copies == 1)

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dials_jax.config import InputError
 from dials_jax.diffusion.subs import subs_log_probs
+from dials_jax.errors import InputError
 from dials_jax.evaluation.likelihood import estimate_log_likelihood
 from dials_jax.models import mdlm, transformer
 from dials_jax.models.model import Model

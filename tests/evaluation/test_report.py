@@ -6,11 +6,10 @@ import re
 import numpy as np
 import pytest
 
-from dials_jax.analysis import plots
-from dials_jax.config import InputError
-from dials_jax.evaluation import report
-from dials_jax.evaluation.report import WIDTH, format_table, write_report
-from dials_jax.evaluation.statistics import summarise
+from dials_jax.errors import InputError
+from dials_jax.reporting import sweep_plots, sweep_report
+from dials_jax.reporting.sweep_report import WIDTH, format_table, write_report
+from dials_jax.statistics import summarise
 from tests.evaluation.pages import HOSTILE, read_page
 
 
@@ -43,11 +42,11 @@ def test_plots_receive_the_shares_of_each_policy(make_results, tmp_path, monkeyp
     calls = {}
 
     def spy(name):
-        draw = getattr(plots, name)
+        draw = getattr(sweep_plots, name)
         return lambda *args: calls.setdefault(name, []).append(args) or draw(*args)
 
     for name in ("tradeoff_curve", "execution_heatmap", "executed_by_mask_ratio"):
-        monkeypatch.setattr(plots, name, spy(name))
+        monkeypatch.setattr(sweep_plots, name, spy(name))
     results = make_results(tasks=("piqa", "text"), kinds=("full", "static", "routed"))
     rows = write_report(results, tmp_path)
 
@@ -171,7 +170,7 @@ DREAM = {
 def test_report_and_csv_say_how_texts_are_made_and_how_many_items_are_left_out(
     generation, columns, words, make_results, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(report, "_write_plots", lambda *args: {})
+    monkeypatch.setattr(sweep_report, "_write_plots", lambda *args: {})
     results = make_results(tasks=("sums",), kinds=("full",))
     results["runs"][0] |= {"generation": generation, "cache": generation["cache"], "num_dropped": 6}
     table = format_table(write_report(results, tmp_path))

@@ -8,16 +8,10 @@ import sys
 
 import pytest
 
-from dials_jax.config import InputError
-from dials_jax.evaluation.record_lines import read_records
-from dials_jax.evaluation.results import (
-    RECORDS,
-    Records,
-    command,
-    differing,
-    file_name,
-    write_csv,
-)
+from dials_jax.errors import InputError
+from dials_jax.evaluation.results import RECORDS, Records, differing
+from dials_jax.records import read_records
+from dials_jax.reporting.environment import command, file_name, write_csv
 
 IDENTITY = {"config": {"seed": 0, "models": [["H", "a"]]}, "weights": {"H": "12ab"}}
 

@@ -7,13 +7,13 @@ import shutil
 import numpy as np
 import pytest
 
-from dials_jax.config import InputError
 from dials_jax.data.tokenizer import character_tokenizer, load_tokenizer
-from dials_jax.evaluation import samples
-from dials_jax.evaluation.bench import measured
-from dials_jax.evaluation.generative import retokenise, score_samples
-from dials_jax.evaluation.study import run_study
+from dials_jax.errors import InputError
+from dials_jax.evaluation.perplexity import retokenise, score_samples
 from dials_jax.loading import load
+from dials_jax.studies import samples
+from dials_jax.studies.perplexity_run import measured
+from dials_jax.studies.study import run_study
 from tests.evaluation.studies import records_of, results_of
 
 pytestmark = pytest.mark.usefixtures("quick_plots")

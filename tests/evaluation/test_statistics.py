@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from dials_jax.config import InputError
-from dials_jax.evaluation.statistics import (
+from dials_jax.errors import InputError
+from dials_jax.statistics import (
     Paired,
     mean_and_stderr,
     mean_at_zero,

@@ -10,24 +10,18 @@ import jax
 import numpy as np
 import pytest
 
-from dials_jax.analysis import schedule_search as search
-from dials_jax.analysis.placements import Placements
 from dials_jax.commands import load_config, override
-from dials_jax.config import (
-    EvalConfig,
-    InputError,
-    ProposeStudy,
-    ScheduleStudy,
-    SearchStudy,
-    StudyConfig,
-)
+from dials_jax.config import EvalConfig, ProposeStudy, ScheduleStudy, SearchStudy, StudyConfig
 from dials_jax.data.tokenizer import load_tokenizer
-from dials_jax.evaluation import samples, study
-from dials_jax.evaluation.generative import perplexities, retokenise, score_samples
-from dials_jax.evaluation.readings import coarse_schedules, read_harms, read_search
-from dials_jax.evaluation.study import run_study
+from dials_jax.errors import InputError
+from dials_jax.evaluation.perplexity import perplexities, retokenise, score_samples
 from dials_jax.loading import load
-from dials_jax.sampling.schedule import Schedule
+from dials_jax.sampling.model_schedule import Schedule
+from dials_jax.studies import samples, study
+from dials_jax.studies import search as search
+from dials_jax.studies.from_studies import coarse_schedules, read_harms, read_search
+from dials_jax.studies.placements import Placements
+from dials_jax.studies.study import run_study
 from dials_jax.workdir import exclusive
 from tests.evaluation.studies import LENGTH, STEPS, records_of, results_of
 

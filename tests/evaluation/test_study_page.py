@@ -6,17 +6,17 @@ import json
 
 import pytest
 
-from dials_jax.analysis.placements import Placements
 from dials_jax.config import ProposeStudy
-from dials_jax.evaluation import study_report
-from dials_jax.evaluation.importance import plot_importance
-from dials_jax.evaluation.readings import read_search
-from dials_jax.evaluation.study_page import Shown, Table, publish
+from dials_jax.reporting.publish import Shown, Table, publish
+from dials_jax.studies import tables
+from dials_jax.studies.from_studies import read_search
+from dials_jax.studies.importance import plot_importance
+from dials_jax.studies.placements import Placements
 from tests.evaluation.pages import HOSTILE, read_page
 from tests.evaluation.studies import results_of
 
 # As imported: while studies run in tests they draw nothing.
-plot_schedules, plot_search = study_report.plot_schedules, study_report.plot_search
+plot_schedules, plot_search = tables.plot_schedules, tables.plot_search
 
 PNG = b"\x89PNG"
 
@@ -89,7 +89,7 @@ def drawn(captions, folder):
 
 @pytest.mark.parametrize("figure", ["schedules", "fractions"])
 def test_given_schedules_are_drawn(figure, comparing, compared, tmp_path):
-    rows = [study_report.ScheduleRow(**row) for row in results_of(compared)["schedules"]]
+    rows = [tables.ScheduleRow(**row) for row in results_of(compared)["schedules"]]
     cfg = dataclasses.replace(comparing, figure=figure)
     assert drawn(plot_schedules(rows, cfg, {"H": 2, "L": 1}, tmp_path), tmp_path) == {figure}
 

@@ -14,7 +14,6 @@ from dials_jax.config import (
     ArithmeticData,
     EvalConfig,
     EvalTask,
-    InputError,
     MeshConfig,
     RouterConfig,
     TaskData,
@@ -22,10 +21,12 @@ from dials_jax.config import (
 )
 from dials_jax.data.items import load_items
 from dials_jax.data.tokenizer import character_tokenizer, load_tokenizer
-from dials_jax.evaluation import report, scoring, sweep, sweep_records
+from dials_jax.errors import InputError
+from dials_jax.evaluation import scoring, sweep, sweep_records
 from dials_jax.evaluation.scoring import score_task
 from dials_jax.loading import load
-from dials_jax.skipping.router import init_routers
+from dials_jax.reporting import sweep_report
+from dials_jax.skipping.routed import init_routers
 from dials_jax.skipping.storage import save_router
 from dials_jax.workdir import exclusive
 
@@ -70,7 +71,9 @@ def cfg(folder, arithmetic_model):
 def finished(cfg, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "_write_plots", lambda *args: {})  # slow, and made after every run
+        patch.setattr(
+            sweep_report, "_write_plots", lambda *args: {}
+        )  # slow, and made after every run
         sweep.sweep(cfg, workdir)
     return workdir
 
@@ -112,7 +115,7 @@ def test_the_report_is_written_again_without_a_run(cfg, finished, tmp_path, monk
 
 @pytest.fixture
 def without_plots(monkeypatch):
-    monkeypatch.setattr(report, "_write_plots", lambda *args: {})
+    monkeypatch.setattr(sweep_report, "_write_plots", lambda *args: {})
 
 
 class Scorer:
@@ -137,7 +140,7 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(
         sweep.sweep(cfg, tmp_path)
     assert len(runs_of(tmp_path)) == 5
     monkeypatch.undo()
-    monkeypatch.setattr(report, "_write_plots", lambda *args: {})
+    monkeypatch.setattr(sweep_report, "_write_plots", lambda *args: {})
     second = Scorer(stop=None)
     monkeypatch.setattr(sweep, "score_task", second)
     sweep.sweep(cfg, tmp_path)
@@ -167,7 +170,7 @@ def test_the_workdir_of_another_sweep_is_refused(cfg, finished, tmp_path):
 def test_relative_paths_name_the_same_sweep(cfg, folder, finished, tmp_path, monkeypatch):
     workdir = shutil.copytree(finished, tmp_path / "sweep")
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(report, "_write_plots", lambda *args: {})
+    monkeypatch.setattr(sweep_report, "_write_plots", lambda *args: {})
     monkeypatch.setattr(sweep, "score_task", None)  # nothing is left to score
     data = dataclasses.replace(cfg.tasks[1].data, paths=("records.jsonl",))
     tasks = (cfg.tasks[0], dataclasses.replace(cfg.tasks[1], data=data))

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dials_jax import trees
-from dials_jax.config import InputError
+from dials_jax import digests, trees
+from dials_jax.errors import InputError
 from dials_jax.loading import load
-from dials_jax.models import checkpoint, groups, llada
-from dials_jax.models.checkpoint import load_model, save_model
+from dials_jax.models import folders, groups, llada
+from dials_jax.models.folders import load_model, save_model
 from dials_jax.models.model import Model
 
 CFG = llada.small(2, 32, vocab_size=40, mask_id=39, eos_id=0, pad_id=1, bias=True, qkv_bias=True)
@@ -61,7 +61,7 @@ def test_either_layout_loads_what_stacked_layers_saved(params, saved):
 
 def test_unrolled_layers_save_the_same_folder(params, saved, tmp_path):
     save_model(tmp_path / "model", CFG, unrolled(params))
-    assert checkpoint.read_info(tmp_path / "model") == checkpoint.read_info(saved)
+    assert folders.read_info(tmp_path / "model") == folders.read_info(saved)
     assert_same_bits(load_model(tmp_path / "model", layout="stacked").params, params)
 
 
@@ -84,7 +84,7 @@ def test_the_stored_dtype_is_kept_and_another_is_cast_once(params, saved, tmp_pa
 
 
 def test_the_folder_records_what_the_model_says_of_itself(params, saved):
-    info, model = checkpoint.read_info(saved), Model(CFG, params)
+    info, model = folders.read_info(saved), Model(CFG, params)
     assert info.model == CFG
     assert info.fingerprint == model.fingerprint == load_model(saved, "bfloat16").fingerprint
     assert info.parameters == trees.count_parameters(params)
@@ -100,10 +100,10 @@ def test_an_interrupted_save_leaves_no_model_and_the_next_one_succeeds(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(trees.Fingerprint, "hex", fail)
+        patch.setattr(digests.Fingerprint, "hex", fail)
         save_model(tmp_path / "model", CFG, params)
     assert not (tmp_path / "model").exists()
-    assert not any(map(checkpoint.is_model_folder, tmp_path.iterdir()))
+    assert not any(map(folders.is_model_folder, tmp_path.iterdir()))
     save_model(tmp_path / "model", CFG, params)
     assert_same_bits(load_model(tmp_path / "model", layout="stacked").params, params)
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
@@ -231,7 +231,7 @@ def test_a_link_to_another_model_is_not_replaced(damaged, params, tmp_path):
 
 def test_what_a_stopped_save_left_is_removed(params, tmp_path, monkeypatch):
     """Also of the version that left no mark: groups of parameters alone."""
-    write = checkpoint._write_group
+    write = folders._write_group
 
     def stop(folder, name, group):
         if name == "final_norm":
@@ -240,13 +240,13 @@ def test_what_a_stopped_save_left_is_removed(params, tmp_path, monkeypatch):
 
     unfinished = tmp_path / "model.unfinished"
     for mark in (True, False):
-        monkeypatch.setattr(checkpoint, "_write_group", stop)
+        monkeypatch.setattr(folders, "_write_group", stop)
         with pytest.raises(KeyboardInterrupt):
             save_model(tmp_path / "model", CFG, params, overwrite=True)
         monkeypatch.undo()
-        assert (unfinished / checkpoint.MARK).exists()
+        assert (unfinished / folders.MARK).exists()
         if not mark:
-            (unfinished / checkpoint.MARK).unlink()
+            (unfinished / folders.MARK).unlink()
             (unfinished / "tokenizer.json").touch()
         save_model(tmp_path / "model", CFG, params, overwrite=True)
         assert not unfinished.exists()
@@ -257,7 +257,7 @@ def test_a_full_disk_ends_in_a_line(params, tmp_path, monkeypatch):
     def fail(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_write_group", fail)
+    monkeypatch.setattr(folders, "_write_group", fail)
     with pytest.raises(InputError, match=r"embed could not be written \(No space left"):
         save_model(tmp_path / "model", CFG, params)
 

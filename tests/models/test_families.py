@@ -10,12 +10,13 @@ import pytest
 from dials_jax import trees
 from dials_jax.loading import load
 from dials_jax.models import gpt2, groups, llada, mdlm, transformer
-from dials_jax.models.checkpoint import save_model
+from dials_jax.models.folders import save_model
 from dials_jax.models.model import Model
 from dials_jax.nn import block, fusing
 from dials_jax.sampling.autoregressive import Autoregressive
 from dials_jax.sampling.generate import generate
-from dials_jax.skipping.policies import Random, Routed, Static
+from dials_jax.skipping.policies import Random, Static
+from dials_jax.skipping.routed import Routed
 from tests.conftest import random_routers
 
 MASK = 62
@@ -209,7 +210,7 @@ def test_a_whole_causal_pass_needs_no_array_of_who_sees_whom():
     params, tokens = random_params(cfg), jnp.asarray(TOKENS, jnp.int32)
     params = transformer.ready(cfg, params)
     layer, part = trees.layer_slice(params["layers"], 0), transformer.parts(cfg)
-    rows = transformer.rows_of(cfg, None, tokens.shape)
+    rows = transformer.block_inputs(cfg, None, tokens.shape)
     h = transformer.embed(cfg, params, tokens, rows)
     q, new = part.block(layer, h, rows, method="project")
     by_places = part.block(layer, h, q, new, rows, method="mix")

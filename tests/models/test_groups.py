@@ -6,9 +6,9 @@ import pytest
 from jax.sharding import Mesh
 
 from dials_jax import sharding, trees
-from dials_jax.config import InputError
-from dials_jax.models import checkpoint, groups
-from dials_jax.models.checkpoint import load_model, save_model
+from dials_jax.errors import InputError
+from dials_jax.models import folders, groups
+from dials_jax.models.folders import load_model, save_model
 from dials_jax.models.model import Model
 from dials_jax.nn import fusing
 from dials_jax.sampling.confidence import Confidence
@@ -70,7 +70,7 @@ def test_all_layouts_save_the_same_folder(models, tmp_path):
         save_model(tmp_path / layout, CFG, model.params)
     stacked = load_model(tmp_path / "stacked", layout="stacked").params
     for layout in ("unrolled", "fused"):
-        assert checkpoint.read_info(tmp_path / layout) == checkpoint.read_info(tmp_path / "stacked")
+        assert folders.read_info(tmp_path / layout) == folders.read_info(tmp_path / "stacked")
         again = load_model(tmp_path / layout, layout="stacked").params
         jax.tree.map(np.testing.assert_array_equal, again, stacked)
     fused = load_model(tmp_path / "stacked", layout="fused").params

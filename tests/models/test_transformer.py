@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dials_jax.config import InputError, ModelConfig
+from dials_jax.config import ModelConfig
+from dials_jax.errors import InputError
 from dials_jax.models import dream, gpt2, llada, mdlm, qwen2, transformer
-from dials_jax.models.model import Model, row_keys
+from dials_jax.models.model import Model, sequence_keys
 from dials_jax.nn.stack import Denoising
 from tests.conftest import small_config
 
@@ -215,23 +216,24 @@ def test_recomputing_blocks_changes_no_gradient(model, cfg):
 
 
 def test_one_key_is_folded_with_the_row():
-    keys = row_keys(jax.random.key(3), 4)
+    keys = sequence_keys(jax.random.key(3), 4)
     data = np.asarray(jax.random.key_data(keys))
     assert len(np.unique(data, axis=0)) == 4
-    np.testing.assert_array_equal(jax.random.key_data(row_keys(keys, 4)), data)
+    np.testing.assert_array_equal(jax.random.key_data(sequence_keys(keys, 4)), data)
     np.testing.assert_array_equal(
-        jax.random.key_data(row_keys(None, 2)), jax.random.key_data(row_keys(jax.random.key(0), 2))
+        jax.random.key_data(sequence_keys(None, 2)),
+        jax.random.key_data(sequence_keys(jax.random.key(0), 2)),
     )
 
 
 def test_a_wrong_number_of_keys_is_refused():
     with pytest.raises(InputError, match="3 keys for 4 rows"):
-        row_keys(jax.random.split(jax.random.key(0), 3), 4)
+        sequence_keys(jax.random.split(jax.random.key(0), 3), 4)
 
 
 def test_keys_of_the_old_kind_are_refused():
     with pytest.raises(InputError, match=r"jax\.random\.key"):
-        row_keys(jax.random.PRNGKey(0), 2)
+        sequence_keys(jax.random.PRNGKey(0), 2)
 
 
 def test_rows_fill_up_to_a_multiple(cfg):

@@ -52,7 +52,7 @@ def test_a_block_drops_what_attention_and_the_mlp_add(lively, silent):
     layers = trees.map_named(first_layer, lively.params["layers"])
     params = {**lively.params, "layers": layers}
     assert any((x == 0).all() for x in jax.tree.leaves(layers))
-    rows = transformer.rows_of(cfg, None, TOKENS.shape)
+    rows = transformer.block_inputs(cfg, None, TOKENS.shape)
     before = np.asarray(transformer.embed(cfg, params, TOKENS, rows))
     update = streams(cfg, params, None) - before
     found = streams(cfg, params, Dropout(KEYS, RATE)) - before
@@ -64,7 +64,7 @@ def test_a_block_drops_what_attention_and_the_mlp_add(lively, silent):
 def test_every_layer_draws_by_its_own_number(lively):
     """Against one layer after the other, each told its number by hand."""
     cfg, params, dropout = lively.config, lively.params, Dropout(KEYS, RATE)
-    rows = transformer.rows_of(cfg, None, TOKENS.shape)
+    rows = transformer.block_inputs(cfg, None, TOKENS.shape)
     h = transformer.embed(cfg, params, TOKENS, rows)
     for number in range(cfg.num_layers):
         layer = trees.layer_slice(params["layers"], number)

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from dials_jax.nn import attention, kernels, mlp
+from dials_jax.nn import attention, mlp
+from dials_jax.nn.kernels import per_device
 from dials_jax.nn.kv import KV
 from tests.conftest import small_config
 
@@ -31,7 +32,7 @@ def taken(monkeypatch):
 
 
 def test_a_cpu_is_no_hopper():
-    assert not kernels.on_hopper()
+    assert not per_device.on_hopper()
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from dials_jax import sharding
-from dials_jax.nn import attention, splash
+from dials_jax.nn import attention
 from dials_jax.nn.attention import attend
+from dials_jax.nn.kernels import tpu_attention
 from dials_jax.nn.kv import KV
 
 
@@ -41,22 +42,22 @@ def test_it_equals_attend(num_queries, num_keys, causal, padded):
     # A query that sees no key has no right answer: padding on the left, in a causal model.
     counted = valid[:, :, None, None] if padded and causal else 1
     expected = value_and_gradients(partial(attend, valid=valid, causal=causal), q, kv, counted)
-    kernel = partial(splash.splash_attention, valid=valid, causal=causal, interpret=True)
+    kernel = partial(tpu_attention.splash_attention, valid=valid, causal=causal, interpret=True)
     actual = value_and_gradients(kernel, q, kv, counted)
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_it_is_taken_for_long_rows_in_half_precision_on_tpu(monkeypatch):
-    assert not splash.splash_fits(*make(1024, 1024, "bfloat16"))
-    monkeypatch.setattr(splash, "_on_tpu", lambda: True)
+    assert not tpu_attention.splash_fits(*make(1024, 1024, "bfloat16"))
+    monkeypatch.setattr(tpu_attention, "_on_tpu", lambda: True)
     with jax.set_mesh(sharding.make_mesh(devices=jax.devices()[:1])):
-        assert splash.splash_fits(*make(1024, 1024, "bfloat16"))
-        assert splash.splash_fits(*make(128, 1024, "bfloat16"))
-        assert not splash.splash_fits(*make(1024, 1024, "float32"))
-        assert not splash.splash_fits(*make(512, 512, "bfloat16"))
-        assert not splash.splash_fits(*make(1000, 1024, "bfloat16"))
-        assert not splash.splash_fits(*make(1024, 1100, "bfloat16"))
+        assert tpu_attention.splash_fits(*make(1024, 1024, "bfloat16"))
+        assert tpu_attention.splash_fits(*make(128, 1024, "bfloat16"))
+        assert not tpu_attention.splash_fits(*make(1024, 1024, "float32"))
+        assert not tpu_attention.splash_fits(*make(512, 512, "bfloat16"))
+        assert not tpu_attention.splash_fits(*make(1000, 1024, "bfloat16"))
+        assert not tpu_attention.splash_fits(*make(1024, 1100, "bfloat16"))
 
 
 def test_attend_takes_it(monkeypatch):
@@ -64,9 +65,9 @@ def test_attend_takes_it(monkeypatch):
 
     def interpreted(*args):
         calls.append(args)
-        return splash.splash_attention(*args, interpret=True)
+        return tpu_attention.splash_attention(*args, interpret=True)
 
-    monkeypatch.setattr(splash, "_on_tpu", lambda: True)
+    monkeypatch.setattr(tpu_attention, "_on_tpu", lambda: True)
     monkeypatch.setattr(attention, "splash_attention", interpreted)
     q, kv = make(128, 1024, "bfloat16", num_rows=1)
     valid = jnp.arange(1024)[None] >= 10

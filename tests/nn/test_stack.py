@@ -11,7 +11,8 @@ from jax.test_util import check_grads
 from dials_jax import trees
 from dials_jax.models.model import Model
 from dials_jax.nn.stack import Denoising, choose, run_stack
-from dials_jax.skipping.policies import Random, Routed, Static
+from dials_jax.skipping.policies import Random, Static
+from dials_jax.skipping.routed import Routed
 from tests.nn.toy import (
     LAYER,
     LAYERS,

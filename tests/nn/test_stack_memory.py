@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from dials_jax import trees
-from dials_jax.nn import compaction
 from dials_jax.nn.kv import gather
 from dials_jax.nn.stack import Layer, run_stack
 from dials_jax.skipping.policies import Random, Static
@@ -77,7 +76,7 @@ def test_rows_too_few_to_save_time_are_computed_together(monkeypatch):
     expected = run_with_memory(Given(gates), rows, "select")
     jitted.clear_cache()
     for fewest, choices in ((1, 3 * L), (2 * T, 3 * L), (6 * T, L), (128, L)):
-        monkeypatch.setattr(compaction, "FEWEST_TOKENS", fewest)
+        monkeypatch.setattr(gates, "FEWEST_TOKENS", fewest)
         layers, memory = trees.unstack(LAYERS), trees.unstack({"mean": jnp.zeros((L, 6, D))})
         args = (layers, rows[0], rows[1], Given(gates), rows[2], memory)
         program = jitted.lower(*args, executor="compact").compile().as_text()

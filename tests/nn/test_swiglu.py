@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dials_jax.nn import swiglu as module
-from dials_jax.nn.swiglu import plain, swiglu, swiglu_fits, swiglu_pays
+from dials_jax.nn.kernels import hopper_swiglu as module
+from dials_jax.nn.kernels.hopper_swiglu import plain, swiglu, swiglu_fits, swiglu_pays
 
 
 @pytest.fixture

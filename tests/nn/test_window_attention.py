@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dials_jax.nn.kernels.hopper_attention import window_attention, window_fits
 from dials_jax.nn.kv import KV
-from dials_jax.nn.window_attention import window_attention, window_fits
 
 
 def has_interpreter():

@@ -10,14 +10,15 @@ import pytest
 
 from dials_jax import trees
 from dials_jax.caching.cache import DualCache
-from dials_jax.config import InputError
+from dials_jax.errors import InputError
 from dials_jax.models import llada, mdlm, transformer
 from dials_jax.models.model import Model
 from dials_jax.sampling import ancestral, published
 from dials_jax.sampling.ancestral import Ancestral
 from dials_jax.sampling.generate import generate
-from dials_jax.sampling.schedule import Schedule
-from dials_jax.skipping.policies import Random, Routed
+from dials_jax.sampling.model_schedule import Schedule
+from dials_jax.skipping.policies import Random
+from dials_jax.skipping.routed import Routed
 
 NUM_SAMPLES, ROWS = 1 << 17, 1 << 14
 V, G, TOY_MASK = 3, 3, 3  # tokens, places and [MASK] of the toy model
@@ -303,7 +304,7 @@ def test_each_model_reveals_the_tokens_of_its_own_steps(sampler):
         schedule=Schedule.parse(f"A2,B{last - 1},A2"),
     )  # fmt: skip
     noise_keys = jax.vmap(lambda key: jax.random.split(key, 3)[0])(keys)
-    plan = ancestral.draw_plan(sampler, noise_keys, 0)
+    plan = ancestral.draw_reveal_plan(sampler, noise_keys, 0)
     step, ends = plan.step, np.array([0, 2, last + 1, sampler.steps])
     in_the_middle = (step >= 2) & (step <= last)
     assert in_the_middle.any() and not in_the_middle.all()

@@ -8,7 +8,7 @@ import pytest
 
 from dials_jax import trees
 from dials_jax.caching.cache import DualCache
-from dials_jax.config import InputError
+from dials_jax.errors import InputError
 from dials_jax.loading import load
 from dials_jax.models.model import Model
 from dials_jax.sampling import generate as module

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from dials_jax.caching.cache import Call, NoCache, Pass, Work
-from dials_jax.caching.net import Net
-from dials_jax.config import InputError
+from dials_jax.caching.canvas import CanvasModel
+from dials_jax.errors import InputError
 from dials_jax.models import transformer
 from dials_jax.sampling.confidence import Confidence, confident_run, propose, ranks, step_quota
-from dials_jax.sampling.denoise import Loop, close
+from dials_jax.sampling.loop import Loop, close
 from tests.conftest import EOS, MASK, small_config
 
 EOT = 2
@@ -158,8 +158,8 @@ def fill(monkeypatch):
     def run(logits_of, sampler, num_rows=2, seed=0):
         canvas = jnp.full((num_rows, P + sampler.gen_length), MASK).at[:, :P].set(5)
         keys = jax.random.split(jax.random.key(seed), num_rows)
-        rows = transformer.rows_of(CFG, None, canvas.shape)
-        net = Net(CFG, {}, None, "auto", rows, keys, None, P)
+        rows = transformer.block_inputs(CFG, None, canvas.shape)
+        net = CanvasModel(CFG, {}, None, "auto", rows, keys, None, P)
         loop = Loop(sampler, Stated(logits_of), net, P, keys)
         state = loop.run(loop.start(canvas, CFG.num_layers))
         return np.asarray(state.tokens), state.record

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dials_jax.config import InputError
+from dials_jax.errors import InputError
 from dials_jax.loading import load
 from dials_jax.models.model import Model
-from dials_jax.sampling.denoise import Turn
 from dials_jax.sampling.dream import Dream, most_probable, revealed_shares
 from dials_jax.sampling.generate import generate
+from dials_jax.sampling.loop import Turn
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "dream_tiny"
 P, G = 6, 8

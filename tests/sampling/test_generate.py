@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from dials_jax.caching.cache import NoCache
-from dials_jax.config import InputError
+from dials_jax.errors import InputError
 from dials_jax.loading import load
 from dials_jax.sampling import generate as module
 from dials_jax.sampling.confidence import Confidence
-from dials_jax.sampling.denoise import guide
 from dials_jax.sampling.generate import generate
-from dials_jax.skipping.policies import Random, Routed, Static
+from dials_jax.sampling.loop import guide
+from dials_jax.skipping.policies import Random, Static
+from dials_jax.skipping.routed import Routed
 from tests.conftest import random_routers
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llada_tiny"

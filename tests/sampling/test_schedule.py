@@ -9,7 +9,7 @@ import pytest
 
 from dials_jax import trees
 from dials_jax.caching.cache import DualCache, NoCache
-from dials_jax.config import InputError
+from dials_jax.errors import InputError
 from dials_jax.models import transformer
 from dials_jax.models.model import Model
 from dials_jax.sampling import programs
@@ -18,7 +18,7 @@ from dials_jax.sampling.autoregressive import Autoregressive
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.dream import Dream
 from dials_jax.sampling.generate import generate
-from dials_jax.sampling.schedule import Schedule
+from dials_jax.sampling.model_schedule import Schedule
 from dials_jax.skipping.policies import Static
 
 STEPS = Ancestral(16, 12)

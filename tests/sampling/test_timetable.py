@@ -8,17 +8,16 @@ import numpy as np
 import pytest
 
 from dials_jax.caching import cache as cache_module
-from dials_jax.caching import leaving
 from dials_jax.caching.cache import Blocks, DualCache, NoCache, PrefixCache
-from dials_jax.caching.early_skip import EarlySkip
-from dials_jax.caching.net import Net
+from dials_jax.caching.canvas import CanvasModel
+from dials_jax.caching.early_skip.settings import EarlySkip, passes
+from dials_jax.compiling import Timed
 from dials_jax.models import transformer
 from dials_jax.models.model import Model
-from dials_jax.sampling import denoise as denoise_module
 from dials_jax.sampling import generate as module
+from dials_jax.sampling import loop as denoise_module
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.timetable import block_timetable, fold, follow
-from dials_jax.timing import Timed
 from tests.conftest import MASK, small_config
 
 EVERYONE = {"proportions": (1.0,), "depths": (0.0,)}  # no token leaves: little to compile
@@ -85,8 +84,8 @@ def test_following_takes_every_step_once_and_in_order():
 def test_the_timetable_has_the_kind_of_every_step(name):
     cache, blocks = CACHES[name], Blocks(5, 4, 3, 1)
     cfg = small_config()
-    rows = transformer.rows_of(cfg, None, (1, 17))
-    net = Net(cfg, None, None, "auto", rows, None, None, 5)
+    rows = transformer.block_inputs(cfg, None, (1, 17))
+    net = CanvasModel(cfg, None, None, "auto", rows, None, None, 5)
     steps = block_timetable(cache, net, blocks, 4)
     assert len(steps) == 4
     for step, kinds in enumerate(steps):
@@ -112,7 +111,7 @@ def test_known_steps_are_those_that_a_search_takes(model, monkeypatch, name):
     sampler = Confidence(gen_length=12, block_length=4, steps=12)
     if name == "skip 5":  # steps 1 and 2 may be a skip or a refresh of one size, in any order
         monkeypatch.setattr(cache_module, "MAX_SIZES", 1)
-        monkeypatch.setattr(leaving, "MAX_SIZES", 1)
+        monkeypatch.setattr(passes, "MAX_SIZES", 1)
     if name in ("dual", "prefix"):
         sampler = dataclasses.replace(sampler, steps=6)  # two tokens a step
     prompts = jax.random.randint(jax.random.key(0), (2, 5), 2, 60)

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dials_jax.skipping.gumbel import gumbel_votes, straight_through_threshold
+from dials_jax.skipping.routed import gumbel_votes, straight_through_threshold
 
 
 def test_votes_are_one_hot_and_follow_the_noisy_logits():

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from dials_jax import trees
-from dials_jax.config import InputError
+from dials_jax.errors import InputError
 from dials_jax.nn.stack import Denoising
-from dials_jax.skipping.policies import Random, Routed, Static, StochasticRouted, router_width
+from dials_jax.skipping.policies import Random, Static
+from dials_jax.skipping.routed import Routed, StochasticRouted, router_width
 
 L = 12
 

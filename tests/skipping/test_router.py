@@ -6,8 +6,14 @@ import pytest
 from dials_jax import trees
 from dials_jax.config import RouterConfig
 from dials_jax.nn.stack import Denoising
-from dials_jax.skipping.policies import Routed
-from dials_jax.skipping.router import SKIP, apply_router, init_routers, skip_share, votes_to_skip
+from dials_jax.skipping.routed import (
+    SKIP,
+    Routed,
+    apply_router,
+    init_routers,
+    skip_share,
+    votes_to_skip,
+)
 from tests.conftest import random_routers, small_config
 
 D, T = 8, 10

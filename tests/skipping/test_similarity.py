@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dials_jax.config import InputError
+from dials_jax.errors import InputError
 from dials_jax.skipping.similarity import choose_static_layers, mean_cosine
 
 # Descending: layers 3 (.99), 2 (.98), 5 (.97), 0 (.96), 6 (.955), 1 (.9), 4 (.8)

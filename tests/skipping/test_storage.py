@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from dials_jax import trees
-from dials_jax.config import InputError, RouterConfig
+from dials_jax.config import RouterConfig
+from dials_jax.errors import InputError
 from dials_jax.loading import load
 from dials_jax.models.model import Model
-from dials_jax.skipping.router import apply_router, init_routers
+from dials_jax.skipping.routed import apply_router, init_routers
 from dials_jax.skipping.storage import load_router, router_facts, save_router
 
 CFG = RouterConfig(d_hidden=8, threshold=0.25, execute_bias=0.0)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dials_jax.config import InputError
+from dials_jax.errors import InputError
 from dials_jax.training import checkpoint
 from dials_jax.training.checkpoint import Checkpoints
 from dials_jax.training.step import TrainState

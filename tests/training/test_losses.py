@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from dials_jax import trees
-from dials_jax.config import InputError, ObjectiveConfig, RouterConfig
+from dials_jax.config import ObjectiveConfig, RouterConfig
 from dials_jax.data.batches import Batch
+from dials_jax.errors import InputError
 from dials_jax.models import mdlm, transformer
-from dials_jax.nn.block import Rows
+from dials_jax.nn.block import BlockInputs
 from dials_jax.nn.kv import Slots
 from dials_jax.nn.rope import positions_of, rope_angles
 from dials_jax.training.losses import Draws, check_objective, model_loss, router_loss
@@ -75,7 +76,7 @@ def reference(cfg, params, routers, batch, draws, objective):
         h, skips = part.embed(params["embed"], tokens), []
         for layer in range(cfg.num_layers):
             block = jax.tree.map(lambda x, i=layer: x[i], params["layers"])
-            new = part.block(block, h, Rows(angles, valid, slots))
+            new = part.block(block, h, BlockInputs(angles, valid, slots))
             if routers is None:
                 h = new
                 continue

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dials_jax.config import InputError, ObjectiveConfig, OptimizerConfig
+from dials_jax.config import ObjectiveConfig, OptimizerConfig
+from dials_jax.errors import InputError
 from dials_jax.training.optimizer import make_optimizer, make_schedule, num_steps, warmup_steps
 
 EPOCH = 10  # steps

@@ -16,16 +16,9 @@ import pytest
 
 from dials_jax import trees
 from dials_jax.commands import load_config
-from dials_jax.config import (
-    ArithmeticData,
-    InputError,
-    ObjectiveConfig,
-    RouterConfig,
-    TextData,
-    TrainConfig,
-    read_json,
-    write_json,
-)
+from dials_jax.config import ArithmeticData, ObjectiveConfig, RouterConfig, TextData, TrainConfig
+from dials_jax.errors import InputError
+from dials_jax.files import read_json, write_json
 from dials_jax.stopping import Stopped
 from dials_jax.training import loop
 from dials_jax.training.checkpoint import Checkpoints

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from dials_jax import trees
-from dials_jax.config import InputError, ObjectiveConfig, OptimizerConfig
+from dials_jax.config import ObjectiveConfig, OptimizerConfig
+from dials_jax.errors import InputError
 from dials_jax.loading import load
 from dials_jax.models import transformer
-from dials_jax.models.checkpoint import save_model
+from dials_jax.models.folders import save_model
 from dials_jax.training.loop import train
 
 # The characters of the arithmetic task are 18, and its [MASK] is the last.

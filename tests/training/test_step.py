@@ -13,7 +13,6 @@ import pytest
 from dials_jax import sharding, trees
 from dials_jax.config import (
     ArithmeticData,
-    InputError,
     MeshConfig,
     ObjectiveConfig,
     OptimizerConfig,
@@ -21,8 +20,9 @@ from dials_jax.config import (
 )
 from dials_jax.data.arithmetic import ArithmeticTask
 from dials_jax.data.batches import Batch, batch_at
+from dials_jax.errors import InputError
 from dials_jax.loading import load
-from dials_jax.skipping.router import init_routers
+from dials_jax.skipping.routed import init_routers
 from dials_jax.training import loop
 from dials_jax.training.losses import Draws, Mean, model_loss, router_loss
 from dials_jax.training.optimizer import make_optimizer

@@ -1,0 +1,157 @@
+"""A model at work on one batch of canvases: what a cache runs, window by window."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int, PyTree
+
+from dials_jax import trees
+from dials_jax.config import ModelConfig
+from dials_jax.models import transformer
+from dials_jax.nn.block import BlockInputs
+from dials_jax.nn.kv import KV, Slots, gather
+from dials_jax.nn.stack import Denoising, Executor, Policy, StackOutput, run_stack
+from dials_jax.sharding import constrain_batch
+
+
+@dataclass(frozen=True)
+class CanvasModel:
+    """A model, its policy and the canvases of a batch.
+
+    Under guidance every canvas is there twice: R is 2B, the conditional rows first.
+
+    Attributes:
+      rows: of the whole canvas; positions and padding do not change while it is filled.
+      row_keys: one a row, for random policies.
+      given: True at prompts, which the unconditional rows do not see; None without guidance.
+      prompt_length: no token before this place is ever masked; 0 under guidance.
+    """
+
+    cfg: ModelConfig
+    params: trees.Params
+    policy: Policy | None
+    executor: Executor
+    rows: BlockInputs
+    row_keys: PyTree
+    given: Bool[Array, "B T"] | None
+    prompt_length: int
+
+    @property
+    def offset(self) -> int:
+        """A token is predicted by the row this many places to its left."""
+        return int(self.cfg.shift)
+
+    @property
+    def length(self) -> int:
+        return self.rows.slots.index.shape[1]
+
+    @property
+    def num_rows(self) -> int:
+        return self.rows.slots.index.shape[0]
+
+    def view(self, tokens: Int[Array, "B T"]) -> Int[Array, "R T"]:
+        """What the model sees of the canvases."""
+        if self.given is None:
+            return tokens
+        return jnp.concatenate([tokens, jnp.where(self.given, self.cfg.mask_id, tokens)])
+
+    def range(self, start: Int[Array, ""] | int, size: int) -> Int[Array, "R T"]:
+        """The same `size` places from `start` on, for every row."""
+        return jnp.broadcast_to(start + jnp.arange(size), (self.num_rows, size))
+
+    def window(
+        self, index: Int[Array, "R T"], active: Bool[Array, "R T"] | None = None
+    ) -> BlockInputs:
+        """The rows of the tokens at `index`."""
+        angles = gather(self.rows.angles, index)
+        return self.rows._replace(angles=angles, slots=Slots(index, active))
+
+    def embed(self, tokens: Int[Array, "R T"], window: BlockInputs) -> Array:
+        return transformer.embed(self.cfg, self.params, tokens, window)
+
+    def masked(self, tokens: Int[Array, "R T"], index: Int[Array, "R T"]) -> Bool[Array, "R T"]:
+        """Where a token is [MASK] and not padding."""
+        masked = transformer.is_masked(self.cfg, tokens)
+        if self.rows.valid is None:
+            return masked
+        return masked & jnp.take_along_axis(self.rows.valid, index, axis=1)
+
+    def run(
+        self,
+        h: Array,
+        window: BlockInputs,
+        masked: Bool[Array, "R T"],
+        step: Int[Array, ""],
+        memory: PyTree = None,
+        *,
+        span: tuple[int, int] | None = None,
+        contiguous: bool = False,
+        vote_from: int = 0,
+        wanted: Int[Array, "R W"] | None = None,
+    ) -> StackOutput:
+        """Runs the layers of `span` on the tokens of a window.
+
+        Tokens that are not active in the window do not vote. The first call fills an empty memory,
+        so no gate skips a layer there: later calls would attend to keys that nobody computed.
+
+        Args:
+          contiguous: the window is one range, the same in every row.
+          vote_from: no token of the window before this one is masked.
+          wanted: places in the window of the tokens whose states are asked for; None: all.
+        """
+        active = window.slots.active
+        masked = masked if active is None else masked & active
+        return run_stack(
+            transformer.layer_of(self.cfg, contiguous=contiguous),
+            self.params["layers"],
+            h,
+            window,
+            self.policy,
+            Denoising(masked, step, self.row_keys, vote_from),
+            span=span,
+            memory=memory,
+            must_run=None if memory is None else step == 0,
+            wanted=wanted,
+            executor=self.executor,
+        )
+
+    def run_range(
+        self,
+        tokens: Int[Array, "B T"],
+        start: Int[Array, ""] | int,
+        size: int,
+        step: Int[Array, ""],
+        memory: PyTree = None,
+        active: Bool[Array, "R W"] | None = None,
+        wanted: Int[Array, "R _"] | None = None,
+    ) -> StackOutput:
+        """Runs all layers on the canvas's tokens from `start` on."""
+        index = self.range(start, size)
+        seen = jnp.take_along_axis(self.view(tokens), index, axis=1)
+        window = self.window(index, active)
+        return self.run(
+            self.embed(seen, window),
+            window,
+            self.masked(seen, index),
+            step,
+            memory,
+            contiguous=True,
+            vote_from=self.prompt_length if isinstance(start, int) and start == 0 else 0,
+            wanted=wanted,
+        )
+
+    def empty(self, span: tuple[int, int] | None = None) -> Any:
+        """A memory of zeros for the layers of `span`, laid out as they are."""
+        cfg, (first, last) = self.cfg, span or (0, self.cfg.num_layers)
+        shape = (self.num_rows, self.length, cfg.num_kv_heads, cfg.head_dim)
+
+        def kv(*lead: int) -> KV:
+            return KV(*(jnp.zeros((*lead, *shape), cfg.dtype) for _ in KV._fields))
+
+        if trees.is_unrolled(self.params["layers"]):
+            return tuple(jax.tree.map(constrain_batch, kv()) for _ in range(first, last))
+        return kv(last - first)

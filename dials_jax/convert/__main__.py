@@ -1,0 +1,100 @@
+"""Converts a published checkpoint: `python -m convert SRC DST`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import jax
+
+from dials_jax.config import ModelConfig
+from dials_jax.convert import lightning
+from dials_jax.convert.hugging_face import MODEL_TYPES, convert, write
+from dials_jax.errors import InputError, require
+from dials_jax.files import local_path
+from dials_jax.models.folders import DTYPES
+from dials_jax.stopping import Stopped, keeping, obey_sigterm
+
+DESCRIPTION = """Convert a Hugging Face folder (config.json and safetensors) to a dials_jax model
+folder, which loads sharded and checked. Needs neither PyTorch nor a GPU; one layer at a time is in
+memory. A Lightning checkpoint of MDLM (*.ckpt) needs PyTorch and --allow-pickle."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0, or 2 after one line that says what is wrong with the input.
+
+    After Ctrl-C and SIGTERM it is 130 and 143.
+    """
+    parser = argparse.ArgumentParser(prog="python -m convert", description=DESCRIPTION)
+    parser.add_argument(
+        "source", metavar="SRC", help="folder with config.json and *.safetensors, or a .ckpt"
+    )
+    parser.add_argument("target", metavar="DST", help="folder to write; it must not exist")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="of the written weights; default: bfloat16 if all of SRC is, otherwise float32",
+    )
+    parser.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        help="read a .ckpt, which is a pickle; only its weights are unpickled, no code is run",
+    )
+    parser.add_argument(
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="of a .ckpt: the averaged weights, or those of the last step",
+    )
+    parser.add_argument(
+        "--mask-id",
+        type=int,
+        metavar="N",
+        help="of a .ckpt: the id of [MASK], for a tokenizer that is not known",
+    )
+    parser.add_argument(
+        "--eos-id",
+        type=int,
+        metavar="N",
+        help="of a .ckpt: the id of the end of text, given with --mask-id",
+    )
+    parser.epilog = f"Known model types: {', '.join(MODEL_TYPES)}."
+    options = parser.parse_args(arguments)
+    jax.config.update("jax_platforms", "cpu")  # leave the GPU's memory to others
+    obey_sigterm()
+    try:
+        with keeping(lambda: "what is not whole is not kept; the same command starts again"):
+            cfg = run(options)
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Stopped as stop:
+        print(f"stopped: {stop.message}", file=sys.stderr)
+        return stop.status
+    print(f"{options.target}: {cfg.model_type}, {cfg.num_layers} layers, {cfg.dtype}")
+    return 0
+
+
+def run(options: argparse.Namespace) -> ModelConfig:
+    source = local_path(options.source, "SRC")
+    local_path(options.target, "DST")
+    if source.suffix != lightning.SUFFIX:
+        require(
+            options.mask_id is None and options.eos_id is None,
+            "--mask-id and --eos-id are for a .ckpt; write mask_token_id into config.json",
+        )
+        return convert(source, options.target, options.dtype)
+    opened = lightning.open_checkpoint(
+        source,
+        options.dtype,
+        allow_pickle=options.allow_pickle,
+        ema=options.ema,
+        mask_id=options.mask_id,
+        eos_id=options.eos_id,
+    )
+    return write(options.target, *opened, source.parent)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

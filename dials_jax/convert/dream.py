@@ -1,0 +1,44 @@
+"""Dream checkpoints as published (Dream-org/Dream-v0-Base-7B and -Instruct-7B): settings.
+
+The tensors are those of Qwen2, from which Dream was trained.
+
+Source: `configuration_dream.py` and `modeling_dream.py` of those checkpoints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from dials_jax.config import ModelConfig
+from dials_jax.convert import qwen2
+from dials_jax.convert.settings import integer
+
+TABLE = qwen2.TABLE
+
+ARCHITECTURES = ("DreamModel",)
+
+# The configuration repeats Qwen's positions; by its README Dream is good for these.
+USABLE_POSITIONS = 2048
+
+# The published tokenizer's [MASK] and end-of-turn token; the configuration names the first only.
+PUBLISHED_MASK_ID, PUBLISHED_EOT_ID = 151666, 151645
+
+
+def translate(values: dict[str, Any], dtype: str) -> ModelConfig:
+    """A published `config.json` as ours.
+
+    Raises: InputError for an option that is not implemented and for a missing number.
+    """
+    cfg = qwen2.translate(values, dtype)
+    mask_id = integer(values, "mask_token_id")
+    return dataclasses.replace(
+        cfg,
+        model_type="dream",
+        max_length=min(cfg.max_length, USABLE_POSITIONS),
+        causal=False,
+        shift=True,
+        mask_id=mask_id,
+        eos_id=integer(values, "eos_token_id"),
+        eot_id=PUBLISHED_EOT_ID if mask_id == PUBLISHED_MASK_ID else None,
+    )

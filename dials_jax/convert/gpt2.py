@@ -1,0 +1,96 @@
+"""GPT-2 checkpoints as published (openai-community/gpt2 to gpt2-xl): settings and names.
+
+Source: `configuration_gpt2.py` and `modeling_gpt2.py` of transformers.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+
+from dials_jax.config import ModelConfig
+from dials_jax.convert.settings import (
+    flag,
+    integer,
+    number,
+    require_options,
+    token_id,
+    width_of_heads,
+)
+from dials_jax.convert.table import Row, split
+from dials_jax.models import gpt2
+
+_BLOCK = "h.{i}"
+
+TABLE = (
+    Row("wte.weight", "embed/table"),
+    Row("wpe.weight", "embed/positions"),
+    Row(f"{_BLOCK}.ln_1.weight", "layers/attention_norm/scale"),
+    Row(f"{_BLOCK}.ln_1.bias", "layers/attention_norm/bias"),
+    Row(f"{_BLOCK}.attn.c_attn.q.weight", "layers/attention/q", 1),
+    Row(f"{_BLOCK}.attn.c_attn.k.weight", "layers/attention/k", 1),
+    Row(f"{_BLOCK}.attn.c_attn.v.weight", "layers/attention/v", 1),
+    Row(f"{_BLOCK}.attn.c_attn.q.bias", "layers/attention/q_bias", 0),
+    Row(f"{_BLOCK}.attn.c_attn.k.bias", "layers/attention/k_bias", 0),
+    Row(f"{_BLOCK}.attn.c_attn.v.bias", "layers/attention/v_bias", 0),
+    Row(f"{_BLOCK}.attn.c_proj.weight", "layers/attention/o", 2),
+    Row(f"{_BLOCK}.attn.c_proj.bias", "layers/attention/o_bias", 0),
+    Row(f"{_BLOCK}.ln_2.weight", "layers/mlp_norm/scale"),
+    Row(f"{_BLOCK}.ln_2.bias", "layers/mlp_norm/bias"),
+    Row(f"{_BLOCK}.mlp.c_fc.weight", "layers/mlp/up", 1),
+    Row(f"{_BLOCK}.mlp.c_fc.bias", "layers/mlp/up_bias", 0),
+    Row(f"{_BLOCK}.mlp.c_proj.weight", "layers/mlp/down", 1),
+    Row(f"{_BLOCK}.mlp.c_proj.bias", "layers/mlp/down_bias", 0),
+    Row("ln_f.weight", "final_norm/scale"),
+    Row("ln_f.bias", "final_norm/bias"),
+    Row("lm_head.weight", "head/kernel", 1),
+)
+
+ARCHITECTURES = ("GPT2LMHeadModel", "GPT2Model")
+
+DEFAULTS = {"activation_function": "gelu_new", "scale_attn_weights": True}
+REQUIRED = {
+    **DEFAULTS,
+    "add_cross_attention": False,
+    "scale_attn_by_inverse_layer_idx": False,
+}
+
+CONV1D = re.compile(r"h\.\d+\.(attn|mlp)\.c_\w+\.weight")  # kept [in, out], unlike a torch Linear
+# The causal pattern, in files of transformers before version 5.
+BUFFERS = r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias"
+
+
+def translate(values: dict[str, Any], dtype: str) -> ModelConfig:
+    """A published `config.json` as ours.
+
+    Raises: InputError for an option that is not implemented and for a missing number.
+    """
+    require_options(DEFAULTS | values, REQUIRED)
+    vocab_size, d_model = integer(values, "vocab_size"), integer(values, "n_embd")
+    eos_id = token_id(values, "eos_token_id")
+    if eos_id is not None and eos_id >= vocab_size:  # the default, in a model with other tokens
+        eos_id = None
+    pad_id = integer(values, "pad_token_id", eos_id or 0)  # hidden, so that any id does
+    return gpt2.small(
+        integer(values, "n_layer"),
+        d_model,
+        vocab_size,
+        eos_id,
+        pad_id,
+        head_dim=width_of_heads(values, "n_embd", "n_head"),
+        d_ff=integer(values, "n_inner", 4 * d_model),
+        max_length=integer(values, "n_positions"),
+        norm_eps=number(values, "layer_norm_epsilon"),
+        dtype=dtype,
+    )
+
+
+def arrange(values: dict[str, Any], tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors under the names of the table: no prefix, projections apart."""
+    plain = {name.removeprefix("transformer."): x for name, x in tensors.items()}
+    plain = {name: x.T if CONV1D.fullmatch(name) else x for name, x in plain.items()}
+    if flag(values, "tie_word_embeddings", True) and "wte.weight" in plain:
+        plain.setdefault("lm_head.weight", plain["wte.weight"])
+    return split(plain, r"h\.\d+\.attn\.c_attn", ("q", "k", "v"), axis=0)

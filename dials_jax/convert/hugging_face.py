@@ -1,0 +1,158 @@
+"""Opens a Hugging Face folder as a configuration and a tree of parameters.
+
+To add a kind of model, write a module and list it in `MODEL_TYPES`. It has `ARCHITECTURES`, `TABLE`
+and `translate(values, dtype) -> ModelConfig` (see `llada.py`; `settings.py` reads numbers). Where
+its tensors need more than new names, `arrange(values, tensors) -> tensors` comes
+first. `BUFFERS` is a pattern of the names of what is saved beside weights.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from dials_jax import trees
+from dials_jax.config import ModelConfig
+from dials_jax.convert import dream, gpt2, llada, mdlm, qwen2
+from dials_jax.convert.safetensors_reader import open_tensors
+from dials_jax.convert.settings import flag
+from dials_jax.convert.table import fill, is_buffer, unwrapped
+from dials_jax.data.tokenizer import has_tokenizer, load_tokenizer
+from dials_jax.errors import InputError, nearest, require
+from dials_jax.files import read_json
+from dials_jax.models.folders import dtype_name, save_model
+from dials_jax.models.groups import abstract_params
+
+MODEL_TYPES = {  # the `model_type` of config.json
+    "llada": llada,
+    "Dream": dream,
+    "qwen2": qwen2,
+    "mdlm": mdlm,
+    "gpt2": gpt2,
+}
+
+# Options of config.json that only a mixture of experts has.
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "expert_intermediate_size")
+WEIGHTS = tuple(np.dtype(x) for x in (ml_dtypes.bfloat16, np.float32, np.float16))
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+def open_folder(source: str | Path, dtype: Any = None) -> tuple[ModelConfig, trees.Params]:
+    """The configuration, and the parameters as views of the mapped files, layers unrolled.
+
+    Args:
+      dtype: goes into the configuration; the views keep their own. None is bfloat16 for a
+        checkpoint all of bfloat16 and float32 for any other, which holds every value exactly.
+
+    Raises: InputError for anything about the folder that is not as it should be.
+    """
+    source = Path(source).expanduser()
+    require(source.is_dir(), f"{source} is not a folder; give a downloaded checkpoint")
+    values = read_json(source / "config.json")
+    check_kind(values, source)
+    return from_tensors(values, open_tensors(source), source, dtype)
+
+
+def check_kind(values: dict[str, Any], source: Path) -> None:
+    """Raises: InputError for a model that is none of `MODEL_TYPES`, saying what it is."""
+    kind, found = values.get("model_type"), values.get("architectures")
+    names = found if isinstance(found, list) else []
+    names = [name for name in names if isinstance(name, str)]
+    what = names[0] if names else f"model type {kind!r}"
+    for option in EXPERTS:
+        experts = values.get(option)
+        require(not experts, f"{source}: a mixture of experts ({what}) is not supported")
+    require(
+        not values.get("quantization_config"),
+        f"{source}: quantised weights are not supported; take the checkpoint in BF16 or F32",
+    )
+    if not isinstance(kind, str) or kind not in MODEL_TYPES:
+        ours = {name for family in MODEL_TYPES.values() for name in family.ARCHITECTURES}
+        other = {*names} - ours  # published under that type: no slip of the pen
+        hint = (
+            f"; these are: {', '.join(MODEL_TYPES)}" if other else nearest(str(kind), MODEL_TYPES)
+        )
+        named = f" ({what})" if names else ""
+        raise InputError(f"{source}: model type {kind!r}{named} is not supported{hint}")
+    known = MODEL_TYPES[kind].ARCHITECTURES
+    require(
+        not names or bool({*names} & {*known}),
+        f"{source}: {what} is not supported; of model type {kind!r} only {' or '.join(known)} is",
+    )
+
+
+def from_tensors(
+    values: dict[str, Any], tensors: dict[str, np.ndarray], source: Path, dtype: Any = None
+) -> tuple[ModelConfig, trees.Params]:
+    """The same, from the content of config.json and the tensors."""
+    family = MODEL_TYPES[values["model_type"]]
+    own_buffers = getattr(family, "BUFFERS", "")
+    tensors = unwrapped(tensors, source)
+    tensors = {name: x for name, x in tensors.items() if not is_buffer(name, own_buffers)}
+    for name, x in tensors.items():
+        require(
+            x.dtype in WEIGHTS,
+            f"{source}: {name!r} is {x.dtype}; weights must be {', '.join(map(str, WEIGHTS))}",
+        )
+    all_bfloat16 = all(x.dtype == ml_dtypes.bfloat16 for x in tensors.values())
+    dtype = dtype_name(dtype) or ("bfloat16" if all_bfloat16 else "float32")
+    try:
+        cfg = family.translate(values, dtype)
+        tied = flag(values, "tie_word_embeddings")
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
+    if hasattr(family, "arrange"):
+        tensors = family.arrange(values, tensors)
+    return cfg, fill(family.TABLE, abstract_params(cfg), tensors, source, tied)
+
+
+def convert(source: str | Path, target: str | Path, dtype: Any = None) -> ModelConfig:
+    """Writes a Hugging Face folder as a model folder, one layer at a time in memory."""
+    return write(target, *open_folder(source, dtype), Path(source).expanduser())
+
+
+def write(target: str | Path, cfg: ModelConfig, params: trees.Params, beside: Path) -> ModelConfig:
+    """Writes a model folder, with the tokenizer of the folder `beside`."""
+    with tempfile.TemporaryDirectory() as made:
+        files = tokenizer_files(beside, Path(made))
+        save_model(target, cfg, params, dtype=cfg.dtype, tokenizer_files=files)
+    return cfg
+
+
+def tokenizer_files(source: Path, made: Path) -> list[Path]:
+    """The files to copy, and a tokenizer.json in the folder `made` where they do not say all.
+
+    A published folder's tokenizer may depend on its config.json, which the model folder replaces.
+    Links are followed: Hugging Face's cache is made of them. Any other that leads out of the folder
+    is named in a warning, since what it leads to is copied.
+    """
+    files = {name: source / name for name in TOKENIZER_FILES if (source / name).is_file()}
+    root = source.resolve()
+    for file in files.values():
+        target = file.resolve()
+        if not any(map(target.is_relative_to, (root, root.parent.parent / "blobs"))):
+            warnings.warn(f"{file} is a link; {target} is copied", stacklevel=3)
+    if not has_tokenizer(source):
+        return list(files.values())
+    try:
+        tokenizer, complete = load_tokenizer(source), files.get("tokenizer.json")
+        if not complete or load_tokenizer(complete).fingerprint != tokenizer.fingerprint:
+            tokenizer.save(made)
+            files["tokenizer.json"] = made / "tokenizer.json"
+    except (ImportError, InputError) as error:
+        warnings.warn(f"the tokenizer's files are copied as they are: {error}", stacklevel=3)
+    return list(files.values())

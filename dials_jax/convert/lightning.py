@@ -1,0 +1,252 @@
+"""Opens a checkpoint that MDLM's own training left: a PyTorch Lightning `.ckpt`.
+
+Such a file is a pickle. torch reads it with `weights_only=True`, which runs no code from it, and
+only if the user allows a pickle at all. Beside weights it holds the settings and the tokenizer as
+objects of classes that nobody needs here; plain ones take their place.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dials_jax import trees
+from dials_jax.config import ModelConfig
+from dials_jax.convert import mdlm
+from dials_jax.convert.hugging_face import from_tensors
+from dials_jax.convert.table import is_buffer, unwrapped
+from dials_jax.errors import InputError, require
+from dials_jax.files import read_json
+
+SUFFIX = ".ckpt"
+PREFIX = "backbone."  # of the denoiser's tensors; a noise schedule with weights is not supported
+PUBLISHED_LENGTH = 1024
+# Settings of the authors' code that make another model of the same tensors, and what we implement.
+REQUIRED = {"parameterization": "subs", "backbone": "dit", "diffusion": "absorbing_state"}
+
+
+class Ignored:
+    """Stands for an object of any other class: keeps the state it would have, and runs nothing."""
+
+    state: Any = None
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        pass
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Ignored:
+        return super().__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+def open_checkpoint(
+    source: str | Path,
+    dtype: Any = None,
+    *,
+    allow_pickle: bool = False,
+    ema: bool = True,
+    mask_id: int | None = None,
+    eos_id: int | None = None,
+) -> tuple[ModelConfig, trees.Params]:
+    """The configuration and the parameters of a checkpoint, layers unrolled.
+
+    Sizes are read off the tensors. The length and whether the time matters come from a
+    `config.json` beside the file, else from the settings saved in it, else they are the published
+    model's: 1024, and no. Special tokens are those of the tokenizer that the settings name.
+
+    Args:
+      allow_pickle: the user's consent to read a pickle.
+      ema: take the averaged weights, which the authors evaluate, not the last step's.
+      mask_id: of [MASK], for a tokenizer that is not known.
+      eos_id: of the end of text, likewise; it is the padding, too.
+
+    Raises: InputError without consent or PyTorch, if the file is not such a checkpoint, if it was
+      trained as another kind of model, and for an unknown tokenizer without `mask_id`.
+    """
+    path = Path(source).expanduser()
+    require(path.is_file(), f"{path} is missing; give a Lightning checkpoint")
+    require(
+        allow_pickle,
+        f"{path} is a pickle; if you trust where it comes from, add --allow-pickle",
+    )
+    require((mask_id is None) == (eos_id is None), "--mask-id and --eos-id go together; give both")
+    content = _read(path)
+    state = content.get("state_dict")
+    require(isinstance(state, dict), f"{path} has no state_dict; give a Lightning checkpoint")
+    saved = _saved_settings(content)
+    _require_mdlm(path, saved)
+    state = unwrapped({name: x for name, x in state.items() if _is_named_tensor(name, x)}, path)
+    tensors = {k.removeprefix(PREFIX): x for k, x in state.items() if k.startswith(PREFIX)}
+    require(bool(tensors), f"{path}: no tensor of its state_dict starts with {PREFIX!r} (MDLM)")
+    if ema:
+        tensors |= _averaged(path, content, tensors)
+    arrays = {name: _array(path, name, x) for name, x in tensors.items() if _counts(name, x)}
+    values = _settings(path, saved, arrays)
+    if mask_id is not None:
+        given = {"mask_token_id": mask_id, "eos_token_id": eos_id, "pad_token_id": eos_id}
+    else:
+        given = _special_tokens(path, saved, values)
+    return from_tensors(values | given, arrays, path, dtype)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        import torch
+    except ImportError as error:
+        raise InputError("reading a .ckpt needs PyTorch: pip install torch") from error
+    try:
+        others = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        with torch.serialization.safe_globals([(Ignored, name) for name in others]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever the pickle holds
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(f"{path} cannot be read as weights only ({reason})") from error
+    require(isinstance(content, dict), f"{path} holds no dictionary; give a Lightning checkpoint")
+    return content
+
+
+def _is_named_tensor(name: Any, x: Any) -> bool:
+    return isinstance(name, str) and hasattr(x, "detach")
+
+
+def _counts(name: str, x: Any) -> bool:
+    """Positions that a module keeps as integers are computed, as all buffers are."""
+    return x.is_floating_point() or not is_buffer(name)
+
+
+def _array(path: Path, name: str, x: Any) -> np.ndarray:
+    dense = str(x.layout) == "torch.strided" and x.device.type == "cpu"
+    require(
+        dense and x.is_floating_point(),
+        f"{path}: {PREFIX + name!r} is of {x.dtype} ({x.layout}, {x.device}); weights must be "
+        "dense and real",
+    )
+    return x.detach().float().numpy()
+
+
+def _averaged(path: Path, content: dict, tensors: dict[str, Any]) -> dict[str, Any]:
+    """The averages, which are saved as a list in the order of the parameters, without names."""
+    average = content.get("ema")
+    shadow = average.get("shadow_params") if isinstance(average, dict) else None
+    require(
+        isinstance(shadow, list) and all(hasattr(x, "detach") for x in shadow),
+        f"{path} holds no averaged weights; add --no-ema for the last step's",
+    )
+    names = [name for name in tensors if not is_buffer(name)]
+    require(
+        [x.shape for x in shadow] == [tensors[name].shape for name in names],
+        f"{path}: its {len(shadow)} averaged weights are not in the order of its {len(names)} "
+        "parameters; add --no-ema for the last step's weights",
+    )
+    return dict(zip(names, shadow, strict=True))
+
+
+def _saved_settings(content: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the training, those of its algorithm among them; empty without any."""
+    saved = _plain(content.get("hyper_parameters"))
+    saved = saved.get("config", saved) if isinstance(saved, dict) else {}
+    saved = saved if isinstance(saved, dict) else {}
+    return saved | _section(saved, "algo")  # where newer code of the authors keeps it
+
+
+def _section(settings: dict[str, Any], name: str) -> dict[str, Any]:
+    found = settings.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def _require_mdlm(path: Path, saved: dict[str, Any]) -> None:
+    """Raises: InputError for a model that reads the same tensors in another way."""
+    wanted = REQUIRED | ({"name": "mdlm"} if "algo" in saved else {})
+    for name, only in wanted.items():
+        given = saved.get(name, only)
+        require(
+            given == only,
+            f"{path} was trained with {name}={given!r}, which is not supported; only {only!r} "
+            "(MDLM) is",
+        )
+    noise = _section(saved, "noise").get("type", "loglinear")
+    require(
+        noise == "loglinear" or not saved.get("time_conditioning"),
+        f"{path} is conditioned on the time of noise {noise!r}, which is not supported; only "
+        "'loglinear' is",
+    )
+
+
+def _settings(path: Path, saved: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    """What the `config.json` of a published folder says."""
+    beside = path.with_name("config.json")
+    if beside.is_file():
+        return read_json(beside) | {"model_type": "mdlm"}
+    needed = ("vocab_embed.embedding", "sigma_map.mlp.2.bias")
+    for name in needed:
+        require(name in arrays, f"{path} lacks tensor {PREFIX + name!r}; give an MDLM checkpoint")
+    table, cond = (arrays[name] for name in needed)
+    require(
+        table.ndim == 2 and cond.ndim == 1,
+        f"{path}: {PREFIX}{needed[0]} has shape {table.shape}, {needed[1]} {cond.shape}; "
+        "give an MDLM checkpoint",
+    )
+    blocks = {m[1] for name in arrays if (m := re.match(r"blocks\.(\d+)\.", name))}
+    return {
+        "model_type": "mdlm",
+        "vocab_size": table.shape[0],
+        "hidden_dim": table.shape[1],
+        "cond_dim": cond.shape[0],
+        "n_blocks": len(blocks),
+        "n_heads": _num_heads(path, saved, arrays, table.shape[1]),
+        "model_length": _section(saved, "model").get("length", PUBLISHED_LENGTH),
+        "time_conditioning": saved.get("time_conditioning", False),
+    }
+
+
+def _num_heads(path: Path, saved: dict, arrays: dict[str, np.ndarray], width: int) -> int:
+    """By the angles, one for every two numbers of a head, else as the settings say."""
+    angles = arrays.get("rotary_emb.inv_freq")
+    if angles is not None and angles.size:
+        return width // (2 * angles.size)
+    num_heads = _section(saved, "model").get("n_heads")
+    require(
+        num_heads is not None,
+        f"{path} holds neither {PREFIX}rotary_emb.inv_freq nor settings, which tell the number of "
+        "heads; put the model's config.json beside it",
+    )
+    return num_heads
+
+
+def _special_tokens(path: Path, saved: dict, values: dict[str, Any]) -> dict[str, int]:
+    """Ids of the tokenizer that was trained with; none where they are the published model's.
+
+    Raises: InputError for a tokenizer that is not known.
+    """
+    if values.get("mask_token_id") is not None:
+        return {}
+    vocab_size = values.get("vocab_size")
+    named = _section(saved, "data").get("tokenizer_name_or_path")
+    name = str(named).rstrip("/").rpartition("/")[2]
+    known = mdlm.TOKENIZERS.get(name)
+    if known and known.vocab_size == vocab_size:
+        ids = known._asdict()
+        return {f"{key.removesuffix('_id')}_token_id": ids[key] for key in ids if "_id" in key}
+    like = mdlm.known_by_size(vocab_size)
+    require(
+        name in mdlm.LAST_ID_IS_MASK or (named is None and like is None),
+        f"{path}: the special tokens of {named or like!r} with {vocab_size} tokens are not known; "
+        "add their ids by --mask-id and --eos-id",
+    )
+    return {}
+
+
+def _plain(settings: Any) -> Any:
+    """Settings as plain values: the authors' are kept in nested containers of OmegaConf."""
+    if isinstance(settings, Ignored) and isinstance(settings.state, dict):
+        settings = settings.state.get("_content", settings.state.get("_val", settings))
+    if isinstance(settings, dict):
+        return {name: _plain(value) for name, value in settings.items()}
+    if isinstance(settings, list):
+        return [_plain(value) for value in settings]
+    known = settings is None or isinstance(settings, str | int | float)
+    return settings if known else f"<{type(settings).__name__}>"

@@ -1,0 +1,92 @@
+"""LLaDA checkpoints as published (GSAI-ML/LLaDA-8B-Base and -Instruct): settings and names.
+
+Source: `configuration_llada.py` and `modeling_llada.py` of those checkpoints.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dials_jax.config import ModelConfig
+from dials_jax.convert.settings import flag, integer, number, require_options, width_of_heads
+from dials_jax.convert.table import Row
+
+_BLOCK = "model.transformer.blocks.{i}"
+
+# In a block `ff_proj` is the SwiGLU's gate and `ff_out` its way down; outside, `ff_out` is the
+# head. Rows of biases count only where the configuration asks for them.
+TABLE = (
+    Row("model.transformer.wte.weight", "embed/table"),
+    Row(f"{_BLOCK}.attn_norm.weight", "layers/attention_norm/scale"),
+    Row(f"{_BLOCK}.q_proj.weight", "layers/attention/q", 1),
+    Row(f"{_BLOCK}.k_proj.weight", "layers/attention/k", 1),
+    Row(f"{_BLOCK}.v_proj.weight", "layers/attention/v", 1),
+    Row(f"{_BLOCK}.attn_out.weight", "layers/attention/o", 2),
+    Row(f"{_BLOCK}.q_proj.bias", "layers/attention/q_bias", 0),
+    Row(f"{_BLOCK}.k_proj.bias", "layers/attention/k_bias", 0),
+    Row(f"{_BLOCK}.v_proj.bias", "layers/attention/v_bias", 0),
+    Row(f"{_BLOCK}.attn_out.bias", "layers/attention/o_bias", 0),
+    Row(f"{_BLOCK}.ff_norm.weight", "layers/mlp_norm/scale"),
+    Row(f"{_BLOCK}.ff_proj.weight", "layers/mlp/gate", 1),
+    Row(f"{_BLOCK}.up_proj.weight", "layers/mlp/up", 1),
+    Row(f"{_BLOCK}.ff_out.weight", "layers/mlp/down", 1),
+    Row(f"{_BLOCK}.ff_proj.bias", "layers/mlp/gate_bias", 0),
+    Row(f"{_BLOCK}.up_proj.bias", "layers/mlp/up_bias", 0),
+    Row(f"{_BLOCK}.ff_out.bias", "layers/mlp/down_bias", 0),
+    Row("model.transformer.ln_f.weight", "final_norm/scale"),
+    Row("model.transformer.ff_out.weight", "head/kernel", 1),
+    Row("model.transformer.ff_out.bias", "head/bias", 0),
+)
+
+ARCHITECTURES = ("LLaDAModelLM",)  # of config.json: others of this model type are other models
+
+# Options that change the maths, and the only value implemented. null counts as false.
+REQUIRED = {
+    "activation_type": "silu",
+    "block_type": "llama",
+    "layer_norm_type": "rms",
+    "rope": True,
+    "alibi": False,
+    "attention_layer_norm": False,
+    "clip_qkv": False,
+    "input_emb_norm": False,
+    "scale_logits": False,
+    "weight_tying": False,
+}
+
+# The published tokenizer's [MASK] and end-of-turn token; the configuration names the first only.
+PUBLISHED_MASK_ID, PUBLISHED_EOT_ID = 126336, 126348
+
+
+def translate(values: dict[str, Any], dtype: str) -> ModelConfig:
+    """A published `config.json` as ours.
+
+    Raises: InputError for an option that is not implemented and for a missing number.
+    """
+    require_options(values, REQUIRED)
+    num_heads, head_dim = integer(values, "n_heads"), width_of_heads(values, "d_model", "n_heads")
+    vocab_size = integer(values, "embedding_size", values.get("vocab_size"))
+    mask_id, eos_id = integer(values, "mask_token_id"), integer(values, "eos_token_id")
+    num_kv_heads = 1 if flag(values, "multi_query_attention") else num_heads
+    bias = flag(values, "include_bias")
+    has_eot = mask_id == PUBLISHED_MASK_ID and vocab_size > PUBLISHED_EOT_ID
+    return ModelConfig(
+        model_type="llada",
+        vocab_size=vocab_size,
+        d_model=integer(values, "d_model"),
+        num_layers=integer(values, "n_layers"),
+        num_heads=num_heads,
+        num_kv_heads=integer(values, "n_kv_heads", num_kv_heads),
+        head_dim=head_dim,
+        d_ff=integer(values, "mlp_hidden_size"),
+        max_length=integer(values, "max_sequence_length"),
+        rope_theta=number(values, "rope_theta"),
+        norm_eps=number(values, "rms_norm_eps"),
+        qkv_bias=flag(values, "include_qkv_bias") or bias,
+        bias=bias,
+        mask_id=mask_id,
+        eos_id=eos_id,
+        pad_id=integer(values, "pad_token_id", eos_id),
+        eot_id=PUBLISHED_EOT_ID if has_eot else None,
+        dtype=dtype,
+    )

@@ -1,0 +1,108 @@
+"""MDLM checkpoints: the published folder (kuleshov-group/mdlm-owt) and what training leaves.
+
+Source: `models/dit.py` of the authors' code.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dials_jax.config import ModelConfig
+from dials_jax.convert.settings import flag, integer, token_id, width_of_heads
+from dials_jax.convert.table import Row, split
+from dials_jax.errors import require
+from dials_jax.models import mdlm
+
+_BLOCK = "blocks.{i}"
+_OUT = "output_layer"
+
+TABLE = (
+    Row("vocab_embed.embedding", "embed/table"),
+    Row("sigma_map.mlp.0.weight", "time/up", 1),
+    Row("sigma_map.mlp.0.bias", "time/up_bias", 0),
+    Row("sigma_map.mlp.2.weight", "time/down", 1),
+    Row("sigma_map.mlp.2.bias", "time/down_bias", 0),
+    Row(f"{_BLOCK}.norm1.weight", "layers/attention_norm/scale"),
+    Row(f"{_BLOCK}.attn_qkv.q.weight", "layers/attention/q", 1),
+    Row(f"{_BLOCK}.attn_qkv.k.weight", "layers/attention/k", 1),
+    Row(f"{_BLOCK}.attn_qkv.v.weight", "layers/attention/v", 1),
+    Row(f"{_BLOCK}.attn_out.weight", "layers/attention/o", 2),
+    Row(f"{_BLOCK}.norm2.weight", "layers/mlp_norm/scale"),
+    Row(f"{_BLOCK}.mlp.0.weight", "layers/mlp/up", 1),
+    Row(f"{_BLOCK}.mlp.0.bias", "layers/mlp/up_bias", 0),
+    Row(f"{_BLOCK}.mlp.2.weight", "layers/mlp/down", 1),
+    Row(f"{_BLOCK}.mlp.2.bias", "layers/mlp/down_bias", 0),
+    Row(f"{_BLOCK}.adaLN_modulation.weight", "layers/modulation/kernel", 1),
+    Row(f"{_BLOCK}.adaLN_modulation.bias", "layers/modulation/bias", 0),
+    Row(f"{_OUT}.norm_final.weight", "final_norm/scale"),
+    Row(f"{_OUT}.adaLN_modulation.weight", "final_norm/modulation/kernel", 1),
+    Row(f"{_OUT}.adaLN_modulation.bias", "final_norm/modulation/bias", 0),
+    Row(f"{_OUT}.linear.weight", "head/kernel", 1),
+    Row(f"{_OUT}.linear.bias", "head/bias", 0),
+)
+
+ARCHITECTURES = ("MDLM",)
+
+
+class Tokens(NamedTuple):
+    """A tokenizer with a [MASK] of its own, and its special tokens."""
+
+    vocab_size: int
+    mask_id: int
+    eos_id: int
+    pad_id: int
+
+
+# By the names in the authors' settings. GPT-2's has no [MASK], so that training adds one, last.
+LAST_ID_IS_MASK = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
+TOKENIZERS = {
+    "text8": Tokens(35, mask_id=4, eos_id=3, pad_id=5),
+    "bert-base-uncased": Tokens(30522, mask_id=103, eos_id=102, pad_id=0),
+}
+
+
+def known_by_size(vocab_size: int) -> str | None:
+    """The tokenizer with a [MASK] of its own that has so many tokens."""
+    return next((name for name, t in TOKENIZERS.items() if t.vocab_size == vocab_size), None)
+
+
+def translate(values: dict[str, Any], dtype: str) -> ModelConfig:
+    """A published `config.json` as ours.
+
+    Where it names no [MASK], the vocabulary is GPT-2's, whose last token is the end of text, and
+    [MASK] after it.
+
+    Raises: InputError for the size of another tokenizer's vocabulary without the id of its [MASK].
+    """
+    d_model, vocab_size = integer(values, "hidden_dim"), integer(values, "vocab_size")
+    mask_id, name = token_id(values, "mask_token_id"), known_by_size(vocab_size)
+    if mask_id is None:
+        require(
+            name is None,
+            f"config.json: mask_token_id is missing, and {vocab_size} tokens are those of {name}, "
+            "whose [MASK] is not the last; add mask_token_id and eos_token_id",
+        )
+        mask_id = vocab_size - 1
+    # Without the place that GPT-2's tokens have, the end of text is not known either.
+    eos_id = integer(values, "eos_token_id", vocab_size - 2 if mask_id == vocab_size - 1 else None)
+    return mdlm.small(
+        integer(values, "n_blocks"),
+        d_model,
+        vocab_size,
+        mask_id,
+        eos_id,
+        integer(values, "pad_token_id", eos_id),
+        head_dim=width_of_heads(values, "hidden_dim", "n_heads"),
+        cond_dim=integer(values, "cond_dim"),
+        max_length=integer(values, "model_length"),
+        time_conditioning=flag(values, "time_conditioning"),
+        dtype=dtype,
+    )
+
+
+def arrange(values: dict[str, Any], tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors under the names of the table: no prefix, projections apart."""
+    plain = {name.removeprefix("backbone."): x for name, x in tensors.items()}
+    return split(plain, r"blocks\.\d+\.attn_qkv", ("q", "k", "v"), axis=0)

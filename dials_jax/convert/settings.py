@@ -1,0 +1,68 @@
+"""Reads numbers and options from a published `config.json`; null counts as absent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dials_jax.errors import require
+
+
+def require_options(values: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raises: InputError for an option that changes the maths and has another value than ours."""
+    for name, only in wanted.items():
+        given = values.get(name)
+        require(
+            given is not None or not only,
+            f"config.json: {name} is missing; only {only!r} is implemented",
+        )
+        require(
+            (False if given is None else given) == only,
+            f"config.json: {name}={given!r} is not implemented; only {only!r} is",
+        )
+
+
+def integer(values: dict[str, Any], name: str, default: int | None = None) -> int:
+    value = default if values.get(name) is None else values[name]
+    require(value is not None, f"config.json: {name} is missing; add it")
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    require(whole, f"config.json: {name}={value!r} must be an integer")
+    require(abs(value) < 2**31, f"config.json: {name}={value} is too large")
+    return value
+
+
+def number(values: dict[str, Any], name: str) -> float:
+    value = values.get(name)
+    real = isinstance(value, int | float) and not isinstance(value, bool)
+    require(
+        real and abs(value) < 1e300,
+        f"config.json: {name}={value!r} must be a finite number; correct it",
+    )
+    return float(value)
+
+
+def flag(values: dict[str, Any], name: str, default: bool = False) -> bool:
+    value = default if values.get(name) is None else values[name]
+    require(isinstance(value, bool), f"config.json: {name}={value!r} must be true or false")
+    return value
+
+
+def section(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """An object inside the configuration; empty where it is absent."""
+    value = {} if values.get(name) is None else values[name]
+    require(isinstance(value, dict), f"config.json: {name}={value!r} must be an object")
+    return value
+
+
+def token_id(values: dict[str, Any], name: str) -> int | None:
+    """The id of a special token, or None for a model that has none."""
+    return None if values.get(name) is None else integer(values, name)
+
+
+def width_of_heads(values: dict[str, Any], width: str, heads: str) -> int:
+    """The model's width over the number of heads; `width` and `heads` are their names upstream."""
+    d_model, num_heads = integer(values, width), integer(values, heads)
+    require(
+        d_model > 0 and num_heads > 0 and d_model % num_heads == 0,
+        f"config.json: {width}={d_model} must be a positive multiple of {heads}={num_heads}",
+    )
+    return d_model // num_heads

@@ -1,0 +1,135 @@
+"""Files: where users may give them, JSON in and out, and lines of JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from dials_jax.errors import InputError, require
+
+
+def parse_json(text: str | bytes, where: str) -> Any:
+    """JSON of any kind.
+
+    Args:
+      where: what the message begins with: a file, or a file and a line.
+
+    Raises: InputError for what is no JSON, no UTF-8, or nested too deep to read.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise InputError(f"{where} is not valid JSON: it is nested too deep") from error
+    except ValueError as error:  # not UTF-8, not JSON, or an integer of thousands of digits
+        raise InputError(f"{where} is not valid JSON: {error}") from error
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises: InputError if the file is missing, cannot be read or holds none.
+    """
+    path = Path(path)
+    try:
+        require(path.is_file(), f"{path} is missing")
+        text = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    values = parse_json(text, str(path))
+    require(isinstance(values, dict), f"{path} does not hold a JSON object")
+    return values
+
+
+def finite(values: Any) -> Any:
+    """Plain values with None for NaN and infinity: JSON has neither, and strict readers stop."""
+    if isinstance(values, dict):
+        return {name: finite(value) for name, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [finite(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
+
+
+def write_json(path: str | Path, values: Any) -> None:
+    """Writes through a temporary file, so a reader never sees half of it, nor does a loss of power.
+
+    What is not finite becomes null.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    text = json.dumps(finite(values), indent=1, allow_nan=False)
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def json_lines(path: str | Path) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
+    """Yields every whole line: its number from 1, its bytes, and its object or None.
+
+    None is for what is no JSON object in UTF-8. What follows the last newline is left out: a kill
+    has cut it short.
+    """
+    with Path(path).open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            yield number, line, _object(line)
+
+
+def named(numbers: Sequence[int]) -> str:
+    """`line 3`, or `line 3 and 2 more`."""
+    return f"line {numbers[0]}" + (f" and {len(numbers) - 1} more" if len(numbers) > 1 else "")
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    try:
+        value = parse_json(line, "")
+    except InputError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+LONGEST_NAME = 255  # bytes, in usual file systems; in a folder that is missing none complains
+# `gs://bucket`, and what pathlib makes of it. A single letter is a drive of Windows.
+SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+
+
+def local_path(path: str | Path, name: str) -> Path:
+    """The absolute path of a local file or folder, whether it exists or not.
+
+    Args:
+      name: of the option or field that gave it, for messages.
+    Raises: InputError for what no local file can be called: nothing at all, an address of another
+      file system (`gs://`), the home of nobody, a name that is too long.
+    """
+    text = str(path)
+    require(bool(text), f"{name} is empty; give a folder (is a variable of the shell unset?)")
+    require(
+        not SCHEME.match(text),
+        f"{name}={text} is no local path, and only those are read and written; mount or copy it",
+    )
+    try:
+        text.encode()  # a name that is no UTF-8 could not be printed in a report
+        absolute = Path(text).expanduser().absolute()
+        os.stat(absolute)
+        reason = None
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        reason = None  # whether it has to exist, others say
+    except (OSError, RuntimeError, ValueError) as error:  # too long; ~nobody; NUL; no UTF-8
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+    if reason is None and max(len(os.fsencode(part)) for part in absolute.parts) > LONGEST_NAME:
+        reason = "a name in it is too long"
+    require(not reason, f"{name}={_shortened(text)} is no path ({reason}); choose another")
+    return absolute
+
+
+def _shortened(text: str, most: int = 80) -> str:
+    printable = text.encode(errors="backslashreplace").decode().replace("\0", "\\0")
+    return printable if len(printable) <= most else f"{printable[:most]}..."

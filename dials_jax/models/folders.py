@@ -1,0 +1,294 @@
+"""The folder of a model: its configuration and its weights, kept one group of parameters apart.
+
+    config.json          what the weights are: see `ModelInfo`
+    params/embed/        one Orbax checkpoint a group, so that one group at a time is in memory
+    params/time/         only where adaLN modulates the layers
+    params/layers/000/
+    ...
+    params/final_norm/
+    params/head/
+    tokenizer.json ...   whatever the tokenizer needs, where it came along
+
+A folder is written beside its final name and renamed when it is whole. Orbax loads a flipped bit
+without a word, so every group carries a digest, which is compared whenever the group is read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+from orbax.checkpoint import v1 as ocp
+
+from dials_jax import digests, sharding, trees
+from dials_jax.config import (
+    Count,
+    ModelConfig,
+    Typed,
+    WeightDtype,
+    as_type,
+    from_dict,
+    shown,
+    to_dict,
+)
+from dials_jax.errors import InputError, require
+from dials_jax.files import local_path, read_json, write_json
+from dials_jax.models import groups
+from dials_jax.models.groups import Layout
+from dials_jax.models.model import Model
+from dials_jax.workdir import writing
+
+FORMAT = "dials_jax model"
+VERSION = 1
+DTYPES = get_args(WeightDtype)
+GROUPS = ("embed", "time", "layers", "final_norm", "head")
+MARK = "UNFINISHED"  # a file in a folder that is being written
+CHUNK_BYTES = 2**26  # a device that holds one slice of an array reads few chunks more than its own
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInfo(Typed):
+    """The content of a model folder's `config.json`."""
+
+    format: str = FORMAT
+    version: int = VERSION
+    model: ModelConfig
+    dtype: WeightDtype  # of the stored weights; training keeps float32 under bfloat16 activations
+    parameters: Count
+    fingerprint: str  # of the weights; routers remember it
+    digests: dict[str, str]  # a group's name to the digest of its stored bits
+
+
+# ----------------------------------------------------------------------------------- saving
+
+
+def save_model(
+    folder: str | Path,
+    cfg: ModelConfig,
+    params: trees.Params,
+    *,
+    dtype: Any = None,
+    tokenizer_files: Iterable[str | Path] = (),
+    overwrite: bool = False,
+) -> None:
+    """Writes a model folder, group by group.
+
+    Args:
+      params: arrays of JAX or numpy, layers stacked or unrolled. Memory-mapped arrays stay on disk
+        until their group's turn.
+      dtype: of the stored weights; None keeps theirs.
+      overwrite: replace a model folder that exists, once the new one is whole.
+
+    Raises: InputError if the folder exists or the disk is too full, before anything is written.
+    """
+    folder = local_path(folder, "the model's folder")
+    leaves = jax.tree.leaves(params)
+    dtype = dtype_name(dtype) or jnp.result_type(*leaves).name
+    num_parameters = trees.count_parameters(params)
+    require(overwrite or not folder.exists(), f"{folder} exists; name another folder")
+    require_replaceable(folder)
+    _require_space(folder, num_parameters * jnp.dtype(dtype).itemsize)
+    unfinished = _unfinished(folder)
+    again = "make room and run the command again"
+    with writing(unfinished, again):
+        sharding.on_first_process(lambda: _begin(unfinished))
+
+    stored_digests, fingerprint = {}, digests.Fingerprint()
+    for name in groups.progress(groups.group_shapes(cfg), "saving"):
+        group = jax.tree.map(
+            partial(groups.materialise, dtype=dtype), groups.get_group(cfg, params, name)
+        )
+        stored_digests[name] = group_digest(group)
+        key, _, layer = name.partition("/")
+        if layer:
+            fingerprint.add_layer(int(layer), group)
+        else:
+            fingerprint.add({key: group})
+        with writing(unfinished / "params" / name, again):
+            _write_group(unfinished, name, group)
+
+    info = ModelInfo(
+        model=cfg,
+        dtype=dtype,
+        parameters=num_parameters,
+        fingerprint=fingerprint.hex(),
+        digests=stored_digests,
+    )
+
+    def finish():
+        for file in tokenizer_files:
+            shutil.copy(file, unfinished)
+        write_json(unfinished / "config.json", to_dict(info))
+        (unfinished / MARK).unlink()
+        if folder.exists():
+            shutil.rmtree(folder)
+        unfinished.rename(folder)
+
+    with writing(unfinished, again):
+        sharding.on_first_process(finish)
+
+
+def require_replaceable(folder: Path) -> None:
+    """Raises: InputError where `save_model` would remove a folder that it did not make."""
+    unfinished = _unfinished(folder)
+    require(
+        not os.path.lexists(folder) or _is_empty(folder) or _says_model(folder),
+        f"{folder} is no {FORMAT} and would be overwritten; move it away",
+    )
+    require(
+        not os.path.lexists(unfinished) or _is_empty(unfinished) or _is_unfinished(unfinished),
+        f"{unfinished} was not left by a save that was stopped, and would be removed; move it away",
+    )
+
+
+def _unfinished(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".unfinished")
+
+
+def _says_model(folder: Path) -> bool:
+    try:
+        return not folder.is_symlink() and is_model_folder(folder)
+    except InputError:  # a config.json that says nothing
+        return False
+
+
+def _is_unfinished(folder: Path) -> bool:
+    """Whether a save that was stopped left the folder: it has the mark, or is from before there
+    was one and holds groups of parameters only."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    if (folder / MARK).is_file() or _says_model(folder):
+        return True
+    groups_there = {path.name.partition(".")[0] for path in (folder / "params").glob("*")}
+    others = [path for path in folder.iterdir() if path.is_dir() and path.name != "params"]
+    return not others and 0 < len(groups_there) and groups_there <= set(GROUPS)
+
+
+def _is_empty(folder: Path) -> bool:
+    return not folder.is_symlink() and folder.is_dir() and not any(folder.iterdir())
+
+
+def _require_space(folder: Path, needed: int) -> None:
+    existing = next(p for p in folder.parents if p.exists())
+    free = shutil.disk_usage(existing).free
+    require(
+        free >= needed,
+        f"{existing} has {free / 1e9:.1f} GB free and the weights need {needed / 1e9:.1f} GB; "
+        "make room or name another folder",
+    )
+
+
+def _begin(unfinished: Path) -> None:
+    if unfinished.exists():
+        shutil.rmtree(unfinished)
+    unfinished.mkdir(parents=True)
+    (unfinished / MARK).write_text("left by a save that was stopped; the next one removes it\n")
+
+
+# ----------------------------------------------------------------------------------- loading
+
+
+def is_model_folder(folder: str | Path) -> bool:
+    """Whether the folder's `config.json` says that it holds a model of this library."""
+    file = Path(folder) / "config.json"
+    return file.is_file() and read_json(file).get("format") == FORMAT
+
+
+def read_info(folder: str | Path) -> ModelInfo:
+    """Reads `config.json`. Raises: InputError if it is not a model folder's."""
+    file = Path(folder) / "config.json"
+    values = read_json(file)
+    require(values.get("format") == FORMAT, f"{file} does not describe a {FORMAT}")
+    require(
+        values.get("version") == VERSION,
+        f"{file} has version {values.get('version')} and this library reads {VERSION}; "
+        "convert the model again, or install the library that wrote it",
+    )
+    return from_dict(ModelInfo, values, where=str(file))
+
+
+def load_model(
+    folder: str | Path, dtype: Any = None, mesh: Mesh | None = None, layout: Layout = "auto"
+) -> Model:
+    """Reads a model folder, every array straight to where it lives on the mesh.
+
+    Args:
+      dtype: of weights and activations; None keeps those stored.
+      mesh: None is a mesh over all devices.
+      layout: of the layers; "auto": see `groups.chosen_layout`.
+
+    Raises: InputError if something is missing, broken or not what was saved.
+    """
+    folder = Path(folder).absolute()
+    info, dtype = read_info(folder), dtype_name(dtype)
+    cfg = info.model if dtype is None else dataclasses.replace(info.model, dtype=dtype)
+    shapes = groups.group_shapes(cfg)
+
+    def read(name: str, shardings: PyTree) -> PyTree:
+        stored = _read_group(folder, name, shapes[name], info.dtype, shardings)
+        require(
+            group_digest(stored) == info.digests.get(name),
+            f"{folder}/params/{name} is damaged: its digest differs from the one in config.json; "
+            "convert or copy the model again",
+        )
+        return trees.cast(stored, dtype)
+
+    mesh = mesh or sharding.make_mesh()
+    return Model(cfg, groups.assemble(cfg, read, mesh, layout), mesh, str(folder))
+
+
+# ----------------------------------------------------------------------------------- groups
+
+
+def group_digest(group: PyTree) -> str:
+    """16 hexadecimal digits that a single flipped bit changes."""
+    text = json.dumps(digests.digest_hex(group), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _write_group(folder: Path, name: str, group: PyTree) -> None:
+    context = ocp.Context()
+    context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
+    with context:
+        ocp.save(folder / "params" / name, group)
+
+
+def _read_group(folder: Path, name: str, shapes: PyTree, dtype: str, shardings: PyTree) -> PyTree:
+    def abstract(x, sharding):
+        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding)
+
+    path = folder / "params" / name
+    require(path.is_dir(), f"{path} is missing; convert or copy the model again")
+    try:
+        return ocp.load(path, jax.tree.map(abstract, shapes, shardings))
+    except jax.errors.JaxRuntimeError:  # too little memory, say: nothing is wrong with the folder
+        raise
+    except Exception as error:  # Orbax wraps what went wrong in a bare Exception
+        reason = str(error.__cause__ or error).strip().partition("\n")[0]
+        raise InputError(f"{path} cannot be read; convert or copy it again ({reason})") from error
+
+
+# ----------------------------------------------------------------------------------- helpers
+
+
+def dtype_name(dtype: Any) -> str | None:
+    """The name of a dtype of weights. Raises: InputError unless bfloat16, float32 or None."""
+    if dtype is None:
+        return None
+    try:
+        name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
+    except TypeError:
+        name = shown(dtype)
+    return as_type(WeightDtype, name, "dtype")

@@ -1,0 +1,83 @@
+"""Attention on TPU by JAX's splash kernel: long rows never hold all scores at once."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from dials_jax.nn.kernels.per_device import attention_per_device, divides
+from dials_jax.nn.kv import KV
+
+BLOCKS = 512, 256, 128  # queries and keys at a time: the most that divide the length
+SHORTEST = 1024  # keys; the scores of fewer are small
+
+
+def splash_fits(q: Float[Array, "B T N H"], kv: KV) -> bool:
+    """Whether the kernel is for these shapes, and the mesh in context is of TPUs.
+
+    float32 goes another way, for the kernel multiplies in bfloat16.
+    """
+    num_queries, num_keys = q.shape[1], kv.k.shape[1]
+    whole_blocks = num_queries % BLOCKS[-1] == num_keys % BLOCKS[-1] == 0
+    if not _on_tpu() or q.dtype != jnp.bfloat16 or num_keys < SHORTEST or not whole_blocks:
+        return False
+    return divides(q, kv)
+
+
+def _on_tpu() -> bool:
+    """Read off the mesh, for a program may be compiled for devices that are not here."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device is not None and device.platform == "tpu"
+
+
+def splash_attention(
+    q: Float[Array, "B T N H"],
+    kv: KV,
+    valid: Bool[Array, "B S"] | None,
+    causal: bool,
+    interpret: bool = False,
+) -> Float[Array, "B T N H"]:
+    """As `attend`, for shapes that `splash_fits`.
+
+    Args:
+      interpret: run the kernel step by step, where there is no TPU.
+
+    A query that sees no key gets a mean of some values.
+    """
+
+    def local(q, kv, valid):
+        return _local(q, kv, valid, causal, interpret)
+
+    return attention_per_device(local, q, kv, valid)
+
+
+def _local(
+    q: Float[Array, "B T N H"],
+    kv: KV,
+    valid: Bool[Array, "B S"] | None,
+    causal: bool,
+    interpret: bool,
+) -> Float[Array, "B T N H"]:
+    from jax.experimental.pallas.ops.tpu import splash_attention as kernels
+
+    seen = kernels.CausalMask if causal else kernels.FullMask
+    (_, num_queries, num_heads, _), num_keys = q.shape, kv.k.shape[1]
+    bq, bk = (next(n for n in BLOCKS if length % n == 0) for length in (num_queries, num_keys))
+    kernel = kernels.make_splash_mha(
+        kernels.MultiHeadMask([seen((num_queries, num_keys))] * num_heads),
+        block_sizes=kernels.BlockSizes(
+            block_q=bq, block_kv=bk, block_q_dkv=bq, block_kv_dkv=bk, block_q_dq=bq, block_kv_dq=bk
+        ),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+    segments = None
+    if valid is not None:  # a query sees the keys of its own segment
+        ones = jnp.ones((q.shape[0], num_queries), jnp.int32)
+        segments = kernels.SegmentIds(ones, valid.astype(jnp.int32))
+    by_head = [jnp.swapaxes(x, 1, 2) for x in (q / math.sqrt(q.shape[-1]), kv.k, kv.v)]
+    return jnp.swapaxes(jax.vmap(kernel)(*by_head, segments), 1, 2)

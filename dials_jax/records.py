@@ -1,0 +1,137 @@
+"""Files of records: one JSON object a line, each with a digest that shows damage."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dials_jax.errors import InputError, require
+from dials_jax.files import finite
+
+ODD = "runs.odd.jsonl"  # beside a file of records: its lines that were none
+Check = Callable[[Any], Any]  # raises a plain error for what is no record
+# What plain code raises for values that are missing, or of another type than they should be.
+PLAIN_ERRORS = (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError)
+
+
+@contextmanager
+def sound(path: Path, remedy: str) -> Iterator[None]:
+    """Raises: InputError naming the file if what is read from it within is missing or odd."""
+    try:
+        yield
+    except InputError:
+        raise
+    except PLAIN_ERRORS as error:
+        raise InputError(f"{path} is damaged ({error!r}); {remedy}") from error
+
+
+def read_records(path: str | Path, check: Check) -> list[dict[str, Any]]:
+    """The records of another run, to the last whole line: a stopped one may leave half a line more.
+
+    Raises: InputError naming the first line that is no record.
+    """
+    lines = Lines.read(Path(path), check)
+    for number, why in lines.odd.items():
+        raise InputError(
+            f"{path}, line {number} {why}; run that study again, which measures it anew"
+        )
+    return list(lines.good.values())
+
+
+@dataclasses.dataclass
+class Lines:
+    """The lines of a file of records, by number from 1; half a line at its end is none."""
+
+    path: Path
+    lines: list[bytes]
+    good: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    odd: dict[int, str] = dataclasses.field(default_factory=dict)  # what is wrong with them
+    new: bool = False
+
+    @classmethod
+    def read(cls, path: Path, check: Check) -> Lines:
+        found = cls(path, path.read_bytes().split(b"\n") if path.exists() else [b""])
+        seen = False  # Lines of versions before have no digest, but none comes after one that has.
+        for number, line in enumerate(found.lines[:-1], start=1):
+            try:
+                record, has_digest = unsealed(line)
+                require(has_digest or not seen, "has lost its digest")
+                _require_record(record, check)
+            except InputError as error:
+                found.odd[number] = str(error)
+            else:
+                found.good[number] = record
+                seen = seen or has_digest
+        return found
+
+    @classmethod
+    def of(cls, path: Path, records: Sequence[dict[str, Any]]) -> Lines:
+        """Lines that are still to be written."""
+        lines = [sealed(record).encode() for record in records]
+        return cls(path, [*lines, b""], dict(enumerate(records, start=1)), new=True)
+
+    def set_aside(self) -> None:
+        """Leaves only good lines in the file, and moves odd ones to a file beside it."""
+        if not (self.new or self.odd or self.lines[-1]):
+            return
+        aside = self.path.with_name(ODD)
+        if self.odd:
+            with aside.open("ab") as file:
+                file.writelines(self.lines[number - 1] + b"\n" for number in self.odd)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        temporary.write_bytes(b"".join(self.lines[number - 1] + b"\n" for number in self.good))
+        temporary.replace(self.path)
+        for number, why in self.odd.items():
+            print(
+                f"{self.path}, line {number} {why}: it is set aside in {aside.name}, and what it "
+                "held is measured again",
+                file=sys.stderr,
+            )
+
+
+def sealed(record: Mapping[str, Any]) -> str:
+    """A record as one line of JSON that ends with the digest of the rest."""
+    try:
+        text = json.dumps(record, allow_nan=False)
+    except ValueError:  # rare, and looking at every number beforehand takes longer than all else
+        text = json.dumps(finite(record), allow_nan=False)
+    return f'{text[:-1]}, "digest": "{_digest(text.encode())}"}}'
+
+
+def unsealed(line: bytes) -> tuple[Any, bool]:
+    """The inverse, and whether there was a digest. Raises: InputError saying what is wrong."""
+    match = re.fullmatch(rb'(.*), "digest": "([0-9a-f]+)"\}', line, re.DOTALL)
+    text = match[1] + b"}" if match else line
+    require(not match or match[2].decode() == _digest(text), "is damaged (its digest does not fit)")
+    try:
+        return json.loads(text), match is not None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"is not valid JSON ({error})") from error
+
+
+def _digest(text: bytes) -> str:
+    return hashlib.sha256(text).hexdigest()[:8]
+
+
+def _require_record(record: Any, check: Check) -> None:
+    try:
+        check(record)
+    except PLAIN_ERRORS as error:
+        raise InputError(f"is no record of this kind of run ({error!r})") from error
+
+
+def require_numbers(values: Any, count: int | None = None) -> None:
+    """Raises: ValueError unless it is a list of numbers, or of null for what was not finite."""
+    plain = isinstance(values, list) and {type(x) for x in values} <= {int, float, type(None)}
+    for value in values if plain else ():
+        float(value or 0)  # an integer may be too large
+    if not plain or count not in (None, len(values)):
+        raise ValueError(f"{str(values)[:40]} is no list of {count or ''} numbers")

@@ -1,0 +1,250 @@
+"""The figures of an evaluation sweep, as PNG files.
+
+Every function takes plain data and the path of the file it writes, and returns that path.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Float
+
+from dials_jax.errors import require
+from dials_jax.reporting.figure import COLORS, GREY, figure_at, shades
+
+if TYPE_CHECKING:  # matplotlib is optional
+    from matplotlib.axes import Axes
+
+
+@dataclass(frozen=True)
+class Point:
+    """One policy in a trade-off panel."""
+
+    kind: str  # full, static, random or routed
+    label: str  # written next to the point: its lambda or k
+    share: float  # of layers run
+    value: float
+    low: float  # ends of the error bar
+    high: float
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One task in the trade-off figure."""
+
+    title: str
+    ylabel: str
+    points: tuple[Point, ...]
+    lower_is_better: bool = False
+
+
+@dataclass(frozen=True)
+class Line:
+    """One policy against mask ratio."""
+
+    kind: str
+    label: str
+    shares: tuple[float, ...]  # of layers executed, one a bin of (0, 1]; NaN where nothing ran
+
+
+# --------------------------------------------------------------------------------------- trade-off
+
+
+def tradeoff_curve(panels: Sequence[Panel], path: str | Path) -> Path:
+    """Quality against the share of layers run: one panel a task, one line a kind of policy."""
+    require(len(panels) > 0, "tradeoff_curve: no panels; give at least one task")
+    columns = min(2, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    with figure_at(path, 4.4 * columns + 0.6, 3.5 * rows + 0.5) as figure:
+        figure.get_layout_engine().set(hspace=0.08, wspace=0.06)
+        axes = figure.subplots(rows, columns, squeeze=False).ravel()
+        for ax, panel in zip(axes, panels, strict=False):
+            _tradeoff_panel(ax, panel)
+        for ax in axes[len(panels) :]:
+            ax.remove()
+        # A panel may lack a kind, so the legend is gathered from all of them.
+        handles = {}
+        for ax in axes[: len(panels)]:
+            for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+                handles.setdefault(label, handle)
+        order = [kind for kind in ("full", "routed", "static", "random") if kind in handles]
+        figure.legend(
+            [handles[k] for k in order], order, loc="outside lower center", ncols=len(order)
+        )
+    return Path(path)
+
+
+def _tradeoff_panel(ax: Axes, panel: Panel) -> None:
+    for kind in ("random", "static", "routed"):
+        points = sorted((p for p in panel.points if p.kind == kind), key=lambda p: p.share)
+        if not points:
+            continue
+        ax.errorbar(
+            [p.share for p in points],
+            [p.value for p in points],
+            yerr=[[p.value - p.low for p in points], [p.high - p.value for p in points]],
+            color=COLORS[kind],
+            marker="o",
+            markersize=5,
+            linewidth=1.8,
+            elinewidth=1,
+            ecolor=COLORS[kind] + "55",
+            label=kind,
+        )
+        for index, point in enumerate(points):
+            _label_point(ax, point, panel.lower_is_better, high=index % 2)
+    for p in panel.points:
+        if p.kind == "full":
+            ax.axhline(p.value, color=GREY, linestyle="--", linewidth=1, zorder=1)
+            star = {"markersize": 15, "markeredgecolor": "#7a5c00", "markeredgewidth": 0.6}
+            ax.plot(p.share, p.value, "*", color=COLORS["full"], zorder=5, label="full", **star)
+    ax.margins(x=0.1, y=0.1)
+    ax.set(title=panel.title, xlabel="layers run / layers", ylabel=panel.ylabel)
+
+
+def _label_point(ax: Axes, point: Point, lower_is_better: bool, high: int) -> None:
+    """Beside the curve: it rises to the right where higher is better, and falls where lower is.
+
+    Routers come above, static skips below: their curves may be close. Routers lie close together,
+    so every other label of theirs is put higher.
+    """
+    from matplotlib.patheffects import withStroke
+
+    dx, dy, align = {
+        "static": (4, -4, "left"),
+        "random": (-4, 4, "right"),
+        "routed": (0, 6 + 10 * high, "center"),
+    }[point.kind]
+    dy = -dy if lower_is_better else dy
+    ax.annotate(
+        point.label,
+        (point.share, point.value),
+        (dx, dy),
+        textcoords="offset points",
+        ha=align,
+        va="bottom" if dy > 0 else "top",
+        fontsize=8,
+        color=COLORS[point.kind],
+        path_effects=[withStroke(linewidth=2, foreground="white")],
+        zorder=6,
+    )
+
+
+# --------------------------------------------------------------------------------------- execution
+
+
+def execution_heatmap(
+    labels: Sequence[str], shares: Float[np.ndarray, "P L"], path: str | Path, title: str = ""
+) -> Path:
+    """How often each of P policies executes each of L layers: shares of 0 to 1, NaN if unknown."""
+    require(len(labels) > 0, "execution_heatmap: no policies; give at least one")
+    values = np.asarray(shares, dtype=float)
+    num_policies, num_layers = values.shape
+    written = num_layers <= 16 and values.size <= 200
+    width = max(5.0, 2.0 + (0.5 if written else 0.3) * num_layers)
+    with figure_at(path, width, 1.4 + 0.32 * num_policies) as figure:
+        ax = figure.subplots()
+        image = ax.pcolormesh(values, cmap="Blues", vmin=0, vmax=1, edgecolors="white", linewidth=1)
+        if written:
+            for (row, layer), value in np.ndenumerate(values):
+                ax.text(
+                    layer + 0.5,
+                    row + 0.5,
+                    _share_text(value),
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                    color="white" if value > 0.6 else "#1b2733",
+                )
+        every = 1 if num_layers <= 32 else math.ceil(num_layers / 24)
+        layers = range(0, num_layers, every)
+        ax.set_xticks([layer + 0.5 for layer in layers], layers, fontsize=9)
+        ax.set_yticks(np.arange(num_policies) + 0.5, labels)
+        ax.tick_params(length=0)
+        ax.spines[:].set_visible(False)
+        ax.grid(False)
+        ax.invert_yaxis()
+        ax.set(title=title, xlabel="layer (from 0)")
+        bar = figure.colorbar(image, ax=ax, pad=0.01, ticks=[0, 0.5, 1])
+        bar.set_label("share executed")
+        bar.outline.set_visible(False)
+    return Path(path)
+
+
+def _share_text(value: float) -> str:
+    """Two digits without the leading zero; 1 and 0 only where they are exact."""
+    if not 0 < value < 1:
+        return "" if math.isnan(value) else f"{value:g}"
+    return f"{min(max(value, 0.01), 0.99):.2f}".removeprefix("0")
+
+
+def executed_by_mask_ratio(lines: Sequence[Line], path: str | Path, title: str = "") -> Path:
+    """Share of layers executed against mask ratio; thin lines are references.
+
+    Bins in which nothing ran are left out, and lines join the others: an answer of few tokens fills
+    every second bin at most. Denoising moves from right (all masked) to left.
+    """
+    require(len(lines) > 0, "executed_by_mask_ratio: no lines; give at least one policy")
+    routed = [line for line in lines if line.kind == "routed"]
+    # Static goes on top, in dashes: at equal k it coincides with random.
+    references = [line for kind in ("random", "static") for line in lines if line.kind == kind]
+    with figure_at(path, 6.6, 3.8) as figure:
+        ax = figure.subplots()
+        for line in references:
+            ax.plot(
+                *_filled_bins(line),
+                color=COLORS[line.kind],
+                linestyle=(0, (5, 5)) if line.kind == "static" else "-",
+                linewidth=1.2,
+                label=line.kind,
+            )
+        for line, color in zip(routed, shades(len(routed)), strict=True):
+            ax.plot(
+                *_filled_bins(line),
+                color=color,
+                marker="o",
+                markersize=4.5,
+                linewidth=2,
+                label=f"routed {line.label}",
+            )
+        _label_ends(ax, references)
+        ax.set(title=title, xlabel="mask ratio", ylabel="layers run / layers", xlim=(0, 1))
+        lowest, highest = ax.get_ylim()
+        ax.set_ylim(max(0, lowest), min(1.02, highest))
+        handles = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+        if handles:
+            figure.legend(handles.values(), handles, loc="outside right upper", fontsize=9)
+    return Path(path)
+
+
+def _filled_bins(line: Line) -> tuple[np.ndarray, np.ndarray]:
+    """Centres and shares of the bins in which something ran."""
+    shares = np.array(line.shares)
+    filled = np.isfinite(shares)
+    return ((np.arange(len(shares)) + 0.5) / len(shares))[filled], shares[filled]
+
+
+def _label_ends(ax: Axes, lines: Sequence[Line]) -> None:
+    """Writes each label once at the right edge: static and random coincide at equal k."""
+    ends = {}
+    for line in lines:
+        _, shares = _filled_bins(line)
+        if len(shares):
+            ends.setdefault(line.label, shares[-1])
+    for label, y in ends.items():
+        ax.annotate(
+            label,
+            (1, y),
+            (4, 0),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            color=GREY,
+            annotation_clip=False,
+        )

@@ -1,0 +1,115 @@
+"""The figure of training runs, from the metrics.jsonl of each."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float
+
+from dials_jax.errors import require
+from dials_jax.files import json_lines, named
+from dials_jax.reporting.figure import figure_at, shades
+
+if TYPE_CHECKING:  # matplotlib is optional
+    from matplotlib.axes import Axes
+
+log = logging.getLogger(__name__)
+
+MOST_POINTS = 2000  # a figure has fewer pixels; smoothing takes the square of it
+
+
+def training_curves(metrics: str | Path | Sequence[str | Path], path: str | Path) -> Path:
+    """Loss, and skip rate where there is one, against step: smoothed over the faint raw values.
+
+    A long run is drawn by some thousand points: means of neighbours, and the range of the raw
+    values. A line that is no record of a step is left out, with a warning.
+
+    Args:
+      metrics: one `metrics.jsonl` or several; several are named by their folders.
+    Raises: InputError if a file is missing or logs no loss.
+    """
+    files = [Path(m) for m in ([metrics] if isinstance(metrics, str | Path) else metrics)]
+    require(len(files) > 0, "training_curves: no files; give at least one metrics.jsonl")
+    runs = {file: _read_metrics(file) for file in files}
+    panels = [("loss", "loss")]
+    if any("skip_rate" in record for records in runs.values() for record in records):
+        panels.append(("skip_rate", "skip rate"))
+    with figure_at(path, 5.4 * len(panels), 3.6) as figure:
+        axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        for ax, (name, ylabel) in zip(axes, panels, strict=True):
+            _training_panel(ax, runs, name)
+            ax.set(xlabel="step", ylabel=ylabel)
+        if len(files) > 1:
+            axes[0].legend(fontsize=9)
+    return Path(path)
+
+
+def _training_panel(ax: Axes, runs: Mapping[Path, list[dict]], name: str) -> None:
+    raw = []
+    for (file, records), color in zip(runs.items(), shades(len(runs)), strict=True):
+        points = [(r["step"], r[name]) for r in records if _is_finite(r.get(name))]
+        if points:
+            steps, means, spread = _thinned(*np.array(points, dtype=float).T)
+            smooth = _smooth(means)
+            ax.plot(steps, smooth, color=color, linewidth=2, label=file.parent.name)
+            raw.append((*spread, color))
+    # The smoothed lines set the frame: a loss weighted by 1 / p has spikes that would flatten it.
+    ax.margins(y=0.25)
+    ax.autoscale_view()
+    ax.set_ylim(bottom=max(0, ax.get_ylim()[0]))  # neither is ever negative
+    ax.autoscale(False)
+    for steps, values, color in raw:
+        ax.plot(steps, values, color=color, linewidth=0.8, alpha=0.25, zorder=1)
+
+
+def _thinned(
+    steps: Float[np.ndarray, "n"], values: Float[np.ndarray, "n"]
+) -> tuple[
+    Float[np.ndarray, "m"],
+    Float[np.ndarray, "m"],
+    tuple[Float[np.ndarray, "k"], Float[np.ndarray, "k"]],
+]:
+    """At most `MOST_POINTS` of a line, each the mean of equally many neighbours.
+
+    Returns: their steps and values, and a line that shows the least and the greatest of each.
+    """
+    size = -(-len(values) // MOST_POINTS)
+    if size == 1:
+        return steps, values, (steps, values)
+    starts = np.arange(0, len(values), size)
+    counts = np.diff(starts, append=len(values))
+    steps, means = (np.add.reduceat(x, starts) / counts for x in (steps, values))
+    ends = [ends.reduceat(values, starts) for ends in (np.minimum, np.maximum)]
+    return steps, means, (np.repeat(steps, 2), np.stack(ends, axis=1).ravel())
+
+
+def _is_finite(value: Any) -> bool:
+    """Of a number; JSON may hold anything else, and integers that no float can."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and abs(value) <= sys.float_info.max
+
+
+def _smooth(values: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
+    """Centred Hann-weighted mean over a twentieth of the run; the ends average what there is."""
+    window = np.hanning(2 * (len(values) // 40) + 3)[1:-1]
+    return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
+
+
+def _read_metrics(file: Path) -> list[dict[str, Any]]:
+    """Records of one metrics.jsonl with a loss, one a step, in order of steps."""
+    require(file.is_file(), f"{file} is missing; give the metrics.jsonl of a training run")
+    by_step, odd = {}, []  # a run that was resumed may repeat steps
+    for number, _, record in json_lines(file):
+        if not record or not _is_finite(record.get("step")):
+            odd.append(number)
+        elif "loss" in record:
+            by_step[record["step"]] = record
+    if odd:
+        log.warning("%s, %s: no record of a step; left out", file, named(odd))
+    require(len(by_step) > 0, f"{file} logs no loss; give the metrics.jsonl of a training run")
+    return [by_step[step] for step in sorted(by_step)]

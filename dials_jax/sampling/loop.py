@@ -1,0 +1,319 @@
+"""The denoising loop: every sampler over every cache, as one program.
+
+A block of the canvas is filled step by step; a step is one model call and the tokens it reveals.
+The loop ends when no row has a masked token left, which the device finds out by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from dials_jax.caching.cache import Blocks, Cache, Call, Progress, Revealed
+from dials_jax.caching.canvas import CanvasModel
+from dials_jax.config import ModelConfig
+from dials_jax.errors import require
+from dials_jax.models import transformer
+from dials_jax.sampling.timetable import block_timetable, fold, follow
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """Which tokens a step reveals. Settings only: hashable, static in compiled programs.
+
+    Keys come one a position, [B, W].
+    """
+
+    gen_length: int
+    block_length: int
+    steps_per_block: int  # at most; a block also ends when it is full
+    max_quota: int | None  # tokens a step reveals in a row at most; None: any number
+    is_probability: bool  # the confidence is, or lies in [0, 1] like one
+    cfg_scale: float
+    delay_eos: bool
+    stop_at_eos: bool
+
+    def propose(
+        self, cfg: ModelConfig, logits: Float[Array, "B W V"], keys: jax.Array
+    ) -> tuple[Int[Array, "B W"], Float[Array, "B W"]]:
+        """A token for every position, and how sure the model is of it."""
+
+    def choose(
+        self, confidence: Float[Array, "B W"], turn: Turn, keys: jax.Array
+    ) -> Bool[Array, "B W"]:
+        """The positions to reveal. The confidence is -inf where there is nothing to reveal."""
+
+
+class Turn(NamedTuple):
+    """What a sampler may know of a step."""
+
+    step_in_block: Int[Array, ""]
+    present: Int[Array, "B"]  # masked tokens of the block when it was entered
+    remaining: Int[Array, "B"]  # masked tokens of the block now
+
+
+class Record(NamedTuple):
+    """What every model call was. Arrays are as long as the most calls there could be."""
+
+    nfe: Int[Array, ""]
+    gates: Bool[Array, "S L R"]
+    masked_share: Float[Array, "S B"]  # of the generated part, before the call
+    kind: Int[Array, "S"]  # of the cache's passes
+    step: Int[Array, "S"]  # that the call belongs to: it names the model, under a schedule
+
+
+class State(NamedTuple):
+    tokens: Int[Array, "B T"]
+    block: Int[Array, ""]
+    step_in_block: Int[Array, ""]
+    present: Int[Array, "B"]
+    memory: PyTree
+    record: Record
+
+
+def blocks_of(sampler: Sampler, prompt_length: int) -> Blocks:
+    count = sampler.gen_length // sampler.block_length
+    return Blocks(prompt_length, sampler.block_length, count, sampler.max_quota)
+
+
+def num_steps(sampler: Sampler, cache: Cache) -> int:
+    """Steps of all blocks, at most."""
+    return sampler.gen_length // sampler.block_length * step_limit(sampler, cache)
+
+
+def step_limit(sampler: Sampler, cache: Cache) -> int:
+    """Steps of a block at most.
+
+    Where a cache leaves masked tokens out of a call, a step may find fewer than its quota. The
+    block then takes longer, and each of the steps beyond the sampler's own reveals one at least.
+    A quota of one is always found: the leftmost mask never leaves.
+    """
+    if not cache.partial or sampler.max_quota in (None, 1) or is_fixed(sampler, cache):
+        return sampler.steps_per_block
+    return sampler.steps_per_block + sampler.block_length
+
+
+def is_fixed(sampler: Sampler, cache: Cache) -> bool:
+    """Whether all steps are known beforehand: each reveals its quota, and no row ends early.
+
+    The loops then have constant trip counts. The device waits for a condition only where the kind
+    of a step depends on the block.
+    """
+    by_quota = sampler.max_quota is not None and not sampler.stop_at_eos
+    return by_quota and not (cache.partial and sampler.max_quota > 1)
+
+
+class Loop:
+    """The steps of one generation, as functions from state to state."""
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        cache: Cache,
+        net: CanvasModel,
+        prompt_length: int,
+        noise_keys: jax.Array,
+    ):
+        require(
+            sampler.is_probability or not cache.partial,
+            "EarlySkip weighs confidence against change, so it must be like a probability; "
+            "use alg='maskgit_plus' or 'topk_margin'",
+        )
+        self.sampler, self.cache, self.net = sampler, cache, net
+        self.blocks = blocks_of(sampler, prompt_length)
+        self.noise_keys = noise_keys
+        self.passes = cache.passes(net, self.blocks)
+        self.limit = step_limit(sampler, cache)
+        self.num_steps = num_steps(sampler, cache)
+
+    def start(self, canvas: Int[Array, "B T"], num_layers: int) -> State:
+        num_rows, zero = canvas.shape[0], jnp.asarray(0, jnp.int32)
+        record = start_record(self.num_steps, num_layers, num_rows, self.net.num_rows)
+        memory = self.cache.start(self.net, self.blocks)
+        return State(canvas, zero, zero, jnp.zeros(num_rows, jnp.int32), memory, record)
+
+    def run(self, state: State, stop: Int[Array, ""] | None = None) -> State:
+        """The steps before number `stop`; None: all of them."""
+        if stop is None and is_fixed(self.sampler, self.cache):
+            steps = fold(block_timetable(self.cache, self.net, self.blocks, self.limit))
+            return follow([(self.blocks.count, steps)], self.advance, self.dispatch, state)
+        every = partial(self.dispatch, range(len(self.passes)), stop=stop)
+        last = self.num_steps if stop is None else stop
+        return lax.while_loop(lambda s: self.number(s) < last, every, state)
+
+    def number(self, state: State) -> Int[Array, ""]:
+        """Of the step that is due, counted through all blocks."""
+        return state.block * self.limit + state.step_in_block
+
+    def dispatch(
+        self,
+        kinds: Iterable[int],
+        state: State,
+        calls: int | None = None,
+        stop: Int[Array, ""] | None = None,
+    ) -> State:
+        """The model calls of these kinds that are due, one kind after the other.
+
+        Loops in a row, not a `lax.switch`: a loop updates the caches in place.
+
+        Args:
+          calls: exactly so many, of these kinds in any order; None: as they come.
+          stop: none of this step, or of a later one.
+        """
+        first, cache, count = state.record.nfe, self.cache, self.blocks.count
+
+        def due(kind: int, state: State) -> Array:
+            due = cache.kind(state.block, state.step_in_block, state.memory, self.net, self.blocks)
+            due = (due == kind) & (state.block < count)
+            if stop is not None:
+                due &= self.number(state) < stop
+            return due if calls is None else due & (state.record.nfe < first + calls)
+
+        def every(state: State) -> State:
+            for kind in kinds:
+                state = lax.while_loop(partial(due, kind), partial(self.advance, kind), state)
+            return state
+
+        if calls in (None, 1):
+            return every(state)
+        # A block may take these kinds in another order than its neighbours, and one round would
+        # make too few calls.
+        return lax.while_loop(lambda s: s.record.nfe < first + calls, every, state)
+
+    def advance(self, kind: int, state: State) -> State:
+        """One model call, the tokens it reveals, and where that leads."""
+        masked = self.masked_by_block(state.tokens)
+        remaining = jnp.sum(jnp.take(masked, state.block, axis=1), axis=1)
+        present = jnp.where(state.step_in_block == 0, remaining, state.present)
+        turn = Turn(state.step_in_block, present, remaining)
+        step = self.number(state)
+        progress = Progress(
+            state.tokens, step, state.block, state.step_in_block, unfinished=remaining > 0
+        )
+        call = self.passes[kind].call(progress, state.memory)
+        tokens, revealed = self.reveal(call, progress, turn)
+        memory = self.cache.learn(call.memory, revealed, self.net)
+        record = note(state.record, call.gates, jnp.mean(masked, axis=(1, 2)), kind, step)
+        block, step_in_block = self.next_step(tokens, state)
+        return State(tokens, block, step_in_block, present, memory, record)
+
+    def reveal(
+        self, call: Call, progress: Progress, turn: Turn
+    ) -> tuple[Int[Array, "B T"], Revealed]:
+        """The canvas after a model call."""
+        sampler, cfg, blocks = self.sampler, self.net.cfg, self.blocks
+        tokens = progress.tokens
+        window = jnp.take_along_axis(tokens, call.index, axis=1)
+        masked = transformer.is_masked(cfg, window)
+        if call.active is not None:
+            masked &= call.active
+        keys = position_keys(self.noise_keys, progress.step, call.index - blocks.start)
+        logits = transformer.logits_of(cfg, self.net.params, call.h)
+        if self.net.given is not None:
+            logits = guide(logits, sampler.cfg_scale)
+        logits = transformer.sayable(cfg, logits)
+        guess, confidence = sampler.propose(cfg, logits, keys)
+        shown = jnp.where(masked, confidence, 0.0)
+        if sampler.delay_eos:
+            delayed = (guess == cfg.eos_id) & too_early(cfg, blocks, progress, call.index)
+            confidence = jnp.where(delayed, 0.0, confidence)
+            # The published code shows a delayed token's own confidence to a shifted model's cache.
+            shown = shown if cfg.shift else jnp.where(masked, confidence, 0.0)
+        commit = masked & sampler.choose(jnp.where(masked, confidence, -jnp.inf), turn, keys)
+        tokens = _put(tokens, call.index, jnp.where(commit, guess, window))
+        if sampler.stop_at_eos:
+            tokens = close(cfg, tokens, blocks.start)
+        return tokens, Revealed(call.index, call.active, shown, commit, progress.unfinished)
+
+    def next_step(self, tokens: Int[Array, "B T"], state: State) -> tuple[Array, Array]:
+        """The block and step after this one.
+
+        Stays while the block has masks and steps left; goes on to the next block that has masks.
+        Where all steps are fixed, every block takes all of its own.
+        """
+        more = state.step_in_block + 1 < self.limit
+        number, later = jnp.arange(self.blocks.count), state.block + 1
+        if not is_fixed(self.sampler, self.cache):
+            has = jnp.any(self.masked_by_block(tokens), axis=(0, 2))
+            more &= jnp.take(has, state.block)
+            later = jnp.min(jnp.where(has & (number >= later), number, self.blocks.count))
+        block = jnp.where(more, state.block, later).astype(jnp.int32)
+        return block, jnp.where(more, state.step_in_block + 1, 0).astype(jnp.int32)
+
+    def masked_by_block(self, tokens: Int[Array, "B T"]) -> Bool[Array, "B blocks W"]:
+        answer = tokens[:, self.blocks.start :]
+        shape = (-1, self.blocks.count, self.blocks.length)
+        return transformer.is_masked(self.net.cfg, answer).reshape(shape)
+
+
+def guide(logits: Float[Array, "R W V"], cfg_scale: float) -> Float[Array, "B W V"]:
+    """Classifier-free guidance of the conditional (first) by the unconditional half."""
+    conditional, unconditional = jnp.split(logits, 2)
+    return unconditional + (cfg_scale + 1) * (conditional - unconditional)
+
+
+def position_keys(
+    noise_keys: jax.Array, step: Int[Array, ""], place: Int[Array, "B W"]
+) -> jax.Array:
+    """One key a place of the answer: its noise is the same in any batch and any window."""
+    of_step = jax.vmap(jax.random.fold_in, (0, None))(noise_keys, step)
+    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(of_step, place)
+
+
+def too_early(
+    cfg: ModelConfig, blocks: Blocks, progress: Progress, index: Int[Array, "B W"]
+) -> Bool[Array, "B W"]:
+    """Where ES-dLLM delays an end of text.
+
+    That is while the row has none, unless the token before it is known or in an earlier block.
+    """
+    generated = progress.tokens[:, blocks.start :]
+    without = ~jnp.any(generated == cfg.eos_id, axis=1, keepdims=True)
+    before = jnp.take_along_axis(progress.tokens, jnp.maximum(index - 1, 0), axis=1)
+    inside = index > blocks.start + progress.block * blocks.length
+    return without & transformer.is_masked(cfg, before) & inside
+
+
+def close(cfg: ModelConfig, tokens: Int[Array, "B T"], prompt_length: int) -> Int[Array, "B T"]:
+    """Fills with end of text all that follows one which has no masked token before it."""
+    answer = tokens[:, prompt_length:]
+    masked = transformer.is_masked(cfg, answer)
+    known = jnp.cumsum(masked, axis=1) == 0
+    ended = jnp.cumsum((answer == cfg.eos_id) & known, axis=1) > 0
+    return tokens.at[:, prompt_length:].set(jnp.where(ended & masked, cfg.eos_id, answer))
+
+
+def start_record(
+    num_calls: int, num_layers: int, num_rows: int, gated_rows: int | None = None
+) -> Record:
+    """An empty record.
+
+    Args:
+      num_layers: of the deepest model; the gates of others are False beyond their own.
+      gated_rows: None: as many as there are rows.
+    """
+    calls = jnp.zeros(num_calls, jnp.int32)
+    gates = jnp.zeros((num_calls, num_layers, gated_rows or num_rows), bool)
+    return Record(jnp.asarray(0, jnp.int32), gates, jnp.zeros((num_calls, num_rows)), calls, calls)
+
+
+def note(record: Record, gates: Array, share: Array, kind: int, step: Array) -> Record:
+    """The record with one more call."""
+    at = record.nfe
+    return Record(
+        nfe=at + 1,
+        gates=record.gates.at[at, : gates.shape[0]].set(gates),
+        masked_share=record.masked_share.at[at].set(share),
+        kind=record.kind.at[at].set(kind),
+        step=record.step.at[at].set(step),
+    )
+
+
+def _put(tokens: Array, index: Array, new: Array) -> Array:
+    return jax.vmap(lambda row, at, x: row.at[at].set(x, unique_indices=True))(tokens, index, new)

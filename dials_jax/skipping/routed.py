@@ -1,0 +1,222 @@
+"""DIALS: routers, a small network before every layer whose masked tokens vote on skipping it.
+
+Vote 0 is to skip, vote 1 to execute. In training votes and gates are hard, and gradients pass
+through them straight.
+
+Source: DIALS, section 3.2 and algorithm 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from dials_jax import trees
+from dials_jax.config import RouterConfig, Typed
+from dials_jax.errors import require
+from dials_jax.keys import threefry_key
+from dials_jax.nn.initializers import normal
+from dials_jax.nn.norm import RMSNorm
+from dials_jax.nn.pure import Pure
+from dials_jax.nn.stack import Denoising
+from dials_jax.skipping.policies import Static, static_field
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Routed(Typed):
+    """Skips a layer for a row when more than `threshold` of its masked tokens vote so.
+
+    A row without masked tokens executes everything. Padding never votes.
+    Source: DIALS, algorithm 1. `router` has the parameters of all layers, stacked or unrolled.
+    """
+
+    router: PyTree
+    threshold: float = static_field(default=0.1)
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(0 <= self.threshold <= 1, f"threshold={self.threshold} must lie in [0, 1]")
+        require(
+            not isinstance(self.router, str | Path),
+            f"router={str(self.router)!r} is a path; give what load_router(path, model) returns",
+        )
+
+    def plan(self, num_layers: int, denoising: Denoising) -> PyTree:
+        check_router(self.router, num_layers)
+        return self.router
+
+    def gate(
+        self, plan: PyTree, h: Float[Array, "B T D"], denoising: Denoising
+    ) -> Bool[Array, "B"]:
+        start = denoising.vote_from
+        votes = votes_to_skip(plan, h[:, start:])
+        return skip_share(votes, denoising.masked[:, start:]) <= self.threshold
+
+
+class StochasticPlan(NamedTuple):
+    router: trees.Params
+    layer: Int[Array, "..."]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StochasticRouted:
+    """`Routed` for training: Gumbel votes, and float gates with straight-through gradients."""
+
+    router: PyTree
+    threshold: float = static_field()
+    temperature: float = static_field()
+
+    def plan(self, num_layers: int, denoising: Denoising) -> StochasticPlan:
+        check_router(self.router, num_layers)
+        return StochasticPlan(self.router, np.arange(num_layers))
+
+    def gate(
+        self, plan: StochasticPlan, h: Float[Array, "B T D"], denoising: Denoising
+    ) -> Float[Array, "B"]:
+        def noise(key):
+            return jax.random.gumbel(jax.random.fold_in(key, plan.layer), (h.shape[1], 2))
+
+        gumbel = jax.vmap(noise)(denoising.row_keys)
+        votes = gumbel_votes(gumbel, apply_router(plan.router, h), self.temperature)
+        share = skip_share(votes[..., SKIP], denoising.masked)
+        return 1.0 - straight_through_threshold(share, self.threshold)
+
+
+def check_router(router: PyTree, num_layers: int) -> None:
+    leaves = jax.tree.leaves(router)
+    arrays = bool(leaves) and all(np.ndim(leaf) > 0 and hasattr(leaf, "dtype") for leaf in leaves)
+    require(arrays, "the router holds no arrays of parameters; give what load_router returns")
+    layers = trees.num_layers(router)
+    require(
+        layers == num_layers,
+        f"the router has {layers} layers and the model {num_layers}; train one for this model",
+    )
+
+
+def gumbel_votes(
+    gumbel: Float[Array, "*B 2"], logits: Float[Array, "*B 2"], temperature: float
+) -> Float[Array, "*B 2"]:
+    """One-hot votes with the gradient of the Gumbel-softmax (Jang et al. 2016).
+
+    Args:
+      gumbel: standard Gumbel noise.
+      temperature: of the relaxation; it does not change the votes, only their gradient.
+    """
+    soft = jax.nn.softmax((logits + gumbel) / temperature, axis=-1)
+    hard = jax.nn.one_hot(jnp.argmax(soft, axis=-1), 2, dtype=soft.dtype)
+    return soft + lax.stop_gradient(hard - soft)
+
+
+def straight_through_threshold(share: Float[Array, "*B"], tau: float) -> Float[Array, "*B"]:
+    """1[share > tau] with the gradient of `share` (Bengio et al. 2013; DIALS, equation 6)."""
+    hard = (share > tau).astype(share.dtype)
+    return share + lax.stop_gradient(hard - share)
+
+
+SKIP = 0
+
+
+class Router(nnx.Module):
+    """RMSNorm, linear, SiLU, linear to two logits.
+
+    The last layer starts at zero with biases (0, execute_bias): at first every token votes the
+    same, about 5 % of them to skip under Gumbel noise, so that most layers run.
+    """
+
+    def __init__(self, d_model: int, cfg: RouterConfig, rngs: nnx.Rngs):
+        self.norm = RMSNorm(d_model, 1e-5, rngs)
+        self.down = nnx.Param(normal(rngs, (d_model, cfg.d_hidden)))
+        self.down_bias = nnx.Param(jnp.zeros(cfg.d_hidden))
+        self.vote = nnx.Param(jnp.zeros((cfg.d_hidden, 2)))
+        self.vote_bias = nnx.Param(jnp.array([0.0, cfg.execute_bias]))
+
+    def hidden(self, h: Float[Array, "B T D"]) -> Float[Array, "B T R"]:
+        """Only this wide product runs in the stream's dtype."""
+        x = jnp.einsum(
+            "BTD,DR->BTR",
+            self.norm(h),
+            self.down[...].astype(h.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        return jax.nn.silu(x + self.down_bias[...])
+
+    @jax.named_scope("router")
+    def __call__(self, h: Float[Array, "B T D"]) -> Float[Array, "B T 2"]:
+        """Float32 logits."""
+        return jnp.einsum("BTR,RK->BTK", self.hidden(h), self.vote[...]) + self.vote_bias[...]
+
+    @jax.named_scope("router")
+    def margin(self, h: Float[Array, "B T D"]) -> Float[Array, "B T"]:
+        """By how much skipping is ahead. As a sum, not a thin product, it fuses with the rest."""
+        vote, bias = (
+            x[..., SKIP] - x[..., 1 - SKIP] for x in (self.vote[...], self.vote_bias[...])
+        )
+        return jnp.sum(self.hidden(h) * vote, axis=-1) + bias
+
+
+@lru_cache
+def router_module(d_model: int, cfg: RouterConfig) -> Pure:
+    return Pure(lambda rngs: Router(d_model, cfg, rngs))
+
+
+def init_routers(d_model: int, num_layers: int, cfg: RouterConfig, key: jax.Array) -> trees.Params:
+    """Routers of all layers, stacked, in float32."""
+    return router_module(d_model, cfg).init_stack(threefry_key(key), num_layers)
+
+
+def rounded(routers: trees.Params, dtype: str) -> trees.Params:
+    """For inference in `dtype`: the kernel of the one product that runs in it.
+
+    Every call would round it again; the votes are the same.
+    """
+    return {**routers, "down": routers["down"].astype(dtype)}
+
+
+def apply_router(router: trees.Params, h: Float[Array, "B T D"]) -> Float[Array, "B T 2"]:
+    """Vote logits of one layer's router."""
+    return _module_of(router, h)(router, h)
+
+
+def votes_to_skip(router: trees.Params, h: Float[Array, "B T D"]) -> Float[Array, "B T"]:
+    """1 where one layer's router votes to skip, without noise; a draw is one."""
+    return (_module_of(router, h)(router, h, method="margin") >= 0).astype(jnp.float32)
+
+
+def _module_of(router: trees.Params, h: Float[Array, "B T D"]) -> Pure:
+    """Raises: InputError for a router of models of another width."""
+    d_model, d_hidden = router["down"].shape
+    require(
+        d_model == h.shape[-1],
+        f"the router is of width {d_model} and the model of {h.shape[-1]}; train one for this "
+        "model",
+    )
+    return router_module(d_model, RouterConfig(d_hidden=d_hidden))
+
+
+def skip_share(votes: Float[Array, "B T"], masked: Bool[Array, "B T"]) -> Float[Array, "B"]:
+    """Mean vote to skip over a row's masked tokens (DIALS, equation 5); 0 without any."""
+    count = jnp.sum(masked, axis=-1)
+    return jnp.sum(votes * masked, axis=-1) / jnp.maximum(count, 1)
+
+
+def draws(policy: object) -> bool:
+    """Whether the gates may depend on random keys: not those of full, static and routed passes."""
+    return not (policy is None or isinstance(policy, Static | Routed))
+
+
+def router_width(policy: object) -> int:
+    """Hidden width of a policy's routers, for counting FLOPs; 0 for policies without."""
+    if not isinstance(policy, Routed):
+        return 0
+    return trees.layer_slice(policy.router, 0)["down"].shape[-1]

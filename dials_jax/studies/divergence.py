@@ -1,0 +1,193 @@
+"""How far a light model is from the heavy one at each noise level (Sedykh et al., section 4.1).
+
+What a step of the sampler would lose is known without sampling. Under the linear schedule each
+part of the time axis reveals the same number of tokens. So for long rows a schedule's loss in
+likelihood bound is the integral of the difference in cross-entropy over the times of its light
+steps, and the divergence of its samples from the heavy model's is bounded by the integral of
+KL(heavy || light), as far as what the heavy model writes on the way resembles masked text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from dials_jax import sharding, trees
+from dials_jax.compiling import Timed
+from dials_jax.config import ModelConfig
+from dials_jax.diffusion.subs import subs_log_probs
+from dials_jax.errors import require
+from dials_jax.evaluation.positions import over_positions
+from dials_jax.keys import seed_key
+from dials_jax.models import transformer
+from dials_jax.models.model import Model
+
+POSITIONS = 64  # compared together; bounds the memory that the models' logits take
+
+
+class Divergence(NamedTuple):
+    """A model against the heavy one on the same corrupted rows; NaN where nothing was masked."""
+
+    loss_gap: Float[np.ndarray, "N"]  # cross-entropy - the heavy model's; nats a masked token
+    kl: Float[np.ndarray, "N"]  # KL(heavy || model); nats a masked token
+
+
+def divergences(
+    heavy: Model,
+    others: Mapping[str, Model],
+    tokens: Int[np.ndarray, "N T"],
+    time: float,
+    *,
+    seed: int = 0,
+    batch_size: int = 16,
+) -> dict[str, Divergence]:
+    """Compares models on rows masked with probability `time` (equations 5 to 7).
+
+    The masks depend on the seed, the time and the row's number alone. All models share them.
+
+    Raises: InputError for models that do not fill in the same tokens, or that say NaN or infinity.
+    """
+    check_family(heavy.config, {letter: other.config for letter, other in others.items()})
+    # Keys fold the time itself, so that a finer grid keeps what was measured on a coarser one.
+    time_key = jax.random.fold_in(seed_key(seed), round(time * 1e6))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(time_key, jnp.arange(len(tokens)))
+    params = tuple(other.params for other in others.values())
+    configs = tuple(other.config for other in others.values())
+    found = []
+    for first in range(0, len(tokens), batch_size):
+        rows = slice(first, first + batch_size)
+        placed = heavy.place_rows((tokens[rows].astype(np.int32), keys[rows]), batch_size)
+        out, _ = heavy.run(_compare, params, *placed, jnp.float32(time), other_cfgs=configs)
+        found.append(sharding.to_host(out))
+    # Only the last batch was filled up.
+    means, count = jax.tree.map(lambda *parts: np.concatenate(parts)[: len(tokens)], *found)
+    for letter, pair in zip(others, means, strict=True):
+        require(
+            bool(np.isfinite(pair).all()),
+            f"model {letter!r} or the heavy one says NaN or infinity at t={time:g}; look for NaN "
+            "in their weights, or for values that overflow their dtype",
+        )
+    means = jax.tree.map(lambda x: np.where(count > 0, x, np.nan), means)
+    return {letter: Divergence(*pair) for letter, pair in zip(others, means, strict=True)}
+
+
+def check_family(heavy: ModelConfig, others: Mapping[str, ModelConfig]) -> None:
+    """Raises: InputError for models that do not fill in the same tokens."""
+    heavy.require_mask()
+    for letter, cfg in others.items():
+        cfg.require_mask()
+        ids = (cfg.vocab_size, cfg.mask_id)
+        require(
+            ids == (heavy.vocab_size, heavy.mask_id),
+            f"model {letter!r} has vocab_size and mask_id {ids}, but the heavy model "
+            f"{(heavy.vocab_size, heavy.mask_id)}; compare models of one vocabulary",
+        )
+
+
+def _compare_fn(
+    params: trees.Params,
+    other_params: tuple[trees.Params, ...],
+    tokens: Int[Array, "B T"],
+    keys: jax.Array,
+    time: Float[Array, ""],
+    *,
+    cfg: ModelConfig,
+    other_cfgs: tuple[ModelConfig, ...],
+) -> tuple[tuple[tuple[Float[Array, "B"], Float[Array, "B"]], ...], Int[Array, "B"]]:
+    """Means over the masked tokens of each row, 0 without any, and how many were masked."""
+    noise = jax.vmap(lambda key: jax.random.uniform(key, tokens.shape[1:]))(keys)
+    masked = noise < time
+    noisy = jnp.where(masked, cfg.mask_id, tokens)
+    times = jnp.broadcast_to(time, tokens.shape[:1])
+    models = ((cfg, params), *zip(other_cfgs, other_params, strict=True))
+    # An accelerator would multiply float32 in less than float32.
+    with jax.default_matmul_precision("highest"):
+        streams = [_stream(*model, noisy, times) for model in models]
+
+        def compare(streams, tokens, noisy):
+            first, *rest = [
+                subs_log_probs(transformer.logits_of(*model, h, times), noisy, cfg.mask_id)
+                for model, h in zip(models, streams, strict=True)
+            ]
+            return [_gap_and_kl(first, other, tokens) for other in rest]
+
+        sums = over_positions(compare, POSITIONS, streams, tokens, noisy)
+    count = jnp.sum(masked, axis=1)
+    means = jax.tree.map(lambda x: jnp.sum(x, axis=1) / jnp.maximum(count, 1), sums)
+    return tuple(means), count
+
+
+_compare = Timed(_compare_fn, static_argnames=("cfg", "other_cfgs"))
+
+
+def _stream(cfg, params, noisy, times) -> Float[Array, "B T D"]:
+    h = transformer.run_layers(cfg, params, noisy, None, time=times).h
+    return transformer.predicting(cfg, h)
+
+
+def _gap_and_kl(
+    heavy: Float[Array, "B T V"], other: Float[Array, "B T V"], tokens: Int[Array, "B T"]
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """Difference in cross-entropy, and KL(heavy || other); 0 where a token is shown."""
+    difference = heavy - other
+    gap = jnp.take_along_axis(difference, tokens[..., None], axis=-1)[..., 0]
+    return gap, jnp.sum(jnp.exp(heavy) * difference, axis=-1)
+
+
+# ------------------------------------------------------------------------------------- curves
+
+
+class Curve(NamedTuple):
+    """A mean over sequences at each time and its 95 % interval."""
+
+    times: Float[np.ndarray, "S"]
+    value: Float[np.ndarray, "S"]
+    low: Float[np.ndarray, "S"]
+    high: Float[np.ndarray, "S"]
+
+
+def curve(times: Sequence[float], values: Sequence[Float[np.ndarray, "N"]]) -> Curve:
+    """One point a time; sequences without a masked token are left out, as NaN."""
+    import scipy.stats
+
+    points = []
+    for row in values:
+        finite = np.asarray(row, np.float64)
+        finite = finite[np.isfinite(finite)]
+        require(len(finite) > 1, "a time left fewer than two sequences masked; add sequences")
+        half = scipy.stats.t.ppf(0.975, len(finite) - 1) * scipy.stats.sem(finite)
+        points.append((finite.mean(), finite.mean() - half, finite.mean() + half))
+    return Curve(np.asarray(times, np.float64), *np.array(points).T)
+
+
+def curves(
+    times: Sequence[float], measured: Mapping[str, Sequence[Divergence]], heavy2: str = ""
+) -> dict[str, dict[str, Curve]]:
+    """Quantity -> letter -> curve.
+
+    Quantities: "loss" (equation 6, the mean absolute difference), "gap" (the same with its sign),
+    "kl" (equation 7), and with a second heavy model "relative_kl": what is left of it without that
+    model's own, row by row.
+    """
+
+    def all_of(value, letters) -> dict[str, Any]:
+        return {
+            letter: curve(times, [value(letter, i) for i in range(len(times))])
+            for letter in letters
+        }
+
+    light = [letter for letter in measured if letter != heavy2]
+    found = {
+        "loss": all_of(lambda letter, i: np.abs(measured[letter][i].loss_gap), measured),
+        "gap": all_of(lambda letter, i: measured[letter][i].loss_gap, measured),
+        "kl": all_of(lambda letter, i: measured[letter][i].kl, measured),
+    }
+    if heavy2:
+        base = [divergence.kl for divergence in measured[heavy2]]
+        found["relative_kl"] = all_of(lambda letter, i: measured[letter][i].kl - base[i], light)
+    return found

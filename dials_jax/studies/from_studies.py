@@ -1,0 +1,90 @@
+"""What one study reads of another that has ended."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+
+from dials_jax.config import SearchStudy, from_dict
+from dials_jax.errors import require
+from dials_jax.evaluation.results import RECORDS
+from dials_jax.files import read_json
+from dials_jax.records import read_records, require_numbers, sound
+from dials_jax.sampling.model_schedule import Schedule
+from dials_jax.studies import search as search
+from dials_jax.studies.perplexity_run import measured
+from dials_jax.studies.placements import Placements
+from dials_jax.studies.samples import by_schedule, check_batch
+
+AGAIN = "run that study again: it writes its results anew from its records"
+HARMS = ("gap", "kl", "relative_kl")  # curves of an importance study that predict harm
+
+
+def placements_of(cfg: SearchStudy) -> Placements:
+    return Placements(cfg.num_segments, cfg.num_light)
+
+
+def coarse_schedule(cfg: SearchStudy, number: int) -> Schedule:
+    """Of one placement of the light segments."""
+    chosen = placements_of(cfg).chosen(number)
+    return Schedule.coarse(cfg.num_segments, chosen, cfg.steps, cfg.light, cfg.heavy)
+
+
+def coarse_schedules(cfg: SearchStudy) -> list[Schedule]:
+    """Of every placement, in their order."""
+    return [coarse_schedule(cfg, number) for number in range(cfg.num_schedules)]
+
+
+def read_harms(
+    workdir: str | Path, letter: str, num_segments: int
+) -> dict[str, Float[np.ndarray, "n"]]:
+    """The importance of each segment by every curve that an importance study has of a model."""
+    path = Path(workdir) / "results.json"
+    results = read_json(path)
+    require(
+        results.get("kind") == "ImportanceStudy",
+        f"{workdir} holds no importance study; give the workdir of one that ended",
+    )
+    found = {}
+    with sound(path, AGAIN):
+        for name in HARMS:
+            by_letter = results["curves"].get(name, {})
+            require(
+                not by_letter or letter in by_letter,
+                f"{workdir} measured {', '.join(by_letter)} but not {letter!r}; measure that model",
+            )
+            if by_letter:
+                points = by_letter[letter]
+                require_numbers(points["value"], len(points["times"]))
+                times, values = (np.array(points[x], float) for x in ("times", "value"))
+                found[name] = search.segment_harm(times, values, num_segments)
+    return found
+
+
+def read_search(workdir: str | Path) -> tuple[SearchStudy, Float[np.ndarray, "S N"]]:
+    """A finished search and the values of its schedules, in the order of their placements.
+
+    Raises: InputError for a workdir without a search, or with one that has not ended.
+    """
+    path = Path(workdir) / "results.json"
+    results = read_json(path)
+    require(
+        results.get("kind") == "SearchStudy",
+        f"{workdir} holds no search; give the workdir of a SearchStudy that ended",
+    )
+    with sound(path, AGAIN):
+        cfg = from_dict(SearchStudy, results["config"])
+    batches_of = by_schedule(read_records(Path(workdir) / RECORDS, check_batch))
+    values = []
+    for schedule in coarse_schedules(cfg):
+        batches = batches_of.get(str(schedule), {})
+        count = sum(len(record["nll"]) for record in batches.values())
+        require(
+            count >= cfg.num_samples,
+            f"{workdir} has {count} of {cfg.num_samples} samples of {schedule}; let an exhaustive "
+            "search end first",
+        )
+        values.append(measured(batches).values(cfg.aggregate))
+    return cfg, np.stack(values)

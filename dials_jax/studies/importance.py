@@ -1,0 +1,197 @@
+"""How far models are from a heavy one at each noise level, and what schedules would lose."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from dials_jax import sharding
+from dials_jax.config import ImportanceStudy, to_dict
+from dials_jax.data.batches import generator
+from dials_jax.data.sources import training_data
+from dials_jax.errors import require
+from dials_jax.evaluation.results import Outcome, Records, identity
+from dials_jax.loading import load
+from dials_jax.models.model import Model
+from dials_jax.records import require_numbers
+from dials_jax.reporting.environment import environment
+from dials_jax.reporting.publish import Shown, Table, as_dicts, publish
+from dials_jax.sampling.model_schedule import Schedule
+from dials_jax.studies import plots as plots
+from dials_jax.studies.divergence import Curve, Divergence, check_family, curves, divergences
+from dials_jax.studies.predictions import plot_predictions, prediction_table, predictions
+from dials_jax.studies.samples import require_known
+
+READING = (
+    ("loss", "Mean absolute difference in cross-entropy to the heavy model, nats (equation 6)."),
+    ("gap", "Cross-entropy above the heavy model's, nats: below 0 the model is the better one."),
+    ("kl", "KL divergence of the model from the heavy one, nats (equation 7)."),
+    ("relative_kl", "The same, less that of a second heavy model, row by row."),
+    ("what schedules would lose", "Integrals over the steps that they give to other models, nats a "
+     "token, on masked text; later steps build on what a light one wrote, which this leaves out."),
+)  # fmt: skip
+
+
+def run_importance(cfg: ImportanceStudy, workdir: Path) -> Outcome:
+    """Figures 5 and 6, and what schedules would lose by them."""
+    from tqdm import tqdm
+
+    schedules = [Schedule.parse(text) for text in cfg.schedules]
+    require_known(schedules, [letter for letter, _ in cfg.models])
+    mesh = sharding.make_mesh(cfg.mesh)
+    models = {letter: load(path, cfg.dtype, mesh, cfg.layout) for letter, path in cfg.models}
+    heavy = models.pop(cfg.heavy)
+    check_family(heavy.config, {letter: model.config for letter, model in models.items()})
+    tokens, data = clean_rows(cfg, heavy)
+    weights = {letter: model.fingerprint for letter, model in models.items()}
+    weights |= {cfg.heavy: heavy.fingerprint, "data": data}
+    records = Records(workdir, identity(cfg, weights), partial(_check_time, letters=set(models)))
+    done = {record["time"] for record in records.all}
+    quiet = not sys.stderr.isatty()
+    for time in tqdm([t for t in cfg.times if t not in done], unit="time", disable=quiet):
+        found = divergences(heavy, models, tokens, time, seed=cfg.seed, batch_size=cfg.batch_size)
+        records.add({"time": time, "models": {k: _plain(v) for k, v in found.items()}})
+    measured_at = {record["time"]: record["models"] for record in records.all}
+    by_letter = {
+        letter: [_divergence(measured_at[t][letter]) for t in cfg.times] for letter in models
+    }
+    results = {
+        "kind": type(cfg).__name__,
+        "config": to_dict(cfg),
+        "environment": environment(heavy, cfg.seed),
+        "num_layers": {cfg.heavy: heavy.num_layers}
+        | {letter: model.num_layers for letter, model in models.items()},
+        "curves": curve_results(curves(cfg.times, by_letter, cfg.heavy2)),
+    }
+    predicted = predictions(schedules, cfg.times, by_letter)
+    results["predicted"] = as_dicts(predicted)
+
+    tables = {"Curves": curve_table(results["curves"])}
+    if predicted:
+        tables["What schedules would lose"] = prediction_table(predicted)
+
+    def draw(folder: Path) -> dict[Path, str]:
+        figures = plot_importance(results, cfg, folder)
+        return figures | (plot_predictions(predicted, folder) if predicted else {})
+
+    def show():
+        title = "Importance of denoising steps"
+        shown = Shown(title=title, tables=tables, reading=READING, draw=draw)
+        publish(results, curve_rows(results["curves"]), shown, workdir)
+        for table in tables.values():
+            print(table.text())
+
+    return results, show
+
+
+def clean_rows(cfg: ImportanceStudy, heavy: Model) -> tuple[Int[np.ndarray, "N T"], str]:
+    """Rows of the data, drawn once by the seed, and the data's fingerprint."""
+    data, _ = training_data(cfg.data, heavy.config, heavy.path)
+    require(
+        data.num_rows >= cfg.num_sequences,
+        f"the data has {data.num_rows} rows, fewer than num_sequences={cfg.num_sequences}; "
+        "lower it or add text",
+    )
+    random = generator("step importance", cfg.seed)
+    chosen = np.sort(random.choice(data.num_rows, cfg.num_sequences, replace=False))
+    tokens, answer, valid = data.rows(chosen)
+    require(
+        valid is None and bool(answer.all()),
+        "the importance study masks whole rows; give text data with prompt_length=0",
+    )
+    return tokens, data.fingerprint
+
+
+def _check_time(record: Any, letters: set[str]) -> None:
+    """Raises: a plain error for what is no record of a noise level."""
+    require_numbers([record["time"]])
+    if record["models"].keys() != letters:
+        raise ValueError(f"models are {sorted(record['models'])}")
+    for found in record["models"].values():
+        for name in Divergence._fields:
+            require_numbers(found[name])
+
+
+def _plain(divergence: Divergence) -> dict[str, list[float]]:
+    return {name: np.asarray(x, float).tolist() for name, x in divergence._asdict().items()}
+
+
+def _divergence(plain: dict[str, list[float | None]]) -> Divergence:
+    return Divergence(**{name: np.array(values, float) for name, values in plain.items()})
+
+
+# --------------------------------------------------------------------------- tables and figures
+
+
+def curve_results(curves: Mapping[str, Mapping[str, Curve]]) -> dict[str, Any]:
+    return {
+        quantity: {
+            letter: {name: x.tolist() for name, x in curve._asdict().items()}
+            for letter, curve in by_letter.items()
+        }
+        for quantity, by_letter in curves.items()
+    }
+
+
+def curve_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row a quantity, model and time."""
+    return [
+        {"quantity": quantity, "model": letter, "time": t, "value": value, "low": low, "high": high}
+        for quantity, by_letter in results.items()
+        for letter, curve in by_letter.items()
+        for t, value, low, high in zip(
+            curve["times"], curve["value"], curve["low"], curve["high"], strict=True
+        )
+    ]
+
+
+def curve_table(results: Mapping[str, Any]) -> Table:
+    """Every quantity and model with its peak and its ends."""
+    lines = []
+    for quantity, by_letter in results.items():
+        for letter, curve in by_letter.items():
+            peak = int(np.argmax(curve["value"]))
+            half = (curve["high"][peak] - curve["low"][peak]) / 2
+            lines.append(
+                (
+                    f"{quantity} {letter}",
+                    f"{curve['value'][0]:.4f}",
+                    f"{curve['value'][peak]:.4f} ±{half:.4f}",
+                    f"{curve['times'][peak]:.3f}",
+                    f"{curve['value'][-1]:.4f}",
+                )
+            )
+    return Table(("curve", "lowest t", "peak", "at t", "highest t"), lines)
+
+
+def plot_importance(
+    results: Mapping[str, Any], cfg: ImportanceStudy, folder: Path
+) -> dict[Path, str]:
+    """A figure a quantity, with its caption."""
+    depths, captions = results["num_layers"], {}
+    for quantity, by_letter in results["curves"].items():
+        shown = {
+            letter: Curve(*(np.array(x) for x in curve.values()))
+            for letter, curve in by_letter.items()
+        }
+        labels = {x: _label(x, cfg, depths) for x in shown}
+        path = folder / f"{quantity}.png"
+        plots.importance_curves(shown, labels, plots.CURVE_LABELS[quantity], path)
+        captions[path] = f"{dict(READING)[quantity]} Bands are 95 % intervals over rows."
+    return captions
+
+
+def _label(letter: str, cfg: ImportanceStudy, depths: Mapping[str, int]) -> str:
+    """Models of equal depth are told apart by the names of their folders."""
+    paths = dict(cfg.models)
+    label = f"{letter}: {depths[letter]} blocks"
+    if letter == cfg.heavy2:
+        return f"{label}, another seed"
+    twins = [x for x in paths if x != cfg.heavy2 and depths[x] == depths[letter]]
+    return label if len(twins) == 1 else f"{label}, {Path(paths[letter]).name}"

@@ -1,0 +1,150 @@
+"""Schedules put to the test: unconditional samples, scored, a batch at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from dials_jax import sharding
+from dials_jax.config import SamplingStudy
+from dials_jax.data.tokenizer import Tokenizer, load_tokenizer
+from dials_jax.errors import require
+from dials_jax.evaluation.perplexity import (
+    Aggregate,
+    Scores,
+    check_scorer,
+    perplexities,
+    retokenise,
+    score_samples,
+)
+from dials_jax.evaluation.results import Records, identity
+from dials_jax.loading import load
+from dials_jax.sampling.model_schedule import Schedule
+from dials_jax.studies.samples import (
+    Batches,
+    SampledSource,
+    StoredSource,
+    by_schedule,
+    check_batch,
+    check_schedules,
+    model_facts,
+    static_policies,
+)
+
+
+class Measured(NamedTuple):
+    """What the samples of one schedule are like, and what they cost."""
+
+    scores: Scores
+    entropy: Float[np.ndarray, "N"]  # nats
+    seconds: float  # of sampling alone, compilation apart
+    flops: float  # of sampling, all counted
+
+    def values(self, aggregate: Aggregate) -> Float[np.ndarray, "N"]:
+        return perplexities(self.scores, aggregate)
+
+
+class PerplexityRun:
+    """The samples, the scorer and the records of one study."""
+
+    def __init__(self, cfg: SamplingStudy, schedules: Sequence[Schedule], workdir: str | Path):
+        """Loads all models, or looks for the samples of an earlier study.
+
+        Raises: InputError for schedules, models or samples that would stop the study half-way, and
+          for a workdir that holds another study.
+        """
+        check_schedules(cfg, schedules)
+        self.cfg = cfg
+        self.scorer = load(cfg.scorer, "float32", sharding.make_mesh(cfg.mesh))
+        self.samples = StoredSource(cfg, schedules) if cfg.samples else SampledSource(cfg, workdir)
+        self.drawn_by = next(iter(self.samples.facts.values()))
+        self.tokenizers = self._tokenizers()
+        self._check_scorer()
+        prints = {letter: facts["fingerprint"] for letter, facts in self.samples.facts.items()}
+        weights = {"models": prints, "scorer": self.scorer.fingerprint}
+        self.records = Records(workdir, identity(cfg, weights), check_batch)
+        self._batches = by_schedule(self.records.all)
+
+    def _tokenizers(self) -> tuple[Tokenizer, Tokenizer] | None:
+        """Of the samples and of the scorer; None where samples are scored as the ids they are."""
+        if self.cfg.retokenize == "never":
+            return None
+        theirs, drawn_with = load_tokenizer(self.scorer.path), self.drawn_by["tokenizer"]
+        if self.cfg.retokenize == "auto" and drawn_with in theirs.fingerprints:
+            return None
+        ours = load_tokenizer(self.drawn_by["path"])
+        require(
+            drawn_with in (None, *ours.fingerprints),
+            f"{self.drawn_by['path']} has another tokenizer than when the samples were drawn; "
+            "put that one back",
+        )
+        same = self.cfg.retokenize == "auto" and ours.fingerprint == theirs.fingerprint
+        return None if same else (ours, theirs)
+
+    def _check_scorer(self) -> None:
+        cfg, scorer = self.cfg, self.scorer.config
+        length = cfg.score_length if self.tokenizers else min(cfg.length, cfg.score_length)
+        check_scorer(scorer, length)
+        require(
+            self.tokenizers is not None or scorer.eos_id == self.drawn_by["eos_id"],
+            f"end of text is {self.drawn_by['eos_id']} for the samplers and {scorer.eos_id} for "
+            "the scorer; set retokenize=always",
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """What the results depend on beside the configuration, and where they come from."""
+        return {
+            "models": self.samples.facts,
+            "scorer": model_facts(self.scorer),
+            "environment": self.samples.environment,
+        }
+
+    @property
+    def depths(self) -> dict[str, int]:
+        """The layers that each model runs."""
+        skipped = {x: len(policy.layers) for x, policy in static_policies(self.cfg).items()}
+        return {x: f["num_layers"] - skipped.get(x, 0) for x, f in self.samples.facts.items()}
+
+    def measure(
+        self, schedule: Schedule, progress: Callable[[int], Any] = lambda n: None
+    ) -> Measured:
+        """Scores the samples that the records do not hold yet, and puts them there."""
+        done = self._batches.setdefault(str(schedule), {})
+        first = 0
+        while first < self.cfg.num_samples:
+            if first not in done:
+                batch = self.samples.batch(schedule, first)
+                scores = score_samples(self.scorer, self._scored(batch.tokens), self.cfg.batch_size)
+                found = {"nll": scores.nll.tolist(), "weight": scores.weight.tolist()}
+                done[first] = batch.record | found
+                self.records.add(done[first])
+                progress(len(batch.tokens))
+            first += len(done[first]["nll"])
+        return measured(done)
+
+    def _scored(self, samples: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B S"]:
+        """The tokens that the scorer reads."""
+        length = self.cfg.score_length
+        if self.tokenizers is None:
+            return samples[:, :length]
+        ends = self.drawn_by["eos_id"], self.scorer.config.eos_id
+        return retokenise(samples, *self.tokenizers, *ends, length)
+
+
+def measured(batches: Batches) -> Measured:
+    """All batches of one schedule together, in the order of their samples."""
+    records = [batches[first] for first in sorted(batches)]
+
+    def joined(name):
+        return np.concatenate([record[name] for record in records]).astype(float)
+
+    return Measured(
+        Scores(joined("nll"), joined("weight")),
+        joined("entropy"),
+        sum(record["seconds"] for record in records),
+        sum(record["flops"] for record in records),
+    )

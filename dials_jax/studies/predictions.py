@@ -1,0 +1,116 @@
+"""What schedules would lose by the measured importance of their steps, without a sample drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+
+from dials_jax.errors import require
+from dials_jax.reporting.publish import Table
+from dials_jax.sampling.model_schedule import Schedule
+from dials_jax.statistics import mean_interval
+from dials_jax.studies import plots as plots
+from dials_jax.studies.divergence import Divergence
+from dials_jax.studies.search import time_weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What a schedule would lose, in nats a token, with 95 % intervals over the rows of the data.
+
+    `gap` is the loss in likelihood bound, `kl` bounds the divergence from what the heavy model
+    writes; both as far as its path resembles masked text.
+    """
+
+    schedule: str
+    quantity: str  # gap or kl
+    value: float
+    low: float
+    high: float
+    difference: float  # to the first schedule, row by row
+    difference_low: float
+    difference_high: float
+
+
+def predictions(
+    schedules: Sequence[Schedule],
+    times: Sequence[float],
+    measured: Mapping[str, Sequence[Divergence]],
+) -> list[Prediction]:
+    """The integrals of the differences over the times that each schedule gives to other models.
+
+    Args:
+      measured: of every letter but the heavy one's, at each time.
+    """
+    rows = []
+    for quantity, field in {"gap": "loss_gap", "kl": "kl"}.items():
+        values = {
+            letter: np.array([getattr(divergence, field) for divergence in found])
+            for letter, found in measured.items()
+        }
+        harms = [_harm(schedule, times, values) for schedule in schedules]
+        whole = np.isfinite(np.sum(harms, axis=0))  # rows that were masked somewhere at each time
+        require(
+            not schedules or int(whole.sum()) > 1,
+            "schedules: fewer than two rows were masked at every time, too few to predict with; "
+            "add sequences, or lower num_times",
+        )
+        for schedule, harm in zip(schedules, harms, strict=True):
+            difference = (harm - harms[0])[whole]
+            low, high = mean_interval(harm[whole])
+            difference_low, difference_high = mean_interval(difference)
+            rows.append(
+                Prediction(
+                    schedule=str(schedule),
+                    quantity=quantity,
+                    value=float(harm[whole].mean()),
+                    low=low,
+                    high=high,
+                    difference=float(difference.mean()),
+                    difference_low=difference_low,
+                    difference_high=difference_high,
+                )
+            )
+    return rows
+
+
+def _harm(
+    schedule: Schedule, times: Sequence[float], values: Mapping[str, Float[np.ndarray, "G N"]]
+) -> Float[np.ndarray, "N"]:
+    letters = np.array(list(schedule.each_step))
+    parts = [time_weights(np.asarray(times), letters == x) @ found for x, found in values.items()]
+    return np.sum(parts, axis=0)
+
+
+def prediction_table(rows: Sequence[Prediction]) -> Table:
+    header = ("predicted, nats a token", "value", "above the first", "95 % interval")
+    lines = [
+        (
+            f"{r.quantity} {r.schedule}",
+            f"{r.value:.4f} ±{(r.high - r.low) / 2:.4f}",
+            f"{r.difference:+.4f}",
+            f"{r.difference_low:+.4f} to {r.difference_high:+.4f}",
+        )
+        for r in rows
+    ]
+    return Table(header, lines)
+
+
+def plot_predictions(rows: Sequence[Prediction], folder: Path) -> dict[Path, str]:
+    """A figure a quantity, with its caption."""
+    captions = {}
+    for quantity in ("gap", "kl"):
+        found = [r for r in rows if r.quantity == quantity]
+        path = plots.schedule_points(
+            [r.schedule for r in found],
+            np.array([r.value for r in found]),
+            np.array([[r.low for r in found], [r.high for r in found]]),
+            folder / f"predicted_{quantity}.png",
+            label=f"predicted: {plots.CURVE_LABELS[quantity]} a token",
+        )
+        captions[path] = f"The integral of {quantity} over the steps that are light."
+    return captions

@@ -1,0 +1,206 @@
+"""Ways to find a good schedule without trying all, replayed on a finished search."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from dials_jax.config import ProposeStudy, to_dict
+from dials_jax.errors import require
+from dials_jax.evaluation.results import Outcome
+from dials_jax.reporting.publish import Shown, Table, as_dicts, publish
+from dials_jax.sampling.model_schedule import Schedule
+from dials_jax.statistics import mean_interval
+from dials_jax.studies import plots as plots
+from dials_jax.studies import search as search
+from dials_jax.studies.from_studies import coarse_schedules, placements_of, read_harms, read_search
+from dials_jax.studies.placements import Placements
+from dials_jax.studies.search import Propose, Regret
+
+HARM_LABELS = {
+    "gap": "importance by loss",
+    "kl": "importance by KL",
+    "relative_kl": "importance by relative KL",
+}
+
+REGRET_CAPTION = (
+    "Perplexity of a method's choice above that of the exhaustive one: both choose on one half of "
+    "the samples and are judged on the other. Below 0 the method chose better."
+)
+READING = (
+    ("Regret", REGRET_CAPTION),
+    ("Spearman", "Of the predicted harm and the perplexity of all schedules."),
+    ("Chosen with all samples", "Against the best of the search, by the very samples that chose "
+     "both, which flatters the exhaustive one."),
+)  # fmt: skip
+
+
+def methods_of(
+    light: Placements, harms: Mapping[str, Float[np.ndarray, "n"]]
+) -> dict[str, Callable[[int], Propose]]:
+    """Ways to choose what to try next, by name; each is made from a seed, for one search."""
+    methods = {
+        "chance": lambda seed: search.by_chance(light, seed),
+        "additive model": lambda seed: search.by_additive_model(light, seed),
+    }
+    for name, harm in harms.items():
+        label = HARM_LABELS[name]
+        methods[label] = lambda seed, h=harm: search.by_importance(light, h)
+        methods[f"{label} + additive"] = lambda seed, h=harm: search.by_additive_model(
+            light, seed, h
+        )
+    return methods
+
+
+def run_proposals(cfg: ProposeStudy, workdir: Path) -> Outcome:
+    """Replays ways to find a schedule on a finished search, and compares what they find."""
+    searched, values = read_search(cfg.search)
+    placements = placements_of(searched)
+    light = placements.table
+    letter, num_segments = searched.light, searched.num_segments
+    harms = read_harms(cfg.importance, letter, num_segments) if cfg.importance else {}
+    require(
+        max(cfg.budgets) <= len(light),
+        f"budgets {cfg.budgets} ask for more than the {len(light)} schedules of the search",
+    )
+    methods = methods_of(placements, harms)
+    budgets = sorted(cfg.budgets)
+    regrets = {
+        name: [search.regret(make, values, b, cfg.num_repeats, cfg.seed) for b in budgets]
+        for name, make in methods.items()
+    }
+    chosen = choices(methods, values, budgets, coarse_schedules(searched), cfg.seed)
+    correlations = {
+        name: search.rank_correlation(light @ harm, values, cfg.seed)
+        for name, harm in harms.items()
+    }
+    results = {
+        "kind": type(cfg).__name__,
+        "config": to_dict(cfg),
+        "segments": {"harm": {name: harm.tolist() for name, harm in harms.items()}},
+        "rank_correlation": {name: c._asdict() for name, c in correlations.items()},
+        "regret": {name: [r._asdict() for r in found] for name, found in regrets.items()},
+        "choices": as_dicts(chosen),
+    }
+
+    def show():
+        tables = {
+            "Regret": regret_table(regrets, budgets),
+            "Predicted harm and perplexity": correlation_table(correlations),
+            "Chosen with all samples": choice_table(chosen),
+        }
+        shown = Shown(
+            title="Good schedules without trying all",
+            tables={heading: table for heading, table in tables.items() if table.lines},
+            reading=READING,
+            draw=lambda folder: plot_proposals(
+                regrets, budgets, light, values, harms, correlations, folder
+            ),
+        )
+        publish(results, as_dicts(chosen), shown, workdir)
+        for heading in ("Regret", "Predicted harm and perplexity"):
+            print(tables[heading].text())
+
+    return results, show
+
+
+# --------------------------------------------------------------------------- tables and figures
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What a method chose when it saw all samples, against the best of the exhaustive search.
+
+    Both were chosen by the numbers that compare them, which flatters the exhaustive one.
+    """
+
+    method: str
+    tried: int
+    schedule: str
+    perplexity: float
+    difference: float  # to the exhaustive best, sample by sample
+    difference_low: float
+    difference_high: float
+
+
+def choices(
+    methods: Mapping[str, Callable[[int], Propose]],
+    values: Float[np.ndarray, "S N"],
+    budgets: Sequence[int],
+    schedules: Sequence[Schedule],
+    seed: int,
+) -> list[Choice]:
+    perplexity = values.mean(axis=1)
+    best = int(np.argmin(perplexity))
+    rows = []
+    for name, make in methods.items():
+        for budget in budgets:
+            trials = search.seek(make(seed), lambda s: float(perplexity[s]), budget, len(values))
+            chosen = search.best_of(trials)
+            difference = values[chosen] - values[best]
+            low, high = mean_interval(difference)
+            rows.append(
+                Choice(
+                    method=name,
+                    tried=budget,
+                    schedule=str(schedules[chosen]),
+                    perplexity=float(perplexity[chosen]),
+                    difference=float(difference.mean()),
+                    difference_low=low,
+                    difference_high=high,
+                )
+            )
+    return rows
+
+
+def regret_table(regrets: Mapping[str, Sequence[Regret]], budgets: Sequence[int]) -> Table:
+    lines = [(name, *(f"{r.mean:+.3f}" for r in found)) for name, found in regrets.items()]
+    return Table(("perplexity above the exhaustive choice, tried", *map(str, budgets)), lines)
+
+
+def correlation_table(correlations: Mapping[str, search.Correlation]) -> Table:
+    lines = [(HARM_LABELS[name], correlation_text(c)) for name, c in correlations.items()]
+    return Table(("predicted by", "Spearman, 95 % interval"), lines)
+
+
+def choice_table(rows: Sequence[Choice]) -> Table:
+    header = ("method", "tried", "schedule", "gen. PPL", "above the best", "95 % interval")
+    lines = [
+        (
+            r.method,
+            str(r.tried),
+            r.schedule,
+            f"{r.perplexity:.2f}",
+            f"{r.difference:+.2f}",
+            f"{r.difference_low:+.2f} to {r.difference_high:+.2f}",
+        )
+        for r in rows
+    ]
+    return Table(header, lines)
+
+
+def correlation_text(c: search.Correlation) -> str:
+    return f"{c.value:.2f} ({c.low:.2f} to {c.high:.2f})"
+
+
+def plot_proposals(
+    regrets: Mapping[str, Sequence[Regret]],
+    budgets: Sequence[int],
+    light: Bool[np.ndarray, "S n"],
+    values: Float[np.ndarray, "S N"],
+    harms: Mapping[str, Float[np.ndarray, "n"]],
+    correlations: Mapping[str, search.Correlation],
+    folder: Path,
+) -> dict[Path, str]:
+    """The regret, and each prediction against what was measured; with their captions."""
+    captions = {plots.regret_curves(budgets, regrets, folder / "regret.png"): REGRET_CAPTION}
+    for name, harm in harms.items():
+        title = f"{HARM_LABELS[name]}\nSpearman {correlation_text(correlations[name])}"
+        path = folder / f"predicted_{name}.png"
+        plots.predicted_scatter(light @ harm, values.mean(axis=1), title, path)
+        captions[path] = "One point a schedule: its perplexity against the harm predicted."
+    return captions

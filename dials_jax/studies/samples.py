@@ -1,0 +1,291 @@
+"""Where the samples of a study come from: drawn and kept, or read back to be scored again.
+
+A source says what its models are (`facts`, by letter) and has batches of samples. So samples may be
+drawn on one machine, and scored on another or years later, without the models that drew them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from dials_jax import sharding, trees
+from dials_jax.config import SamplingStudy, to_dict
+from dials_jax.data.tokenizer import Tokenizer, load_tokenizer
+from dials_jax.errors import InputError, nearest, require
+from dials_jax.evaluation.perplexity import unigram_entropy
+from dials_jax.evaluation.results import RECORDS
+from dials_jax.files import read_json, write_json
+from dials_jax.keys import seed_key
+from dials_jax.loading import load
+from dials_jax.models.model import Model
+from dials_jax.records import read_records, require_numbers, sound
+from dials_jax.reporting.environment import command, environment, file_name
+from dials_jax.sampling.ancestral import Ancestral
+from dials_jax.sampling.generate import generate
+from dials_jax.sampling.model_schedule import Schedule
+from dials_jax.skipping.policies import Static
+
+EXAMPLE_CHARACTERS = 600  # of the first sample of each schedule, to look at
+FOLDER = "samples"  # in a study's workdir: models.json, and an array for each batch
+# What samples depend on beside the weights.
+DRAWING = ("static", "length", "steps", "num_samples", "precision", "dtype", "seed")
+
+
+class SampleBatch(NamedTuple):
+    """Samples of one schedule, and what is recorded of them before they are scored."""
+
+    tokens: Int[np.ndarray, "B T"]
+    record: dict[str, Any]  # schedule, first, entropy, nfe, flops, seconds, perhaps an example
+
+
+Batches = dict[int, dict[str, Any]]  # records of one schedule, by their first sample
+
+
+def check_batch(record: Any) -> None:
+    """Raises: a plain error for what is no record of a batch."""
+    if type(record["schedule"]) is not str or type(record["first"]) is not int:
+        raise TypeError("schedule is no text, or first no number")
+    for name in ("nll", "weight", "entropy"):
+        require_numbers(record[name], len(record["nll"]))
+    if not record["nll"]:
+        raise ValueError("no samples")
+    require_numbers([record[name] for name in ("seconds", "flops", "nfe")])
+
+
+def by_schedule(records: Iterable[dict[str, Any]]) -> dict[str, Batches]:
+    """The batches of every schedule. A batch that two runs at once wrote twice counts once."""
+    found: dict[str, Batches] = {}
+    for record in records:
+        found.setdefault(record["schedule"], {})[record["first"]] = record
+    return found
+
+
+class SampledSource:
+    """Samples that are drawn when asked for, and kept.
+
+    Attributes:
+      facts: of each model, by letter: path, num_layers, parameters, fingerprint, eos_id, and its
+        tokenizer's fingerprint (None where it has none).
+      environment: what the samples are drawn with.
+    """
+
+    def __init__(self, cfg: SamplingStudy, workdir: str | Path):
+        """Loads all models.
+
+        Raises: InputError for models that would stop the study half-way.
+        """
+        self.cfg, self.folder = cfg, Path(workdir) / FOLDER
+        mesh = sharding.make_mesh(cfg.mesh)
+        self.models = {x: load(path, cfg.dtype, mesh, cfg.layout) for x, path in cfg.models}
+        self.policies = static_policies(cfg)
+        for letter, policy in self.policies.items():
+            policy.check(self.models[letter].num_layers)
+        first = next(iter(self.models.values()))
+        self.tokenizer = _tokenizer(first.path, optional=cfg.retokenize == "never")
+        tokenizer = self.tokenizer.fingerprint if self.tokenizer else None
+        self.facts = {x: model_facts(model, tokenizer) for x, model in self.models.items()}
+        self.environment = environment(first, cfg.seed)
+        self._described = False
+
+    def batch(self, schedule: Schedule, first: int) -> SampleBatch:
+        """Draws the samples from number `first` on."""
+        cfg = self.cfg
+        numbers = jnp.arange(first, min(first + cfg.batch_size, cfg.num_samples))
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(seed_key(cfg.seed), numbers)
+        out = generate(
+            self.models,
+            None,
+            sampler=Ancestral(cfg.length, cfg.steps, cfg.precision),
+            schedule=schedule,
+            policy=self.policies,
+            key=keys,
+            num_rows=len(numbers),
+            fill_to=cfg.batch_size,
+        )
+        sharding.on_first_process(lambda: self._keep(schedule, first, out.tokens))
+        record = {
+            "schedule": str(schedule),
+            "first": first,
+            "entropy": unigram_entropy(out.tokens).tolist(),
+            "nfe": out.nfe,
+            "flops": out.flops.model_total,
+            "seconds": out.flops.seconds,
+            "tokens": _digest(out.tokens),
+        }
+        return SampleBatch(out.tokens, record | ({} if first else self._example(out.tokens[0])))
+
+    def _keep(self, schedule: Schedule, first: int, tokens: Int[np.ndarray, "B T"]) -> None:
+        """Through a temporary file, so that a reader never sees half of it."""
+        if not self._described:
+            settings = {name: to_dict(self.cfg)[name] for name in DRAWING}
+            facts = {"models": self.facts, "config": settings, "environment": self.environment}
+            write_json(self.folder / "models.json", facts)
+            self._described = True
+        path = _path(self.folder, schedule, first)
+        temporary = path.with_suffix(".tmp.npy")
+        vocab_size = max(model.config.vocab_size for model in self.models.values())
+        np.save(temporary, tokens.astype(np.min_scalar_type(vocab_size)))
+        os.replace(temporary, path)
+
+    def _example(self, sample: Int[np.ndarray, "T"]) -> dict[str, str]:
+        if self.tokenizer is None:
+            return {}
+        return {"example": self.tokenizer.decode(sample)[:EXAMPLE_CHARACTERS]}
+
+
+class StoredSource:
+    """Samples of an earlier study, whose models need not be there any more.
+
+    Attributes: those of `Drawn`; the environment is that in which they were drawn.
+    """
+
+    def __init__(self, cfg: SamplingStudy, schedules: Sequence[Schedule]):
+        """Looks whether all samples are there.
+
+        Raises: InputError for samples that are missing, or were drawn with other settings.
+        """
+        workdir = Path(cfg.samples)
+        self.folder = workdir / FOLDER
+        require(
+            (self.folder / "models.json").is_file(),
+            f"{workdir} holds no samples; give the workdir of a study that drew some",
+        )
+        kept = _read_kept(self.folder / "models.json")
+        self.facts: dict[str, dict[str, Any]] = kept["models"]
+        _check_drawing(cfg, self.facts, kept["config"])
+        self.environment = kept["environment"] | {"command": command()}
+        self.batches = by_schedule(read_records(workdir / RECORDS, check_batch))
+        for schedule in schedules:
+            self._check(schedule, cfg.num_samples, cfg.length)
+
+    def _check(self, schedule: Schedule, num_samples: int, length: int) -> None:
+        found = 0
+        for first, record in self.batches.get(str(schedule), {}).items():
+            path = _path(self.folder, schedule, first)
+            if path.is_file():
+                require(
+                    _shape(path) == (len(record["entropy"]), length),
+                    f"{path} is damaged; copy it again, or draw the samples again",
+                )
+                found += len(record["entropy"])
+        require(
+            found == num_samples,
+            f"{self.folder} has {found} of {num_samples} samples of {schedule}; let that study "
+            "end first, or leave the schedule out",
+        )
+
+    def batch(self, schedule: Schedule, first: int) -> SampleBatch:
+        """Reads the samples that were drawn from number `first` on.
+
+        Raises: InputError for samples that are not those that were drawn.
+        """
+        old, path = self.batches[str(schedule)][first], _path(self.folder, schedule, first)
+        tokens = np.load(path).astype(np.int32)
+        require(
+            old.get("tokens") in (None, _digest(tokens)),  # versions before kept no digest
+            f"{path} is damaged: it does not hold what was drawn; copy it again, or draw the "
+            "samples again",
+        )
+        return SampleBatch(tokens, {k: v for k, v in old.items() if k not in ("nll", "weight")})
+
+
+def _read_kept(path: Path) -> dict[str, Any]:
+    """What a study wrote down of its samples. Raises: InputError if something of it is missing."""
+    kept = read_json(path)
+    with sound(path, "copy it again, or draw the samples again"):
+        for facts in kept["models"].values():
+            missing = {"path", "num_layers", "fingerprint", "eos_id", "tokenizer"} - facts.keys()
+            if missing:
+                raise ValueError(f"a model has no {', '.join(sorted(missing))}")
+        missing = set(DRAWING) - kept["config"].keys()
+        if missing:
+            raise ValueError(f"config has no {', '.join(sorted(missing))}")
+        return kept | {"environment": dict(kept["environment"])}
+
+
+def _digest(tokens: Int[np.ndarray, "B T"]) -> str:
+    return hashlib.sha256(tokens.astype("<i4").tobytes()).hexdigest()[:16]
+
+
+def _check_drawing(cfg: SamplingStudy, facts: Mapping[str, Any], old: Mapping[str, Any]) -> None:
+    letters = {letter for letter, _ in cfg.models}
+    require(
+        letters == set(facts),
+        f"samples: {cfg.samples} was drawn by {', '.join(facts)}, but models names "
+        f"{', '.join(letters)}; make them agree",
+    )
+    new = to_dict(cfg)
+    for name in DRAWING:
+        require(
+            new[name] == old[name],
+            f"samples: {cfg.samples} has {name}={old[name]}, but the study {new[name]}; "
+            "make them agree",
+        )
+
+
+def _path(folder: Path, schedule: Schedule, first: int) -> Path:
+    return folder / f"{file_name(str(schedule))}-{first}.npy"
+
+
+def _shape(path: Path) -> tuple[int, ...]:
+    """Of a stored array; () if it is not all there."""
+    try:
+        return np.load(path, mmap_mode="r").shape
+    except (ValueError, EOFError):
+        return ()
+
+
+def _tokenizer(path: str, optional: bool) -> Tokenizer | None:
+    try:
+        return load_tokenizer(path)
+    except InputError:
+        if optional:
+            return None
+        raise
+
+
+def model_facts(model: Model, tokenizer: str | None = None) -> dict[str, Any]:
+    """What a study writes down of a model; `tokenizer`: its fingerprint."""
+    return {
+        "path": model.path,
+        "num_layers": model.num_layers,
+        "parameters": trees.count_parameters(model.params),
+        "fingerprint": model.fingerprint,
+        "eos_id": model.config.eos_id,
+        "tokenizer": tokenizer,
+    }
+
+
+def static_policies(cfg: SamplingStudy) -> dict[str, Static]:
+    """Of the models that skip layers."""
+    return {x: Static([int(n) for n in layers.split(",")]) for x, layers in cfg.static}
+
+
+def check_schedules(cfg: SamplingStudy, schedules: Sequence[Schedule]) -> None:
+    """Raises: InputError for schedules that name unknown models or do not fill the steps."""
+    require_known(schedules, [letter for letter, _ in cfg.models])
+    for schedule in schedules:
+        require(
+            schedule.num_steps == cfg.steps,
+            f"schedule {schedule} has {schedule.num_steps} steps, but the study "
+            f"steps={cfg.steps}; make them agree",
+        )
+
+
+def require_known(schedules: Sequence[Schedule], known: Sequence[str]) -> None:
+    """Raises: InputError for a letter that names no model."""
+    for schedule in schedules:
+        for letter in schedule.letters:
+            require(
+                letter in known,
+                f"schedule {schedule}: no model is called {letter!r}{nearest(letter, known)}",
+            )
