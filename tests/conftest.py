@@ -13,7 +13,7 @@ install_import_hook("dials_jax", "beartype.beartype")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 # Programs are compiled once, not once a worker and a run; commands that tests start inherit it.
 CACHE = Path(__file__).parents[1] / ".cache" / "tests"
-os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 

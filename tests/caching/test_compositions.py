@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from dials_jax.caching import cache as cache_module
-from dials_jax.caching.early_skip.settings import EarlySkip, passes
+from dials_jax.caching.early_skip import passes
+from dials_jax.caching.early_skip.settings import EarlySkip
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.generate import generate
 from tests.caching.conftest import (

@@ -10,7 +10,8 @@ import pytest
 from dials_jax.caching import cache as cache_module
 from dials_jax.caching.cache import Blocks, DualCache, NoCache, PrefixCache
 from dials_jax.caching.canvas import CanvasModel
-from dials_jax.caching.early_skip.settings import EarlySkip, passes
+from dials_jax.caching.early_skip import passes
+from dials_jax.caching.early_skip.settings import EarlySkip
 from dials_jax.compiling import Timed
 from dials_jax.models import transformer
 from dials_jax.models.model import Model
