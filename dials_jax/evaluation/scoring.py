@@ -16,17 +16,18 @@ from dials_jax.caching.cache import NoCache
 from dials_jax.caching.canvas import CanvasModel
 from dials_jax.caching.parse import parse_cache
 from dials_jax.config import EvalTask
-from dials_jax.data.answers import is_right, normalise_answer
 from dials_jax.data.buckets import batches, buckets, pair_buckets
-from dials_jax.data.items import Item, item_names, pad_prompts
 from dials_jax.data.tokenizer import Tokenizer
 from dials_jax.errors import require
+from dials_jax.evaluation.answers import is_right, normalise_answer
 from dials_jax.evaluation.earned import Earned, Record, batch_record
 from dials_jax.evaluation.execution import Execution
+from dials_jax.evaluation.items import Item, item_names
 from dials_jax.evaluation.likelihood import num_copies, pad_pairs, score_pairs
 from dials_jax.keys import seed_key
 from dials_jax.models import transformer
 from dials_jax.models.model import Model
+from dials_jax.models.padding import pad_prompts
 from dials_jax.nn.stack import Policy
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.dream import Dream

@@ -13,10 +13,10 @@ import jax
 
 from dials_jax import sharding, trees
 from dials_jax.config import EvalConfig, EvalTask
-from dials_jax.data.items import Item, Items, load_items
 from dials_jax.data.sources import tokenizer_of
 from dials_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dials_jax.errors import require, require_packages
+from dials_jax.evaluation.items import Item, Items, load_items
 from dials_jax.evaluation.scoring import (
     check_settings,
     check_task,

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from dials_jax.config import EvalConfig, EvalTask, from_dict, to_dict
-from dials_jax.data.items import Item, items_digest
 from dials_jax.errors import InputError, require
 from dials_jax.evaluation.execution import NUM_BINS
+from dials_jax.evaluation.items import Item, items_digest
 from dials_jax.evaluation.results import RECORDS, Records, differing
 from dials_jax.evaluation.scoring import RULES, generation_facts
 from dials_jax.files import read_json

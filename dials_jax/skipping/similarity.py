@@ -10,10 +10,10 @@ from jaxtyping import Array, Bool, Float
 
 from dials_jax import sharding
 from dials_jax.compiling import Timed
-from dials_jax.data.items import pad_prompts
 from dials_jax.errors import require
 from dials_jax.models import transformer
 from dials_jax.models.model import Model
+from dials_jax.models.padding import pad_prompts
 
 
 def mean_cosine(

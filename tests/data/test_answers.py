@@ -5,14 +5,14 @@ import dataclasses
 import pytest
 
 from dials_jax.config import ArithmeticData, EvalTask
-from dials_jax.data.answers import (
+from dials_jax.errors import InputError
+from dials_jax.evaluation.answers import (
     before_stop,
     check_reference,
     is_right,
     normalise_answer,
     normalise_number,
 )
-from dials_jax.errors import InputError
 
 STRICT = EvalTask(
     name="gsm8k",

@@ -19,12 +19,12 @@ from dials_jax.data import prepare as preparing
 from dials_jax.data.batches import batch_at
 from dials_jax.data.corpus import load_corpus
 from dials_jax.data.encoding import Encoded
-from dials_jax.data.items import load_items
 from dials_jax.data.prepare import prepare
 from dials_jax.data.records import file_sha256
 from dials_jax.data.sources import training_data
 from dials_jax.data.text import pack_text
 from dials_jax.errors import InputError
+from dials_jax.evaluation.items import load_items
 
 ROOT = Path(__file__).parents[2]
 EOS = 1

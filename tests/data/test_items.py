@@ -5,12 +5,9 @@ import pytest
 
 from dials_jax.config import ArithmeticData, EvalTask, TaskData, TextData
 from dials_jax.data.arithmetic import ArithmeticTask
-from dials_jax.data.items import (
-    load_items,
-    make_item,
-    pad_prompts,
-)
 from dials_jax.errors import InputError
+from dials_jax.evaluation.items import load_items, make_item
+from dials_jax.models.padding import pad_prompts
 
 QUESTIONS = [
     {"q": "sky", "sol1": "blue", "sol2": "red", "label": 0, "text": "so #### 1,234."},

@@ -13,10 +13,10 @@ from dials_jax import trees
 from dials_jax.caching.cache import DualCache
 from dials_jax.config import ArithmeticData, EvalTask
 from dials_jax.data.arithmetic import ArithmeticTask
-from dials_jax.data.items import load_items, make_item
 from dials_jax.errors import InputError
 from dials_jax.evaluation import likelihood, scoring
 from dials_jax.evaluation.earned import Earned
+from dials_jax.evaluation.items import load_items, make_item
 from dials_jax.evaluation.likelihood import log_likelihood
 from dials_jax.evaluation.scoring import item_keys, num_rows, score_task
 from dials_jax.files import finite

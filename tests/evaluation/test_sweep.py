@@ -19,10 +19,10 @@ from dials_jax.config import (
     TaskData,
     to_dict,
 )
-from dials_jax.data.items import load_items
 from dials_jax.data.tokenizer import character_tokenizer, load_tokenizer
 from dials_jax.errors import InputError
 from dials_jax.evaluation import scoring, sweep, sweep_records
+from dials_jax.evaluation.items import load_items
 from dials_jax.evaluation.scoring import score_task
 from dials_jax.loading import load
 from dials_jax.reporting import sweep_report

@@ -10,10 +10,8 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Int
 
 from dials_jax.config import ArithmeticData, CorpusData, EvalTask, ModelConfig, TaskData, TextData
-from dials_jax.data.answers import check_reference, normalise_answer
 from dials_jax.data.arithmetic import ArithmeticTask
 from dials_jax.data.corpus import load_corpus
 from dials_jax.data.records import located, lookup, read_records
@@ -21,6 +19,7 @@ from dials_jax.data.tasks import fill, fits, require_unmasked, warn_dropped
 from dials_jax.data.text import pack_text
 from dials_jax.data.tokenizer import Ids, Tokenizer, check_tokenizer, encode_pair
 from dials_jax.errors import require
+from dials_jax.evaluation.answers import check_reference, normalise_answer
 
 NUM_ARITHMETIC = 1000  # test items of the procedural task when no limit is set
 
@@ -221,19 +220,3 @@ def _text_items(
     require(bool(rows), f"task {task.name!r} has no items; raise limit")
     start = cfg.prompt_length
     return Items(make_item(row[:start], [row[start:]]) for row in rows)
-
-
-def pad_prompts(
-    prompts: Sequence[Ids], length: int, pad_id: int
-) -> tuple[Int[np.ndarray, "B P"], Bool[np.ndarray, "B P"]]:
-    """Prompts padded on the left to `length`: (tokens int32, valid).
-
-    Raises: InputError if a prompt is longer.
-    """
-    tokens = np.full((len(prompts), length), pad_id, np.int32)
-    valid = np.zeros((len(prompts), length), bool)
-    for row, ids in enumerate(prompts):
-        require(len(ids) <= length, f"prompt {row} has {len(ids)} tokens; at most {length} fit")
-        tokens[row, length - len(ids) :] = ids
-        valid[row, length - len(ids) :] = True
-    return tokens, valid
