@@ -49,7 +49,7 @@ class Drawn:
         rows = [rng.permutation(num_layers) < count for _ in range(batch)]
         return cls(jnp.asarray(np.stack(rows, axis=1)))
 
-    def plan(self, num_layers, denoising):
+    def prepare(self, num_layers, denoising):
         return self.gates
 
     def gate(self, plan, h, denoising):
@@ -65,7 +65,14 @@ def _passes(params, tokens, keys, policy, *, cfg, executor, prompt, passes):
     def one(_, carry):
         tokens = carry[0]
         out = transformer.run_layers(
-            cfg, params, tokens, None, policy, row_keys=keys, executor=executor, vote_from=prompt
+            cfg,
+            params,
+            tokens,
+            None,
+            policy,
+            sequence_keys=keys,
+            executor=executor,
+            prompt_length=prompt,
         )
         return tokens + jnp.isnan(out.h[..., 0]), out.h, out.gates.astype(bool)
 

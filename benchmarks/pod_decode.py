@@ -60,7 +60,9 @@ def lower(
     """
 
     def make():
-        return transformer.ready(cfg, trees.cast(transformer.init(cfg, seed_key(0)), cfg.dtype))
+        return transformer.prepare_for_inference(
+            cfg, trees.cast(transformer.init(cfg, seed_key(0)), cfg.dtype)
+        )
 
     params = jax.eval_shape(make)
     params = placed(params, sharding.param_shardings(params, mesh))

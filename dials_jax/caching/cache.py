@@ -117,8 +117,10 @@ def whole_canvas(net: CanvasModel, blocks: Blocks) -> Pass:
 
     def call(progress: Progress, memory: PyTree) -> Call:
         rows, index = block_rows(net, blocks, progress, 0)
-        out = net.run_range(progress.tokens, 0, net.length, progress.step, memory, wanted=rows)
-        return Call(out.h, index, None, out.gates, out.memory)
+        out = net.run_range(
+            progress.tokens, 0, net.length, progress.step, memory, output_positions=rows
+        )
+        return Call(out.h, index, None, out.gates, out.cache_state)
 
     work = Work((net.length,) * net.cfg.num_layers, blocks.length, net.prompt_length)
     return Pass(call, work)
@@ -209,7 +211,7 @@ def block_only(net: CanvasModel, blocks: Blocks) -> Pass:
         active = writing(net, blocks, progress, net.range(start, blocks.length))
         out = net.run_range(progress.tokens, start, blocks.length, progress.step, memory, active)
         index = net.range(start + net.offset, blocks.length)[: progress.tokens.shape[0]]
-        return Call(out.h, index, None, out.gates, out.memory)
+        return Call(out.h, index, None, out.gates, out.cache_state)
 
     return Pass(call, Work((blocks.length,) * net.cfg.num_layers, blocks.length))
 
@@ -243,9 +245,9 @@ class PrefixCache:
                 active = index >= start if active is None else active & (index >= start)
             rows, predicted = block_rows(net, blocks, progress, first)
             out = net.run_range(
-                progress.tokens, first, size, progress.step, memory, active, wanted=rows
+                progress.tokens, first, size, progress.step, memory, active, output_positions=rows
             )
-            return Call(out.h, predicted, None, out.gates, out.memory)
+            return Call(out.h, predicted, None, out.gates, out.cache_state)
 
         return Pass(call, Work((size,) * net.cfg.num_layers, blocks.length))
 

@@ -26,7 +26,7 @@ class CanvasModel:
 
     Attributes:
       rows: of the whole canvas; positions and padding do not change while it is filled.
-      row_keys: one a row, for random policies.
+      sequence_keys: one a row, for random policies.
       given: True at prompts, which the unconditional rows do not see; None without guidance.
       prompt_length: no token before this place is ever masked; 0 under guidance.
     """
@@ -36,7 +36,7 @@ class CanvasModel:
     policy: Policy | None
     executor: Executor
     rows: BlockInputs
-    row_keys: PyTree
+    sequence_keys: PyTree
     given: Bool[Array, "B T"] | None
     prompt_length: int
 
@@ -90,8 +90,8 @@ class CanvasModel:
         *,
         span: tuple[int, int] | None = None,
         contiguous: bool = False,
-        vote_from: int = 0,
-        wanted: Int[Array, "R W"] | None = None,
+        prompt_length: int = 0,
+        output_positions: Int[Array, "R W"] | None = None,
     ) -> StackOutput:
         """Runs the layers of `span` on the tokens of a window.
 
@@ -100,8 +100,8 @@ class CanvasModel:
 
         Args:
           contiguous: the window is one range, the same in every row.
-          vote_from: no token of the window before this one is masked.
-          wanted: places in the window of the tokens whose states are asked for; None: all.
+          prompt_length: no token of the window before this one is masked.
+          output_positions: in the window, of the tokens whose states are asked for; None: all.
         """
         active = window.slots.active
         masked = masked if active is None else masked & active
@@ -111,11 +111,11 @@ class CanvasModel:
             h,
             window,
             self.policy,
-            Denoising(masked, step, self.row_keys, vote_from),
+            Denoising(masked, step, self.sequence_keys, prompt_length),
             span=span,
-            memory=memory,
-            must_run=None if memory is None else step == 0,
-            wanted=wanted,
+            cache_state=memory,
+            force_execute=None if memory is None else step == 0,
+            output_positions=output_positions,
             executor=self.executor,
         )
 
@@ -127,7 +127,7 @@ class CanvasModel:
         step: Int[Array, ""],
         memory: PyTree = None,
         active: Bool[Array, "R W"] | None = None,
-        wanted: Int[Array, "R _"] | None = None,
+        output_positions: Int[Array, "R _"] | None = None,
     ) -> StackOutput:
         """Runs all layers on the canvas's tokens from `start` on."""
         index = self.range(start, size)
@@ -140,8 +140,8 @@ class CanvasModel:
             step,
             memory,
             contiguous=True,
-            vote_from=self.prompt_length if isinstance(start, int) and start == 0 else 0,
-            wanted=wanted,
+            prompt_length=self.prompt_length if isinstance(start, int) and start == 0 else 0,
+            output_positions=output_positions,
         )
 
     def empty(self, span: tuple[int, int] | None = None) -> Any:

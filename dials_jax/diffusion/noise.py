@@ -18,7 +18,7 @@ class Noise(NamedTuple):
     weight: Float[Array, "B"]  # of the row's cross-entropy
 
 
-def uniform_noise(row_keys: jax.Array, min_ratio: float) -> Noise:
+def uniform_noise(sequence_keys: jax.Array, min_ratio: float) -> Noise:
     """Each row by itself, p ~ U(eps, 1), that is (1 - eps) t + eps; the loss weighs 1/p.
 
     Source: LLaDA (Nie et al. 2025), algorithms 1 and 2.
@@ -27,7 +27,7 @@ def uniform_noise(row_keys: jax.Array, min_ratio: float) -> Noise:
     def one(key):
         return jax.random.uniform(key, minval=min_ratio, maxval=1.0)
 
-    ratio = jax.vmap(one)(row_keys)
+    ratio = jax.vmap(one)(sequence_keys)
     return Noise(time=ratio, ratio=ratio, weight=1 / ratio)
 
 
@@ -53,16 +53,16 @@ def stratified(key: jax.Array, row: Int[Array, "B"], num_rows: int) -> Float[Arr
 
 
 def corrupt(
-    row_keys: jax.Array, answer: Bool[Array, "B T"], ratio: Float[Array, "B"]
+    sequence_keys: jax.Array, answer: Bool[Array, "B T"], ratio: Float[Array, "B"]
 ) -> Bool[Array, "B T"]:
     """Where tokens are masked: each answer position with its row's probability.
 
     Args:
-      row_keys: one key a row, so that a row's masks do not depend on its batch.
+      sequence_keys: one key a row, so that a row's masks do not depend on its batch.
       answer: positions that may be masked.
     """
 
     def row(key, positions, probability):
         return (jax.random.uniform(key, positions.shape) < probability) & positions
 
-    return jax.vmap(row)(row_keys, answer, ratio)
+    return jax.vmap(row)(sequence_keys, answer, ratio)

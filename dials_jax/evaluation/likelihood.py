@@ -310,14 +310,14 @@ def answer_log_probs(
         valid = None if valid is None else jnp.concatenate([valid, valid])
         time = jnp.concatenate([time, time])
     out = transformer.run_layers(
-        cfg, params, tokens, valid, policy, time=time, row_keys=keys, executor=executor
+        cfg, params, tokens, valid, policy, time=time, sequence_keys=keys, executor=executor
     )
-    h = transformer.predicting(cfg, out.h, valid)[:, prompt_len:]
+    h = transformer.shift_to_predicted(cfg, out.h, valid)[:, prompt_len:]
 
     def log_probs(h, answers, masked):
-        logits = transformer.logits_of(cfg, params, h, time)
+        logits = transformer.head_logits(cfg, params, h, time)
         logits = guide(logits, cfg_scale) if cfg_scale > 0 else logits
-        return masked_log_probs(transformer.sayable(cfg, logits), answers, masked)
+        return masked_log_probs(transformer.apply_subs(cfg, logits), answers, masked)
 
     return over_positions(log_probs, POSITIONS, h, answers, masked), out.gates
 

@@ -158,7 +158,7 @@ def _nll_fn(
         h = transformer.run_layers(cfg, params, tokens, None).h
 
         def nll(h, targets, counted):
-            return -masked_log_probs(transformer.logits_of(cfg, params, h), targets, counted)
+            return -masked_log_probs(transformer.head_logits(cfg, params, h), targets, counted)
 
         return jnp.sum(
             over_positions(nll, POSITIONS, h[:, :-1], tokens[:, 1:], counted[:, 1:]), axis=1

@@ -62,10 +62,10 @@ class Model:
         return self.config.num_layers
 
     @cached_property
-    def ready(self) -> trees.Params:
-        """What compiled functions are given: see `transformer.ready`."""
+    def inference_params(self) -> trees.Params:
+        """What compiled functions are given: see `transformer.prepare_for_inference`."""
         with jax.set_mesh(self.mesh):
-            return transformer.ready(self.config, self.params)
+            return transformer.prepare_for_inference(self.config, self.params)
 
     @typed
     def apply(
@@ -112,7 +112,7 @@ class Model:
     def run(self, fn: Timed, *args: Any, **static: Any) -> tuple[Any, float]:
         """Runs a compiled function of (params, ...) under this model's mesh."""
         with jax.set_mesh(self.mesh):
-            return fn(self.ready, *args, cfg=self.config, **static)
+            return fn(self.inference_params, *args, cfg=self.config, **static)
 
     def place_rows(self, rows: PyTree, multiple: int = 1) -> PyTree:
         """Splits rows over the mesh; repeats the last one until they divide evenly.
@@ -249,9 +249,9 @@ def sequence_keys(key: jax.Array | None, num_rows: int) -> jax.Array:
 def _forward(params, tokens, valid, time, sequence_keys, step, policy, *, cfg, executor):
     out = transformer.run_layers(
         cfg, params, tokens, valid, policy,
-        time=time, step=step, row_keys=sequence_keys, executor=executor,
+        time=time, step=step, sequence_keys=sequence_keys, executor=executor,
     )  # fmt: skip
-    return Output(transformer.predictions(cfg, params, out.h, valid, time), out.gates)
+    return Output(transformer.predict_logits(cfg, params, out.h, valid, time), out.gates)
 
 
 _apply = Timed(_forward, static_argnames=("cfg", "executor"))

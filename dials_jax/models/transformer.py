@@ -17,7 +17,7 @@ from dials_jax.nn.block import VOCABULARY_UNIT, Block, BlockInputs, Embed, Head,
 from dials_jax.nn.dropout import Dropout, numbered
 from dials_jax.nn.fusing import is_fused
 from dials_jax.nn.kv import Slots, gather, write
-from dials_jax.nn.modulation import AdaptiveNorm, TimeEmbed, fold, is_folded
+from dials_jax.nn.modulation import AdaptiveNorm, TimeEmbed, is_folded, precompute_modulation
 from dials_jax.nn.norm import make_norm
 from dials_jax.nn.pure import Pure
 from dials_jax.nn.rope import positions_of, rope_angles
@@ -81,7 +81,7 @@ def init(cfg: ModelConfig, key: jax.Array) -> trees.Params:
 # ------------------------------------------------------------------- what no call changes
 
 
-def ready(cfg: ModelConfig, params: trees.Params) -> trees.Params:
+def prepare_for_inference(cfg: ModelConfig, params: trees.Params) -> trees.Params:
     """The parameters for inference, with what is the same in every call worked out beforehand.
 
     The constants of adaLN are there, and the head's kernel is there once more with its vocabulary
@@ -99,7 +99,11 @@ def _fold_layers(cfg: ModelConfig, params: trees.Params) -> trees.Params:
     if not cfg.cond_dim or is_folded(layers[0] if unrolled else layers):
         return params
     c = _constant(cfg, params)
-    layers = tuple(fold(cfg, x, c) for x in layers) if unrolled else fold(cfg, layers, c)
+    layers = (
+        tuple(precompute_modulation(cfg, x, c) for x in layers)
+        if unrolled
+        else precompute_modulation(cfg, layers, c)
+    )
     return {**params, "layers": layers}
 
 
@@ -107,7 +111,7 @@ def _fold_final(cfg: ModelConfig, params: trees.Params) -> trees.Params:
     if not cfg.cond_dim or is_folded(params["final_norm"]):
         return params
     c = _constant(cfg, params)
-    return {**params, "final_norm": fold(cfg, params["final_norm"], c)}
+    return {**params, "final_norm": precompute_modulation(cfg, params["final_norm"], c)}
 
 
 def _constant(cfg: ModelConfig, params: trees.Params) -> Float[Array, "C"]:
@@ -159,25 +163,25 @@ def layer_of(
     remat: bool = False,
     dropout: Dropout | None = None,
 ) -> Layer:
-    """The model's block, whose memory is a `KV` of the canvas.
+    """The model's block, whose cache state is a `KV` of the canvas.
 
     Args:
       contiguous: the tokens of a call are one range, the same in every row.
       remat: recompute each block in the backward pass.
-      dropout: of all layers, which then are `numbered`. Blocks without a memory only.
+      dropout: of all layers, which then are `numbered`. Blocks without a cache state only.
     """
 
-    def block(params, h, rows, wanted=None):
+    def block(params, h, rows, output_positions=None):
         if dropout is not None:
             rows = rows._replace(dropout=dropout.of_layer(params["number"]))
             params = params["layer"]
-        return block_of(cfg, params)(params, h, rows, wanted)
+        return block_of(cfg, params)(params, h, rows, output_positions)
 
-    def project(params, h, rows, wanted=None):
-        return block_of(cfg, params)(params, h, rows, wanted, method="project")
+    def project(params, h, rows, output_positions=None):
+        return block_of(cfg, params)(params, h, rows, output_positions, method="project")
 
-    def mix(params, h, q, kv, rows, wanted=None):
-        return block_of(cfg, params)(params, h, q, kv, rows, wanted, method="mix")
+    def mix(params, h, q, kv, rows, output_positions=None):
+        return block_of(cfg, params)(params, h, q, kv, rows, output_positions, method="mix")
 
     def remember(kv, new, rows, keep):
         return write(kv, new, rows.slots, contiguous=contiguous, keep=keep)
@@ -194,8 +198,8 @@ def run_layers(
     *,
     time: Float[Array, "B"] | None = None,
     step: Int[Array, ""] | int = 0,
-    row_keys: PyTree = None,
-    vote_from: int = 0,
+    sequence_keys: PyTree = None,
+    prompt_length: int = 0,
     executor: Executor = "auto",
     observe: Callable[[Array, Array], PyTree] | None = None,
     remat: bool = False,
@@ -207,7 +211,7 @@ def run_layers(
       valid: False at padding, which no token attends to. None means no padding, and is faster.
       time: of denoising, t in (0, 1], 1 where all is masked; None: 0. Read by models with
         `time_conditioning` only.
-      vote_from: no token before this one is masked, so routers need not look there.
+      prompt_length: no token before this one is masked, so routers need not look there.
       remat: recompute each block in the backward pass.
       dropout: of what each block adds to the stream; None in inference. For executor "select".
     """
@@ -220,7 +224,7 @@ def run_layers(
         embed(cfg, params, tokens, rows),
         rows._replace(c=conditioning(cfg, params, time)),
         policy,
-        Denoising(masked, jnp.asarray(step), row_keys, vote_from),
+        Denoising(masked, jnp.asarray(step), sequence_keys, prompt_length),
         executor=executor,
         observe=observe,
     )
@@ -231,7 +235,7 @@ def is_masked(cfg: ModelConfig, tokens: Int[Array, "*B T"]) -> Bool[Array, "*B T
     return jnp.zeros(tokens.shape, bool) if cfg.mask_id is None else tokens == cfg.mask_id
 
 
-def logits_of(
+def head_logits(
     cfg: ModelConfig,
     params: trees.Params,
     h: Float[Array, "B T D"],
@@ -239,21 +243,21 @@ def logits_of(
 ) -> Float[Array, "B T V"]:
     """Final norm and head of the rows given: float32 logits."""
     head = params["head"]
-    return parts(cfg, ready="padded" in head).head(head, normed(cfg, params, h, time))
+    return parts(cfg, ready="padded" in head).head(head, apply_final_norm(cfg, params, h, time))
 
 
-def sayable(cfg: ModelConfig, logits: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
+def apply_subs(cfg: ModelConfig, logits: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
     """The logits of what the model may predict: all tokens, or all but [MASK] (SUBS)."""
-    return without_mask(cfg, logits) if cfg.subs else logits
+    return suppress_mask_token(cfg, logits) if cfg.subs else logits
 
 
-def without_mask(cfg: ModelConfig, logits: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
+def suppress_mask_token(cfg: ModelConfig, logits: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
     """Logits that never name [MASK]."""
     # A comparison joins its neighbours in one kernel; a scatter would not.
     return jnp.where(jnp.arange(logits.shape[-1]) == cfg.mask_id, -jnp.inf, logits)
 
 
-def normed(
+def apply_final_norm(
     cfg: ModelConfig,
     params: trees.Params,
     h: Float[Array, "B T D"],
@@ -266,7 +270,7 @@ def normed(
     return parts(cfg, ready=True).final_norm(_fold_final(cfg, params)["final_norm"], h, c)
 
 
-def predicting(
+def shift_to_predicted(
     cfg: ModelConfig, h: Float[Array, "B T D"], valid: Bool[Array, "B T"] | None = None
 ) -> Float[Array, "B T D"]:
     """The stream moved so that row i predicts token i; as it is, unless `cfg.shift`.
@@ -285,7 +289,7 @@ def predicting(
     return jnp.where(jnp.pad(valid, ((0, 0), (1, 0)))[:, :-1, None], left, h)
 
 
-def predictions(
+def predict_logits(
     cfg: ModelConfig,
     params: trees.Params,
     h: Float[Array, "B T D"],
@@ -293,4 +297,4 @@ def predictions(
     time: Float[Array, "B"] | None = None,
 ) -> Float[Array, "B T V"]:
     """Float32 logits: row i predicts token i, or token i + 1 in a causal model."""
-    return logits_of(cfg, params, predicting(cfg, h, valid), time)
+    return head_logits(cfg, params, shift_to_predicted(cfg, h, valid), time)

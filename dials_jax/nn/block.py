@@ -51,25 +51,28 @@ class Block(nnx.Module):
         self,
         h: Float[Array, "B T D"],
         rows: BlockInputs,
-        wanted: Int[Array, "B W"] | None = None,
+        output_positions: Int[Array, "B W"] | None = None,
     ) -> Float[Array, "B W D"]:
         """The tokens' new hidden states, where they are all there is to attend to.
 
         Args:
-          wanted: places of the tokens whose hidden states are asked for; None: all.
+          output_positions: places of the tokens whose hidden states are asked for; None: all.
         """
-        q, new = self.project(h, rows, wanted)
-        if wanted is not None:
-            return self.mix(gather(h, wanted), q, new, rows, wanted)
+        q, new = self.project(h, rows, output_positions)
+        if output_positions is not None:
+            return self.mix(gather(h, output_positions), q, new, rows, output_positions)
         return self.finish(h, attend(q, new, rows.valid, causal=self.causal), rows)
 
     def project(
-        self, h: Float[Array, "B T D"], rows: BlockInputs, wanted: Int[Array, "B W"] | None = None
+        self,
+        h: Float[Array, "B T D"],
+        rows: BlockInputs,
+        output_positions: Int[Array, "B W"] | None = None,
     ) -> tuple[Float[Array, "B W N H"], KV]:
-        """Queries of the wanted tokens, keys and values of all."""
+        """Queries at the output positions, keys and values of all tokens."""
         normed = self.attention_norm(h, *self.modulations(rows)[0:2])
         q, new = self.attention.rotated(normed, rows.angles)
-        return q if wanted is None else gather(q, wanted), new
+        return q if output_positions is None else gather(q, output_positions), new
 
     def mix(
         self,
@@ -77,12 +80,16 @@ class Block(nnx.Module):
         q: Float[Array, "B W N H"],
         seen: KV,
         rows: BlockInputs,
-        wanted: Int[Array, "B W"] | None = None,
+        output_positions: Int[Array, "B W"] | None = None,
     ) -> Float[Array, "B W D"]:
         """The rest of the block, once all keys and values that the queries see are there."""
         index = None
         if self.causal:
-            index = rows.slots.index if wanted is None else gather(rows.slots.index, wanted)
+            index = (
+                rows.slots.index
+                if output_positions is None
+                else gather(rows.slots.index, output_positions)
+            )
         return self.finish(h, attend(q, seen, rows.valid, index), rows)
 
     def finish(

@@ -45,9 +45,9 @@ class Slice(NamedTuple):
         # Every row fetches its own: one pass, which a scatter is not.
         return rows if self.order is None else jax.tree.map(lambda x: x[self.place], rows)
 
-    def choose(self, h: Float[Array, "B T D"], new: Float[Array, "R T D"]) -> Array:
+    def apply_gate(self, h: Float[Array, "B T D"], new: Float[Array, "R T D"]) -> Array:
         """The new rows of those that run, and `h` of the others."""
-        return new if self.gate is None else choose(self.gate, h, self.spread(new))
+        return new if self.gate is None else apply_gate(self.gate, h, self.spread(new))
 
 
 class Compaction:
@@ -99,7 +99,7 @@ def _rows_that_run_first(gate: Bool[Array, "B"]) -> tuple[Int[Array, "B"], Int[A
     return place, jnp.sum(jnp.where(place[:, None] == rows, rows[:, None], 0), axis=0)
 
 
-def choose(gate: Gate, h: Float[Array, "B T D"], new: Float[Array, "B T D"]) -> Array:
+def apply_gate(gate: Gate, h: Float[Array, "B T D"], new: Float[Array, "B T D"]) -> Array:
     """The new rows where the gate is open.
 
     A float gate adds `(gate - stop_gradient(gate)) * (new - h)`, which is zero forward. Training

@@ -1,9 +1,10 @@
 """adaLN-zero: what shifts, scales and gates the parts of a DiT block.
 
 A vector c of the denoising time goes through one affine map a block. In a model without time
-conditioning c is a learned constant, and so is every modulation: `fold` works them out once, for
-all layers, and blocks run on what is folded. Source: Peebles & Xie 2023, section 3.2; Sahoo et al.
-2024 (MDLM), appendix.
+conditioning c is a learned constant, and so is every modulation: `precompute_modulation` works them
+out once, for all layers, and blocks run on what is folded.
+
+Source: Peebles & Xie 2023, section 3.2; Sahoo et al. 2024 (MDLM), appendix.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def is_folded(module: Params) -> bool:
     return "constant" in module.get("modulation", ())
 
 
-def fold(cfg: ModelConfig, module: Params, c: Float[Array, "C"]) -> Params:
+def precompute_modulation(cfg: ModelConfig, module: Params, c: Float[Array, "C"]) -> Params:
     """A layer (or all, stacked) or the final norm, with the modulations of a constant c."""
     old = module["modulation"]
     constant = affine(c, old["kernel"], old["bias"])

@@ -1,9 +1,9 @@
 """Runs the layers of a transformer, each row through those that its gate opens.
 
-The stack knows gates, not routers, and layers with a memory, not caches. A `Policy` turns hidden
-states into a gate a row, and one of three executors carries the gates out, with equal results up
-to rounding. A layer that is skipped leaves its memory (keys and values) as it was: a later model
-call reads what the layer last wrote for that row.
+The stack knows gates, not routers, and layers with a cache state, not caches. A `Policy` turns
+hidden states into a gate per sequence, and one of three executors carries the gates out, with equal
+results up to rounding. A layer that is skipped leaves its cache state (keys and values) as it was:
+a later model call reads what the layer last wrote for that sequence.
 
 - `select`: every layer computed, rows chosen afterwards. Training, and the reference.
 - `cond`: one `lax.cond` a layer, for a decision that all rows share.
@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from dials_jax import trees
 from dials_jax.config import shown
 from dials_jax.errors import InputError, nearest, require
-from dials_jax.nn.gates import MAX_BRANCHES, Compaction, Gate, Slice, choose
+from dials_jax.nn.gates import MAX_BRANCHES, Compaction, Gate, Slice, apply_gate
 from dials_jax.nn.kv import gather
 from dials_jax.sharding import BATCH_AXES, constrain_batch, num_batch_shards
 
@@ -34,17 +34,18 @@ Executor = Literal["auto", "select", "cond", "compact"]
 
 
 class Layer(NamedTuple):
-    """What a layer does; `wanted` are places [B, W] whose output is asked for, None: all.
+    """What a layer does; `output_positions` [B, W], None: all.
 
-    With a memory it has two halves, and the memory is written between them: then no choice of rows
-    carries a memory along, and none is copied.
+    With a cache state it has two halves, and the cache state is written between them: then no
+    choice of sequences carries a cache state along, and none is copied.
 
     Attributes:
-      block: `block(params, h, context, wanted) -> h`, without a memory.
-      project: `project(params, h, context, wanted) -> (queries, update)`, both rows by rows.
-      mix: `mix(params, h, queries, memory, context, wanted) -> h`, of the wanted tokens' h.
-      remember: `remember(memory, update, context, keep) -> memory`. Rows where `keep` is False
-        stay as they were; None: all are written.
+      block: `block(params, h, context, output_positions) -> h`, without a cache state.
+      project: `project(params, h, context, output_positions) -> (queries, update)`.
+      mix: `mix(params, h, queries, cache_state, context, output_positions) -> h`, from the h at
+        the output positions.
+      remember: `remember(cache_state, update, context, keep) -> cache_state`. Sequences where
+        `keep` is False stay as they were; None: all are written.
     """
 
     block: Callable[..., Array]
@@ -58,15 +59,15 @@ class Denoising(NamedTuple):
 
     masked: Bool[Array, "B T"]  # [MASK] now, and not padding
     step: Int[Array, ""]  # denoising step, from 0
-    row_keys: PyTree  # one random key a row
-    vote_from: int = 0  # no token before this one is masked, so routers need not look there
+    sequence_keys: PyTree  # one random key per sequence
+    prompt_length: int = 0  # this many first tokens are never masked: routers leave them out
 
 
 @runtime_checkable
 class Policy(Protocol):
     """Decides which rows run a layer."""
 
-    def plan(self, num_layers: int, denoising: Denoising) -> PyTree:
+    def prepare(self, num_layers: int, denoising: Denoising) -> PyTree:
         """All that is known before the first layer, stacked or unrolled as layers are."""
 
     def gate(self, plan: PyTree, h: Float[Array, "B T D"], denoising: Denoising) -> Gate:
@@ -82,17 +83,21 @@ def check_policy(policy: object) -> None:
     """Raises: InputError for what is neither None nor a policy."""
     known = isinstance(policy, Policy) and not isinstance(policy, type)
     if policy is not None and not known:  # else its weights would be fetched for the text
+        require(
+            not hasattr(policy, "plan") or hasattr(policy, "prepare"),
+            f"{type(policy).__name__}.plan is now called `prepare`; rename that method",
+        )
         raise InputError(
             f"policy={shown(policy)} is no policy; give None, or one as Static((7, 9))"
         )
 
 
 class StackOutput(NamedTuple):
-    """`gates` [L, B]; memories, and what `observe` returned, are laid out as the layers."""
+    """`gates` [L, B]; cache states, and what `observe` returned, are laid out as the layers."""
 
     h: Float[Array, "B T D"]
     gates: Array
-    memory: PyTree
+    cache_state: PyTree
     observed: PyTree
 
 
@@ -105,9 +110,9 @@ def run_stack(
     denoising: Denoising,
     *,
     span: tuple[int, int] | None = None,
-    memory: PyTree = None,
-    must_run: Bool[Array, ""] | None = None,
-    wanted: Int[Array, "B W"] | None = None,
+    cache_state: PyTree = None,
+    force_execute: Bool[Array, ""] | None = None,
+    output_positions: Int[Array, "B W"] | None = None,
     executor: Executor = "auto",
     observe: Callable[[Array, Array], PyTree] | None = None,
 ) -> StackOutput:
@@ -116,10 +121,10 @@ def run_stack(
     Args:
       context: rows of whatever the block needs beside h; every leaf leads with the batch.
       span: runs layers [first, last) only; None runs all.
-      memory: one a layer that runs, laid out as the layers are.
-      must_run: True while the memories are empty: no gate can skip a layer then, but for one that
-        is known to skip it at every step.
-      wanted: places of the tokens whose output is asked for; None: all. The last layer then
+      cache_state: one a layer that runs, laid out as the layers are.
+      force_execute: True on the call that fills the caches. All gates are then forced open, except
+        those of a policy that skips a layer at every step, which never reads that layer's cache.
+      output_positions: of the tokens whose output is asked for; None: all. The last layer then
         computes queries, and all that follows them, for these only.
       observe: called with each layer's input and output.
 
@@ -128,56 +133,60 @@ def run_stack(
 
     def gate_of(plan, h):
         gate = np.True_ if policy is None else policy.gate(plan, h, denoising)
-        return gate if must_run is None or isinstance(gate, np.bool_) else gate | must_run
+        return gate if force_execute is None or isinstance(gate, np.bool_) else gate | force_execute
 
     def run_layer(h, xs):
-        params, plan, memory = xs
+        params, plan, cache_state = xs
         gate = gate_of(plan, h)
-        new, memory = _execute(layer, params, h, context, memory, gate, executor)
+        new, cache_state = _execute_layer(layer, params, h, context, cache_state, gate, executor)
         new = constrain_batch(new)
         seen = observe(h, new) if observe else None
-        return new, (jnp.broadcast_to(gate, h.shape[:1]), memory, seen)
+        return new, (jnp.broadcast_to(gate, h.shape[:1]), cache_state, seen)
 
     def run_last(h, xs):
-        params, plan, memory = xs
-        gate, near = gate_of(plan, h), gather(h, wanted)
-        context_here = (h, context, wanted)
-        new, memory = _execute(_last(layer), params, near, context_here, memory, gate, executor)
-        return constrain_batch(new), (jnp.broadcast_to(gate, h.shape[:1]), memory, None)
+        params, plan, cache_state = xs
+        gate, near = gate_of(plan, h), gather(h, output_positions)
+        context_here = (h, context, output_positions)
+        new, cache_state = _execute_layer(
+            _last(layer), params, near, context_here, cache_state, gate, executor
+        )
+        return constrain_batch(new), (jnp.broadcast_to(gate, h.shape[:1]), cache_state, None)
 
     count = trees.num_layers(layers)
     first, last = span or (0, count)
-    plan = policy.plan(count, denoising) if policy else None
+    plan = policy.prepare(count, denoising) if policy else None
     if trees.is_unrolled(plan) and not trees.is_unrolled(layers):
         plan = trees.stack(plan)
     if isinstance(plan, np.ndarray) and plan.dtype == bool:  # the gates of every step
-        must_run = None
+        force_execute = None
     h = constrain_batch(h)
     if trees.is_unrolled(layers):
         outputs = []
         for i in range(first, last):
-            past = None if memory is None else memory[i - first]
-            run = run_layer if wanted is None or i < count - 1 else run_last
+            past = None if cache_state is None else cache_state[i - first]
+            run = run_layer if output_positions is None or i < count - 1 else run_last
             h, output = run(h, (layers[i], trees.layer_slice(plan, i), past))
             outputs.append(output)
-        gates, memories, seen = zip(*outputs, strict=True)
+        gates, cache_states, seen = zip(*outputs, strict=True)
         observed = jax.tree.map(lambda *x: jnp.stack(x), *seen)
-        return StackOutput(h, jnp.stack(gates), None if memory is None else memories, observed)
+        return StackOutput(
+            h, jnp.stack(gates), None if cache_state is None else cache_states, observed
+        )
     if last - first == count:
-        xs, body = (layers, plan, memory), run_layer
+        xs, body = (layers, plan, cache_state), run_layer
     else:  # by number: slicing the stack first would copy these layers' weights
-        xs = (jnp.arange(first, last), jax.tree.map(lambda x: x[first:last], plan), memory)
+        xs = (jnp.arange(first, last), jax.tree.map(lambda x: x[first:last], plan), cache_state)
 
         def body(h, xs):
             return run_layer(h, (trees.layer_slice(layers, xs[0]), *xs[1:]))
 
-    h, (gates, memory, observed) = lax.scan(body, h, xs)
-    h = h if wanted is None or last < count else gather(h, wanted)
-    return StackOutput(h, gates, memory, observed)
+    h, (gates, cache_state, observed) = lax.scan(body, h, xs)
+    h = h if output_positions is None or last < count else gather(h, output_positions)
+    return StackOutput(h, gates, cache_state, observed)
 
 
 def _last(layer: Layer) -> Layer:
-    """The layer as a step from the wanted tokens to their output; all of h is in its context."""
+    """The layer as a step from h at the output positions; all of h is in its context."""
 
     def block(params, near, context):
         return layer.block(params, *context)
@@ -185,49 +194,60 @@ def _last(layer: Layer) -> Layer:
     def project(params, near, context):
         return layer.project(params, *context)
 
-    def mix(params, near, q, memory, context):
-        return layer.mix(params, near, q, memory, *context[1:])
+    def mix(params, near, q, cache_state, context):
+        return layer.mix(params, near, q, cache_state, *context[1:])
 
-    def remember(memory, update, context, keep):
-        return layer.remember(memory, update, context[1], keep)
+    def remember(cache_state, update, context, keep):
+        return layer.remember(cache_state, update, context[1], keep)
 
     return Layer(block, project, mix, remember)
 
 
-def _execute(
-    layer: Layer, params: Any, h: Array, context: PyTree, memory: PyTree, gate: Any, executor: str
+def _execute_layer(
+    layer: Layer,
+    params: Any,
+    h: Array,
+    context: PyTree,
+    cache_state: PyTree,
+    gate: Any,
+    executor: str,
 ) -> tuple[Array, PyTree]:
     """One layer, by the executor that fits its gate."""
     known = get_args(Executor)
     require(executor in known, f"executor={executor!r} is unknown{nearest(executor, known)}")
 
     def run(keep=None):
-        if memory is None:
+        if cache_state is None:
             return layer.block(params, h, context), None
         q, update = layer.project(params, h, context)
-        written = layer.remember(memory, update, context, keep)
+        written = layer.remember(cache_state, update, context, keep)
         return layer.mix(params, h, q, written, context), written
 
     if isinstance(gate, np.bool_):  # known while tracing: no branch in the program
-        return run() if gate else (h, memory)
+        return run() if gate else (h, cache_state)
     per_row = gate.ndim == 1
     if executor == "auto":
         executor = "compact" if per_row and h.shape[0] > 1 else "cond"
     if jnp.issubdtype(gate.dtype, jnp.floating) and executor != "select":
         raise ValueError(f"executor={executor!r} drops a float gate's gradient; use 'select'")
     if executor == "select":
-        new, memory = run(None if memory is None else jnp.broadcast_to(gate, h.shape[:1]))
-        return choose(gate, h, new), memory
+        new, cache_state = run(None if cache_state is None else jnp.broadcast_to(gate, h.shape[:1]))
+        return apply_gate(gate, h, new), cache_state
     if executor == "compact" and per_row:
-        return _compact(layer, params, h, context, memory, gate)
+        return _compact(layer, params, h, context, cache_state, gate)
     if per_row and h.shape[0] > 1:
         raise ValueError("executor='cond' needs one decision for all rows; use 'compact'")
     on = gate[0] if per_row else gate
-    return lax.cond(on, run, lambda: (h, memory))
+    return lax.cond(on, run, lambda: (h, cache_state))
 
 
 def _compact(
-    layer: Layer, params: Any, h: Array, context: PyTree, memory: PyTree, gate: Bool[Array, "B"]
+    layer: Layer,
+    params: Any,
+    h: Array,
+    context: PyTree,
+    cache_state: PyTree,
+    gate: Bool[Array, "B"],
 ) -> tuple[Array, PyTree]:
     """Compaction on every batch shard by itself, each with its own number of rows.
 
@@ -236,7 +256,7 @@ def _compact(
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or num_batch_shards(mesh) == 1:
-        return _compact_rows(layer, params, h, context, memory, gate)
+        return _compact_rows(layer, params, h, context, cache_state, gate)
     rows = P(BATCH_AXES)
     return jax.shard_map(
         lambda *args: _compact_rows(layer, *args),
@@ -244,33 +264,38 @@ def _compact(
         out_specs=rows,
         axis_names=set(BATCH_AXES),
         check_vma=False,
-    )(params, h, context, memory, gate)
+    )(params, h, context, cache_state, gate)
 
 
 def _compact_rows(
-    layer: Layer, params: Any, h: Array, context: PyTree, memory: PyTree, gate: Bool[Array, "B"]
+    layer: Layer,
+    params: Any,
+    h: Array,
+    context: PyTree,
+    cache_state: PyTree,
+    gate: Bool[Array, "B"],
 ) -> tuple[Array, PyTree]:
-    # With a memory every kind of model call has branches of its own, and there are many kinds.
-    max_branches = MAX_BRANCHES if memory is None else MAX_BRANCHES // 2
+    # With a cache state every kind of model call has branches of its own, and there are many kinds.
+    max_branches = MAX_BRANCHES if cache_state is None else MAX_BRANCHES // 2
     compact = Compaction(gate, h.shape[1], max_branches)
 
     def block(rows: Slice) -> Array:
-        return rows.choose(h, layer.block(params, *rows.take((h, context))))
+        return rows.apply_gate(h, layer.block(params, *rows.take((h, context))))
 
     def project(rows: Slice) -> tuple[PyTree, PyTree]:
         return rows.spread(layer.project(params, *rows.take((h, context))))
 
-    def run(h: Array, memory: PyTree) -> tuple[Array, PyTree]:
+    def run(h: Array, cache_state: PyTree) -> tuple[Array, PyTree]:
         q, update = compact(project)
-        written = layer.remember(memory, update, context, gate)
+        written = layer.remember(cache_state, update, context, gate)
 
         def mix(rows: Slice) -> Array:
             near, *rest = rows.take((h, q, written, context))
-            return rows.choose(h, layer.mix(params, near, *rest))
+            return rows.apply_gate(h, layer.mix(params, near, *rest))
 
         return compact(mix), written
 
-    if memory is None:
+    if cache_state is None:
         return compact.or_else(block, h), None
-    # The memory passes through a choice of two: one of more would copy it.
-    return lax.cond(compact.any, run, lambda *as_it_was: as_it_was, h, memory)
+    # The cache state passes through a choice of two: one of more would copy it.
+    return lax.cond(compact.any, run, lambda *as_it_was: as_it_was, h, cache_state)

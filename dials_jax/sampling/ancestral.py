@@ -218,7 +218,7 @@ class Exact:
         seen = jnp.where(hidden, cfg.mask_id, state.tokens)
         time = jnp.take_along_axis(plan.time, step[:, None], axis=1)[:, 0]
         out = call(self.net, seen, state.step, time, index)
-        logits = transformer.logits_of(cfg, self.net.params, out.h, time)
+        logits = transformer.head_logits(cfg, self.net.params, out.h, time)
         new = draw(cfg, logits, token_keys(self.keys, index - self.prompt_length))
         tokens = put(state.tokens, jnp.where(fresh, index, seen.shape[1]), new)
         share = jnp.mean(hidden[:, self.prompt_length :], axis=1)
@@ -253,12 +253,14 @@ def call(
     c = transformer.conditioning(net.cfg, net.params, time)
     net = dataclasses.replace(net, rows=net.rows._replace(c=c))
     wanted = jnp.maximum(index - net.offset, 0)  # nothing predicts the canvas's first token
-    return net.run_range(tokens, 0, net.length, step, wanted=wanted)
+    return net.run_range(tokens, 0, net.length, step, output_positions=wanted)
 
 
 def draw(cfg: ModelConfig, logits: Float[Array, "B W V"], keys: jax.Array) -> Int[Array, "B W"]:
     """A token for every slot, never [MASK]."""
-    return jnp.argmax(transformer.without_mask(cfg, logits) + gumbel_like(logits, keys), axis=-1)
+    return jnp.argmax(
+        transformer.suppress_mask_token(cfg, logits) + gumbel_like(logits, keys), axis=-1
+    )
 
 
 def token_keys(keys: jax.Array, place: Int[Array, "B W"]) -> jax.Array:

@@ -103,7 +103,7 @@ def decode(
     def add(state: State, h: Float[Array, "B D"]) -> State:
         """The token that `h` predicts."""
         keys = jax.vmap(jax.random.fold_in, (0, None))(noise_keys, state.num_new)
-        logits = transformer.logits_of(net.cfg, net.params, h[:, None])[:, 0]
+        logits = transformer.head_logits(net.cfg, net.params, h[:, None])[:, 0]
         token = draw(logits, sampler.temperature, keys).astype(canvas.dtype)
         token = jnp.where(state.ended, filler(net.cfg), token)
         at = prompt_length + state.num_new
@@ -117,11 +117,11 @@ def decode(
     def step(state: State) -> State:
         at = prompt_length + state.num_new - 1
         out = net.run_range(state.tokens, at, 1, state.num_new, state.memory)
-        return add(state._replace(memory=out.memory), out.h[:, 0])
+        return add(state._replace(memory=out.cache_state), out.h[:, 0])
 
     num_rows, zero = canvas.shape[0], jnp.asarray(0, jnp.int32)
     out = net.run_range(canvas, 0, prompt_length, zero, net.empty())
-    state = State(canvas, jnp.zeros(num_rows, bool), zero, out.memory)
+    state = State(canvas, jnp.zeros(num_rows, bool), zero, out.cache_state)
     state = lax.while_loop(more, step, add(state, out.h[:, -1]))
     record = Record(
         nfe=state.num_new,

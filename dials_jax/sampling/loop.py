@@ -214,10 +214,10 @@ class Loop:
         if call.active is not None:
             masked &= call.active
         keys = position_keys(self.noise_keys, progress.step, call.index - blocks.start)
-        logits = transformer.logits_of(cfg, self.net.params, call.h)
+        logits = transformer.head_logits(cfg, self.net.params, call.h)
         if self.net.given is not None:
             logits = guide(logits, sampler.cfg_scale)
-        logits = transformer.sayable(cfg, logits)
+        logits = transformer.apply_subs(cfg, logits)
         guess, confidence = sampler.propose(cfg, logits, keys)
         shown = jnp.where(masked, confidence, 0.0)
         if sampler.delay_eos:

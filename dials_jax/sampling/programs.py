@@ -128,13 +128,19 @@ def take_turns(
     for letter, (model, policy) in acting.items():
         with jax.set_mesh(model.mesh):
             programs[letter] = _segment.program(
-                model.ready, state, np.int32(0), *rows, policy, cfg=model.config, **static
+                model.inference_params,
+                state,
+                np.int32(0),
+                *rows,
+                policy,
+                cfg=model.config,
+                **static,
             )
-    jax.block_until_ready([(role.model.ready, role.policy) for role in acting.values()])
+    jax.block_until_ready([(role.model.inference_params, role.policy) for role in acting.values()])
     start = time.perf_counter()
     for letter, stop in schedule.ends():
         model, policy = acting[letter]
-        state = programs[letter](model.ready, state, np.int32(stop), *rows, policy)
+        state = programs[letter](model.inference_params, state, np.int32(stop), *rows, policy)
         state = jax.device_put(state, placement)  # nothing moves unless a compiler chose otherwise
     jax.block_until_ready(state)
     return (state.tokens, state.record), seconds + time.perf_counter() - start

@@ -50,10 +50,10 @@ class Published:
 
         def row(xs):  # one after the other: these arrays are as wide as the vocabulary
             h, tokens, key, time = xs
-            logits = transformer.logits_of(cfg, self.net.params, h[None], time[None])[0]
-            new = self.draw(transformer.without_mask(cfg, logits), t, state.step, key).astype(
-                tokens.dtype
-            )
+            logits = transformer.head_logits(cfg, self.net.params, h[None], time[None])[0]
+            new = self.draw(
+                transformer.suppress_mask_token(cfg, logits), t, state.step, key
+            ).astype(tokens.dtype)
             return jnp.where(transformer.is_masked(cfg, tokens), new, tokens)
 
         new = lax.map(row, (out.h, answer, self.keys, time))

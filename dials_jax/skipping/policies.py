@@ -45,7 +45,7 @@ class Static:
                 f"Static: layer {layer} does not exist; layers count from 0 to {num_layers - 1}",
             )
 
-    def plan(self, num_layers: int, denoising: Denoising) -> np.ndarray:
+    def prepare(self, num_layers: int, denoising: Denoising) -> np.ndarray:
         self.check(num_layers)
         return ~np.isin(np.arange(num_layers), self.layers)
 
@@ -68,14 +68,14 @@ class Random:
             number = as_type(Annotated[int, Range(0, INT32.high)], self.num_skipped, "num_skipped")
             object.__setattr__(self, "num_skipped", number)
 
-    def plan(self, num_layers: int, denoising: Denoising) -> Bool[Array, "L B"]:
+    def prepare(self, num_layers: int, denoising: Denoising) -> Bool[Array, "L B"]:
         require(self.num_skipped is not None, "Random: num_skipped is None; give how many layers")
 
         def row(key):
             order = jax.random.permutation(jax.random.fold_in(key, denoising.step), num_layers)
             return order >= self.num_skipped
 
-        return jax.vmap(row)(denoising.row_keys).T
+        return jax.vmap(row)(denoising.sequence_keys).T
 
     def gate(self, plan: Bool[Array, "B"], h: Array, denoising: Denoising) -> Bool[Array, "B"]:
         return plan

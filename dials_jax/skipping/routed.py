@@ -51,14 +51,14 @@ class Routed(Typed):
             f"router={str(self.router)!r} is a path; give what load_router(path, model) returns",
         )
 
-    def plan(self, num_layers: int, denoising: Denoising) -> PyTree:
+    def prepare(self, num_layers: int, denoising: Denoising) -> PyTree:
         check_router(self.router, num_layers)
         return self.router
 
     def gate(
         self, plan: PyTree, h: Float[Array, "B T D"], denoising: Denoising
     ) -> Bool[Array, "B"]:
-        start = denoising.vote_from
+        start = denoising.prompt_length
         votes = votes_to_skip(plan, h[:, start:])
         return skip_share(votes, denoising.masked[:, start:]) <= self.threshold
 
@@ -77,7 +77,7 @@ class StochasticRouted:
     threshold: float = static_field()
     temperature: float = static_field()
 
-    def plan(self, num_layers: int, denoising: Denoising) -> StochasticPlan:
+    def prepare(self, num_layers: int, denoising: Denoising) -> StochasticPlan:
         check_router(self.router, num_layers)
         return StochasticPlan(self.router, np.arange(num_layers))
 
@@ -87,7 +87,7 @@ class StochasticRouted:
         def noise(key):
             return jax.random.gumbel(jax.random.fold_in(key, plan.layer), (h.shape[1], 2))
 
-        gumbel = jax.vmap(noise)(denoising.row_keys)
+        gumbel = jax.vmap(noise)(denoising.sequence_keys)
         votes = gumbel_votes(gumbel, apply_router(plan.router, h), self.temperature)
         share = skip_share(votes[..., SKIP], denoising.masked)
         return 1.0 - straight_through_threshold(share, self.threshold)

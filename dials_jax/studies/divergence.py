@@ -111,7 +111,7 @@ def _compare_fn(
 
         def compare(streams, tokens, noisy):
             first, *rest = [
-                subs_log_probs(transformer.logits_of(*model, h, times), noisy, cfg.mask_id)
+                subs_log_probs(transformer.head_logits(*model, h, times), noisy, cfg.mask_id)
                 for model, h in zip(models, streams, strict=True)
             ]
             return [_gap_and_kl(first, other, tokens) for other in rest]
@@ -127,7 +127,7 @@ _compare = Timed(_compare_fn, static_argnames=("cfg", "other_cfgs"))
 
 def _stream(cfg, params, noisy, times) -> Float[Array, "B T D"]:
     h = transformer.run_layers(cfg, params, noisy, None, time=times).h
-    return transformer.predicting(cfg, h)
+    return transformer.shift_to_predicted(cfg, h)
 
 
 def _gap_and_kl(

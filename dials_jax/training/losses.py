@@ -167,7 +167,7 @@ def _run(
         batch.valid,
         policy,
         time=view.time,
-        row_keys=view.layer_keys,
+        sequence_keys=view.layer_keys,
         executor="select",
         remat=remat,
         dropout=dropout,
@@ -184,11 +184,11 @@ def _cross_entropy(
     train_head: bool,
 ) -> tuple[Array, Metrics]:
     """Its weighted sum, and in nats a predicted token; the share of the answers that was masked."""
-    h = transformer.predicting(cfg, out.h, batch.valid)
+    h = transformer.shift_to_predicted(cfg, out.h, batch.valid)
     # A frozen model is scored as it predicts, one in training as its objective says.
     never_masks = objective.kind == "mdlm" or (cfg.subs and not train_head)
     total, nats = weighted_cross_entropy(
-        transformer.normed(cfg, params, h, view.time),
+        transformer.apply_final_norm(cfg, params, h, view.time),
         Head(params["head"]["kernel"], params["head"].get("bias")),
         view.targets,
         view.weights,

@@ -29,7 +29,7 @@ def test_the_program_is_generates_own():
     valid = np.array([[False, True, True, True], [True] * 4])
     lowered = pod_decode.lower(cfg, sharding.make_mesh(), sampler, (2, 4), "dual", "full")
     rows = model.place_rows((prompts.astype(np.int32), valid, sequence_keys(None, 2)))
-    tokens, _ = lowered.compile()(model.ready, *rows, None)
+    tokens, _ = lowered.compile()(model.inference_params, *rows, None)
     cache = pod_decode.parse_cache("dual")
     expected = generate(model, prompts, valid, sampler=sampler, cache=cache)
     np.testing.assert_array_equal(tokens, expected.tokens)
@@ -45,7 +45,7 @@ def test_it_prints_and_writes_a_row_a_case(tmp_path, capsys):
         ("none", "static-1"),
         ("dual", "full"),
     ]
-    weights = make_model(make_config("tiny", 2)).ready
+    weights = make_model(make_config("tiny", 2)).inference_params
     kept = sum(x.nbytes for x in jax.tree.leaves(weights)) / 1e9
     assert all(row["peak_gb"] > row["kept_gb"] >= kept for row in rows)
     assert rows[1]["kept_gb"] > rows[0]["kept_gb"]  # routers

@@ -113,7 +113,7 @@ class Crowd:
 
     limit: Any
 
-    def plan(self, num_layers, denoising):
+    def prepare(self, num_layers, denoising):
         return np.arange(num_layers)
 
     def gate(self, plan, h, denoising):

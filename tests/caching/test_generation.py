@@ -151,7 +151,7 @@ def test_routers_look_where_the_account_says(models, prompts):
 
     class Noting(Routed):
         def gate(self, plan, h, denoising):
-            looks[name].add(h.shape[1] - denoising.vote_from)
+            looks[name].add(h.shape[1] - denoising.prompt_length)
             return super().gate(plan, h, denoising)
 
     model = models["llada"]

@@ -72,7 +72,7 @@ def test_the_head_itself_is_dreams_unshifted_one():
     with np.load(GOLDEN / "dream_tiny" / "golden.npz") as arrays:
         tokens, raw = jnp.asarray(arrays["input_ids"], jnp.int32), arrays["logits_unshifted"]
     h = transformer.run_layers(model.config, model.params, tokens, None).h
-    logits = transformer.logits_of(model.config, model.params, h)
+    logits = transformer.head_logits(model.config, model.params, h)
     np.testing.assert_allclose(logits, raw, rtol=0, atol=TOLERANCE)
 
 

@@ -178,7 +178,7 @@ def test_logits_are_held_of_a_few_positions_at_a_time(model, cfg_scale, monkeypa
     rows = model.place_rows((pad_pairs(pairs, model.config), keys_of(2), jnp.asarray(samples)))
     how = {"cfg": model.config, "stratum": 4, "cfg_scale": cfg_scale, "executor": "auto"}
     with jax.set_mesh(model.mesh):
-        text = program.lower(model.ready, *rows, None, **how).as_text()
+        text = program.lower(model.inference_params, *rows, None, **how).as_text()
     widths = {int(n) for n in re.findall(r"tensor<\d+x(\d+)x64xf32>", text)}
     assert widths == {2}  # the vocabulary is of 64 tokens
 

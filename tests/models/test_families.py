@@ -94,12 +94,12 @@ def test_what_is_worked_out_beforehand_changes_no_result(model):
     @jax.jit
     def logits(params):
         h = transformer.run_layers(cfg, params, tokens, None, time=TIME).h
-        return transformer.predictions(cfg, params, h, time=TIME)
+        return transformer.predict_logits(cfg, params, h, time=TIME)
 
-    ready = transformer.ready(cfg, model.params)
+    ready = transformer.prepare_for_inference(cfg, model.params)
     np.testing.assert_allclose(logits(ready), logits(model.params), atol=1e-4)
     assert ready["head"]["padded"].shape[1] == block.VOCABULARY_UNIT  # and not 63
-    again = transformer.ready(cfg, ready)
+    again = transformer.prepare_for_inference(cfg, ready)
     jax.tree.map(np.testing.assert_array_equal, again, ready)
 
 
@@ -183,7 +183,7 @@ def test_every_parameter_of_adaln_is_trained(timed):
     @jax.grad
     def gradient(params):
         h = transformer.run_layers(cfg, params, tokens, None, time=TIME).h
-        return jax.nn.logsumexp(transformer.predictions(cfg, params, h, time=TIME)).sum()
+        return jax.nn.logsumexp(transformer.predict_logits(cfg, params, h, time=TIME)).sum()
 
     for name, g in trees.named_leaves(gradient(random_params(cfg))):
         assert np.abs(g).max() > 0, name
@@ -208,7 +208,7 @@ def test_gpt2_decodes_as_whole_passes_would():
 def test_a_whole_causal_pass_needs_no_array_of_who_sees_whom():
     cfg = FAMILIES["gpt2"]
     params, tokens = random_params(cfg), jnp.asarray(TOKENS, jnp.int32)
-    params = transformer.ready(cfg, params)
+    params = transformer.prepare_for_inference(cfg, params)
     layer, part = trees.layer_slice(params["layers"], 0), transformer.parts(cfg)
     rows = transformer.block_inputs(cfg, None, tokens.shape)
     h = transformer.embed(cfg, params, tokens, rows)

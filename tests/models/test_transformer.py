@@ -51,7 +51,7 @@ def logits_of(cfg):
     def forward(params, tokens):
         time = jnp.full(2, 0.5)
         h = transformer.run_layers(cfg, params, tokens, None, time=time).h
-        return h, transformer.predictions(cfg, params, h, time=time)
+        return h, transformer.predict_logits(cfg, params, h, time=time)
 
     h, logits = forward(params, TOKENS)
     return np.asarray(logits), h.dtype
@@ -189,7 +189,7 @@ def test_policies_see_masked_tokens_without_padding(model, cfg):
     seen = []
 
     class Spy:
-        def plan(self, num_layers, denoising):
+        def prepare(self, num_layers, denoising):
             seen.append(denoising)
             return np.ones(num_layers, bool)
 

@@ -8,7 +8,7 @@ from flax import nnx
 
 from dials_jax.nn.block import gated
 from dials_jax.nn.broadcast import scaled, shifted
-from dials_jax.nn.gates import choose
+from dials_jax.nn.gates import apply_gate
 from dials_jax.nn.mlp import linear
 from dials_jax.nn.norm import RMSNorm
 
@@ -30,7 +30,7 @@ def biased(bias, x):
 
 
 def chosen(gate, x):
-    return choose(gate, x, 2 * x)
+    return apply_gate(gate, x, 2 * x)
 
 
 SHARED = {

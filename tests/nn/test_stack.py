@@ -10,7 +10,7 @@ from jax.test_util import check_grads
 
 from dials_jax import trees
 from dials_jax.models.model import Model
-from dials_jax.nn.stack import Denoising, choose, run_stack
+from dials_jax.nn.stack import Denoising, apply_gate, run_stack
 from dials_jax.skipping.policies import Random, Static
 from dials_jax.skipping.routed import Routed
 from tests.nn.toy import (
@@ -152,7 +152,7 @@ def test_a_float_gate_selects_bitwise_like_a_boolean(opened):
     h, context, _ = make_rows(3)
     new = block(trees.layer_slice(LAYERS, 0), h, context)
     gate = jnp.full(3, opened)
-    np.testing.assert_array_equal(choose(gate, h, new), choose(gate > 0.5, h, new))
+    np.testing.assert_array_equal(apply_gate(gate, h, new), apply_gate(gate > 0.5, h, new))
 
 
 def test_a_float_gate_has_the_gradient_of_interpolation():
@@ -166,7 +166,7 @@ def test_a_float_gate_has_the_gradient_of_interpolation():
     def interpolate(gate, h, new):
         return h + gate[:, None, None] * (new - h)
 
-    ours = jax.grad(loss(choose), argnums=(0, 1, 2))(gate, h, w)
+    ours = jax.grad(loss(apply_gate), argnums=(0, 1, 2))(gate, h, w)
     plain = jax.grad(loss(interpolate), argnums=(0, 1, 2))(gate, h, w)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), ours, plain)
     assert (np.abs(ours[0]) > 1e-3).all()  # rows that skip, too

@@ -1,4 +1,4 @@
-"""Layers with a memory, layers that must run, and tokens whose output is wanted."""
+"""Layers with a memory, layers that must run, and output positions."""
 
 import re
 from functools import partial
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dials_jax import trees
+from dials_jax.nn import gates as gates_module
 from dials_jax.nn.kv import gather
 from dials_jax.nn.stack import Layer, run_stack
 from dials_jax.skipping.policies import Random, Static
@@ -23,7 +24,7 @@ def run_with_memory(policy, rows, executor, unrolled=False, span=None, layers=LA
     layers, memory = (trees.unstack(x) if unrolled else x for x in (layers, before))
     h, context, denoising = rows
     out = jitted(layers, h, context, policy, denoising, memory, executor=executor, span=span)
-    after = jnp.stack([m["mean"] for m in out.memory]) if unrolled else out.memory["mean"]
+    after = jnp.stack([m["mean"] for m in out.cache_state]) if unrolled else out.cache_state["mean"]
     return np.asarray(out.h), np.asarray(out.gates), np.asarray(before["mean"]), np.asarray(after)
 
 
@@ -51,8 +52,8 @@ def test_a_shared_gate_keeps_the_memory_of_a_skipped_layer(executor, unrolled):
     expected = run_with_memory(Static((0, 3)), rows, "select")  # no branch in the program
     policy = Given(jnp.array([False, True, True, False]))
     out = run_with_memory(policy, rows, executor, unrolled)
-    for actual, wanted in zip(out, expected, strict=True):
-        np.testing.assert_allclose(actual, wanted, atol=1e-5)
+    for actual, other in zip(out, expected, strict=True):
+        np.testing.assert_allclose(actual, other, atol=1e-5)
     np.testing.assert_array_equal(out[3][[0, 3]], out[2][[0, 3]])
     assert (out[3][1:3] != out[2][1:3]).all()
 
@@ -65,8 +66,8 @@ def test_a_span_is_a_smaller_stack(span, unrolled):
     smaller = jax.tree.map(lambda x: x[middle], LAYERS)
     expected = run_with_memory(Given(gates[middle]), rows, "select", layers=smaller)
     out = run_with_memory(Given(gates), rows, "compact", unrolled, span)
-    for actual, wanted in zip(out, expected, strict=True):
-        np.testing.assert_allclose(actual, wanted, atol=1e-5)
+    for actual, other in zip(out, expected, strict=True):
+        np.testing.assert_allclose(actual, other, atol=1e-5)
 
 
 def test_rows_too_few_to_save_time_are_computed_together(monkeypatch):
@@ -76,39 +77,49 @@ def test_rows_too_few_to_save_time_are_computed_together(monkeypatch):
     expected = run_with_memory(Given(gates), rows, "select")
     jitted.clear_cache()
     for fewest, choices in ((1, 3 * L), (2 * T, 3 * L), (6 * T, L), (128, L)):
-        monkeypatch.setattr(gates, "FEWEST_TOKENS", fewest)
+        monkeypatch.setattr(gates_module, "FEWEST_TOKENS", fewest)
         layers, memory = trees.unstack(LAYERS), trees.unstack({"mean": jnp.zeros((L, 6, D))})
         args = (layers, rows[0], rows[1], Given(gates), rows[2], memory)
         program = jitted.lower(*args, executor="compact").compile().as_text()
         assert len(re.findall(r" conditional\(", program)) == choices
         out = run_with_memory(Given(gates), rows, "compact", unrolled=True)
-        for actual, wanted in zip(out, expected, strict=True):
-            np.testing.assert_allclose(actual, wanted, atol=1e-5)
+        for actual, other in zip(out, expected, strict=True):
+            np.testing.assert_allclose(actual, other, atol=1e-5)
         jitted.clear_cache()
 
 
-# ------------------------------------------------------------------------- wanted, and must_run
+# ---------------------------------------------------------- output_positions, and force_execute
 
 
 @partial(jax.jit, static_argnames="executor")
-def jitted_wanted(layers, h, context, policy, denoising, memory, wanted, must_run, *, executor):
+def jitted_outputs(
+    layers, h, context, policy, denoising, memory, positions, force_execute, *, executor
+):
     return run_stack(
         LAYER, layers, h, context, policy,
-        denoising._replace(vote_from=0), memory=memory, wanted=wanted, must_run=must_run,
-        executor=executor,
+        denoising._replace(prompt_length=0), cache_state=memory, output_positions=positions,
+        force_execute=force_execute, executor=executor,
     )  # fmt: skip
 
 
-def run_wanted(policy, rows, executor, unrolled, wanted=None, must_run=None):
+def run_outputs(policy, rows, executor, unrolled, positions=None, force_execute=None):
     """Hidden states, gates and memory, layer by layer."""
     (h, context, denoising), layers = rows, LAYERS
     memory = {"mean": jax.random.normal(jax.random.key(8), (L, h.shape[0], D))}
     if unrolled:
         layers, memory = trees.unstack(layers), trees.unstack(memory)
-    out = jitted_wanted(
-        layers, h, context, policy, denoising, memory, wanted, must_run, executor=executor
+    out = jitted_outputs(
+        layers,
+        h,
+        context,
+        policy,
+        denoising,
+        memory,
+        positions,
+        force_execute,
+        executor=executor,
     )
-    after = jnp.stack([m["mean"] for m in out.memory]) if unrolled else out.memory["mean"]
+    after = jnp.stack([m["mean"] for m in out.cache_state]) if unrolled else out.cache_state["mean"]
     return np.asarray(out.h), np.asarray(out.gates), np.asarray(after)
 
 
@@ -127,38 +138,40 @@ MANY_GATES = jax.random.bernoulli(jax.random.key(5), 0.5, (L, 11))  # slices are
     ],
 )
 @pytest.mark.parametrize("unrolled", [False, True])
-def test_wanted_tokens_are_those_of_the_whole(gates, executor, unrolled):
+def test_output_positions_are_those_of_the_whole(gates, executor, unrolled):
     rows = make_rows(gates.shape[1] if gates.ndim == 2 else 3)
-    wanted = (jnp.arange(2) + jnp.arange(rows[0].shape[0])[:, None]) % T  # other places a row
-    expected, gates_of_all, memory = run_wanted(Given(gates), rows, "select", False)
-    h, gates, after = run_wanted(Given(gates), rows, executor, unrolled, wanted)
-    np.testing.assert_allclose(h, gather(jnp.asarray(expected), wanted), atol=1e-5)
+    positions = (jnp.arange(2) + jnp.arange(rows[0].shape[0])[:, None]) % T  # others per sequence
+    expected, gates_of_all, memory = run_outputs(Given(gates), rows, "select", False)
+    h, gates, after = run_outputs(Given(gates), rows, executor, unrolled, positions)
+    np.testing.assert_allclose(h, gather(jnp.asarray(expected), positions), atol=1e-5)
     np.testing.assert_array_equal(gates, gates_of_all)
-    np.testing.assert_allclose(after, memory, atol=1e-5)  # of all tokens, wanted or not
+    np.testing.assert_allclose(after, memory, atol=1e-5)  # of all tokens
 
 
 @pytest.mark.parametrize("unrolled", [False, True])
 @pytest.mark.parametrize("policy", [None, Static((1, 3))])
-def test_wanted_tokens_without_branches(policy, unrolled):
+def test_output_positions_without_branches(policy, unrolled):
     rows = make_rows(3)
-    wanted = jnp.array([[0, 4], [3, 1], [2, 2]])
-    expected, _, memory = run_wanted(policy, rows, "auto", False)
-    h, _, after = run_wanted(policy, rows, "auto", unrolled, wanted)
-    np.testing.assert_allclose(h, gather(jnp.asarray(expected), wanted), atol=1e-5)
+    positions = jnp.array([[0, 4], [3, 1], [2, 2]])
+    expected, _, memory = run_outputs(policy, rows, "auto", False)
+    h, _, after = run_outputs(policy, rows, "auto", unrolled, positions)
+    np.testing.assert_allclose(h, gather(jnp.asarray(expected), positions), atol=1e-5)
     np.testing.assert_allclose(after, memory, atol=1e-5)
 
 
-def test_the_last_block_is_asked_for_the_wanted_tokens_only():
+def test_the_last_block_is_asked_for_the_output_positions_only():
     asked = []
 
-    def block_of(params, h, context, wanted=None):
-        asked.append(None if wanted is None else wanted.shape)
-        return block(params, h, context, wanted)
+    def block_of(params, h, context, output_positions=None):
+        asked.append(None if output_positions is None else output_positions.shape)
+        return block(params, h, context, output_positions)
 
     h, context, denoising = make_rows(3)
-    wanted = jnp.zeros((3, 2), int)
+    positions = jnp.zeros((3, 2), int)
     layers = trees.unstack(LAYERS)
-    out = run_stack(Layer(block_of), layers, h, context, None, denoising, wanted=wanted)
+    out = run_stack(
+        Layer(block_of), layers, h, context, None, denoising, output_positions=positions
+    )
     assert asked == [None, None, None, (3, 2)] and out.h.shape == (3, 2, D)
 
 
@@ -167,14 +180,16 @@ def test_the_last_block_is_asked_for_the_wanted_tokens_only():
 def test_layers_that_must_run_do(executor, unrolled):
     """All but those that are skipped at every step, in either layout."""
     rows = make_rows(3)
-    expected = run_wanted(None, rows, "select", False)
+    expected = run_outputs(None, rows, "select", False)
     for policy in (Given(GATES), Given(GATES[:, 1]), Random(2)):
-        out = run_wanted(policy, rows, executor, unrolled, must_run=jnp.array(True))
+        out = run_outputs(policy, rows, executor, unrolled, force_execute=jnp.array(True))
         for actual, of_all in zip(out, expected, strict=True):
             np.testing.assert_allclose(actual, of_all, atol=1e-5)
-        free = run_wanted(policy, rows, executor, unrolled)
-        out = run_wanted(policy, rows, executor, unrolled, must_run=jnp.array(False))
+        free = run_outputs(policy, rows, executor, unrolled)
+        out = run_outputs(policy, rows, executor, unrolled, force_execute=jnp.array(False))
         jax.tree.map(np.testing.assert_array_equal, out, free)
         assert not free[1].all()
-    _, gates, _ = run_wanted(Static((1, 3)), rows, executor, unrolled, must_run=jnp.array(True))
+    _, gates, _ = run_outputs(
+        Static((1, 3)), rows, executor, unrolled, force_execute=jnp.array(True)
+    )
     np.testing.assert_array_equal(gates, [[True] * 3, [False] * 3] * 2)

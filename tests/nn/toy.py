@@ -22,28 +22,34 @@ class Given:
 
     gates: Any
 
-    def plan(self, num_layers, denoising):
+    def prepare(self, num_layers, denoising):
         return self.gates
 
     def gate(self, plan, h, denoising):
         return plan
 
 
-def project(params, h, context, wanted=None):
+def project(params, h, context, output_positions=None):
     """The mean of a row's valid tokens: once to mix in, and once to remember."""
     valid = context["valid"][..., None]
     mean = jnp.sum(h * valid, axis=1) / jnp.sum(valid, axis=1)
     return mean, {"mean": mean}
 
 
-def mix(params, h, mean, memory, context, wanted=None):
+def mix(params, h, mean, memory, context, output_positions=None):
     """A residual block that mixes the tokens of a row with what it remembers of the row."""
     return h + jnp.tanh((h + (mean + memory["mean"])[:, None]) @ params["w"])
 
 
-def block(params, h, context, wanted=None):
+def block(params, h, context, output_positions=None):
     mean, update = project(params, h, context)
-    return mix(params, h if wanted is None else gather(h, wanted), mean, update, context)
+    return mix(
+        params,
+        h if output_positions is None else gather(h, output_positions),
+        mean,
+        update,
+        context,
+    )
 
 
 def remember(memory, update, context, keep):
@@ -72,9 +78,17 @@ def make_rows(num_rows, seed=1):
 
 @partial(jax.jit, static_argnames=("span", "executor"))
 def jitted(layers, h, context, policy, denoising, memory=None, *, executor, span=None):
-    denoising = denoising._replace(vote_from=0)  # an argument would be traced
+    denoising = denoising._replace(prompt_length=0)  # an argument would be traced
     return run_stack(
-        LAYER, layers, h, context, policy, denoising, span=span, memory=memory, executor=executor
+        LAYER,
+        layers,
+        h,
+        context,
+        policy,
+        denoising,
+        span=span,
+        cache_state=memory,
+        executor=executor,
     )
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from dials_jax import trees
 from dials_jax.errors import InputError
-from dials_jax.nn.stack import Denoising
+from dials_jax.nn.stack import Denoising, check_policy
 from dials_jax.skipping.policies import Random, Static
 from dials_jax.skipping.routed import Routed, StochasticRouted, router_width
 
@@ -18,11 +18,11 @@ def denoising(num_rows, step=0, seed=0):
 
 
 def random_plan(k, **which):
-    return np.asarray(Random(k).plan(L, denoising(6, **which)))
+    return np.asarray(Random(k).prepare(L, denoising(6, **which)))
 
 
 def test_static_skips_the_layers_it_names():
-    plan = Static((7, 2)).plan(L, denoising(1))
+    plan = Static((7, 2)).prepare(L, denoising(1))
     np.testing.assert_array_equal(np.flatnonzero(~plan), [2, 7])
     assert Static((7, 2)) == Static([2, 7, 7])  # one program for both
 
@@ -30,7 +30,7 @@ def test_static_skips_the_layers_it_names():
 @pytest.mark.parametrize("layer", [-1, L])
 def test_static_refuses_a_layer_that_does_not_exist(layer):
     with pytest.raises(InputError, match=f"layer {layer} does not exist.*0 to {L - 1}"):
-        Static((layer,)).plan(L, denoising(1))
+        Static((layer,)).prepare(L, denoising(1))
 
 
 @pytest.mark.parametrize("number", [0.25, True, "3", (3,), 2**40, np.int64(-1)])
@@ -61,13 +61,13 @@ def test_random_draws_anew_for_every_row_and_step():
 def test_random_draws_do_not_depend_on_the_batch():
     batch = denoising(6)
     for i in (0, 5):
-        alone = batch._replace(row_keys=batch.row_keys[i : i + 1])
-        np.testing.assert_array_equal(Random(4).plan(L, alone)[:, 0], random_plan(4)[:, i])
+        alone = batch._replace(sequence_keys=batch.sequence_keys[i : i + 1])
+        np.testing.assert_array_equal(Random(4).prepare(L, alone)[:, 0], random_plan(4)[:, i])
 
 
 def test_random_skips_every_layer_alike():
     keys = jax.random.split(jax.random.key(0), 4000)
-    plan = Random(3).plan(L, Denoising(jnp.ones((4000, 1), bool), jnp.asarray(0), keys))
+    plan = Random(3).prepare(L, Denoising(jnp.ones((4000, 1), bool), jnp.asarray(0), keys))
     rate, expected = np.mean(~np.asarray(plan), axis=1), 3 / L
     assert np.abs(rate - expected).max() < 5 * np.sqrt(expected * (1 - expected) / 4000)
 
@@ -76,7 +76,7 @@ def test_routers_of_another_depth_are_refused(model, routers):
     shallow = jax.tree.map(lambda x: x[:-1], routers)
     for policy in (Routed(shallow), StochasticRouted(shallow, 0.1, 1.0)):
         with pytest.raises(InputError, match="3 layers and the model 4"):
-            policy.plan(model.num_layers, denoising(1))
+            policy.prepare(model.num_layers, denoising(1))
 
 
 def test_router_width_counts_only_where_there_are_routers(routers):
@@ -90,7 +90,7 @@ def test_router_width_counts_only_where_there_are_routers(routers):
 def stochastic_gate(routers, keys, masked, threshold=0.3, h=None):
     policy = StochasticRouted(routers, threshold, 1.0)
     what = Denoising(masked, jnp.asarray(0), keys)
-    plan = jax.tree.map(lambda x: x[1], policy.plan(4, what))
+    plan = jax.tree.map(lambda x: x[1], policy.prepare(4, what))
     h = jax.random.normal(jax.random.key(5), (len(keys), 16, 32)) if h is None else h
     return policy.gate(plan, h, what)
 
@@ -118,8 +118,20 @@ def test_every_layer_draws_its_own_noise(routers):
     keys = jax.random.split(jax.random.key(0), 30)
     policy = StochasticRouted(routers, 0.5, 1.0)
     what = Denoising(jnp.ones((30, 16), bool), jnp.asarray(0), keys)
-    plan = policy.plan(4, what)
+    plan = policy.prepare(4, what)
     fair = {**jax.tree.map(lambda x: x[0], routers), "vote": jnp.zeros((8, 2))}
     h = jnp.ones((30, 16, 32))
     first, second = (policy.gate(plan._replace(router=fair, layer=i), h, what) for i in (0, 1))
     assert (np.asarray(first) != np.asarray(second)).any()
+
+
+def test_a_policy_with_the_old_name_of_prepare_is_told_the_new_one():
+    class Old:
+        def plan(self, num_layers, denoising):
+            return None
+
+        def gate(self, plan, h, denoising):
+            return np.True_
+
+    with pytest.raises(InputError, match=r"Old\.plan is now called `prepare`; rename"):
+        check_policy(Old())

@@ -87,7 +87,7 @@ def reference(cfg, params, routers, batch, draws, objective):
             skips.append(skip)
         count, length = int(masked.sum()), int(batch.answer[row].sum())
         counts.append(count)
-        logits = transformer.logits_of(cfg, params, h)[0]
+        logits = transformer.head_logits(cfg, params, h)[0]
         if objective.kind == "mdlm":
             logits = logits.at[:, cfg.mask_id].set(-jnp.inf)
         log_p = jax.nn.log_softmax(logits)
@@ -176,7 +176,7 @@ def test_the_causal_loss_is_the_mean_of_the_next_tokens(cut, batch, draws):
 
     def slow(params):
         h = transformer.run_layers(cfg, params, batch.tokens, batch.valid).h
-        log_p = jax.nn.log_softmax(transformer.logits_of(cfg, params, h))
+        log_p = jax.nn.log_softmax(transformer.head_logits(cfg, params, h))
         rows = []
         for row in range(ROWS):
             places = [t for t in range(1, LENGTH) if batch.answer[row, t]]  # prompts come before

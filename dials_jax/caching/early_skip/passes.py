@@ -183,8 +183,8 @@ class EarlyPasses:
         prompt: int = 0,
     ) -> Call:
         """Runs a range of the canvas through all layers; `prompt` of its tokens are the prompt."""
-        wanted, predicted = block_rows(self.net, self.blocks, progress, index[0, 0])
-        going, gates, memory = self.travel(progress, memory, index, active, None, wanted, prompt)
+        positions, predicted = block_rows(self.net, self.blocks, progress, index[0, 0])
+        going, gates, memory = self.travel(progress, memory, index, active, None, positions, prompt)
         return Call(going.h, predicted, None, gates, memory)
 
     # ------------------------------------------------------------------------------- the way
@@ -196,15 +196,16 @@ class EarlyPasses:
         index: Int[Array, "R W"],
         active: Bool[Array, "R _"] | None,
         leave: Leave | None,
-        wanted: Int[Array, "R _"] | None = None,
-        vote_from: int = 0,
+        output_positions: Int[Array, "R _"] | None = None,
+        prompt_length: int = 0,
     ) -> tuple[ActiveTokens, Array, Memory]:
         """Runs the tokens at `index`; at each layer of the plan `leave` says who goes on.
 
         Args:
           leave: None: all go on.
-          wanted: of the window, the tokens whose states are asked for; None: all that go on.
-          vote_from: no token of the window before this one is masked, and none leaves.
+          output_positions: in the window, of the tokens whose states are asked for; None: of all
+            that go on.
+          prompt_length: no token of the window before this one is masked, and none leaves.
         """
         plan, going = self.plan, self.enter(progress, memory, index, active)
         kv, seen, gates = list(memory.kv), list(memory.seen), []
@@ -220,9 +221,10 @@ class EarlyPasses:
                 continue
             out = self.net.run(
                 going.h, going.window, going.masked, progress.step, kv[i],
-                span=span, contiguous=contiguous, vote_from=vote_from, wanted=wanted,
+                span=span, contiguous=contiguous, prompt_length=prompt_length,
+                output_positions=output_positions,
             )  # fmt: skip
-            going, kv[i] = going._replace(h=out.h), out.memory
+            going, kv[i] = going._replace(h=out.h), out.cache_state
             gates.append(out.gates)
             if plan.indicator == "hidden" and depth < len(plan.layers):
                 if leave is not None:
