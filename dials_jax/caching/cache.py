@@ -41,7 +41,7 @@ class Blocks(NamedTuple):
         return self.start + self.length * self.count
 
 
-class Progress(NamedTuple):
+class ForwardInputs(NamedTuple):
     """Where the loop stands before a model call."""
 
     tokens: Int[Array, "B T"]
@@ -51,14 +51,14 @@ class Progress(NamedTuple):
     unfinished: Bool[Array, "B"]  # rows with masked tokens in the block
 
 
-class Call(NamedTuple):
+class ForwardOutputs(NamedTuple):
     """What a model call yields: `h[:, i]` predicts the token at `index[:, i]`."""
 
     h: Float[Array, "R W D"]
     index: Int[Array, "B W"]
     active: Bool[Array, "B W"] | None  # False: too stale to be revealed; None: all fresh
     gates: Bool[Array, "L R"]
-    memory: PyTree
+    cache_state: PyTree
 
 
 class Revealed(NamedTuple):
@@ -82,8 +82,8 @@ class Work(NamedTuple):
     prompt: int = 0  # tokens at the window's front that no router looks at
 
 
-class Pass(NamedTuple):
-    call: Callable[[Progress, PyTree], Call]
+class ForwardVariant(NamedTuple):
+    forward: Callable[[ForwardInputs, PyTree], ForwardOutputs]
     work: Work
 
 
@@ -92,61 +92,66 @@ class Cache(Protocol):
     """A strategy of what to run at a step. Settings only: hashable, static in compiled programs.
 
     Attributes:
-      partial: a call may leave out masked tokens of the block.
+      drops_tokens: a call may leave out masked tokens of the block.
     """
 
-    partial: bool
+    drops_tokens: bool
 
-    def start(self, net: CanvasModel, blocks: Blocks) -> PyTree:
-        """The memory before the first call."""
+    def init_state(self, net: CanvasModel, blocks: Blocks) -> PyTree:
+        """The cache state before the first call."""
 
-    def passes(self, net: CanvasModel, blocks: Blocks) -> list[Pass]:
+    def forward_variants(self, net: CanvasModel, blocks: Blocks) -> list[ForwardVariant]:
         """Every kind of model call."""
 
-    def kind(
-        self, block: Number, step_in_block: Number, memory: PyTree, net: CanvasModel, blocks: Blocks
+    def variant_due(
+        self,
+        block: Number,
+        step_in_block: Number,
+        cache_state: PyTree,
+        net: CanvasModel,
+        blocks: Blocks,
     ) -> Number:
-        """Which of them is due. Elementwise, and without the memory where steps are fixed."""
+        """Which of them is due. Elementwise, and without the cache state where steps are fixed."""
 
-    def learn(self, memory: PyTree, revealed: Revealed, net: CanvasModel) -> PyTree:
-        """The memory after the sampler has revealed tokens."""
+    def after_reveal(self, cache_state: PyTree, revealed: Revealed, net: CanvasModel) -> PyTree:
+        """The cache state after the sampler has revealed tokens."""
 
 
-def whole_canvas(net: CanvasModel, blocks: Blocks) -> Pass:
-    """Runs everything and writes all of the memory, where there is one."""
+def whole_canvas(net: CanvasModel, blocks: Blocks) -> ForwardVariant:
+    """Runs everything and writes all of the cache state, where there is one."""
 
-    def call(progress: Progress, memory: PyTree) -> Call:
-        rows, index = block_rows(net, blocks, progress, 0)
+    def forward(inputs: ForwardInputs, cache_state: PyTree) -> ForwardOutputs:
+        rows, index = block_positions(net, blocks, inputs, 0)
         out = net.run_range(
-            progress.tokens, 0, net.length, progress.step, memory, output_positions=rows
+            inputs.tokens, 0, net.length, inputs.step, cache_state, output_positions=rows
         )
-        return Call(out.h, index, None, out.gates, out.cache_state)
+        return ForwardOutputs(out.h, index, None, out.gates, out.cache_state)
 
     work = Work((net.length,) * net.cfg.num_layers, blocks.length, net.prompt_length)
-    return Pass(call, work)
+    return ForwardVariant(forward, work)
 
 
-def block_rows(
-    net: CanvasModel, blocks: Blocks, progress: Progress, first: Int[Array, ""] | int
+def block_positions(
+    net: CanvasModel, blocks: Blocks, inputs: ForwardInputs, first: Int[Array, ""] | int
 ) -> tuple[Int[Array, "R W"], Int[Array, "B W"]]:
     """The places that predict the block, in a window that begins at `first`; what they predict."""
-    index = net.range(blocks.start + progress.block * blocks.length, blocks.length)
+    index = net.range(blocks.start + inputs.block * blocks.length, blocks.length)
     rows = jnp.maximum(index - net.offset - first, 0)  # nothing predicts the canvas's first token
-    return rows, index[: progress.tokens.shape[0]]
+    return rows, index[: inputs.tokens.shape[0]]
 
 
-def at_work(net: CanvasModel, progress: Progress) -> Bool[Array, "R 1"]:
+def unfinished_sequences(net: CanvasModel, inputs: ForwardInputs) -> Bool[Array, "R 1"]:
     """Rows that have not finished the block.
 
     The others must not write while they wait, wherever that could be read later: what a row keeps
     would depend on its batch.
     """
-    copies = net.num_rows // progress.unfinished.shape[0]  # 2 under guidance
-    return jnp.tile(progress.unfinished, copies)[:, None]
+    copies = net.num_rows // inputs.unfinished.shape[0]  # 2 under guidance
+    return jnp.tile(inputs.unfinished, copies)[:, None]
 
 
 def writing(
-    net: CanvasModel, blocks: Blocks, progress: Progress, index: Int[Array, "R W"]
+    net: CanvasModel, blocks: Blocks, inputs: ForwardInputs, index: Int[Array, "R W"]
 ) -> Bool[Array, "R W"] | None:
     """The slots that a window of a prefix or dual cache writes; None: all.
 
@@ -155,28 +160,33 @@ def writing(
     """
     if net.policy is None or blocks.max_quota is not None:
         return None
-    return jnp.broadcast_to(at_work(net, progress), index.shape)
+    return jnp.broadcast_to(unfinished_sequences(net, inputs), index.shape)
 
 
 @dataclass(frozen=True)
 class NoCache:
     """Every call runs the whole canvas."""
 
-    partial = False
+    drops_tokens = False
 
-    def start(self, net: CanvasModel, blocks: Blocks) -> PyTree:
+    def init_state(self, net: CanvasModel, blocks: Blocks) -> PyTree:
         return None
 
-    def passes(self, net: CanvasModel, blocks: Blocks) -> list[Pass]:
+    def forward_variants(self, net: CanvasModel, blocks: Blocks) -> list[ForwardVariant]:
         return [whole_canvas(net, blocks)]
 
-    def kind(
-        self, block: Number, step_in_block: Number, memory: PyTree, net: CanvasModel, blocks: Blocks
+    def variant_due(
+        self,
+        block: Number,
+        step_in_block: Number,
+        cache_state: PyTree,
+        net: CanvasModel,
+        blocks: Blocks,
     ) -> Number:
         return jnp.zeros_like(step_in_block)
 
-    def learn(self, memory: PyTree, revealed: Revealed, net: CanvasModel) -> PyTree:
-        return memory
+    def after_reveal(self, cache_state: PyTree, revealed: Revealed, net: CanvasModel) -> PyTree:
+        return cache_state
 
 
 @dataclass(frozen=True)
@@ -186,34 +196,39 @@ class DualCache:
     The first call of a block runs the whole canvas; the others run the block alone.
     """
 
-    partial = False
+    drops_tokens = False
 
-    def start(self, net: CanvasModel, blocks: Blocks) -> PyTree:
+    def init_state(self, net: CanvasModel, blocks: Blocks) -> PyTree:
         return net.empty()
 
-    def passes(self, net: CanvasModel, blocks: Blocks) -> list[Pass]:
+    def forward_variants(self, net: CanvasModel, blocks: Blocks) -> list[ForwardVariant]:
         return [whole_canvas(net, blocks), block_only(net, blocks)]
 
-    def kind(
-        self, block: Number, step_in_block: Number, memory: PyTree, net: CanvasModel, blocks: Blocks
+    def variant_due(
+        self,
+        block: Number,
+        step_in_block: Number,
+        cache_state: PyTree,
+        net: CanvasModel,
+        blocks: Blocks,
     ) -> Number:
         return jnp.where(step_in_block > 0, 1, 0)
 
-    def learn(self, memory: PyTree, revealed: Revealed, net: CanvasModel) -> PyTree:
-        return memory
+    def after_reveal(self, cache_state: PyTree, revealed: Revealed, net: CanvasModel) -> PyTree:
+        return cache_state
 
 
-def block_only(net: CanvasModel, blocks: Blocks) -> Pass:
+def block_only(net: CanvasModel, blocks: Blocks) -> ForwardVariant:
     """Runs the tokens that predict the block."""
 
-    def call(progress: Progress, memory: PyTree) -> Call:
-        start = blocks.start + progress.block * blocks.length - net.offset
-        active = writing(net, blocks, progress, net.range(start, blocks.length))
-        out = net.run_range(progress.tokens, start, blocks.length, progress.step, memory, active)
-        index = net.range(start + net.offset, blocks.length)[: progress.tokens.shape[0]]
-        return Call(out.h, index, None, out.gates, out.cache_state)
+    def forward(inputs: ForwardInputs, cache_state: PyTree) -> ForwardOutputs:
+        start = blocks.start + inputs.block * blocks.length - net.offset
+        active = writing(net, blocks, inputs, net.range(start, blocks.length))
+        out = net.run_range(inputs.tokens, start, blocks.length, inputs.step, cache_state, active)
+        index = net.range(start + net.offset, blocks.length)[: inputs.tokens.shape[0]]
+        return ForwardOutputs(out.h, index, None, out.gates, out.cache_state)
 
-    return Pass(call, Work((blocks.length,) * net.cfg.num_layers, blocks.length))
+    return ForwardVariant(forward, Work((blocks.length,) * net.cfg.num_layers, blocks.length))
 
 
 @dataclass(frozen=True)
@@ -223,36 +238,41 @@ class PrefixCache:
     The first call of a block runs the whole canvas; the others run the block and all after it.
     """
 
-    partial = False
+    drops_tokens = False
 
-    def start(self, net: CanvasModel, blocks: Blocks) -> PyTree:
+    def init_state(self, net: CanvasModel, blocks: Blocks) -> PyTree:
         return net.empty()
 
-    def passes(self, net: CanvasModel, blocks: Blocks) -> list[Pass]:
+    def forward_variants(self, net: CanvasModel, blocks: Blocks) -> list[ForwardVariant]:
         sizes = window_sizes(blocks.count)
         return [whole_canvas(net, blocks), *(self._suffix(net, blocks, n) for n in sizes)]
 
-    def _suffix(self, net: CanvasModel, blocks: Blocks, num_blocks: int) -> Pass:
+    def _suffix(self, net: CanvasModel, blocks: Blocks, num_blocks: int) -> ForwardVariant:
         """Runs the last `num_blocks` blocks, and writes the one in work and those after it."""
         size = num_blocks * blocks.length + net.offset
 
-        def call(progress: Progress, memory: PyTree) -> Call:
-            start = blocks.start + progress.block * blocks.length - net.offset
+        def forward(inputs: ForwardInputs, cache_state: PyTree) -> ForwardOutputs:
+            start = blocks.start + inputs.block * blocks.length - net.offset
             first = blocks.end - size
             index = net.range(first, size)
-            active = writing(net, blocks, progress, index)
+            active = writing(net, blocks, inputs, index)
             if blocks.count > MAX_SIZES:
                 active = index >= start if active is None else active & (index >= start)
-            rows, predicted = block_rows(net, blocks, progress, first)
+            rows, predicted = block_positions(net, blocks, inputs, first)
             out = net.run_range(
-                progress.tokens, first, size, progress.step, memory, active, output_positions=rows
+                inputs.tokens, first, size, inputs.step, cache_state, active, output_positions=rows
             )
-            return Call(out.h, predicted, None, out.gates, out.cache_state)
+            return ForwardOutputs(out.h, predicted, None, out.gates, out.cache_state)
 
-        return Pass(call, Work((size,) * net.cfg.num_layers, blocks.length))
+        return ForwardVariant(forward, Work((size,) * net.cfg.num_layers, blocks.length))
 
-    def kind(
-        self, block: Number, step_in_block: Number, memory: PyTree, net: CanvasModel, blocks: Blocks
+    def variant_due(
+        self,
+        block: Number,
+        step_in_block: Number,
+        cache_state: PyTree,
+        net: CanvasModel,
+        blocks: Blocks,
     ) -> Number:
         return jnp.where(
             step_in_block == 0,
@@ -260,8 +280,8 @@ class PrefixCache:
             1 + which_size(blocks.count - block, blocks.count),
         )
 
-    def learn(self, memory: PyTree, revealed: Revealed, net: CanvasModel) -> PyTree:
-        return memory
+    def after_reveal(self, cache_state: PyTree, revealed: Revealed, net: CanvasModel) -> PyTree:
+        return cache_state
 
 
 def window_sizes(num_blocks: int) -> list[int]:

@@ -86,7 +86,7 @@ class CanvasModel:
         window: BlockInputs,
         masked: Bool[Array, "R T"],
         step: Int[Array, ""],
-        memory: PyTree = None,
+        cache_state: PyTree = None,
         *,
         span: tuple[int, int] | None = None,
         contiguous: bool = False,
@@ -95,7 +95,7 @@ class CanvasModel:
     ) -> StackOutput:
         """Runs the layers of `span` on the tokens of a window.
 
-        Tokens that are not active in the window do not vote. The first call fills an empty memory,
+        Tokens that are not active in the window do not vote. The first call fills an empty cache,
         so no gate skips a layer there: later calls would attend to keys that nobody computed.
 
         Args:
@@ -113,8 +113,8 @@ class CanvasModel:
             self.policy,
             Denoising(masked, step, self.sequence_keys, prompt_length),
             span=span,
-            cache_state=memory,
-            force_execute=None if memory is None else step == 0,
+            cache_state=cache_state,
+            force_execute=None if cache_state is None else step == 0,
             output_positions=output_positions,
             executor=self.executor,
         )
@@ -125,7 +125,7 @@ class CanvasModel:
         start: Int[Array, ""] | int,
         size: int,
         step: Int[Array, ""],
-        memory: PyTree = None,
+        cache_state: PyTree = None,
         active: Bool[Array, "R W"] | None = None,
         output_positions: Int[Array, "R _"] | None = None,
     ) -> StackOutput:
@@ -138,14 +138,14 @@ class CanvasModel:
             window,
             self.masked(seen, index),
             step,
-            memory,
+            cache_state,
             contiguous=True,
             prompt_length=self.prompt_length if isinstance(start, int) and start == 0 else 0,
             output_positions=output_positions,
         )
 
     def empty(self, span: tuple[int, int] | None = None) -> Any:
-        """A memory of zeros for the layers of `span`, laid out as they are."""
+        """A cache of zeros for the layers of `span`, laid out as they are."""
         cfg, (first, last) = self.cfg, span or (0, self.cfg.num_layers)
         shape = (self.num_rows, self.length, cfg.num_kv_heads, cfg.head_dim)
 

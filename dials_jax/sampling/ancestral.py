@@ -27,7 +27,7 @@ from dials_jax.errors import require
 from dials_jax.models import transformer
 from dials_jax.nn.stack import StackOutput
 from dials_jax.sampling.confidence import gumbel_like
-from dials_jax.sampling.loop import Record, note, start_record
+from dials_jax.sampling.loop import Record, append_call, start_record
 
 Precision = Literal["exact", "float32"]
 
@@ -222,7 +222,7 @@ class Exact:
         new = draw(cfg, logits, token_keys(self.keys, index - self.prompt_length))
         tokens = put(state.tokens, jnp.where(fresh, index, seen.shape[1]), new)
         share = jnp.mean(hidden[:, self.prompt_length :], axis=1)
-        record = note(state.record, out.gates, share, 0, state.step)
+        record = append_call(state.record, out.gates, share, 0, state.step)
         calls = jnp.minimum(state.calls + 1, until)
         return State(tokens, state.step + 1, calls, plan, record)
 

@@ -127,7 +127,7 @@ def decode(
         nfe=state.num_new,
         gates=jnp.broadcast_to(out.gates, (sampler.max_new_tokens, *out.gates.shape)),
         masked_share=jnp.zeros((sampler.max_new_tokens, num_rows)),
-        kind=jnp.minimum(jnp.arange(sampler.max_new_tokens), 1),
+        variant=jnp.minimum(jnp.arange(sampler.max_new_tokens), 1),
         step=jnp.arange(sampler.max_new_tokens),
     )
     return state.tokens, record

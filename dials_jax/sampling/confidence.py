@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dials_jax.config import ModelConfig, Typed, require_positive
 from dials_jax.errors import require
-from dials_jax.sampling.loop import Turn
+from dials_jax.sampling.loop import StepInfo
 
 
 @dataclass(frozen=True)
@@ -102,13 +102,13 @@ class Confidence(Typed):
         return propose(self, cfg, logits, keys)
 
     def choose(
-        self, confidence: Float[Array, "B W"], turn: Turn, keys: jax.Array
+        self, confidence: Float[Array, "B W"], info: StepInfo, keys: jax.Array
     ) -> Bool[Array, "B W"]:
         if self.threshold is not None:
             return (confidence >= self.threshold) | (ranks(confidence) == 0)
         if self.factor is not None:
             return confident_run(confidence, self.factor)
-        quota = step_quota(turn.present, turn.step_in_block, self.steps_per_block)
+        quota = step_quota(info.present, info.step_in_block, self.steps_per_block)
         return ranks(confidence) < quota[:, None]
 
 

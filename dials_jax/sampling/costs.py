@@ -24,26 +24,26 @@ from dials_jax.skipping.routed import router_width
 
 @dataclass(frozen=True)
 class Part:
-    """A model and what each kind of its calls computes in a row."""
+    """A model and what each variant of its calls computes per sequence."""
 
     cfg: ModelConfig
     policy: Policy | None
     work: Sequence[Work]
 
-    def tokens(self, kind: Int[np.ndarray, "S"]) -> Int[np.ndarray, "S L"]:
-        return np.array([w.tokens for w in self.work])[kind]
+    def tokens(self, variant: Int[np.ndarray, "S"]) -> Int[np.ndarray, "S L"]:
+        return np.array([w.tokens for w in self.work])[variant]
 
     def cost(
-        self, gates: Bool[np.ndarray, "S L R"], kind: Int[np.ndarray, "S"], num_tokens: int
+        self, gates: Bool[np.ndarray, "S L R"], variant: Int[np.ndarray, "S"], num_tokens: int
     ) -> Flops:
-        tokens = self.tokens(kind)
+        tokens = self.tokens(variant)
         return count_flops(
             self.cfg,
             gates,
             num_tokens=num_tokens,
-            head_tokens=np.array([w.head for w in self.work])[kind],
+            head_tokens=np.array([w.head for w in self.work])[variant],
             tokens_run=tokens,
-            voting=tokens - np.array([[w.prompt] for w in self.work])[kind],
+            voting=tokens - np.array([[w.prompt] for w in self.work])[variant],
             d_router=router_width(self.policy),
         )
 
@@ -62,14 +62,17 @@ def work_of(cfg: ModelConfig, sampler: AnySampler, cache: Cache, prompt_length: 
     rows = jax.eval_shape(lambda: transformer.block_inputs(cfg, None, (1, length)))
     known = prompt_length if sampler.cfg_scale == 0 else 0
     sketch = CanvasModel(cfg, None, None, "auto", rows, None, None, known)
-    return [p.work for p in cache.passes(sketch, blocks_of(sampler, prompt_length))]
+    return [
+        variant.work
+        for variant in cache.forward_variants(sketch, blocks_of(sampler, prompt_length))
+    ]
 
 
 def total_cost(
     parts: Sequence[Part],
     taken: Int[np.ndarray, "S"],
     gates: Bool[np.ndarray, "S L R"],
-    kind: Int[np.ndarray, "S"],
+    variant: Int[np.ndarray, "S"],
     num_tokens: int,
     seconds: float,
 ) -> Flops:
@@ -87,14 +90,14 @@ def total_cost(
         mine = taken == i
         if mine.any():
             own = gates[mine, : part.cfg.num_layers]
-            costs.append(part.cost(own, kind[mine], num_tokens).model_total)
+            costs.append(part.cost(own, variant[mine], num_tokens).model_total)
             layers_run += int(own.sum())
-    head = max(w.head for i, part in enumerate(parts) for w in _used(part, kind[taken == i]))
+    head = max(w.head for i, part in enumerate(parts) for w in _used(part, variant[taken == i]))
     whole = max(parts, key=lambda part: part.full_cost(1, 1, num_tokens, head))
     full = whole.full_cost(len(taken), num_rows, num_tokens, head)
     layers = layers_run / (len(taken) * num_rows * whole.cfg.num_layers)
     return Flops(layers, sum(costs) / full, float(sum(costs)), seconds)
 
 
-def _used(part: Part, kind: Int[np.ndarray, "S"]) -> list[Work]:
-    return [part.work[k] for k in np.unique(kind)]
+def _used(part: Part, variant: Int[np.ndarray, "S"]) -> list[Work]:
+    return [part.work[k] for k in np.unique(variant)]

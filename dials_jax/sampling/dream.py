@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dials_jax.config import Algorithm, ModelConfig, Typed, require_positive
 from dials_jax.errors import require
 from dials_jax.sampling.confidence import gumbel_like, ranks
-from dials_jax.sampling.loop import Turn
+from dials_jax.sampling.loop import StepInfo
 
 TOKEN, ORDER = 0, 1  # folded into a step's key: what the noise is for
 
@@ -109,10 +109,10 @@ class Dream(Typed):
         return guess, certainty(self.alg, logits, guess)
 
     def choose(
-        self, confidence: Float[Array, "B W"], turn: Turn, keys: jax.Array
+        self, confidence: Float[Array, "B W"], info: StepInfo, keys: jax.Array
     ) -> Bool[Array, "B W"]:
         """The positions to reveal. Where a cache left some out, the last step is repeated."""
-        step = jnp.minimum(turn.step_in_block, self.steps - 1)
+        step = jnp.minimum(info.step_in_block, self.steps - 1)
         share = jnp.asarray(revealed_shares(self.steps, self.eps))[step]
         keys = keys_for(ORDER, keys)
         if self.alg == "origin":
@@ -120,7 +120,7 @@ class Dream(Typed):
         if self.alg_temp:  # the largest of these are draws without replacement
             noise = gumbel_like(confidence[..., None], keys)[..., 0]
             confidence = confidence / self.alg_temp + noise
-        quota = (turn.remaining * share).astype(jnp.int32)
+        quota = (info.remaining * share).astype(jnp.int32)
         return ranks(confidence) < quota[:, None]
 
 

@@ -148,11 +148,11 @@ def account(
     """What was generated without the rows that only fill up the batch, and its price."""
     nfe, num_rows, (_, length) = int(record.nfe), len(prompts), tokens.shape
     require(
-        nfe <= len(record.kind),
-        f"{nfe} model calls are more than the record's {len(record.kind)}; give the sampler more "
-        "slots",
+        nfe <= len(record.variant),
+        f"{nfe} model calls are more than the record's {len(record.variant)}; "
+        "give the sampler more slots",
     )
-    gates, kind, steps = record.gates[:nfe], record.kind[:nfe], record.step[:nfe]
+    gates, variant, steps = record.gates[:nfe], record.variant[:nfe], record.step[:nfe]
     gates = gates[..., np.arange(gates.shape[-1]) % len(tokens) < num_rows]  # in both halves
     share = np.tile(record.masked_share[:nfe, :num_rows], gates.shape[-1] // num_rows)
     parts = [
@@ -167,8 +167,8 @@ def account(
     for i, part in enumerate(parts):
         mine = taken == i
         if mine.any():
-            tokens_run[mine, : part.cfg.num_layers] = part.tokens(kind[mine])
-    flops = total_cost(parts, taken, gates, kind, length, seconds)
+            tokens_run[mine, : part.cfg.num_layers] = part.tokens(variant[mine])
+    flops = total_cost(parts, taken, gates, variant, length, seconds)
     return Generation(tokens[:num_rows], nfe, gates, share, tokens_run, steps, flops)
 
 

@@ -15,12 +15,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from dials_jax.caching.cache import Blocks, Cache, Call, Progress, Revealed
+from dials_jax.caching.cache import Blocks, Cache, ForwardInputs, ForwardOutputs, Revealed
 from dials_jax.caching.canvas import CanvasModel
 from dials_jax.config import ModelConfig
 from dials_jax.errors import require
 from dials_jax.models import transformer
-from dials_jax.sampling.timetable import block_timetable, fold, follow
+from dials_jax.sampling.timetable import block_timetable, follow, run_length_encode
 
 
 @runtime_checkable
@@ -45,12 +45,12 @@ class Sampler(Protocol):
         """A token for every position, and how sure the model is of it."""
 
     def choose(
-        self, confidence: Float[Array, "B W"], turn: Turn, keys: jax.Array
+        self, confidence: Float[Array, "B W"], info: StepInfo, keys: jax.Array
     ) -> Bool[Array, "B W"]:
         """The positions to reveal. The confidence is -inf where there is nothing to reveal."""
 
 
-class Turn(NamedTuple):
+class StepInfo(NamedTuple):
     """What a sampler may know of a step."""
 
     step_in_block: Int[Array, ""]
@@ -64,7 +64,7 @@ class Record(NamedTuple):
     nfe: Int[Array, ""]
     gates: Bool[Array, "S L R"]
     masked_share: Float[Array, "S B"]  # of the generated part, before the call
-    kind: Int[Array, "S"]  # of the cache's passes
+    variant: Int[Array, "S"]  # the number of the cache's forward variant
     step: Int[Array, "S"]  # that the call belongs to: it names the model, under a schedule
 
 
@@ -73,7 +73,7 @@ class State(NamedTuple):
     block: Int[Array, ""]
     step_in_block: Int[Array, ""]
     present: Int[Array, "B"]
-    memory: PyTree
+    cache_state: PyTree
     record: Record
 
 
@@ -94,7 +94,7 @@ def step_limit(sampler: Sampler, cache: Cache) -> int:
     block then takes longer, and each of the steps beyond the sampler's own reveals one at least.
     A quota of one is always found: the leftmost mask never leaves.
     """
-    if not cache.partial or sampler.max_quota in (None, 1) or is_fixed(sampler, cache):
+    if not cache.drops_tokens or sampler.max_quota in (None, 1) or is_fixed(sampler, cache):
         return sampler.steps_per_block
     return sampler.steps_per_block + sampler.block_length
 
@@ -106,7 +106,7 @@ def is_fixed(sampler: Sampler, cache: Cache) -> bool:
     of a step depends on the block.
     """
     by_quota = sampler.max_quota is not None and not sampler.stop_at_eos
-    return by_quota and not (cache.partial and sampler.max_quota > 1)
+    return by_quota and not (cache.drops_tokens and sampler.max_quota > 1)
 
 
 class Loop:
@@ -121,29 +121,31 @@ class Loop:
         noise_keys: jax.Array,
     ):
         require(
-            sampler.is_probability or not cache.partial,
+            sampler.is_probability or not cache.drops_tokens,
             "EarlySkip weighs confidence against change, so it must be like a probability; "
             "use alg='maskgit_plus' or 'topk_margin'",
         )
         self.sampler, self.cache, self.net = sampler, cache, net
         self.blocks = blocks_of(sampler, prompt_length)
         self.noise_keys = noise_keys
-        self.passes = cache.passes(net, self.blocks)
+        self.variants = cache.forward_variants(net, self.blocks)
         self.limit = step_limit(sampler, cache)
         self.num_steps = num_steps(sampler, cache)
 
     def start(self, canvas: Int[Array, "B T"], num_layers: int) -> State:
         num_rows, zero = canvas.shape[0], jnp.asarray(0, jnp.int32)
         record = start_record(self.num_steps, num_layers, num_rows, self.net.num_rows)
-        memory = self.cache.start(self.net, self.blocks)
-        return State(canvas, zero, zero, jnp.zeros(num_rows, jnp.int32), memory, record)
+        cache_state = self.cache.init_state(self.net, self.blocks)
+        return State(canvas, zero, zero, jnp.zeros(num_rows, jnp.int32), cache_state, record)
 
     def run(self, state: State, stop: Int[Array, ""] | None = None) -> State:
         """The steps before number `stop`; None: all of them."""
         if stop is None and is_fixed(self.sampler, self.cache):
-            steps = fold(block_timetable(self.cache, self.net, self.blocks, self.limit))
+            steps = run_length_encode(
+                block_timetable(self.cache, self.net, self.blocks, self.limit)
+            )
             return follow([(self.blocks.count, steps)], self.advance, self.dispatch, state)
-        every = partial(self.dispatch, range(len(self.passes)), stop=stop)
+        every = partial(self.dispatch, range(len(self.variants)), stop=stop)
         last = self.num_steps if stop is None else stop
         return lax.while_loop(lambda s: self.number(s) < last, every, state)
 
@@ -169,7 +171,9 @@ class Loop:
         first, cache, count = state.record.nfe, self.cache, self.blocks.count
 
         def due(kind: int, state: State) -> Array:
-            due = cache.kind(state.block, state.step_in_block, state.memory, self.net, self.blocks)
+            due = cache.variant_due(
+                state.block, state.step_in_block, state.cache_state, self.net, self.blocks
+            )
             due = (due == kind) & (state.block < count)
             if stop is not None:
                 due &= self.number(state) < stop
@@ -191,45 +195,45 @@ class Loop:
         masked = self.masked_by_block(state.tokens)
         remaining = jnp.sum(jnp.take(masked, state.block, axis=1), axis=1)
         present = jnp.where(state.step_in_block == 0, remaining, state.present)
-        turn = Turn(state.step_in_block, present, remaining)
+        info = StepInfo(state.step_in_block, present, remaining)
         step = self.number(state)
-        progress = Progress(
+        inputs = ForwardInputs(
             state.tokens, step, state.block, state.step_in_block, unfinished=remaining > 0
         )
-        call = self.passes[kind].call(progress, state.memory)
-        tokens, revealed = self.reveal(call, progress, turn)
-        memory = self.cache.learn(call.memory, revealed, self.net)
-        record = note(state.record, call.gates, jnp.mean(masked, axis=(1, 2)), kind, step)
+        out = self.variants[kind].forward(inputs, state.cache_state)
+        tokens, revealed = self.reveal(out, inputs, info)
+        cache_state = self.cache.after_reveal(out.cache_state, revealed, self.net)
+        record = append_call(state.record, out.gates, jnp.mean(masked, axis=(1, 2)), kind, step)
         block, step_in_block = self.next_step(tokens, state)
-        return State(tokens, block, step_in_block, present, memory, record)
+        return State(tokens, block, step_in_block, present, cache_state, record)
 
     def reveal(
-        self, call: Call, progress: Progress, turn: Turn
+        self, out: ForwardOutputs, inputs: ForwardInputs, info: StepInfo
     ) -> tuple[Int[Array, "B T"], Revealed]:
         """The canvas after a model call."""
         sampler, cfg, blocks = self.sampler, self.net.cfg, self.blocks
-        tokens = progress.tokens
-        window = jnp.take_along_axis(tokens, call.index, axis=1)
+        tokens = inputs.tokens
+        window = jnp.take_along_axis(tokens, out.index, axis=1)
         masked = transformer.is_masked(cfg, window)
-        if call.active is not None:
-            masked &= call.active
-        keys = position_keys(self.noise_keys, progress.step, call.index - blocks.start)
-        logits = transformer.head_logits(cfg, self.net.params, call.h)
+        if out.active is not None:
+            masked &= out.active
+        keys = position_keys(self.noise_keys, inputs.step, out.index - blocks.start)
+        logits = transformer.head_logits(cfg, self.net.params, out.h)
         if self.net.given is not None:
             logits = guide(logits, sampler.cfg_scale)
         logits = transformer.apply_subs(cfg, logits)
         guess, confidence = sampler.propose(cfg, logits, keys)
         shown = jnp.where(masked, confidence, 0.0)
         if sampler.delay_eos:
-            delayed = (guess == cfg.eos_id) & too_early(cfg, blocks, progress, call.index)
+            delayed = (guess == cfg.eos_id) & too_early(cfg, blocks, inputs, out.index)
             confidence = jnp.where(delayed, 0.0, confidence)
             # The published code shows a delayed token's own confidence to a shifted model's cache.
             shown = shown if cfg.shift else jnp.where(masked, confidence, 0.0)
-        commit = masked & sampler.choose(jnp.where(masked, confidence, -jnp.inf), turn, keys)
-        tokens = _put(tokens, call.index, jnp.where(commit, guess, window))
+        commit = masked & sampler.choose(jnp.where(masked, confidence, -jnp.inf), info, keys)
+        tokens = _put(tokens, out.index, jnp.where(commit, guess, window))
         if sampler.stop_at_eos:
-            tokens = close(cfg, tokens, blocks.start)
-        return tokens, Revealed(call.index, call.active, shown, commit, progress.unfinished)
+            tokens = fill_after_eos(cfg, tokens, blocks.start)
+        return tokens, Revealed(out.index, out.active, shown, commit, inputs.unfinished)
 
     def next_step(self, tokens: Int[Array, "B T"], state: State) -> tuple[Array, Array]:
         """The block and step after this one.
@@ -267,20 +271,22 @@ def position_keys(
 
 
 def too_early(
-    cfg: ModelConfig, blocks: Blocks, progress: Progress, index: Int[Array, "B W"]
+    cfg: ModelConfig, blocks: Blocks, inputs: ForwardInputs, index: Int[Array, "B W"]
 ) -> Bool[Array, "B W"]:
     """Where ES-dLLM delays an end of text.
 
     That is while the row has none, unless the token before it is known or in an earlier block.
     """
-    generated = progress.tokens[:, blocks.start :]
+    generated = inputs.tokens[:, blocks.start :]
     without = ~jnp.any(generated == cfg.eos_id, axis=1, keepdims=True)
-    before = jnp.take_along_axis(progress.tokens, jnp.maximum(index - 1, 0), axis=1)
-    inside = index > blocks.start + progress.block * blocks.length
+    before = jnp.take_along_axis(inputs.tokens, jnp.maximum(index - 1, 0), axis=1)
+    inside = index > blocks.start + inputs.block * blocks.length
     return without & transformer.is_masked(cfg, before) & inside
 
 
-def close(cfg: ModelConfig, tokens: Int[Array, "B T"], prompt_length: int) -> Int[Array, "B T"]:
+def fill_after_eos(
+    cfg: ModelConfig, tokens: Int[Array, "B T"], prompt_length: int
+) -> Int[Array, "B T"]:
     """Fills with end of text all that follows one which has no masked token before it."""
     answer = tokens[:, prompt_length:]
     masked = transformer.is_masked(cfg, answer)
@@ -303,14 +309,14 @@ def start_record(
     return Record(jnp.asarray(0, jnp.int32), gates, jnp.zeros((num_calls, num_rows)), calls, calls)
 
 
-def note(record: Record, gates: Array, share: Array, kind: int, step: Array) -> Record:
+def append_call(record: Record, gates: Array, share: Array, kind: int, step: Array) -> Record:
     """The record with one more call."""
     at = record.nfe
     return Record(
         nfe=at + 1,
         gates=record.gates.at[at, : gates.shape[0]].set(gates),
         masked_share=record.masked_share.at[at].set(share),
-        kind=record.kind.at[at].set(kind),
+        variant=record.variant.at[at].set(kind),
         step=record.step.at[at].set(step),
     )
 

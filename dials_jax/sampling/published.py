@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from dials_jax.caching.canvas import CanvasModel
 from dials_jax.models import transformer
 from dials_jax.sampling.ancestral import EPS, Ancestral, State, call
-from dials_jax.sampling.loop import note, start_record
+from dials_jax.sampling.loop import append_call, start_record
 
 UNIFORM_BITS = 24  # of the published noise
 
@@ -59,7 +59,7 @@ class Published:
         new = lax.map(row, (out.h, answer, self.keys, time))
         tokens = state.tokens.at[:, prompt_length:].set(new)
         share = jnp.mean(transformer.is_masked(cfg, answer), axis=1)
-        record = note(state.record, out.gates, share, 0, state.step)
+        record = append_call(state.record, out.gates, share, 0, state.step)
         return State(tokens, state.step + 1, state.calls + 1, None, record)
 
     def draw(

@@ -22,17 +22,17 @@ Timetable = list[tuple[int, Any]]
 def block_timetable(cache: Cache, net: CanvasModel, blocks: Blocks, num_steps: int) -> list[Step]:
     """The model calls of every block."""
 
-    def kind(block, step):
-        return cache.kind(block, step, None, net, blocks)
+    def due(block, step):
+        return cache.variant_due(block, step, None, net, blocks)
 
-    every_step = jax.vmap(kind, (None, 0))
+    every_step = jax.vmap(due, (None, 0))
     with jax.ensure_compile_time_eval():
         kinds = jax.vmap(every_step, (0, None))(jnp.arange(blocks.count), jnp.arange(num_steps))
         kinds = np.asarray(kinds)
     return [int(k[0]) if len(k) == 1 else tuple(k.tolist()) for k in map(np.unique, kinds.T)]
 
 
-def fold(steps: list[Step]) -> Timetable:
+def run_length_encode(steps: list[Step]) -> Timetable:
     """Runs of equal steps as loops, and then runs of equal pairs of loops.
 
     [5, 2, 2, 1, 2, 2, 1, 2, 2] becomes [(1, 5), (2, 2), (2, [(1, 1), (2, 2)])].

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dials_jax.caching.cache import DualCache, NoCache, PrefixCache
-from dials_jax.caching.early_skip import importance, passes
+from dials_jax.caching.early_skip import importance, variants
 from dials_jax.caching.early_skip.settings import EarlySkip
 from dials_jax.compiling import Timed
 from dials_jax.loading import load
@@ -79,9 +79,9 @@ def published_order(monkeypatch):
     def leftmost(revealed):
         return jnp.broadcast_to(jnp.min(jnp.argmax(revealed, axis=1)), (revealed.shape[0], 1))
 
-    monkeypatch.setattr(passes, "top", top)
+    monkeypatch.setattr(variants, "top", top)
     monkeypatch.setattr(importance, "top", top)
-    monkeypatch.setattr(passes, "leftmost", leftmost)
+    monkeypatch.setattr(variants, "leftmost", leftmost)
 
     def traced_anew(*args, **kwargs):  # programs of the patched code stay in this test
         return module._generate_fn(*args, **kwargs)

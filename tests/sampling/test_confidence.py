@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dials_jax.caching.cache import Call, NoCache, Pass, Work
+from dials_jax.caching.cache import ForwardOutputs, ForwardVariant, NoCache, Work
 from dials_jax.caching.canvas import CanvasModel
 from dials_jax.errors import InputError
 from dials_jax.models import transformer
 from dials_jax.sampling.confidence import Confidence, confident_run, propose, ranks, step_quota
-from dials_jax.sampling.loop import Loop, close
+from dials_jax.sampling.loop import Loop, fill_after_eos
 from tests.conftest import EOS, MASK, small_config
 
 EOT = 2
@@ -140,14 +140,14 @@ class Stated(NoCache):
     def __init__(self, logits_of):
         object.__setattr__(self, "logits_of", logits_of)
 
-    def passes(self, net, blocks):
-        def call(progress, memory):
-            start = blocks.start + progress.block * blocks.length
+    def forward_variants(self, net, blocks):
+        def forward(inputs, cache_state):
+            start = blocks.start + inputs.block * blocks.length
             gates = jnp.ones((net.cfg.num_layers, net.num_rows), bool)
-            logits = self.logits_of(progress.tokens, start, progress.step)
-            return Call(logits, net.range(start, blocks.length), None, gates, memory)
+            logits = self.logits_of(inputs.tokens, start, inputs.step)
+            return ForwardOutputs(logits, net.range(start, blocks.length), None, gates, cache_state)
 
-        return [Pass(call, Work((blocks.length,) * net.cfg.num_layers, blocks.length))]
+        return [ForwardVariant(forward, Work((blocks.length,) * net.cfg.num_layers, blocks.length))]
 
 
 @pytest.fixture
@@ -352,7 +352,7 @@ def test_all_after_a_known_end_is_closed():
     )
     expected = np.array(tokens)
     expected[0, 5:] = expected[2, 5:] = EOS
-    np.testing.assert_array_equal(close(CFG, tokens, P), expected)
+    np.testing.assert_array_equal(fill_after_eos(CFG, tokens, P), expected)
 
 
 # -------------------------------------------------------------------------------------- settings

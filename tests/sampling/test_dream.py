@@ -13,7 +13,7 @@ from dials_jax.loading import load
 from dials_jax.models.model import Model
 from dials_jax.sampling.dream import Dream, most_probable, revealed_shares
 from dials_jax.sampling.generate import generate
-from dials_jax.sampling.loop import Turn
+from dials_jax.sampling.loop import StepInfo
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "dream_tiny"
 P, G = 6, 8
@@ -93,9 +93,9 @@ def test_the_largest_quota():
 def test_rows_count_their_own_masks():
     """At t = 1 and s = 0.5: half of 6 and half of 3, rounded down."""
     shown = jnp.where(jnp.arange(6) < jnp.array([[6], [3]]), -jnp.arange(6.0), -jnp.inf)
-    turn = Turn(jnp.asarray(0), jnp.array([6, 3]), jnp.array([6, 3]))
+    info = StepInfo(jnp.asarray(0), jnp.array([6, 3]), jnp.array([6, 3]))
     sampler = Dream(6, 2, eps=1e-6)
-    revealed = sampler.choose(shown, turn, keys_like(shown))
+    revealed = sampler.choose(shown, info, keys_like(shown))
     np.testing.assert_array_equal(revealed.sum(axis=1), [2, 1])  # 0.4999995 of them
     assert revealed[0, :2].all() and revealed[1, 0]
 
@@ -103,18 +103,18 @@ def test_rows_count_their_own_masks():
 def test_after_the_last_step_all_is_revealed():
     """A cache may have left tokens out of the last step; the block then goes on."""
     for alg in ("origin", "entropy"):
-        turn = Turn(jnp.asarray(9), jnp.array([6]), jnp.array([6]))
+        info = StepInfo(jnp.asarray(9), jnp.array([6]), jnp.array([6]))
         assert (
-            Dream(6, 2, alg=alg).choose(jnp.zeros((1, 6)), turn, keys_like(jnp.zeros((1, 6)))).all()
+            Dream(6, 2, alg=alg).choose(jnp.zeros((1, 6)), info, keys_like(jnp.zeros((1, 6)))).all()
         )
 
 
 def test_origin_reveals_each_token_by_chance():
-    turn = Turn(jnp.asarray(1), jnp.array([4000]), jnp.array([4000]))
+    info = StepInfo(jnp.asarray(1), jnp.array([4000]), jnp.array([4000]))
     sampler = Dream(4000, 4, alg="origin", eps=0.2)
     share = float(revealed_shares(4, 0.2)[1])
     shown = jnp.zeros((1, 4000))
-    revealed = sampler.choose(shown, turn, keys_like(shown))
+    revealed = sampler.choose(shown, info, keys_like(shown))
     assert abs(float(revealed.mean()) - share) < 4 * (share * (1 - share) / 4000) ** 0.5
 
 
@@ -122,9 +122,9 @@ def test_places_are_drawn_from_the_softmax_of_confidence():
     """One of three places, with odds 1 : e : e^2 at alg_temp 0.5 and confidences 0, 0.5 and 1."""
     num_rows = 4000
     shown = jnp.broadcast_to(jnp.array([0, 0.5, 1.0, -jnp.inf]), (num_rows, 4))
-    turn = Turn(jnp.asarray(0), *[jnp.full(num_rows, 3)] * 2)
+    info = StepInfo(jnp.asarray(0), *[jnp.full(num_rows, 3)] * 2)
     sampler = Dream(4, 2, alg="maskgit_plus", alg_temp=0.5)
-    revealed = sampler.choose(shown, turn, keys_like(shown))
+    revealed = sampler.choose(shown, info, keys_like(shown))
     np.testing.assert_array_equal(revealed.sum(axis=1), 1)  # int(3 * 0.4995)
     np.testing.assert_allclose(
         revealed.mean(axis=0), [*jax.nn.softmax(jnp.arange(3.0)), 0], atol=0.03
@@ -184,12 +184,12 @@ def test_tokens_are_drawn_from_the_filtered_distribution_at_a_temperature(cfg):
 )  # fmt: skip
 def test_every_setting_changes_a_step(cfg, change):
     logits = 3 * jax.random.normal(jax.random.key(0), (1, 16, cfg.vocab_size))
-    turn = Turn(jnp.asarray(0), jnp.array([16]), jnp.array([16]))
+    info = StepInfo(jnp.asarray(0), jnp.array([16]), jnp.array([16]))
 
     def step(**settings):
         sampler = Dream(**({"max_new_tokens": 16, "steps": 4} | settings))
         guess, confidence = sampler.propose(cfg, logits, keys_like(logits))
-        return jnp.stack([guess, confidence, sampler.choose(confidence, turn, keys_like(logits))])
+        return jnp.stack([guess, confidence, sampler.choose(confidence, info, keys_like(logits))])
 
     assert (step() != step(**change)).any()
 

@@ -10,7 +10,7 @@ import pytest
 from dials_jax.caching import cache as cache_module
 from dials_jax.caching.cache import Blocks, DualCache, NoCache, PrefixCache
 from dials_jax.caching.canvas import CanvasModel
-from dials_jax.caching.early_skip import passes
+from dials_jax.caching.early_skip import variants
 from dials_jax.caching.early_skip.settings import EarlySkip
 from dials_jax.compiling import Timed
 from dials_jax.models import transformer
@@ -18,7 +18,7 @@ from dials_jax.models.model import Model
 from dials_jax.sampling import generate as module
 from dials_jax.sampling import loop as denoise_module
 from dials_jax.sampling.confidence import Confidence
-from dials_jax.sampling.timetable import block_timetable, fold, follow
+from dials_jax.sampling.timetable import block_timetable, follow, run_length_encode
 from tests.conftest import MASK, small_config
 
 EVERYONE = {"proportions": (1.0,), "depths": (0.0,)}  # no token leaves: little to compile
@@ -52,7 +52,7 @@ def expand(timetable):
     ],
 )
 def test_folding_by_hand(steps, folded):
-    assert fold(steps) == folded
+    assert run_length_encode(steps) == folded
 
 
 def test_unfolding_gives_the_steps_again():
@@ -60,7 +60,7 @@ def test_unfolding_gives_the_steps_again():
     choices = [0, 1, 2, (0, 1)]
     for length in [*range(12), *[30] * 30]:
         steps = [choices[i] for i in rng.integers(0, rng.integers(1, 5), length)]
-        assert expand(fold(steps)) == steps
+        assert expand(run_length_encode(steps)) == steps
 
 
 def test_following_takes_every_step_once_and_in_order():
@@ -76,7 +76,7 @@ def test_following_takes_every_step_once_and_in_order():
         return state
 
     state = jnp.zeros(12, int), jnp.asarray(0)
-    seen, count = follow(fold(steps), note, dispatch, state)
+    seen, count = follow(run_length_encode(steps), note, dispatch, state)
     assert count == len(steps)
     np.testing.assert_array_equal(seen[:-1], [*steps[:-2], 78, 78])
 
@@ -91,7 +91,7 @@ def test_the_timetable_has_the_kind_of_every_step(name):
     assert len(steps) == 4
     for step, kinds in enumerate(steps):
         due = {
-            int(cache.kind(jnp.asarray(block), jnp.asarray(step), None, net, blocks))
+            int(cache.variant_due(jnp.asarray(block), jnp.asarray(step), None, net, blocks))
             for block in range(blocks.count)
         }
         assert due == ({kinds} if isinstance(kinds, int) else set(kinds))
@@ -112,7 +112,7 @@ def test_known_steps_are_those_that_a_search_takes(model, monkeypatch, name):
     sampler = Confidence(gen_length=12, block_length=4, steps=12)
     if name == "skip 5":  # steps 1 and 2 may be a skip or a refresh of one size, in any order
         monkeypatch.setattr(cache_module, "MAX_SIZES", 1)
-        monkeypatch.setattr(passes, "MAX_SIZES", 1)
+        monkeypatch.setattr(variants, "MAX_SIZES", 1)
     if name in ("dual", "prefix"):
         sampler = dataclasses.replace(sampler, steps=6)  # two tokens a step
     prompts = jax.random.randint(jax.random.key(0), (2, 5), 2, 60)
@@ -130,5 +130,5 @@ def test_known_steps_are_those_that_a_search_takes(model, monkeypatch, name):
     other, searched = run()
     np.testing.assert_array_equal(other, tokens)
     assert known.nfe == searched.nfe == sampler.steps
-    np.testing.assert_array_equal(known.kind, searched.kind[: known.nfe])
+    np.testing.assert_array_equal(known.variant, searched.variant[: known.nfe])
     np.testing.assert_allclose(known.masked_share, searched.masked_share[: known.nfe])

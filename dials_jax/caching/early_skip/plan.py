@@ -36,7 +36,7 @@ class SkipPlan(NamedTuple):
         return sum(layer >= at if inside else layer > at for at in self.layers)
 
 
-class Memory(NamedTuple):
+class EarlySkipState(NamedTuple):
     """What ES-dLLM keeps of the canvas's places S."""
 
     kv: tuple[PyTree, ...]  # one a span of layers

@@ -16,10 +16,10 @@ from itertools import pairwise
 
 import jax.numpy as jnp
 
-from dials_jax.caching.cache import Blocks, Number, Pass, Revealed, window_sizes
+from dials_jax.caching.cache import Blocks, ForwardVariant, Number, Revealed, window_sizes
 from dials_jax.caching.canvas import CanvasModel
-from dials_jax.caching.early_skip.passes import EarlyPasses
-from dials_jax.caching.early_skip.plan import Indicator, Memory, SkipPlan
+from dials_jax.caching.early_skip.plan import EarlySkipState, Indicator, SkipPlan
+from dials_jax.caching.early_skip.variants import EarlySkipVariants
 from dials_jax.config import Typed, require_positive
 from dials_jax.errors import require
 from dials_jax.nn.kv import Slots, write
@@ -38,7 +38,7 @@ class EarlySkip(Typed):
       indicator: whose change is measured: a layer's output, or its queries, keys or values.
     """
 
-    partial = True
+    drops_tokens = True
 
     proportions: tuple[float, ...] = (1.0, 0.5, 0.25)
     depths: tuple[float, ...] = (0.0, 0.125, 0.25)
@@ -99,11 +99,11 @@ class EarlySkip(Typed):
             *["skip_few"] * (blocks.max_quota is None),
         ]
 
-    def kind(
+    def variant_due(
         self,
         block: Number,
         step_in_block: Number,
-        memory: Memory | None,
+        cache_state: EarlySkipState | None,
         net: CanvasModel,
         blocks: Blocks,
     ) -> Number:
@@ -115,7 +115,7 @@ class EarlySkip(Typed):
         due |= {n: refresh & (block < n) for n in kinds if isinstance(n, int)}
         due |= {"two_blocks": step_in_block == 0, "block": place % self.block_every == 0}
         if "skip_few" in kinds:
-            revealed = jnp.max(jnp.sum(memory.revealed, axis=1))
+            revealed = jnp.max(jnp.sum(cache_state.revealed, axis=1))
             few = self.plan(net.cfg.num_layers, blocks).kept[-1]
             due["skip_few"] = jnp.minimum(revealed + 2, blocks.length) > few
         due = {kinds.index(name): holds for name, holds in due.items() if name in kinds}
@@ -123,9 +123,9 @@ class EarlySkip(Typed):
 
     # --------------------------------------------------------------------------- the protocol
 
-    def start(self, net: CanvasModel, blocks: Blocks) -> Memory:
+    def init_state(self, net: CanvasModel, blocks: Blocks) -> EarlySkipState:
         self.check(net, blocks)
-        return EarlyPasses(self.plan(net.cfg.num_layers, blocks), net, blocks).start()
+        return EarlySkipVariants(self.plan(net.cfg.num_layers, blocks), net, blocks).init_state()
 
     def check(self, net: CanvasModel, blocks: Blocks) -> None:
         require(
@@ -143,23 +143,25 @@ class EarlySkip(Typed):
             "use indicator='hidden'",
         )
 
-    def passes(self, net: CanvasModel, blocks: Blocks) -> list[Pass]:
-        passes = EarlyPasses(self.plan(net.cfg.num_layers, blocks), net, blocks)
+    def forward_variants(self, net: CanvasModel, blocks: Blocks) -> list[ForwardVariant]:
+        forward_variants = EarlySkipVariants(self.plan(net.cfg.num_layers, blocks), net, blocks)
         make = {
-            "canvas": passes.canvas,
-            "two_blocks": passes.two_blocks,
-            "block": passes.block,
-            "skip": passes.skip,
-            "skip_few": partial(passes.skip, few=True),
+            "canvas": forward_variants.canvas,
+            "two_blocks": forward_variants.two_blocks,
+            "block": forward_variants.block,
+            "skip": forward_variants.skip,
+            "skip_few": partial(forward_variants.skip, few=True),
         }
         kinds = self.kinds(blocks)
-        return [make[kind]() if kind in make else passes.up_to(kind) for kind in kinds]
+        return [make[kind]() if kind in make else forward_variants.up_to(kind) for kind in kinds]
 
-    def learn(self, memory: Memory, revealed: Revealed, net: CanvasModel) -> Memory:
+    def after_reveal(
+        self, cache_state: EarlySkipState, revealed: Revealed, net: CanvasModel
+    ) -> EarlySkipState:
         slots = Slots(revealed.index - net.offset, revealed.active)
         confidence = jnp.where(revealed.commit, 0.0, revealed.confidence)
-        kept = jnp.where(revealed.unfinished[:, None], False, memory.revealed)
-        return memory._replace(
-            confidence=write(memory.confidence, confidence, slots, keep=revealed.unfinished),
+        kept = jnp.where(revealed.unfinished[:, None], False, cache_state.revealed)
+        return cache_state._replace(
+            confidence=write(cache_state.confidence, confidence, slots, keep=revealed.unfinished),
             revealed=write(kept, revealed.commit, slots, keep=revealed.unfinished),
         )

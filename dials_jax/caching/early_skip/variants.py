@@ -17,16 +17,16 @@ from dials_jax import trees
 from dials_jax.caching.cache import (
     MAX_SIZES,
     Blocks,
-    Call,
-    Pass,
-    Progress,
+    ForwardInputs,
+    ForwardOutputs,
+    ForwardVariant,
     Work,
-    at_work,
-    block_rows,
+    block_positions,
+    unfinished_sequences,
 )
 from dials_jax.caching.canvas import CanvasModel
 from dials_jax.caching.early_skip.importance import change, importance, top
-from dials_jax.caching.early_skip.plan import Memory, SkipPlan
+from dials_jax.caching.early_skip.plan import EarlySkipState, SkipPlan
 from dials_jax.models import transformer
 from dials_jax.nn.block import BlockInputs
 from dials_jax.nn.kv import KV, Slots, gather, write
@@ -57,40 +57,40 @@ def leftmost(revealed: Bool[Array, "R S"]) -> Int[Array, "R 1"]:
     return jnp.argmax(revealed, axis=1, keepdims=True)
 
 
-# leave(depth, going, change, memory) -> who goes on, as places in the window, and who is active
-Leave = Callable[["int", ActiveTokens, Array, Memory], tuple[Array, "Array | None"]]
+# leave(depth, going, change, state) -> who goes on, as places in the window, and who is active
+Leave = Callable[["int", ActiveTokens, Array, EarlySkipState], tuple[Array, "Array | None"]]
 
 
-class EarlyPasses:
+class EarlySkipVariants:
     """The kinds of model calls, and the way of the tokens through the layers."""
 
     def __init__(self, plan: SkipPlan, net: CanvasModel, blocks: Blocks):
         self.plan, self.net, self.blocks = plan, net, blocks
 
-    def start(self) -> Memory:
+    def init_state(self) -> EarlySkipState:
         cfg, (rows, length) = self.net.cfg, (self.net.num_rows, self.net.length)
         shape = {"hidden": (cfg.d_model,), "query": (cfg.num_heads, cfg.head_dim)}
         # Old keys and values are in the cache anyway.
         seen = jnp.zeros((rows, length, *shape.get(self.plan.indicator, (0,))), cfg.dtype)
-        return Memory(
+        return EarlySkipState(
             tuple(self.net.empty(span) for span in self.plan.spans(cfg.num_layers)),
             (seen,) * len(self.plan.layers),
             jnp.zeros((rows, length)),
             jnp.zeros((rows, length), bool),
         )
 
-    # ------------------------------------------------------------------------------- passes
+    # ------------------------------------------------------------------------------- variants
 
-    def canvas(self) -> Pass:
+    def canvas(self) -> ForwardVariant:
         """Runs the whole canvas."""
 
-        def call(progress: Progress, memory: Memory) -> Call:
+        def forward(inputs: ForwardInputs, cache_state: EarlySkipState) -> ForwardOutputs:
             index = self.net.range(0, self.net.length)
-            return self.refresh(progress, memory, index, None, prompt=self.net.prompt_length)
+            return self.refresh(inputs, cache_state, index, None, prompt=self.net.prompt_length)
 
-        return Pass(call, self.work(self.net.length, prompt=self.net.prompt_length))
+        return ForwardVariant(forward, self.work(self.net.length, prompt=self.net.prompt_length))
 
-    def up_to(self, num_blocks: int) -> Pass:
+    def up_to(self, num_blocks: int) -> ForwardVariant:
         """Brings everything up to the block's end up to date.
 
         Args:
@@ -99,35 +99,35 @@ class EarlyPasses:
         net, blocks = self.net, self.blocks
         size = blocks.start + num_blocks * blocks.length - net.offset
 
-        def call(progress: Progress, memory: Memory) -> Call:
-            index, active = net.range(0, size), self.awake(progress)
+        def forward(inputs: ForwardInputs, cache_state: EarlySkipState) -> ForwardOutputs:
+            index, active = net.range(0, size), self.awake(inputs)
             if blocks.count > MAX_SIZES:
-                inside = index < self.first(progress.block + 1)
+                inside = index < self.first(inputs.block + 1)
                 active = inside if active is None else active & inside
-            return self.refresh(progress, memory, index, active, prompt=net.prompt_length)
+            return self.refresh(inputs, cache_state, index, active, prompt=net.prompt_length)
 
-        return Pass(call, self.work(size, prompt=net.prompt_length))
+        return ForwardVariant(forward, self.work(size, prompt=net.prompt_length))
 
-    def two_blocks(self) -> Pass:
+    def two_blocks(self) -> ForwardVariant:
         """A block's first step without a refresh: from the token on that was revealed last."""
         size = 2 * self.blocks.length
 
-        def call(progress: Progress, memory: Memory) -> Call:
-            index = self.net.range(self.first(progress.block - 1), size)
-            return self.refresh(progress, memory, index, index >= leftmost(memory.revealed))
+        def forward(inputs: ForwardInputs, cache_state: EarlySkipState) -> ForwardOutputs:
+            index = self.net.range(self.first(inputs.block - 1), size)
+            return self.refresh(inputs, cache_state, index, index >= leftmost(cache_state.revealed))
 
-        return Pass(call, self.work(size))
+        return ForwardVariant(forward, self.work(size))
 
-    def block(self) -> Pass:
+    def block(self) -> ForwardVariant:
         """Brings the block up to date."""
 
-        def call(progress: Progress, memory: Memory) -> Call:
-            index = self.net.range(self.first(progress.block), self.blocks.length)
-            return self.refresh(progress, memory, index, self.awake(progress))
+        def forward(inputs: ForwardInputs, cache_state: EarlySkipState) -> ForwardOutputs:
+            index = self.net.range(self.first(inputs.block), self.blocks.length)
+            return self.refresh(inputs, cache_state, index, self.awake(inputs))
 
-        return Pass(call, self.work(self.blocks.length))
+        return ForwardVariant(forward, self.work(self.blocks.length))
 
-    def skip(self, few: bool = False) -> Pass:
+    def skip(self, few: bool = False) -> ForwardVariant:
         """Runs the block and drops tokens on the way.
 
         Args:
@@ -136,7 +136,9 @@ class EarlyPasses:
         """
         plan, length = self.plan, self.blocks.length
 
-        def leave(depth: int, going: ActiveTokens, delta: Float[Array, "R W"], memory: Memory):
+        def leave(
+            depth: int, going: ActiveTokens, delta: Float[Array, "R W"], cache_state: EarlySkipState
+        ):
             active = going.window.slots.active
             score = importance(going.confidence, delta, plan.alpha, active) + going.bonus
             score = score if active is None else jnp.where(active, score, -jnp.inf)
@@ -144,20 +146,22 @@ class EarlyPasses:
                 rows = top(score, plan.kept[depth])
                 return rows, None if active is None else gather(active, rows)
             rows = top(score, length)
-            last = jnp.sum(memory.revealed, axis=1, keepdims=True) + 2
+            last = jnp.sum(cache_state.revealed, axis=1, keepdims=True) + 2
             count = jnp.maximum(int(plan.proportions[depth] * length), jnp.minimum(last, length))
             return rows, gather(active, rows) & (jnp.arange(length) < count)
 
-        def call(progress: Progress, memory: Memory) -> Call:
-            index = self.net.range(self.first(progress.block), length)
-            active = self.awake(progress)
-            going, gates, memory = self.travel(progress, memory, index, active, leave)
+        def forward(inputs: ForwardInputs, cache_state: EarlySkipState) -> ForwardOutputs:
+            index = self.net.range(self.first(inputs.block), length)
+            active = self.awake(inputs)
+            going, gates, cache_state = self.travel(inputs, cache_state, index, active, leave)
             slots = going.window.slots
-            return Call(going.h, slots.index + self.net.offset, slots.active, gates, memory)
+            return ForwardOutputs(
+                going.h, slots.index + self.net.offset, slots.active, gates, cache_state
+            )
 
         layers = range(self.net.cfg.num_layers)
         tokens = tuple(length if few else plan.kept[plan.depth(layer)] for layer in layers)
-        return Pass(call, Work(tokens, tokens[-1]))
+        return ForwardVariant(forward, Work(tokens, tokens[-1]))
 
     def first(self, block: Int[Array, ""]) -> Int[Array, ""]:
         """The row that predicts a block's first token."""
@@ -166,39 +170,41 @@ class EarlyPasses:
     def work(self, size: int, prompt: int = 0) -> Work:
         return Work((size,) * self.net.cfg.num_layers, self.blocks.length, prompt)
 
-    def awake(self, progress: Progress) -> Bool[Array, "R 1"] | None:
+    def awake(self, inputs: ForwardInputs) -> Bool[Array, "R 1"] | None:
         """Rows that write; None: all.
 
         With one token a step all rows finish together. With more, a row may find fewer masked
         tokens among those that have not left than another does.
         """
-        return None if self.blocks.max_quota == 1 else at_work(self.net, progress)
+        return None if self.blocks.max_quota == 1 else unfinished_sequences(self.net, inputs)
 
     def refresh(
         self,
-        progress: Progress,
-        memory: Memory,
+        inputs: ForwardInputs,
+        cache_state: EarlySkipState,
         index: Int[Array, "R W"],
         active: Bool[Array, "R _"] | None,
         prompt: int = 0,
-    ) -> Call:
+    ) -> ForwardOutputs:
         """Runs a range of the canvas through all layers; `prompt` of its tokens are the prompt."""
-        positions, predicted = block_rows(self.net, self.blocks, progress, index[0, 0])
-        going, gates, memory = self.travel(progress, memory, index, active, None, positions, prompt)
-        return Call(going.h, predicted, None, gates, memory)
+        positions, predicted = block_positions(self.net, self.blocks, inputs, index[0, 0])
+        going, gates, cache_state = self.travel(
+            inputs, cache_state, index, active, None, positions, prompt
+        )
+        return ForwardOutputs(going.h, predicted, None, gates, cache_state)
 
     # ------------------------------------------------------------------------------- the way
 
     def travel(
         self,
-        progress: Progress,
-        memory: Memory,
+        inputs: ForwardInputs,
+        cache_state: EarlySkipState,
         index: Int[Array, "R W"],
         active: Bool[Array, "R _"] | None,
         leave: Leave | None,
         output_positions: Int[Array, "R _"] | None = None,
         prompt_length: int = 0,
-    ) -> tuple[ActiveTokens, Array, Memory]:
+    ) -> tuple[ActiveTokens, Array, EarlySkipState]:
         """Runs the tokens at `index`; at each layer of the plan `leave` says who goes on.
 
         Args:
@@ -207,20 +213,20 @@ class EarlyPasses:
             that go on.
           prompt_length: no token of the window before this one is masked, and none leaves.
         """
-        plan, going = self.plan, self.enter(progress, memory, index, active)
-        kv, seen, gates = list(memory.kv), list(memory.seen), []
+        plan, going = self.plan, self.enter(inputs, cache_state, index, active)
+        kv, seen, gates = list(cache_state.kv), list(cache_state.seen), []
         contiguous = True  # until the first token leaves
         for i, span in enumerate(plan.spans(self.net.cfg.num_layers)):
             depth = plan.depth(span[0])
             if plan.indicator != "hidden" and span[0] in plan.layers:
                 going, kv[i], seen[depth - 1] = self.within(
-                    going, span[0], kv[i], seen[depth - 1], memory, leave
+                    going, span[0], kv[i], seen[depth - 1], cache_state, leave
                 )
                 gates.append(jnp.ones((1, index.shape[0]), bool))
                 contiguous = leave is None
                 continue
             out = self.net.run(
-                going.h, going.window, going.masked, progress.step, kv[i],
+                going.h, going.window, going.masked, inputs.step, kv[i],
                 span=span, contiguous=contiguous, prompt_length=prompt_length,
                 output_positions=output_positions,
             )  # fmt: skip
@@ -230,29 +236,29 @@ class EarlyPasses:
                 if leave is not None:
                     slots = going.window.slots
                     delta = change(out.h, gather(seen[depth], slots.index), slots.active)
-                    going = going.take(*leave(depth + 1, going, delta, memory))
+                    going = going.take(*leave(depth + 1, going, delta, cache_state))
                     contiguous = False
                 slots = going.window.slots
                 seen[depth] = write(seen[depth], going.h, slots, contiguous=contiguous)
-        memory = memory._replace(kv=tuple(kv), seen=tuple(seen))
-        return going, jnp.concatenate(gates), memory
+        cache_state = cache_state._replace(kv=tuple(kv), seen=tuple(seen))
+        return going, jnp.concatenate(gates), cache_state
 
     def enter(
         self,
-        progress: Progress,
-        memory: Memory,
+        inputs: ForwardInputs,
+        cache_state: EarlySkipState,
         index: Int[Array, "R W"],
         active: Bool[Array, "R _"] | None,
     ) -> ActiveTokens:
-        net, tokens = self.net, gather(progress.tokens, index)
+        net, tokens = self.net, gather(inputs.tokens, index)
         active = None if active is None else jnp.broadcast_to(active, index.shape)
         predicted = jnp.minimum(index + net.offset, net.length - 1)
-        masked = transformer.is_masked(net.cfg, gather(progress.tokens, predicted))
+        masked = transformer.is_masked(net.cfg, gather(inputs.tokens, predicted))
         first = (jnp.arange(index.shape[1]) == jnp.argmax(masked, axis=1)[:, None]) & masked
         bonus = jnp.where(first, 5.0, 0.0)
         if self.plan.alpha < 1:
-            bonus = jnp.where(gather(memory.revealed, index), 3.0, bonus)
-        window, confidence = net.window(index, active), gather(memory.confidence, index)
+            bonus = jnp.where(gather(cache_state.revealed, index), 3.0, bonus)
+        window, confidence = net.window(index, active), gather(cache_state.confidence, index)
         return ActiveTokens(
             net.embed(tokens, window), window, net.masked(tokens, index), confidence, bonus
         )
@@ -263,7 +269,7 @@ class EarlyPasses:
         layer: int,
         kv: PyTree,
         seen: Array,
-        memory: Memory,
+        cache_state: EarlySkipState,
         leave: Leave | None,
     ) -> tuple[ActiveTokens, PyTree, Array]:
         """One layer in which tokens leave once their queries, keys and values are known."""
@@ -279,7 +285,7 @@ class EarlyPasses:
             ]
             slots = going.window.slots
             delta = change(now, gather(before, slots.index), slots.active)
-            rows, active = leave(plan.depth(layer), going, delta, memory)
+            rows, active = leave(plan.depth(layer), going, delta, cache_state)
             going, (q, new) = going.take(rows, active), gather((q, new), rows)
         slots = going.window.slots
         if plan.indicator == "query":
