@@ -153,7 +153,7 @@ class Stated(NoCache):
 @pytest.fixture
 def fill(monkeypatch):
     """Runs the loop; `logits_of(tokens, start, step)` gives logits of the block."""
-    monkeypatch.setattr(transformer, "logits_of", lambda cfg, params, h: h)
+    monkeypatch.setattr(transformer, "head_logits", lambda cfg, params, h: h)
 
     def run(logits_of, sampler, num_rows=2, seed=0):
         canvas = jnp.full((num_rows, P + sampler.gen_length), MASK).at[:, :P].set(5)
