@@ -20,6 +20,7 @@ from dials_jax.data.text import pack_text
 from dials_jax.data.tokenizer import Ids, Tokenizer, check_tokenizer, encode_pair
 from dials_jax.errors import require
 from dials_jax.evaluation.answers import check_reference, normalise_answer
+from dials_jax.evaluation.batched import request_number
 
 NUM_ARITHMETIC = 1000  # test items of the procedural task when no limit is set
 
@@ -49,8 +50,7 @@ def make_item(prompt: Ids, answers: Sequence[Ids], label: int = 0, reference: st
     """An `Item` with the key of its content."""
     prompt = tuple(map(int, prompt))
     answers = tuple(tuple(map(int, answer)) for answer in answers)
-    digest = hashlib.sha256(repr((prompt, answers)).encode()).digest()
-    return Item(prompt, answers, label, reference, key=int.from_bytes(digest[:4], "big") >> 1)
+    return Item(prompt, answers, label, reference, key=request_number((prompt, answers)))
 
 
 def item_names(items: Sequence[Item]) -> list[str]:

@@ -16,31 +16,30 @@ from dials_jax.caching.cache import NoCache
 from dials_jax.caching.canvas import CanvasModel
 from dials_jax.caching.parse import parse_cache
 from dials_jax.config import EvalTask
-from dials_jax.data.buckets import batches, buckets, pair_buckets
 from dials_jax.data.tokenizer import Tokenizer
 from dials_jax.errors import require
 from dials_jax.evaluation.answers import is_right, normalise_answer
+from dials_jax.evaluation.batched import (
+    check_num_samples,
+    generation_batches,
+    likelihood_batches,
+    request_keys,
+)
 from dials_jax.evaluation.earned import Earned, Record, batch_record
 from dials_jax.evaluation.execution import Execution
 from dials_jax.evaluation.items import Item, item_names
-from dials_jax.evaluation.likelihood import num_copies, pad_pairs, score_pairs
-from dials_jax.keys import seed_key
+from dials_jax.evaluation.likelihood import num_copies
 from dials_jax.models import transformer
 from dials_jax.models.model import Model
-from dials_jax.models.padding import pad_prompts
 from dials_jax.nn.stack import Policy
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.dream import Dream
-from dials_jax.sampling.generate import generate
 from dials_jax.sampling.loop import blocks_of
 from dials_jax.skipping.flops import Flops
 
 NUM_EXAMPLES = 5
 # Raised where a metric's scores change their meaning: kept ones are then not continued.
 RULES = {"exact_match": 2, "choice": 1, "nelbo": 1}
-STRATUM = 16  # masked copies a round, over which their numbers of masks are spread
-
-Progress = Callable[[int], Any]  # told how many rows are done
 
 
 @dataclass(frozen=True)
@@ -62,13 +61,14 @@ def score_task(
     policy: Policy | None,
     batch_size: int,
     seed: int,
-    progress: Progress = lambda n: None,
+    progress: Callable[[int], Any] = lambda n: None,
     records: Sequence[Record] = (),
     keep: Callable[[dict[str, Any]], Any] = lambda record: None,
 ) -> TaskScores:
     """Scores every item. Keys come from seed and item, whatever the order and the batches.
 
     Args:
+      progress: told how many sequences are done.
       records: of batches that an earlier call scored; what they hold is not scored again.
       keep: told the record of every batch as soon as it is earned.
     """
@@ -150,10 +150,7 @@ def check_task(task: EvalTask, items: Sequence[Item], model: Model) -> None:
             )
     else:
         length = max(len(answer) for item in items for answer in item.answers)
-        require(
-            task.num_samples % min(STRATUM, task.num_samples) == 0,
-            f"task {task.name!r}: num_samples={task.num_samples} must be a multiple of {STRATUM}",
-        )
+        check_num_samples(task.num_samples)
     total, limit = prompt_length + length, model.config.max_length
     require(
         total <= limit,
@@ -180,8 +177,7 @@ def num_rows(task: EvalTask, items: Sequence[Item], policy: Policy | None) -> in
 
 
 def item_keys(seed: int, items: Sequence[Item]) -> jax.Array:
-    numbers = jnp.asarray([item.key for item in items], jnp.uint32)
-    return jax.vmap(jax.random.fold_in, (None, 0))(seed_key(seed), numbers)
+    return request_keys(seed, [item.key for item in items])
 
 
 # ----------------------------------------------------------------------------------- generation
@@ -230,31 +226,26 @@ def _exact_match(
     earned: Earned, model, task, items, tokenizer, policy, batch_size, seed
 ) -> Iterator[dict[str, Any]]:
     """Generates what is not scored yet; yields the record of every batch."""
-    cfg, sampler, cache = model.config, sampler_for(task, items), parse_cache(task.cache)
-    lengths, names = [len(item.prompt) for item in items], item_names(items)
-    sizes = buckets(lengths, task.bucket, task.max_programs, batch_size)
-    padded = {size for length, size in zip(lengths, sizes, strict=True) if length < size}
+    sampler, names = sampler_for(task, items), item_names(items)
     left, _ = earned.left(names)
-    for chosen in batches([sizes[i] for i in left], batch_size):
-        group = left[chosen].tolist()
-        members = [items[i] for i in group]
-        tokens, valid = pad_prompts([m.prompt for m in members], sizes[group[0]], cfg.pad_id)
-        out = generate(
-            model,
-            tokens,
-            valid if sizes[group[0]] in padded else None,  # one program for the whole bucket
-            sampler=sampler,
-            policy=policy,
-            cache=cache,
-            key=item_keys(seed, members),
-            fill_to=batch_size,
-        )
+    for requests, answers, out in generation_batches(
+        model,
+        [item.prompt for item in items],
+        sampler=sampler,
+        policy=policy,
+        cache=parse_cache(task.cache),
+        keys=item_keys(seed, items),
+        batch_size=batch_size,
+        bucket=task.bucket,
+        max_programs=task.max_programs,
+        left=left,
+    ):
         execution, scores, examples = Execution(model.num_layers), [], {}
-        # Dream's rows never wait for others, and some of its steps reveal nothing.
+        # Dream's sequences never wait for others, and some of its steps reveal nothing.
         waits = task.sampler != "dream"
-        execution.add(out.gates, at_work(out.masked_share) if waits else out.masked_share)
-        for i, row in zip(group, out.tokens[:, tokens.shape[1] :], strict=True):
-            text, correct = _score_output(task, items[i], row.tolist(), tokenizer, cfg)
+        execution.add(out.gates, waiting_as_zero(out.masked_share) if waits else out.masked_share)
+        for i, answer in zip(requests, answers, strict=True):
+            text, correct = _score_output(task, items[i], answer.tolist(), tokenizer, model.config)
             scores.append(float(correct))
             if i < NUM_EXAMPLES:
                 examples[names[i]] = {
@@ -263,12 +254,12 @@ def _exact_match(
                     "reference": items[i].reference,
                     "correct": correct,
                 }
-        where = [names[i] for i in group], [0] * len(group)
+        where = [names[i] for i in requests], [0] * len(requests)
         yield batch_record(*where, scores, out.flops, execution, examples)
 
 
-def at_work(masked_share: Float[np.ndarray, "S R"]) -> Float[np.ndarray, "S R"]:
-    """The shares, 0 where a call revealed nothing: there a row waited for others of its batch."""
+def waiting_as_zero(masked_share: Float[np.ndarray, "S R"]) -> Float[np.ndarray, "S R"]:
+    """The shares, 0 where a call revealed nothing: the sequence waited for others of its batch."""
     after = np.append(masked_share[1:], np.zeros_like(masked_share[:1]), axis=0)
     return np.where(after < masked_share, masked_share, 0.0)
 
@@ -290,41 +281,25 @@ def _score_output(task, item: Item, row: list[int], tokenizer, cfg) -> tuple[str
 def _likelihoods(
     earned: Earned, model, task, items, tokenizer, policy, batch_size, seed
 ) -> Iterator[dict[str, Any]]:
-    """Log-likelihoods, in nats, of copies that are not scored yet; yields every batch's record.
-
-    Raises: InputError where the model says NaN: the first choice would look like the best.
-    """
-    pairs = [(item.prompt, answer) for item in items for answer in item.answers]
+    """Log-likelihoods, in nats, of copies that are not scored yet; yields every batch's record."""
     names = list(_pairs(task, items, policy))
     owners = [i for i, item in enumerate(items) for _ in item.answers]
-    keys = item_keys(seed, items)[np.asarray(owners)]  # choices of an item share their masks
-    stratum = min(STRATUM, task.num_samples)
-    lengths = [(len(prompt), len(answer)) for prompt, answer in pairs]
-    shapes = pair_buckets(lengths, task.bucket, task.max_programs)
-    for members in batches(shapes, len(pairs)):  # all of one shape
-        numbers, samples = earned.left([names[i] for i in members])
-        rows, shape = np.asarray(members)[numbers], shapes[members[0]]
-        for first in range(0, len(rows), batch_size):
-            chosen, copies = rows[first : first + batch_size], samples[first : first + batch_size]
-            out, cost = score_pairs(
-                model,
-                pad_pairs([pairs[i] for i in chosen], model.config, *shape),
-                keys[chosen],
-                copies,
-                stratum=stratum,
-                cfg_scale=task.cfg_scale,
-                policy=policy,
-                fill_to=batch_size,
-            )
-            require(
-                not np.isnan(out.log_likelihood).any(),
-                f"task {task.name!r}: a likelihood is NaN; look for NaN in the model's weights, or "
-                "for values that overflow its dtype",
-            )
-            execution = Execution(model.num_layers)
-            execution.add(out.gates, out.masked_share)
-            where = [names[i] for i in chosen], copies.tolist()
-            yield batch_record(*where, out.log_likelihood.tolist(), cost, execution)
+    for requests, copies, scores, flops in likelihood_batches(
+        model,
+        [(item.prompt, answer) for item in items for answer in item.answers],
+        num_samples=task.num_samples,
+        cfg_scale=task.cfg_scale,
+        policy=policy,
+        keys=item_keys(seed, items)[np.asarray(owners)],  # an item's choices share their masks
+        batch_size=batch_size,
+        bucket=task.bucket,
+        max_programs=task.max_programs,
+        left=earned.left(names),
+    ):
+        execution = Execution(model.num_layers)
+        execution.add(scores.gates, scores.masked_share)
+        where = [names[i] for i in requests], copies.tolist()
+        yield batch_record(*where, scores.log_likelihood.tolist(), flops, execution)
 
 
 def _accuracy_per_token(items: Sequence[Item], likelihoods: Sequence[np.ndarray]) -> float:

@@ -14,7 +14,7 @@ from dials_jax.caching.cache import DualCache
 from dials_jax.config import ArithmeticData, EvalTask
 from dials_jax.data.arithmetic import ArithmeticTask
 from dials_jax.errors import InputError
-from dials_jax.evaluation import likelihood, scoring
+from dials_jax.evaluation import batched, likelihood, scoring
 from dials_jax.evaluation.earned import Earned
 from dials_jax.evaluation.items import load_items, make_item
 from dials_jax.evaluation.likelihood import log_likelihood
@@ -137,13 +137,13 @@ DREAM = {"sampler": "dream", "alg": "maskgit_plus", "temperature": 0.1, "top_p":
 
 
 def test_a_task_may_take_dreams_sampler(scorer, items, monkeypatch):
-    asked, generate = [], scoring.generate
+    asked, generate = [], batched.generate
 
     def spy(*args, **kwargs):
         asked.append(kwargs["sampler"])
         return generate(*args, **kwargs)
 
-    monkeypatch.setattr(scoring, "generate", spy)
+    monkeypatch.setattr(batched, "generate", spy)
     out = run(scorer, dataclasses.replace(GENERATION, **DREAM, gen_length=6), items, batch_size=5)
     assert asked == [Dream(6, 3, "maskgit_plus", temperature=0.1, top_p=0.95)]
     assert out.execution.rows.sum() == 5 * 3
@@ -215,7 +215,7 @@ def test_the_tasks_settings_reach_generation(scorer, mixed, monkeypatch):
         asked.update(kwargs)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(scoring, "generate", spy)
+    monkeypatch.setattr(batched, "generate", spy)
     choice = {"cfg_scale": 0.5, "threshold": 0.7, "delay_eos": True, "stop_at_eos": True}
     choice |= {"temperature": 0.3}
     task = dataclasses.replace(FIRST, steps=2, cache="dual", **choice)
@@ -263,7 +263,7 @@ def test_a_row_that_waits_for_its_batch_counts_in_no_call():
     #                 row 0 waits once, row 1 ends early
     share = np.array([[1.0, 1.0], [0.5, 0.25], [0.5, 0.0], [0.25, 0.0]])
     expected = [[1.0, 1.0], [0.0, 0.25], [0.5, 0.0], [0.25, 0.0]]
-    np.testing.assert_array_equal(scoring.at_work(share), expected)
+    np.testing.assert_array_equal(scoring.waiting_as_zero(share), expected)
 
 
 @pytest.mark.parametrize("max_programs", [1, 3])

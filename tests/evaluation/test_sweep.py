@@ -21,7 +21,7 @@ from dials_jax.config import (
 )
 from dials_jax.data.tokenizer import character_tokenizer, load_tokenizer
 from dials_jax.errors import InputError
-from dials_jax.evaluation import scoring, sweep, sweep_records
+from dials_jax.evaluation import batched, sweep, sweep_records
 from dials_jax.evaluation.items import load_items
 from dials_jax.evaluation.scoring import score_task
 from dials_jax.loading import load
@@ -214,7 +214,7 @@ class Batches:
     def __init__(self, monkeypatch, stop=None):
         self.stop, self.calls = stop, 0
         for name in ("generate", "score_pairs"):
-            monkeypatch.setattr(scoring, name, partial(self._count, getattr(scoring, name)))
+            monkeypatch.setattr(batched, name, partial(self._count, getattr(batched, name)))
 
     def _count(self, function, *args, **kwargs):
         if self.calls == self.stop:

@@ -1,0 +1,212 @@
+"""Requests of mixed lengths in few compiled programs: texts generated, and likelihoods of answers.
+
+Nothing here knows of tasks or metrics, so a script or another harness may call it:
+
+prompts = [tokenizer.encode(text) for text in ("1+1=", "How many is 20+22?")]
+answers = generate_all(model, prompts, sampler=dj.Confidence(8, 8, 8), policy=router)
+values = log_likelihoods(model, [(prompt, tokenizer.encode("42")) for prompt in prompts])
+
+Both return results in the order of the requests. `generation_batches` and `likelihood_batches` give
+them batch by batch, with what each cost, and leave out what the caller already has: whoever keeps
+every batch can be killed and go on. Random numbers are a request's own, whatever its batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from dials_jax.caching.cache import Cache
+from dials_jax.data.buckets import batches, buckets, pair_buckets
+from dials_jax.data.tokenizer import Ids
+from dials_jax.errors import require
+from dials_jax.evaluation.likelihood import Scores, num_copies, pad_pairs, score_pairs
+from dials_jax.keys import seed_key
+from dials_jax.models.model import Model
+from dials_jax.models.padding import pad_prompts
+from dials_jax.nn.stack import Policy
+from dials_jax.sampling.generate import Generation, generate
+from dials_jax.sampling.programs import AnySampler
+from dials_jax.skipping.flops import Flops
+
+STRATUM = 16  # masked copies a round, over which their numbers of masks are spread
+
+Pair = tuple[Ids, Ids]  # prompt and answer
+
+
+def request_number(request: Any) -> int:
+    """31 bits of a hash of a request's token ids (tuples of Python's integers), for its key."""
+    digest = hashlib.sha256(repr(request).encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1
+
+
+def request_keys(seed: int, numbers: Sequence[int]) -> jax.Array:
+    """One key per request, by seed and `request_number`."""
+    folded = jnp.asarray(numbers, jnp.uint32)
+    return jax.vmap(jax.random.fold_in, (None, 0))(seed_key(seed), folded)
+
+
+def _plain(ids: Ids) -> tuple[int, ...]:
+    return tuple(map(int, ids))
+
+
+# ----------------------------------------------------------------------------------- generation
+
+
+class GenerationBatch(NamedTuple):
+    requests: list[int]  # numbers of the prompts
+    answers: Int[np.ndarray, "B G"]
+    out: Generation
+
+
+def generation_batches(
+    model: Model,
+    prompts: Sequence[Ids],
+    *,
+    sampler: AnySampler,
+    policy: Policy | None = None,
+    cache: Cache | None = None,
+    keys: jax.Array | None = None,
+    batch_size: int = 32,
+    bucket: int = 64,
+    max_programs: int = 4,
+    left: Ids | None = None,
+) -> Iterator[GenerationBatch]:
+    """Yields batches of prompts of similar length, the longest first.
+
+    Args:
+      keys: one per prompt; None: by seed 0 and the prompt's tokens.
+      bucket: prompts are padded to multiples of this length.
+      max_programs: lengths that are compiled.
+      left: numbers of the prompts to do; None: all. Programs are those of all prompts.
+    """
+    if not len(prompts):
+        return
+    if keys is None:
+        keys = request_keys(0, [request_number(_plain(prompt)) for prompt in prompts])
+    lengths = [len(prompt) for prompt in prompts]
+    sizes = buckets(lengths, bucket, max_programs, batch_size)
+    padded = {size for length, size in zip(lengths, sizes, strict=True) if length < size}
+    numbers = np.arange(len(prompts)) if left is None else np.asarray(left, int)
+    for chosen in batches([sizes[i] for i in numbers], batch_size):
+        group = numbers[chosen]
+        size = sizes[group[0]]
+        tokens, valid = pad_prompts([prompts[i] for i in group], size, model.config.pad_id)
+        out = generate(
+            model,
+            tokens,
+            valid if size in padded else None,  # one program for the whole bucket
+            sampler=sampler,
+            policy=policy,
+            cache=cache,
+            key=keys[group],
+            fill_to=batch_size,
+        )
+        yield GenerationBatch(group.tolist(), out.tokens[:, size:], out)
+
+
+def generate_all(
+    model: Model, prompts: Sequence[Ids], *, sampler: AnySampler, **settings: Any
+) -> Int[np.ndarray, "N G"]:
+    """The generated tokens of every prompt. Args: settings: of `generation_batches`."""
+    answers = np.zeros((len(prompts), sampler.gen_length), np.int32)
+    for batch in generation_batches(model, prompts, sampler=sampler, **settings):
+        answers[batch.requests] = batch.answers
+    return answers
+
+
+# ----------------------------------------------------------------------------------- likelihood
+
+
+class LikelihoodBatch(NamedTuple):
+    requests: Int[np.ndarray, "B"]  # numbers of the pairs
+    copies: Int[np.ndarray, "B"]  # which masked copy of its pair a sequence is
+    scores: Scores
+    flops: Flops
+
+
+def likelihood_batches(
+    model: Model,
+    pairs: Sequence[Pair],
+    *,
+    num_samples: int = 128,
+    cfg_scale: float = 0.0,
+    policy: Policy | None = None,
+    keys: jax.Array | None = None,
+    batch_size: int = 32,
+    bucket: int = 64,
+    max_programs: int = 4,
+    left: tuple[Ids, Ids] | None = None,
+) -> Iterator[LikelihoodBatch]:
+    """Yields batches of masked copies of pairs of similar lengths, the longest first.
+
+    Args:
+      num_samples: masked copies per pair, a multiple of `STRATUM` or less than it. Where all would
+        be equal one is run; see `num_copies`.
+      keys: one per pair; None: by seed 0 and the prompt's tokens, so that the answers of a prompt
+        share their masks.
+      bucket: prompts and answers are padded to multiples of this length.
+      max_programs: shapes of prompt and answer that are compiled.
+      left: pair and copy of each sequence to score, copies of a pair next to each other; None: all.
+
+    Raises: InputError where the model says NaN: the first choice would look like the best.
+    """
+    check_num_samples(num_samples)
+    if not len(pairs):
+        return
+    if keys is None:
+        keys = request_keys(0, [request_number(_plain(prompt)) for prompt, _ in pairs])
+    if left is None:
+        counts = [num_copies(len(answer), num_samples, policy) for _, answer in pairs]
+        left = (
+            np.repeat(np.arange(len(pairs)), counts),
+            np.concatenate(list(map(np.arange, counts))),
+        )
+    numbers, copies = np.asarray(left[0], int), np.asarray(left[1], int)
+    lengths = [(len(prompt), len(answer)) for prompt, answer in pairs]
+    shapes = pair_buckets(lengths, bucket, max_programs)
+    for members in batches(shapes, len(pairs)):  # all of one shape
+        here = np.flatnonzero(np.isin(numbers, members))
+        for first in range(0, len(here), batch_size):
+            chosen = here[first : first + batch_size]
+            requests = numbers[chosen]
+            scores, flops = score_pairs(
+                model,
+                pad_pairs([pairs[i] for i in requests], model.config, *shapes[members[0]]),
+                keys[requests],
+                copies[chosen],
+                stratum=min(STRATUM, num_samples),
+                cfg_scale=cfg_scale,
+                policy=policy,
+                fill_to=batch_size,
+            )
+            require(
+                not np.isnan(scores.log_likelihood).any(),
+                "a likelihood is NaN; look for NaN in the model's weights, or for values that "
+                "overflow its dtype",
+            )
+            yield LikelihoodBatch(requests, copies[chosen], scores, flops)
+
+
+def log_likelihoods(model: Model, pairs: Sequence[Pair], **settings: Any) -> Float[np.ndarray, "N"]:
+    """log p(answer | prompt) in nats of every pair. Args: settings: of `likelihood_batches`."""
+    values: list[list[float]] = [[] for _ in pairs]
+    for batch in likelihood_batches(model, pairs, **settings):
+        for number, value in zip(batch.requests, batch.scores.log_likelihood, strict=True):
+            values[number].append(float(value))
+    return np.array([math.fsum(own) / len(own) for own in values])
+
+
+def check_num_samples(num_samples: int) -> None:
+    """Raises: InputError for a number of masked copies that cannot be spread over rounds."""
+    require(
+        num_samples > 0 and num_samples % min(STRATUM, num_samples) == 0,
+        f"num_samples={num_samples} must be a multiple of {STRATUM}",
+    )

@@ -1,0 +1,97 @@
+"""Requests of mixed lengths, without any task: order, batches and what is left change no result."""
+
+import jax
+import numpy as np
+import pytest
+
+from dials_jax.errors import InputError
+from dials_jax.evaluation.batched import (
+    generate_all,
+    generation_batches,
+    likelihood_batches,
+    log_likelihoods,
+    request_keys,
+    request_number,
+)
+from dials_jax.evaluation.likelihood import log_likelihood
+from dials_jax.models.model import Model
+from dials_jax.sampling.confidence import Confidence
+from dials_jax.sampling.generate import generate
+from dials_jax.skipping.policies import Random
+
+PROMPTS = [[5, 6], [7], [8, 9, 10, 11], [12, 13, 14], [15], [2, 3]]
+PAIRS = [((3, 4, 5), (6, 7)), ((8,), (9, 10, 11)), ((3, 4, 5), (18,)), ((20, 21), (22, 23))]
+SAMPLER = Confidence(gen_length=4, block_length=2, steps=4, temperature=0.5)
+FEW = {"batch_size": 2, "bucket": 1, "max_programs": 2}
+
+
+def test_every_prompt_gets_its_own_answer(lively):
+    answers = generate_all(lively, PROMPTS, sampler=SAMPLER, policy=Random(1), **FEW)
+    assert len({tuple(answer) for answer in answers.tolist()}) > 3
+    for prompt, answer in list(zip(PROMPTS, answers, strict=True))[1:3]:
+        key = request_keys(0, [request_number(tuple(prompt))])
+        alone = generate(
+            lively, np.array([prompt]), sampler=SAMPLER, policy=Random(1), key=key, fill_to=2
+        )
+        np.testing.assert_array_equal(alone.tokens[0, len(prompt) :], answer)
+    backwards = generate_all(lively, PROMPTS[::-1], sampler=SAMPLER, policy=Random(1), **FEW)
+    np.testing.assert_array_equal(backwards[::-1], answers)
+
+
+def test_generation_goes_on_with_what_is_left(lively):
+    whole = generate_all(lively, PROMPTS, sampler=SAMPLER, **FEW)
+    first = next(generation_batches(lively, PROMPTS, sampler=SAMPLER, **FEW))
+    assert len(first.requests) == 2 and first.out.nfe == 4
+    found = dict(zip(first.requests, first.answers, strict=True))
+    left = [i for i in range(len(PROMPTS)) if i not in found]
+    for batch in generation_batches(lively, PROMPTS, sampler=SAMPLER, left=left, **FEW):
+        assert not found.keys() & set(batch.requests)
+        found |= dict(zip(batch.requests, batch.answers, strict=True))
+    np.testing.assert_array_equal([found[i] for i in range(len(PROMPTS))], whole)
+
+
+def test_every_pair_gets_its_own_likelihood(lively):
+    values = log_likelihoods(lively, PAIRS, num_samples=4, **FEW)
+    for (prompt, answer), value in zip(PAIRS, values, strict=True):
+        key = request_keys(0, [request_number(prompt)])
+        alone = log_likelihood(lively, prompt, answer, 4, 4, key=key)
+        assert value == pytest.approx(alone, rel=1e-4)
+    backwards = log_likelihoods(lively, PAIRS[::-1], num_samples=4, **(FEW | {"batch_size": 3}))
+    np.testing.assert_allclose(backwards[::-1], values, rtol=1e-4)
+
+
+def test_likelihoods_go_on_with_what_is_left(lively):
+    whole = list(likelihood_batches(lively, PAIRS, num_samples=4, **FEW))
+    numbers, copies = (
+        np.concatenate([getattr(b, x) for b in whole]) for x in ("requests", "copies")
+    )
+    assert sorted(zip(numbers, copies, strict=True)) == [
+        (pair, copy) for pair in range(4) for copy in range(1 if pair == 2 else 4)
+    ]  # an answer of one token is masked in every copy
+    order = np.argsort(numbers[3:], kind="stable")
+    left = numbers[3:][order], copies[3:][order]
+    rest = list(likelihood_batches(lively, PAIRS, num_samples=4, left=left, **FEW))
+    values = [
+        {
+            (i, c): float(x)
+            for b in batches
+            for i, c, x in zip(b.requests, b.copies, b.scores.log_likelihood, strict=True)
+        }
+        for batches in (whole, rest)
+    ]
+    assert len(values[1]) == len(values[0]) - 3
+    for name, value in values[1].items():
+        assert value == pytest.approx(values[0][name], rel=1e-4)
+
+
+def test_no_requests_have_no_results(lively):
+    assert generate_all(lively, [], sampler=SAMPLER).shape == (0, 4)
+    assert log_likelihoods(lively, []).shape == (0,)
+
+
+def test_what_cannot_be_scored_is_refused(lively):
+    with pytest.raises(InputError, match="num_samples=20 must be a multiple of 16"):
+        log_likelihoods(lively, PAIRS, num_samples=20)
+    nan = jax.tree.map(lambda x: x.at[0].set(np.nan), lively.params["head"])
+    with pytest.raises(InputError, match="a likelihood is NaN; look for NaN"):
+        log_likelihoods(Model(lively.config, lively.params | {"head": nan}), PAIRS, num_samples=1)
