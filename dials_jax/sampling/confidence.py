@@ -26,7 +26,8 @@ class Confidence(Typed):
 
     Attributes:
       gen_length: tokens to generate; a multiple of `block_length`.
-      steps: denoising steps in all; a multiple of the number of blocks.
+      block_length: tokens per block. None: one block.
+      steps: denoising steps in all; a multiple of the number of blocks. None: one per token.
       temperature: of the Gumbel noise; 0 is greedy.
       cfg_scale: classifier-free guidance w: logits = u + (w + 1)(c - u), where u sees no prompt.
       remasking: keep the most confident tokens, or random ones.
@@ -46,8 +47,8 @@ class Confidence(Typed):
     is_probability = True
 
     gen_length: int
-    block_length: int
-    steps: int
+    block_length: int | None = None
+    steps: int | None = None
     temperature: float = 0.0
     cfg_scale: float = 0.0
     remasking: Literal["low_confidence", "random"] = "low_confidence"
@@ -60,6 +61,9 @@ class Confidence(Typed):
 
     def __post_init__(self):
         super().__post_init__()
+        for name in ("block_length", "steps"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, self.gen_length)
         require_positive(self, "gen_length", "block_length", "steps")
         require(
             self.gen_length % self.block_length == 0,

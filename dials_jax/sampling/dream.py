@@ -30,7 +30,7 @@ class Dream(Typed):
 
     Attributes:
       max_new_tokens: tokens to generate.
-      steps: denoising steps. With one token a step, the first reveals none and the last two.
+      steps: denoising steps; None: one per token. The first then reveals none and the last two.
       alg: what is revealed first: random tokens (origin), the most probable (maskgit_plus), those
         furthest ahead of the second best (topk_margin), or those predicted with the least entropy.
       temperature: of the distribution that tokens are drawn from; 0 takes the most probable.
@@ -47,7 +47,7 @@ class Dream(Typed):
     stop_at_eos = False
 
     max_new_tokens: int
-    steps: int
+    steps: int | None = None
     alg: Algorithm = "entropy"
     temperature: float = 0.0
     top_p: float | None = None
@@ -57,6 +57,8 @@ class Dream(Typed):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.steps is None:
+            object.__setattr__(self, "steps", self.max_new_tokens)
         require_positive(self, "max_new_tokens", "steps")
         for name in ("temperature", "alg_temp"):
             value = getattr(self, name)

@@ -13,6 +13,7 @@ from dials_jax.caching.canvas import CanvasModel
 from dials_jax.errors import InputError
 from dials_jax.models import transformer
 from dials_jax.sampling.confidence import Confidence, confident_run, propose, ranks, step_quota
+from dials_jax.sampling.dream import Dream
 from dials_jax.sampling.loop import Loop, fill_after_eos
 from tests.conftest import EOS, MASK, small_config
 
@@ -32,6 +33,12 @@ P = 3  # tokens of a prompt
 def test_quota_is_the_floor_with_the_remainder_first(present, num_steps, expected):
     quotas = [step_quota(jnp.array([present]), jnp.array(s), num_steps) for s in range(num_steps)]
     assert [quota.item() for quota in quotas] == expected
+
+
+def test_one_block_and_one_token_per_step_by_default():
+    assert Confidence(8) == Confidence(gen_length=8, block_length=8, steps=8)
+    assert Confidence(8, 2).steps_per_block == 2
+    assert Dream(8) == Dream(max_new_tokens=8, steps=8)
 
 
 def test_ranking_is_by_row_and_ties_go_to_the_left():
