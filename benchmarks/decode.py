@@ -28,7 +28,7 @@ from dials_jax.caching.parse import parse_cache
 from dials_jax.config import ModelConfig
 from dials_jax.errors import nearest, require
 from dials_jax.models.model import Model
-from dials_jax.nn.stack import Policy
+from dials_jax.nn.policy import Policy
 from dials_jax.sampling import generate as module
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.generate import generate

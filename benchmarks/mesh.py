@@ -32,7 +32,7 @@ from dials_jax.errors import InputError, nearest, require
 from dials_jax.keys import seed_key
 from dials_jax.models import llada
 from dials_jax.models.model import Model, sequence_keys
-from dials_jax.nn.stack import Policy
+from dials_jax.nn.policy import Policy
 from dials_jax.sampling import generate as module
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.generate import Generation, generate

@@ -34,7 +34,7 @@ from dials_jax.caching.parse import parse_cache
 from dials_jax.config import MeshConfig, ModelConfig, RouterConfig
 from dials_jax.keys import seed_key
 from dials_jax.models import transformer
-from dials_jax.nn.stack import Policy
+from dials_jax.nn.policy import Policy
 from dials_jax.sampling import generate as module
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.skipping.routed import Routed, init_routers, rounded

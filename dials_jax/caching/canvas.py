@@ -14,7 +14,8 @@ from dials_jax.config import ModelConfig
 from dials_jax.models import transformer
 from dials_jax.nn.block import BlockInputs
 from dials_jax.nn.kv import KV, Slots, gather
-from dials_jax.nn.stack import Denoising, Executor, Policy, StackOutput, run_stack
+from dials_jax.nn.policy import Denoising, Policy
+from dials_jax.nn.stack import Executor, StackOutput, run_stack
 from dials_jax.sharding import constrain_batch
 
 
@@ -92,6 +93,7 @@ class CanvasModel:
         contiguous: bool = False,
         prompt_length: int = 0,
         output_positions: Int[Array, "R W"] | None = None,
+        policy_state: PyTree = None,
     ) -> StackOutput:
         """Runs the layers of `span` on the tokens of a window.
 
@@ -102,6 +104,7 @@ class CanvasModel:
           contiguous: the window is one range, the same in every row.
           prompt_length: no token of the window before this one is masked.
           output_positions: in the window, of the tokens whose states are asked for; None: all.
+          policy_state: what the span before left; None at the first layer.
         """
         active = window.slots.active
         masked = masked if active is None else masked & active
@@ -109,13 +112,18 @@ class CanvasModel:
             transformer.layer_of(self.cfg, contiguous=contiguous),
             self.params["layers"],
             h,
-            window,
+            window._replace(output_positions=output_positions),
             self.policy,
-            Denoising(masked, step, self.sequence_keys, prompt_length),
+            Denoising(
+                masked,
+                step,
+                self.sequence_keys,
+                prompt_length,
+                force_execute=None if cache_state is None else step == 0,
+            ),
             span=span,
             cache_state=cache_state,
-            force_execute=None if cache_state is None else step == 0,
-            output_positions=output_positions,
+            policy_state=policy_state,
             executor=self.executor,
         )
 

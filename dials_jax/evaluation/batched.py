@@ -31,7 +31,7 @@ from dials_jax.evaluation.likelihood import Scores, num_copies, pad_pairs, score
 from dials_jax.keys import seed_key
 from dials_jax.models.model import Model
 from dials_jax.models.padding import pad_prompts
-from dials_jax.nn.stack import Policy
+from dials_jax.nn.policy import Policy
 from dials_jax.sampling.generate import Generation, generate
 from dials_jax.sampling.programs import AnySampler
 from dials_jax.skipping.flops import Flops

@@ -25,7 +25,8 @@ from dials_jax.evaluation.positions import over_positions
 from dials_jax.keys import threefry_key
 from dials_jax.models import transformer
 from dials_jax.models.model import Model, as_ids, check_shapes, check_vocabulary, sequence_keys
-from dials_jax.nn.stack import Executor, Policy, check_policy
+from dials_jax.nn.policy import Policy, check_policy
+from dials_jax.nn.stack import Executor
 from dials_jax.sampling.loop import guide
 from dials_jax.skipping.flops import Flops, count_flops
 from dials_jax.skipping.routed import draws, router_width

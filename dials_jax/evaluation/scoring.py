@@ -31,7 +31,7 @@ from dials_jax.evaluation.items import Item, item_names
 from dials_jax.evaluation.likelihood import num_copies
 from dials_jax.models import transformer
 from dials_jax.models.model import Model
-from dials_jax.nn.stack import Policy
+from dials_jax.nn.policy import Policy
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.dream import Dream
 from dials_jax.sampling.loop import blocks_of

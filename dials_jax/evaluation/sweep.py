@@ -28,7 +28,7 @@ from dials_jax.evaluation.sweep_records import SweepRecords, circumstances, swee
 from dials_jax.files import write_json
 from dials_jax.loading import load
 from dials_jax.models.model import Model
-from dials_jax.nn.stack import Policy
+from dials_jax.nn.policy import Policy
 from dials_jax.reporting.sweep_report import format_table, write_report
 from dials_jax.skipping.policies import Random, Static
 from dials_jax.skipping.similarity import choose_static_layers, layer_similarities

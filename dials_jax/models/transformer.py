@@ -19,16 +19,10 @@ from dials_jax.nn.fusing import is_fused
 from dials_jax.nn.kv import Slots, gather, write
 from dials_jax.nn.modulation import AdaptiveNorm, TimeEmbed, is_folded, precompute_modulation
 from dials_jax.nn.norm import make_norm
+from dials_jax.nn.policy import Denoising, Policy
 from dials_jax.nn.pure import Pure
 from dials_jax.nn.rope import positions_of, rope_angles
-from dials_jax.nn.stack import (
-    Denoising,
-    Executor,
-    Layer,
-    Policy,
-    StackOutput,
-    run_stack,
-)
+from dials_jax.nn.stack import Executor, Layer, StackOutput, run_stack
 
 NOISE_EPS = 1e-3  # of the linear schedule, whose noise is finite at t = 1
 
@@ -171,22 +165,22 @@ def layer_of(
       dropout: of all layers, which then are `numbered`. Blocks without a cache state only.
     """
 
-    def block(params, h, rows, output_positions=None):
+    def block(params, h, inputs):
         if dropout is not None:
-            rows = rows._replace(dropout=dropout.of_layer(params["number"]))
+            inputs = inputs._replace(dropout=dropout.of_layer(params["number"]))
             params = params["layer"]
-        return block_of(cfg, params)(params, h, rows, output_positions)
+        return block_of(cfg, params)(params, h, inputs)
 
-    def project(params, h, rows, output_positions=None):
-        return block_of(cfg, params)(params, h, rows, output_positions, method="project")
+    def project(params, h, inputs):
+        return block_of(cfg, params)(params, h, inputs, method="project")
 
-    def mix(params, h, q, kv, rows, output_positions=None):
-        return block_of(cfg, params)(params, h, q, kv, rows, output_positions, method="mix")
+    def write_kv(kv, new, inputs, keep):
+        return write(kv, new, inputs.slots, contiguous=contiguous, keep=keep)
 
-    def remember(kv, new, rows, keep):
-        return write(kv, new, rows.slots, contiguous=contiguous, keep=keep)
+    def mix(params, h, q, kv, inputs):
+        return block_of(cfg, params)(params, h, q, kv, inputs, method="mix")
 
-    return Layer(jax.checkpoint(block) if remat else block, project, mix, remember)
+    return Layer(jax.checkpoint(block) if remat else block, project, write_kv, mix)
 
 
 def run_layers(

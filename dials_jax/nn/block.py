@@ -24,13 +24,23 @@ VOCABULARY_UNIT = 128  # products with the vocabulary run several times as fast 
 
 
 class BlockInputs(NamedTuple):
-    """What a block needs beside the hidden states; every leaf leads with the batch."""
+    """What a block needs beside the hidden states; every leaf leads with the batch.
 
-    angles: Float[Array, "B T 2 _"] | None  # sines and cosines of the positions; None: learned
-    valid: Bool[Array, "B S"] | None  # False at keys that are padding; None: no padding
-    slots: Slots  # the tokens' places on the canvas
-    c: Float[Array, "B C"] | None = None  # of the denoising time; None: what is folded is used
-    dropout: Dropout | None = None  # of this layer, in training
+    Attributes:
+      angles: sines and cosines of the positions; None: positions are learned.
+      valid: False at keys that are padding; None: no padding.
+      slots: the tokens' positions on the canvas.
+      c: conditioning on the denoising time; None: precomputed modulations are used.
+      dropout: of this layer, in training.
+      output_positions: of the tokens whose new states are asked for; None: of all.
+    """
+
+    angles: Float[Array, "B T 2 _"] | None
+    valid: Bool[Array, "B S"] | None
+    slots: Slots
+    c: Float[Array, "B C"] | None = None
+    dropout: Dropout | None = None
+    output_positions: Int[Array, "B W"] | None = None
 
 
 class Block(nnx.Module):
@@ -47,63 +57,48 @@ class Block(nnx.Module):
         self.mlp = MLP(cfg, rngs, fused)
         self.modulation = Modulation(cfg, IN_BLOCK, folded) if cfg.cond_dim else None
 
-    def __call__(
-        self,
-        h: Float[Array, "B T D"],
-        rows: BlockInputs,
-        output_positions: Int[Array, "B W"] | None = None,
-    ) -> Float[Array, "B W D"]:
-        """The tokens' new hidden states, where they are all there is to attend to.
-
-        Args:
-          output_positions: places of the tokens whose hidden states are asked for; None: all.
-        """
-        q, new = self.project(h, rows, output_positions)
-        if output_positions is not None:
-            return self.mix(gather(h, output_positions), q, new, rows, output_positions)
-        return self.finish(h, attend(q, new, rows.valid, causal=self.causal), rows)
+    def __call__(self, h: Float[Array, "B T D"], inputs: BlockInputs) -> Float[Array, "B W D"]:
+        """The tokens' new hidden states, where they are all there is to attend to."""
+        q, kv = self.project(h, inputs)
+        if inputs.output_positions is not None:
+            return self.mix(gather(h, inputs.output_positions), q, kv, inputs)
+        return self.finish(h, attend(q, kv, inputs.valid, causal=self.causal), inputs)
 
     def project(
-        self,
-        h: Float[Array, "B T D"],
-        rows: BlockInputs,
-        output_positions: Int[Array, "B W"] | None = None,
+        self, h: Float[Array, "B T D"], inputs: BlockInputs
     ) -> tuple[Float[Array, "B W N H"], KV]:
         """Queries at the output positions, keys and values of all tokens."""
-        normed = self.attention_norm(h, *self.modulations(rows)[0:2])
-        q, new = self.attention.rotated(normed, rows.angles)
-        return q if output_positions is None else gather(q, output_positions), new
+        normed = self.attention_norm(h, *self.modulations(inputs)[0:2])
+        q, kv = self.attention.rotated(normed, inputs.angles)
+        return q if inputs.output_positions is None else gather(q, inputs.output_positions), kv
 
     def mix(
         self,
         h: Float[Array, "B W D"],
         q: Float[Array, "B W N H"],
-        seen: KV,
-        rows: BlockInputs,
-        output_positions: Int[Array, "B W"] | None = None,
+        kv: KV,
+        inputs: BlockInputs,
     ) -> Float[Array, "B W D"]:
-        """The rest of the block, once all keys and values that the queries see are there."""
+        """The rest of the block, from h and q at the output positions, once all keys are there."""
         index = None
         if self.causal:
-            index = (
-                rows.slots.index
-                if output_positions is None
-                else gather(rows.slots.index, output_positions)
-            )
-        return self.finish(h, attend(q, seen, rows.valid, index), rows)
+            index, positions = inputs.slots.index, inputs.output_positions
+            index = index if positions is None else gather(index, positions)
+        return self.finish(h, attend(q, kv, inputs.valid, index), inputs)
 
     def finish(
-        self, h: Float[Array, "B W D"], attended: Float[Array, "B W N H"], rows: BlockInputs
+        self, h: Float[Array, "B W D"], attended: Float[Array, "B W N H"], inputs: BlockInputs
     ) -> Float[Array, "B W D"]:
-        m = self.modulations(rows)
+        """Adds to the stream what attention returned, then the output of the MLP."""
+        m = self.modulations(inputs)
         update = self.attention.out(attended)
-        h = h + gated(dropped(update, rows.dropout, AFTER_ATTENTION), *m[2:3])
+        h = h + gated(dropped(update, inputs.dropout, AFTER_ATTENTION), *m[2:3])
         update = self.mlp(self.mlp_norm(h, *m[3:5]))
-        return h + gated(dropped(update, rows.dropout, AFTER_MLP), *m[5:6])
+        return h + gated(dropped(update, inputs.dropout, AFTER_MLP), *m[5:6])
 
-    def modulations(self, rows: BlockInputs) -> list[Float[Array, "b 1 D"]]:
+    def modulations(self, inputs: BlockInputs) -> list[Float[Array, "b 1 D"]]:
         """Shift, scale and gate of attention, then of the MLP; none without adaLN."""
-        return [] if self.modulation is None else self.modulation(rows.c)
+        return [] if self.modulation is None else self.modulation(inputs.c)
 
 
 def gated(

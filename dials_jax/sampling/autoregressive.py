@@ -19,7 +19,7 @@ from dials_jax.caching.canvas import CanvasModel
 from dials_jax.config import ModelConfig, Typed, require_positive
 from dials_jax.errors import require
 from dials_jax.models import transformer
-from dials_jax.nn.stack import Policy
+from dials_jax.nn.policy import Policy
 from dials_jax.sampling.loop import Record
 from dials_jax.skipping.policies import Static
 

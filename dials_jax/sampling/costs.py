@@ -13,7 +13,7 @@ from dials_jax.caching.cache import Cache, Work
 from dials_jax.caching.canvas import CanvasModel
 from dials_jax.config import ModelConfig
 from dials_jax.models import transformer
-from dials_jax.nn.stack import Policy
+from dials_jax.nn.policy import Policy
 from dials_jax.sampling.ancestral import Ancestral
 from dials_jax.sampling.autoregressive import Autoregressive
 from dials_jax.sampling.loop import blocks_of

@@ -17,7 +17,8 @@ from dials_jax.compiling import Timed
 from dials_jax.config import ModelConfig, typed
 from dials_jax.errors import require
 from dials_jax.models.model import Model, as_ids, as_valid, sequence_keys
-from dials_jax.nn.stack import Executor, Policy
+from dials_jax.nn.policy import Policy
+from dials_jax.nn.stack import Executor
 from dials_jax.sampling.ancestral import Ancestral
 from dials_jax.sampling.autoregressive import Autoregressive, decode
 from dials_jax.sampling.costs import Part, total_cost, work_of

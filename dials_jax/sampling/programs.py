@@ -19,7 +19,7 @@ from dials_jax.caching.canvas import CanvasModel
 from dials_jax.compiling import Timed
 from dials_jax.models import transformer
 from dials_jax.models.model import Model
-from dials_jax.nn.stack import Policy
+from dials_jax.nn.policy import Policy
 from dials_jax.sampling.ancestral import Ancestral, Exact
 from dials_jax.sampling.autoregressive import Autoregressive, filler
 from dials_jax.sampling.loop import Loop, Record, Sampler, num_steps

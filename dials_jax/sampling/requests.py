@@ -11,7 +11,7 @@ from dials_jax.caching.cache import Cache, NoCache
 from dials_jax.config import ModelConfig, shown
 from dials_jax.errors import InputError, nearest, require
 from dials_jax.models.model import Model, check_shapes, check_vocabulary
-from dials_jax.nn.stack import Policy, check_policy
+from dials_jax.nn.policy import Policy, check_policy
 from dials_jax.sampling.autoregressive import Autoregressive
 from dials_jax.sampling.model_schedule import Schedule
 from dials_jax.sampling.programs import AnySampler, Role, count_steps

@@ -1,7 +1,7 @@
 """Which layers run: the policies full (None), static, random and routed.
 
 Each is a pytree, so it enters compiled functions as an argument, and implements
-`dials_jax.nn.stack.Policy`. Layers count from 0. Rows always decide alone: a row's gates come from
+`dials_jax.nn.policy.Policy`. Layers count from 0. Rows always decide alone: a row's gates come from
 its own tokens, hidden states and key.
 """
 
@@ -14,11 +14,11 @@ from typing import Annotated, Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Float
 
 from dials_jax.config import INT32, Range, as_type
 from dials_jax.errors import require
-from dials_jax.nn.stack import Denoising
+from dials_jax.nn.policy import Denoising
 
 
 def static_field(**kwargs):
@@ -45,12 +45,17 @@ class Static:
                 f"Static: layer {layer} does not exist; layers count from 0 to {num_layers - 1}",
             )
 
-    def prepare(self, num_layers: int, denoising: Denoising) -> np.ndarray:
+    def static_gates(self, num_layers: int) -> Bool[np.ndarray, "L"]:
         self.check(num_layers)
         return ~np.isin(np.arange(num_layers), self.layers)
 
-    def gate(self, plan: Array | np.bool_, h: Array, denoising: Denoising) -> Array | np.bool_:
-        return plan
+    def prepare(self, num_layers: int, denoising: Denoising) -> Bool[np.ndarray, "L"]:
+        return self.static_gates(num_layers)
+
+    def gate(
+        self, prepared: Bool[Array, ""], h: Float[Array, "B T D"], denoising: Denoising
+    ) -> Bool[Array, ""]:
+        return prepared
 
 
 @jax.tree_util.register_dataclass

@@ -26,8 +26,8 @@ from dials_jax.errors import require
 from dials_jax.keys import threefry_key
 from dials_jax.nn.initializers import normal
 from dials_jax.nn.norm import RMSNorm
+from dials_jax.nn.policy import Denoising
 from dials_jax.nn.pure import Pure
-from dials_jax.nn.stack import Denoising
 from dials_jax.skipping.policies import Static, static_field
 
 

@@ -23,7 +23,8 @@ from dials_jax.diffusion.objectives import (
 from dials_jax.errors import require
 from dials_jax.models import transformer
 from dials_jax.nn.dropout import Dropout
-from dials_jax.nn.stack import Policy, StackOutput
+from dials_jax.nn.policy import Policy
+from dials_jax.nn.stack import StackOutput
 from dials_jax.skipping.routed import StochasticRouted
 
 

@@ -10,7 +10,7 @@ from dials_jax.config import ModelConfig
 from dials_jax.errors import InputError
 from dials_jax.models import dream, gpt2, llada, mdlm, qwen2, transformer
 from dials_jax.models.model import Model, sequence_keys
-from dials_jax.nn.stack import Denoising
+from dials_jax.nn.policy import Denoising
 from tests.conftest import small_config
 
 BASE = small_config()

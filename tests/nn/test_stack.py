@@ -10,12 +10,15 @@ from jax.test_util import check_grads
 
 from dials_jax import trees
 from dials_jax.models.model import Model
-from dials_jax.nn.stack import Denoising, apply_gate, run_stack
+from dials_jax.nn.gates import apply_gate
+from dials_jax.nn.policy import Denoising
+from dials_jax.nn.stack import run_stack
 from dials_jax.skipping.policies import Random, Static
 from dials_jax.skipping.routed import Routed
 from tests.nn.toy import (
     LAYER,
     LAYERS,
+    Context,
     Given,
     L,
     block,
@@ -95,9 +98,9 @@ def test_a_row_does_not_depend_on_the_rest_of_its_batch(policies, kind):
 
 
 def _row(rows, i):
-    h, context, (masked, step, keys, _) = rows
+    h, context, (masked, step, keys, *_) = rows
     only = slice(i, i + 1)
-    return h[only], {"valid": context["valid"][only]}, Denoising(masked[only], step, keys[only])
+    return h[only], Context(context.valid[only]), Denoising(masked[only], step, keys[only])
 
 
 def test_skipping_everything_returns_the_input():
@@ -126,8 +129,8 @@ def test_layers_run_in_order_in_both_layouts():
         np.testing.assert_allclose(run(None, rows, unrolled=unrolled)[0], expected, atol=1e-5)
 
 
-def test_cond_refuses_decisions_a_row():
-    with pytest.raises(ValueError, match="one decision for all rows"):
+def test_cond_refuses_decisions_per_sequence():
+    with pytest.raises(ValueError, match="one decision for all sequences"):
         run(Random(1), make_rows(2), "cond")
 
 

@@ -96,9 +96,9 @@ def jitted_outputs(
     layers, h, context, policy, denoising, memory, positions, force_execute, *, executor
 ):
     return run_stack(
-        LAYER, layers, h, context, policy,
-        denoising._replace(prompt_length=0), cache_state=memory, output_positions=positions,
-        force_execute=force_execute, executor=executor,
+        LAYER, layers, h, context._replace(output_positions=positions), policy,
+        denoising._replace(prompt_length=0, force_execute=force_execute),
+        cache_state=memory, executor=executor,
     )  # fmt: skip
 
 
@@ -162,16 +162,16 @@ def test_output_positions_without_branches(policy, unrolled):
 def test_the_last_block_is_asked_for_the_output_positions_only():
     asked = []
 
-    def block_of(params, h, context, output_positions=None):
-        asked.append(None if output_positions is None else output_positions.shape)
-        return block(params, h, context, output_positions)
+    def block_of(params, h, context):
+        positions = context.output_positions
+        asked.append(None if positions is None else positions.shape)
+        return block(params, h, context)
 
     h, context, denoising = make_rows(3)
     positions = jnp.zeros((3, 2), int)
     layers = trees.unstack(LAYERS)
-    out = run_stack(
-        Layer(block_of), layers, h, context, None, denoising, output_positions=positions
-    )
+    context = context._replace(output_positions=positions)
+    out = run_stack(Layer(block_of), layers, h, context, None, denoising)
     assert asked == [None, None, None, (3, 2)] and out.h.shape == (3, 2, D)
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,8 @@ import numpy as np
 
 from dials_jax import trees
 from dials_jax.nn.kv import gather
-from dials_jax.nn.stack import Denoising, Layer, run_stack
+from dials_jax.nn.policy import Denoising
+from dials_jax.nn.stack import Layer, run_stack
 
 T, D, L = 5, 32, 4  # D and L are those of the routers fixture
 
@@ -29,27 +30,27 @@ class Given:
         return plan
 
 
-def project(params, h, context, output_positions=None):
+class Context(NamedTuple):
+    valid: jax.Array
+    output_positions: jax.Array | None = None
+
+
+def project(params, h, context):
     """The mean of a row's valid tokens: once to mix in, and once to remember."""
-    valid = context["valid"][..., None]
+    valid = context.valid[..., None]
     mean = jnp.sum(h * valid, axis=1) / jnp.sum(valid, axis=1)
     return mean, {"mean": mean}
 
 
-def mix(params, h, mean, memory, context, output_positions=None):
+def mix(params, h, mean, memory, context):
     """A residual block that mixes the tokens of a row with what it remembers of the row."""
     return h + jnp.tanh((h + (mean + memory["mean"])[:, None]) @ params["w"])
 
 
-def block(params, h, context, output_positions=None):
+def block(params, h, context):
     mean, update = project(params, h, context)
-    return mix(
-        params,
-        h if output_positions is None else gather(h, output_positions),
-        mean,
-        update,
-        context,
-    )
+    near = h if context.output_positions is None else gather(h, context.output_positions)
+    return mix(params, near, mean, update, context)
 
 
 def remember(memory, update, context, keep):
@@ -62,7 +63,7 @@ def remember(memory, update, context, keep):
     return jax.tree.map(put, memory, update)
 
 
-LAYER = Layer(block, project, mix, remember)
+LAYER = Layer(block, project, remember, mix)
 
 LAYERS = {"w": 0.3 * jax.random.normal(jax.random.key(0), (L, D, D))}
 
@@ -73,7 +74,7 @@ def make_rows(num_rows, seed=1):
     valid = jnp.arange(T) >= (jnp.arange(num_rows) % 3)[:, None]
     masked = valid & (jax.random.uniform(jax.random.key(seed + 1), (num_rows, T)) < 0.6)
     keys = jax.random.split(jax.random.key(seed + 2), num_rows)
-    return h, {"valid": valid}, Denoising(masked, jnp.asarray(3), keys)
+    return h, Context(valid), Denoising(masked, jnp.asarray(3), keys)
 
 
 @partial(jax.jit, static_argnames=("span", "executor"))

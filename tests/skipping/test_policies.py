@@ -5,7 +5,7 @@ import pytest
 
 from dials_jax import trees
 from dials_jax.errors import InputError
-from dials_jax.nn.stack import Denoising, check_policy
+from dials_jax.nn.policy import Denoising, check_policy
 from dials_jax.skipping.policies import Random, Static
 from dials_jax.skipping.routed import Routed, StochasticRouted, router_width
 
@@ -133,5 +133,5 @@ def test_a_policy_with_the_old_name_of_prepare_is_told_the_new_one():
         def gate(self, plan, h, denoising):
             return np.True_
 
-    with pytest.raises(InputError, match=r"Old\.plan is now called `prepare`; rename"):
+    with pytest.raises(InputError, match=r"Old\.plan is now `Old\.prepare`; rename"):
         check_policy(Old())

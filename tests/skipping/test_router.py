@@ -5,7 +5,7 @@ import pytest
 
 from dials_jax import trees
 from dials_jax.config import RouterConfig
-from dials_jax.nn.stack import Denoising
+from dials_jax.nn.policy import Denoising
 from dials_jax.skipping.routed import (
     SKIP,
     Routed,

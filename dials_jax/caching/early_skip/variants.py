@@ -216,6 +216,7 @@ class EarlySkipVariants:
         plan, going = self.plan, self.enter(inputs, cache_state, index, active)
         kv, seen, gates = list(cache_state.kv), list(cache_state.seen), []
         contiguous = True  # until the first token leaves
+        policy_state = None
         for i, span in enumerate(plan.spans(self.net.cfg.num_layers)):
             depth = plan.depth(span[0])
             if plan.indicator != "hidden" and span[0] in plan.layers:
@@ -228,9 +229,10 @@ class EarlySkipVariants:
             out = self.net.run(
                 going.h, going.window, going.masked, inputs.step, kv[i],
                 span=span, contiguous=contiguous, prompt_length=prompt_length,
-                output_positions=output_positions,
+                output_positions=output_positions, policy_state=policy_state,
             )  # fmt: skip
             going, kv[i] = going._replace(h=out.h), out.cache_state
+            policy_state = out.policy_state
             gates.append(out.gates)
             if plan.indicator == "hidden" and depth < len(plan.layers):
                 if leave is not None:

@@ -1,0 +1,107 @@
+"""What a policy is: it decides which sequences run a layer.
+
+`dials_jax.skipping` has the policies of the papers. Any other class with the two methods of
+`Policy` is one, too. It may have more members, which the functions below look for.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from dials_jax.config import ModelConfig, shown
+from dials_jax.errors import InputError, require
+from dials_jax.nn.gates import Gate
+
+
+class Denoising(NamedTuple):
+    """What a policy may know about a batch beside its hidden states.
+
+    Attributes:
+      masked: [MASK] now, and not padding.
+      step: denoising step, from 0.
+      sequence_keys: one random key per sequence.
+      prompt_length: this many first tokens are never masked: routers leave them out.
+      force_execute: True on the call that fills the caches: every layer then runs, whatever its
+        gate. Not the layers that `static_gates` closes: nothing ever reads their caches.
+    """
+
+    masked: Bool[Array, "B T"]
+    step: Int[Array, ""]
+    sequence_keys: PyTree
+    prompt_length: int = 0
+    force_execute: Bool[Array, ""] | None = None
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """Decides which sequences run a layer.
+
+    Members that a policy may have beside these two:
+      name: what reports call it. Without it: the name of its class.
+      static_gates(num_layers) -> bool [L]: for a policy that skips the same layers at every step.
+        They are known while tracing and leave no branch in an unrolled program. The two methods
+        below are then not called.
+      init_state(h, denoising) -> state: for a policy that carries a state from layer to layer.
+        `gate` is then given it and returns it: `gate(prepared, h, denoising, state) -> (gate,
+        state)`. A pytree of fixed shapes, whose leaves lead with the batch.
+      flops(cfg, num_tokens): of one decision on one sequence that looks at `num_tokens` tokens, an
+        array. Without it: none.
+    """
+
+    def prepare(self, num_layers: int, denoising: Denoising) -> PyTree:
+        """All that is known before the first layer, stacked or unrolled as layers are."""
+
+    def gate(self, prepared: PyTree, h: Float[Array, "B T D"], denoising: Denoising) -> Gate:
+        """Whether to run a layer, from its slice of `prepared`: one boolean, or one per sequence.
+
+        A float gate is 0 or 1 with a straight-through gradient; only `select` takes it.
+        """
+
+
+def check_policy(policy: object) -> None:
+    """Raises: InputError for what is neither None nor a policy."""
+    if policy is None or (isinstance(policy, Policy) and not isinstance(policy, type)):
+        return
+    name = type(policy).__name__  # never the policy's text: its weights would be fetched for that
+    require(not hasattr(policy, "plan"), f"{name}.plan is now `{name}.prepare`; rename that method")
+    raise InputError(f"policy={shown(policy)} is no policy; give None, or one as Static((7, 9))")
+
+
+def policy_name(policy: Policy | None) -> str:
+    """What reports call a policy; None runs the full model."""
+    return "full" if policy is None else getattr(policy, "name", type(policy).__name__)
+
+
+def policy_flops(policy: Policy | None, cfg: ModelConfig, num_tokens: Any) -> Any:
+    """FLOPs of one decision on one sequence that looks at `num_tokens` tokens."""
+    flops = getattr(policy, "flops", None)
+    return np.zeros_like(num_tokens) if flops is None else flops(cfg, num_tokens)
+
+
+def static_gates(policy: Policy | None, num_layers: int) -> Bool[np.ndarray, "L"] | None:
+    """The gates of every step where they never change, else None."""
+    if policy is None:
+        return np.ones(num_layers, bool)
+    known = getattr(policy, "static_gates", None)
+    return None if known is None else known(num_layers)
+
+
+def init_state(policy: Policy | None, h: Float[Array, "B T D"], denoising: Denoising) -> PyTree:
+    """What a policy carries into the first layer; None where it carries nothing."""
+    init = getattr(policy, "init_state", None)
+    return None if init is None else init(h, denoising)
+
+
+def decide_gate(
+    policy: Policy, prepared: PyTree, h: Float[Array, "B T D"], denoising: Denoising, state: PyTree
+) -> tuple[Gate, PyTree]:
+    """The gate of a layer, and the state for the next one."""
+    if hasattr(policy, "init_state"):
+        gate, state = policy.gate(prepared, h, denoising, state)
+    else:
+        gate = policy.gate(prepared, h, denoising)
+    force = denoising.force_execute
+    return gate if force is None else gate | force, state
