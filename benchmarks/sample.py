@@ -59,7 +59,7 @@ def run_in_turns(
         "sampler": Ancestral(
             options.length, options.steps, options.precision, options.first_hitting
         ),
-        "num_rows": options.batch, "key": seed_key(0),
+        "num_sequences": options.batch, "key": seed_key(0),
     }  # fmt: skip
     out = {}
     for name, case in cases.items():

@@ -135,8 +135,10 @@ def block_positions(
     net: CanvasModel, blocks: Blocks, inputs: ForwardInputs, first: Int[Array, ""] | int
 ) -> tuple[Int[Array, "R W"], Int[Array, "B W"]]:
     """The places that predict the block, in a window that begins at `first`; what they predict."""
-    index = net.range(blocks.start + inputs.block * blocks.length, blocks.length)
-    rows = jnp.maximum(index - net.offset - first, 0)  # nothing predicts the canvas's first token
+    index = net.positions(blocks.start + inputs.block * blocks.length, blocks.length)
+    rows = jnp.maximum(
+        index - net.logit_shift - first, 0
+    )  # nothing predicts the canvas's first token
     return rows, index[: inputs.tokens.shape[0]]
 
 
@@ -146,7 +148,7 @@ def unfinished_sequences(net: CanvasModel, inputs: ForwardInputs) -> Bool[Array,
     The others must not write while they wait, wherever that could be read later: what a row keeps
     would depend on its batch.
     """
-    copies = net.num_rows // inputs.unfinished.shape[0]  # 2 under guidance
+    copies = net.num_sequences // inputs.unfinished.shape[0]  # 2 under guidance
     return jnp.tile(inputs.unfinished, copies)[:, None]
 
 
@@ -199,7 +201,7 @@ class DualCache:
     drops_tokens = False
 
     def init_state(self, net: CanvasModel, blocks: Blocks) -> PyTree:
-        return net.empty()
+        return net.init_cache()
 
     def forward_variants(self, net: CanvasModel, blocks: Blocks) -> list[ForwardVariant]:
         return [whole_canvas(net, blocks), block_only(net, blocks)]
@@ -222,10 +224,10 @@ def block_only(net: CanvasModel, blocks: Blocks) -> ForwardVariant:
     """Runs the tokens that predict the block."""
 
     def forward(inputs: ForwardInputs, cache_state: PyTree) -> ForwardOutputs:
-        start = blocks.start + inputs.block * blocks.length - net.offset
-        active = writing(net, blocks, inputs, net.range(start, blocks.length))
+        start = blocks.start + inputs.block * blocks.length - net.logit_shift
+        active = writing(net, blocks, inputs, net.positions(start, blocks.length))
         out = net.run_range(inputs.tokens, start, blocks.length, inputs.step, cache_state, active)
-        index = net.range(start + net.offset, blocks.length)[: inputs.tokens.shape[0]]
+        index = net.positions(start + net.logit_shift, blocks.length)[: inputs.tokens.shape[0]]
         return ForwardOutputs(out.h, index, None, out.gates, out.cache_state)
 
     return ForwardVariant(forward, Work((blocks.length,) * net.cfg.num_layers, blocks.length))
@@ -241,7 +243,7 @@ class PrefixCache:
     drops_tokens = False
 
     def init_state(self, net: CanvasModel, blocks: Blocks) -> PyTree:
-        return net.empty()
+        return net.init_cache()
 
     def forward_variants(self, net: CanvasModel, blocks: Blocks) -> list[ForwardVariant]:
         sizes = window_sizes(blocks.count)
@@ -249,12 +251,12 @@ class PrefixCache:
 
     def _suffix(self, net: CanvasModel, blocks: Blocks, num_blocks: int) -> ForwardVariant:
         """Runs the last `num_blocks` blocks, and writes the one in work and those after it."""
-        size = num_blocks * blocks.length + net.offset
+        size = num_blocks * blocks.length + net.logit_shift
 
         def forward(inputs: ForwardInputs, cache_state: PyTree) -> ForwardOutputs:
-            start = blocks.start + inputs.block * blocks.length - net.offset
+            start = blocks.start + inputs.block * blocks.length - net.logit_shift
             first = blocks.end - size
-            index = net.range(first, size)
+            index = net.positions(first, size)
             active = writing(net, blocks, inputs, index)
             if blocks.count > MAX_SIZES:
                 active = index >= start if active is None else active & (index >= start)

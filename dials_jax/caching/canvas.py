@@ -26,9 +26,9 @@ class CanvasModel:
     Under guidance every canvas is there twice: R is 2B, the conditional rows first.
 
     Attributes:
-      rows: of the whole canvas; positions and padding do not change while it is filled.
+      block_inputs: of the whole canvas; positions and padding do not change while it is filled.
       sequence_keys: one a row, for random policies.
-      given: True at prompts, which the unconditional rows do not see; None without guidance.
+      prompt_mask: True at prompts, which the unconditional rows do not see; None without guidance.
       prompt_length: no token before this place is ever masked; 0 under guidance.
     """
 
@@ -36,52 +36,52 @@ class CanvasModel:
     params: trees.Params
     policy: Policy | None
     executor: Executor
-    rows: BlockInputs
+    block_inputs: BlockInputs
     sequence_keys: PyTree
-    given: Bool[Array, "B T"] | None
+    prompt_mask: Bool[Array, "B T"] | None
     prompt_length: int
 
     @property
-    def offset(self) -> int:
+    def logit_shift(self) -> int:
         """A token is predicted by the row this many places to its left."""
         return int(self.cfg.shift)
 
     @property
     def length(self) -> int:
-        return self.rows.slots.index.shape[1]
+        return self.block_inputs.slots.index.shape[1]
 
     @property
-    def num_rows(self) -> int:
-        return self.rows.slots.index.shape[0]
+    def num_sequences(self) -> int:
+        return self.block_inputs.slots.index.shape[0]
 
-    def view(self, tokens: Int[Array, "B T"]) -> Int[Array, "R T"]:
+    def with_unconditional(self, tokens: Int[Array, "B T"]) -> Int[Array, "R T"]:
         """What the model sees of the canvases."""
-        if self.given is None:
+        if self.prompt_mask is None:
             return tokens
-        return jnp.concatenate([tokens, jnp.where(self.given, self.cfg.mask_id, tokens)])
+        return jnp.concatenate([tokens, jnp.where(self.prompt_mask, self.cfg.mask_id, tokens)])
 
-    def range(self, start: Int[Array, ""] | int, size: int) -> Int[Array, "R T"]:
+    def positions(self, start: Int[Array, ""] | int, size: int) -> Int[Array, "R T"]:
         """The same `size` places from `start` on, for every row."""
-        return jnp.broadcast_to(start + jnp.arange(size), (self.num_rows, size))
+        return jnp.broadcast_to(start + jnp.arange(size), (self.num_sequences, size))
 
     def window(
         self, index: Int[Array, "R T"], active: Bool[Array, "R T"] | None = None
     ) -> BlockInputs:
         """The rows of the tokens at `index`."""
-        angles = gather(self.rows.angles, index)
-        return self.rows._replace(angles=angles, slots=Slots(index, active))
+        angles = gather(self.block_inputs.angles, index)
+        return self.block_inputs._replace(angles=angles, slots=Slots(index, active))
 
     def embed(self, tokens: Int[Array, "R T"], window: BlockInputs) -> Array:
         return transformer.embed(self.cfg, self.params, tokens, window)
 
-    def masked(self, tokens: Int[Array, "R T"], index: Int[Array, "R T"]) -> Bool[Array, "R T"]:
+    def is_masked(self, tokens: Int[Array, "R T"], index: Int[Array, "R T"]) -> Bool[Array, "R T"]:
         """Where a token is [MASK] and not padding."""
         masked = transformer.is_masked(self.cfg, tokens)
-        if self.rows.valid is None:
+        if self.block_inputs.valid is None:
             return masked
-        return masked & jnp.take_along_axis(self.rows.valid, index, axis=1)
+        return masked & jnp.take_along_axis(self.block_inputs.valid, index, axis=1)
 
-    def run(
+    def run_layers(
         self,
         h: Array,
         window: BlockInputs,
@@ -138,13 +138,13 @@ class CanvasModel:
         output_positions: Int[Array, "R _"] | None = None,
     ) -> StackOutput:
         """Runs all layers on the canvas's tokens from `start` on."""
-        index = self.range(start, size)
-        seen = jnp.take_along_axis(self.view(tokens), index, axis=1)
+        index = self.positions(start, size)
+        seen = jnp.take_along_axis(self.with_unconditional(tokens), index, axis=1)
         window = self.window(index, active)
-        return self.run(
+        return self.run_layers(
             self.embed(seen, window),
             window,
-            self.masked(seen, index),
+            self.is_masked(seen, index),
             step,
             cache_state,
             contiguous=True,
@@ -152,10 +152,10 @@ class CanvasModel:
             output_positions=output_positions,
         )
 
-    def empty(self, span: tuple[int, int] | None = None) -> Any:
+    def init_cache(self, span: tuple[int, int] | None = None) -> Any:
         """A cache of zeros for the layers of `span`, laid out as they are."""
         cfg, (first, last) = self.cfg, span or (0, self.cfg.num_layers)
-        shape = (self.num_rows, self.length, cfg.num_kv_heads, cfg.head_dim)
+        shape = (self.num_sequences, self.length, cfg.num_kv_heads, cfg.head_dim)
 
         def kv(*lead: int) -> KV:
             return KV(*(jnp.zeros((*lead, *shape), cfg.dtype) for _ in KV._fields))

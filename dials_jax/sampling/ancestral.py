@@ -27,7 +27,7 @@ from dials_jax.errors import require
 from dials_jax.models import transformer
 from dials_jax.nn.stack import StackOutput
 from dials_jax.sampling.confidence import gumbel_like
-from dials_jax.sampling.loop import Record, append_call, start_record
+from dials_jax.sampling.loop import CallRecord, append_call, start_record
 
 Precision = Literal["exact", "float32"]
 
@@ -163,7 +163,7 @@ def step_of(times: Float[np.ndarray, "_"], drawn: UInt[Array, "B G"]) -> Int[Arr
     return (len(inner) - below).astype(jnp.int32)
 
 
-class State(NamedTuple):
+class AncestralState(NamedTuple):
     """Where the loop stands before a model call.
 
     Attributes:
@@ -175,7 +175,7 @@ class State(NamedTuple):
     step: Int[Array, ""]
     calls: Int[Array, "B"]
     plan: RevealPlan | None
-    record: Record
+    record: CallRecord
 
 
 class Exact:
@@ -185,49 +185,52 @@ class Exact:
         self.sampler, self.net, self.prompt_length, self.keys = sampler, net, prompt_length, keys
         self.num_steps = sampler.steps
 
-    def start(self, canvas: Int[Array, "B T"], num_layers: int) -> State:
-        sampler, num_rows = self.sampler, canvas.shape[0]
+    def start(self, canvas: Int[Array, "B T"], num_layers: int) -> AncestralState:
+        sampler, num_sequences = self.sampler, canvas.shape[0]
         most = sampler.steps
         if not sampler.first_hitting:  # calls for more than fits into a row's slots
-            most += min(num_rows, MAX_FULL) * ((sampler.length - 1) // sampler.num_slots)
+            most += min(num_sequences, MAX_FULL) * ((sampler.length - 1) // sampler.num_slots)
         plan = draw_reveal_plan(sampler, self.keys, self.prompt_length)
-        calls, record = jnp.zeros(num_rows, jnp.int32), start_record(most, num_layers, num_rows)
-        return State(canvas, jnp.asarray(0, jnp.int32), calls, plan, record)
+        calls, record = (
+            jnp.zeros(num_sequences, jnp.int32),
+            start_record(most, num_layers, num_sequences),
+        )
+        return AncestralState(canvas, jnp.asarray(0, jnp.int32), calls, plan, record)
 
-    def run(self, state: State, stop: Int[Array, ""] | None = None) -> State:
+    def run(self, state: AncestralState, stop: Int[Array, ""] | None = None) -> AncestralState:
         """The model calls of all steps before `stop`; None: of all."""
         stop = jnp.asarray(self.num_steps if stop is None else stop, jnp.int32)
         until = state.plan.calls_before[:, stop]
 
-        def advance(state: State) -> State:
+        def advance(state: AncestralState) -> AncestralState:
             after = self.advance(state, until)
             return after._replace(step=jnp.minimum(after.step, stop - 1))
 
         state = lax.while_loop(lambda s: jnp.any(s.calls < until), advance, state)
         return state._replace(step=stop)
 
-    def advance(self, state: State, until: Int[Array, "B"]) -> State:
+    def advance(self, state: AncestralState, until: Int[Array, "B"]) -> AncestralState:
         """One model call, and the tokens it reveals in the rows that do not wait."""
         cfg, plan = self.net.cfg, state.plan
         due = jnp.sum(plan.calls_before <= state.calls[:, None], axis=1) - 1
         step = jnp.minimum(due, self.num_steps - 1)  # a row that is full has none due
-        index, fresh = self.revealed(state, step)
+        index, fresh = self.next_revealed(state, step)
         fresh &= (state.calls < until)[:, None]
         # Of several calls of a step, each sees the canvas as it was before the step.
         hidden = plan.step >= due[:, None]
         seen = jnp.where(hidden, cfg.mask_id, state.tokens)
         time = jnp.take_along_axis(plan.time, step[:, None], axis=1)[:, 0]
-        out = call(self.net, seen, state.step, time, index)
+        out = call_model(self.net, seen, state.step, time, index)
         logits = transformer.head_logits(cfg, self.net.params, out.h, time)
-        new = draw(cfg, logits, token_keys(self.keys, index - self.prompt_length))
-        tokens = put(state.tokens, jnp.where(fresh, index, seen.shape[1]), new)
+        new = draw_tokens(cfg, logits, token_keys(self.keys, index - self.prompt_length))
+        tokens = write_tokens(state.tokens, jnp.where(fresh, index, seen.shape[1]), new)
         share = jnp.mean(hidden[:, self.prompt_length :], axis=1)
         record = append_call(state.record, out.gates, share, 0, state.step)
         calls = jnp.minimum(state.calls + 1, until)
-        return State(tokens, state.step + 1, calls, plan, record)
+        return AncestralState(tokens, state.step + 1, calls, plan, record)
 
-    def revealed(
-        self, state: State, step: Int[Array, "B"]
+    def next_revealed(
+        self, state: AncestralState, step: Int[Array, "B"]
     ) -> tuple[Int[Array, "B W"], Bool[Array, "B W"]]:
         """The places that each row's next call reveals; False where there are fewer than slots."""
         plan, slots = state.plan, self.sampler.num_slots
@@ -242,7 +245,7 @@ class Exact:
         return jnp.take_along_axis(plan.order, place, axis=1), fresh
 
 
-def call(
+def call_model(
     net: CanvasModel,
     tokens: Int[Array, "B T"],
     step: Int[Array, ""],
@@ -251,12 +254,14 @@ def call(
 ) -> StackOutput:
     """Runs the whole canvas, for the states that predict the tokens at `index`."""
     c = transformer.conditioning(net.cfg, net.params, time)
-    net = dataclasses.replace(net, rows=net.rows._replace(c=c))
-    wanted = jnp.maximum(index - net.offset, 0)  # nothing predicts the canvas's first token
+    net = dataclasses.replace(net, block_inputs=net.block_inputs._replace(c=c))
+    wanted = jnp.maximum(index - net.logit_shift, 0)  # nothing predicts the canvas's first token
     return net.run_range(tokens, 0, net.length, step, output_positions=wanted)
 
 
-def draw(cfg: ModelConfig, logits: Float[Array, "B W V"], keys: jax.Array) -> Int[Array, "B W"]:
+def draw_tokens(
+    cfg: ModelConfig, logits: Float[Array, "B W V"], keys: jax.Array
+) -> Int[Array, "B W"]:
     """A token for every slot, never [MASK]."""
     return jnp.argmax(
         transformer.suppress_mask_token(cfg, logits) + gumbel_like(logits, keys), axis=-1
@@ -272,7 +277,7 @@ def token_keys(keys: jax.Array, place: Int[Array, "B W"]) -> jax.Array:
     return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(of_row, place)
 
 
-def put(
+def write_tokens(
     tokens: Int[Array, "B T"], index: Int[Array, "B W"], new: Int[Array, "B W"]
 ) -> Int[Array, "B T"]:
     """Writes tokens at their places; one beyond the canvas is dropped."""

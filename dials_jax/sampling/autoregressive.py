@@ -20,7 +20,7 @@ from dials_jax.config import ModelConfig, Typed, require_positive
 from dials_jax.errors import require
 from dials_jax.models import transformer
 from dials_jax.nn.policy import Policy
-from dials_jax.sampling.loop import Record
+from dials_jax.sampling.loop import CallRecord
 from dials_jax.skipping.policies import Static
 
 
@@ -79,11 +79,11 @@ class Autoregressive(Typed):
         return [Work((n,) * cfg.num_layers, 1) for n in (prompt_length, 1)]
 
 
-class State(NamedTuple):
+class DecodingState(NamedTuple):
     tokens: Int[Array, "B T"]
     ended: Bool[Array, "B"]
     num_new: Int[Array, ""]  # tokens so far, as many as model calls
-    memory: PyTree
+    cache_state: PyTree
 
 
 def filler(cfg: ModelConfig) -> int:
@@ -97,43 +97,45 @@ def decode(
     canvas: Int[Array, "B T"],
     noise_keys: jax.Array,
     prompt_length: int,
-) -> tuple[Int[Array, "B T"], Record]:
+) -> tuple[Int[Array, "B T"], CallRecord]:
     """Continues the prompts of a canvas that holds `filler` after them."""
 
-    def add(state: State, h: Float[Array, "B D"]) -> State:
+    def add(state: DecodingState, h: Float[Array, "B D"]) -> DecodingState:
         """The token that `h` predicts."""
         keys = jax.vmap(jax.random.fold_in, (0, None))(noise_keys, state.num_new)
         logits = transformer.head_logits(net.cfg, net.params, h[:, None])[:, 0]
-        token = draw(logits, sampler.temperature, keys).astype(canvas.dtype)
+        token = choose_tokens(logits, sampler.temperature, keys).astype(canvas.dtype)
         token = jnp.where(state.ended, filler(net.cfg), token)
         at = prompt_length + state.num_new
         tokens = lax.dynamic_update_slice_in_dim(state.tokens, token[:, None], at, axis=1)
         ended = state.ended if net.cfg.eos_id is None else token == net.cfg.eos_id
-        return State(tokens, ended, state.num_new + 1, state.memory)
+        return DecodingState(tokens, ended, state.num_new + 1, state.cache_state)
 
-    def more(state: State) -> Bool[Array, ""]:
+    def more(state: DecodingState) -> Bool[Array, ""]:
         return (state.num_new < sampler.max_new_tokens) & ~jnp.all(state.ended)
 
-    def step(state: State) -> State:
+    def step(state: DecodingState) -> DecodingState:
         at = prompt_length + state.num_new - 1
-        out = net.run_range(state.tokens, at, 1, state.num_new, state.memory)
-        return add(state._replace(memory=out.cache_state), out.h[:, 0])
+        out = net.run_range(state.tokens, at, 1, state.num_new, state.cache_state)
+        return add(state._replace(cache_state=out.cache_state), out.h[:, 0])
 
-    num_rows, zero = canvas.shape[0], jnp.asarray(0, jnp.int32)
-    out = net.run_range(canvas, 0, prompt_length, zero, net.empty())
-    state = State(canvas, jnp.zeros(num_rows, bool), zero, out.cache_state)
+    num_sequences, zero = canvas.shape[0], jnp.asarray(0, jnp.int32)
+    out = net.run_range(canvas, 0, prompt_length, zero, net.init_cache())
+    state = DecodingState(canvas, jnp.zeros(num_sequences, bool), zero, out.cache_state)
     state = lax.while_loop(more, step, add(state, out.h[:, -1]))
-    record = Record(
+    record = CallRecord(
         nfe=state.num_new,
         gates=jnp.broadcast_to(out.gates, (sampler.max_new_tokens, *out.gates.shape)),
-        masked_share=jnp.zeros((sampler.max_new_tokens, num_rows)),
+        masked_share=jnp.zeros((sampler.max_new_tokens, num_sequences)),
         variant=jnp.minimum(jnp.arange(sampler.max_new_tokens), 1),
         step=jnp.arange(sampler.max_new_tokens),
     )
     return state.tokens, record
 
 
-def draw(logits: Float[Array, "B V"], temperature: float, keys: jax.Array) -> Int[Array, "B"]:
+def choose_tokens(
+    logits: Float[Array, "B V"], temperature: float, keys: jax.Array
+) -> Int[Array, "B"]:
     """A token a row."""
     if temperature == 0:
         return jnp.argmax(logits, axis=-1)

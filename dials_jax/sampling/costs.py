@@ -47,11 +47,11 @@ class Part:
             d_router=router_width(self.policy),
         )
 
-    def full_cost(self, num_calls: int, num_rows: int, num_tokens: int, head: int) -> float:
+    def full_cost(self, num_calls: int, num_sequences: int, num_tokens: int, head: int) -> float:
         """FLOPs of as many calls of all layers on the whole canvas."""
         gates = np.ones((1, self.cfg.num_layers, 1), bool)
         one = count_flops(self.cfg, gates, num_tokens=num_tokens, head_tokens=head)
-        return num_calls * num_rows * one.model_total
+        return num_calls * num_sequences * one.model_total
 
 
 def work_of(cfg: ModelConfig, sampler: AnySampler, cache: Cache, prompt_length: int) -> list[Work]:
@@ -84,7 +84,7 @@ def total_cost(
     Args:
       taken: the number of the part that made each call.
     """
-    num_rows = gates.shape[-1]
+    num_sequences = gates.shape[-1]
     costs, layers_run = [], 0
     for i, part in enumerate(parts):
         mine = taken == i
@@ -94,8 +94,8 @@ def total_cost(
             layers_run += int(own.sum())
     head = max(w.head for i, part in enumerate(parts) for w in _used(part, variant[taken == i]))
     whole = max(parts, key=lambda part: part.full_cost(1, 1, num_tokens, head))
-    full = whole.full_cost(len(taken), num_rows, num_tokens, head)
-    layers = layers_run / (len(taken) * num_rows * whole.cfg.num_layers)
+    full = whole.full_cost(len(taken), num_sequences, num_tokens, head)
+    layers = layers_run / (len(taken) * num_sequences * whole.cfg.num_layers)
     return Flops(layers, sum(costs) / full, float(sum(costs)), seconds)
 
 

@@ -22,7 +22,7 @@ from dials_jax.nn.stack import Executor
 from dials_jax.sampling.ancestral import Ancestral
 from dials_jax.sampling.autoregressive import Autoregressive, decode
 from dials_jax.sampling.costs import Part, total_cost, work_of
-from dials_jax.sampling.loop import Record
+from dials_jax.sampling.loop import CallRecord
 from dials_jax.sampling.model_schedule import Schedule
 from dials_jax.sampling.programs import (
     STATIC,
@@ -82,7 +82,7 @@ def generate(
     policy: Policy | Mapping[str, Policy | None] | None = None,
     cache: Cache | None = None,
     key: jax.Array | None = None,
-    num_rows: int | None = None,
+    num_sequences: int | None = None,
     executor: Executor = "auto",
     fill_to: int = 1,
 ) -> Generation:
@@ -90,7 +90,7 @@ def generate(
 
     Args:
       model: one, or those that a schedule names, by letter.
-      prompts: token ids, padded on the left. None: no prompts, for `num_rows` rows.
+      prompts: token ids, padded on the left. None: no prompts, for `num_sequences` rows.
       valid: False at padding; None means that there is none, and is faster.
       schedule: which model takes which steps; see `Schedule`.
       policy: which layers run at which step; None runs all. A mapping gives models their own.
@@ -106,12 +106,13 @@ def generate(
     """
     cache_given, cache = cache, NoCache() if cache is None else cache
     check_kinds(sampler, cache, fill_to)
-    prompts = rows_without_prompts(num_rows) if prompts is None else as_ids(prompts, "prompt")
+    prompts = rows_without_prompts(num_sequences) if prompts is None else as_ids(prompts, "prompt")
     valid = None if valid is None else np.asarray(as_valid(valid))
     require(prompts.ndim == 2, f"prompts have shape {prompts.shape}; give [batch, length]")
     require(
-        num_rows in (None, len(prompts)),
-        f"num_rows={num_rows} and {len(prompts)} prompts; num_rows is for rows without prompts",
+        num_sequences in (None, len(prompts)),
+        f"num_sequences={num_sequences} and {len(prompts)} prompts; num_sequences is for "
+        "generating without prompts",
     )
     roles = roles_of(model, schedule, policy)
     for role in roles.values():
@@ -132,8 +133,8 @@ def generate(
     turns = schedule or Schedule(((ALONE, count_steps(sampler, cache)),))
     if schedule:
         check_turns(roles, turns, sampler, cache)
-    first, num_rows = next(iter(roles.values())), len(prompts)
-    rows = (jnp.asarray(prompts, jnp.int32), valid, sequence_keys(key, num_rows))
+    first, num_sequences = next(iter(roles.values())), len(prompts)
+    rows = (jnp.asarray(prompts, jnp.int32), valid, sequence_keys(key, num_sequences))
     rows = first.model.place_rows(rows, fill_to)
     static = {"sampler": sampler, "cache": cache, "executor": executor}
     if schedule or isinstance(sampler, Ancestral):
@@ -144,18 +145,18 @@ def generate(
 
 
 def account(
-    tokens, record: Record, roles, turns: Schedule, sampler, cache, prompts, seconds: float
+    tokens, record: CallRecord, roles, turns: Schedule, sampler, cache, prompts, seconds: float
 ) -> Generation:
     """What was generated without the rows that only fill up the batch, and its price."""
-    nfe, num_rows, (_, length) = int(record.nfe), len(prompts), tokens.shape
+    nfe, num_sequences, (_, length) = int(record.nfe), len(prompts), tokens.shape
     require(
         nfe <= len(record.variant),
         f"{nfe} model calls are more than the record's {len(record.variant)}; "
         "give the sampler more slots",
     )
     gates, variant, steps = record.gates[:nfe], record.variant[:nfe], record.step[:nfe]
-    gates = gates[..., np.arange(gates.shape[-1]) % len(tokens) < num_rows]  # in both halves
-    share = np.tile(record.masked_share[:nfe, :num_rows], gates.shape[-1] // num_rows)
+    gates = gates[..., np.arange(gates.shape[-1]) % len(tokens) < num_sequences]  # in both halves
+    share = np.tile(record.masked_share[:nfe, :num_sequences], gates.shape[-1] // num_sequences)
     parts = [
         Part(model.config, policy, work_of(model.config, sampler, cache, prompts.shape[1]))
         for model, policy in roles.values()
@@ -170,12 +171,12 @@ def account(
         if mine.any():
             tokens_run[mine, : part.cfg.num_layers] = part.tokens(variant[mine])
     flops = total_cost(parts, taken, gates, variant, length, seconds)
-    return Generation(tokens[:num_rows], nfe, gates, share, tokens_run, steps, flops)
+    return Generation(tokens[:num_sequences], nfe, gates, share, tokens_run, steps, flops)
 
 
 def _generate_fn(
     params, prompts, valid, keys, policy, *, cfg: ModelConfig, sampler, cache, executor
-) -> tuple[Int[Array, "B T"], Record]:
+) -> tuple[Int[Array, "B T"], CallRecord]:
     setting = set_out(
         params, prompts, valid, keys, policy, cfg=cfg, sampler=sampler, executor=executor
     )

@@ -58,7 +58,7 @@ class StepInfo(NamedTuple):
     remaining: Int[Array, "B"]  # masked tokens of the block now
 
 
-class Record(NamedTuple):
+class CallRecord(NamedTuple):
     """What every model call was. Arrays are as long as the most calls there could be."""
 
     nfe: Int[Array, ""]
@@ -68,13 +68,13 @@ class Record(NamedTuple):
     step: Int[Array, "S"]  # that the call belongs to: it names the model, under a schedule
 
 
-class State(NamedTuple):
+class LoopState(NamedTuple):
     tokens: Int[Array, "B T"]
     block: Int[Array, ""]
     step_in_block: Int[Array, ""]
     present: Int[Array, "B"]
     cache_state: PyTree
-    record: Record
+    record: CallRecord
 
 
 def blocks_of(sampler: Sampler, prompt_length: int) -> Blocks:
@@ -132,13 +132,15 @@ class Loop:
         self.limit = step_limit(sampler, cache)
         self.num_steps = num_steps(sampler, cache)
 
-    def start(self, canvas: Int[Array, "B T"], num_layers: int) -> State:
-        num_rows, zero = canvas.shape[0], jnp.asarray(0, jnp.int32)
-        record = start_record(self.num_steps, num_layers, num_rows, self.net.num_rows)
+    def start(self, canvas: Int[Array, "B T"], num_layers: int) -> LoopState:
+        num_sequences, zero = canvas.shape[0], jnp.asarray(0, jnp.int32)
+        record = start_record(self.num_steps, num_layers, num_sequences, self.net.num_sequences)
         cache_state = self.cache.init_state(self.net, self.blocks)
-        return State(canvas, zero, zero, jnp.zeros(num_rows, jnp.int32), cache_state, record)
+        return LoopState(
+            canvas, zero, zero, jnp.zeros(num_sequences, jnp.int32), cache_state, record
+        )
 
-    def run(self, state: State, stop: Int[Array, ""] | None = None) -> State:
+    def run(self, state: LoopState, stop: Int[Array, ""] | None = None) -> LoopState:
         """The steps before number `stop`; None: all of them."""
         if stop is None and is_fixed(self.sampler, self.cache):
             steps = run_length_encode(
@@ -149,17 +151,17 @@ class Loop:
         last = self.num_steps if stop is None else stop
         return lax.while_loop(lambda s: self.number(s) < last, every, state)
 
-    def number(self, state: State) -> Int[Array, ""]:
+    def number(self, state: LoopState) -> Int[Array, ""]:
         """Of the step that is due, counted through all blocks."""
         return state.block * self.limit + state.step_in_block
 
     def dispatch(
         self,
         kinds: Iterable[int],
-        state: State,
+        state: LoopState,
         calls: int | None = None,
         stop: Int[Array, ""] | None = None,
-    ) -> State:
+    ) -> LoopState:
         """The model calls of these kinds that are due, one kind after the other.
 
         Loops in a row, not a `lax.switch`: a loop updates the caches in place.
@@ -170,7 +172,7 @@ class Loop:
         """
         first, cache, count = state.record.nfe, self.cache, self.blocks.count
 
-        def due(kind: int, state: State) -> Array:
+        def due(kind: int, state: LoopState) -> Array:
             due = cache.variant_due(
                 state.block, state.step_in_block, state.cache_state, self.net, self.blocks
             )
@@ -179,7 +181,7 @@ class Loop:
                 due &= self.number(state) < stop
             return due if calls is None else due & (state.record.nfe < first + calls)
 
-        def every(state: State) -> State:
+        def every(state: LoopState) -> LoopState:
             for kind in kinds:
                 state = lax.while_loop(partial(due, kind), partial(self.advance, kind), state)
             return state
@@ -190,7 +192,7 @@ class Loop:
         # make too few calls.
         return lax.while_loop(lambda s: s.record.nfe < first + calls, every, state)
 
-    def advance(self, kind: int, state: State) -> State:
+    def advance(self, kind: int, state: LoopState) -> LoopState:
         """One model call, the tokens it reveals, and where that leads."""
         masked = self.masked_by_block(state.tokens)
         remaining = jnp.sum(jnp.take(masked, state.block, axis=1), axis=1)
@@ -205,7 +207,7 @@ class Loop:
         cache_state = self.cache.after_reveal(out.cache_state, revealed, self.net)
         record = append_call(state.record, out.gates, jnp.mean(masked, axis=(1, 2)), kind, step)
         block, step_in_block = self.next_step(tokens, state)
-        return State(tokens, block, step_in_block, present, cache_state, record)
+        return LoopState(tokens, block, step_in_block, present, cache_state, record)
 
     def reveal(
         self, out: ForwardOutputs, inputs: ForwardInputs, info: StepInfo
@@ -219,7 +221,7 @@ class Loop:
             masked &= out.active
         keys = position_keys(self.noise_keys, inputs.step, out.index - blocks.start)
         logits = transformer.head_logits(cfg, self.net.params, out.h)
-        if self.net.given is not None:
+        if self.net.prompt_mask is not None:
             logits = guide(logits, sampler.cfg_scale)
         logits = transformer.apply_subs(cfg, logits)
         guess, confidence = sampler.propose(cfg, logits, keys)
@@ -235,7 +237,7 @@ class Loop:
             tokens = fill_after_eos(cfg, tokens, blocks.start)
         return tokens, Revealed(out.index, out.active, shown, commit, inputs.unfinished)
 
-    def next_step(self, tokens: Int[Array, "B T"], state: State) -> tuple[Array, Array]:
+    def next_step(self, tokens: Int[Array, "B T"], state: LoopState) -> tuple[Array, Array]:
         """The block and step after this one.
 
         Stays while the block has masks and steps left; goes on to the next block that has masks.
@@ -296,8 +298,8 @@ def fill_after_eos(
 
 
 def start_record(
-    num_calls: int, num_layers: int, num_rows: int, gated_rows: int | None = None
-) -> Record:
+    num_calls: int, num_layers: int, num_sequences: int, gated_rows: int | None = None
+) -> CallRecord:
     """An empty record.
 
     Args:
@@ -305,14 +307,18 @@ def start_record(
       gated_rows: None: as many as there are rows.
     """
     calls = jnp.zeros(num_calls, jnp.int32)
-    gates = jnp.zeros((num_calls, num_layers, gated_rows or num_rows), bool)
-    return Record(jnp.asarray(0, jnp.int32), gates, jnp.zeros((num_calls, num_rows)), calls, calls)
+    gates = jnp.zeros((num_calls, num_layers, gated_rows or num_sequences), bool)
+    return CallRecord(
+        jnp.asarray(0, jnp.int32), gates, jnp.zeros((num_calls, num_sequences)), calls, calls
+    )
 
 
-def append_call(record: Record, gates: Array, share: Array, kind: int, step: Array) -> Record:
+def append_call(
+    record: CallRecord, gates: Array, share: Array, kind: int, step: Array
+) -> CallRecord:
     """The record with one more call."""
     at = record.nfe
-    return Record(
+    return CallRecord(
         nfe=at + 1,
         gates=record.gates.at[at, : gates.shape[0]].set(gates),
         masked_share=record.masked_share.at[at].set(share),

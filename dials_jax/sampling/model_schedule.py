@@ -1,6 +1,6 @@
 """Model schedules: which model takes which denoising steps.
 
-Source: Sedykh et al. 2026, "Not All Denoising Steps Are Equal", section 3.
+Source: Sedykh et al. 2026, "Not All Denoising StepCount Are Equal", section 3.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Annotated
 from dials_jax.config import Range, Typed, as_type, shown, typed
 from dials_jax.errors import require
 
-Steps = Annotated[int, Range(1, 10_000_000)]  # every one of them is written out as a letter
+StepCount = Annotated[int, Range(1, 10_000_000)]  # every one of them is written out as a letter
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Schedule(Typed):
     @classmethod
     @typed
     def sandwich(
-        cls, steps: Steps, light_steps: int | float, light: str = "L", heavy: str = "H"
+        cls, steps: StepCount, light_steps: int | float, light: str = "L", heavy: str = "H"
     ) -> Schedule:
         """Light steps at both ends, half of them each; an odd one comes first.
 
@@ -85,7 +85,7 @@ class Schedule(Typed):
 
     @classmethod
     @typed
-    def quarter(cls, number: int, steps: Steps, light: str = "L", heavy: str = "H") -> Schedule:
+    def quarter(cls, number: int, steps: StepCount, light: str = "L", heavy: str = "H") -> Schedule:
         """Light steps in one quarter, the first (most noise) to the fourth."""
         require(1 <= number <= 4, f"quarter {number} does not exist; give 1 to 4")
         return cls.coarse(4, (number - 1,), steps, light, heavy)
@@ -94,9 +94,9 @@ class Schedule(Typed):
     @typed
     def coarse(
         cls,
-        num_segments: Steps,
+        num_segments: StepCount,
         chosen: Iterable[int],
-        steps: Steps,
+        steps: StepCount,
         light: str = "L",
         heavy: str = "H",
     ) -> Schedule:

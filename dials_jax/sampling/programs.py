@@ -22,7 +22,7 @@ from dials_jax.models.model import Model
 from dials_jax.nn.policy import Policy
 from dials_jax.sampling.ancestral import Ancestral, Exact
 from dials_jax.sampling.autoregressive import Autoregressive, filler
-from dials_jax.sampling.loop import Loop, Record, Sampler, num_steps
+from dials_jax.sampling.loop import CallRecord, Loop, Sampler, num_steps
 from dials_jax.sampling.model_schedule import Schedule
 from dials_jax.sampling.published import Published
 
@@ -113,7 +113,7 @@ _segment = Timed(_segment_fn, static_argnames=STATIC)
 
 def take_turns(
     roles: dict[str, Role], schedule: Schedule, rows: tuple, **static
-) -> tuple[tuple[Int[Array, "B T"], Record], float]:
+) -> tuple[tuple[Int[Array, "B T"], CallRecord], float]:
     """Runs a schedule: the canvas and its record, and the seconds that it took.
 
     Args:

@@ -19,10 +19,12 @@ from dials_jax.sampling.programs import AnySampler, Role, count_steps
 ALONE = "M"  # the letter of a model that takes all steps
 
 
-def rows_without_prompts(num_rows: int | None) -> Int[np.ndarray, "B 0"]:
-    require(num_rows is not None, "without prompts the number of rows is open; give num_rows")
-    require(num_rows > 0, f"num_rows={num_rows} must be positive")
-    return np.zeros((num_rows, 0), np.int32)
+def rows_without_prompts(num_sequences: int | None) -> Int[np.ndarray, "B 0"]:
+    require(
+        num_sequences is not None, "without prompts the number of rows is open; give num_sequences"
+    )
+    require(num_sequences > 0, f"num_sequences={num_sequences} must be positive")
+    return np.zeros((num_sequences, 0), np.int32)
 
 
 def roles_of(

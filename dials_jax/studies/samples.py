@@ -108,7 +108,7 @@ class SampledSource:
             schedule=schedule,
             policy=self.policies,
             key=keys,
-            num_rows=len(numbers),
+            num_sequences=len(numbers),
             fill_to=cfg.batch_size,
         )
         sharding.on_first_process(lambda: self._keep(schedule, first, out.tokens))

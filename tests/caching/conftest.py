@@ -77,5 +77,5 @@ def policies_of(cfg):
     }
 
 
-def keys_of(num_rows):
-    return jax.random.split(jax.random.key(7), num_rows)
+def keys_of(num_sequences):
+    return jax.random.split(jax.random.key(7), num_sequences)

@@ -174,7 +174,7 @@ def test_a_shifted_model_needs_a_token_to_begin_with(models, prompts, cache):
         generate(models["dream"], tokens, valid, sampler=QUOTA, cache=CACHES[cache])
     if cache != "none":
         with pytest.raises(InputError, match="prompt 0 is empty"):
-            generate(models["dream"], sampler=QUOTA, cache=CACHES[cache], num_rows=1)
+            generate(models["dream"], sampler=QUOTA, cache=CACHES[cache], num_sequences=1)
 
 
 @pytest.mark.parametrize(

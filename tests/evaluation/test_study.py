@@ -78,7 +78,7 @@ def first_samples(study_models):
         sampler=samples.Ancestral(LENGTH, STEPS),
         schedule=Schedule.parse("L8"),
         key=keys,
-        num_rows=3,
+        num_sequences=3,
     ).tokens
 
 
@@ -119,7 +119,7 @@ def test_a_scheduled_model_may_skip_layers(settings, study_models, tmp_path):
         sampler=samples.Ancestral(LENGTH, STEPS),
         policy=samples.Static((1,)),
         key=keys,
-        num_rows=3,
+        num_sequences=3,
     ).tokens
     expected = perplexities(score_samples(load(study_models / "S"), expected_tokens, 3), "mean")
     np.testing.assert_allclose(values_of(tmp_path, "S8"), expected, rtol=1e-4)

@@ -86,7 +86,7 @@ def histogram(model, sampler, num_samples=NUM_SAMPLES):
     count = np.zeros(V**G)
     for batch in range(num_samples // ROWS):
         key = jax.random.fold_in(jax.random.key(0), batch)
-        out = generate(model, None, sampler=sampler, num_rows=ROWS, key=key)
+        out = generate(model, None, sampler=sampler, num_sequences=ROWS, key=key)
         assert (out.tokens < V).all()
         count += np.bincount(out.tokens @ V ** np.arange(G)[::-1], minlength=V**G)
     return count / num_samples
@@ -155,8 +155,8 @@ def test_published_noise_has_less_entropy(monkeypatch):
     surprise = -np.log(p)
     expected, deviation = p @ surprise, np.sqrt(p @ surprise**2 - (p @ surprise) ** 2)
 
-    def measured(sampler, num_rows):
-        out = generate(model, None, sampler=sampler, num_rows=num_rows)
+    def measured(sampler, num_sequences):
+        out = generate(model, None, sampler=sampler, num_sequences=num_sequences)
         return surprise[out.tokens].mean(), 4 * deviation / np.sqrt(out.tokens.size)
 
     mean, error = measured(Ancestral(64, 16), 16)
@@ -181,12 +181,12 @@ def test_coarse_noise_weighs_as_predicted(monkeypatch, bits):
 # ------------------------------------------------------------------------------------------ calls
 
 
-def keys_of(num_rows, seed=7):
-    return jax.random.split(jax.random.key(seed), num_rows)
+def keys_of(num_sequences, seed=7):
+    return jax.random.split(jax.random.key(seed), num_sequences)
 
 
 def test_full_slots_take_more_calls_and_change_nothing(lively):
-    settings = {"num_rows": 4, "key": keys_of(4)}
+    settings = {"num_sequences": 4, "key": keys_of(4)}
     roomy = generate(lively, None, sampler=Ancestral(16, 5, slots=16), **settings)
     tight = generate(lively, None, sampler=Ancestral(16, 5, slots=2), **settings)
     np.testing.assert_array_equal(tight.tokens, roomy.tokens)
@@ -194,20 +194,20 @@ def test_full_slots_take_more_calls_and_change_nothing(lively):
 
 
 def test_steps_that_reveal_nothing_make_no_call(lively):
-    alone = generate(lively, None, sampler=Ancestral(8, 1000), num_rows=1)
+    alone = generate(lively, None, sampler=Ancestral(8, 1000), num_sequences=1)
     assert 7 <= alone.nfe <= 8  # two of 8 tokens rarely share one of 1,000 steps
     share = alone.masked_share[:, 0]
     assert share[0] == 1 and (np.diff(share) < 0).all()
-    many = generate(lively, None, sampler=Ancestral(8, 1000), num_rows=64)
+    many = generate(lively, None, sampler=Ancestral(8, 1000), num_sequences=64)
     assert many.nfe == 8  # each row at its own pace
 
 
 def test_a_row_that_waits_for_the_others_has_nothing_masked(lively):
     sampler, keys = Ancestral(8, 6), keys_of(6)
-    out = generate(lively, None, sampler=sampler, num_rows=6, key=keys)
+    out = generate(lively, None, sampler=sampler, num_sequences=6, key=keys)
     calls = []
     for row in range(6):
-        alone = generate(lively, None, sampler=sampler, num_rows=1, key=keys[row : row + 1])
+        alone = generate(lively, None, sampler=sampler, num_sequences=1, key=keys[row : row + 1])
         share = np.pad(alone.masked_share[:, 0], (0, out.nfe - alone.nfe))
         np.testing.assert_array_equal(out.masked_share[:, row], share)
         calls.append(alone.nfe)
@@ -216,14 +216,14 @@ def test_a_row_that_waits_for_the_others_has_nothing_masked(lively):
 
 def test_first_hitting_reveals_one_token_a_call(lively):
     sampler = Ancestral(12, 12, first_hitting=True)
-    out = generate(lively, None, sampler=sampler, num_rows=3)
+    out = generate(lively, None, sampler=sampler, num_sequences=3)
     assert out.nfe == 12
     expected = np.tile(np.arange(12, 0, -1)[:, None] / 12, (1, 3))
     np.testing.assert_allclose(out.masked_share, expected)
 
 
 def test_published_steps_all_make_a_call_and_one_more_finishes(lively):
-    out = generate(lively, None, sampler=Ancestral(16, 6, precision="float32"), num_rows=3)
+    out = generate(lively, None, sampler=Ancestral(16, 6, precision="float32"), num_sequences=3)
     assert out.nfe == 7
     np.testing.assert_array_equal(out.steps, np.arange(7))
     assert not (out.tokens == lively.config.mask_id).any()
@@ -252,7 +252,7 @@ def test_a_row_alone_equals_the_row_in_a_padded_batch(request, sampler, kind):
 
 def test_time_reaches_the_model(timed):
     still = Model(dataclasses.replace(timed.config, time_conditioning=False), timed.params)
-    settings = {"sampler": Ancestral(16, 8), "num_rows": 4}
+    settings = {"sampler": Ancestral(16, 8), "num_sequences": 4}
     told, untold = (generate(m, None, **settings).tokens for m in (timed, still))
     assert (told != untold).any()
 
@@ -271,8 +271,10 @@ def test_predictions_of_a_shifted_model_are_those_of_the_token_before(lively):
 
 def test_rows_decide_alone_which_layers_run(lively, routers):
     settings = {"sampler": Ancestral(16, 10), "policy": Routed(routers, 0.3)}
-    out = generate(lively, None, num_rows=3, key=keys_of(3), **settings)
-    reference = generate(lively, None, num_rows=3, key=keys_of(3), **settings, executor="select")
+    out = generate(lively, None, num_sequences=3, key=keys_of(3), **settings)
+    reference = generate(
+        lively, None, num_sequences=3, key=keys_of(3), **settings, executor="select"
+    )
     np.testing.assert_array_equal(out.tokens, reference.tokens)
     np.testing.assert_array_equal(out.gates, reference.gates)
     assert out.gates.any() and not out.gates.all() and out.flops.model < 1
@@ -280,8 +282,8 @@ def test_rows_decide_alone_which_layers_run(lively, routers):
 
 def test_random_layers_do_not_depend_on_the_batch(lively):
     settings = {"sampler": Ancestral(16, 10), "policy": Random(2), "executor": "select"}
-    batch = generate(lively, None, num_rows=3, key=keys_of(3), **settings)
-    alone = generate(lively, None, num_rows=1, key=keys_of(3)[1:2], **settings)
+    batch = generate(lively, None, num_sequences=3, key=keys_of(3), **settings)
+    alone = generate(lively, None, num_sequences=1, key=keys_of(3)[1:2], **settings)
     np.testing.assert_array_equal(alone.tokens[0], batch.tokens[1])
     assert len({gates.tobytes() for gates in batch.gates[..., 1]}) > 1
 
@@ -300,7 +302,7 @@ def test_each_model_reveals_the_tokens_of_its_own_steps(sampler):
 
     keys, last = keys_of(5), sampler.steps - 3
     out = generate(
-        {"A": saying(3), "B": saying(5)}, None, num_rows=5, key=keys, sampler=sampler,
+        {"A": saying(3), "B": saying(5)}, None, num_sequences=5, key=keys, sampler=sampler,
         schedule=Schedule.parse(f"A2,B{last - 1},A2"),
     )  # fmt: skip
     noise_keys = jax.vmap(lambda key: jax.random.split(key, 3)[0])(keys)
@@ -337,11 +339,11 @@ def test_wrong_settings_are_refused(settings, message):
 def test_what_cannot_be_sampled_so_is_refused(lively):
     sampler = Ancestral(8, 4)
     with pytest.raises(InputError, match="leave out `cache`"):
-        generate(lively, None, sampler=sampler, num_rows=1, cache=DualCache())
-    with pytest.raises(InputError, match="give num_rows"):
+        generate(lively, None, sampler=sampler, num_sequences=1, cache=DualCache())
+    with pytest.raises(InputError, match="give num_sequences"):
         generate(lively, None, sampler=sampler)
-    with pytest.raises(InputError, match="num_rows=3 and 2 prompts"):
-        generate(lively, np.full((2, 4), 5), sampler=sampler, num_rows=3)
+    with pytest.raises(InputError, match="num_sequences=3 and 2 prompts"):
+        generate(lively, np.full((2, 4), 5), sampler=sampler, num_sequences=3)
     causal = dataclasses.replace(lively.config, causal=True, mask_id=None)
     with pytest.raises(InputError, match="give a masked diffusion model"):
-        generate(Model(causal, lively.params), None, sampler=sampler, num_rows=1)
+        generate(Model(causal, lively.params), None, sampler=sampler, num_sequences=1)

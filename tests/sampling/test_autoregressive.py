@@ -12,7 +12,7 @@ from dials_jax.errors import InputError
 from dials_jax.loading import load
 from dials_jax.models.model import Model
 from dials_jax.sampling import generate as module
-from dials_jax.sampling.autoregressive import Autoregressive, draw
+from dials_jax.sampling.autoregressive import Autoregressive, choose_tokens
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.generate import generate
 from dials_jax.skipping.policies import Random, Static
@@ -36,8 +36,8 @@ def prompts():
     return tokens, np.arange(P) >= np.arange(3)[:, None]
 
 
-def keys_of(num_rows):
-    return jax.random.split(jax.random.key(7), num_rows)
+def keys_of(num_sequences):
+    return jax.random.split(jax.random.key(7), num_sequences)
 
 
 def ending_with(model, token):
@@ -78,7 +78,7 @@ def test_a_row_alone_equals_the_row_in_a_padded_batch(causal, prompts, sampler):
 
 def test_tokens_are_drawn_at_the_temperature():
     logits = jnp.broadcast_to(jnp.log(jnp.array([0.6, 0.3, 0.1])), (4000, 3))
-    share = np.bincount(draw(logits, 0.5, keys_of(4000)), minlength=3) / 4000
+    share = np.bincount(choose_tokens(logits, 0.5, keys_of(4000)), minlength=3) / 4000
     np.testing.assert_allclose(share, np.array([0.36, 0.09, 0.01]) / 0.46, atol=0.03)
 
 

@@ -150,9 +150,11 @@ class Stated(NoCache):
     def forward_variants(self, net, blocks):
         def forward(inputs, cache_state):
             start = blocks.start + inputs.block * blocks.length
-            gates = jnp.ones((net.cfg.num_layers, net.num_rows), bool)
+            gates = jnp.ones((net.cfg.num_layers, net.num_sequences), bool)
             logits = self.logits_of(inputs.tokens, start, inputs.step)
-            return ForwardOutputs(logits, net.range(start, blocks.length), None, gates, cache_state)
+            return ForwardOutputs(
+                logits, net.positions(start, blocks.length), None, gates, cache_state
+            )
 
         return [ForwardVariant(forward, Work((blocks.length,) * net.cfg.num_layers, blocks.length))]
 
@@ -162,9 +164,9 @@ def fill(monkeypatch):
     """Runs the loop; `logits_of(tokens, start, step)` gives logits of the block."""
     monkeypatch.setattr(transformer, "head_logits", lambda cfg, params, h: h)
 
-    def run(logits_of, sampler, num_rows=2, seed=0):
-        canvas = jnp.full((num_rows, P + sampler.gen_length), MASK).at[:, :P].set(5)
-        keys = jax.random.split(jax.random.key(seed), num_rows)
+    def run(logits_of, sampler, num_sequences=2, seed=0):
+        canvas = jnp.full((num_sequences, P + sampler.gen_length), MASK).at[:, :P].set(5)
+        keys = jax.random.split(jax.random.key(seed), num_sequences)
         rows = transformer.block_inputs(CFG, None, canvas.shape)
         net = CanvasModel(CFG, {}, None, "auto", rows, keys, None, P)
         loop = Loop(sampler, Stated(logits_of), net, P, keys)
@@ -174,10 +176,10 @@ def fill(monkeypatch):
     return run
 
 
-def random_logits(sampler, num_rows=2):
+def random_logits(sampler, num_sequences=2):
     def logits_of(tokens, start, step):
         key = jax.random.fold_in(jax.random.key(1), step)
-        logits = jax.random.normal(key, (num_rows, sampler.block_length, VOCAB))
+        logits = jax.random.normal(key, (num_sequences, sampler.block_length, VOCAB))
         return logits.at[..., MASK].set(-jnp.inf)
 
     return logits_of
@@ -327,7 +329,7 @@ def order_of(fill, logits, **changes):
         jax.debug.callback(lambda t: states.append(t[0, P:] != MASK), tokens, ordered=True)
         return jnp.broadcast_to(logits, (1, 4, VOCAB))
 
-    tokens, _ = fill(logits_of, sampler, num_rows=1)
+    tokens, _ = fill(logits_of, sampler, num_sequences=1)
     jax.effects_barrier()
     states.append(tokens[0, P:] != MASK)
     return [int(np.flatnonzero(b & ~a)[0]) for a, b in pairwise(states)]

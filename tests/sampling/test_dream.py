@@ -34,8 +34,8 @@ def prompts():
     return tokens, np.arange(P) >= np.arange(3)[:, None]
 
 
-def keys_of(num_rows, seed=7):
-    return jax.random.split(jax.random.key(seed), num_rows)
+def keys_of(num_sequences, seed=7):
+    return jax.random.split(jax.random.key(seed), num_sequences)
 
 
 def keys_like(x):
@@ -120,9 +120,9 @@ def test_origin_reveals_each_token_by_chance():
 
 def test_places_are_drawn_from_the_softmax_of_confidence():
     """One of three places, with odds 1 : e : e^2 at alg_temp 0.5 and confidences 0, 0.5 and 1."""
-    num_rows = 4000
-    shown = jnp.broadcast_to(jnp.array([0, 0.5, 1.0, -jnp.inf]), (num_rows, 4))
-    info = StepInfo(jnp.asarray(0), *[jnp.full(num_rows, 3)] * 2)
+    num_sequences = 4000
+    shown = jnp.broadcast_to(jnp.array([0, 0.5, 1.0, -jnp.inf]), (num_sequences, 4))
+    info = StepInfo(jnp.asarray(0), *[jnp.full(num_sequences, 3)] * 2)
     sampler = Dream(4, 2, alg="maskgit_plus", alg_temp=0.5)
     revealed = sampler.choose(shown, info, keys_like(shown))
     np.testing.assert_array_equal(revealed.sum(axis=1), 1)  # int(3 * 0.4995)

@@ -48,8 +48,8 @@ def policies(routers):
     return {"routed": Routed(routers, 0.3), "random": Random(2)}
 
 
-def keys_of(num_rows):
-    return jax.random.split(jax.random.key(7), num_rows)
+def keys_of(num_sequences):
+    return jax.random.split(jax.random.key(7), num_sequences)
 
 
 @pytest.mark.parametrize("name", ["0", "1", "2", "3", "cfg"])

@@ -42,7 +42,7 @@ def run(models, schedule, sampler=STEPS, prompts=None, **changes):
     return generate(
         models,
         prompts,
-        **{"num_rows": 3, "key": jax.random.key(3)} | changes,
+        **{"num_sequences": 3, "key": jax.random.key(3)} | changes,
         sampler=sampler,
         schedule=Schedule.parse(schedule),
     )
@@ -128,7 +128,7 @@ def test_presets_that_make_no_sense_are_refused(make, message):
 )
 def test_a_schedule_of_one_model_is_the_plain_sampler(lively, sampler, split):
     prompts = None if isinstance(sampler, Ancestral) else PROMPTS
-    plain = generate(lively, prompts, sampler=sampler, num_rows=3)
+    plain = generate(lively, prompts, sampler=sampler, num_sequences=3)
     one = run({"A": lively}, f"A{Schedule.parse(split).num_steps}", sampler, prompts, key=None)
     two = run({"A": lively, "B": lively}, split, sampler, prompts, key=None)
     for out in (one, two):
@@ -242,11 +242,11 @@ def test_no_letter_escapes_the_checks(lively, letter):
 
 def test_a_schedule_is_no_text(models, untyped):
     with pytest.raises(InputError, match="schedule='H12' must be a Schedule or None"):
-        generate(models, num_rows=1, sampler=STEPS, schedule="H12")
+        generate(models, num_sequences=1, sampler=STEPS, schedule="H12")
 
 
 def test_letters_and_a_schedule_come_together(models, lively):
     with pytest.raises(InputError, match="a schedule names models by letter"):
-        generate(models, num_rows=1, sampler=STEPS)
+        generate(models, num_sequences=1, sampler=STEPS)
     with pytest.raises(InputError, match="a schedule names models by letter"):
-        generate(lively, num_rows=1, sampler=STEPS, schedule=Schedule.parse("H12"))
+        generate(lively, num_sequences=1, sampler=STEPS, schedule=Schedule.parse("H12"))

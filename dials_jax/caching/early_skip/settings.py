@@ -133,7 +133,7 @@ class EarlySkip(Typed):
             f"block_every={self.block_every} must divide block_length={blocks.length}",
         )
         require(
-            net.given is None,
+            net.prompt_mask is None,
             "EarlySkip does not compose with guidance, whose halves would keep different tokens; "
             "set cfg_scale=0",
         )
@@ -158,7 +158,7 @@ class EarlySkip(Typed):
     def after_reveal(
         self, cache_state: EarlySkipState, revealed: Revealed, net: CanvasModel
     ) -> EarlySkipState:
-        slots = Slots(revealed.index - net.offset, revealed.active)
+        slots = Slots(revealed.index - net.logit_shift, revealed.active)
         confidence = jnp.where(revealed.commit, 0.0, revealed.confidence)
         kept = jnp.where(revealed.unfinished[:, None], False, cache_state.revealed)
         return cache_state._replace(

@@ -68,12 +68,12 @@ class EarlySkipVariants:
         self.plan, self.net, self.blocks = plan, net, blocks
 
     def init_state(self) -> EarlySkipState:
-        cfg, (rows, length) = self.net.cfg, (self.net.num_rows, self.net.length)
+        cfg, (rows, length) = self.net.cfg, (self.net.num_sequences, self.net.length)
         shape = {"hidden": (cfg.d_model,), "query": (cfg.num_heads, cfg.head_dim)}
         # Old keys and values are in the cache anyway.
         seen = jnp.zeros((rows, length, *shape.get(self.plan.indicator, (0,))), cfg.dtype)
         return EarlySkipState(
-            tuple(self.net.empty(span) for span in self.plan.spans(cfg.num_layers)),
+            tuple(self.net.init_cache(span) for span in self.plan.spans(cfg.num_layers)),
             (seen,) * len(self.plan.layers),
             jnp.zeros((rows, length)),
             jnp.zeros((rows, length), bool),
@@ -85,7 +85,7 @@ class EarlySkipVariants:
         """Runs the whole canvas."""
 
         def forward(inputs: ForwardInputs, cache_state: EarlySkipState) -> ForwardOutputs:
-            index = self.net.range(0, self.net.length)
+            index = self.net.positions(0, self.net.length)
             return self.refresh(inputs, cache_state, index, None, prompt=self.net.prompt_length)
 
         return ForwardVariant(forward, self.work(self.net.length, prompt=self.net.prompt_length))
@@ -97,10 +97,10 @@ class EarlySkipVariants:
           num_blocks: the window's size, which may reach beyond the block's end.
         """
         net, blocks = self.net, self.blocks
-        size = blocks.start + num_blocks * blocks.length - net.offset
+        size = blocks.start + num_blocks * blocks.length - net.logit_shift
 
         def forward(inputs: ForwardInputs, cache_state: EarlySkipState) -> ForwardOutputs:
-            index, active = net.range(0, size), self.awake(inputs)
+            index, active = net.positions(0, size), self.awake(inputs)
             if blocks.count > MAX_SIZES:
                 inside = index < self.first(inputs.block + 1)
                 active = inside if active is None else active & inside
@@ -113,7 +113,7 @@ class EarlySkipVariants:
         size = 2 * self.blocks.length
 
         def forward(inputs: ForwardInputs, cache_state: EarlySkipState) -> ForwardOutputs:
-            index = self.net.range(self.first(inputs.block - 1), size)
+            index = self.net.positions(self.first(inputs.block - 1), size)
             return self.refresh(inputs, cache_state, index, index >= leftmost(cache_state.revealed))
 
         return ForwardVariant(forward, self.work(size))
@@ -122,7 +122,7 @@ class EarlySkipVariants:
         """Brings the block up to date."""
 
         def forward(inputs: ForwardInputs, cache_state: EarlySkipState) -> ForwardOutputs:
-            index = self.net.range(self.first(inputs.block), self.blocks.length)
+            index = self.net.positions(self.first(inputs.block), self.blocks.length)
             return self.refresh(inputs, cache_state, index, self.awake(inputs))
 
         return ForwardVariant(forward, self.work(self.blocks.length))
@@ -151,12 +151,12 @@ class EarlySkipVariants:
             return rows, gather(active, rows) & (jnp.arange(length) < count)
 
         def forward(inputs: ForwardInputs, cache_state: EarlySkipState) -> ForwardOutputs:
-            index = self.net.range(self.first(inputs.block), length)
+            index = self.net.positions(self.first(inputs.block), length)
             active = self.awake(inputs)
             going, gates, cache_state = self.travel(inputs, cache_state, index, active, leave)
             slots = going.window.slots
             return ForwardOutputs(
-                going.h, slots.index + self.net.offset, slots.active, gates, cache_state
+                going.h, slots.index + self.net.logit_shift, slots.active, gates, cache_state
             )
 
         layers = range(self.net.cfg.num_layers)
@@ -165,7 +165,7 @@ class EarlySkipVariants:
 
     def first(self, block: Int[Array, ""]) -> Int[Array, ""]:
         """The row that predicts a block's first token."""
-        return self.blocks.start + block * self.blocks.length - self.net.offset
+        return self.blocks.start + block * self.blocks.length - self.net.logit_shift
 
     def work(self, size: int, prompt: int = 0) -> Work:
         return Work((size,) * self.net.cfg.num_layers, self.blocks.length, prompt)
@@ -226,7 +226,7 @@ class EarlySkipVariants:
                 gates.append(jnp.ones((1, index.shape[0]), bool))
                 contiguous = leave is None
                 continue
-            out = self.net.run(
+            out = self.net.run_layers(
                 going.h, going.window, going.masked, inputs.step, kv[i],
                 span=span, contiguous=contiguous, prompt_length=prompt_length,
                 output_positions=output_positions, policy_state=policy_state,
@@ -254,7 +254,7 @@ class EarlySkipVariants:
     ) -> ActiveTokens:
         net, tokens = self.net, gather(inputs.tokens, index)
         active = None if active is None else jnp.broadcast_to(active, index.shape)
-        predicted = jnp.minimum(index + net.offset, net.length - 1)
+        predicted = jnp.minimum(index + net.logit_shift, net.length - 1)
         masked = transformer.is_masked(net.cfg, gather(inputs.tokens, predicted))
         first = (jnp.arange(index.shape[1]) == jnp.argmax(masked, axis=1)[:, None]) & masked
         bonus = jnp.where(first, 5.0, 0.0)
@@ -262,7 +262,7 @@ class EarlySkipVariants:
             bonus = jnp.where(gather(cache_state.revealed, index), 3.0, bonus)
         window, confidence = net.window(index, active), gather(cache_state.confidence, index)
         return ActiveTokens(
-            net.embed(tokens, window), window, net.masked(tokens, index), confidence, bonus
+            net.embed(tokens, window), window, net.is_masked(tokens, index), confidence, bonus
         )
 
     def within(
