@@ -133,6 +133,22 @@ def other_model(tmp_path_factory):
 
 
 @pytest.fixture
+def drawn(monkeypatch):
+    """The figures that were written, still open to inspection."""
+    from matplotlib.figure import Figure
+
+    figures = []
+    savefig = Figure.savefig
+
+    def record(figure, *args, **kwargs):
+        figures.append(figure)
+        savefig(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", record)
+    return figures
+
+
+@pytest.fixture
 def train_config():
     """Makes configurations of a few training steps on the arithmetic task."""
 

@@ -1,11 +1,15 @@
 """What is asked of XLA reaches it, and XLA knows it."""
 
+import time
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from dials_jax import compiling
 from dials_jax.compiling import Timed, compiler_options
+from dials_jax.skipping.policies import Static
 from dials_jax.training import loop
 
 UNKNOWN = "xla_no_such_option"
@@ -37,3 +41,69 @@ def test_training_is_compiled_with_them(monkeypatch, train_config, tmp_path):
     monkeypatch.setattr(loop, "compiler_options", lambda: {UNKNOWN: True})
     with refused():
         loop.train(train_config(), tmp_path)
+
+
+# ---------------------------------------------------------------------------------- timed calls
+
+
+def power(x, policy=None, *, exponent):
+    return jnp.linalg.matrix_power(x, exponent)
+
+
+@pytest.fixture
+def timed():
+    return Timed(power, static_argnames=("exponent",))
+
+
+def test_it_returns_the_result_and_its_seconds(timed):
+    out, seconds = timed(2 * jnp.eye(3), exponent=3)
+    np.testing.assert_array_equal(out, 8 * np.eye(3))
+    assert 0 < seconds < timed.compile_seconds
+
+
+def test_compiling_happens_once_and_is_not_counted(timed):
+    x = jnp.eye(4)
+    timed(x, exponent=5)
+    compiled = timed.compile_seconds
+    start = time.perf_counter()
+    _, seconds = timed(x + 1, exponent=5)
+    assert seconds <= time.perf_counter() - start
+    assert timed.compile_seconds == compiled and timed.num_programs == 1
+
+
+def test_shapes_dtypes_static_arguments_and_structures_make_programs(timed):
+    x = jnp.eye(4)
+    for args, exponent in [
+        ((x,), 2),
+        ((x,), 3),
+        ((jnp.eye(5),), 2),
+        ((x.astype(jnp.bfloat16),), 2),
+        ((x, Static((1,))), 2),
+        ((x, Static((2,))), 2),
+    ]:
+        timed(*args, exponent=exponent)
+        timed(*args, exponent=exponent)
+    assert timed.num_programs == 6
+
+
+def test_a_precision_of_products_makes_a_program(timed):
+    x = jnp.eye(4)
+    timed(x, exponent=2)
+    for _ in range(2):
+        with jax.default_matmul_precision("float32"):
+            timed(x, exponent=2)
+            assert "HIGHEST" in timed.lower(x, exponent=2).as_text()
+    assert timed.num_programs == 2
+
+
+def test_the_time_of_earlier_work_is_not_counted():
+    add = Timed(lambda x: x + 1)
+    slow = jax.jit(lambda x: jax.lax.fori_loop(0, 30, lambda i, y: jnp.tanh(y @ y), x))
+    x = jnp.ones((300, 300))
+    slow(x).block_until_ready()
+    start = time.perf_counter()
+    slow(x).block_until_ready()
+    work = time.perf_counter() - start
+    add(x)
+    _, seconds = add(slow(x))  # still running when the call starts
+    assert seconds < work / 2

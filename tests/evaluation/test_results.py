@@ -3,15 +3,12 @@
 import json
 import math
 import os
-import shlex
-import sys
 
 import pytest
 
 from dials_jax.errors import InputError
 from dials_jax.evaluation.results import RECORDS, Records, differing
 from dials_jax.records import read_records
-from dials_jax.reporting.environment import command, file_name, write_csv
 
 IDENTITY = {"config": {"seed": 0, "models": [["H", "a"]]}, "weights": {"H": "12ab"}}
 
@@ -125,12 +122,6 @@ def test_a_broken_identity_is_named(tmp_path):
         opened(tmp_path)
 
 
-def test_a_text_is_no_formula(tmp_path):
-    rows = [{"task": "=1+1", "value": -1.5}, {"task": "a\udcff", "value": math.nan}]
-    write_csv(tmp_path / "x.csv", ["task", "value"], rows)
-    assert (tmp_path / "x.csv").read_text().split() == ["task,value", "'=1+1,-1.5", "a\\udcff,"]
-
-
 def test_records_of_nobody_knows_what_are_refused(tmp_path):
     opened(tmp_path).add({"n": 1})
     (tmp_path / "study.json").unlink()
@@ -138,16 +129,3 @@ def test_records_of_nobody_knows_what_are_refused(tmp_path):
         opened(tmp_path, {**IDENTITY, "config": {"seed": 1}})
     (tmp_path / RECORDS).unlink()
     assert opened(tmp_path).all == []
-
-
-def test_files_are_named_after_any_text():
-    assert file_name("L1,H2") == "L1,H2"
-    assert "/" not in file_name("a/b") and file_name("a/b") != file_name("a b")
-    long = "H1,L1," * 100
-    assert len(file_name(long)) < 200 and file_name(long) != file_name(long + "H1")
-
-
-def test_the_command_can_be_typed_again(monkeypatch):
-    argv = ["eval.py", "--workdir", "my run", "--extract", r"(\d+) *$"]
-    monkeypatch.setattr(sys, "argv", argv)
-    assert shlex.split(command()) == ["python", *argv]

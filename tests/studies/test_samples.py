@@ -14,7 +14,7 @@ from dials_jax.loading import load
 from dials_jax.studies import samples
 from dials_jax.studies.perplexity_run import measured
 from dials_jax.studies.study import run_study
-from tests.evaluation.studies import records_of, results_of
+from tests.studies.workdirs import records_of, results_of
 
 pytestmark = pytest.mark.usefixtures("quick_plots")
 

@@ -1,19 +1,16 @@
 """What a study shows: its tables, its figures and the page that holds them."""
 
-import csv
 import dataclasses
-import json
 
 import pytest
 
 from dials_jax.config import ProposeStudy
-from dials_jax.reporting.publish import Shown, Table, publish
 from dials_jax.studies import tables
 from dials_jax.studies.from_studies import read_search
 from dials_jax.studies.importance import plot_importance
 from dials_jax.studies.placements import Placements
-from tests.evaluation.pages import HOSTILE, read_page
-from tests.evaluation.studies import results_of
+from tests.reporting.pages import read_page
+from tests.studies.workdirs import results_of
 
 # As imported: while studies run in tests they draw nothing.
 plot_schedules, plot_search = tables.plot_schedules, tables.plot_search
@@ -25,47 +22,6 @@ PNG = b"\x89PNG"
 def proposed(searched, importance, run_once):
     settings = dict(search=str(searched), importance=str(importance[1]), budgets=(1, 3))
     return run_once(ProposeStudy(**settings, num_repeats=4))
-
-
-@pytest.fixture
-def shown(tmp_path):
-    def draw(folder):
-        assert (folder.parent / "results.json").exists()  # what was measured is safe by now
-        figure = tmp_path / "figure.png"
-        figure.write_bytes(PNG)
-        return {figure: HOSTILE}
-
-    return Shown(
-        title=HOSTILE,
-        tables={"Numbers": Table(("name", "value"), [(f"row {i}", HOSTILE) for i in range(5)])},
-        reading=[("value", HOSTILE)],
-        draw=draw,
-    )
-
-
-def test_a_page_holds_everything_and_runs_nothing(shown, tmp_path):
-    results = {
-        "config": {"models": [["H", HOSTILE]], "steps": 7, "scorer": "", "mesh": {"data": -1}},
-        "environment": {"device": HOSTILE, "command": HOSTILE},
-        "examples": {"H7": HOSTILE, "L7": HOSTILE},
-    }
-    publish(results, [{"a": 1, "b": None}], shown, tmp_path / "new")
-    assert json.loads((tmp_path / "new" / "results.json").read_text()) == results
-    with (tmp_path / "new" / "results.csv").open(newline="") as file:
-        assert list(csv.DictReader(file)) == [{"a": "1", "b": ""}]
-    page = read_page(tmp_path / "new")
-    assert "script" not in page.tags and page.images == [PNG]
-    for text in ("H " + HOSTILE, "data -1", "row 4", "L7", "Reproduce"):
-        assert text in page.visible
-    assert "scorer" not in page.visible  # nothing was set
-
-
-def test_a_long_table_shows_its_ends(shown):
-    table = shown.tables["Numbers"]
-    whole, ends = table.text().splitlines(), table.text(ends=2).splitlines()
-    assert len(whole) == 6 and len({len(line) for line in whole}) == 1
-    assert ends == [*whole[:3], *whole[4:]]
-    assert table.text(ends=3) == table.text()
 
 
 def test_every_kind_of_study_leaves_a_page(compared, searched, importance, proposed):

@@ -10,10 +10,11 @@ from dials_jax.errors import InputError
 from dials_jax.reporting import sweep_plots, sweep_report
 from dials_jax.reporting.sweep_report import WIDTH, format_table, write_report
 from dials_jax.statistics import summarise
-from tests.evaluation.pages import HOSTILE, read_page
+from tests.reporting.pages import HOSTILE, read_page
+from tests.reporting.sweep_results import make_results
 
 
-def test_the_report_holds_every_file_and_is_self_contained(make_results, tmp_path):
+def test_the_report_holds_every_file_and_is_self_contained(tmp_path):
     results = make_results(tasks=("sums", "text"))
     write_report(results, tmp_path)
     assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8")) == results
@@ -25,7 +26,7 @@ def test_the_report_holds_every_file_and_is_self_contained(make_results, tmp_pat
         assert fact in page.visible
 
 
-def test_csv_html_and_terminal_show_the_same_rows(make_results, tmp_path):
+def test_csv_html_and_terminal_show_the_same_rows(tmp_path):
     rows = write_report(make_results(tasks=("sums",)), tmp_path)
     with (tmp_path / "results.csv").open(encoding="utf-8") as file:
         records = list(csv.DictReader(file))
@@ -38,7 +39,7 @@ def test_csv_html_and_terminal_show_the_same_rows(make_results, tmp_path):
         assert cell in visible and re.search(rf"{re.escape(row.policy)} +{re.escape(cell)}", table)
 
 
-def test_plots_receive_the_shares_of_each_policy(make_results, tmp_path, monkeypatch):
+def test_plots_receive_the_shares_of_each_policy(tmp_path, monkeypatch):
     calls = {}
 
     def spy(name):
@@ -67,7 +68,7 @@ def test_plots_receive_the_shares_of_each_policy(make_results, tmp_path, monkeyp
     assert np.all(np.diff(lines[-1].shares[2:]) > 0)
 
 
-def test_every_text_of_the_results_is_escaped(make_results, tmp_path):
+def test_every_text_of_the_results_is_escaped(tmp_path):
     results = make_results(tasks=("sums",), kinds=("full",))
     results["model"] = {"path": HOSTILE.replace("/", ""), HOSTILE: HOSTILE}
     results["environment"] = {"command": HOSTILE, "mesh": {HOSTILE: 1}}
@@ -85,14 +86,14 @@ def test_every_text_of_the_results_is_escaped(make_results, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["full", "static", "routed"])
-def test_a_sweep_of_one_run_has_a_report(make_results, tmp_path, kind):
+def test_a_sweep_of_one_run_has_a_report(tmp_path, kind):
     results = make_results(tasks=("text",), kinds=(kind,))
     del results["runs"][1:]
     assert len(write_report(results, tmp_path)) == 1
     assert "text" in read_page(tmp_path).visible
 
 
-def test_one_item_is_enough(make_results, tmp_path):
+def test_one_item_is_enough(tmp_path):
     results = make_results(tasks=("text",))
     for run in results["runs"]:
         run["items"] = {"text-0": run["items"]["text-0"]}
@@ -100,12 +101,12 @@ def test_one_item_is_enough(make_results, tmp_path):
     assert "nan" not in format_table(rows)
 
 
-def test_a_sweep_that_has_not_begun_has_an_empty_table(make_results, tmp_path):
+def test_a_sweep_that_has_not_begun_has_an_empty_table(tmp_path):
     assert write_report(make_results(tasks=()), tmp_path) == []
     assert "policy" in read_page(tmp_path).visible
 
 
-def test_results_are_kept_when_they_cannot_be_compared(make_results, tmp_path):
+def test_results_are_kept_when_they_cannot_be_compared(tmp_path):
     results = make_results(tasks=("sums",))
     results["runs"][3]["items"].popitem()
     with pytest.raises(InputError, match="static k=3"):
@@ -113,7 +114,7 @@ def test_results_are_kept_when_they_cannot_be_compared(make_results, tmp_path):
     assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8")) == results
 
 
-def test_the_terminal_table_is_aligned_and_fits(make_results):
+def test_the_terminal_table_is_aligned_and_fits():
     results = make_results()
     results["runs"][1]["policy"]["label"] = "a router " * 20
     results["runs"][1]["flops"]["seconds"] = 123456.7
@@ -168,7 +169,7 @@ DREAM = {
     ],
 )
 def test_report_and_csv_say_how_texts_are_made_and_how_many_items_are_left_out(
-    generation, columns, words, make_results, tmp_path, monkeypatch
+    generation, columns, words, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(sweep_report, "_write_plots", lambda *args: {})
     results = make_results(tasks=("sums",), kinds=("full",))
@@ -181,13 +182,13 @@ def test_report_and_csv_say_how_texts_are_made_and_how_many_items_are_left_out(
     assert columns.items() <= record.items()
 
 
-def test_results_without_these_facts_are_still_shown(make_results):
+def test_results_without_these_facts_are_still_shown():
     (row,) = summarise(make_results(tasks=("sums",), kinds=("full",)))
     assert (row.sampler, row.temperature, row.steps, row.stop, row.num_dropped) == (None,) * 5
     assert "sums (exact_match)\n" in format_table([row])
 
 
-def test_a_small_p_is_not_shown_as_zero(make_results):
+def test_a_small_p_is_not_shown_as_zero():
     results = make_results(tasks=("text",), kinds=("full", "static"))
     for run in results["runs"][1:]:
         run["items"] = {key: score + 1 for key, score in results["runs"][0]["items"].items()}

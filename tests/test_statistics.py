@@ -15,6 +15,7 @@ from dials_jax.statistics import (
     summarise,
     wilson_interval,
 )
+from tests.reporting.sweep_results import make_results
 
 
 def keyed(scores):
@@ -123,7 +124,7 @@ def test_different_items_are_an_error_that_names_one():
         paired_test({"a": 1, "b": 1}, {"a": 1, "c": 0})
 
 
-def test_a_row_compares_with_the_full_run_of_its_own_task(make_results):
+def test_a_row_compares_with_the_full_run_of_its_own_task():
     results = make_results()
     rows = summarise(results)
     assert len(rows) == len(results["runs"])
@@ -142,21 +143,21 @@ def test_a_row_compares_with_the_full_run_of_its_own_task(make_results):
             )
 
 
-def test_without_a_full_run_nothing_is_compared(make_results):
+def test_without_a_full_run_nothing_is_compared():
     for row in summarise(make_results(kinds=("static", "routed"))):
         compared = (row.difference, row.difference_stderr, row.p_value, row.speedup)
         assert compared == (None,) * 4
         assert None not in dataclasses.astuple(row)[:8]
 
 
-def test_rows_of_a_task_stay_together_when_runs_are_interleaved(make_results):
+def test_rows_of_a_task_stay_together_when_runs_are_interleaved():
     results = make_results()
     results["runs"].sort(key=lambda run: run["policy"]["label"])
     tasks = [row.task for row in summarise(results)]
     assert tasks == sorted(tasks, key=tasks.index)
 
 
-def test_an_error_names_the_task_and_the_policy(make_results):
+def test_an_error_names_the_task_and_the_policy():
     results = make_results(tasks=("sums",))
     results["runs"][2]["items"].popitem()
     with pytest.raises(InputError, match="task 'sums', policy 'static k=2': 1 items"):
@@ -166,7 +167,7 @@ def test_an_error_names_the_task_and_the_policy(make_results):
         summarise(results)
 
 
-def test_an_accuracy_must_be_scored_zero_or_one(make_results):
+def test_an_accuracy_must_be_scored_zero_or_one():
     results = make_results(tasks=("sums",), kinds=("full",))
     results["runs"][0]["items"]["sums-0"] = 0.5
     with pytest.raises(InputError, match="'exact_match': scores must be 0 or 1"):

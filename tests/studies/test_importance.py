@@ -12,7 +12,7 @@ from dials_jax.statistics import mean_interval
 from dials_jax.studies import importance as importance_study
 from dials_jax.studies.divergence import Divergence, divergences
 from dials_jax.studies.study import run_study
-from tests.evaluation.studies import records_of, results_of
+from tests.studies.workdirs import records_of, results_of
 
 pytestmark = pytest.mark.usefixtures("quick_plots")
 

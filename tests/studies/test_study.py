@@ -23,7 +23,7 @@ from dials_jax.studies.from_studies import coarse_schedules, read_harms, read_se
 from dials_jax.studies.placements import Placements
 from dials_jax.studies.study import run_study
 from dials_jax.workdir import exclusive
-from tests.evaluation.studies import LENGTH, STEPS, records_of, results_of
+from tests.studies.workdirs import LENGTH, STEPS, records_of, results_of
 
 pytestmark = pytest.mark.usefixtures("quick_plots")
 
