@@ -29,8 +29,8 @@ from benchmarks.pod import (
 from benchmarks.random_model import make_config
 from benchmarks.report import Table, exit_status
 from dials_jax import sharding, trees
-from dials_jax.caching.cache import NoCache
 from dials_jax.caching.parse import parse_cache
+from dials_jax.caching.plain import NoCache
 from dials_jax.config import MeshConfig, ModelConfig, RouterConfig
 from dials_jax.keys import seed_key
 from dials_jax.models import transformer

@@ -8,8 +8,8 @@ out = dj.generate(model, prompts, sampler=dj.Confidence(256, 32, 256), policy=ro
 out.tokens, out.gates, out.flops
 """
 
-from dials_jax.caching.cache import DualCache, PrefixCache
 from dials_jax.caching.early_skip.settings import EarlySkip
+from dials_jax.caching.plain import DualCache, PrefixCache
 from dials_jax.config import ModelConfig, RouterConfig
 from dials_jax.data.tokenizer import load_tokenizer
 from dials_jax.errors import InputError

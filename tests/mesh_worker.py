@@ -22,8 +22,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dials_jax import sharding, trees
-from dials_jax.caching.cache import DualCache
 from dials_jax.caching.early_skip.settings import EarlySkip
+from dials_jax.caching.plain import DualCache
 from dials_jax.config import (
     ArithmeticData,
     MeshConfig,

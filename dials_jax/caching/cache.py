@@ -1,14 +1,14 @@
-"""What a cache is to a sampler, and the three plain ones: none, prefix and dual.
+"""What a cache is to a sampler: the forward variants of a generation, and which is due when.
 
-A denoising step is one model call, a *pass*. A cache says which kind of pass is due and what each
-kind runs. All kinds are compiled into one program, which returns to the host at its end.
+A cache changes what a step computes, never which tokens a step may reveal. `sampling/loop.py` draws
+how blocks, steps, forward calls and variants relate; `plain.py` has the simple caches,
+`early_skip/` has ES-dLLM.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,19 +16,19 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from dials_jax.caching.canvas import CanvasModel
 
-# Windows whose length depends on the block are rounded up to one of so many sizes, all compiled.
+# A window whose length depends on the block is rounded up to one of this many sizes, all compiled.
 MAX_SIZES = 8
 
-
 Number = Int[Array, "..."] | Int[np.ndarray, "..."]
+Due = Callable[[Number, Number, PyTree], Bool[Array, "..."] | Bool[np.ndarray, "..."] | bool]
 
 
 class Blocks(NamedTuple):
     """How a canvas is filled: `count` blocks of `length` tokens, from left to right.
 
     Attributes:
-      start: where the first block begins.
-      max_quota: tokens a step may reveal in a row at most; None: any number.
+      start: position where the first block begins.
+      max_quota: tokens a step may reveal per sequence at most; None: any number.
     """
 
     start: int
@@ -42,17 +42,17 @@ class Blocks(NamedTuple):
 
 
 class ForwardInputs(NamedTuple):
-    """Where the loop stands before a model call."""
+    """What a forward call is given beside the cache state."""
 
     tokens: Int[Array, "B T"]
-    step: Int[Array, ""]  # names the call: the same in any batch
+    step: Int[Array, ""]  # counted through all blocks; the same in any batch
     block: Int[Array, ""]
     step_in_block: Int[Array, ""]
-    unfinished: Bool[Array, "B"]  # rows with masked tokens in the block
+    unfinished: Bool[Array, "B"]  # sequences with masked tokens in the block
 
 
 class ForwardOutputs(NamedTuple):
-    """What a model call yields: `h[:, i]` predicts the token at `index[:, i]`."""
+    """What a forward call yields: `h[:, i]` predicts the token at position `index[:, i]`."""
 
     h: Float[Array, "R W D"]
     index: Int[Array, "B W"]
@@ -62,7 +62,7 @@ class ForwardOutputs(NamedTuple):
 
 
 class Revealed(NamedTuple):
-    """What the sampler made of a model call."""
+    """What the sampler made of a forward call's outputs."""
 
     index: Int[Array, "B W"]
     active: Bool[Array, "B W"] | None
@@ -72,24 +72,40 @@ class Revealed(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What a pass computes in each row, for counting FLOPs.
+    """What a forward variant computes per sequence, for counting FLOPs.
 
-    Counted in full: that the last layer's queries are only those of the block is left out.
+    All tokens count in every layer, although the last one computes only those of the block.
     """
 
-    tokens: tuple[int, ...]  # tokens a layer
+    tokens: tuple[int, ...]  # tokens per layer
     head: int  # tokens whose logits are computed
     prompt: int = 0  # tokens at the window's front that no router looks at
 
 
 class ForwardVariant(NamedTuple):
+    """One of the forward calls that a cache makes, compiled once.
+
+    Attributes:
+      due: `due(block, step_in_block, cache_state)`: whether it may run at a step. Elementwise, and
+        without the cache state where all steps are known beforehand (`is_fixed` in the loop).
+    """
+
+    due: Due
     forward: Callable[[ForwardInputs, PyTree], ForwardOutputs]
     work: Work
 
 
+def always(block: Number, step_in_block: Number, cache_state: PyTree) -> bool:
+    return True
+
+
+def at_block_start(block: Number, step_in_block: Number, cache_state: PyTree) -> Any:
+    return step_in_block == 0
+
+
 @runtime_checkable
 class Cache(Protocol):
-    """A strategy of what to run at a step. Settings only: hashable, static in compiled programs.
+    """A strategy of what a step computes. Settings only: hashable, static in compiled programs.
 
     Attributes:
       drops_tokens: a call may leave out masked tokens of the block.
@@ -101,189 +117,36 @@ class Cache(Protocol):
         """The cache state before the first call."""
 
     def forward_variants(self, net: CanvasModel, blocks: Blocks) -> list[ForwardVariant]:
-        """Every kind of model call."""
-
-    def variant_due(
-        self,
-        block: Number,
-        step_in_block: Number,
-        cache_state: PyTree,
-        net: CanvasModel,
-        blocks: Blocks,
-    ) -> Number:
-        """Which of them is due. Elementwise, and without the cache state where steps are fixed."""
+        """All variants, in order: at each step the first that is due runs. The last always is."""
 
     def after_reveal(self, cache_state: PyTree, revealed: Revealed, net: CanvasModel) -> PyTree:
         """The cache state after the sampler has revealed tokens."""
 
 
-def whole_canvas(net: CanvasModel, blocks: Blocks) -> ForwardVariant:
-    """Runs everything and writes all of the cache state, where there is one."""
-
-    def forward(inputs: ForwardInputs, cache_state: PyTree) -> ForwardOutputs:
-        rows, index = block_positions(net, blocks, inputs, 0)
-        out = net.run_range(
-            inputs.tokens, 0, net.length, inputs.step, cache_state, output_positions=rows
-        )
-        return ForwardOutputs(out.h, index, None, out.gates, out.cache_state)
-
-    work = Work((net.length,) * net.cfg.num_layers, blocks.length, net.prompt_length)
-    return ForwardVariant(forward, work)
+# ----------------------------------------------------------------------- what caches have in common
 
 
 def block_positions(
     net: CanvasModel, blocks: Blocks, inputs: ForwardInputs, first: Int[Array, ""] | int
 ) -> tuple[Int[Array, "R W"], Int[Array, "B W"]]:
-    """The places that predict the block, in a window that begins at `first`; what they predict."""
+    """Where the block is predicted, in a window that begins at position `first`.
+
+    Returns: the indices in the window, and the canvas positions of the predicted tokens.
+    """
     index = net.positions(blocks.start + inputs.block * blocks.length, blocks.length)
-    rows = jnp.maximum(
-        index - net.logit_shift - first, 0
-    )  # nothing predicts the canvas's first token
-    return rows, index[: inputs.tokens.shape[0]]
+    # In a shifted model nothing predicts the canvas's first token; prompts are never empty there.
+    in_window = jnp.maximum(index - net.logit_shift - first, 0)
+    return in_window, index[: inputs.tokens.shape[0]]
 
 
 def unfinished_sequences(net: CanvasModel, inputs: ForwardInputs) -> Bool[Array, "R 1"]:
-    """Rows that have not finished the block.
+    """Sequences that have not finished the block.
 
-    The others must not write while they wait, wherever that could be read later: what a row keeps
-    would depend on its batch.
+    Finished sequences must not write to the cache while they wait for the others; otherwise their
+    result would depend on the batch.
     """
     copies = net.num_sequences // inputs.unfinished.shape[0]  # 2 under guidance
     return jnp.tile(inputs.unfinished, copies)[:, None]
-
-
-def writing(
-    net: CanvasModel, blocks: Blocks, inputs: ForwardInputs, index: Int[Array, "R W"]
-) -> Bool[Array, "R W"] | None:
-    """The slots that a window of a prefix or dual cache writes; None: all.
-
-    With fixed quotas all rows finish together. Without a policy the next block's first call writes
-    everything anew; a layer that is skipped there would keep what a waiting row wrote.
-    """
-    if net.policy is None or blocks.max_quota is not None:
-        return None
-    return jnp.broadcast_to(unfinished_sequences(net, inputs), index.shape)
-
-
-@dataclass(frozen=True)
-class NoCache:
-    """Every call runs the whole canvas."""
-
-    drops_tokens = False
-
-    def init_state(self, net: CanvasModel, blocks: Blocks) -> PyTree:
-        return None
-
-    def forward_variants(self, net: CanvasModel, blocks: Blocks) -> list[ForwardVariant]:
-        return [whole_canvas(net, blocks)]
-
-    def variant_due(
-        self,
-        block: Number,
-        step_in_block: Number,
-        cache_state: PyTree,
-        net: CanvasModel,
-        blocks: Blocks,
-    ) -> Number:
-        return jnp.zeros_like(step_in_block)
-
-    def after_reveal(self, cache_state: PyTree, revealed: Revealed, net: CanvasModel) -> PyTree:
-        return cache_state
-
-
-@dataclass(frozen=True)
-class DualCache:
-    """Keys and values of everything outside the block are kept until the next block (Fast-dLLM).
-
-    The first call of a block runs the whole canvas; the others run the block alone.
-    """
-
-    drops_tokens = False
-
-    def init_state(self, net: CanvasModel, blocks: Blocks) -> PyTree:
-        return net.init_cache()
-
-    def forward_variants(self, net: CanvasModel, blocks: Blocks) -> list[ForwardVariant]:
-        return [whole_canvas(net, blocks), block_only(net, blocks)]
-
-    def variant_due(
-        self,
-        block: Number,
-        step_in_block: Number,
-        cache_state: PyTree,
-        net: CanvasModel,
-        blocks: Blocks,
-    ) -> Number:
-        return jnp.where(step_in_block > 0, 1, 0)
-
-    def after_reveal(self, cache_state: PyTree, revealed: Revealed, net: CanvasModel) -> PyTree:
-        return cache_state
-
-
-def block_only(net: CanvasModel, blocks: Blocks) -> ForwardVariant:
-    """Runs the tokens that predict the block."""
-
-    def forward(inputs: ForwardInputs, cache_state: PyTree) -> ForwardOutputs:
-        start = blocks.start + inputs.block * blocks.length - net.logit_shift
-        active = writing(net, blocks, inputs, net.positions(start, blocks.length))
-        out = net.run_range(inputs.tokens, start, blocks.length, inputs.step, cache_state, active)
-        index = net.positions(start + net.logit_shift, blocks.length)[: inputs.tokens.shape[0]]
-        return ForwardOutputs(out.h, index, None, out.gates, out.cache_state)
-
-    return ForwardVariant(forward, Work((blocks.length,) * net.cfg.num_layers, blocks.length))
-
-
-@dataclass(frozen=True)
-class PrefixCache:
-    """Keys and values of everything before the block are kept until the next (Fast-dLLM).
-
-    The first call of a block runs the whole canvas; the others run the block and all after it.
-    """
-
-    drops_tokens = False
-
-    def init_state(self, net: CanvasModel, blocks: Blocks) -> PyTree:
-        return net.init_cache()
-
-    def forward_variants(self, net: CanvasModel, blocks: Blocks) -> list[ForwardVariant]:
-        sizes = window_sizes(blocks.count)
-        return [whole_canvas(net, blocks), *(self._suffix(net, blocks, n) for n in sizes)]
-
-    def _suffix(self, net: CanvasModel, blocks: Blocks, num_blocks: int) -> ForwardVariant:
-        """Runs the last `num_blocks` blocks, and writes the one in work and those after it."""
-        size = num_blocks * blocks.length + net.logit_shift
-
-        def forward(inputs: ForwardInputs, cache_state: PyTree) -> ForwardOutputs:
-            start = blocks.start + inputs.block * blocks.length - net.logit_shift
-            first = blocks.end - size
-            index = net.positions(first, size)
-            active = writing(net, blocks, inputs, index)
-            if blocks.count > MAX_SIZES:
-                active = index >= start if active is None else active & (index >= start)
-            rows, predicted = block_positions(net, blocks, inputs, first)
-            out = net.run_range(
-                inputs.tokens, first, size, inputs.step, cache_state, active, output_positions=rows
-            )
-            return ForwardOutputs(out.h, predicted, None, out.gates, out.cache_state)
-
-        return ForwardVariant(forward, Work((size,) * net.cfg.num_layers, blocks.length))
-
-    def variant_due(
-        self,
-        block: Number,
-        step_in_block: Number,
-        cache_state: PyTree,
-        net: CanvasModel,
-        blocks: Blocks,
-    ) -> Number:
-        return jnp.where(
-            step_in_block == 0,
-            0,
-            1 + which_size(blocks.count - block, blocks.count),
-        )
-
-    def after_reveal(self, cache_state: PyTree, revealed: Revealed, net: CanvasModel) -> PyTree:
-        return cache_state
 
 
 def window_sizes(num_blocks: int) -> list[int]:
@@ -292,6 +155,6 @@ def window_sizes(num_blocks: int) -> list[int]:
     return [*range(unit, num_blocks, unit), num_blocks]
 
 
-def which_size(wanted: Number, num_blocks: int) -> Number:
-    """The number of the smallest size that holds `wanted` blocks."""
-    return jnp.searchsorted(jnp.asarray(window_sizes(num_blocks)), wanted)
+def is_rounded_up(num_blocks: int) -> bool:
+    """Whether a window may be larger than what it was chosen for."""
+    return num_blocks > MAX_SIZES

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dials_jax.caching.cache import Cache, DualCache, PrefixCache
+from dials_jax.caching.cache import Cache
 from dials_jax.caching.early_skip.settings import EarlySkip
+from dials_jax.caching.plain import DualCache, PrefixCache
 from dials_jax.config import shown, typed
 from dials_jax.errors import nearest, require
 

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from dials_jax.caching.cache import NoCache
 from dials_jax.caching.canvas import CanvasModel
 from dials_jax.caching.parse import parse_cache
+from dials_jax.caching.plain import NoCache
 from dials_jax.config import EvalTask
 from dials_jax.data.tokenizer import Tokenizer
 from dials_jax.errors import require

@@ -12,7 +12,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from dials_jax import sharding
-from dials_jax.caching.cache import Cache, NoCache
+from dials_jax.caching.cache import Cache
+from dials_jax.caching.plain import NoCache
 from dials_jax.compiling import Timed
 from dials_jax.config import ModelConfig, typed
 from dials_jax.errors import require

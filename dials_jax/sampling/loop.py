@@ -1,7 +1,19 @@
 """The denoising loop: every sampler over every cache, as one program.
 
-A block of the canvas is filled step by step; a step is one model call and the tokens it reveals.
-The loop ends when no row has a masked token left, which the device finds out by itself.
+    generation   | block 0                     | block 1                     | ...
+    step         | 0     1     2     3         | 4     5     6     7         |
+    variant      | whole block block block     | whole block block block     |    (DualCache)
+                   |     |
+                   |     +- one forward call of a variant, then the tokens that it reveals
+                   +------- the first of the cache's variants that is due
+
+A *block* of the canvas is filled before the next is begun. A *step* is one forward call of the
+model, and the tokens that the sampler reveals. What a call computes is a *variant*: all variants of
+a cache are compiled, once each, into the program, which returns to the host at its end.
+
+Where each step reveals a fixed quota (`is_fixed`), the variant of every step is known beforehand,
+and the program is nested loops of constant length (`timetable.py`). Otherwise the device looks
+before each step which variant is due, and ends when no sequence has a masked token left.
 """
 
 from __future__ import annotations
@@ -20,7 +32,7 @@ from dials_jax.caching.canvas import CanvasModel
 from dials_jax.config import ModelConfig
 from dials_jax.errors import require
 from dials_jax.models import transformer
-from dials_jax.sampling.timetable import block_timetable, follow, run_length_encode
+from dials_jax.sampling.timetable import block_steps, run_length_encode, run_program
 
 
 @runtime_checkable
@@ -141,71 +153,66 @@ class Loop:
         )
 
     def run(self, state: LoopState, stop: Int[Array, ""] | None = None) -> LoopState:
-        """The steps before number `stop`; None: all of them."""
+        """Takes the steps before number `stop`; None: all of them."""
         if stop is None and is_fixed(self.sampler, self.cache):
-            steps = run_length_encode(
-                block_timetable(self.cache, self.net, self.blocks, self.limit)
-            )
-            return follow([(self.blocks.count, steps)], self.advance, self.dispatch, state)
-        every = partial(self.dispatch, range(len(self.variants)), stop=stop)
-        last = self.num_steps if stop is None else stop
-        return lax.while_loop(lambda s: self.number(s) < last, every, state)
+            steps = run_length_encode(block_steps(self.variants, self.blocks, self.limit))
+            program = [(self.blocks.count, steps)]
+            return run_program(program, self.run_step, self.run_steps_due, state)
+        stop = self.num_steps if stop is None else stop
+        every = partial(self.run_in_turn, range(len(self.variants)), stop=stop)
+        return lax.while_loop(lambda s: self.step_number(s) < stop, every, state)
 
-    def number(self, state: LoopState) -> Int[Array, ""]:
-        """Of the step that is due, counted through all blocks."""
+    def step_number(self, state: LoopState) -> Int[Array, ""]:
+        """The step that comes next, counted through all blocks."""
         return state.block * self.limit + state.step_in_block
 
-    def dispatch(
-        self,
-        kinds: Iterable[int],
-        state: LoopState,
-        calls: int | None = None,
-        stop: Int[Array, ""] | None = None,
+    def run_steps_due(self, variants: Iterable[int], state: LoopState, num_steps: int) -> LoopState:
+        """Takes exactly this many steps, each by that of `variants` which is due."""
+        stop = self.step_number(state) + num_steps
+        if num_steps == 1:
+            return self.run_in_turn(variants, state, stop)
+        # A block may take these variants in another order than its neighbours, and one round would
+        # take too few steps.
+        every = partial(self.run_in_turn, variants, stop=stop)
+        return lax.while_loop(lambda s: self.step_number(s) < stop, every, state)
+
+    def run_in_turn(
+        self, variants: Iterable[int], state: LoopState, stop: Int[Array, ""] | int
     ) -> LoopState:
-        """The model calls of these kinds that are due, one kind after the other.
+        """Runs each variant for as long as it is due, one after the other, before step `stop`.
 
-        Loops in a row, not a `lax.switch`: a loop updates the caches in place.
-
-        Args:
-          calls: exactly so many, of these kinds in any order; None: as they come.
-          stop: none of this step, or of a later one.
+        Loops one after the other, not a `lax.switch`: a loop updates the cache in place.
         """
-        first, cache, count = state.record.nfe, self.cache, self.blocks.count
-
-        def due(kind: int, state: LoopState) -> Array:
-            due = cache.variant_due(
-                state.block, state.step_in_block, state.cache_state, self.net, self.blocks
+        for number in variants:
+            state = lax.while_loop(
+                lambda s, n=number: self.is_due(n, s) & (self.step_number(s) < stop),
+                partial(self.run_step, number),
+                state,
             )
-            due = (due == kind) & (state.block < count)
-            if stop is not None:
-                due &= self.number(state) < stop
-            return due if calls is None else due & (state.record.nfe < first + calls)
+        return state
 
-        def every(state: LoopState) -> LoopState:
-            for kind in kinds:
-                state = lax.while_loop(partial(due, kind), partial(self.advance, kind), state)
-            return state
+    def is_due(self, number: int, state: LoopState) -> Bool[Array, ""] | bool:
+        """Whether this variant is due, and none before it."""
+        at = state.block, state.step_in_block, state.cache_state
+        *earlier, due = (variant.due(*at) for variant in self.variants[: number + 1])
+        for other in earlier:
+            due &= ~other
+        return due
 
-        if calls in (None, 1):
-            return every(state)
-        # A block may take these kinds in another order than its neighbours, and one round would
-        # make too few calls.
-        return lax.while_loop(lambda s: s.record.nfe < first + calls, every, state)
-
-    def advance(self, kind: int, state: LoopState) -> LoopState:
-        """One model call, the tokens it reveals, and where that leads."""
+    def run_step(self, variant: int, state: LoopState) -> LoopState:
+        """One forward call, the tokens it reveals, and the step that follows."""
         masked = self.masked_by_block(state.tokens)
         remaining = jnp.sum(jnp.take(masked, state.block, axis=1), axis=1)
         present = jnp.where(state.step_in_block == 0, remaining, state.present)
         info = StepInfo(state.step_in_block, present, remaining)
-        step = self.number(state)
+        step = self.step_number(state)
         inputs = ForwardInputs(
             state.tokens, step, state.block, state.step_in_block, unfinished=remaining > 0
         )
-        out = self.variants[kind].forward(inputs, state.cache_state)
+        out = self.variants[variant].forward(inputs, state.cache_state)
         tokens, revealed = self.reveal(out, inputs, info)
         cache_state = self.cache.after_reveal(out.cache_state, revealed, self.net)
-        record = append_call(state.record, out.gates, jnp.mean(masked, axis=(1, 2)), kind, step)
+        record = append_call(state.record, out.gates, jnp.mean(masked, axis=(1, 2)), variant, step)
         block, step_in_block = self.next_step(tokens, state)
         return LoopState(tokens, block, step_in_block, present, cache_state, record)
 
@@ -314,7 +321,7 @@ def start_record(
 
 
 def append_call(
-    record: CallRecord, gates: Array, share: Array, kind: int, step: Array
+    record: CallRecord, gates: Array, share: Array, variant: int, step: Array
 ) -> CallRecord:
     """The record with one more call."""
     at = record.nfe
@@ -322,7 +329,7 @@ def append_call(
         nfe=at + 1,
         gates=record.gates.at[at, : gates.shape[0]].set(gates),
         masked_share=record.masked_share.at[at].set(share),
-        variant=record.variant.at[at].set(kind),
+        variant=record.variant.at[at].set(variant),
         step=record.step.at[at].set(step),
     )
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import numpy as np
 from jaxtyping import Bool, Int
 
-from dials_jax.caching.cache import Cache, NoCache
+from dials_jax.caching.cache import Cache
+from dials_jax.caching.plain import NoCache
 from dials_jax.config import ModelConfig, shown
 from dials_jax.errors import InputError, nearest, require
 from dials_jax.models.model import Model, check_shapes, check_vocabulary

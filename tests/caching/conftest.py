@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from dials_jax import trees
-from dials_jax.caching.cache import DualCache, NoCache, PrefixCache
 from dials_jax.caching.early_skip.settings import EarlySkip
+from dials_jax.caching.plain import DualCache, NoCache, PrefixCache
 from dials_jax.models import transformer
 from dials_jax.models.model import Model
 from dials_jax.sampling.confidence import Confidence

@@ -9,8 +9,8 @@ from __future__ import annotations
 import jax
 import numpy as np
 
-from dials_jax.caching.cache import NoCache, PrefixCache
 from dials_jax.caching.early_skip.settings import EarlySkip
+from dials_jax.caching.plain import NoCache, PrefixCache
 from dials_jax.sampling.loop import step_limit
 from dials_jax.skipping.policies import Random, Static
 from dials_jax.skipping.routed import Routed

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from dials_jax.caching import cache as cache_module
-from dials_jax.caching.early_skip import variants
 from dials_jax.caching.early_skip.settings import EarlySkip
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.generate import generate
@@ -103,7 +102,6 @@ def test_rounding_windows_up_changes_nothing(models, prompts, policies, monkeypa
 def round_up(monkeypatch):
     """Windows of one and two blocks become windows of three."""
     monkeypatch.setattr(cache_module, "MAX_SIZES", 1)
-    monkeypatch.setattr(variants, "MAX_SIZES", 1)
 
 
 @jax.tree_util.register_dataclass

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dials_jax.caching.cache import DualCache, NoCache, PrefixCache
 from dials_jax.caching.early_skip.settings import EarlySkip
+from dials_jax.caching.plain import DualCache, NoCache, PrefixCache
 from dials_jax.errors import InputError
 from dials_jax.models.model import Model
 from dials_jax.sampling import generate as module

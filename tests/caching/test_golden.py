@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dials_jax.caching.cache import DualCache, NoCache, PrefixCache
 from dials_jax.caching.early_skip import importance, variants
 from dials_jax.caching.early_skip.settings import EarlySkip
+from dials_jax.caching.plain import DualCache, NoCache, PrefixCache
 from dials_jax.compiling import Timed
 from dials_jax.loading import load
 from dials_jax.sampling import generate as module

@@ -1,8 +1,8 @@
 import pytest
 
-from dials_jax.caching.cache import DualCache, PrefixCache
 from dials_jax.caching.early_skip.settings import EarlySkip
 from dials_jax.caching.parse import parse_cache
+from dials_jax.caching.plain import DualCache, PrefixCache
 from dials_jax.errors import InputError
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dials_jax import trees
-from dials_jax.caching.cache import DualCache
+from dials_jax.caching.plain import DualCache
 from dials_jax.config import ArithmeticData, EvalTask
 from dials_jax.data.arithmetic import ArithmeticTask
 from dials_jax.errors import InputError

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dials_jax import trees
-from dials_jax.caching.cache import DualCache
+from dials_jax.caching.plain import DualCache
 from dials_jax.errors import InputError
 from dials_jax.loading import load
 from dials_jax.models.model import Model

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dials_jax.caching.cache import ForwardOutputs, ForwardVariant, NoCache, Work
+from dials_jax.caching.cache import ForwardOutputs, ForwardVariant, Work, always
 from dials_jax.caching.canvas import CanvasModel
+from dials_jax.caching.plain import NoCache
 from dials_jax.errors import InputError
 from dials_jax.models import transformer
 from dials_jax.sampling.confidence import Confidence, confident_run, propose, ranks, step_quota
@@ -156,7 +157,11 @@ class Stated(NoCache):
                 logits, net.positions(start, blocks.length), None, gates, cache_state
             )
 
-        return [ForwardVariant(forward, Work((blocks.length,) * net.cfg.num_layers, blocks.length))]
+        return [
+            ForwardVariant(
+                always, forward, Work((blocks.length,) * net.cfg.num_layers, blocks.length)
+            )
+        ]
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dials_jax.caching.cache import NoCache
+from dials_jax.caching.plain import NoCache
 from dials_jax.errors import InputError
 from dials_jax.loading import load
 from dials_jax.sampling import generate as module

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dials_jax import trees
-from dials_jax.caching.cache import DualCache, NoCache
+from dials_jax.caching.plain import DualCache, NoCache
 from dials_jax.errors import InputError
 from dials_jax.models import transformer
 from dials_jax.models.model import Model

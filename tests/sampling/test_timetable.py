@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 
 from dials_jax.caching import cache as cache_module
-from dials_jax.caching.cache import Blocks, DualCache, NoCache, PrefixCache
+from dials_jax.caching.cache import Blocks
 from dials_jax.caching.canvas import CanvasModel
-from dials_jax.caching.early_skip import variants
 from dials_jax.caching.early_skip.settings import EarlySkip
+from dials_jax.caching.plain import DualCache, NoCache, PrefixCache
 from dials_jax.compiling import Timed
 from dials_jax.models import transformer
 from dials_jax.models.model import Model
 from dials_jax.sampling import generate as module
 from dials_jax.sampling import loop as denoise_module
 from dials_jax.sampling.confidence import Confidence
-from dials_jax.sampling.timetable import block_timetable, follow, run_length_encode
+from dials_jax.sampling.timetable import block_steps, run_length_encode, run_program
 from tests.conftest import MASK, small_config
 
 EVERYONE = {"proportions": (1.0,), "depths": (0.0,)}  # no token leaves: little to compile
@@ -76,25 +76,30 @@ def test_following_takes_every_step_once_and_in_order():
         return state
 
     state = jnp.zeros(12, int), jnp.asarray(0)
-    seen, count = follow(run_length_encode(steps), note, dispatch, state)
+    seen, count = run_program(run_length_encode(steps), note, dispatch, state)
     assert count == len(steps)
     np.testing.assert_array_equal(seen[:-1], [*steps[:-2], 78, 78])
 
 
 @pytest.mark.parametrize("name", CACHES)
-def test_the_timetable_has_the_kind_of_every_step(name):
+def test_the_program_has_the_variant_of_every_step(name):
     cache, blocks = CACHES[name], Blocks(5, 4, 3, 1)
     cfg = small_config()
     rows = transformer.block_inputs(cfg, None, (1, 17))
     net = CanvasModel(cfg, None, None, "auto", rows, None, None, 5)
-    steps = block_timetable(cache, net, blocks, 4)
+    variants = cache.forward_variants(net, blocks)
+    steps = block_steps(variants, blocks, 4)
     assert len(steps) == 4
-    for step, kinds in enumerate(steps):
+    for step, numbers in enumerate(steps):
         due = {
-            int(cache.variant_due(jnp.asarray(block), jnp.asarray(step), None, net, blocks))
+            next(
+                i
+                for i, v in enumerate(variants)
+                if v.due(jnp.asarray(block), jnp.asarray(step), None)
+            )
             for block in range(blocks.count)
         }
-        assert due == ({kinds} if isinstance(kinds, int) else set(kinds))
+        assert due == ({numbers} if isinstance(numbers, int) else set(numbers))
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +117,6 @@ def test_known_steps_are_those_that_a_search_takes(model, monkeypatch, name):
     sampler = Confidence(gen_length=12, block_length=4, steps=12)
     if name == "skip 5":  # steps 1 and 2 may be a skip or a refresh of one size, in any order
         monkeypatch.setattr(cache_module, "MAX_SIZES", 1)
-        monkeypatch.setattr(variants, "MAX_SIZES", 1)
     if name in ("dual", "prefix"):
         sampler = dataclasses.replace(sampler, steps=6)  # two tokens a step
     prompts = jax.random.randint(jax.random.key(0), (2, 5), 2, 60)

@@ -1,45 +1,88 @@
-"""How much a token matters to the next step (ES-dLLM, its importance score)."""
+"""How important a token is to the next step, and how many tokens go on (ES-dLLM).
+
+    importance = alpha * confidence + (1 - alpha) * change
+                 + 2 for the two most confident tokens, if alpha > 0
+                 + 5 for the leftmost masked token of the block
+                 + 3 for the tokens that the last step revealed, if alpha < 1
+
+The confidence is that of the token last proposed at a position, and 0 where none can be revealed.
+The change is that of an indicator (a layer's output, or its queries, keys or values) since the
+cache last saw it there. The most important tokens go on through the layers.
+
+Source: ES-dLLM, token importance. The constants are those of its published code.
+"""
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-
-def change(
-    new: Float[Array, "R W *D"], old: Float[Array, "R W *D"], active: Bool[Array, "R W"] | None
-) -> Float[Array, "R W"]:
-    """Mean absolute change, in units of the old value's root mean square.
-
-    Divided by a row's largest where that exceeds 1, which it does before the cache knows anything.
-    """
-    new, old = (x.reshape(*x.shape[:2], -1).astype(jnp.float32) for x in (new, old))
-    scale = jnp.sqrt(jnp.mean(old * old, axis=-1)) + 1e-6
-    delta = jnp.mean(jnp.abs(new - old), axis=-1) / scale
-    counted = delta if active is None else jnp.where(active, delta, 0.0)
-    return delta / jnp.maximum(jnp.max(counted, axis=-1, keepdims=True), 1.0)
+MOST_CONFIDENT, LEFTMOST_MASKED, JUST_REVEALED = 2.0, 5.0, 3.0
+Count = TypeVar("Count", np.int64, Array)
 
 
 def importance(
     confidence: Float[Array, "R W"],
-    delta: Float[Array, "R W"],
+    change: Float[Array, "R W"],
+    bonus: Float[Array, "R W"],
     alpha: float,
     active: Bool[Array, "R W"] | None,
 ) -> Float[Array, "R W"]:
-    """alpha * confidence + (1 - alpha) * change, and 2 more for the two most confident tokens."""
-    score = alpha * confidence + (1 - alpha) * delta
-    if alpha == 0:
-        return score
-    counted = confidence if active is None else jnp.where(active, confidence, -jnp.inf)
-    two = top(counted, min(2, confidence.shape[1]))
-    return score + 2.0 * jnp.any(jnp.arange(score.shape[1]) == two[..., None], axis=1)
+    """A token's importance, `bonus` being that of `fixed_bonus`; -inf where not active."""
+    score = alpha * confidence + (1 - alpha) * change
+    if alpha > 0:
+        counted = confidence if active is None else jnp.where(active, confidence, -jnp.inf)
+        two = top(counted, min(2, confidence.shape[1]))
+        most_confident = jnp.any(jnp.arange(score.shape[1]) == two[..., None], axis=1)
+        score = score + MOST_CONFIDENT * most_confident
+    score = score + bonus
+    return score if active is None else jnp.where(active, score, -jnp.inf)
+
+
+def fixed_bonus(
+    masked: Bool[Array, "R W"], revealed: Bool[Array, "R W"], alpha: float
+) -> Float[Array, "R W"]:
+    """The terms that stay the same through the layers of a call.
+
+    Args:
+      masked: tokens that are masked, from left to right.
+      revealed: tokens that the last step revealed; none of them is masked.
+    """
+    leftmost = (jnp.arange(masked.shape[1]) == jnp.argmax(masked, axis=1)[:, None]) & masked
+    bonus = jnp.where(leftmost, LEFTMOST_MASKED, 0.0)
+    return jnp.where(revealed, JUST_REVEALED, bonus) if alpha < 1 else bonus
+
+
+def indicator_change(
+    new: Float[Array, "R W *D"], old: Float[Array, "R W *D"], active: Bool[Array, "R W"] | None
+) -> Float[Array, "R W"]:
+    """Mean absolute change, in units of the old value's root mean square.
+
+    Divided by the sequence's largest where that exceeds 1, as it does while the cache is empty.
+    """
+    new, old = (x.reshape(*x.shape[:2], -1).astype(jnp.float32) for x in (new, old))
+    scale = jnp.sqrt(jnp.mean(old * old, axis=-1)) + 1e-6
+    change = jnp.mean(jnp.abs(new - old), axis=-1) / scale
+    counted = change if active is None else jnp.where(active, change, 0.0)
+    return change / jnp.maximum(jnp.max(counted, axis=-1, keepdims=True), 1.0)
+
+
+def num_kept(proportion: float, block_length: int, num_revealed: Count) -> Count:
+    """How many tokens of a block go on, when the last step revealed `num_revealed`.
+
+    Its share of the block, or two more tokens than were revealed, but no more than the block.
+    """
+    return (num_revealed + 2).clip(int(proportion * block_length), block_length)
 
 
 def top(score: Float[Array, "R W"], count: int) -> Int[Array, "R {count}"]:
-    """The places of the `count` highest scores of each row, the highest first.
+    """The indices of the `count` highest scores per sequence, the highest first.
 
     Ties go to the left. In the published code they go wherever `torch.topk` leaves them, and that
-    matters: near a block's end the second most confident token is one of many with none.
+    matters: near a block's end the second most confident token is one of many with confidence 0.
     """
     return jax.lax.top_k(score, count)[1]

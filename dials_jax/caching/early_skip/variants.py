@@ -1,96 +1,89 @@
-"""The model calls of ES-dLLM: tokens that leave on their way through the layers.
-
-Places on the canvas are those of the rows that run. In a shifted model (Dream) the row that
-predicts a token lies one to its left.
-"""
+"""The forward variants of ES-dLLM, and when each is due."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int
 
-from dials_jax import trees
 from dials_jax.caching.cache import (
-    MAX_SIZES,
     Blocks,
+    Due,
     ForwardInputs,
     ForwardOutputs,
     ForwardVariant,
+    Number,
     Work,
+    always,
+    at_block_start,
     block_positions,
+    is_rounded_up,
     unfinished_sequences,
+    window_sizes,
 )
 from dials_jax.caching.canvas import CanvasModel
-from dials_jax.caching.early_skip.importance import change, importance, top
-from dials_jax.caching.early_skip.plan import EarlySkipState, SkipPlan
-from dials_jax.models import transformer
-from dials_jax.nn.block import BlockInputs
-from dials_jax.nn.kv import KV, Slots, gather, write
-
-
-class ActiveTokens(NamedTuple):
-    """The tokens of a window that are still on their way through the layers."""
-
-    h: Float[Array, "R W D"]
-    window: BlockInputs
-    masked: Bool[Array, "R W"]
-    confidence: Float[Array, "R W"]
-    bonus: Float[Array, "R W"]  # keeps a row's leftmost masked and last revealed tokens
-
-    def take(self, index: Int[Array, "R w"], active: Bool[Array, "R w"] | None) -> ActiveTokens:
-        h, angles, places, masked, confidence, bonus = gather(
-            (self.h, self.window.angles, self.window.slots.index, *self[2:]), index
-        )
-        window = BlockInputs(angles, self.window.valid, Slots(places, active))
-        return ActiveTokens(h, window, masked, confidence, bonus)
+from dials_jax.caching.early_skip.importance import importance, num_kept, top
+from dials_jax.caching.early_skip.layers import (
+    ActiveTokens,
+    EarlySkipState,
+    SkipPlan,
+    enter_window,
+    run_spans,
+)
+from dials_jax.nn.kv import gather
 
 
 def leftmost(revealed: Bool[Array, "R S"]) -> Int[Array, "R 1"]:
-    """The first token that the last step revealed, in each row by itself.
+    """The first token that the last step revealed, per sequence.
 
-    The published code takes the first of all rows, so that a row depends on its batch.
+    The published code takes the first of all sequences, so that a result depends on the batch.
     """
     return jnp.argmax(revealed, axis=1, keepdims=True)
 
 
-# leave(depth, going, change, state) -> who goes on, as places in the window, and who is active
-Leave = Callable[["int", ActiveTokens, Array, EarlySkipState], tuple[Array, "Array | None"]]
-
-
 class EarlySkipVariants:
-    """The kinds of model calls, and the way of the tokens through the layers."""
+    """The forward variants for one plan.
+
+    Steps are counted in tokens, as the published code does: `token` below is the number of the
+    step if every step revealed one token and every block took as many steps as it has tokens.
+    """
 
     def __init__(self, plan: SkipPlan, net: CanvasModel, blocks: Blocks):
         self.plan, self.net, self.blocks = plan, net, blocks
 
-    def init_state(self) -> EarlySkipState:
-        cfg, (rows, length) = self.net.cfg, (self.net.num_sequences, self.net.length)
-        shape = {"hidden": (cfg.d_model,), "query": (cfg.num_heads, cfg.head_dim)}
-        # Old keys and values are in the cache anyway.
-        seen = jnp.zeros((rows, length, *shape.get(self.plan.indicator, (0,))), cfg.dtype)
-        return EarlySkipState(
-            tuple(self.net.init_cache(span) for span in self.plan.spans(cfg.num_layers)),
-            (seen,) * len(self.plan.layers),
-            jnp.zeros((rows, length)),
-            jnp.zeros((rows, length), bool),
-        )
+    def needed(self, prompt_every: int, block_every: int) -> list[ForwardVariant]:
+        """All that a generation needs, in order: the first that is due runs."""
+        blocks, sizes = self.blocks, window_sizes(self.blocks.count)
 
-    # ------------------------------------------------------------------------------- variants
+        def every(count: int) -> Due:
+            return lambda block, step, state: (block * blocks.length + step) % count == 0
+
+        num_tokens = blocks.length * blocks.count
+        refreshed = range(prompt_every, num_tokens, prompt_every)
+        reached = {next(n for n in sizes if n > token // blocks.length) for token in refreshed}
+        variants = [self.canvas()]
+        variants += [self.up_to(n, every(prompt_every)) for n in sorted(reached)]
+        if any(start % prompt_every for start in range(blocks.length, num_tokens, blocks.length)):
+            variants.append(self.two_blocks())
+        return [*variants, self.block(every(block_every)), *self.skips()]
+
+    # ----------------------------------------------------------------------------- the variants
 
     def canvas(self) -> ForwardVariant:
-        """Runs the whole canvas."""
+        """Runs the whole canvas, at the first step of all."""
 
-        def forward(inputs: ForwardInputs, cache_state: EarlySkipState) -> ForwardOutputs:
+        def due(block: Number, step_in_block: Number, state: EarlySkipState | None) -> Any:
+            return (block == 0) & (step_in_block == 0)
+
+        def forward(inputs: ForwardInputs, state: EarlySkipState) -> ForwardOutputs:
             index = self.net.positions(0, self.net.length)
-            return self.refresh(inputs, cache_state, index, None, prompt=self.net.prompt_length)
+            return self.refresh(inputs, state, index, None, self.net.prompt_length)
 
-        return ForwardVariant(forward, self.work(self.net.length, prompt=self.net.prompt_length))
+        return ForwardVariant(due, forward, self.work(self.net.length, self.net.prompt_length))
 
-    def up_to(self, num_blocks: int) -> ForwardVariant:
+    def up_to(self, num_blocks: int, refresh_due: Due) -> ForwardVariant:
         """Brings everything up to the block's end up to date.
 
         Args:
@@ -99,200 +92,130 @@ class EarlySkipVariants:
         net, blocks = self.net, self.blocks
         size = blocks.start + num_blocks * blocks.length - net.logit_shift
 
-        def forward(inputs: ForwardInputs, cache_state: EarlySkipState) -> ForwardOutputs:
-            index, active = net.positions(0, size), self.awake(inputs)
-            if blocks.count > MAX_SIZES:
+        def due(block: Number, step_in_block: Number, state: EarlySkipState | None) -> Any:
+            return refresh_due(block, step_in_block, state) & (block < num_blocks)
+
+        def forward(inputs: ForwardInputs, state: EarlySkipState) -> ForwardOutputs:
+            index, active = net.positions(0, size), self.writing_sequences(inputs)
+            if is_rounded_up(blocks.count):
                 inside = index < self.first(inputs.block + 1)
                 active = inside if active is None else active & inside
-            return self.refresh(inputs, cache_state, index, active, prompt=net.prompt_length)
+            return self.refresh(inputs, state, index, active, net.prompt_length)
 
-        return ForwardVariant(forward, self.work(size, prompt=net.prompt_length))
+        return ForwardVariant(due, forward, self.work(size, net.prompt_length))
 
     def two_blocks(self) -> ForwardVariant:
-        """A block's first step without a refresh: from the token on that was revealed last."""
+        """A block's first step without a refresh: runs from the token revealed last on."""
         size = 2 * self.blocks.length
 
-        def forward(inputs: ForwardInputs, cache_state: EarlySkipState) -> ForwardOutputs:
+        def forward(inputs: ForwardInputs, state: EarlySkipState) -> ForwardOutputs:
             index = self.net.positions(self.first(inputs.block - 1), size)
-            return self.refresh(inputs, cache_state, index, index >= leftmost(cache_state.revealed))
+            return self.refresh(inputs, state, index, index >= leftmost(state.revealed))
 
-        return ForwardVariant(forward, self.work(size))
+        return ForwardVariant(at_block_start, forward, self.work(size))
 
-    def block(self) -> ForwardVariant:
+    def block(self, due: Due) -> ForwardVariant:
         """Brings the block up to date."""
 
-        def forward(inputs: ForwardInputs, cache_state: EarlySkipState) -> ForwardOutputs:
+        def forward(inputs: ForwardInputs, state: EarlySkipState) -> ForwardOutputs:
             index = self.net.positions(self.first(inputs.block), self.blocks.length)
-            return self.refresh(inputs, cache_state, index, self.awake(inputs))
+            return self.refresh(inputs, state, index, self.writing_sequences(inputs))
 
-        return ForwardVariant(forward, self.work(self.blocks.length))
+        return ForwardVariant(due, forward, self.work(self.blocks.length))
 
-    def skip(self, few: bool = False) -> ForwardVariant:
-        """Runs the block and drops tokens on the way.
+    def skips(self) -> list[ForwardVariant]:
+        """Runs the block and skips tokens; where any number may be revealed there are two variants.
+
+        The first runs smaller windows, of `plan.kept` tokens. The second is due when a sequence
+        revealed more tokens than that leaves room for.
+        """
+        if self.blocks.max_quota is not None:
+            return [self.skip(always)]
+
+        def due(block: Number, step_in_block: Number, state: EarlySkipState) -> Bool[Array, ""]:
+            most = jnp.max(jnp.sum(state.revealed, axis=1))
+            proportion, length = self.plan.proportions[-1], self.blocks.length
+            return num_kept(proportion, length, most) <= self.plan.kept[-1]
+
+        return [self.skip(due), self.skip(always, whole_window=True)]
+
+    def skip(self, due: Due, whole_window: bool = False) -> ForwardVariant:
+        """Runs the block and skips tokens.
 
         Args:
-          few: some row was revealed so many tokens that it keeps more than `plan.kept`. The window
-            then stays whole, and tokens that have left are only barred from what they could change.
+          whole_window: all tokens stay in the window, and the skipped ones are masked out.
         """
-        plan, length = self.plan, self.blocks.length
+        length, num_layers = self.blocks.length, self.net.cfg.num_layers
 
-        def leave(
-            depth: int, going: ActiveTokens, delta: Float[Array, "R W"], cache_state: EarlySkipState
-        ):
-            active = going.window.slots.active
-            score = importance(going.confidence, delta, plan.alpha, active) + going.bonus
-            score = score if active is None else jnp.where(active, score, -jnp.inf)
-            if not few:
-                rows = top(score, plan.kept[depth])
-                return rows, None if active is None else gather(active, rows)
-            rows = top(score, length)
-            last = jnp.sum(cache_state.revealed, axis=1, keepdims=True) + 2
-            count = jnp.maximum(int(plan.proportions[depth] * length), jnp.minimum(last, length))
-            return rows, gather(active, rows) & (jnp.arange(length) < count)
-
-        def forward(inputs: ForwardInputs, cache_state: EarlySkipState) -> ForwardOutputs:
+        def forward(inputs: ForwardInputs, state: EarlySkipState) -> ForwardOutputs:
             index = self.net.positions(self.first(inputs.block), length)
-            active = self.awake(inputs)
-            going, gates, cache_state = self.travel(inputs, cache_state, index, active, leave)
-            slots = going.window.slots
+            active = self.writing_sequences(inputs)
+            tokens = enter_window(self.plan, self.net, inputs, state, index, active)
+            revealed = state.revealed if whole_window else None
+            keep = partial(self.keep_top_tokens, revealed)
+            tokens, gates, state = run_spans(self.plan, self.net, inputs, state, tokens, keep)
+            slots = tokens.window.slots
             return ForwardOutputs(
-                going.h, slots.index + self.net.logit_shift, slots.active, gates, cache_state
+                tokens.h, slots.index + self.net.logit_shift, slots.active, gates, state
             )
 
-        layers = range(self.net.cfg.num_layers)
-        tokens = tuple(length if few else plan.kept[plan.depth(layer)] for layer in layers)
-        return ForwardVariant(forward, Work(tokens, tokens[-1]))
+        kept = [length if whole_window else self.plan.kept[self.plan.depth(layer)]
+                for layer in range(num_layers)]  # fmt: skip
+        return ForwardVariant(due, forward, Work(tuple(kept), kept[-1]))
 
-    def first(self, block: Int[Array, ""]) -> Int[Array, ""]:
-        """The row that predicts a block's first token."""
-        return self.blocks.start + block * self.blocks.length - self.net.logit_shift
+    # ------------------------------------------------------------------------------ their parts
 
-    def work(self, size: int, prompt: int = 0) -> Work:
-        return Work((size,) * self.net.cfg.num_layers, self.blocks.length, prompt)
+    def keep_top_tokens(
+        self,
+        revealed: Bool[Array, "R S"] | None,
+        depth: int,
+        tokens: ActiveTokens,
+        change: Float[Array, "R W"],
+    ) -> tuple[Int[Array, "R w"], Bool[Array, "R w"] | None]:
+        """The most important tokens of the window, the first before, and which are active.
 
-    def awake(self, inputs: ForwardInputs) -> Bool[Array, "R 1"] | None:
-        """Rows that write; None: all.
-
-        With one token a step all rows finish together. With more, a row may find fewer masked
-        tokens among those that have not left than another does.
+        Args:
+          revealed: by the last step, where their number says how many tokens go on; None: the
+            plan says it.
         """
-        return None if self.blocks.max_quota == 1 else unfinished_sequences(self.net, inputs)
+        plan, length, active = self.plan, self.blocks.length, tokens.window.slots.active
+        score = importance(tokens.confidence, change, tokens.bonus, plan.alpha, active)
+        if revealed is None:
+            chosen = top(score, plan.kept[depth])
+            return chosen, None if active is None else gather(active, chosen)
+        chosen = top(score, length)
+        num_revealed = jnp.sum(revealed, axis=1, keepdims=True)
+        count = num_kept(plan.proportions[depth], length, num_revealed)
+        return chosen, gather(active, chosen) & (jnp.arange(length) < count)
 
     def refresh(
         self,
         inputs: ForwardInputs,
-        cache_state: EarlySkipState,
+        state: EarlySkipState,
         index: Int[Array, "R W"],
         active: Bool[Array, "R _"] | None,
-        prompt: int = 0,
-    ) -> ForwardOutputs:
-        """Runs a range of the canvas through all layers; `prompt` of its tokens are the prompt."""
-        positions, predicted = block_positions(self.net, self.blocks, inputs, index[0, 0])
-        going, gates, cache_state = self.travel(
-            inputs, cache_state, index, active, None, positions, prompt
-        )
-        return ForwardOutputs(going.h, predicted, None, gates, cache_state)
-
-    # ------------------------------------------------------------------------------- the way
-
-    def travel(
-        self,
-        inputs: ForwardInputs,
-        cache_state: EarlySkipState,
-        index: Int[Array, "R W"],
-        active: Bool[Array, "R _"] | None,
-        leave: Leave | None,
-        output_positions: Int[Array, "R _"] | None = None,
         prompt_length: int = 0,
-    ) -> tuple[ActiveTokens, Array, EarlySkipState]:
-        """Runs the tokens at `index`; at each layer of the plan `leave` says who goes on.
+    ) -> ForwardOutputs:
+        """Runs a range of the canvas, which begins with `prompt_length` tokens of the prompt."""
+        tokens = enter_window(self.plan, self.net, inputs, state, index, active)
+        in_window, predicted = block_positions(self.net, self.blocks, inputs, index[0, 0])
+        tokens, gates, state = run_spans(
+            self.plan, self.net, inputs, state, tokens, None,
+            output_positions=in_window, prompt_length=prompt_length,
+        )  # fmt: skip
+        return ForwardOutputs(tokens.h, predicted, None, gates, state)
 
-        Args:
-          leave: None: all go on.
-          output_positions: in the window, of the tokens whose states are asked for; None: of all
-            that go on.
-          prompt_length: no token of the window before this one is masked, and none leaves.
+    def writing_sequences(self, inputs: ForwardInputs) -> Bool[Array, "R 1"] | None:
+        """Sequences that write to the cache; None: all.
+
+        With one token per step all sequences finish together. With more, a sequence may find fewer
+        masked tokens among those that were not skipped than another does.
         """
-        plan, going = self.plan, self.enter(inputs, cache_state, index, active)
-        kv, seen, gates = list(cache_state.kv), list(cache_state.seen), []
-        contiguous = True  # until the first token leaves
-        policy_state = None
-        for i, span in enumerate(plan.spans(self.net.cfg.num_layers)):
-            depth = plan.depth(span[0])
-            if plan.indicator != "hidden" and span[0] in plan.layers:
-                going, kv[i], seen[depth - 1] = self.within(
-                    going, span[0], kv[i], seen[depth - 1], cache_state, leave
-                )
-                gates.append(jnp.ones((1, index.shape[0]), bool))
-                contiguous = leave is None
-                continue
-            out = self.net.run_layers(
-                going.h, going.window, going.masked, inputs.step, kv[i],
-                span=span, contiguous=contiguous, prompt_length=prompt_length,
-                output_positions=output_positions, policy_state=policy_state,
-            )  # fmt: skip
-            going, kv[i] = going._replace(h=out.h), out.cache_state
-            policy_state = out.policy_state
-            gates.append(out.gates)
-            if plan.indicator == "hidden" and depth < len(plan.layers):
-                if leave is not None:
-                    slots = going.window.slots
-                    delta = change(out.h, gather(seen[depth], slots.index), slots.active)
-                    going = going.take(*leave(depth + 1, going, delta, cache_state))
-                    contiguous = False
-                slots = going.window.slots
-                seen[depth] = write(seen[depth], going.h, slots, contiguous=contiguous)
-        cache_state = cache_state._replace(kv=tuple(kv), seen=tuple(seen))
-        return going, jnp.concatenate(gates), cache_state
+        return None if self.blocks.max_quota == 1 else unfinished_sequences(self.net, inputs)
 
-    def enter(
-        self,
-        inputs: ForwardInputs,
-        cache_state: EarlySkipState,
-        index: Int[Array, "R W"],
-        active: Bool[Array, "R _"] | None,
-    ) -> ActiveTokens:
-        net, tokens = self.net, gather(inputs.tokens, index)
-        active = None if active is None else jnp.broadcast_to(active, index.shape)
-        predicted = jnp.minimum(index + net.logit_shift, net.length - 1)
-        masked = transformer.is_masked(net.cfg, gather(inputs.tokens, predicted))
-        first = (jnp.arange(index.shape[1]) == jnp.argmax(masked, axis=1)[:, None]) & masked
-        bonus = jnp.where(first, 5.0, 0.0)
-        if self.plan.alpha < 1:
-            bonus = jnp.where(gather(cache_state.revealed, index), 3.0, bonus)
-        window, confidence = net.window(index, active), gather(cache_state.confidence, index)
-        return ActiveTokens(
-            net.embed(tokens, window), window, net.is_masked(tokens, index), confidence, bonus
-        )
+    def first(self, block: Int[Array, ""]) -> Int[Array, ""]:
+        """The position that predicts a block's first token."""
+        return self.blocks.start + block * self.blocks.length - self.net.logit_shift
 
-    def within(
-        self,
-        going: ActiveTokens,
-        layer: int,
-        kv: PyTree,
-        seen: Array,
-        cache_state: EarlySkipState,
-        leave: Leave | None,
-    ) -> tuple[ActiveTokens, PyTree, Array]:
-        """One layer in which tokens leave once their queries, keys and values are known."""
-        plan, layers = self.plan, self.net.params["layers"]
-        unrolled = trees.is_unrolled(layers)
-        params = trees.layer_slice(layers, layer)
-        block = transformer.block_of(self.net.cfg, params)
-        old = trees.layer_slice(kv, 0)
-        q, new = block(params, going.h, going.window, method="project")
-        if leave is not None:
-            now, before = {"query": (q, seen), "key": (new.k, old.k), "value": (new.v, old.v)}[
-                plan.indicator
-            ]
-            slots = going.window.slots
-            delta = change(now, gather(before, slots.index), slots.active)
-            rows, active = leave(plan.depth(layer), going, delta, cache_state)
-            going, (q, new) = going.take(rows, active), gather((q, new), rows)
-        slots = going.window.slots
-        if plan.indicator == "query":
-            seen = write(seen, q, slots)
-        kept: KV = write(old, new, slots)
-        h = block(params, going.h, q, kept, going.window, method="mix")
-        kv = (kept,) if unrolled else jax.tree.map(lambda x: x[None], kept)
-        return going._replace(h=h), kv, seen
+    def work(self, size: int, prompt_length: int = 0) -> Work:
+        return Work((size,) * self.net.cfg.num_layers, self.blocks.length, prompt_length)

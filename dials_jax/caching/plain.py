@@ -1,0 +1,139 @@
+"""The caches that keep whole ranges of keys and values: none, prefix and dual (Fast-dLLM)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int, PyTree
+
+from dials_jax.caching.cache import (
+    Blocks,
+    Due,
+    ForwardInputs,
+    ForwardOutputs,
+    ForwardVariant,
+    Number,
+    Revealed,
+    Work,
+    always,
+    at_block_start,
+    block_positions,
+    is_rounded_up,
+    unfinished_sequences,
+    window_sizes,
+)
+from dials_jax.caching.canvas import CanvasModel
+
+
+class KeysAndValues:
+    """A cache whose state is the keys and values of the whole canvas, written by the layers."""
+
+    drops_tokens = False
+
+    def init_state(self, net: CanvasModel, blocks: Blocks) -> PyTree:
+        return net.init_cache()
+
+    def after_reveal(self, cache_state: PyTree, revealed: Revealed, net: CanvasModel) -> PyTree:
+        return cache_state
+
+
+@dataclass(frozen=True)
+class NoCache(KeysAndValues):
+    """Every step runs the whole canvas, and nothing is kept."""
+
+    def init_state(self, net: CanvasModel, blocks: Blocks) -> PyTree:
+        return None
+
+    def forward_variants(self, net: CanvasModel, blocks: Blocks) -> list[ForwardVariant]:
+        return [whole_canvas(net, blocks, always)]
+
+
+@dataclass(frozen=True)
+class DualCache(KeysAndValues):
+    """Keys and values of everything outside the block are kept until the next block (Fast-dLLM).
+
+    The first step of a block runs the whole canvas; the others run the block alone.
+    """
+
+    def forward_variants(self, net: CanvasModel, blocks: Blocks) -> list[ForwardVariant]:
+        return [whole_canvas(net, blocks, at_block_start), block_only(net, blocks)]
+
+
+@dataclass(frozen=True)
+class PrefixCache(KeysAndValues):
+    """Keys and values of everything before the block are kept until the next (Fast-dLLM).
+
+    The first step of a block runs the whole canvas; the others run the block and all after it.
+    """
+
+    def forward_variants(self, net: CanvasModel, blocks: Blocks) -> list[ForwardVariant]:
+        sizes = window_sizes(blocks.count)
+        return [whole_canvas(net, blocks, at_block_start), *(suffix(net, blocks, n) for n in sizes)]
+
+
+def whole_canvas(net: CanvasModel, blocks: Blocks, due: Due) -> ForwardVariant:
+    """Runs everything, and writes all of the cache where there is one."""
+
+    def forward(inputs: ForwardInputs, cache_state: PyTree) -> ForwardOutputs:
+        in_window, index = block_positions(net, blocks, inputs, 0)
+        out = net.run_range(
+            inputs.tokens, 0, net.length, inputs.step, cache_state, output_positions=in_window
+        )
+        return ForwardOutputs(out.h, index, None, out.gates, out.cache_state)
+
+    work = Work((net.length,) * net.cfg.num_layers, blocks.length, net.prompt_length)
+    return ForwardVariant(due, forward, work)
+
+
+def block_only(net: CanvasModel, blocks: Blocks) -> ForwardVariant:
+    """Runs the positions that predict the block."""
+
+    def forward(inputs: ForwardInputs, cache_state: PyTree) -> ForwardOutputs:
+        start = blocks.start + inputs.block * blocks.length - net.logit_shift
+        active = written_positions(net, blocks, inputs, net.positions(start, blocks.length))
+        out = net.run_range(inputs.tokens, start, blocks.length, inputs.step, cache_state, active)
+        index = net.positions(start + net.logit_shift, blocks.length)[: inputs.tokens.shape[0]]
+        return ForwardOutputs(out.h, index, None, out.gates, out.cache_state)
+
+    return ForwardVariant(
+        always, forward, Work((blocks.length,) * net.cfg.num_layers, blocks.length)
+    )
+
+
+def suffix(net: CanvasModel, blocks: Blocks, num_blocks: int) -> ForwardVariant:
+    """Runs the last `num_blocks` blocks, and writes the present one and those after it."""
+    size = num_blocks * blocks.length + net.logit_shift
+
+    def due(block: Number, step_in_block: Number, cache_state: PyTree) -> Any:
+        return blocks.count - block <= num_blocks
+
+    def forward(inputs: ForwardInputs, cache_state: PyTree) -> ForwardOutputs:
+        start = blocks.start + inputs.block * blocks.length - net.logit_shift
+        first = blocks.end - size
+        index = net.positions(first, size)
+        active = written_positions(net, blocks, inputs, index)
+        if is_rounded_up(blocks.count):
+            active = index >= start if active is None else active & (index >= start)
+        in_window, predicted = block_positions(net, blocks, inputs, first)
+        out = net.run_range(
+            inputs.tokens, first, size, inputs.step, cache_state, active, output_positions=in_window
+        )
+        return ForwardOutputs(out.h, predicted, None, out.gates, out.cache_state)
+
+    return ForwardVariant(due, forward, Work((size,) * net.cfg.num_layers, blocks.length))
+
+
+def written_positions(
+    net: CanvasModel, blocks: Blocks, inputs: ForwardInputs, index: Int[Array, "R W"]
+) -> Bool[Array, "R W"] | None:
+    """Which positions of a window are written; None: all.
+
+    With fixed quotas all sequences finish together. Without a policy the next block's first call
+    writes everything anew; but a layer that is skipped there would keep what a waiting sequence
+    wrote.
+    """
+    if net.policy is None or blocks.max_quota is not None:
+        return None
+    return jnp.broadcast_to(unfinished_sequences(net, inputs), index.shape)
