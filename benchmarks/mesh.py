@@ -30,7 +30,7 @@ from dials_jax.caching.parse import parse_cache
 from dials_jax.config import MeshConfig, ModelConfig, RouterConfig
 from dials_jax.errors import InputError, nearest, require
 from dials_jax.keys import seed_key
-from dials_jax.models import llada
+from dials_jax.models import families
 from dials_jax.models.model import Model, sequence_keys
 from dials_jax.nn.policy import Policy
 from dials_jax.sampling import generate as module
@@ -127,7 +127,7 @@ class Part:
 
 
 def equal_part() -> Part:
-    cfg = llada.small(
+    cfg = families.llada_small(
         8, 64, 512, mask_id=511, eos_id=1, pad_id=0, head_dim=16, num_kv_heads=2, dtype="float32"
     )
     return Part(cfg, Confidence(16, 8, 16), 16, lambda m, _: undecided_routers(m), scale=4.0)

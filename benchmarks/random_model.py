@@ -13,19 +13,19 @@ from dials_jax import sharding, trees
 from dials_jax.config import ModelConfig, RouterConfig
 from dials_jax.errors import nearest, require
 from dials_jax.keys import seed_key
-from dials_jax.models import dream, groups, llada, mdlm, qwen2, transformer
+from dials_jax.models import families, groups, transformer
 from dials_jax.models.groups import Layout
 from dials_jax.models.model import Model
 from dials_jax.skipping.routed import Routed, init_routers, rounded
 
 MODELS = {
-    "llada_8b": llada.llada_8b,
-    "dream_7b": dream.dream_7b,
-    "qwen2_5_7b": qwen2.qwen2_5_7b,
-    "mdlm": mdlm.mdlm,
+    "llada_8b": families.llada_8b,
+    "dream_7b": families.dream_7b,
+    "qwen2_5_7b": families.qwen2_5_7b,
+    "mdlm": families.mdlm,
     # The same families on a laptop, to try a benchmark out.
-    "tiny": partial(llada.small, 8, 64, 512, mask_id=511, eos_id=1, pad_id=0),
-    "tiny_mdlm": partial(mdlm.small, 4, 64, 512, mask_id=511, eos_id=1, pad_id=0),
+    "tiny": partial(families.llada_small, 8, 64, 512, mask_id=511, eos_id=1, pad_id=0),
+    "tiny_mdlm": partial(families.mdlm_small, 4, 64, 512, mask_id=511, eos_id=1, pad_id=0),
 }
 
 

@@ -28,7 +28,7 @@ from dials_jax.config import MeshConfig, ModelConfig, ObjectiveConfig, Optimizer
 from dials_jax.data.batches import Batch
 from dials_jax.errors import nearest, require
 from dials_jax.keys import seed_key
-from dials_jax.models import gpt2, llada, mdlm, transformer
+from dials_jax.models import families, transformer
 from dials_jax.skipping.flops import head_flops, layer_flops
 from dials_jax.training.losses import check_objective, model_loss
 from dials_jax.training.optimizer import make_optimizer
@@ -45,10 +45,10 @@ GPT2_IDS = {"vocab_size": 50258, "mask_id": 50257, "eos_id": 50256, "pad_id": 50
 TINY_IDS = {"vocab_size": 512, "mask_id": 511, "eos_id": 1, "pad_id": 0}
 # By blocks: the published width, as the families of configs/mdlm/ have it.
 MODELS = {
-    "mdlm": mdlm.mdlm,
-    "llada": lambda blocks: llada.small(blocks, 768, **GPT2_IDS),
-    "gpt2": lambda blocks: gpt2.small(blocks, 768, **GPT2_IDS),
-    "tiny": lambda blocks: mdlm.small(blocks, 64, **TINY_IDS),  # on a laptop
+    "mdlm": families.mdlm,
+    "llada": lambda blocks: families.llada_small(blocks, 768, **GPT2_IDS),
+    "gpt2": lambda blocks: families.gpt2_small(blocks, 768, **GPT2_IDS),
+    "tiny": lambda blocks: families.mdlm_small(blocks, 64, **TINY_IDS),  # on a laptop
 }
 
 

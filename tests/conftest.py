@@ -36,7 +36,7 @@ from dials_jax.config import (  # noqa: E402
     TrainConfig,
 )
 from dials_jax.data.arithmetic import ArithmeticTask  # noqa: E402
-from dials_jax.models import llada, transformer  # noqa: E402
+from dials_jax.models import families, transformer  # noqa: E402
 from dials_jax.models.folders import save_model  # noqa: E402
 from dials_jax.models.model import Model  # noqa: E402
 from dials_jax.nn import gates  # noqa: E402
@@ -68,7 +68,7 @@ def small_config(**changes):
         "num_layers": 4, "d_model": 32, "vocab_size": 64, "mask_id": MASK, "eos_id": EOS,
         "pad_id": PAD, "head_dim": 8, "max_length": 64, "dtype": "float32",
     }  # fmt: skip
-    return llada.small(**(values | changes))
+    return families.llada_small(**(values | changes))
 
 
 def random_routers(cfg, seed=0, d_hidden=8):

@@ -21,7 +21,7 @@ from dials_jax.config import (
     TrainConfig,
 )
 from dials_jax.evaluation.sweep import sweep
-from dials_jax.models import mdlm
+from dials_jax.models import families
 from dials_jax.studies.study import run_study
 from dials_jax.training.loop import train
 from tests import conftest  # noqa: F401  exact products, shapes checked
@@ -30,7 +30,7 @@ DATA = ArithmeticData(num_items=40)
 
 
 def training(mesh, kind="mdlm", **subject):
-    model = mdlm.small(
+    model = families.mdlm_small(
         2,
         32,
         19,

@@ -21,11 +21,11 @@ ROOT = Path(__file__).parents[1]
 
 TRAIN = """
 from dials_jax.config import *
-from dials_jax.models.llada import small
+from dials_jax.models.families import llada_small
 
 def get_config():
     return TrainConfig(
-        model=small(num_layers=2, d_model=32, vocab_size=19, mask_id=18, eos_id=1, pad_id=0,
+        model=llada_small(num_layers=2, d_model=32, vocab_size=19, mask_id=18, eos_id=1, pad_id=0,
                     max_length=32, dtype="float32"),
         data={data},
         optimizer=OptimizerConfig(learning_rate=1e-2, num_steps=4, warmup_steps=1{more}),

@@ -221,11 +221,11 @@ def test_programs_are_kept_in_the_folder_that_jax_is_given(given, used, tmp_path
 
 TRAIN = """
 from dials_jax.config import *
-from dials_jax.models.llada import small
+from dials_jax.models.families import llada_small
 
 def get_config():
     return TrainConfig(
-        model=small(num_layers=1, d_model=32, vocab_size=19, mask_id=18, eos_id=1, pad_id=0,
+        model=llada_small(num_layers=1, d_model=32, vocab_size=19, mask_id=18, eos_id=1, pad_id=0,
                     max_length=32, dtype="float32"),
         data=ArithmeticData(num_items=20),
         optimizer=OptimizerConfig(num_steps=2, warmup_steps=1),

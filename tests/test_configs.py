@@ -11,7 +11,7 @@ import pytest
 from dials_jax import sharding, trees
 from dials_jax.commands import parse
 from dials_jax.config import EvalConfig, RouterConfig, ScheduleStudy, StudyConfig, TrainConfig
-from dials_jax.models import llada, transformer
+from dials_jax.models import families, transformer
 from dials_jax.sampling.model_schedule import Schedule
 from dials_jax.skipping.routed import init_routers
 from dials_jax.studies.samples import check_schedules
@@ -49,7 +49,7 @@ def test_the_model_builds_with_a_place_for_every_parameter(file):
         if isinstance(config, ScheduleStudy):
             check_schedules(config, [Schedule.parse(text) for text in config.schedules])
         return
-    cfg = config.model or llada.llada_8b()
+    cfg = config.model or families.llada_8b()
     key = jax.random.key(0)
     params = jax.eval_shape(lambda: transformer.init(cfg, key))
     assert trees.count_parameters(params) > 0

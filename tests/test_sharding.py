@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from dials_jax import sharding, trees
 from dials_jax.config import MeshConfig
 from dials_jax.errors import InputError
-from dials_jax.models import gpt2, mdlm, transformer
+from dials_jax.models import families, transformer
 from tests.conftest import random_routers, small_config
 
 MESH = AbstractMesh((2, 4, 2), sharding.AXES)  # sizes without devices
@@ -18,8 +18,8 @@ MESH = AbstractMesh((2, 4, 2), sharding.AXES)  # sizes without devices
 
 CONFIGS = {
     "llada": small_config(bias=True, qkv_bias=True),
-    "mdlm": mdlm.small(2, 32, 64, 63, 1, 0),
-    "gpt2": gpt2.small(2, 32, 64, 1, 0),
+    "mdlm": families.mdlm_small(2, 32, 64, 63, 1, 0),
+    "gpt2": families.gpt2_small(2, 32, 64, 1, 0),
 }
 
 

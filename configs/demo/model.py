@@ -6,13 +6,13 @@ Expected: at least 95 % exact match on held-out items, in about two minutes.
 """
 
 from dials_jax.config import ArithmeticData, OptimizerConfig, TrainConfig
-from dials_jax.models.llada import small
+from dials_jax.models.families import llada_small
 
 
 def get_config() -> TrainConfig:
     return TrainConfig(
         # The vocabulary is that of the arithmetic characters: 0 padding, 1 end of text, 18 [MASK].
-        model=small(
+        model=llada_small(
             num_layers=6,
             d_model=96,
             vocab_size=19,

@@ -17,7 +17,7 @@ from dials_jax.config import (
     OptimizerConfig,
     TrainConfig,
 )
-from dials_jax.models.mdlm import mdlm
+from dials_jax.models.families import mdlm
 
 
 def openwebtext(model: ModelConfig, kind: str = "mdlm", **changes) -> TrainConfig:

@@ -8,7 +8,7 @@ Otherwise as blocks_12.py. Expected: as L in L125,H750,L125 a generative perplex
 
 from configs.mdlm.blocks_12 import openwebtext
 from dials_jax.config import TrainConfig
-from dials_jax.models.mdlm import mdlm
+from dials_jax.models.families import mdlm
 
 
 def get_config() -> TrainConfig:

@@ -8,7 +8,7 @@ OpenWebText's last 100,000 documents (the autoregressive model of Sahoo et al. 2
 
 from configs.mdlm.blocks_12 import openwebtext
 from dials_jax.config import TrainConfig
-from dials_jax.models.mdlm import mdlm
+from dials_jax.models.families import mdlm
 
 
 def get_config() -> TrainConfig:

@@ -8,7 +8,7 @@ runs/mdlm/causal. Expected: the loss of blocks_12.py in a fraction of its steps.
 
 from configs.mdlm.blocks_12 import openwebtext
 from dials_jax.config import TrainConfig
-from dials_jax.models.mdlm import mdlm
+from dials_jax.models.families import mdlm
 
 
 def get_config() -> TrainConfig:

@@ -8,7 +8,7 @@ a light one (Sedykh et al., section 3.4). Expected: as blocks_12.py.
 
 from configs.mdlm.blocks_12 import openwebtext
 from dials_jax.config import TrainConfig
-from dials_jax.models.mdlm import mdlm
+from dials_jax.models.families import mdlm
 
 
 def get_config() -> TrainConfig:

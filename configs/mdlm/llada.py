@@ -8,7 +8,7 @@ that of blocks_12.py, and the same model within noise: both are bounds of the sa
 
 from configs.mdlm.blocks_12 import openwebtext
 from dials_jax.config import TrainConfig
-from dials_jax.models.mdlm import mdlm
+from dials_jax.models.families import mdlm
 
 
 def get_config() -> TrainConfig:

@@ -15,7 +15,7 @@ from dials_jax.config import (
     TextData,
     TrainConfig,
 )
-from dials_jax.models.mdlm import mdlm
+from dials_jax.models.families import mdlm
 
 
 def text(model: ModelConfig, kind: str = "mdlm", num_steps: int = 6900, **changes) -> TrainConfig:

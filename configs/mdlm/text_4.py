@@ -8,7 +8,7 @@ Settings as in text_12.py; 4 minutes on one H200. Expected: docs/results/schedul
 
 from configs.mdlm.text_12 import text
 from dials_jax.config import TrainConfig
-from dials_jax.models.mdlm import mdlm
+from dials_jax.models.families import mdlm
 
 
 def get_config() -> TrainConfig:

@@ -9,7 +9,7 @@ docs/results/scheduling.md.
 
 from configs.mdlm.text_12 import text
 from dials_jax.config import TrainConfig
-from dials_jax.models.mdlm import mdlm
+from dials_jax.models.families import mdlm
 
 
 def get_config() -> TrainConfig:

@@ -9,7 +9,7 @@ nats a token on the validation text; 3.32 after 6,130 steps (--optimizer.num-ste
 
 from configs.mdlm.text_12 import text
 from dials_jax.config import TrainConfig
-from dials_jax.models.mdlm import mdlm
+from dials_jax.models.families import mdlm
 
 
 def get_config() -> TrainConfig:

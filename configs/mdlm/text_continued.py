@@ -8,7 +8,7 @@ Needs runs/mdlm/text_causal. Expected: a lower loss than text_12.py after as man
 
 from configs.mdlm.text_12 import text
 from dials_jax.config import TrainConfig
-from dials_jax.models.mdlm import mdlm
+from dials_jax.models.families import mdlm
 
 
 def get_config() -> TrainConfig:

@@ -8,7 +8,7 @@ Settings as in text_12.py. Expected: a noisier loss, the same model within noise
 
 from configs.mdlm.text_12 import text
 from dials_jax.config import TrainConfig
-from dials_jax.models.mdlm import mdlm
+from dials_jax.models.families import mdlm
 
 
 def get_config() -> TrainConfig:

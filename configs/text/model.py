@@ -8,13 +8,13 @@ Expected: docs/results/routers_on_text.md.
 """
 
 from dials_jax.config import OptimizerConfig, TextData, TrainConfig
-from dials_jax.models.llada import small
+from dials_jax.models.families import llada_small
 
 
 def get_config() -> TrainConfig:
     return TrainConfig(
         # GPT-2's 50,257 tokens, [MASK] after them, rounded up to a multiple of 128.
-        model=small(
+        model=llada_small(
             num_layers=12,
             d_model=640,
             vocab_size=50304,

@@ -20,7 +20,7 @@ from dials_jax.convert.settings import (
     width_of_heads,
 )
 from dials_jax.convert.table import Row, split
-from dials_jax.models import gpt2
+from dials_jax.models import families
 
 _BLOCK = "h.{i}"
 
@@ -73,7 +73,7 @@ def translate(values: dict[str, Any], dtype: str) -> ModelConfig:
     if eos_id is not None and eos_id >= vocab_size:  # the default, in a model with other tokens
         eos_id = None
     pad_id = integer(values, "pad_token_id", eos_id or 0)  # hidden, so that any id does
-    return gpt2.small(
+    return families.gpt2_small(
         integer(values, "n_layer"),
         d_model,
         vocab_size,

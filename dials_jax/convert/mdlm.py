@@ -13,7 +13,7 @@ from dials_jax.config import ModelConfig
 from dials_jax.convert.settings import flag, integer, token_id, width_of_heads
 from dials_jax.convert.table import Row, split
 from dials_jax.errors import require
-from dials_jax.models import mdlm
+from dials_jax.models import families
 
 _BLOCK = "blocks.{i}"
 _OUT = "output_layer"
@@ -87,7 +87,7 @@ def translate(values: dict[str, Any], dtype: str) -> ModelConfig:
         mask_id = vocab_size - 1
     # Without the place that GPT-2's tokens have, the end of text is not known either.
     eos_id = integer(values, "eos_token_id", vocab_size - 2 if mask_id == vocab_size - 1 else None)
-    return mdlm.small(
+    return families.mdlm_small(
         integer(values, "n_blocks"),
         d_model,
         vocab_size,

@@ -16,10 +16,10 @@ from tests.conftest import small_config
 
 CONFIG = """
 from dials_jax.config import ArithmeticData, OptimizerConfig, TrainConfig
-from dials_jax.models.llada import small
+from dials_jax.models.families import llada_small
 
 def get_config():
-    model = small(1, 32, 64, mask_id=63, eos_id=1, pad_id=0, max_length=32)
+    model = llada_small(1, 32, 64, mask_id=63, eos_id=1, pad_id=0, max_length=32)
     data, optimizer = ArithmeticData(num_items=20), OptimizerConfig(num_steps=2, warmup_steps=1)
     return TrainConfig(model=model, data=data, optimizer=optimizer, batch_size=4)
 """

@@ -15,7 +15,7 @@ from dials_jax.convert.hugging_face import convert, open_folder, write
 from dials_jax.data.tokenizer import character_tokenizer, load_tokenizer
 from dials_jax.errors import InputError
 from dials_jax.loading import load
-from dials_jax.models import folders, llada, transformer
+from dials_jax.models import families, folders, transformer
 from tests.data import published
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llada_tiny"
@@ -229,7 +229,7 @@ def test_the_published_configuration_becomes_the_preset():
         mask_token_id=126336, eos_token_id=126081, pad_token_id=126081,
     )  # fmt: skip
     values = read_json(GOLDEN / "config.json") | published
-    assert translate(values, "bfloat16") == llada.llada_8b()
+    assert translate(values, "bfloat16") == families.llada_8b()
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])

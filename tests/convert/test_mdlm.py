@@ -19,8 +19,7 @@ from dials_jax.diffusion.subs import subs_log_probs
 from dials_jax.errors import InputError
 from dials_jax.files import read_json
 from dials_jax.loading import load
-from dials_jax.models import gpt2 as our_gpt2
-from dials_jax.models import mdlm as our_mdlm
+from dials_jax.models import families
 from tests.convert.conftest import write_safetensors
 from tests.convert.test_convert import TOLERANCE, assert_same_bits
 
@@ -127,15 +126,15 @@ def test_the_published_configurations_become_the_presets():
         hidden_dim=768, cond_dim=128, n_blocks=12, n_heads=12, vocab_size=50258,
         model_length=1024, time_conditioning=False,
     )  # fmt: skip
-    assert mdlm.translate(values, "bfloat16") == our_mdlm.mdlm()
+    assert mdlm.translate(values, "bfloat16") == families.mdlm()
     assert mdlm.translate(values | {"time_conditioning": True}, "bfloat16").time_conditioning
     values = dict(
         n_embd=768, n_head=12, n_layer=12, n_positions=1024, vocab_size=50257,
         layer_norm_epsilon=1e-5, eos_token_id=50256,
     )  # fmt: skip
-    assert gpt2.translate(values, "bfloat16") == our_gpt2.gpt2()
+    assert gpt2.translate(values, "bfloat16") == families.gpt2()
     large = values | dict(n_embd=1280, n_head=20, n_layer=36)
-    assert gpt2.translate(large, "bfloat16") == our_gpt2.gpt2_large()
+    assert gpt2.translate(large, "bfloat16") == families.gpt2_large()
 
 
 # ------------------------------------------------------------------------------- checkpoints

@@ -18,9 +18,8 @@ from dials_jax.evaluation.likelihood import log_likelihood
 from dials_jax.files import read_json
 from dials_jax.loading import load
 from dials_jax.models import transformer
-from dials_jax.models.dream import dream_7b
+from dials_jax.models.families import dream_7b, qwen2_5_7b
 from dials_jax.models.model import Model
-from dials_jax.models.qwen2 import qwen2_5_7b
 from tests.convert.conftest import write_safetensors
 from tests.convert.test_convert import TOLERANCE, assert_same_bits
 

@@ -8,7 +8,7 @@ import pytest
 from dials_jax.diffusion.subs import subs_log_probs
 from dials_jax.errors import InputError
 from dials_jax.evaluation.likelihood import estimate_log_likelihood
-from dials_jax.models import mdlm, transformer
+from dials_jax.models import families, transformer
 from dials_jax.models.model import Model
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.generate import generate
@@ -20,7 +20,7 @@ NOISY = np.where([False, False, True, False, True, True], MASK, TOKENS)
 
 def make(time_conditioning=False, loud_mask=0.0):
     """A random model in which every layer and the time matter."""
-    cfg = mdlm.small(
+    cfg = families.mdlm_small(
         2, 32, 19, mask_id=MASK, eos_id=1, pad_id=0, max_length=16, dtype="float32", cond_dim=8,
         time_conditioning=time_conditioning,
     )  # fmt: skip
@@ -61,4 +61,4 @@ def test_samplers_without_a_time_refuse_models_that_need_one():
 
 
 def test_every_diffusion_preset_of_mdlm_uses_subs_and_no_causal_one():
-    assert mdlm.mdlm(4).subs and not mdlm.mdlm(4, causal=True).subs
+    assert families.mdlm(4).subs and not families.mdlm(4, causal=True).subs

@@ -17,7 +17,7 @@ from dials_jax.evaluation.perplexity import (
     score_samples,
     unigram_entropy,
 )
-from dials_jax.models import llada, transformer
+from dials_jax.models import families, transformer
 from dials_jax.models.model import Model
 
 EOS = 1
@@ -26,7 +26,7 @@ SCORES = Scores(np.array([10.0, 4.0, 30.0, 2.0]), np.array([5.0, 4.0, 10.0, 2.0]
 
 @pytest.fixture(scope="module")
 def scorer():
-    cfg = llada.small(
+    cfg = families.llada_small(
         2, 32, 24, 23, EOS, 0, causal=True, head_dim=8, max_length=32, dtype="float32"
     )
     params = transformer.init(cfg, jax.random.key(0))

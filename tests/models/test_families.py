@@ -9,7 +9,7 @@ import pytest
 
 from dials_jax import trees
 from dials_jax.loading import load
-from dials_jax.models import gpt2, groups, llada, mdlm, transformer
+from dials_jax.models import families, groups, transformer
 from dials_jax.models.folders import save_model
 from dials_jax.models.model import Model
 from dials_jax.nn import block, fusing
@@ -25,9 +25,11 @@ TOKENS = np.random.default_rng(0).integers(2, 63, (3, 8))  # [MASK] among them
 TOKENS[:, 5:] = MASK
 TIME = jnp.array([0.1, 0.5, 1.0])
 FAMILIES = {
-    "mdlm": mdlm.small(3, 32, mask_id=MASK, cond_dim=8, **SPECIAL),
-    "timed": mdlm.small(3, 32, mask_id=MASK, cond_dim=8, time_conditioning=True, **SPECIAL),
-    "gpt2": gpt2.small(3, 32, mask_id=MASK, **SPECIAL),
+    "mdlm": families.mdlm_small(3, 32, mask_id=MASK, cond_dim=8, **SPECIAL),
+    "timed": families.mdlm_small(
+        3, 32, mask_id=MASK, cond_dim=8, time_conditioning=True, **SPECIAL
+    ),
+    "gpt2": families.gpt2_small(3, 32, mask_id=MASK, **SPECIAL),
 }
 
 
@@ -219,9 +221,9 @@ def test_a_whole_causal_pass_needs_no_array_of_who_sees_whom():
 
 def test_the_presets_have_the_sizes_of_the_paper():
     for num_blocks in (4, 6, 8, 10, 12):
-        cfg = mdlm.mdlm(num_blocks)
+        cfg = families.mdlm(num_blocks)
         assert (cfg.num_layers, cfg.d_model, cfg.num_heads, cfg.d_ff) == (num_blocks, 768, 12, 3072)
         assert (cfg.vocab_size, cfg.mask_id, cfg.eos_id, cfg.max_length) == (
             50258, 50257, 50256, 1024,
         )  # fmt: skip
-    assert llada.small(2, 64, 63, 62, 1, 0).cond_dim == 0
+    assert families.llada_small(2, 64, 63, 62, 1, 0).cond_dim == 0

@@ -14,11 +14,13 @@ import pytest
 from dials_jax import digests, trees
 from dials_jax.errors import InputError
 from dials_jax.loading import load
-from dials_jax.models import folders, groups, llada
+from dials_jax.models import families, folders, groups
 from dials_jax.models.folders import load_model, save_model
 from dials_jax.models.model import Model
 
-CFG = llada.small(2, 32, vocab_size=40, mask_id=39, eos_id=0, pad_id=1, bias=True, qkv_bias=True)
+CFG = families.llada_small(
+    2, 32, vocab_size=40, mask_id=39, eos_id=0, pad_id=1, bias=True, qkv_bias=True
+)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 
 from dials_jax.config import ModelConfig
 from dials_jax.errors import InputError
-from dials_jax.models import dream, gpt2, llada, mdlm, qwen2, transformer
+from dials_jax.models import families, transformer
 from dials_jax.models.model import Model, sequence_keys
 from dials_jax.nn.policy import Denoising
 from tests.conftest import small_config
@@ -81,13 +81,13 @@ def test_every_field_changes_the_output(field, base):
 @pytest.mark.parametrize(
     ("preset", "parameters", "q_shape"),
     [
-        (llada.llada_8b, 8_015_581_184, (32, 4096, 32, 128)),
-        (dream.dream_7b, 7_615_616_512, (28, 3584, 28, 128)),
-        (qwen2.qwen2_5_7b, 7_615_616_512, (28, 3584, 28, 128)),
-        (mdlm.mdlm, 169_627_218, (12, 768, 12, 64)),
+        (families.llada_8b, 8_015_581_184, (32, 4096, 32, 128)),
+        (families.dream_7b, 7_615_616_512, (28, 3584, 28, 128)),
+        (families.qwen2_5_7b, 7_615_616_512, (28, 3584, 28, 128)),
+        (families.mdlm, 169_627_218, (12, 768, 12, 64)),
         # The published numbers, and a head apart from the embedding.
-        (gpt2.gpt2, 124_439_808 + 50257 * 768, (12, 768, 12, 64)),
-        (gpt2.gpt2_large, 774_030_080 + 50257 * 1280, (36, 1280, 20, 64)),
+        (families.gpt2, 124_439_808 + 50257 * 768, (12, 768, 12, 64)),
+        (families.gpt2_large, 774_030_080 + 50257 * 1280, (36, 1280, 20, 64)),
     ],
 )
 def test_shapes_and_parameters_of_the_published_models(preset, parameters, q_shape):
@@ -261,7 +261,7 @@ def test_rows_that_are_none_are_refused(model, tokens, valid, words, untyped):
 
 
 def test_more_tokens_than_learned_positions_are_refused():
-    cfg = gpt2.small(1, 32, 64, 1, 0, max_length=4, dtype="float32")
+    cfg = families.gpt2_small(1, 32, 64, 1, 0, max_length=4, dtype="float32")
     model = Model(cfg, transformer.init(cfg, jax.random.key(0)))
     with pytest.raises(InputError, match="5 tokens are more than the model's 4 positions"):
         model.apply(jnp.full((1, 5), 3))

@@ -11,7 +11,7 @@ import pytest
 from dials_jax import trees
 from dials_jax.caching.plain import DualCache
 from dials_jax.errors import InputError
-from dials_jax.models import llada, mdlm, transformer
+from dials_jax.models import families, transformer
 from dials_jax.models.model import Model
 from dials_jax.sampling import ancestral, published
 from dials_jax.sampling.ancestral import Ancestral
@@ -33,7 +33,7 @@ def loud(cfg, factor, seed=0):
 
 @pytest.fixture(scope="module")
 def toy():
-    cfg = llada.small(
+    cfg = families.llada_small(
         1, 8, V + 1, TOY_MASK, 0, 0, head_dim=4, max_length=G, dtype="float32", d_ff=8
     )
     return loud(cfg, 30)
@@ -42,7 +42,7 @@ def toy():
 @pytest.fixture(scope="module")
 def timed():
     """A model that is told the time."""
-    cfg = mdlm.small(
+    cfg = families.mdlm_small(
         2, 32, 64, 63, 1, 0, head_dim=8, max_length=64, dtype="float32", time_conditioning=True
     )
     model = loud(cfg, 8)
@@ -137,7 +137,7 @@ def test_times_fall_into_steps_by_their_length():
 
 def zipf_model(num_tokens):
     """Says of every token, whatever it sees, how often it is: as 1 / rank."""
-    cfg = mdlm.small(
+    cfg = families.mdlm_small(
         1, 8, num_tokens + 1, num_tokens, 0, 0, head_dim=4, max_length=64, dtype="float32"
     )
     params = transformer.init(cfg, jax.random.key(0))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dials_jax.config import ModelConfig
-from dials_jax.models import llada, mdlm
+from dials_jax.models import families
 from dials_jax.skipping.flops import Flops, count_flops, head_flops, layer_flops, router_flops
 
 TINY = ModelConfig(
@@ -23,7 +23,7 @@ def test_a_layer_by_hand():
 def test_a_dit_layer_by_hand():
     # Weights: q, k, v and o 8 * 8 each, two of 8 * 32: 256 + 512 = 768. Attention of one token to
     # 3: scores and values, 3 * 8 products each: 48. Biases, norms and constants count nothing.
-    cfg = mdlm.small(2, 8, 10, 9, 0, 0, head_dim=4, cond_dim=5)
+    cfg = families.mdlm_small(2, 8, 10, 9, 0, 0, head_dim=4, cond_dim=5)
     assert layer_flops(cfg, 3) == 2 * 3 * (768 + 48)
     # The time costs a map from 5 to 6 vectors of 8, once a row.
     timed = dataclasses.replace(cfg, time_conditioning=True)
@@ -33,7 +33,7 @@ def test_a_dit_layer_by_hand():
 def test_the_head_of_mdlm_is_the_share_that_the_paper_leaves_out():
     # Protocols, Sedykh et al.: about 31 % of 12 blocks and 58 % of 4.
     for num_blocks, share in ((12, 0.29), (4, 0.55)):
-        cfg = mdlm.mdlm(num_blocks)
+        cfg = families.mdlm(num_blocks)
         head, body = head_flops(cfg, 1024), num_blocks * layer_flops(cfg, 1024)
         assert head / (head + body) == pytest.approx(share, abs=0.03)
 
@@ -79,7 +79,7 @@ def test_a_cached_run_by_hand():
 
 
 def test_one_layer_of_32_is_the_papers_number():
-    cfg = llada.llada_8b()
+    cfg = families.llada_8b()
     gates = np.ones((32, 1), bool)
     gates[4] = False
     flops = count_flops(cfg, gates, num_tokens=1000, head_tokens=1000)

@@ -9,7 +9,7 @@ import pytest
 
 from dials_jax import trees
 from dials_jax.errors import InputError
-from dials_jax.models import mdlm, transformer
+from dials_jax.models import families, transformer
 from dials_jax.models.model import Model
 from dials_jax.studies import divergence
 from dials_jax.studies.divergence import Divergence, curve, curves, divergences
@@ -116,7 +116,9 @@ def test_models_of_other_vocabularies_are_refused(lively, tokens):
 
 @pytest.mark.parametrize("time_conditioning", [True, False])
 def test_time_conditioned_models_are_told_the_time(tokens, time_conditioning):
-    cfg = mdlm.small(1, 32, 64, MASK, 1, 0, time_conditioning=time_conditioning, dtype="float32")
+    cfg = families.mdlm_small(
+        1, 32, 64, MASK, 1, 0, time_conditioning=time_conditioning, dtype="float32"
+    )
 
     def noisy_model(seed):
         """Modulation starts at zero: noise makes it matter."""

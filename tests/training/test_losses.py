@@ -11,7 +11,7 @@ from dials_jax import trees
 from dials_jax.config import ObjectiveConfig, RouterConfig
 from dials_jax.data.batches import Batch
 from dials_jax.errors import InputError
-from dials_jax.models import mdlm, transformer
+from dials_jax.models import families, transformer
 from dials_jax.nn.block import BlockInputs
 from dials_jax.nn.kv import Slots
 from dials_jax.nn.rope import positions_of, rope_angles
@@ -192,7 +192,7 @@ def test_the_causal_loss_is_the_mean_of_the_next_tokens(cut, batch, draws):
 @pytest.mark.parametrize("part", ["layers", "final_norm"])
 def test_a_model_with_time_conditioning_is_told_the_time(part, batch, draws):
     small = {"num_blocks": 1, "d_model": 16, "head_dim": 8, "vocab_size": 64, "mask_id": 63}
-    cfg = mdlm.small(**small, eos_id=1, pad_id=0, dtype="float32", time_conditioning=True)
+    cfg = families.mdlm_small(**small, eos_id=1, pad_id=0, dtype="float32", time_conditioning=True)
     # Modulations start at zero, where no time can show.
     params = trees.map_named(
         lambda name, x: x + 0.1 if name.startswith(part) and "modulation" in name else x,

@@ -32,9 +32,9 @@ CONFIG = """
 from dials_jax.config import (
     ArithmeticData, ObjectiveConfig, OptimizerConfig, RouterConfig, TrainConfig
 )
-from dials_jax.models.llada import small
+from dials_jax.models.families import llada_small
 
-MODEL = small(num_layers=2, d_model=32, vocab_size=19, mask_id=18, eos_id=1, pad_id=0,
+MODEL = llada_small(num_layers=2, d_model=32, vocab_size=19, mask_id=18, eos_id=1, pad_id=0,
               max_length=32, dtype="float32")
 
 def get_config():

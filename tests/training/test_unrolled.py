@@ -8,11 +8,13 @@ import numpy as np
 import dials_jax as dj
 from dials_jax import trees
 from dials_jax.config import ArithmeticData, ObjectiveConfig, OptimizerConfig, TrainConfig
-from dials_jax.models import mdlm
+from dials_jax.models import families
 from dials_jax.training.loop import train
 
 CONFIG = TrainConfig(
-    model=mdlm.small(2, 32, 19, mask_id=18, eos_id=1, pad_id=0, max_length=32, dtype="float32"),
+    model=families.mdlm_small(
+        2, 32, 19, mask_id=18, eos_id=1, pad_id=0, max_length=32, dtype="float32"
+    ),
     data=ArithmeticData(num_items=100),
     optimizer=OptimizerConfig(learning_rate=1e-2, num_steps=6, warmup_steps=2, ema=0.9),
     objective=ObjectiveConfig(kind="mdlm"),
