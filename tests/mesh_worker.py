@@ -36,9 +36,9 @@ from dials_jax.data.batches import batch_at
 from dials_jax.evaluation.likelihood import pad_pairs, score_pairs
 from dials_jax.models import transformer
 from dials_jax.models.model import Model, sequence_keys
-from dials_jax.nn import attention
+from dials_jax.nn.kernels import cudnn_attention as cudnn
+from dials_jax.nn.kernels.dispatch import LOOKUP, dispatch
 from dials_jax.nn.kernels.per_device import rows_per_device
-from dials_jax.nn.kernels.sharded_lookup import lookup
 from dials_jax.nn.kernels.tpu_attention import splash_attention
 from dials_jax.nn.kv import KV
 from dials_jax.sampling.confidence import Confidence
@@ -116,7 +116,7 @@ def look_up(mesh, vocab_size, d_model):
     weights = jax.random.normal(weight_key, (8, 6, d_model))
 
     def weighted(table):
-        h = lookup(table, tokens, "float32")
+        h = dispatch(LOOKUP, table, tokens, "float32")
         return jnp.sum(h * weights), h
 
     with jax.set_mesh(mesh):
@@ -183,8 +183,8 @@ def generate_as_on_gpus(mesh, cfg, params, routers):
             attn_mask = jnp.ones((q.shape[0], 1, q.shape[1], kv.k.shape[1]), bool)
         return partitioned_attention(q, *kv, attn_mask, causal)
 
-    plain = attention.cudnn_fits, attention.cudnn_attention
-    attention.cudnn_fits, attention.cudnn_attention = lambda q: True, cudnn_attention
+    plain = cudnn.cudnn_fits, cudnn.cudnn_attention
+    cudnn.cudnn_fits, cudnn.cudnn_attention = lambda q: True, cudnn_attention
     prompts = np.asarray(jax.random.randint(jax.random.key(6), (8, 6), 2, 60))
     valid = np.arange(6) >= np.arange(8)[:, None] % 3
     policies = {"routed": Routed(routers, 0.3), "random": Random(1), "full": None}
@@ -198,7 +198,7 @@ def generate_as_on_gpus(mesh, cfg, params, routers):
             executor="auto" if policy == "full" or mesh.size > 1 else "select",
         )  # fmt: skip
         found[policy] = {"tokens": out.tokens, "gates": out.gates}
-    attention.cudnn_fits, attention.cudnn_attention = plain
+    cudnn.cudnn_fits, cudnn.cudnn_attention = plain
     assert calls
     return found
 

@@ -77,9 +77,10 @@ class CanvasModel:
     def is_masked(self, tokens: Int[Array, "R T"], index: Int[Array, "R T"]) -> Bool[Array, "R T"]:
         """Where a token is [MASK] and not padding."""
         masked = transformer.is_masked(self.cfg, tokens)
-        if self.block_inputs.valid is None:
+        valid = self.block_inputs.mask.valid
+        if valid is None:
             return masked
-        return masked & jnp.take_along_axis(self.block_inputs.valid, index, axis=1)
+        return masked & jnp.take_along_axis(valid, index, axis=1)
 
     def run_layers(
         self,

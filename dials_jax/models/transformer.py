@@ -17,6 +17,7 @@ from dials_jax.nn.block import VOCABULARY_UNIT, Block, BlockInputs, Embed, Head,
 from dials_jax.nn.dropout import Dropout, numbered
 from dials_jax.nn.fusing import is_fused
 from dials_jax.nn.kv import Slots, gather, write
+from dials_jax.nn.mask import Mask
 from dials_jax.nn.modulation import AdaptiveNorm, TimeEmbed, is_folded, precompute_modulation
 from dials_jax.nn.norm import make_norm
 from dials_jax.nn.policy import Denoising, Policy
@@ -132,11 +133,11 @@ def block_inputs(
     cfg: ModelConfig, valid: Bool[Array, "B T"] | None, shape: tuple[int, int]
 ) -> BlockInputs:
     """The rows of a whole canvas: positions count from each row's first real token."""
-    index = jnp.broadcast_to(jnp.arange(shape[1]), shape)
+    index, mask = jnp.broadcast_to(jnp.arange(shape[1]), shape), Mask(valid, cfg.causal)
     if cfg.rope_theta is None:
-        return BlockInputs(None, valid, Slots(index))
+        return BlockInputs(None, mask, Slots(index))
     positions = index if valid is None else positions_of(valid)
-    return BlockInputs(rope_angles(positions, cfg.head_dim, cfg.rope_theta), valid, Slots(index))
+    return BlockInputs(rope_angles(positions, cfg.head_dim, cfg.rope_theta), mask, Slots(index))
 
 
 def embed(
@@ -146,7 +147,8 @@ def embed(
     positions = None
     if cfg.rope_theta is None:
         index = rows.slots.index
-        positions = index if rows.valid is None else gather(positions_of(rows.valid), index)
+        valid = rows.mask.valid
+        positions = index if valid is None else gather(positions_of(valid), index)
     return parts(cfg).embed(params["embed"], tokens, positions)
 
 

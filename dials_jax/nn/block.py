@@ -7,15 +7,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from dials_jax.config import ModelConfig
 from dials_jax.nn.attention import Attention, attend
-from dials_jax.nn.broadcast import scaled
+from dials_jax.nn.broadcast import scaled, shifted
 from dials_jax.nn.dropout import AFTER_ATTENTION, AFTER_MLP, Dropout, dropped
 from dials_jax.nn.initializers import normal, zeros_if
-from dials_jax.nn.kernels.sharded_lookup import lookup
+from dials_jax.nn.kernels.dispatch import LOOKUP, dispatch
 from dials_jax.nn.kv import KV, Slots, gather
+from dials_jax.nn.linear import linear
+from dials_jax.nn.mask import Mask
 from dials_jax.nn.mlp import MLP
 from dials_jax.nn.modulation import IN_BLOCK, Modulation
 from dials_jax.nn.norm import make_norm
@@ -28,7 +30,7 @@ class BlockInputs(NamedTuple):
 
     Attributes:
       angles: sines and cosines of the positions; None: positions are learned.
-      valid: False at keys that are padding; None: no padding.
+      mask: of the keys; the block adds where the queries stand.
       slots: the tokens' positions on the canvas.
       c: conditioning on the denoising time; None: precomputed modulations are used.
       dropout: of this layer, in training.
@@ -36,7 +38,7 @@ class BlockInputs(NamedTuple):
     """
 
     angles: Float[Array, "B T 2 _"] | None
-    valid: Bool[Array, "B S"] | None
+    mask: Mask
     slots: Slots
     c: Float[Array, "B C"] | None = None
     dropout: Dropout | None = None
@@ -50,7 +52,6 @@ class Block(nnx.Module):
     """
 
     def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs, fused: bool = False, folded: bool = False):
-        self.causal = cfg.causal
         self.attention_norm = make_norm(cfg, rngs)
         self.attention = Attention(cfg, rngs, fused)
         self.mlp_norm = make_norm(cfg, rngs)
@@ -62,7 +63,7 @@ class Block(nnx.Module):
         q, kv = self.project(h, inputs)
         if inputs.output_positions is not None:
             return self.mix(gather(h, inputs.output_positions), q, kv, inputs)
-        return self.finish(h, attend(q, kv, inputs.valid, causal=self.causal), inputs)
+        return self.finish(h, attend(q, kv, inputs.mask), inputs)
 
     def project(
         self, h: Float[Array, "B T D"], inputs: BlockInputs
@@ -80,11 +81,10 @@ class Block(nnx.Module):
         inputs: BlockInputs,
     ) -> Float[Array, "B W D"]:
         """The rest of the block, from h and q at the output positions, once all keys are there."""
-        index = None
-        if self.causal:
-            index, positions = inputs.slots.index, inputs.output_positions
-            index = index if positions is None else gather(index, positions)
-        return self.finish(h, attend(q, kv, inputs.valid, index), inputs)
+        mask, index, positions = inputs.mask, inputs.slots.index, inputs.output_positions
+        if mask.ordered:
+            mask = mask.at(index if positions is None else gather(index, positions))
+        return self.finish(h, attend(q, kv, mask), inputs)
 
     def finish(
         self, h: Float[Array, "B W D"], attended: Float[Array, "B W N H"], inputs: BlockInputs
@@ -121,8 +121,8 @@ class Embed(nnx.Module):
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"] | None = None
     ) -> Float[Array, "B T D"]:
         if self.positions is None:
-            return lookup(self.table[...], tokens, self.dtype)
-        h = lookup(self.table[...], tokens, "float32") + self.positions[...][positions]
+            return dispatch(LOOKUP, self.table[...], tokens, self.dtype)
+        h = dispatch(LOOKUP, self.table[...], tokens, "float32") + self.positions[...][positions]
         return h.astype(self.dtype)
 
 
@@ -142,10 +142,9 @@ class Head(nnx.Module):
 
     @jax.named_scope("head")
     def __call__(self, h: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        kernel = (self.kernel if self.padded is None else self.padded)[...].astype(h.dtype)
-        logits = jnp.einsum("BTD,DV->BTV", h, kernel, preferred_element_type=jnp.float32)
-        logits = logits[..., : self.vocab_size]
-        return logits if self.bias is None else logits + self.bias[...].astype(jnp.float32)
+        kernel = self.kernel if self.padded is None else self.padded
+        logits = linear(h, kernel, axes="BTD,DV->BTV", dtype=jnp.float32)[..., : self.vocab_size]
+        return logits if self.bias is None else shifted(logits, self.bias[...])
 
 
 def pad_vocabulary(kernel: Float[Array, "D V"]) -> Float[Array, "D _"]:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from dials_jax.config import ModelConfig
-from dials_jax.nn.broadcast import shifted
 from dials_jax.nn.initializers import normal, residual_depth, zeros_if
-from dials_jax.nn.kernels.hopper_swiglu import swiglu, swiglu_fits, swiglu_pays
-from dials_jax.nn.kernels.per_device import on_hopper, rows_per_device, splits
+from dials_jax.nn.kernels.dispatch import SWIGLU, dispatch
+from dials_jax.nn.linear import linear
 
 
 class MLP(nnx.Module):
@@ -38,27 +36,8 @@ class MLP(nnx.Module):
     def hidden(self, x: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
         if self.kind == "gelu":
             return jax.nn.gelu(linear(x, self.up, self.up_bias), approximate=True)
-        if self.fused and self.gate_up_bias is None and _kernel_pays(x, self.gate_up):
-            return rows_per_device(swiglu, x, self.gate_up[...])
         if self.fused:
-            gate, up = jnp.split(linear(x, self.gate_up, self.gate_up_bias), 2, axis=-1)
+            kernels, biases = (self.gate_up,), (self.gate_up_bias,)
         else:
-            gate = linear(x, self.gate, self.gate_bias)
-            up = linear(x, self.up, self.up_bias)
-        return jax.nn.silu(gate) * up
-
-
-def linear(
-    x: Float[Array, "*B D"], kernel: nnx.Param, bias: nnx.Param | None
-) -> Float[Array, "*B F"]:
-    y = jnp.einsum("...D,DF->...F", x, kernel[...].astype(x.dtype))
-    return y if bias is None else shifted(y, bias[...])
-
-
-def _kernel_pays(x: Float[Array, "B T D"], gate_up: nnx.Param) -> bool:
-    """Whether the kernel is for these GPUs, and for the rows of each."""
-    num_devices, _ = splits()
-    if not on_hopper() or x.shape[0] % num_devices:
-        return False
-    own, kernel = x[: x.shape[0] // num_devices], gate_up[...]
-    return swiglu_fits(own, kernel) and swiglu_pays(own, kernel)
+            kernels, biases = (self.gate, self.up), (self.gate_bias, self.up_bias)
+        return dispatch(SWIGLU, x, kernels, biases)

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from dials_jax.config import ModelConfig
 from dials_jax.nn.initializers import normal, zeros_if
-from dials_jax.nn.mlp import linear
+from dials_jax.nn.linear import linear
 from dials_jax.nn.norm import LayerNorm
 from dials_jax.trees import Params
 

@@ -8,6 +8,7 @@ from flax import nnx
 
 from dials_jax.nn.attention import Attention, attend
 from dials_jax.nn.kv import KV
+from dials_jax.nn.mask import Mask
 from dials_jax.nn.mlp import MLP
 from dials_jax.nn.norm import RMSNorm
 from dials_jax.nn.rope import apply_rope, positions_of, rope_angles
@@ -95,33 +96,33 @@ def test_attention_by_hand():
     scores = np.einsum("BTNH,BSNH->BNTS", q, k) / 4**0.5
     weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
     expected = np.einsum("BNTS,BSNH->BTNH", weights, v)  # no causal order
-    np.testing.assert_allclose(attend(q, KV(k, v), None), expected, atol=1e-5)
+    np.testing.assert_allclose(attend(q, KV(k, v)), expected, atol=1e-5)
 
 
 def test_attention_ignores_padded_keys():
     q, k, v = normal(2, 5, 2, 4), normal(2, 5, 2, 4, seed=1), normal(2, 5, 2, 4, seed=2)
     valid = jnp.array([[False, False, True, True, True], [True] * 5])
-    out = attend(q, KV(k, v), valid)
+    out = attend(q, KV(k, v), Mask(valid))
     noise = jnp.where(valid[..., None, None], 0, 100 * normal(2, 5, 2, 4, seed=3))
     noisy = KV(k + noise, v + noise)
-    np.testing.assert_array_equal(attend(q, noisy, valid), out)
-    alone = attend(q[:1], KV(k[:1, 2:], v[:1, 2:]), None)
+    np.testing.assert_array_equal(attend(q, noisy, Mask(valid)), out)
+    alone = attend(q[:1], KV(k[:1, 2:], v[:1, 2:]))
     np.testing.assert_allclose(out[0], alone[0], atol=1e-5)
-    assert not np.allclose(attend(q, noisy, None)[0], out[0])
+    assert not np.allclose(attend(q, noisy)[0], out[0])
 
 
 def test_a_causal_query_sees_its_own_place_and_those_to_its_left():
     q, k, v = normal(1, 2, 2, 4), normal(1, 5, 2, 4, seed=1), normal(1, 5, 2, 4, seed=2)
-    out = attend(q, KV(k, v), None, jnp.array([[3, 1]]))
+    out = attend(q, KV(k, v), Mask(causal=True).at(jnp.array([[3, 1]])))
     for i, place in enumerate((3, 1)):
         seen = KV(k[:, : place + 1], v[:, : place + 1])
-        np.testing.assert_allclose(out[:, i], attend(q[:, i : i + 1], seen, None)[:, 0], atol=1e-5)
+        np.testing.assert_allclose(out[:, i], attend(q[:, i : i + 1], seen)[:, 0], atol=1e-5)
 
 
 def test_grouped_heads_equal_repeated_heads():
     q, k, v = normal(2, 5, 4, 8), normal(2, 5, 2, 8, seed=1), normal(2, 5, 2, 8, seed=2)
-    repeated = attend(q, KV(jnp.repeat(k, 2, axis=2), jnp.repeat(v, 2, axis=2)), None)
-    np.testing.assert_allclose(attend(q, KV(k, v), None), repeated, atol=1e-5)
+    repeated = attend(q, KV(jnp.repeat(k, 2, axis=2), jnp.repeat(v, 2, axis=2)))
+    np.testing.assert_allclose(attend(q, KV(k, v)), repeated, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["q_bias", "k_bias", "v_bias", "o_bias"])
@@ -131,7 +132,7 @@ def test_attention_uses_its_biases(name):
 
     def run():
         q, kv = attention.rotated(x, sin_cos)
-        return attention.out(attend(q, kv, None))
+        return attention.out(attend(q, kv))
 
     before = run()
     bias = getattr(attention, name)

@@ -14,6 +14,7 @@ from dials_jax.errors import InputError
 from dials_jax.models import families, transformer
 from dials_jax.nn.block import BlockInputs
 from dials_jax.nn.kv import Slots
+from dials_jax.nn.mask import Mask
 from dials_jax.nn.rope import positions_of, rope_angles
 from dials_jax.training.losses import Draws, check_objective, model_loss, router_loss
 
@@ -76,7 +77,7 @@ def reference(cfg, params, routers, batch, draws, objective):
         h, skips = part.embed(params["embed"], tokens), []
         for layer in range(cfg.num_layers):
             block = jax.tree.map(lambda x, i=layer: x[i], params["layers"])
-            new = part.block(block, h, BlockInputs(angles, valid, slots))
+            new = part.block(block, h, BlockInputs(angles, Mask(valid), slots))
             if routers is None:
                 h = new
                 continue

@@ -99,7 +99,7 @@ class ActiveTokens(NamedTuple):
         h, angles, index, masked, confidence, bonus = gather(
             (self.h, self.window.angles, self.window.slots.index, *self[2:]), chosen
         )
-        window = BlockInputs(angles, self.window.valid, Slots(index, active))
+        window = BlockInputs(angles, self.window.mask, Slots(index, active))
         return ActiveTokens(h, window, masked, confidence, bonus)
 
 

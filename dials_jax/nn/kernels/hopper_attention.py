@@ -17,7 +17,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from dials_jax.nn.kernels.per_device import attention_per_device, divides, on_hopper
 from dials_jax.nn.kv import KV
+from dials_jax.nn.mask import Mask
 
 HEAD_DIM = 128
 ROWS = 64  # queries of a tile: as many as the tensor cores multiply at a time
@@ -42,6 +44,24 @@ def window_fits(q: Float[Array, "B T N H"], kv: KV) -> bool:
         and num_queries < num_keys
         and num_queries % PIECE == num_keys % PIECE == num_heads % num_kv_heads == 0
     )
+
+
+def window_refusal(q: Float[Array, "B T N H"], kv: KV, mask: Mask) -> str | None:
+    """Why the kernel cannot run here; None: it can."""
+    if not on_hopper():
+        return "it needs Hopper GPUs and JAX 0.11"
+    if unknown := mask.refusal("valid"):
+        return unknown
+    if not (divides(q, kv) and window_fits(q, kv)):
+        return (
+            f"it needs bfloat16, heads of {HEAD_DIM}, at most {ROWS} queries and more keys, both "
+            f"in multiples of {PIECE}, and sequences and heads that the mesh divides"
+        )
+    return None
+
+
+def run_window(q: Float[Array, "B T N H"], kv: KV, mask: Mask) -> Float[Array, "B T N H"]:
+    return attention_per_device(window_attention, q, kv, mask.valid)
 
 
 @partial(jax.jit, static_argnames="interpret")  # lowered once for all layers, not once a layer

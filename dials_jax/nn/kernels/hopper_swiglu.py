@@ -21,6 +21,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from dials_jax.nn.kernels.per_device import on_hopper, rows_per_device, splits
+from dials_jax.nn.linear import Weight, array_of
+
 TILE_M, TILE_F, TILE_K = 128, 128, 64  # rows, columns of either product, depth of a step
 STAGES = 4  # steps that are loaded at a time: 48 KiB each, of an SM's 227
 MULTIPLIERS = 2  # warpgroups; the one after them loads
@@ -67,6 +70,31 @@ def swiglu_pays(x: Float[Array, "*B D"], gate_up: Float[Array, "D _"]) -> bool:
     num_tiles, num_sms = num_rows // TILE_M * (gate_up.shape[1] // 2 // TILE_F), _num_sms()
     rounds = -(-num_tiles // num_sms)
     return rounds == 1 or num_tiles >= FULLNESS * rounds * num_sms
+
+
+def swiglu_refusal(
+    x: Float[Array, "B T D"], kernels: tuple[Weight, ...], biases: tuple[Weight | None, ...]
+) -> str | None:
+    """Why the kernel cannot run here, or does not pay; None: it does."""
+    if not on_hopper():
+        return "it needs Hopper GPUs and JAX 0.11"
+    if len(kernels) != 1 or biases[0] is not None:
+        return "it needs the fused kernels of gate and up, and no biases"
+    num_devices, _ = splits()
+    if x.shape[0] % num_devices:
+        return f"the mesh does not divide {x.shape[0]} sequences"
+    own, kernel = x[: x.shape[0] // num_devices], array_of(kernels[0])
+    if not swiglu_fits(own, kernel):
+        return f"it needs bfloat16, and sizes in multiples of {TILE_M}, {TILE_F} and {TILE_K}"
+    if not swiglu_pays(own, kernel):
+        return "it is no faster than XLA for these sizes"
+    return None
+
+
+def run_swiglu(
+    x: Float[Array, "B T D"], kernels: tuple[Weight, ...], biases: tuple[Weight | None, ...]
+) -> Float[Array, "B T F"]:
+    return rows_per_device(swiglu, x, array_of(kernels[0]))
 
 
 def plain(x: Float[Array, "*B D"], gate_up: Float[Array, "D _"]) -> Float[Array, "*B F"]:

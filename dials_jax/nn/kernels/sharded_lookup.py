@@ -11,10 +11,20 @@ from jaxtyping import Array, Float, Int
 from dials_jax.sharding import AXES, BATCH_AXES, num_batch_shards, partition_spec
 
 
-def lookup(
+def lookup_refusal(table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: str) -> str | None:
+    """Why the exchange between devices cannot run here; None: it can."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.manual_axes or mesh.shape["fsdp"] == mesh.shape["tensor"] == 1:
+        return "no mesh splits the table along fsdp or tensor"
+    if tokens.shape[0] % num_batch_shards(mesh):
+        return f"the mesh does not divide {tokens.shape[0]} sequences"
+    return None
+
+
+def sharded_lookup(
     table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: str
 ) -> Float[Array, "B T D"]:
-    """`table[tokens]`, rounded to `dtype`.
+    """`table[tokens]`, rounded to `dtype`, for a table that the mesh splits.
 
     The compiler by itself gathers on every device either the hidden states of the whole batch, with
     gradients in float32, or the whole table, whatever is smaller. Here nothing grows with the
@@ -26,9 +36,6 @@ def lookup(
     are summed into one row. In bfloat16 that sum is both wrong and, by contended atomics, slow.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    whole = mesh.empty or mesh.manual_axes or mesh.shape["fsdp"] == mesh.shape["tensor"] == 1
-    if whole or tokens.shape[0] % num_batch_shards(mesh):
-        return table[tokens].astype(dtype)
     vocabulary, hidden = spec = partition_spec("embed/table", table.shape, mesh)
 
     def local(table, tokens):

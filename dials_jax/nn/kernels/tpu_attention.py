@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from dials_jax.nn.kernels.per_device import attention_per_device, divides
 from dials_jax.nn.kv import KV
+from dials_jax.nn.mask import Mask
 
 BLOCKS = 512, 256, 128  # queries and keys at a time: the most that divide the length
 SHORTEST = 1024  # keys; the scores of fewer are small
@@ -25,6 +26,22 @@ def splash_fits(q: Float[Array, "B T N H"], kv: KV) -> bool:
     if not _on_tpu() or q.dtype != jnp.bfloat16 or num_keys < SHORTEST or not whole_blocks:
         return False
     return divides(q, kv)
+
+
+def splash_refusal(q: Float[Array, "B T N H"], kv: KV, mask: Mask) -> str | None:
+    """Why the kernel cannot run here; None: it can."""
+    if unknown := mask.refusal("valid", "causal"):
+        return unknown
+    if not splash_fits(q, kv):
+        return (
+            "it needs a mesh of TPUs that divides sequences and heads, bfloat16, at least "
+            f"{SHORTEST} keys, and queries and keys in multiples of {BLOCKS[-1]}"
+        )
+    return None
+
+
+def run_splash(q: Float[Array, "B T N H"], kv: KV, mask: Mask) -> Float[Array, "B T N H"]:
+    return splash_attention(q, kv, mask.valid, mask.causal)
 
 
 def _on_tpu() -> bool:

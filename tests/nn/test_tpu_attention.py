@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from dials_jax import sharding
-from dials_jax.nn import attention
 from dials_jax.nn.attention import attend
 from dials_jax.nn.kernels import tpu_attention
 from dials_jax.nn.kv import KV
+from dials_jax.nn.mask import Mask
 
 
 def make(num_queries, num_keys, dtype="float32", num_rows=2, num_heads=4, num_kv_heads=2):
@@ -41,7 +41,8 @@ def test_it_equals_attend(num_queries, num_keys, causal, padded):
     valid = jnp.arange(num_keys) >= jnp.array([[0], [100]]) if padded else None
     # A query that sees no key has no right answer: padding on the left, in a causal model.
     counted = valid[:, :, None, None] if padded and causal else 1
-    expected = value_and_gradients(partial(attend, valid=valid, causal=causal), q, kv, counted)
+    mask = Mask(valid, causal)
+    expected = value_and_gradients(partial(attend, mask=mask), q, kv, counted)
     kernel = partial(tpu_attention.splash_attention, valid=valid, causal=causal, interpret=True)
     actual = value_and_gradients(kernel, q, kv, counted)
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
@@ -63,17 +64,20 @@ def test_it_is_taken_for_long_rows_in_half_precision_on_tpu(monkeypatch):
 def test_attend_takes_it(monkeypatch):
     calls = []
 
+    kernel = tpu_attention.splash_attention
+
     def interpreted(*args):
         calls.append(args)
-        return tpu_attention.splash_attention(*args, interpret=True)
+        return kernel(*args, interpret=True)
 
     monkeypatch.setattr(tpu_attention, "_on_tpu", lambda: True)
-    monkeypatch.setattr(attention, "splash_attention", interpreted)
+    monkeypatch.setattr(tpu_attention, "splash_attention", interpreted)
     q, kv = make(128, 1024, "bfloat16", num_rows=1)
     valid = jnp.arange(1024)[None] >= 10
-    actual = attend(q, kv, valid)
-    expected = attend(q.astype("float32"), jax.tree.map(lambda x: x.astype("float32"), kv), valid)
+    actual = attend(q, kv, Mask(valid))
+    in_float32 = jax.tree.map(lambda x: x.astype("float32"), (q, kv))
+    expected = attend(*in_float32, Mask(valid))
     assert len(calls) == 1 and actual.dtype == jnp.bfloat16
     np.testing.assert_allclose(actual.astype("float32"), expected, atol=2e-2)
-    attend(q, kv, valid, index=jnp.arange(128)[None])  # the kernel knows no places
+    attend(q, kv, Mask(valid, causal=True).at(jnp.arange(128)[None]))  # it knows no positions
     assert len(calls) == 1

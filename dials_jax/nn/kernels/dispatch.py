@@ -1,0 +1,97 @@
+"""Which implementation of an operation runs: the first of its list that fits.
+
+`DIALS_KERNELS=xla` in the environment, or the argument `implementation`, forces one by its name.
+The environment may name several, separated by commas: each is forced where it is in the list, and
+where none is, the first that fits runs. It is read when a program is traced.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from dials_jax.errors import nearest, require
+from dials_jax.nn.kernels.cudnn_attention import cudnn_refusal, run_cudnn
+from dials_jax.nn.kernels.hopper_attention import run_window, window_refusal
+from dials_jax.nn.kernels.hopper_swiglu import run_swiglu, swiglu_refusal
+from dials_jax.nn.kernels.sharded_lookup import lookup_refusal, sharded_lookup
+from dials_jax.nn.kernels.tpu_attention import run_splash, splash_refusal
+from dials_jax.nn.kernels.xla import xla_attention, xla_lookup, xla_swiglu
+
+VARIABLE = "DIALS_KERNELS"
+
+
+class Implementation(NamedTuple):
+    """One way to compute an operation.
+
+    Attributes:
+      refusal: of the same arguments as `run`: why it cannot run here; None: it fits.
+    """
+
+    name: str
+    refusal: Callable[..., str | None]
+    run: Callable[..., Any]
+
+    def fits(self, *args: Any) -> bool:
+        return self.refusal(*args) is None
+
+
+def _none(*args: Any) -> None:
+    """What fits everywhere."""
+
+
+ATTENTION = (  # (q, kv, mask) -> values
+    Implementation("tpu_splash", splash_refusal, run_splash),
+    Implementation("hopper_window", window_refusal, run_window),
+    Implementation("cudnn", cudnn_refusal, run_cudnn),
+    Implementation("xla", _none, xla_attention),
+)
+SWIGLU = (  # (x, kernels, biases), either both apart or one of both side by side -> hidden units
+    Implementation("hopper_swiglu", swiglu_refusal, run_swiglu),
+    Implementation("xla", _none, xla_swiglu),
+)
+LOOKUP = (  # (table, tokens, dtype) -> embeddings
+    Implementation("sharded", lookup_refusal, sharded_lookup),
+    Implementation("xla", _none, xla_lookup),
+)
+NAMES = tuple(dict.fromkeys(x.name for x in (*ATTENTION, *SWIGLU, *LOOKUP)))
+
+
+def dispatch(
+    implementations: tuple[Implementation, ...], *args: Any, implementation: str | None = None
+) -> Any:
+    """Runs the first implementation that fits the arguments, or the one that is forced.
+
+    Args:
+      implementation: the name of the one to run; None: what the environment says.
+
+    Raises: InputError for an unknown name, and for one that is forced and does not fit.
+    """
+    return pick(implementations, *args, implementation=implementation).run(*args)
+
+
+def pick(
+    implementations: tuple[Implementation, ...], *args: Any, implementation: str | None = None
+) -> Implementation:
+    """The implementation that `dispatch` runs."""
+    by_name = {x.name: x for x in implementations}
+    if implementation is None:
+        name = next((name for name in names_in_environment() if name in by_name), None)
+        where = f"{VARIABLE}={name}"
+    else:
+        name, where = implementation, f"implementation={implementation!r}"
+        require(name in by_name, f"{where} is unknown{nearest(name, by_name)}")
+    if name is None:
+        return next(x for x in implementations if x.fits(*args))
+    why = by_name[name].refusal(*args)
+    require(why is None, f"{where} does not fit: {why}; 'xla' always does")
+    return by_name[name]
+
+
+def names_in_environment() -> list[str]:
+    """Raises: InputError for an unknown name."""
+    names = [name for name in os.environ.get(VARIABLE, "").split(",") if name]
+    for name in names:
+        require(name in NAMES, f"{VARIABLE}: {name!r} is unknown{nearest(name, NAMES)}")
+    return names

@@ -1,0 +1,150 @@
+"""The first implementation that fits runs, unless another is forced."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from dials_jax.errors import InputError
+from dials_jax.nn import attention, mlp
+from dials_jax.nn.kernels import dispatch, hopper_attention, hopper_swiglu, per_device
+from dials_jax.nn.kv import KV
+from dials_jax.nn.mask import Mask
+from tests.conftest import small_config
+
+OPERATIONS = (dispatch.ATTENTION, dispatch.SWIGLU, dispatch.LOOKUP)
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """Names of the kernels that were called, on what passes for a Hopper GPU."""
+    names = []
+
+    def window_attention(q, kv, valid):
+        names.append("attention")
+        return q
+
+    def swiglu(x, gate_up):
+        names.append("swiglu")
+        return jnp.zeros((*x.shape[:-1], gate_up.shape[1] // 2), x.dtype)
+
+    monkeypatch.setattr(hopper_attention, "on_hopper", lambda: True)
+    monkeypatch.setattr(hopper_swiglu, "on_hopper", lambda: True)
+    monkeypatch.setattr(hopper_attention, "window_attention", window_attention)
+    monkeypatch.setattr(hopper_swiglu, "swiglu", swiglu)
+    return names
+
+
+def test_a_cpu_is_no_hopper():
+    assert not per_device.on_hopper()
+
+
+@pytest.mark.parametrize(
+    "num_queries, num_keys, head_dim, dtype, how, expected",
+    [
+        (16, 192, 128, "bfloat16", {}, ["attention"]),
+        (64, 192, 128, "bfloat16", {"valid": True}, ["attention"]),
+        (72, 192, 128, "bfloat16", {}, []),  # more queries than a tile holds
+        (64, 64, 128, "bfloat16", {}, []),  # no window: training, which needs gradients
+        (16, 192, 64, "bfloat16", {}, []),
+        (16, 192, 128, "float32", {}, []),
+        (16, 192, 128, "bfloat16", {"positions": True}, []),  # queries that see to their left only
+    ],
+)
+def test_attention_of_a_window(taken, num_queries, num_keys, head_dim, dtype, how, expected):
+    q = jnp.ones((2, num_queries, 2, head_dim), dtype)
+    kv = KV(*(jnp.ones((2, num_keys, 2, head_dim), dtype) for _ in range(2)))
+    valid = jnp.ones((2, num_keys), bool) if "valid" in how else None
+    mask = Mask(valid)
+    if "positions" in how:
+        mask = Mask(valid, causal=True).at(jnp.tile(jnp.arange(num_queries), (2, 1)))
+    out = attention.attend(q, kv, mask)
+    assert out.shape == q.shape and taken == expected
+
+
+@pytest.mark.parametrize(
+    "num_rows, dtype, fused, expected",
+    [
+        (4, "bfloat16", True, ["swiglu"]),
+        (3, "bfloat16", True, []),  # no whole tiles of rows
+        (4, "float32", True, []),
+        (4, "bfloat16", False, []),
+    ],
+)
+def test_swiglu_of_fused_products(taken, num_rows, dtype, fused, expected):
+    cfg = small_config(d_model=64, d_ff=128, dtype=dtype)
+    module = mlp.MLP(cfg, nnx.Rngs(0), fused)
+    nnx.update(module, jax.tree.map(lambda x: x.astype(dtype), nnx.state(module)))
+    hidden = module.hidden(jnp.ones((num_rows, 32, 64), dtype))
+    assert hidden.shape == (num_rows, 32, 128) and taken == expected
+
+
+def some_attention(**how):
+    q = jnp.ones((1, 16, 1, 128), "bfloat16")
+    kv = KV(*jnp.ones((2, 1, 192, 1, 128), "bfloat16"))
+    return attention.attend(q, kv, **how)
+
+
+def test_another_implementation_can_be_forced(taken, monkeypatch):
+    some_attention()
+    some_attention(implementation="xla")
+    assert taken == ["attention"]
+    monkeypatch.setenv("DIALS_KERNELS", "xla")
+    some_attention()
+    assert taken == ["attention"]
+    some_attention(implementation="hopper_window")  # the argument goes before the environment
+    assert taken == ["attention"] * 2
+    monkeypatch.setenv("DIALS_KERNELS", "hopper_swiglu")  # says nothing about attention
+    some_attention()
+    assert taken == ["attention"] * 3
+
+
+def test_xla_forces_every_operation(taken, monkeypatch):
+    monkeypatch.setenv("DIALS_KERNELS", "xla")
+    names = {ops: dispatch.pick(ops, "anything").name for ops in OPERATIONS}
+    assert set(names.values()) == {"xla"}
+
+
+def test_each_operation_is_forced_by_its_own_name(monkeypatch):
+    monkeypatch.setattr(hopper_swiglu, "on_hopper", lambda: True)
+    monkeypatch.setenv("DIALS_KERNELS", "xla,hopper_swiglu")
+    x, gate_up = jnp.ones((4, 32, 64), "bfloat16"), jnp.ones((64, 256), "bfloat16")
+    assert dispatch.pick(dispatch.SWIGLU, x, (gate_up,), (None,)).name == "xla"  # named first
+
+
+@pytest.mark.parametrize("value", ["xlaa", "xla,cudn"])
+def test_an_unknown_name_is_refused(value, monkeypatch):
+    monkeypatch.setenv("DIALS_KERNELS", value)
+    with pytest.raises(InputError, match=r"DIALS_KERNELS: .* did you mean '(xla|cudnn)'"):
+        some_attention()
+    with pytest.raises(InputError, match="implementation='xlaa' is unknown; did you mean 'xla'"):
+        some_attention(implementation="xlaa")
+
+
+@pytest.mark.parametrize("name, reason", [
+    ("cudnn", "it needs a GPU"), ("hopper_window", "Hopper"), ("tpu_splash", "TPUs"),
+])  # fmt: skip
+def test_what_does_not_fit_says_why(name, reason, monkeypatch):
+    with pytest.raises(InputError, match=f"'{name}' does not fit: .*{reason}"):
+        some_attention(implementation=name)
+    monkeypatch.setenv("DIALS_KERNELS", name)
+    with pytest.raises(InputError, match=f"DIALS_KERNELS={name} does not fit: .*{reason}") as error:
+        some_attention()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("fused, biased", [(False, False), (True, True)])
+def test_swiglu_that_cannot_be_forced_says_why(fused, biased, monkeypatch):
+    monkeypatch.setattr(hopper_swiglu, "on_hopper", lambda: True)
+    monkeypatch.setenv("DIALS_KERNELS", "hopper_swiglu")
+    module = mlp.MLP(small_config(d_model=64, d_ff=128, bias=biased), nnx.Rngs(0), fused)
+    with pytest.raises(InputError, match="fused kernels of gate and up, and no biases"):
+        module(jnp.ones((4, 32, 64)))
+
+
+def test_the_table_is_looked_up_whole_without_a_mesh():
+    with pytest.raises(InputError, match="no mesh splits the table"):
+        dispatch.dispatch(
+            dispatch.LOOKUP, jnp.ones((4, 2)), jnp.zeros((1, 2), int), "float32",
+            implementation="sharded",
+        )  # fmt: skip
