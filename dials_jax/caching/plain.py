@@ -25,9 +25,10 @@ from dials_jax.caching.cache import (
     window_sizes,
 )
 from dials_jax.caching.canvas import CanvasModel
+from dials_jax.config import Typed
 
 
-class KeysAndValues:
+class KeysAndValues(Typed):
     """A cache whose state is the keys and values of the whole canvas, written by the layers."""
 
     drops_tokens = False

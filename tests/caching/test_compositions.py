@@ -12,7 +12,7 @@ from dials_jax.caching import cache as cache_module
 from dials_jax.caching.early_skip.settings import EarlySkip
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.generate import generate
-from tests.caching.conftest import (
+from tests.caching.cases import (
     CACHES,
     QUOTA,
     QUOTA_4,

@@ -16,7 +16,7 @@ from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.generate import generate
 from dials_jax.skipping.policies import Random
 from dials_jax.skipping.routed import Routed
-from tests.caching.conftest import CACHES, PLACES, QUOTA, G, P, keys_of
+from tests.caching.cases import CACHES, PLACES, QUOTA, G, P, keys_of
 from tests.caching.reference import Decoder
 from tests.conftest import EOS, MASK, random_routers
 

@@ -1,0 +1,56 @@
+"""Caches, samplers and policies that are tested together.
+
+A shifted model, prompts of different lengths, and caches small enough for three or four layers.
+Compiling takes nearly all of the time: a program has each forward variant, and each variant its
+ranges of layers. So there are two blocks, and several layers that skip tokens only once.
+"""
+
+import jax
+
+from dials_jax import trees
+from dials_jax.caching.early_skip.settings import EarlySkip
+from dials_jax.caching.plain import DualCache, NoCache, PrefixCache
+from dials_jax.models import transformer
+from dials_jax.models.model import Model
+from dials_jax.sampling.confidence import Confidence
+from dials_jax.skipping.policies import Random, Static
+from dials_jax.skipping.routed import Routed
+from tests.conftest import MASK, random_routers
+
+P = 5
+PLACES = {"proportions": (1.0, 0.5, 0.25), "depths": (0.0, 0.25, 0.5)}  # behind layers 1 and 2
+CACHES = {
+    "none": NoCache(),
+    "prefix": PrefixCache(),
+    "dual": DualCache(),
+    # Of 2 blocks of 8: the canvas, skips, the block, 2 blocks, and a refresh within the second.
+    "skip": EarlySkip(**PLACES, prompt_every=12, block_every=4),
+} | {
+    name: EarlySkip((1.0, 0.5), (0.0, 0.3), alpha, prompt_every=12, block_every=4, indicator=name)
+    for name, alpha in {"hidden": 0.5, "query": 0.9, "key": 0.1}.items()
+}
+G = 16
+QUOTA = Confidence(gen_length=G, block_length=8, steps=G)
+QUOTA_4 = Confidence(gen_length=G, block_length=8, steps=4)
+THRESHOLD = Confidence(gen_length=G, block_length=8, steps=G, threshold=0.5)
+
+
+def make_lively(cfg, seed):
+    """A model that never says [MASK], whose sequences, tokens, layers and confidences differ."""
+    params = transformer.init(cfg, jax.random.key(seed))
+    params = trees.map_named(lambda name, x: x if "norm" in name else 8 * x, params)
+    kernel = 3 * params["head"]["kernel"].at[:, MASK].set(0.0)
+    return Model(cfg, {**params, "head": {"kernel": kernel}})
+
+
+def policies_of(cfg):
+    return {
+        "full": None,
+        "static": Static((1,)),
+        "random": Random(1),
+        "routed": Routed(random_routers(cfg, seed=4), 0.3),
+    }
+
+
+def keys_of(num_sequences):
+    return jax.random.split(jax.random.key(7), num_sequences)
