@@ -1,7 +1,9 @@
 """Shared by all tests: shapes checked at run time, exact products, and a small model."""
 
+import fcntl
 import gc
 import os
+import shutil
 from importlib.metadata import version
 from pathlib import Path
 
@@ -60,6 +62,28 @@ def few_programs():
             timed.forget()
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory):
+    """`made_once(name, make)`: a folder that `make(folder)` fills, once for all workers."""
+    root = tmp_path_factory.getbasetemp()
+    root = (
+        root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    )  # of this run, of all workers
+
+    def made(name, make):
+        folder, done = root / name, root / f"{name}.done"
+        with (root / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return made
 
 
 def small_config(**changes):

@@ -1,15 +1,13 @@
-"""Runs training steps, likelihood and generation on several meshes of 8 fake CPU devices.
+"""Runs training steps, likelihood and generation on a mesh of up to 8 fake CPU devices.
 
 A process of its own, since the number of devices is fixed when JAX starts: `test_mesh.py` starts
-it and compares what it writes. Usage: python mesh_worker.py OUT.npz
+one for each mesh and compares what they write. Usage: python mesh_worker.py MESH OUT.npz
 """
 
 import os
 import re
 import sys
 from functools import partial
-
-from dials_jax import digests
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
@@ -21,7 +19,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dials_jax import sharding, trees
+from dials_jax import digests, sharding, trees
 from dials_jax.caching.early_skip.settings import EarlySkip
 from dials_jax.caching.plain import DualCache
 from dials_jax.config import (
@@ -248,14 +246,12 @@ def run(mesh):
     }
 
 
-def main(path):
-    arrays = {}
-    for name, (mesh_cfg, count) in MESHES.items():
-        mesh = sharding.make_mesh(mesh_cfg, jax.devices()[:count])
-        for leaf, value in trees.named_leaves(run(mesh)):
-            arrays[f"{name}/{leaf}"] = np.asarray(value)
+def main(name, path):
+    mesh_cfg, count = MESHES[name]
+    mesh = sharding.make_mesh(mesh_cfg, jax.devices()[:count])
+    arrays = {leaf: np.asarray(value) for leaf, value in trees.named_leaves(run(mesh))}
     np.savez(path, **arrays)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -3,30 +3,37 @@
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 HERE = Path(__file__).parent
+FILE = "results.npz"
+
+
+MESHES = ("data8", "data2_fsdp4", "data2_fsdp2_tensor2")
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """Arrays by mesh and name, from a process with 8 fake CPU devices."""
-    path = tmp_path_factory.mktemp("mesh") / "results.npz"
-    command = [sys.executable, str(HERE / "mesh_worker.py"), str(path)]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)])}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=1200)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = {}
-    for name, value in np.load(path).items():
-        mesh, _, leaf = name.partition("/")
-        found.setdefault(mesh, {})[leaf] = value
-    return found
+def results(made_once):
+    """`results(mesh)`: arrays by name, from a process with 8 fake CPU devices."""
+
+    @cache
+    def arrays_of(mesh):
+        def make(folder):
+            command = [sys.executable, str(HERE / "mesh_worker.py"), mesh, str(folder / FILE)]
+            env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)])}
+            done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=1200)
+            assert done.returncode == 0, done.stderr[-3000:]
+
+        return dict(np.load(made_once(f"mesh_{mesh}", make) / FILE))
+
+    return arrays_of
 
 
-@pytest.mark.parametrize("mesh", ["data8", "data2_fsdp4", "data2_fsdp2_tensor2"])
+@pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize(
     "kind",
     [
@@ -37,12 +44,12 @@ def results(tmp_path_factory):
 def test_mesh_equals_one_device(results, mesh, kind):
     one = {
         name: x
-        for name, x in results["one"].items()
+        for name, x in results("one").items()
         if name.startswith(kind) and not name.endswith("/whole")
     }
     assert one, "nothing to compare"
     for name, expected in one.items():
-        actual = results[mesh][name]
+        actual = results(mesh)[name]
         if expected.dtype.kind == "f":
             np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5, err_msg=name)
         else:
@@ -52,14 +59,14 @@ def test_mesh_equals_one_device(results, mesh, kind):
 @pytest.mark.parametrize("kind", ["model", "router"])
 def test_no_device_holds_the_hidden_states_of_the_whole_batch(results, kind):
     """On a pod they would not fit."""
-    held = {mesh: int(found[f"{kind}/whole"]) for mesh, found in results.items()}
-    assert held.pop("one") > 0 and not any(held.values()), held
+    held = {mesh: int(results(mesh)[f"{kind}/whole"]) for mesh in MESHES}
+    assert results("one")[f"{kind}/whole"] > 0 and not any(held.values()), held
 
 
 def test_rows_and_shards_really_differ(results):
     """Otherwise the comparison above would not see compaction at all."""
     for name in ("gates", "cached/dual/gates", "cached/skip/gates"):
-        gates = results["one"][f"evaluation/{name}"]  # [steps, L, B]
+        gates = results("one")[f"evaluation/{name}"]  # [steps, L, B]
         assert 0.2 < gates.mean() < 0.95
         assert (gates != gates[..., :1]).any()
-    assert 0.05 < results["one"]["router/values/skip_rate"] < 0.95
+    assert 0.05 < results("one")["router/values/skip_rate"] < 0.95
