@@ -17,7 +17,7 @@ QUICK_TO_COMPILE = [
     "--xla_backend_optimization_level=0",
     "--xla_cpu_parallel_codegen_split_count=1",
 ]
-if version("jax").startswith("0.10."):  # later ones have one kind of emitters
+if version("jax").startswith("0.10."):  # later ones do not know this flag
     QUICK_TO_COMPILE.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *QUICK_TO_COMPILE])
 # Programs are compiled once, not once a worker and a run; commands that tests start inherit it.
@@ -68,9 +68,8 @@ def few_programs():
 def made_once(tmp_path_factory):
     """`made_once(name, make)`: a folder that `make(folder)` fills, once for all workers."""
     root = tmp_path_factory.getbasetemp()
-    root = (
-        root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
-    )  # of this run, of all workers
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # of this run, but of all its workers
 
     def made(name, make):
         folder, done = root / name, root / f"{name}.done"

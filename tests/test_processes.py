@@ -20,9 +20,14 @@ TIME = ("tokens_per_second", "seconds", "digest")  # and digests of lines that h
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """What one process left, and what two left."""
-    one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
+def folders(made_once):
+    """What one process left, what two left, and what those printed."""
+    left = made_once("processes", run_both)
+    return left / "one", left / "two", [(left / f"{n}.txt").read_text() for n in range(2)]
+
+
+def run_both(folder):
+    one, two = folder / "one", folder / "two"
     with socket.socket() as found:
         found.bind(("localhost", 0))
         port = found.getsockname()[1]
@@ -37,9 +42,9 @@ def folders(tmp_path_factory):
     ]  # fmt: skip
     work(one, MeshConfig())
     outputs = [process.communicate(timeout=1200)[0] for process in processes]
-    for process, output in zip(processes, outputs, strict=True):
+    for number, (process, output) in enumerate(zip(processes, outputs, strict=True)):
         assert process.returncode == 0, output[-3000:]
-    return one, two, outputs
+        (folder / f"{number}.txt").write_text(output)
 
 
 def lines(path):

@@ -168,7 +168,7 @@ def check_cache(
     given = jnp.ones(shape, bool) if sampler.cfg_scale > 0 else None
     net = CanvasModel(cfg, model.params, None, "auto", rows, None, given, prompt_length)
     cache, blocks = parse_cache(task.cache) or NoCache(), blocks_of(sampler, prompt_length)
-    jax.eval_shape(lambda: cache.start(net, blocks))
+    jax.eval_shape(lambda: cache.init_state(net, blocks))
 
 
 def num_rows(task: EvalTask, items: Sequence[Item], policy: Policy | None) -> int:
