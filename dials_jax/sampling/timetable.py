@@ -13,7 +13,7 @@ from dials_jax.caching.cache import Blocks, ForwardVariant
 # A step: the number of its forward variant, or those that it may be, depending on the block.
 Step = int | tuple[int, ...]
 # Steps and loops: (times, body), where a body is a step or again a program.
-Program = list[tuple[int, Any]]
+StepProgram = list[tuple[int, Any]]
 
 
 def block_steps(variants: Sequence[ForwardVariant], blocks: Blocks, num_steps: int) -> list[Step]:
@@ -26,18 +26,18 @@ def block_steps(variants: Sequence[ForwardVariant], blocks: Blocks, num_steps: i
     return [n[0] if len(n) == 1 else tuple(n) for n in numbers]
 
 
-def run_length_encode(steps: list[Step]) -> Program:
+def run_length_encode(steps: list[Step]) -> StepProgram:
     """Runs of equal steps as loops, and then runs of equal pairs of loops.
 
     [5, 2, 2, 1, 2, 2, 1, 2, 2] becomes [(1, 5), (2, 2), (2, [(1, 1), (2, 2)])].
     """
-    runs: Program = []
+    runs: StepProgram = []
     for step in steps:
         if runs and runs[-1][1] == step:
             runs[-1] = (runs[-1][0] + 1, step)
         else:
             runs.append((1, step))
-    encoded: Program = []
+    encoded: StepProgram = []
     i = 0
     while i < len(runs):
         pair, times = runs[i : i + 2], 1
@@ -49,7 +49,7 @@ def run_length_encode(steps: list[Step]) -> Program:
 
 
 def run_program(
-    program: Program,
+    program: StepProgram,
     run_step: Callable[[int, Any], Any],
     run_steps_due: Callable[[tuple[int, ...], Any, int], Any],
     state: Any,
@@ -62,7 +62,7 @@ def run_program(
         variants that are due.
     """
 
-    def run_once(body: Step | Program, state: Any) -> Any:
+    def run_once(body: Step | StepProgram, state: Any) -> Any:
         if isinstance(body, int):
             return run_step(body, state)
         return run_program(body, run_step, run_steps_due, state)

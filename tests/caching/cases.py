@@ -25,9 +25,12 @@ CACHES = {
     "dual": DualCache(),
     # Of 2 blocks of 8: the canvas, skips, the block, 2 blocks, and a refresh within the second.
     "skip": EarlySkip(**PLACES, prompt_every=12, block_every=4),
-} | {
-    name: EarlySkip((1.0, 0.5), (0.0, 0.3), alpha, prompt_every=12, block_every=4, indicator=name)
-    for name, alpha in {"hidden": 0.5, "query": 0.9, "key": 0.1}.items()
+    # Of 8 tokens 4 go on: the leftmost masked one, that revealed last and the two most confident,
+    # as long as a step reveals one. Of 6 the others' scores choose two.
+    "hidden": EarlySkip((1.0, 0.5), (0.0, 0.3), prompt_every=12, block_every=4),
+    "query": EarlySkip((1.0, 0.75), (0.0, 0.3), 0.9, 12, 4, "query"),
+    "key": EarlySkip((1.0, 0.5), (0.0, 0.3), 0.1, 12, 4, "key"),
+    "value": EarlySkip((1.0, 0.75), (0.0, 0.3), 0.3, 12, 4, "value"),
 }
 G = 16
 QUOTA = Confidence(gen_length=G, block_length=8, steps=G)

@@ -10,6 +10,7 @@ import pytest
 
 from dials_jax.caching import cache as cache_module
 from dials_jax.caching.early_skip.settings import EarlySkip
+from dials_jax.reference import Decoder
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.generate import generate
 from tests.caching.cases import (
@@ -22,7 +23,6 @@ from tests.caching.cases import (
     keys_of,
     policies_of,
 )
-from tests.caching.reference import Decoder
 from tests.conftest import MASK
 
 SAMPLERS = {"quota": QUOTA, "quota 4": QUOTA_4, "threshold": THRESHOLD}
@@ -40,6 +40,7 @@ CASES = [
     ("llada", "hidden", "routed", "threshold", "select"),
     ("llada", "query", "full", "quota", "auto"),
     ("dream", "key", "full", "threshold", "auto"),
+    ("dream", "value", "full", "quota", "auto"),
     ("dream", "none", "routed", "quota", "select"),
     ("dream", "prefix", "routed", "quota", "select"),
     ("unrolled", "dual", "random", "quota", "select"),
@@ -76,7 +77,9 @@ def assert_rows_equal_the_decoder(out, model, prompts, key, **settings):
     np.testing.assert_array_equal(out.tokens[:, :P], tokens)
     assert not (out.tokens[:, P:] == MASK).any()
     for i, row in enumerate(rows):
-        np.testing.assert_array_equal(out.tokens[i, P:], row.tokens[row.start :], err_msg=f"{i}")
+        np.testing.assert_array_equal(
+            out.tokens[i, P:], row.tokens[row.prompt_length :], err_msg=f"{i}"
+        )
         for call, expected in gates[i].items():
             actual = out.gates[calls.index(call), :, i]
             np.testing.assert_array_equal(actual, expected, err_msg=f"row {i}, call {call}")

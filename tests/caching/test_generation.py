@@ -11,13 +11,13 @@ from dials_jax.caching.early_skip.settings import EarlySkip
 from dials_jax.caching.plain import DualCache, NoCache, PrefixCache
 from dials_jax.errors import InputError
 from dials_jax.models.model import Model
+from dials_jax.reference import Decoder
 from dials_jax.sampling import generate as module
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.generate import generate
 from dials_jax.skipping.policies import Random
 from dials_jax.skipping.routed import Routed
 from tests.caching.cases import CACHES, PLACES, QUOTA, G, P, keys_of
-from tests.caching.reference import Decoder
 from tests.conftest import EOS, MASK, random_routers
 
 CACHED = ["prefix", "dual", "skip"]
@@ -124,7 +124,7 @@ def test_stopping_at_an_end_changes_nothing_before_it(ending, cache):
     for i in range(2):
         row = Decoder(ending, tokens[i, valid[i]], QUOTA, CACHES[cache])  # never stops
         row.decode()
-        whole, part = row.tokens[row.start :], out.tokens[i, P:]
+        whole, part = row.tokens[row.prompt_length :], out.tokens[i, P:]
         end = np.flatnonzero(whole == EOS)[0]
         np.testing.assert_array_equal(part[: end + 1], whole[: end + 1])
         assert (part[8 * (end // 8 + 1) :] == EOS).all()  # the blocks that follow

@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 MOST_CONFIDENT, LEFTMOST_MASKED, JUST_REVEALED = 2.0, 5.0, 3.0
-Count = TypeVar("Count", np.int64, Array)
+NumTokens = TypeVar("NumTokens", np.int64, Array)
 
 
 def importance(
@@ -71,7 +71,7 @@ def indicator_change(
     return change / jnp.maximum(jnp.max(counted, axis=-1, keepdims=True), 1.0)
 
 
-def num_kept(proportion: float, block_length: int, num_revealed: Count) -> Count:
+def num_kept(proportion: float, block_length: int, num_revealed: NumTokens) -> NumTokens:
     """How many tokens of a block go on, when the last step revealed `num_revealed`.
 
     Its share of the block, or two more tokens than were revealed, but no more than the block.

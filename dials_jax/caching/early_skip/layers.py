@@ -73,7 +73,7 @@ class EarlySkipState(NamedTuple):
     revealed: Bool[Array, "R S"]  # by the last step
 
 
-def init_state(plan: SkipPlan, net: CanvasModel) -> EarlySkipState:
+def empty_state(plan: SkipPlan, net: CanvasModel) -> EarlySkipState:
     cfg, shape = net.cfg, (net.num_sequences, net.length)
     width = {"hidden": (cfg.d_model,), "query": (cfg.num_heads, cfg.head_dim)}
     # Old keys and values are in the cache anyway.

@@ -19,7 +19,7 @@ import numpy as np
 from dials_jax.caching.cache import Blocks, ForwardVariant, Revealed
 from dials_jax.caching.canvas import CanvasModel
 from dials_jax.caching.early_skip.importance import num_kept
-from dials_jax.caching.early_skip.layers import EarlySkipState, Indicator, SkipPlan, init_state
+from dials_jax.caching.early_skip.layers import EarlySkipState, Indicator, SkipPlan, empty_state
 from dials_jax.caching.early_skip.variants import EarlySkipVariants
 from dials_jax.config import Typed, require_positive
 from dials_jax.errors import require
@@ -66,7 +66,7 @@ class EarlySkip(Typed):
 
     def init_state(self, net: CanvasModel, blocks: Blocks) -> EarlySkipState:
         self.check(net, blocks)
-        return init_state(self.resolve(net.cfg.num_layers, blocks), net)
+        return empty_state(self.resolve(net.cfg.num_layers, blocks), net)
 
     def forward_variants(self, net: CanvasModel, blocks: Blocks) -> list[ForwardVariant]:
         plan = self.resolve(net.cfg.num_layers, blocks)
