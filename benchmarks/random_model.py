@@ -44,18 +44,14 @@ def make_model(
     Args:
       mesh: None is one over all devices; the weights are the same on any.
     """
-    mesh, key, part = mesh or sharding.make_mesh(), seed_key(seed), transformer.parts(cfg)
-    makers = {
-        "embed": part.embed, "layers": part.block, "final_norm": part.final_norm, "head": part.head,
-        "time": part.time,
-    }  # fmt: skip
-    made = {}
+    mesh, key, made = mesh or sharding.make_mesh(), seed_key(seed), {}
 
     def read(name, shardings):
         kind, _, number = name.partition("/")
         if kind not in made:
             made[kind] = jax.jit(
-                lambda key: trees.cast(makers[kind].init(key), cfg.dtype), out_shardings=shardings
+                lambda key: trees.cast(transformer.init_group(cfg, kind, key), cfg.dtype),
+                out_shardings=shardings,
             )
         group = made[kind](jax.random.fold_in(key, int(number or 0)))
         if kind == "head" and cfg.mask_id is not None:  # a trained model never says [MASK]

@@ -13,6 +13,7 @@ from dials_jax import trees
 from dials_jax.config import ModelConfig
 from dials_jax.models import transformer
 from dials_jax.nn.block import BlockInputs
+from dials_jax.nn.form import form_of
 from dials_jax.nn.kv import KV, Slots, gather
 from dials_jax.nn.policy import Denoising, Policy
 from dials_jax.nn.stack import Executor, StackOutput, run_stack
@@ -110,7 +111,7 @@ class CanvasModel:
         active = window.slots.active
         masked = masked if active is None else masked & active
         return run_stack(
-            transformer.layer_of(self.cfg, contiguous=contiguous),
+            transformer.layer_of(self.cfg, form_of(self.params), contiguous=contiguous),
             self.params["layers"],
             h,
             window._replace(output_positions=output_positions),

@@ -23,6 +23,7 @@ from dials_jax.errors import require
 from dials_jax.keys import seed_key
 from dials_jax.models import transformer
 from dials_jax.nn import fusing
+from dials_jax.nn.form import Form, form_of
 
 Layout = Literal["auto", "stacked", "unrolled", "fused"]
 ReadGroup = Callable[[str, PyTree], PyTree]  # a group's name, its shardings -> its placed arrays
@@ -50,7 +51,7 @@ def get_group(cfg: ModelConfig, params: trees.Params, name: str) -> PyTree:
         return params[key]
     i, layers = int(layer), params[key]
     if trees.is_unrolled(layers):
-        return fusing.unfuse(layers[i], cfg)
+        return fusing.unfuse(layers[i], cfg) if form_of(params).fused else layers[i]
     return trees.layer_slice(layers, i)
 
 
@@ -78,6 +79,8 @@ def assemble(cfg: ModelConfig, read: ReadGroup, mesh: Mesh, layout: Layout) -> t
     """All groups, read one after the other, with the layers in the layout asked for."""
     layout = chosen_layout(layout, mesh)
     params: dict[str, Any] = {"layers": ()}
+    if layout == "fused":
+        params["form"] = Form(fused=True)
     for name, shapes in progress(group_shapes(cfg).items(), "loading"):
         key, _, layer = name.partition("/")
         group = read(name, sharding.param_shardings(shapes, mesh, f"{key}/"))

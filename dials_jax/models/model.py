@@ -20,6 +20,7 @@ from dials_jax.errors import InputError, require
 from dials_jax.keys import seed_key, threefry_key
 from dials_jax.models import transformer
 from dials_jax.nn import fusing
+from dials_jax.nn.form import form_of
 from dials_jax.nn.policy import Policy, check_policy
 from dials_jax.nn.stack import Executor
 
@@ -56,7 +57,9 @@ class Model:
     @cached_property
     def fingerprint(self) -> str:
         """Names the weights, whatever their layout or dtype; routers remember it."""
-        return digests.fingerprint(self.params, partial(fusing.unfuse, cfg=self.config))
+        fused = form_of(self.params).fused
+        plain = partial(fusing.unfuse, cfg=self.config) if fused else lambda layer: layer
+        return digests.fingerprint(self.params, plain)
 
     @property
     def num_layers(self) -> int:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
-from typing import NamedTuple
+from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,115 +15,98 @@ from dials_jax.config import ModelConfig
 from dials_jax.keys import threefry_key
 from dials_jax.nn.block import VOCABULARY_UNIT, Block, BlockInputs, Embed, Head, pad_vocabulary
 from dials_jax.nn.dropout import Dropout, numbered
-from dials_jax.nn.fusing import is_fused
+from dials_jax.nn.form import Form, form_of
 from dials_jax.nn.kv import Slots, gather, write
 from dials_jax.nn.mask import Mask
-from dials_jax.nn.modulation import AdaptiveNorm, TimeEmbed, is_folded, precompute_modulation
-from dials_jax.nn.norm import make_norm
+from dials_jax.nn.modulation import TimeEmbed, make_final_norm, precompute_modulation
+from dials_jax.nn.modules import bind, init_module, init_stacked
 from dials_jax.nn.policy import Denoising, Policy
-from dials_jax.nn.pure import Pure
 from dials_jax.nn.rope import positions_of, rope_angles
 from dials_jax.nn.stack import Executor, Layer, StackOutput, run_stack
 
 NOISE_EPS = 1e-3  # of the linear schedule, whose noise is finite at t = 1
 
 
-class Parts(NamedTuple):
-    """The pure functions that a model is put together from, a group of parameters each."""
+# ------------------------------------------------------------------------------- parameters
 
-    embed: Pure
-    block: Pure
-    final_norm: Pure
-    head: Pure
-    time: Pure | None  # of a model with adaLN
-
-
-@lru_cache
-def parts(cfg: ModelConfig, *, fused: bool = False, ready: bool = False) -> Parts:
-    """See `nn.fusing` for what is fused, and `ready` below."""
-
-    def final_norm(rngs):
-        return AdaptiveNorm(cfg, ready) if cfg.cond_dim else make_norm(cfg, rngs)
-
-    return Parts(
-        embed=Pure(lambda rngs: Embed(cfg, rngs)),
-        block=Pure(lambda rngs: Block(cfg, rngs, fused, folded=ready)),
-        final_norm=Pure(final_norm),
-        head=Pure(lambda rngs: Head(cfg, rngs, padded=ready)),
-        time=Pure(lambda rngs: TimeEmbed(cfg, rngs)) if cfg.cond_dim else None,
-    )
-
-
-def block_of(cfg: ModelConfig, layer: trees.Params) -> Pure:
-    """The block that takes a layer's parameters as they are laid out."""
-    return parts(cfg, fused=is_fused(layer), ready=is_folded(layer)).block
+GROUPS = {
+    "embed": Embed,
+    "layers": Block,
+    "final_norm": make_final_norm,
+    "head": Head,
+    "time": TimeEmbed,  # of a model with adaLN
+}
 
 
 def init(cfg: ModelConfig, key: jax.Array) -> trees.Params:
-    """Random float32 parameters, layers stacked."""
+    """Random float32 parameters in the plain form, layers stacked."""
     key = threefry_key(key)
     embed_key, layers_key, head_key = jax.random.split(key, 3)
-    part = parts(cfg)
     params = {
-        "embed": part.embed.init(embed_key),
-        "layers": part.block.init_stack(layers_key, cfg.num_layers),
-        "final_norm": part.final_norm.init(head_key),
-        "head": part.head.init(head_key),
+        "embed": init_group(cfg, "embed", embed_key),
+        "layers": init_stacked(Block, layers_key, cfg.num_layers, cfg),
+        "final_norm": init_group(cfg, "final_norm", head_key),
+        "head": init_group(cfg, "head", head_key),
     }
-    return params | ({"time": part.time.init(jax.random.fold_in(key, 3))} if part.time else {})
+    if cfg.cond_dim:
+        params["time"] = init_group(cfg, "time", jax.random.fold_in(key, 3))
+    return params
 
 
-# ------------------------------------------------------------------- what no call changes
+def init_group(cfg: ModelConfig, name: str, key: jax.Array) -> trees.Params:
+    """Random float32 parameters of one group; of one layer for the group "layers"."""
+    return init_module(GROUPS[name], key, cfg)
 
 
 def prepare_for_inference(cfg: ModelConfig, params: trees.Params) -> trees.Params:
-    """The parameters for inference, with what is the same in every call worked out beforehand.
+    """Parameters prepared for inference: what is the same in every call is computed once.
 
-    The constants of adaLN are there, and the head's kernel is there once more with its vocabulary
-    padded. Every function here takes the parameters either way, with equal results.
+    The modulations of a constant conditioning are there, and the head's kernel once more with its
+    vocabulary padded. Every function here takes the parameters either way, with equal results.
     """
-    head = params["head"]
-    if "padded" not in head and head["kernel"].shape[1] % VOCABULARY_UNIT:
+    head, form = params["head"], form_of(params)
+    pads = head["kernel"].shape[1] % VOCABULARY_UNIT != 0
+    if pads and not form.padded_head:
         head = {**head, "padded": pad_vocabulary(head["kernel"])}
-    return {**_fold_layers(cfg, _fold_final(cfg, params)), "head": head}
+    return {
+        **params,
+        "layers": _modulated_layers(cfg, params),
+        "final_norm": _modulated_norm(cfg, params),
+        "head": head,
+        "form": replace(form, modulated=bool(cfg.cond_dim), padded_head=pads),
+    }
 
 
-def _fold_layers(cfg: ModelConfig, params: trees.Params) -> trees.Params:
+def _modulated_layers(cfg: ModelConfig, params: trees.Params) -> trees.Params:
     layers = params["layers"]
-    unrolled = trees.is_unrolled(layers)
-    if not cfg.cond_dim or is_folded(layers[0] if unrolled else layers):
-        return params
-    c = _constant(cfg, params)
-    layers = (
-        tuple(precompute_modulation(cfg, x, c) for x in layers)
-        if unrolled
-        else precompute_modulation(cfg, layers, c)
-    )
-    return {**params, "layers": layers}
+    if not cfg.cond_dim or form_of(params).modulated:
+        return layers
+    modulate = partial(precompute_modulation, cfg, c=_constant(cfg, params))
+    return tuple(map(modulate, layers)) if trees.is_unrolled(layers) else modulate(layers)
 
 
-def _fold_final(cfg: ModelConfig, params: trees.Params) -> trees.Params:
-    if not cfg.cond_dim or is_folded(params["final_norm"]):
-        return params
-    c = _constant(cfg, params)
-    return {**params, "final_norm": precompute_modulation(cfg, params["final_norm"], c)}
+def _modulated_norm(cfg: ModelConfig, params: trees.Params) -> trees.Params:
+    norm = params["final_norm"]
+    if not cfg.cond_dim or form_of(params).modulated:
+        return norm
+    return precompute_modulation(cfg, norm, _constant(cfg, params))
 
 
 def _constant(cfg: ModelConfig, params: trees.Params) -> Float[Array, "C"]:
-    return parts(cfg).time(params["time"], jnp.zeros(1))[0]
+    return bind(TimeEmbed, params["time"], cfg)(jnp.zeros(1))[0]
 
 
 def conditioning(
     cfg: ModelConfig, params: trees.Params, time: Float[Array, "B"] | None
 ) -> Float[Array, "B C"] | None:
-    """What modulates the layers at the denoising time t; None where it is the folded constant.
+    """What modulates the layers at the denoising time t; None where that is the constant.
 
     The time enters as sigma = -log(1 - (1 - 1e-3) t), the total noise of the linear schedule.
     """
     if time is None or not cfg.time_conditioning:
         return None
     sigma = -jnp.log1p(-(1 - NOISE_EPS) * time.astype(jnp.float32))
-    return parts(cfg).time(params["time"], sigma)
+    return bind(TimeEmbed, params["time"], cfg)(sigma)
 
 
 # ----------------------------------------------------------------------------------- layers
@@ -149,11 +132,12 @@ def embed(
         index = rows.slots.index
         valid = rows.mask.valid
         positions = index if valid is None else gather(positions_of(valid), index)
-    return parts(cfg).embed(params["embed"], tokens, positions)
+    return bind(Embed, params["embed"], cfg)(tokens, positions)
 
 
 def layer_of(
     cfg: ModelConfig,
+    form: Form,
     *,
     contiguous: bool = False,
     remat: bool = False,
@@ -162,25 +146,29 @@ def layer_of(
     """The model's block, whose cache state is a `KV` of the canvas.
 
     Args:
-      contiguous: the tokens of a call are one range, the same in every row.
+      form: of the layers' parameters.
+      contiguous: the tokens of a call are one range, the same in every sequence.
       remat: recompute each block in the backward pass.
       dropout: of all layers, which then are `numbered`. Blocks without a cache state only.
     """
+
+    def bound(params) -> Block:
+        return bind(Block, params, cfg, form=form)
 
     def block(params, h, inputs):
         if dropout is not None:
             inputs = inputs._replace(dropout=dropout.of_layer(params["number"]))
             params = params["layer"]
-        return block_of(cfg, params)(params, h, inputs)
+        return bound(params)(h, inputs)
 
     def project(params, h, inputs):
-        return block_of(cfg, params)(params, h, inputs, method="project")
+        return bound(params).project(h, inputs)
 
     def write_kv(kv, new, inputs, keep):
         return write(kv, new, inputs.slots, contiguous=contiguous, keep=keep)
 
     def mix(params, h, q, kv, inputs):
-        return block_of(cfg, params)(params, h, q, kv, inputs, method="mix")
+        return bound(params).mix(h, q, kv, inputs)
 
     return Layer(jax.checkpoint(block) if remat else block, project, write_kv, mix)
 
@@ -213,9 +201,10 @@ def run_layers(
     """
     masked = is_masked(cfg, tokens) if valid is None else is_masked(cfg, tokens) & valid
     rows = block_inputs(cfg, valid, tokens.shape)
-    layers = _fold_layers(cfg, params)["layers"]
+    layers = _modulated_layers(cfg, params)
+    form = replace(form_of(params), modulated=bool(cfg.cond_dim))
     return run_stack(
-        layer_of(cfg, remat=remat, dropout=dropout),
+        layer_of(cfg, form, remat=remat, dropout=dropout),
         layers if dropout is None else numbered(layers),
         embed(cfg, params, tokens, rows),
         rows._replace(c=conditioning(cfg, params, time)),
@@ -238,8 +227,8 @@ def head_logits(
     time: Float[Array, "B"] | None = None,
 ) -> Float[Array, "B T V"]:
     """Final norm and head of the rows given: float32 logits."""
-    head = params["head"]
-    return parts(cfg, ready="padded" in head).head(head, apply_final_norm(cfg, params, h, time))
+    head = bind(Head, params["head"], cfg, form=form_of(params))
+    return head(apply_final_norm(cfg, params, h, time))
 
 
 def apply_subs(cfg: ModelConfig, logits: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
@@ -260,10 +249,9 @@ def apply_final_norm(
     time: Float[Array, "B"] | None = None,
 ) -> Float[Array, "B T D"]:
     """The stream after the final norm: what the head multiplies."""
-    if not cfg.cond_dim:
-        return parts(cfg).final_norm(params["final_norm"], h)
-    c = conditioning(cfg, params, time)
-    return parts(cfg, ready=True).final_norm(_fold_final(cfg, params)["final_norm"], h, c)
+    form = Form(modulated=bool(cfg.cond_dim))
+    norm = bind(make_final_norm, _modulated_norm(cfg, params), cfg, form=form)
+    return norm(h, conditioning(cfg, params, time)) if cfg.cond_dim else norm(h)
 
 
 def shift_to_predicted(

@@ -13,6 +13,7 @@ from dials_jax.config import ModelConfig
 from dials_jax.nn.attention import Attention, attend
 from dials_jax.nn.broadcast import scaled, shifted
 from dials_jax.nn.dropout import AFTER_ATTENTION, AFTER_MLP, Dropout, dropped
+from dials_jax.nn.form import PLAIN, Form
 from dials_jax.nn.initializers import normal, zeros_if
 from dials_jax.nn.kernels.dispatch import LOOKUP, dispatch
 from dials_jax.nn.kv import KV, Slots, gather
@@ -22,7 +23,7 @@ from dials_jax.nn.mlp import MLP
 from dials_jax.nn.modulation import IN_BLOCK, Modulation
 from dials_jax.nn.norm import make_norm
 
-VOCABULARY_UNIT = 128  # products with the vocabulary run several times as fast on whole tiles
+VOCABULARY_UNIT = 128  # matmuls with the vocabulary run several times as fast on whole tiles
 
 
 class BlockInputs(NamedTuple):
@@ -48,15 +49,15 @@ class BlockInputs(NamedTuple):
 class Block(nnx.Module):
     """Pre-norm residual block: attention, then MLP, both modulated where the model has adaLN.
 
-    `fused`: see `dials_jax.nn.fusing`; `folded`: see `dials_jax.nn.modulation`.
+    `form` is that of its parameters.
     """
 
-    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs, fused: bool = False, folded: bool = False):
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs, form: Form = PLAIN):
         self.attention_norm = make_norm(cfg, rngs)
-        self.attention = Attention(cfg, rngs, fused)
+        self.attention = Attention(cfg, rngs, form.fused)
         self.mlp_norm = make_norm(cfg, rngs)
-        self.mlp = MLP(cfg, rngs, fused)
-        self.modulation = Modulation(cfg, IN_BLOCK, folded) if cfg.cond_dim else None
+        self.mlp = MLP(cfg, rngs, form.fused)
+        self.modulation = Modulation(cfg, IN_BLOCK, form.modulated) if cfg.cond_dim else None
 
     def __call__(self, h: Float[Array, "B T D"], inputs: BlockInputs) -> Float[Array, "B W D"]:
         """The tokens' new hidden states, where they are all there is to attend to."""
@@ -127,17 +128,17 @@ class Embed(nnx.Module):
 
 
 class Head(nnx.Module):
-    """Untied projection to the vocabulary; float32 logits from products in the stream's dtype.
+    """Untied projection to the vocabulary; float32 logits from matmuls in the stream's dtype.
 
-    Args:
-      padded: holds the kernel a second time, zeros added until the vocabulary fills whole tiles.
+    In the form `padded_head` it holds the kernel a second time, zeros added until the vocabulary
+    fills whole tiles.
     """
 
-    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs, padded: bool = False):
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs, form: Form = PLAIN):
         self.kernel = nnx.Param(normal(rngs, (cfg.d_model, cfg.vocab_size)))
         biased = cfg.bias if cfg.head_bias is None else cfg.head_bias
         self.bias = zeros_if(biased, (cfg.vocab_size,))
-        self.padded = nnx.Param(pad_vocabulary(self.kernel[...])) if padded else None
+        self.padded = nnx.Param(pad_vocabulary(self.kernel[...])) if form.padded_head else None
         self.vocab_size = cfg.vocab_size
 
     @jax.named_scope("head")

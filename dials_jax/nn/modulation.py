@@ -1,8 +1,8 @@
 """adaLN-zero: what shifts, scales and gates the parts of a DiT block.
 
-A vector c of the denoising time goes through one affine map a block. In a model without time
-conditioning c is a learned constant, and so is every modulation: `precompute_modulation` works them
-out once, for all layers, and blocks run on what is folded.
+A vector c of the denoising time goes through one affine map per block. In a model without time
+conditioning c is a learned constant, and so is every modulation: `precompute_modulation` computes
+them once for all layers, which then run in the modulated form.
 
 Source: Peebles & Xie 2023, section 3.2; Sahoo et al. 2024 (MDLM), appendix.
 """
@@ -17,9 +17,10 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dials_jax.config import ModelConfig
+from dials_jax.nn.form import PLAIN, Form
 from dials_jax.nn.initializers import normal, zeros_if
 from dials_jax.nn.linear import linear
-from dials_jax.nn.norm import LayerNorm
+from dials_jax.nn.norm import LayerNorm, make_norm
 from dials_jax.trees import Params
 
 NUM_WAVES = 256  # sines and cosines of the time
@@ -48,18 +49,18 @@ class Modulation(nnx.Module):
     """`count` vectors of the stream's width; zero until they are trained.
 
     Args:
-      folded: holds the constant, and the map itself only if the time matters.
+      modulated: holds what a constant c gives, and the map itself only if the time matters.
     """
 
-    def __init__(self, cfg: ModelConfig, count: int, folded: bool = False):
-        if cfg.time_conditioning or not folded:
+    def __init__(self, cfg: ModelConfig, count: int, modulated: bool = False):
+        if cfg.time_conditioning or not modulated:
             self.kernel = nnx.Param(jnp.zeros((cfg.cond_dim, count, cfg.d_model)))
             self.bias = nnx.Param(jnp.zeros((count, cfg.d_model)))
-        if folded:
+        if modulated:
             self.constant = nnx.Param(jnp.zeros((count, cfg.d_model)))
 
     def __call__(self, c: Float[Array, "B C"] | None) -> list[Float[Array, "b 1 D"]]:
-        """float32 vectors a row; without c, the constant ones for all rows."""
+        """float32 vectors per sequence; without c, the constant ones for all sequences."""
         if c is None:
             out = self.constant[...][None]
         else:
@@ -70,14 +71,19 @@ class Modulation(nnx.Module):
 class AdaptiveNorm(LayerNorm):
     """A layer norm with its own shift and scale: the one before the head."""
 
-    def __init__(self, cfg: ModelConfig, folded: bool = False):
+    def __init__(self, cfg: ModelConfig, modulated: bool = False):
         super().__init__(cfg.d_model, cfg.norm_eps, cfg.norm_bias)
-        self.modulation = Modulation(cfg, 2, folded)
+        self.modulation = Modulation(cfg, 2, modulated)
 
     def __call__(
         self, x: Float[Array, "B T D"], c: Float[Array, "B C"] | None = None
     ) -> Float[Array, "B T D"]:
         return super().__call__(x, *self.modulation(c))
+
+
+def make_final_norm(cfg: ModelConfig, rngs: nnx.Rngs, form: Form = PLAIN) -> nnx.Module:
+    """The norm before the head."""
+    return AdaptiveNorm(cfg, form.modulated) if cfg.cond_dim else make_norm(cfg, rngs)
 
 
 def affine(
@@ -87,12 +93,8 @@ def affine(
     return jnp.einsum("...C,...CED->...ED", c, kernel.astype(jnp.float32)) + bias
 
 
-def is_folded(module: Params) -> bool:
-    return "constant" in module.get("modulation", ())
-
-
 def precompute_modulation(cfg: ModelConfig, module: Params, c: Float[Array, "C"]) -> Params:
-    """A layer (or all, stacked) or the final norm, with the modulations of a constant c."""
+    """A layer (or all, stacked) or the final norm, with its modulations of a constant c."""
     old = module["modulation"]
     constant = affine(c, old["kernel"], old["bias"])
     kept = old if cfg.time_conditioning else {}

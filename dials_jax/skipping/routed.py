@@ -9,7 +9,6 @@ Source: DIALS, section 3.2 and algorithm 1.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,9 +24,9 @@ from dials_jax.config import RouterConfig, Typed
 from dials_jax.errors import require
 from dials_jax.keys import threefry_key
 from dials_jax.nn.initializers import normal
+from dials_jax.nn.modules import bind, init_stacked
 from dials_jax.nn.norm import RMSNorm
 from dials_jax.nn.policy import Denoising
-from dials_jax.nn.pure import Pure
 from dials_jax.skipping.policies import Static, static_field
 
 
@@ -165,14 +164,9 @@ class Router(nnx.Module):
         return jnp.sum(self.hidden(h) * vote, axis=-1) + bias
 
 
-@lru_cache
-def router_module(d_model: int, cfg: RouterConfig) -> Pure:
-    return Pure(lambda rngs: Router(d_model, cfg, rngs))
-
-
 def init_routers(d_model: int, num_layers: int, cfg: RouterConfig, key: jax.Array) -> trees.Params:
     """Routers of all layers, stacked, in float32."""
-    return router_module(d_model, cfg).init_stack(threefry_key(key), num_layers)
+    return init_stacked(Router, threefry_key(key), num_layers, d_model, cfg)
 
 
 def rounded(routers: trees.Params, dtype: str) -> trees.Params:
@@ -185,15 +179,15 @@ def rounded(routers: trees.Params, dtype: str) -> trees.Params:
 
 def apply_router(router: trees.Params, h: Float[Array, "B T D"]) -> Float[Array, "B T 2"]:
     """Vote logits of one layer's router."""
-    return _module_of(router, h)(router, h)
+    return _bound(router, h)(h)
 
 
 def votes_to_skip(router: trees.Params, h: Float[Array, "B T D"]) -> Float[Array, "B T"]:
     """1 where one layer's router votes to skip, without noise; a draw is one."""
-    return (_module_of(router, h)(router, h, method="margin") >= 0).astype(jnp.float32)
+    return (_bound(router, h).margin(h) >= 0).astype(jnp.float32)
 
 
-def _module_of(router: trees.Params, h: Float[Array, "B T D"]) -> Pure:
+def _bound(router: trees.Params, h: Float[Array, "B T D"]) -> Router:
     """Raises: InputError for a router of models of another width."""
     d_model, d_hidden = router["down"].shape
     require(
@@ -201,7 +195,7 @@ def _module_of(router: trees.Params, h: Float[Array, "B T D"]) -> Pure:
         f"the router is of width {d_model} and the model of {h.shape[-1]}; train one for this "
         "model",
     )
-    return router_module(d_model, RouterConfig(d_hidden=d_hidden))
+    return bind(Router, router, d_model, RouterConfig(d_hidden=d_hidden))
 
 
 def skip_share(votes: Float[Array, "B T"], masked: Bool[Array, "B T"]) -> Float[Array, "B"]:

@@ -16,6 +16,8 @@ from dials_jax.data.tokenizer import character_tokenizer, load_tokenizer
 from dials_jax.errors import InputError
 from dials_jax.loading import load
 from dials_jax.models import families, folders, transformer
+from dials_jax.nn.block import Embed
+from dials_jax.nn.modules import bind
 from tests.data import published
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llada_tiny"
@@ -60,9 +62,8 @@ def test_every_layer_gives_the_authors_hidden_state(model, golden):
     out = transformer.run_layers(
         model.config, model.params, tokens, None, observe=lambda old, new: new
     )
-    part = transformer.parts(model.config)
-    embedded = part.embed(model.params["embed"], tokens)
-    last = part.final_norm(model.params["final_norm"], out.observed[-1])
+    embedded = bind(Embed, model.params["embed"], model.config)(tokens)
+    last = transformer.apply_final_norm(model.config, model.params, out.observed[-1])
     ours = jnp.concatenate([embedded[None], out.observed[:-1], last[None]])
     for h, theirs in zip(ours, golden["hidden_states"], strict=True):
         # The residual stream grows to 91, and float32's rounding with it: both results lie equally

@@ -211,12 +211,13 @@ def test_a_whole_causal_pass_needs_no_array_of_who_sees_whom():
     cfg = FAMILIES["gpt2"]
     params, tokens = random_params(cfg), jnp.asarray(TOKENS, jnp.int32)
     params = transformer.prepare_for_inference(cfg, params)
-    layer, part = trees.layer_slice(params["layers"], 0), transformer.parts(cfg)
+    layer = trees.layer_slice(params["layers"], 0)
+    part = transformer.layer_of(cfg, params["form"])
     rows = transformer.block_inputs(cfg, None, tokens.shape)
     h = transformer.embed(cfg, params, tokens, rows)
-    q, new = part.block(layer, h, rows, method="project")
-    by_places = part.block(layer, h, q, new, rows, method="mix")
-    np.testing.assert_allclose(part.block(layer, h, rows), by_places, atol=1e-5)
+    q, new = part.project(layer, h, rows)
+    by_positions = part.mix(layer, h, q, new, rows)
+    np.testing.assert_allclose(part.block(layer, h, rows), by_positions, atol=1e-5)
 
 
 def test_the_presets_have_the_sizes_of_the_paper():

@@ -8,6 +8,7 @@ import pytest
 from dials_jax import trees
 from dials_jax.models import transformer
 from dials_jax.nn.dropout import AFTER_ATTENTION, AFTER_MLP, Dropout, numbered
+from dials_jax.nn.form import PLAIN
 
 RATE = 0.3
 KEYS = jax.random.split(jax.random.key(4), 3)
@@ -69,7 +70,7 @@ def test_every_layer_draws_by_its_own_number(lively):
     for number in range(cfg.num_layers):
         layer = trees.layer_slice(params["layers"], number)
         here = rows._replace(dropout=dropout.of_layer(number))
-        h = transformer.block_of(cfg, layer)(layer, h, here)
+        h = transformer.layer_of(cfg, PLAIN).block(layer, h, here)
     np.testing.assert_allclose(streams(cfg, params, dropout), h, atol=1e-4)
 
 

@@ -12,9 +12,10 @@ from dials_jax.config import ObjectiveConfig, RouterConfig
 from dials_jax.data.batches import Batch
 from dials_jax.errors import InputError
 from dials_jax.models import families, transformer
-from dials_jax.nn.block import BlockInputs
+from dials_jax.nn.block import Block, BlockInputs, Embed
 from dials_jax.nn.kv import Slots
 from dials_jax.nn.mask import Mask
+from dials_jax.nn.modules import bind
 from dials_jax.nn.rope import positions_of, rope_angles
 from dials_jax.training.losses import Draws, check_objective, model_loss, router_loss
 
@@ -64,7 +65,7 @@ def noise_of(objective, ratio_key, place):
 
 def reference(cfg, params, routers, batch, draws, objective):
     """The mean of these is the loss; also each row's skip rate, or None, and its masks."""
-    part, losses, rates, counts = transformer.parts(cfg), [], [], []
+    losses, rates, counts = [], [], []
     for row in range(ROWS):
         mask_key, gate_key = jax.random.split(draws.key[row])
         ratio_key, position_key = jax.random.split(mask_key)
@@ -74,10 +75,10 @@ def reference(cfg, params, routers, batch, draws, objective):
         valid = jnp.asarray(batch.valid[row])[None]
         angles = rope_angles(positions_of(valid), cfg.head_dim, cfg.rope_theta)
         slots = Slots(jnp.arange(LENGTH)[None])
-        h, skips = part.embed(params["embed"], tokens), []
+        h, skips = bind(Embed, params["embed"], cfg)(tokens), []
         for layer in range(cfg.num_layers):
             block = jax.tree.map(lambda x, i=layer: x[i], params["layers"])
-            new = part.block(block, h, BlockInputs(angles, Mask(valid), slots))
+            new = bind(Block, block, cfg)(h, BlockInputs(angles, Mask(valid), slots))
             if routers is None:
                 h = new
                 continue

@@ -27,6 +27,7 @@ from dials_jax.caching.canvas import CanvasModel
 from dials_jax.caching.early_skip.importance import fixed_bonus, indicator_change
 from dials_jax.models import transformer
 from dials_jax.nn.block import BlockInputs
+from dials_jax.nn.form import form_of
 from dials_jax.nn.kv import KV, Slots, gather, write
 
 Indicator = Literal["hidden", "query", "key", "value"]
@@ -182,9 +183,9 @@ def skip_inside_layer(
     Skipping them before the layer would be simpler, but would project the others twice.
     """
     params = trees.layer_slice(net.params["layers"], layer)
-    block = transformer.block_of(net.cfg, params)
+    block = transformer.layer_of(net.cfg, form_of(net.params))
     old: KV = trees.layer_slice(kv, 0)
-    q, new = block(params, tokens.h, tokens.window, method="project")
+    q, new = block.project(params, tokens.h, tokens.window)
     indicators = {"query": (q, seen), "key": (new.k, old.k), "value": (new.v, old.v)}
     tokens, (q, new) = skip_tokens(
         plan.depth(layer), tokens, *indicators[plan.indicator], keep, (q, new)
@@ -193,7 +194,7 @@ def skip_inside_layer(
     if plan.indicator == "query":
         seen = write(seen, q, slots, contiguous=keep is None)
     written = write(old, new, slots, contiguous=keep is None)
-    h = block(params, tokens.h, q, written, tokens.window, method="mix")
+    h = block.mix(params, tokens.h, q, written, tokens.window)
     unrolled = trees.is_unrolled(net.params["layers"])
     kv = (written,) if unrolled else jax.tree.map(lambda x: x[None], written)
     return tokens._replace(h=h), kv, seen
