@@ -25,11 +25,11 @@ from benchmarks.profile import print_profile
 from benchmarks.random_model import MODELS, make_config, make_model, make_routers
 from benchmarks.report import Table, exit_status, peak_gigabytes
 from dials_jax.caching.parse import parse_cache
+from dials_jax.compiling import total_compile_seconds
 from dials_jax.config import ModelConfig
 from dials_jax.errors import nearest, require
 from dials_jax.models.model import Model
 from dials_jax.nn.policy import Policy
-from dials_jax.sampling import generate as module
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.generate import generate
 from dials_jax.skipping.policies import Random, Static
@@ -66,7 +66,10 @@ def parse_policy(text: str, num_layers: int, routed: Callable[[int], Policy]) ->
 
 def sampler_of(options: argparse.Namespace) -> Confidence:
     return Confidence(
-        options.gen, options.block, options.steps or options.gen, threshold=options.threshold
+        gen_length=options.gen,
+        block_length=options.block,
+        steps=options.steps or options.gen,
+        threshold=options.threshold,
     )
 
 
@@ -87,9 +90,9 @@ def run_case(model: Model, options: argparse.Namespace, cache: str, policy: str)
         "valid": padding_of(options), "sampler": sampler_of(options), "cache": parse_cache(cache),
         "policy": parse_policy(policy, model.num_layers, partial(make_routers, model)),
     }  # fmt: skip
-    before = module._generate.compile_seconds
+    before = total_compile_seconds()
     first = generate(model, prompts, **settings)
-    compiled = module._generate.compile_seconds - before
+    compiled = total_compile_seconds() - before
     runs = [generate(model, prompts, **settings) for _ in range(options.repeats)] or [first]
     best = sorted(runs, key=lambda r: r.flops.seconds)[len(runs) // 2]
     if options.profile:

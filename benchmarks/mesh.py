@@ -27,13 +27,13 @@ from benchmarks.random_model import MODELS, make_config, make_model, make_router
 from benchmarks.report import Table, exit_status
 from dials_jax import sharding, trees
 from dials_jax.caching.parse import parse_cache
+from dials_jax.compiling import forget_programs, total_compile_seconds
 from dials_jax.config import MeshConfig, ModelConfig, RouterConfig
 from dials_jax.errors import InputError, nearest, require
 from dials_jax.keys import seed_key
 from dials_jax.models import families
 from dials_jax.models.model import Model, sequence_keys
 from dials_jax.nn.policy import Policy
-from dials_jax.sampling import generate as module
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.generate import Generation, generate
 from dials_jax.skipping.routed import Routed, init_routers
@@ -113,7 +113,7 @@ class Part:
         first = np.linspace(0, self.prompt // 2, sequences).astype(int)
         valid = np.arange(self.prompt) >= first[:, None]
         keys = sequence_keys(seed_key(3), sequences)
-        before = module._generate.compile_seconds
+        before = total_compile_seconds()
         out = generate(
             model,
             np.tile(prompts, (copies, 1)),
@@ -123,7 +123,7 @@ class Part:
             policy=parse_policy(policy, model.num_layers, partial(self._routed, model)),
             key=jnp.concatenate([keys] * copies),
         )
-        return out, module._generate.compile_seconds - before
+        return out, total_compile_seconds() - before
 
 
 def equal_part() -> Part:
@@ -202,7 +202,7 @@ def run_table(
                     found = {"result": f"fails: {reason[:300]}"}
                 failures += found["result"] not in ("equal", "runs")
                 table.add(mesh=name, cache=cache, policy=policy, **found)
-            module._generate.forget()
+            forget_programs()
     return failures
 
 

@@ -35,8 +35,8 @@ from dials_jax.config import MeshConfig, ModelConfig, RouterConfig
 from dials_jax.keys import seed_key
 from dials_jax.models import transformer
 from dials_jax.nn.policy import Policy
-from dials_jax.sampling import generate as module
 from dials_jax.sampling.confidence import Confidence
+from dials_jax.sampling.programs import generate_program
 from dials_jax.skipping.routed import Routed, init_routers, rounded
 
 COLUMNS = {
@@ -74,7 +74,7 @@ def lower(
     keys = rows(jax.eval_shape(lambda: seed_key(0)).dtype)
     # The abstract mesh: what is known beforehand is computed here, not on chips that are not.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return module._generate.lower(
+        return generate_program.lower(
             params, rows(jnp.int32, shape[1]), rows(bool, shape[1]), keys,
             _policy(policy, cfg, mesh),
             cfg=cfg, sampler=sampler, cache=parse_cache(cache) or NoCache(), executor="auto",
@@ -97,7 +97,7 @@ def measure(
     cfg: ModelConfig, mesh: Mesh, options: argparse.Namespace, **case: str
 ) -> dict[str, Any]:
     """Bytes of the weights and of the peak; None where the program does not fit."""
-    sampler = Confidence(options.gen, options.block, options.gen)
+    sampler = Confidence(gen_length=options.gen, block_length=options.block)
     lowered = lower(cfg, mesh, sampler, (options.batch, options.prompt), **case)
     try:
         kept, peak = memory_of(lowered.compile())

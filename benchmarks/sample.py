@@ -25,10 +25,10 @@ import numpy as np
 from benchmarks.profile import print_profile
 from benchmarks.random_model import MODELS, make_config, make_model
 from benchmarks.report import Table, exit_status, peak_gigabytes
+from dials_jax.compiling import total_compile_seconds
 from dials_jax.errors import require
 from dials_jax.keys import seed_key
 from dials_jax.models.model import Model
-from dials_jax.sampling import programs
 from dials_jax.sampling.ancestral import Ancestral
 from dials_jax.sampling.generate import Generation, generate
 from dials_jax.sampling.model_schedule import Schedule
@@ -63,9 +63,9 @@ def run_in_turns(
     }  # fmt: skip
     out = {}
     for name, case in cases.items():
-        before = compile_seconds()
+        before = total_compile_seconds()
         first = generate(**case, **settings)
-        out[name] = [] if options.repeats else [first], compile_seconds() - before
+        out[name] = [] if options.repeats else [first], total_compile_seconds() - before
     for _ in range(options.repeats):
         for name, case in cases.items():
             out[name][0].append(generate(**case, **settings))
@@ -77,10 +77,6 @@ def run_in_turns(
             print(name)
             print_profile(folder, nfe)
     return out
-
-
-def compile_seconds() -> float:
-    return programs._begin.compile_seconds + programs._segment.compile_seconds
 
 
 def report(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -13,10 +15,9 @@ import jax.numpy as jnp
 def compiler_options() -> dict[str, Any] | None:
     """For `jax.jit` and `compile`; None: nothing. Asked for once the backend is chosen.
 
-    On GPUs cuBLAS makes all products. XLA would take Triton's where those are quicker by
-    themselves. A residual may then be added in a pass of its own, which cuBLAS does within the
-    product. On one H100 Triton's cost MDLM's sampling 9 to 11 %, its training 1 to 4 %, and a
-    forward pass of LLaDA-8B 1 %.
+    On GPUs cuBLAS computes all matmuls. XLA would take Triton's where those are quicker by
+    themselves, but a residual may then be added in a pass of its own, which cuBLAS does within the
+    matmul: MDLM's sampling took 9 to 11 % longer with Triton's on one H100.
     """
     return {"xla_gpu_enable_triton_gemm": False} if jax.default_backend() == "gpu" else None
 
@@ -24,16 +25,17 @@ def compiler_options() -> dict[str, Any] | None:
 class Timed:
     """A jitted function that returns its result and the seconds it took to run.
 
-    A program is compiled once for each set of static arguments, shapes and placements, and for each
-    precision of products that JAX is set to. The call waits for the result, so it belongs around
-    whole generations and batches, not inside loops.
+    Compiled once per combination of static arguments, shapes, shardings and matmul precision. The
+    call waits for the result, so it belongs around whole generations and batches, not in a loop.
     """
 
     def __init__(self, fn: Callable, static_argnames: tuple[str, ...] = ()):
+        functools.update_wrapper(self, fn)
         self._jitted = jax.jit(fn, static_argnames=static_argnames)
         self._static = static_argnames
         self._programs: dict[Any, Any] = {}
         self.compile_seconds = 0.0
+        _ALL.add(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, float]:
         program = self.program(*args, **kwargs)
@@ -42,10 +44,6 @@ class Timed:
         start = time.perf_counter()
         out = jax.block_until_ready(program(*args, **dynamic))
         return out, time.perf_counter() - start
-
-    def forget(self) -> None:
-        """Drops all compiled programs, and the memory they take."""
-        self._programs.clear()
 
     @property
     def num_programs(self) -> int:
@@ -60,6 +58,8 @@ class Timed:
 
         Called by itself, it returns at once, and several run one after another without a wait.
         """
+        # Not the cache of `jax.jit`: that compiles where it is first called, and a schedule's
+        # programs must all be there before the first of them runs.
         static = tuple(kwargs.get(k) for k in self._static)
         leaves, structure = jax.tree.flatten((args, {**kwargs, **dict.fromkeys(self._static)}))
         shapes = tuple(
@@ -72,3 +72,31 @@ class Timed:
             self._programs[key] = self.lower(*args, **kwargs).compile(compiler_options())
             self.compile_seconds += time.perf_counter() - start
         return self._programs[key]
+
+    def forget_programs(self) -> None:
+        """Drops the compiled programs and the memory they take."""
+        self._programs.clear()
+
+    def traced_anew(self) -> Timed:
+        """The same function without any program or trace, for tests that patch what it calls."""
+        fn = self.__wrapped__
+        return Timed(lambda *args, **kwargs: fn(*args, **kwargs), self._static)
+
+
+_ALL: weakref.WeakSet[Timed] = weakref.WeakSet()
+
+
+def timed_jit(*static_argnames: str) -> Callable[[Callable], Timed]:
+    """A decorator: the function as a `Timed` one."""
+    return lambda fn: Timed(fn, static_argnames)
+
+
+def total_compile_seconds() -> float:
+    """Seconds that the programs of all `Timed` functions have taken to compile so far."""
+    return sum(timed.compile_seconds for timed in _ALL)
+
+
+def forget_programs() -> None:
+    """Drops the compiled programs of all `Timed` functions."""
+    for timed in list(_ALL):
+        timed.forget_programs()

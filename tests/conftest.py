@@ -30,7 +30,7 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 from dials_jax import trees  # noqa: E402
-from dials_jax.compiling import Timed  # noqa: E402
+from dials_jax.compiling import forget_programs  # noqa: E402
 from dials_jax.config import (  # noqa: E402
     ArithmeticData,
     OptimizerConfig,
@@ -58,8 +58,7 @@ def few_programs():
     """Forgets what modules before this one compiled, once it has become much."""
     regions = Path("/proc/self/maps")
     if regions.exists() and regions.read_bytes().count(b"\n") > MAX_REGIONS:
-        for timed in [x for x in gc.get_objects() if isinstance(x, Timed)]:
-            timed.forget()
+        forget_programs()
         jax.clear_caches()
         gc.collect()
 

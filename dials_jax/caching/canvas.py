@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Int, PyTree
 
 from dials_jax import trees
 from dials_jax.config import ModelConfig
+from dials_jax.diffusion.guidance import with_unconditional
 from dials_jax.models import transformer
 from dials_jax.nn.block import BlockInputs
 from dials_jax.nn.form import form_of
@@ -59,7 +60,7 @@ class CanvasModel:
         """What the model sees of the canvases."""
         if self.prompt_mask is None:
             return tokens
-        return jnp.concatenate([tokens, jnp.where(self.prompt_mask, self.cfg.mask_id, tokens)])
+        return with_unconditional(tokens, self.prompt_mask, self.cfg.mask_id)
 
     def positions(self, start: Int[Array, ""] | int, size: int) -> Int[Array, "R T"]:
         """The same `size` places from `start` on, for every row."""

@@ -33,7 +33,7 @@ from dials_jax.models.model import Model
 from dials_jax.models.padding import pad_prompts
 from dials_jax.nn.policy import Policy
 from dials_jax.sampling.generate import Generation, generate
-from dials_jax.sampling.programs import AnySampler
+from dials_jax.sampling.sampler import Sampler
 from dials_jax.skipping.flops import Flops
 
 STRATUM = 16  # masked copies a round, over which their numbers of masks are spread
@@ -70,7 +70,7 @@ def generation_batches(
     model: Model,
     prompts: Sequence[Ids],
     *,
-    sampler: AnySampler,
+    sampler: Sampler,
     policy: Policy | None = None,
     cache: Cache | None = None,
     keys: jax.Array | None = None,
@@ -113,7 +113,7 @@ def generation_batches(
 
 
 def generate_all(
-    model: Model, prompts: Sequence[Ids], *, sampler: AnySampler, **settings: Any
+    model: Model, prompts: Sequence[Ids], *, sampler: Sampler, **settings: Any
 ) -> Int[np.ndarray, "N G"]:
     """The generated tokens of every prompt. Args: settings: of `generation_batches`."""
     answers = np.zeros((len(prompts), sampler.gen_length), np.int32)

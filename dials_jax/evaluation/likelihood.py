@@ -17,8 +17,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from dials_jax import sharding
-from dials_jax.compiling import Timed
+from dials_jax.compiling import timed_jit
 from dials_jax.config import ModelConfig, shown, typed
+from dials_jax.diffusion.guidance import guide, repeat_batch, with_unconditional
 from dials_jax.diffusion.objectives import masked_log_probs
 from dials_jax.errors import InputError, require
 from dials_jax.evaluation.positions import over_positions
@@ -27,7 +28,6 @@ from dials_jax.models import transformer
 from dials_jax.models.model import Model, as_ids, check_shapes, check_vocabulary, sequence_keys
 from dials_jax.nn.policy import Policy, check_policy
 from dials_jax.nn.stack import Executor
-from dials_jax.sampling.loop import guide
 from dials_jax.skipping.flops import Flops, count_flops
 from dials_jax.skipping.routed import draws, router_width
 
@@ -130,7 +130,12 @@ def estimate_log_likelihood(
     num_rows = len(copies[0])
     rows = model.place_rows((*copies, sequence_keys(key, num_rows)))
     (values, _), _ = model.run(
-        _score_noisy, *rows, policy, prompt_len=prompt_len, cfg_scale=cfg_scale, executor=executor
+        score_noisy_program,
+        *rows,
+        policy,
+        prompt_len=prompt_len,
+        cfg_scale=cfg_scale,
+        executor=executor,
     )
     return float(jnp.mean(values[:num_rows]))
 
@@ -199,7 +204,7 @@ def score_pairs(
     num_rows = len(samples)
     rows = model.place_rows((pairs, threefry_key(keys), jnp.asarray(samples)), fill_to)
     scores, seconds = model.run(
-        _score_pairs, *rows, policy, stratum=stratum, cfg_scale=cfg_scale, executor=executor
+        score_pairs_program, *rows, policy, stratum=stratum, cfg_scale=cfg_scale, executor=executor
     )
     host = sharding.to_host(scores)
     keep = np.arange(host.gates.shape[-1]) % len(host.log_likelihood) < num_rows
@@ -305,11 +310,10 @@ def answer_log_probs(
     """
     prompt_len = tokens.shape[1] - answers.shape[1]
     if cfg_scale > 0:
-        hidden = jnp.where(jnp.arange(tokens.shape[1]) < prompt_len, cfg.mask_id, tokens)
-        tokens = jnp.concatenate([tokens, hidden])
+        in_prompt = jnp.arange(tokens.shape[1]) < prompt_len
+        tokens = with_unconditional(tokens, in_prompt, cfg.mask_id)
         keys = jnp.concatenate([keys, jax.vmap(jax.random.fold_in, (0, None))(keys, 1)])
-        valid = None if valid is None else jnp.concatenate([valid, valid])
-        time = jnp.concatenate([time, time])
+        valid, time = repeat_batch(valid), repeat_batch(time)
     out = transformer.run_layers(
         cfg, params, tokens, valid, policy, time=time, sequence_keys=keys, executor=executor
     )
@@ -323,7 +327,8 @@ def answer_log_probs(
     return over_positions(log_probs, POSITIONS, h, answers, masked), out.gates
 
 
-def _score_pairs_fn(params, pairs, keys, samples, policy, *, cfg, stratum, cfg_scale, executor):
+@timed_jit("cfg", "stratum", "cfg_scale", "executor")
+def score_pairs_program(params, pairs, keys, samples, policy, *, cfg, stratum, cfg_scale, executor):
     draw = jax.vmap(lambda key, sample, valid: draw_masked(key, sample, valid, stratum))
     mask_keys, gate_keys = jax.vmap(jax.random.split)(keys).T
     masked = draw(mask_keys, samples, pairs.answer_valid)
@@ -338,7 +343,8 @@ def _score_pairs_fn(params, pairs, keys, samples, policy, *, cfg, stratum, cfg_s
     return Scores(jnp.sum(log_probs, axis=1) / share, gates, share)
 
 
-def _score_noisy_fn(
+@timed_jit("cfg", "prompt_len", "cfg_scale", "executor")
+def score_noisy_program(
     params, tokens, noisy, p_mask, keys, policy, *, cfg, prompt_len, cfg_scale, executor
 ):
     masked, p_mask = noisy[:, prompt_len:] == cfg.mask_id, p_mask[:, prompt_len:]
@@ -349,9 +355,3 @@ def _score_noisy_fn(
         executor,
     )  # fmt: skip
     return jnp.sum(log_probs / p_mask, axis=1), gates
-
-
-_score_pairs = Timed(_score_pairs_fn, static_argnames=("cfg", "stratum", "cfg_scale", "executor"))
-_score_noisy = Timed(
-    _score_noisy_fn, static_argnames=("cfg", "prompt_len", "cfg_scale", "executor")
-)

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from dials_jax import sharding
-from dials_jax.compiling import Timed
+from dials_jax.compiling import timed_jit
 from dials_jax.config import ModelConfig
 from dials_jax.data.tokenizer import Tokenizer
 from dials_jax.diffusion.objectives import masked_log_probs
@@ -64,7 +64,7 @@ def score_samples(scorer: Model, samples: Int[np.ndarray, "N T"], batch_size: in
     for first in range(0, len(samples), batch_size):
         rows = slice(first, first + batch_size)
         placed = scorer.place_rows((samples[rows].astype(np.int32), counted[rows]), batch_size)
-        nll, _ = scorer.run(_nll, *placed)
+        nll, _ = scorer.run(nll_program, *placed)
         found.append(sharding.to_host(nll).astype(np.float64)[: len(samples[rows])])
     return Scores(np.concatenate(found), counted[:, 1:].sum(axis=1).astype(np.float64))
 
@@ -150,7 +150,8 @@ def estimate(values: Sequence[float] | Float[np.ndarray, "N"]) -> Estimate:
     return Estimate(float(np.mean(values)), *mean_interval(values))
 
 
-def _nll_fn(
+@timed_jit("cfg")
+def nll_program(
     params, tokens: Int[Array, "B T"], counted: Bool[Array, "B T"], *, cfg: ModelConfig
 ) -> Float[Array, "B"]:
     # An accelerator would multiply float32 in less than float32.
@@ -163,6 +164,3 @@ def _nll_fn(
         return jnp.sum(
             over_positions(nll, POSITIONS, h[:, :-1], tokens[:, 1:], counted[:, 1:]), axis=1
         )
-
-
-_nll = Timed(_nll_fn, static_argnames=("cfg",))

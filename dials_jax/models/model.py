@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from dials_jax import digests, sharding, trees
-from dials_jax.compiling import Timed
+from dials_jax.compiling import Timed, timed_jit
 from dials_jax.config import ModelConfig, shown, typed
 from dials_jax.errors import InputError, require
 from dials_jax.keys import seed_key, threefry_key
@@ -110,7 +110,7 @@ class Model:
         if time is not None:
             time = jnp.broadcast_to(as_time(time, num_rows), num_rows)
         rows = self.place_rows((jnp.asarray(tokens, jnp.int32), valid, time, keys))
-        out, _ = self.run(_apply, *rows, jnp.asarray(step), policy, executor=executor)
+        out, _ = self.run(forward_program, *rows, jnp.asarray(step), policy, executor=executor)
         return Output(out.logits[:num_rows], out.gates[:, :num_rows])
 
     def run(self, fn: Timed, *args: Any, **static: Any) -> tuple[Any, float]:
@@ -250,12 +250,10 @@ def sequence_keys(key: jax.Array | None, num_rows: int) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(num_rows))
 
 
-def _forward(params, tokens, valid, time, sequence_keys, step, policy, *, cfg, executor):
+@timed_jit("cfg", "executor")
+def forward_program(params, tokens, valid, time, sequence_keys, step, policy, *, cfg, executor):
     out = transformer.run_layers(
         cfg, params, tokens, valid, policy,
         time=time, step=step, sequence_keys=sequence_keys, executor=executor,
     )  # fmt: skip
     return Output(transformer.predict_logits(cfg, params, out.h, valid, time), out.gates)
-
-
-_apply = Timed(_forward, static_argnames=("cfg", "executor"))

@@ -9,8 +9,7 @@ Time-Agnostic Masked Models", section 4 (first hitting).
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, sqrt
 from typing import Literal, NamedTuple
 
@@ -25,9 +24,10 @@ from dials_jax.caching.canvas import CanvasModel
 from dials_jax.config import ModelConfig, Typed, require_positive
 from dials_jax.errors import require
 from dials_jax.models import transformer
+from dials_jax.nn.policy import Policy
 from dials_jax.nn.stack import StackOutput
 from dials_jax.sampling.confidence import gumbel_like
-from dials_jax.sampling.loop import CallRecord, append_call, start_record
+from dials_jax.sampling.sampler import CallRecord, Steps, append_call, start_record
 
 Precision = Literal["exact", "float32"]
 
@@ -57,6 +57,8 @@ class Ancestral(Typed):
     """
 
     cfg_scale = 0.0
+    takes_schedule = True
+    one_program = False
 
     length: int
     steps: int
@@ -78,6 +80,10 @@ class Ancestral(Typed):
         )
 
     @property
+    def reveals_every_call(self) -> bool:
+        return self.precision == "exact"
+
+    @property
     def gen_length(self) -> int:
         return self.length
 
@@ -96,8 +102,17 @@ class Ancestral(Typed):
         mean = self.length / self.steps
         return min(self.length, 8 * ceil((mean + 5 * sqrt(mean)) / 8))
 
-    def check(self, cfg: ModelConfig, cache: Cache | None) -> None:
-        """Raises: InputError for what cannot be sampled so."""
+    def with_length(self, gen_length: int) -> Ancestral:
+        steps = gen_length if self.steps == self.length else self.steps
+        return replace(self, length=gen_length, steps=steps)
+
+    def check(
+        self,
+        cfg: ModelConfig,
+        present: Bool[np.ndarray, "B P"],
+        policy: Policy | None,
+        cache: Cache | None,
+    ) -> None:
         cfg.require_mask()
         require(
             cache is None,
@@ -105,7 +120,19 @@ class Ancestral(Typed):
             "steps; leave out `cache`",
         )
 
-    def work(self, cfg: ModelConfig, prompt_length: int) -> list[Work]:
+    def blank_id(self, cfg: ModelConfig) -> int:
+        return cfg.mask_id
+
+    def count_steps(self, cache: Cache) -> int:
+        return self.steps
+
+    def make_steps(
+        self, net: CanvasModel, prompt_length: int, keys: jax.Array, cache: Cache
+    ) -> Steps:
+        kind = ExactSteps if self.precision == "exact" else PublishedSteps
+        return kind(self, net, prompt_length, keys)
+
+    def work(self, cfg: ModelConfig, cache: Cache, prompt_length: int) -> list[Work]:
         total = prompt_length + self.length
         head = self.num_slots if self.precision == "exact" else self.length
         return [Work((total,) * cfg.num_layers, head, prompt_length)]
@@ -178,7 +205,7 @@ class AncestralState(NamedTuple):
     record: CallRecord
 
 
-class Exact:
+class ExactSteps:
     """Model calls that compute logits where they reveal tokens, as functions of the state."""
 
     def __init__(self, sampler: Ancestral, net: CanvasModel, prompt_length: int, keys: jax.Array):
@@ -254,7 +281,7 @@ def call_model(
 ) -> StackOutput:
     """Runs the whole canvas, for the states that predict the tokens at `index`."""
     c = transformer.conditioning(net.cfg, net.params, time)
-    net = dataclasses.replace(net, block_inputs=net.block_inputs._replace(c=c))
+    net = replace(net, block_inputs=net.block_inputs._replace(c=c))
     wanted = jnp.maximum(index - net.logit_shift, 0)  # nothing predicts the canvas's first token
     return net.run_range(tokens, 0, net.length, step, output_positions=wanted)
 
@@ -283,3 +310,70 @@ def write_tokens(
     """Writes tokens at their places; one beyond the canvas is dropped."""
     one = jax.vmap(lambda row, at, x: row.at[at].set(x, mode="drop"))
     return one(tokens, index, new.astype(tokens.dtype))
+
+
+# ------------------------------------------------------------------- as its authors published it
+
+UNIFORM_BITS = 24  # of the published noise
+
+
+class PublishedSteps:
+    """The sampler of the authors' code: every step draws every masked token anew, or [MASK].
+
+    A draw is the largest of q / E, for noise E = -log u with u on a grid of 2^-24. Tokens that are
+    improbable beside [MASK] then nearly vanish. What is left after the last step takes its most
+    probable token, in one call more. Source: `ddpm_cache` of kuleshov-group/mdlm. There a step
+    without change reuses the call before it, which changes no result and is left out.
+    """
+
+    def __init__(self, sampler: Ancestral, net: CanvasModel, prompt_length: int, keys: jax.Array):
+        self.sampler, self.net, self.prompt_length, self.keys = sampler, net, prompt_length, keys
+        self.num_steps = sampler.steps
+
+    def start(self, canvas: Int[Array, "B T"], num_layers: int) -> AncestralState:
+        record = start_record(self.num_steps + 1, num_layers, canvas.shape[0])
+        zero = jnp.asarray(0, jnp.int32)
+        return AncestralState(canvas, zero, jnp.zeros(canvas.shape[0], jnp.int32), None, record)
+
+    def run(self, state: AncestralState, stop: Int[Array, ""] | None = None) -> AncestralState:
+        """All steps before `stop` (None: all), and the call after the last of all."""
+        stop = jnp.asarray(self.num_steps if stop is None else stop, jnp.int32)
+        stop = jnp.where(stop == self.num_steps, stop + 1, stop)
+        return lax.while_loop(lambda s: s.step < stop, self.advance, state)
+
+    def advance(self, state: AncestralState) -> AncestralState:
+        cfg, prompt_length = self.net.cfg, self.prompt_length
+        t = jnp.asarray(self.sampler.times, jnp.float32)[state.step]
+        time = jnp.broadcast_to(t, state.tokens.shape[:1])
+        answer = state.tokens[:, prompt_length:]
+        index = self.net.positions(prompt_length, self.sampler.length)
+        out = call_model(self.net, state.tokens, state.step, time, index)
+
+        def row(xs):  # one after the other: these arrays are as wide as the vocabulary
+            h, tokens, key, time = xs
+            logits = transformer.head_logits(cfg, self.net.params, h[None], time[None])[0]
+            new = self.draw_tokens(
+                transformer.suppress_mask_token(cfg, logits), t, state.step, key
+            ).astype(tokens.dtype)
+            return jnp.where(transformer.is_masked(cfg, tokens), new, tokens)
+
+        new = lax.map(row, (out.h, answer, self.keys, time))
+        tokens = state.tokens.at[:, prompt_length:].set(new)
+        share = jnp.mean(transformer.is_masked(cfg, answer), axis=1)
+        record = append_call(state.record, out.gates, share, 0, state.step)
+        return AncestralState(tokens, state.step + 1, state.calls + 1, None, record)
+
+    def draw_tokens(
+        self, logits: Float[Array, "G V"], t: Float[Array, ""], step: Int[Array, ""], key: jax.Array
+    ) -> Int[Array, "G"]:
+        """A token or [MASK] for every place; after the last step, the most probable token."""
+        s = t - np.float32((1 - EPS) / self.num_steps)
+        q = (jax.nn.softmax(logits) * (t - s)).at[:, self.net.cfg.mask_id].set(s)
+        noise = coarse_exponential(jax.random.fold_in(key, step), q.shape)
+        return jnp.argmax(jnp.where(step == self.num_steps, logits, q / noise), axis=-1)
+
+
+def coarse_exponential(key: jax.Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
+    """-log u for u on the grid of 24 bits on which PyTorch draws float32 numbers."""
+    u = (jax.random.bits(key, shape) >> (32 - UNIFORM_BITS)).astype(jnp.float32)
+    return 1e-10 - jnp.log(u * 2.0**-UNIFORM_BITS + 1e-10)

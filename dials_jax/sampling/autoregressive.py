@@ -5,7 +5,7 @@ The prompts run once and leave their keys and values; then every model call runs
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import jax
@@ -19,9 +19,8 @@ from dials_jax.caching.canvas import CanvasModel
 from dials_jax.config import ModelConfig, Typed, require_positive
 from dials_jax.errors import require
 from dials_jax.models import transformer
-from dials_jax.nn.policy import Policy
-from dials_jax.sampling.loop import CallRecord
-from dials_jax.skipping.policies import Static
+from dials_jax.nn.policy import Policy, static_gates
+from dials_jax.sampling.sampler import CallRecord, start_record
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,9 @@ class Autoregressive(Typed):
     """
 
     cfg_scale = 0.0
+    takes_schedule = False
+    one_program = True
+    reveals_every_call = True
 
     max_new_tokens: int
     temperature: float = 0.0
@@ -50,14 +52,16 @@ class Autoregressive(Typed):
     def gen_length(self) -> int:
         return self.max_new_tokens
 
+    def with_length(self, gen_length: int) -> Autoregressive:
+        return replace(self, max_new_tokens=gen_length)
+
     def check(
         self,
         cfg: ModelConfig,
-        valid: Bool[np.ndarray, "B P"],
+        present: Bool[np.ndarray, "B P"],
         policy: Policy | None,
         cache: Cache | None,
     ) -> None:
-        """Raises: InputError for what cannot be decoded from left to right."""
         require(
             cfg.causal,
             f"Autoregressive is for causal models; give this one ({cfg.model_type}) "
@@ -66,16 +70,28 @@ class Autoregressive(Typed):
         require(cache is None, "Autoregressive keeps its own keys and values; leave out `cache`")
         # Elsewhere a layer would lack the keys of tokens that skipped it.
         require(
-            policy is None or isinstance(policy, Static),
+            static_gates(policy, cfg.num_layers) is not None,
             "Autoregressive skips the same layers for every token; give Static, or no policy",
         )
         require(
-            bool(valid.any(axis=1).all()),
+            bool(present.any(axis=1).all()),
             "a prompt is empty; begin it with a token such as end of text",
         )
 
-    def work(self, cfg: ModelConfig, prompt_length: int) -> list[Work]:
-        """What the two kinds of model call compute: the prompts, and one token."""
+    def blank_id(self, cfg: ModelConfig) -> int:
+        """What also follows the end of a sequence."""
+        return cfg.pad_id if cfg.eos_id is None else cfg.eos_id
+
+    def count_steps(self, cache: Cache) -> int:
+        return self.max_new_tokens
+
+    def make_steps(
+        self, net: CanvasModel, prompt_length: int, keys: jax.Array, cache: Cache
+    ) -> DecodingSteps:
+        return DecodingSteps(self, net, prompt_length, keys)
+
+    def work(self, cfg: ModelConfig, cache: Cache, prompt_length: int) -> list[Work]:
+        """The first call runs the prompts, the others one token."""
         return [Work((n,) * cfg.num_layers, 1) for n in (prompt_length, 1)]
 
 
@@ -84,59 +100,62 @@ class DecodingState(NamedTuple):
     ended: Bool[Array, "B"]
     num_new: Int[Array, ""]  # tokens so far, as many as model calls
     cache_state: PyTree
+    record: CallRecord
 
 
-def filler(cfg: ModelConfig) -> int:
-    """What follows the end of a row."""
-    return cfg.pad_id if cfg.eos_id is None else cfg.eos_id
+class DecodingSteps:
+    """One token per sequence and step, in one run."""
 
+    def __init__(
+        self, sampler: Autoregressive, net: CanvasModel, prompt_length: int, keys: jax.Array
+    ):
+        self.sampler, self.net, self.prompt_length, self.keys = sampler, net, prompt_length, keys
 
-def decode(
-    sampler: Autoregressive,
-    net: CanvasModel,
-    canvas: Int[Array, "B T"],
-    noise_keys: jax.Array,
-    prompt_length: int,
-) -> tuple[Int[Array, "B T"], CallRecord]:
-    """Continues the prompts of a canvas that holds `filler` after them."""
+    def start(self, canvas: Int[Array, "B T"], num_layers: int) -> DecodingState:
+        num_sequences, zero = canvas.shape[0], jnp.asarray(0, jnp.int32)
+        record = start_record(self.sampler.max_new_tokens, num_layers, num_sequences)
+        return DecodingState(canvas, jnp.zeros(num_sequences, bool), zero, None, record)
 
-    def add(state: DecodingState, h: Float[Array, "B D"]) -> DecodingState:
-        """The token that `h` predicts."""
-        keys = jax.vmap(jax.random.fold_in, (0, None))(noise_keys, state.num_new)
-        logits = transformer.head_logits(net.cfg, net.params, h[:, None])[:, 0]
-        token = choose_tokens(logits, sampler.temperature, keys).astype(canvas.dtype)
-        token = jnp.where(state.ended, filler(net.cfg), token)
-        at = prompt_length + state.num_new
-        tokens = lax.dynamic_update_slice_in_dim(state.tokens, token[:, None], at, axis=1)
-        ended = state.ended if net.cfg.eos_id is None else token == net.cfg.eos_id
-        return DecodingState(tokens, ended, state.num_new + 1, state.cache_state)
+    def run(self, state: DecodingState, stop: Int[Array, ""] | None = None) -> DecodingState:
+        """Takes all steps, until every sequence has ended."""
+        net, most = self.net, self.sampler.max_new_tokens
 
-    def more(state: DecodingState) -> Bool[Array, ""]:
-        return (state.num_new < sampler.max_new_tokens) & ~jnp.all(state.ended)
+        def is_due(state: DecodingState) -> Bool[Array, ""]:
+            return (state.num_new < most) & ~jnp.all(state.ended)
 
-    def step(state: DecodingState) -> DecodingState:
-        at = prompt_length + state.num_new - 1
-        out = net.run_range(state.tokens, at, 1, state.num_new, state.cache_state)
-        return add(state._replace(cache_state=out.cache_state), out.h[:, 0])
+        def run_step(state: DecodingState) -> DecodingState:
+            at = self.prompt_length + state.num_new - 1
+            out = net.run_range(state.tokens, at, 1, state.num_new, state.cache_state)
+            return self.append_token(state._replace(cache_state=out.cache_state), out.h[:, 0])
 
-    num_sequences, zero = canvas.shape[0], jnp.asarray(0, jnp.int32)
-    out = net.run_range(canvas, 0, prompt_length, zero, net.init_cache())
-    state = DecodingState(canvas, jnp.zeros(num_sequences, bool), zero, out.cache_state)
-    state = lax.while_loop(more, step, add(state, out.h[:, -1]))
-    record = CallRecord(
-        nfe=state.num_new,
-        gates=jnp.broadcast_to(out.gates, (sampler.max_new_tokens, *out.gates.shape)),
-        masked_share=jnp.zeros((sampler.max_new_tokens, num_sequences)),
-        variant=jnp.minimum(jnp.arange(sampler.max_new_tokens), 1),
-        step=jnp.arange(sampler.max_new_tokens),
-    )
-    return state.tokens, record
+        out = net.run_range(state.tokens, 0, self.prompt_length, state.num_new, net.init_cache())
+        state = self.append_token(state._replace(cache_state=out.cache_state), out.h[:, -1])
+        state = lax.while_loop(is_due, run_step, state)
+        record = state.record._replace(
+            nfe=state.num_new,
+            gates=jnp.broadcast_to(out.gates, (most, *out.gates.shape)),
+            variant=jnp.minimum(jnp.arange(most), 1),
+            step=jnp.arange(most),
+        )
+        return state._replace(record=record)
+
+    def append_token(self, state: DecodingState, h: Float[Array, "B D"]) -> DecodingState:
+        """The state with the token that `h` predicts."""
+        cfg, tokens = self.net.cfg, state.tokens
+        keys = jax.vmap(jax.random.fold_in, (0, None))(self.keys, state.num_new)
+        logits = transformer.head_logits(cfg, self.net.params, h[:, None])[:, 0]
+        token = choose_tokens(logits, self.sampler.temperature, keys).astype(tokens.dtype)
+        token = jnp.where(state.ended, self.sampler.blank_id(cfg), token)
+        at = self.prompt_length + state.num_new
+        tokens = lax.dynamic_update_slice_in_dim(tokens, token[:, None], at, axis=1)
+        ended = state.ended if cfg.eos_id is None else token == cfg.eos_id
+        return state._replace(tokens=tokens, ended=ended, num_new=state.num_new + 1)
 
 
 def choose_tokens(
     logits: Float[Array, "B V"], temperature: float, keys: jax.Array
 ) -> Int[Array, "B"]:
-    """A token a row."""
+    """A token per sequence."""
     if temperature == 0:
         return jnp.argmax(logits, axis=-1)
     one = jax.vmap(lambda key, row: jax.random.categorical(key, row, mode="high"))

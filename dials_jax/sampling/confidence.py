@@ -5,7 +5,7 @@ Source: `generate.py` of ML-GSAI/LLaDA, whose behaviour this follows token for t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import jax
@@ -14,11 +14,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dials_jax.config import ModelConfig, Typed, require_positive
 from dials_jax.errors import require
-from dials_jax.sampling.loop import StepInfo
+from dials_jax.sampling.loop import BlockSampler, StepInfo
 
 
 @dataclass(frozen=True)
-class Confidence(Typed):
+class Confidence(Typed, BlockSampler):
     """Settings of the sampler.
 
     As in the reference, a model that predicts [MASK] itself spends quota on it, and the token may
@@ -83,6 +83,13 @@ class Confidence(Typed):
         for name in ("threshold", "factor"):
             value = getattr(self, name)
             require(value is None or value >= 0, f"{name}={value} must not be negative")
+
+    def with_length(self, gen_length: int) -> Confidence:
+        follow = {
+            name: gen_length if getattr(self, name) == self.gen_length else getattr(self, name)
+            for name in ("block_length", "steps")
+        }
+        return replace(self, gen_length=gen_length, **follow)
 
     @property
     def num_blocks(self) -> int:

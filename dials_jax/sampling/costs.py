@@ -5,19 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import jax
 import numpy as np
 from jaxtyping import Bool, Int
 
-from dials_jax.caching.cache import Cache, Work
-from dials_jax.caching.canvas import CanvasModel
+from dials_jax.caching.cache import Work
 from dials_jax.config import ModelConfig
-from dials_jax.models import transformer
 from dials_jax.nn.policy import Policy
-from dials_jax.sampling.ancestral import Ancestral
-from dials_jax.sampling.autoregressive import Autoregressive
-from dials_jax.sampling.loop import blocks_of
-from dials_jax.sampling.programs import AnySampler
 from dials_jax.skipping.flops import Flops, count_flops
 from dials_jax.skipping.routed import router_width
 
@@ -52,20 +45,6 @@ class Part:
         gates = np.ones((1, self.cfg.num_layers, 1), bool)
         one = count_flops(self.cfg, gates, num_tokens=num_tokens, head_tokens=head)
         return num_calls * num_sequences * one.model_total
-
-
-def work_of(cfg: ModelConfig, sampler: AnySampler, cache: Cache, prompt_length: int) -> list[Work]:
-    """What each kind of model call computes."""
-    if isinstance(sampler, Autoregressive | Ancestral):
-        return sampler.work(cfg, prompt_length)
-    length = prompt_length + sampler.gen_length
-    rows = jax.eval_shape(lambda: transformer.block_inputs(cfg, None, (1, length)))
-    known = prompt_length if sampler.cfg_scale == 0 else 0
-    sketch = CanvasModel(cfg, None, None, "auto", rows, None, None, known)
-    return [
-        variant.work
-        for variant in cache.forward_variants(sketch, blocks_of(sampler, prompt_length))
-    ]
 
 
 def total_cost(

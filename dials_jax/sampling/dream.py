@@ -6,7 +6,7 @@ published checkpoints, whose behaviour this follows token for token.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +17,13 @@ from jaxtyping import Array, Bool, Float, Int
 from dials_jax.config import Algorithm, ModelConfig, Typed, require_positive
 from dials_jax.errors import require
 from dials_jax.sampling.confidence import gumbel_like, ranks
-from dials_jax.sampling.loop import StepInfo
+from dials_jax.sampling.loop import BlockSampler, StepInfo
 
 TOKEN, ORDER = 0, 1  # folded into a step's key: what the noise is for
 
 
 @dataclass(frozen=True)
-class Dream(Typed):
+class Dream(Typed, BlockSampler):
     """Settings of the sampler.
 
     Every row counts its own masked tokens; the published code takes the mean of the batch.
@@ -42,9 +42,7 @@ class Dream(Typed):
       eps: noise level at which the schedule ends.
     """
 
-    cfg_scale = 0.0
-    delay_eos = False
-    stop_at_eos = False
+    reveals_every_call = False
 
     max_new_tokens: int
     steps: int | None = None
@@ -70,6 +68,10 @@ class Dream(Typed):
             not (self.alg == "origin" and self.alg_temp),
             "alg='origin' reveals random tokens and knows no alg_temp; leave it out",
         )
+
+    def with_length(self, gen_length: int) -> Dream:
+        steps = gen_length if self.steps == self.max_new_tokens else self.steps
+        return replace(self, max_new_tokens=gen_length, steps=steps)
 
     @property
     def is_probability(self) -> bool:

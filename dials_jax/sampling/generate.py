@@ -9,39 +9,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
 from dials_jax import sharding
 from dials_jax.caching.cache import Cache
 from dials_jax.caching.plain import NoCache
-from dials_jax.compiling import Timed
-from dials_jax.config import ModelConfig, typed
+from dials_jax.config import typed
 from dials_jax.errors import require
 from dials_jax.models.model import Model, as_ids, as_valid, sequence_keys
 from dials_jax.nn.policy import Policy
 from dials_jax.nn.stack import Executor
-from dials_jax.sampling.ancestral import Ancestral
-from dials_jax.sampling.autoregressive import Autoregressive, decode
-from dials_jax.sampling.costs import Part, total_cost, work_of
-from dials_jax.sampling.loop import CallRecord
+from dials_jax.sampling.costs import Part, total_cost
 from dials_jax.sampling.model_schedule import Schedule
-from dials_jax.sampling.programs import (
-    STATIC,
-    AnySampler,
-    count_steps,
-    set_out,
-    steps_of,
-    take_turns,
-)
+from dials_jax.sampling.programs import run_alone, run_schedule
 from dials_jax.sampling.requests import (
     ALONE,
-    check_beginnings,
-    check_kinds,
+    check_empty_prompts,
     check_prompts,
-    check_turns,
+    check_schedule,
+    check_settings,
+    empty_prompts,
     roles_of,
-    rows_without_prompts,
 )
+from dials_jax.sampling.sampler import CallRecord, Sampler
 from dials_jax.skipping.flops import Flops
 
 
@@ -78,7 +68,7 @@ def generate(
     prompts: Int[ArrayLike, "B P"] | None = None,
     valid: Bool[ArrayLike, "B P"] | None = None,
     *,
-    sampler: AnySampler,
+    sampler: Sampler,
     schedule: Schedule | None = None,
     policy: Policy | Mapping[str, Policy | None] | None = None,
     cache: Cache | None = None,
@@ -106,8 +96,8 @@ def generate(
       for, or settings that do not compose.
     """
     cache_given, cache = cache, NoCache() if cache is None else cache
-    check_kinds(sampler, cache, fill_to)
-    prompts = rows_without_prompts(num_sequences) if prompts is None else as_ids(prompts, "prompt")
+    check_settings(sampler, cache, fill_to)
+    prompts = empty_prompts(num_sequences) if prompts is None else as_ids(prompts, "prompt")
     valid = None if valid is None else np.asarray(as_valid(valid))
     require(prompts.ndim == 2, f"prompts have shape {prompts.shape}; give [batch, length]")
     require(
@@ -119,29 +109,19 @@ def generate(
     for role in roles.values():
         cfg = role.model.config
         present = check_prompts(cfg, prompts, valid, sampler.gen_length)
-        check_beginnings(cfg, present, cache)
-        if isinstance(sampler, Autoregressive):
-            sampler.check(cfg, present, role.policy, cache_given)
-        elif isinstance(sampler, Ancestral):
-            sampler.check(cfg, cache_given)
-        else:
-            cfg.require_mask()
-            require(
-                not cfg.time_conditioning,
-                f"{type(sampler).__name__} has no denoising time to tell a model with "
-                "time_conditioning; sample with Ancestral",
-            )
-    turns = schedule or Schedule(((ALONE, count_steps(sampler, cache)),))
+        check_empty_prompts(cfg, present, cache)
+        sampler.check(cfg, present, role.policy, cache_given)
+    turns = schedule or Schedule(((ALONE, sampler.count_steps(cache)),))
     if schedule:
-        check_turns(roles, turns, sampler, cache)
+        check_schedule(roles, turns, sampler, cache)
     first, num_sequences = next(iter(roles.values())), len(prompts)
-    rows = (jnp.asarray(prompts, jnp.int32), valid, sequence_keys(key, num_sequences))
-    rows = first.model.place_rows(rows, fill_to)
+    batch = (jnp.asarray(prompts, jnp.int32), valid, sequence_keys(key, num_sequences))
+    batch = first.model.place_rows(batch, fill_to)
     static = {"sampler": sampler, "cache": cache, "executor": executor}
-    if schedule or isinstance(sampler, Ancestral):
-        out, seconds = take_turns(roles, turns, rows, **static)
+    if schedule or not sampler.one_program:
+        out, seconds = run_schedule(roles, turns, batch, **static)
     else:
-        out, seconds = first.model.run(_generate, *rows, first.policy, **static)
+        out, seconds = run_alone(first, batch, **static)
     return account(*sharding.to_host(out), roles, turns, sampler, cache, prompts, seconds)
 
 
@@ -159,7 +139,7 @@ def account(
     gates = gates[..., np.arange(gates.shape[-1]) % len(tokens) < num_sequences]  # in both halves
     share = np.tile(record.masked_share[:nfe, :num_sequences], gates.shape[-1] // num_sequences)
     parts = [
-        Part(model.config, policy, work_of(model.config, sampler, cache, prompts.shape[1]))
+        Part(model.config, policy, sampler.work(model.config, cache, prompts.shape[1]))
         for model, policy in roles.values()
     ]
     number = {letter: i for i, letter in enumerate(roles)}
@@ -173,20 +153,3 @@ def account(
             tokens_run[mine, : part.cfg.num_layers] = part.tokens(variant[mine])
     flops = total_cost(parts, taken, gates, variant, length, seconds)
     return Generation(tokens[:num_sequences], nfe, gates, share, tokens_run, steps, flops)
-
-
-def _generate_fn(
-    params, prompts, valid, keys, policy, *, cfg: ModelConfig, sampler, cache, executor
-) -> tuple[Int[Array, "B T"], CallRecord]:
-    setting = set_out(
-        params, prompts, valid, keys, policy, cfg=cfg, sampler=sampler, executor=executor
-    )
-    net, canvas, noise_keys, prompt_length = setting
-    if isinstance(sampler, Autoregressive):
-        return decode(sampler, net, canvas, noise_keys, prompt_length)
-    steps = steps_of(sampler, cache, setting)
-    state = steps.run(steps.start(canvas, cfg.num_layers))
-    return state.tokens, state.record
-
-
-_generate = Timed(_generate_fn, static_argnames=STATIC)

@@ -20,46 +20,95 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from dials_jax.caching.cache import Blocks, Cache, ForwardInputs, ForwardOutputs, Revealed
+from dials_jax.caching.cache import Blocks, Cache, ForwardInputs, ForwardOutputs, Revealed, Work
 from dials_jax.caching.canvas import CanvasModel
 from dials_jax.config import ModelConfig
+from dials_jax.diffusion.guidance import guide
 from dials_jax.errors import require
 from dials_jax.models import transformer
+from dials_jax.nn.policy import Policy
+from dials_jax.sampling.sampler import CallRecord, append_call, start_record
 from dials_jax.sampling.timetable import block_steps, run_length_encode, run_program
 
 
-@runtime_checkable
-class Sampler(Protocol):
-    """Which tokens a step reveals. Settings only: hashable, static in compiled programs.
+class BlockSampler:
+    """A sampler that fills blocks from left to right and reveals tokens by their confidence.
 
-    Keys come one a position, [B, W].
+    A class of this kind sets the attributes below, and says with `propose` and `choose` which
+    tokens a step reveals. Keys are one per position, [B, W].
+
+    Attributes:
+      steps_per_block: at most; a block also ends when it is full.
+      max_quota: tokens that a step reveals per sequence at most; None: any number.
+      is_probability: whether confidences lie in [0, 1].
+      delay_eos, stop_at_eos: see `Confidence`.
     """
 
     gen_length: int
     block_length: int
-    steps_per_block: int  # at most; a block also ends when it is full
-    max_quota: int | None  # tokens a step reveals in a row at most; None: any number
-    is_probability: bool  # the confidence is, or lies in [0, 1] like one
-    cfg_scale: float
-    delay_eos: bool
-    stop_at_eos: bool
+    steps_per_block: int
+    max_quota: int | None
+    is_probability: bool
+    cfg_scale = 0.0
+    delay_eos = False
+    stop_at_eos = False
+    takes_schedule = True
+    one_program = True
+    reveals_every_call = True
 
     def propose(
         self, cfg: ModelConfig, logits: Float[Array, "B W V"], keys: jax.Array
     ) -> tuple[Int[Array, "B W"], Float[Array, "B W"]]:
-        """A token for every position, and how sure the model is of it."""
+        """A token for every position, and how confident the model is in it."""
+        raise NotImplementedError
 
     def choose(
         self, confidence: Float[Array, "B W"], info: StepInfo, keys: jax.Array
     ) -> Bool[Array, "B W"]:
         """The positions to reveal. The confidence is -inf where there is nothing to reveal."""
+        raise NotImplementedError
+
+    def check(
+        self,
+        cfg: ModelConfig,
+        present: Bool[np.ndarray, "B P"],
+        policy: Policy | None,
+        cache: Cache | None,
+    ) -> None:
+        cfg.require_mask()
+        require(
+            not cfg.time_conditioning,
+            f"{type(self).__name__} has no denoising time to tell a model with "
+            "time_conditioning; sample with Ancestral",
+        )
+
+    def blank_id(self, cfg: ModelConfig) -> int:
+        return cfg.mask_id
+
+    def count_steps(self, cache: Cache) -> int:
+        """Steps of all blocks, at most."""
+        return self.gen_length // self.block_length * step_limit(self, cache)
+
+    def make_steps(
+        self, net: CanvasModel, prompt_length: int, keys: jax.Array, cache: Cache
+    ) -> Loop:
+        return Loop(self, cache, net, prompt_length, keys)
+
+    def work(self, cfg: ModelConfig, cache: Cache, prompt_length: int) -> list[Work]:
+        shape = (1, prompt_length + self.gen_length)
+        block_inputs = jax.eval_shape(lambda: transformer.block_inputs(cfg, None, shape))
+        known = prompt_length if self.cfg_scale == 0 else 0
+        sketch = CanvasModel(cfg, None, None, "auto", block_inputs, None, None, known)
+        variants = cache.forward_variants(sketch, blocks_of(self, prompt_length))
+        return [variant.work for variant in variants]
 
 
 class StepInfo(NamedTuple):
@@ -68,16 +117,6 @@ class StepInfo(NamedTuple):
     step_in_block: Int[Array, ""]
     present: Int[Array, "B"]  # masked tokens of the block when it was entered
     remaining: Int[Array, "B"]  # masked tokens of the block now
-
-
-class CallRecord(NamedTuple):
-    """What every model call was. Arrays are as long as the most calls there could be."""
-
-    nfe: Int[Array, ""]
-    gates: Bool[Array, "S L R"]
-    masked_share: Float[Array, "S B"]  # of the generated part, before the call
-    variant: Int[Array, "S"]  # the number of the cache's forward variant
-    step: Int[Array, "S"]  # that the call belongs to: it names the model, under a schedule
 
 
 class LoopState(NamedTuple):
@@ -89,17 +128,12 @@ class LoopState(NamedTuple):
     record: CallRecord
 
 
-def blocks_of(sampler: Sampler, prompt_length: int) -> Blocks:
+def blocks_of(sampler: BlockSampler, prompt_length: int) -> Blocks:
     count = sampler.gen_length // sampler.block_length
     return Blocks(prompt_length, sampler.block_length, count, sampler.max_quota)
 
 
-def num_steps(sampler: Sampler, cache: Cache) -> int:
-    """Steps of all blocks, at most."""
-    return sampler.gen_length // sampler.block_length * step_limit(sampler, cache)
-
-
-def step_limit(sampler: Sampler, cache: Cache) -> int:
+def step_limit(sampler: BlockSampler, cache: Cache) -> int:
     """Steps of a block at most.
 
     Where a cache leaves masked tokens out of a call, a step may find fewer than its quota. The
@@ -111,7 +145,7 @@ def step_limit(sampler: Sampler, cache: Cache) -> int:
     return sampler.steps_per_block + sampler.block_length
 
 
-def is_fixed(sampler: Sampler, cache: Cache) -> bool:
+def is_fixed(sampler: BlockSampler, cache: Cache) -> bool:
     """Whether all steps are known beforehand: each reveals its quota, and no row ends early.
 
     The loops then have constant trip counts. The device waits for a condition only where the kind
@@ -126,7 +160,7 @@ class Loop:
 
     def __init__(
         self,
-        sampler: Sampler,
+        sampler: BlockSampler,
         cache: Cache,
         net: CanvasModel,
         prompt_length: int,
@@ -142,7 +176,7 @@ class Loop:
         self.noise_keys = noise_keys
         self.variants = cache.forward_variants(net, self.blocks)
         self.limit = step_limit(sampler, cache)
-        self.num_steps = num_steps(sampler, cache)
+        self.num_steps = sampler.count_steps(cache)
 
     def start(self, canvas: Int[Array, "B T"], num_layers: int) -> LoopState:
         num_sequences, zero = canvas.shape[0], jnp.asarray(0, jnp.int32)
@@ -265,12 +299,6 @@ class Loop:
         return transformer.is_masked(self.net.cfg, answer).reshape(shape)
 
 
-def guide(logits: Float[Array, "R W V"], cfg_scale: float) -> Float[Array, "B W V"]:
-    """Classifier-free guidance of the conditional (first) by the unconditional half."""
-    conditional, unconditional = jnp.split(logits, 2)
-    return unconditional + (cfg_scale + 1) * (conditional - unconditional)
-
-
 def position_keys(
     noise_keys: jax.Array, step: Int[Array, ""], place: Int[Array, "B W"]
 ) -> jax.Array:
@@ -302,36 +330,6 @@ def fill_after_eos(
     known = jnp.cumsum(masked, axis=1) == 0
     ended = jnp.cumsum((answer == cfg.eos_id) & known, axis=1) > 0
     return tokens.at[:, prompt_length:].set(jnp.where(ended & masked, cfg.eos_id, answer))
-
-
-def start_record(
-    num_calls: int, num_layers: int, num_sequences: int, gated_rows: int | None = None
-) -> CallRecord:
-    """An empty record.
-
-    Args:
-      num_layers: of the deepest model; the gates of others are False beyond their own.
-      gated_rows: None: as many as there are rows.
-    """
-    calls = jnp.zeros(num_calls, jnp.int32)
-    gates = jnp.zeros((num_calls, num_layers, gated_rows or num_sequences), bool)
-    return CallRecord(
-        jnp.asarray(0, jnp.int32), gates, jnp.zeros((num_calls, num_sequences)), calls, calls
-    )
-
-
-def append_call(
-    record: CallRecord, gates: Array, share: Array, variant: int, step: Array
-) -> CallRecord:
-    """The record with one more call."""
-    at = record.nfe
-    return CallRecord(
-        nfe=at + 1,
-        gates=record.gates.at[at, : gates.shape[0]].set(gates),
-        masked_share=record.masked_share.at[at].set(share),
-        variant=record.variant.at[at].set(variant),
-        step=record.step.at[at].set(step),
-    )
 
 
 def _put(tokens: Array, index: Array, new: Array) -> Array:

@@ -13,16 +13,17 @@ from dials_jax.config import ModelConfig, shown
 from dials_jax.errors import InputError, nearest, require
 from dials_jax.models.model import Model, check_shapes, check_vocabulary
 from dials_jax.nn.policy import Policy, check_policy
-from dials_jax.sampling.autoregressive import Autoregressive
 from dials_jax.sampling.model_schedule import Schedule
-from dials_jax.sampling.programs import AnySampler, Role, count_steps
+from dials_jax.sampling.programs import Role
+from dials_jax.sampling.sampler import Sampler
 
 ALONE = "M"  # the letter of a model that takes all steps
 
 
-def rows_without_prompts(num_sequences: int | None) -> Int[np.ndarray, "B 0"]:
+def empty_prompts(num_sequences: int | None) -> Int[np.ndarray, "B 0"]:
     require(
-        num_sequences is not None, "without prompts the number of rows is open; give num_sequences"
+        num_sequences is not None,
+        "without prompts the number of sequences is open; give num_sequences",
     )
     require(num_sequences > 0, f"num_sequences={num_sequences} must be positive")
     return np.zeros((num_sequences, 0), np.int32)
@@ -58,15 +59,15 @@ def roles_of(
     return {letter: Role(one, policies.get(letter)) for letter, one in models.items()}
 
 
-def check_turns(
-    roles: dict[str, Role], schedule: Schedule, sampler: AnySampler, cache: Cache
+def check_schedule(
+    roles: dict[str, Role], schedule: Schedule, sampler: Sampler, cache: Cache
 ) -> None:
     """Raises: InputError for models that cannot fill one canvas together."""
     require(
-        not isinstance(sampler, Autoregressive),
-        "Autoregressive has no denoising steps to divide; leave out `schedule`",
+        sampler.takes_schedule,
+        f"{type(sampler).__name__} has no denoising steps to divide; leave out `schedule`",
     )
-    steps = count_steps(sampler, cache)
+    steps = sampler.count_steps(cache)
     require(
         schedule.num_steps == steps,
         f"schedule {schedule} has {schedule.num_steps} steps and the sampler {steps}; make them "
@@ -92,10 +93,10 @@ def check_turns(
     )
 
 
-def check_kinds(sampler: object, cache: object, fill_to: int) -> None:
-    """Raises: InputError for what is no sampler or cache, and for a batch of no rows."""
+def check_settings(sampler: object, cache: object, fill_to: int) -> None:
+    """Raises: InputError for what is no sampler or cache, and for an empty batch."""
     require(
-        isinstance(sampler, AnySampler) and not isinstance(sampler, type),
+        isinstance(sampler, Sampler) and not isinstance(sampler, type),
         f"sampler={shown(sampler)} is no sampler; give one, as Confidence(gen_length=128)",
     )
     require(
@@ -105,7 +106,7 @@ def check_kinds(sampler: object, cache: object, fill_to: int) -> None:
     require(fill_to > 0, f"fill_to={fill_to} must be positive")
 
 
-def check_beginnings(cfg: ModelConfig, present: Bool[np.ndarray, "B P"], cache: Cache) -> None:
+def check_empty_prompts(cfg: ModelConfig, present: Bool[np.ndarray, "B P"], cache: Cache) -> None:
     """Where logits are shifted a token is predicted by the one to its left.
 
     Without any prompt the first token is predicted by itself, as in `Model.apply`. Beside longer

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from dials_jax import sharding
-from dials_jax.compiling import Timed
+from dials_jax.compiling import timed_jit
 from dials_jax.errors import require
 from dials_jax.models import transformer
 from dials_jax.models.model import Model
@@ -73,12 +73,13 @@ def layer_similarities(
         chunk = prompts[first : first + batch_size]
         tokens, valid = pad_prompts(chunk, length, cfg.pad_id)
         rows = model.place_rows((jnp.asarray(tokens), jnp.asarray(valid)), batch_size)
-        cosines, _ = model.run(_similarities, *rows, gen_length=gen_length)
+        cosines, _ = model.run(similarities_program, *rows, gen_length=gen_length)
         total += sharding.to_host(cosines)[:, : len(chunk)].sum(axis=1)
     return total / len(prompts)
 
 
-def _similarities_fn(params, prompts, valid, *, cfg, gen_length) -> Float[Array, "L B"]:
+@timed_jit("cfg", "gen_length")
+def similarities_program(params, prompts, valid, *, cfg, gen_length) -> Float[Array, "L B"]:
     answer = jnp.full((prompts.shape[0], gen_length), cfg.mask_id, prompts.dtype)
     tokens = jnp.concatenate([prompts, answer], axis=1)
     in_prompt = jnp.concatenate([valid, jnp.zeros_like(answer, bool)], axis=1)
@@ -88,6 +89,3 @@ def _similarities_fn(params, prompts, valid, *, cfg, gen_length) -> Float[Array,
         return mean_cosine(before, after, in_prompt)
 
     return transformer.run_layers(cfg, params, tokens, present, observe=cosine).observed
-
-
-_similarities = Timed(_similarities_fn, static_argnames=("cfg", "gen_length"))

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dials_jax import sharding, trees
-from dials_jax.compiling import Timed
+from dials_jax.compiling import timed_jit
 from dials_jax.config import ModelConfig
 from dials_jax.diffusion.subs import subs_log_probs
 from dials_jax.errors import require
@@ -62,7 +62,7 @@ def divergences(
     for first in range(0, len(tokens), batch_size):
         rows = slice(first, first + batch_size)
         placed = heavy.place_rows((tokens[rows].astype(np.int32), keys[rows]), batch_size)
-        out, _ = heavy.run(_compare, params, *placed, jnp.float32(time), other_cfgs=configs)
+        out, _ = heavy.run(compare_program, params, *placed, jnp.float32(time), other_cfgs=configs)
         found.append(sharding.to_host(out))
     # Only the last batch was filled up.
     means, count = jax.tree.map(lambda *parts: np.concatenate(parts)[: len(tokens)], *found)
@@ -89,7 +89,8 @@ def check_family(heavy: ModelConfig, others: Mapping[str, ModelConfig]) -> None:
         )
 
 
-def _compare_fn(
+@timed_jit("cfg", "other_cfgs")
+def compare_program(
     params: trees.Params,
     other_params: tuple[trees.Params, ...],
     tokens: Int[Array, "B T"],
@@ -120,9 +121,6 @@ def _compare_fn(
     count = jnp.sum(masked, axis=1)
     means = jax.tree.map(lambda x: jnp.sum(x, axis=1) / jnp.maximum(count, 1), sums)
     return tuple(means), count
-
-
-_compare = Timed(_compare_fn, static_argnames=("cfg", "other_cfgs"))
 
 
 def _stream(cfg, params, noisy, times) -> Float[Array, "B T D"]:

@@ -11,9 +11,8 @@ import pytest
 from dials_jax.caching.early_skip import importance, variants
 from dials_jax.caching.early_skip.settings import EarlySkip
 from dials_jax.caching.plain import DualCache, NoCache, PrefixCache
-from dials_jax.compiling import Timed
 from dials_jax.loading import load
-from dials_jax.sampling import generate as module
+from dials_jax.sampling import programs
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.generate import generate
 
@@ -83,11 +82,9 @@ def published_order(monkeypatch):
     monkeypatch.setattr(importance, "top", top)
     monkeypatch.setattr(variants, "leftmost", leftmost)
 
-    def traced_anew(*args, **kwargs):  # programs of the patched code stay in this test
-        return module._generate_fn(*args, **kwargs)
-
-    static = ("cfg", "sampler", "cache", "executor")
-    monkeypatch.setattr(module, "_generate", Timed(traced_anew, static_argnames=static))
+    # programs of the patched code stay in this test
+    anew = programs.generate_program.traced_anew()
+    monkeypatch.setattr(programs, "generate_program", anew)
 
 
 @pytest.mark.parametrize("name", ["0", "1"])

@@ -168,11 +168,9 @@ def test_logits_are_held_of_a_few_positions_at_a_time(model, cfg_scale, monkeypa
     pairs, samples = PAIRS[:2], np.array([0, 1])
     expected, _ = scores_of(model, pairs, samples, cfg_scale=cfg_scale)
     monkeypatch.setattr(likelihood, "POSITIONS", 2)  # of an answer of 5
-    names = ("cfg", "stratum", "cfg_scale", "executor")
-    traced = likelihood._score_pairs_fn
-    # A function of its own, for the number of positions is read while tracing.
-    program = likelihood.Timed(lambda *args, **kwargs: traced(*args, **kwargs), names)
-    monkeypatch.setattr(likelihood, "_score_pairs", program)
+    # Traced again, for the number of positions is read while tracing.
+    program = likelihood.score_pairs_program.traced_anew()
+    monkeypatch.setattr(likelihood, "score_pairs_program", program)
     scores, _ = scores_of(model, pairs, samples, cfg_scale=cfg_scale)
     np.testing.assert_allclose(scores.log_likelihood, expected.log_likelihood, rtol=1e-5)
     rows = model.place_rows((pad_pairs(pairs, model.config), keys_of(2), jnp.asarray(samples)))

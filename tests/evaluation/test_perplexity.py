@@ -62,11 +62,11 @@ def test_neither_batches_nor_slices_of_positions_matter(scorer, samples, monkeyp
     expected = score_samples(scorer, samples, batch_size=7)
     monkeypatch.setattr(perplexity, "POSITIONS", 5)  # 11 positions: the last slice is shorter
     # A program of its own, for the number of positions is read while tracing.
-    monkeypatch.setattr(perplexity, "_nll", perplexity.Timed(perplexity._nll_fn, ("cfg",)))
+    monkeypatch.setattr(perplexity, "nll_program", perplexity.nll_program.traced_anew())
     for batch_size in (1, 3):
         scores = score_samples(scorer, samples, batch_size)
         np.testing.assert_allclose(scores.nll, expected.nll, rtol=1e-5)
-    assert perplexity._nll.num_programs == 2  # a last, smaller batch needs none of its own
+    assert perplexity.nll_program.num_programs == 2  # a last, smaller batch needs none of its own
 
 
 def test_which_tokens_count():

@@ -22,7 +22,7 @@ from dials_jax.evaluation.scoring import item_keys, num_rows, score_task
 from dials_jax.files import finite
 from dials_jax.models import transformer
 from dials_jax.models.model import Model
-from dials_jax.sampling import generate as generation
+from dials_jax.sampling import programs
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.dream import Dream
 from dials_jax.skipping.policies import Random, Static
@@ -271,9 +271,9 @@ def test_mixed_lengths_compile_few_programs(max_programs, scorer, mixed):
     task = dataclasses.replace(
         FIRST, bucket=1, max_programs=max_programs, cfg_scale=max_programs / 2
     )
-    before = generation._generate.num_programs
+    before = programs.generate_program.num_programs
     run(scorer, task, mixed, batch_size=2)  # batches with and without padding in each bucket
-    assert generation._generate.num_programs - before == max_programs
+    assert programs.generate_program.num_programs - before == max_programs
 
 
 # ------------------------------------------------------------------------------------ likelihood
@@ -304,9 +304,9 @@ def test_mixed_pairs_take_few_programs_and_score_the_same(scorer, mixed):
     found = []
     for max_programs in (1, 4):
         task = dataclasses.replace(NELBO, num_samples=2, bucket=1, max_programs=max_programs)
-        before = likelihood._score_pairs.num_programs
+        before = likelihood.score_pairs_program.num_programs
         found.append(run(scorer, task, pairs, batch_size=6))
-        assert 1 <= likelihood._score_pairs.num_programs - before <= max_programs
+        assert 1 <= likelihood.score_pairs_program.num_programs - before <= max_programs
     assert_equal_scores(found[0].items, found[1].items)
 
 

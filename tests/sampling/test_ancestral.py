@@ -13,7 +13,7 @@ from dials_jax.caching.plain import DualCache
 from dials_jax.errors import InputError
 from dials_jax.models import families, transformer
 from dials_jax.models.model import Model
-from dials_jax.sampling import ancestral, published
+from dials_jax.sampling import ancestral
 from dials_jax.sampling.ancestral import Ancestral
 from dials_jax.sampling.generate import generate
 from dials_jax.sampling.model_schedule import Schedule
@@ -161,7 +161,7 @@ def test_published_noise_has_less_entropy(monkeypatch):
 
     mean, error = measured(Ancestral(64, 16), 16)
     assert abs(mean - expected) < error
-    monkeypatch.setattr(published, "UNIFORM_BITS", 12)
+    monkeypatch.setattr(ancestral, "UNIFORM_BITS", 12)
     mean, error = measured(Ancestral(64, 16, precision="float32"), 15)
     assert mean < expected - 2 * error
 
@@ -170,9 +170,9 @@ def test_published_noise_has_less_entropy(monkeypatch):
 def test_coarse_noise_weighs_as_predicted(monkeypatch, bits):
     # A token of weight w = 2^-12 against [MASK] of weight 1 on a grid of 2^-b. Its noise is k 2^-b,
     # k >= 1, and it wins with probability exp(-k a) where a = 2^-b / w: in all 2^-b / (e^a - 1).
-    monkeypatch.setattr(published, "UNIFORM_BITS", bits)
+    monkeypatch.setattr(ancestral, "UNIFORM_BITS", bits)
     w, size = 2.0**-12, 1 << 22
-    noise = published.coarse_exponential(jax.random.key(0), (2, size))
+    noise = ancestral.coarse_exponential(jax.random.key(0), (2, size))
     wins = float(jnp.sum(w / noise[0] > 1 / noise[1]))
     expected = size * 2.0**-bits / np.expm1(2.0**-bits / w)
     assert abs(wins - expected) < 4 * np.sqrt(expected)

@@ -156,7 +156,7 @@ def test_each_model_takes_its_own_steps(models):
 
 def test_schedules_share_programs_and_fetch_nothing(models):
     run(models, "L3,H6,L3")
-    before = programs._segment.num_programs
+    before = programs.segment_program.num_programs
     with jax.transfer_guard_device_to_host("disallow"):
         rows = models["H"].place_rows(
             (jnp.zeros((3, 0), jnp.int32), None, jax.random.split(jax.random.key(0), 3))
@@ -164,8 +164,8 @@ def test_schedules_share_programs_and_fetch_nothing(models):
         roles = {letter: programs.Role(model, None) for letter, model in models.items()}
         static = {"sampler": STEPS, "cache": NoCache(), "executor": "auto"}
         for text in ("L3,H6,L3", "H2,L5,H2,L1,H2", "H11,L1"):
-            programs.take_turns(roles, Schedule.parse(text), rows, **static)
-    assert programs._segment.num_programs == before
+            programs.run_schedule(roles, Schedule.parse(text), rows, **static)
+    assert programs.segment_program.num_programs == before
 
 
 def test_costs_of_a_schedule(models):
