@@ -90,7 +90,7 @@ class Case:
         cfg = model.config
         tokens = np.random.default_rng(0).integers(2, 500, (batch, options.tokens), dtype=np.int32)
         tokens[:, options.prompt :] = cfg.mask_id
-        self._rows = model.place_rows((jnp.asarray(tokens), sequence_keys(None, batch)))
+        self._rows = model.place_sequences((jnp.asarray(tokens), sequence_keys(None, batch)))
         self._timed = Timed(_passes, static_argnames=("cfg", "executor", "prompt", "passes"))
         self._model, self._policy = model, policy
         self._static = {

@@ -24,7 +24,7 @@ CHUNK = 2048  # tokens; their logits are 0.4 GB for GPT-2's vocabulary
 MULTIPLE = 128  # the vocabulary is filled up to one of these: odd widths miss the fast kernels
 
 
-class Head(NamedTuple):
+class HeadWeights(NamedTuple):
     """The last projection."""
 
     kernel: Float[Array, "D V"]
@@ -44,12 +44,12 @@ class _Sums(NamedTuple):
 
     nats: Array  # a token's cross-entropy
     h: Array | None  # a token's gradient
-    head: Head | None  # the gradient over all tokens, float32
+    head: HeadWeights | None  # the gradient over all tokens, float32
 
 
 def weighted_cross_entropy(
     h: Float[Array, "B T D"],
-    head: Head,
+    head: HeadWeights,
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"],
     *,
@@ -122,7 +122,7 @@ def _over_shards(h, head, targets, weights, how: _How, gradients: bool) -> _Sums
     )(h, head, targets, weights)
 
 
-def _over_rows(h, head: Head, targets, weights, how: _How, gradients: bool) -> _Sums:
+def _over_rows(h, head: HeadWeights, targets, weights, how: _How, gradients: bool) -> _Sums:
     """The loop over chunks of the tokens that have a weight."""
     rows, num_tokens = targets.shape, targets.size
     h, targets, weights = h.reshape(num_tokens, -1), targets.ravel(), weights.ravel()
@@ -188,20 +188,20 @@ def _put(x: Array, at: Int[Array, "C"], values: Array) -> Array:
     return x.at[at].set(values, mode="drop", unique_indices=True)
 
 
-def _zeros(head: Head, width: int) -> Head:
+def _zeros(head: HeadWeights, width: int) -> HeadWeights:
     kernel = jnp.zeros((head.kernel.shape[0], width))
-    return Head(kernel, None if head.bias is None else jnp.zeros(width))
+    return HeadWeights(kernel, None if head.bias is None else jnp.zeros(width))
 
 
-def _add(gradient: Head, x: Float[Array, "C D"], slope: Float[Array, "C V"]) -> Head:
+def _add(gradient: HeadWeights, x: Float[Array, "C D"], slope: Float[Array, "C V"]) -> HeadWeights:
     kernel = jnp.einsum("CD,CV->DV", x, slope, preferred_element_type=jnp.float32)
     if gradient.bias is None:
-        return Head(gradient.kernel + kernel)
+        return HeadWeights(gradient.kernel + kernel)
     bias = jnp.sum(slope, axis=0, dtype=jnp.float32)
-    return Head(gradient.kernel + kernel, gradient.bias + bias)
+    return HeadWeights(gradient.kernel + kernel, gradient.bias + bias)
 
 
-def _aligned(head: Head, never: int | None, dtype: Any) -> Head:
+def _aligned(head: HeadWeights, never: int | None, dtype: Any) -> HeadWeights:
     """The head in the products' dtype with columns up to a multiple of 128, and a bias.
 
     The bias is float32, and minus infinity at what can never be.
@@ -212,4 +212,4 @@ def _aligned(head: Head, never: int | None, dtype: Any) -> Head:
     bias = jnp.pad(bias, (0, extra), constant_values=-jnp.inf)
     if never is not None:
         bias = bias.at[never].set(-jnp.inf)
-    return Head(jnp.pad(head.kernel.astype(dtype), ((0, 0), (0, extra))), bias)
+    return HeadWeights(jnp.pad(head.kernel.astype(dtype), ((0, 0), (0, extra))), bias)

@@ -128,7 +128,7 @@ def estimate_log_likelihood(
     _require_guidance(cfg_scale)
     copies = _given_copies(model.config, tokens, noisy, p_mask, prompt_len)
     num_rows = len(copies[0])
-    rows = model.place_rows((*copies, sequence_keys(key, num_rows)))
+    rows = model.place_sequences((*copies, sequence_keys(key, num_rows)))
     (values, _), _ = model.run(
         score_noisy_program,
         *rows,
@@ -202,7 +202,7 @@ def score_pairs(
       fill_to: run the program of this batch size, or of a multiple, also for fewer rows.
     """
     num_rows = len(samples)
-    rows = model.place_rows((pairs, threefry_key(keys), jnp.asarray(samples)), fill_to)
+    rows = model.place_sequences((pairs, threefry_key(keys), jnp.asarray(samples)), fill_to)
     scores, seconds = model.run(
         score_pairs_program, *rows, policy, stratum=stratum, cfg_scale=cfg_scale, executor=executor
     )

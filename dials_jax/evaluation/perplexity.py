@@ -63,7 +63,7 @@ def score_samples(scorer: Model, samples: Int[np.ndarray, "N T"], batch_size: in
     found = []
     for first in range(0, len(samples), batch_size):
         rows = slice(first, first + batch_size)
-        placed = scorer.place_rows((samples[rows].astype(np.int32), counted[rows]), batch_size)
+        placed = scorer.place_sequences((samples[rows].astype(np.int32), counted[rows]), batch_size)
         nll, _ = scorer.run(nll_program, *placed)
         found.append(sharding.to_host(nll).astype(np.float64)[: len(samples[rows])])
     return Scores(np.concatenate(found), counted[:, 1:].sum(axis=1).astype(np.float64))

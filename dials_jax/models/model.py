@@ -109,7 +109,7 @@ class Model:
         keys = sequence_keys(key, num_rows)
         if time is not None:
             time = jnp.broadcast_to(as_time(time, num_rows), num_rows)
-        rows = self.place_rows((jnp.asarray(tokens, jnp.int32), valid, time, keys))
+        rows = self.place_sequences((jnp.asarray(tokens, jnp.int32), valid, time, keys))
         out, _ = self.run(forward_program, *rows, jnp.asarray(step), policy, executor=executor)
         return Output(out.logits[:num_rows], out.gates[:, :num_rows])
 
@@ -118,7 +118,7 @@ class Model:
         with jax.set_mesh(self.mesh):
             return fn(self.inference_params, *args, cfg=self.config, **static)
 
-    def place_rows(self, rows: PyTree, multiple: int = 1) -> PyTree:
+    def place_sequences(self, rows: PyTree, multiple: int = 1) -> PyTree:
         """Splits rows over the mesh; repeats the last one until they divide evenly.
 
         Args:

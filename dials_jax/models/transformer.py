@@ -16,7 +16,7 @@ from dials_jax.keys import threefry_key
 from dials_jax.nn.block import VOCABULARY_UNIT, Block, BlockInputs, Embed, Head, pad_vocabulary
 from dials_jax.nn.dropout import Dropout, numbered
 from dials_jax.nn.form import Form, form_of
-from dials_jax.nn.kv import Slots, gather, write
+from dials_jax.nn.kv import Slots, gather, write_slots
 from dials_jax.nn.mask import Mask
 from dials_jax.nn.modulation import TimeEmbed, make_final_norm, precompute_modulation
 from dials_jax.nn.modules import bind, init_module, init_stacked
@@ -165,7 +165,7 @@ def layer_of(
         return bound(params).project(h, inputs)
 
     def write_kv(kv, new, inputs, keep):
-        return write(kv, new, inputs.slots, contiguous=contiguous, keep=keep)
+        return write_slots(kv, new, inputs.slots, contiguous=contiguous, keep=keep)
 
     def mix(params, h, q, kv, inputs):
         return bound(params).mix(h, q, kv, inputs)

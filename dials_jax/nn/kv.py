@@ -30,7 +30,7 @@ def gather(tree: PyTree, index: Int[Array, "B T"]) -> PyTree:
     return jax.tree.map(lambda x: take(x, index), tree)
 
 
-def write(
+def write_slots(
     canvas: PyTree,
     new: PyTree,
     slots: Slots,

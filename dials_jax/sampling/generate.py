@@ -116,7 +116,7 @@ def generate(
         check_schedule(roles, turns, sampler, cache)
     first, num_sequences = next(iter(roles.values())), len(prompts)
     batch = (jnp.asarray(prompts, jnp.int32), valid, sequence_keys(key, num_sequences))
-    batch = first.model.place_rows(batch, fill_to)
+    batch = first.model.place_sequences(batch, fill_to)
     static = {"sampler": sampler, "cache": cache, "executor": executor}
     if schedule or not sampler.one_program:
         out, seconds = run_schedule(roles, turns, batch, **static)

@@ -72,7 +72,7 @@ def layer_similarities(
     for first in range(0, len(prompts), batch_size):
         chunk = prompts[first : first + batch_size]
         tokens, valid = pad_prompts(chunk, length, cfg.pad_id)
-        rows = model.place_rows((jnp.asarray(tokens), jnp.asarray(valid)), batch_size)
+        rows = model.place_sequences((jnp.asarray(tokens), jnp.asarray(valid)), batch_size)
         cosines, _ = model.run(similarities_program, *rows, gen_length=gen_length)
         total += sharding.to_host(cosines)[:, : len(chunk)].sum(axis=1)
     return total / len(prompts)

@@ -61,7 +61,7 @@ def divergences(
     found = []
     for first in range(0, len(tokens), batch_size):
         rows = slice(first, first + batch_size)
-        placed = heavy.place_rows((tokens[rows].astype(np.int32), keys[rows]), batch_size)
+        placed = heavy.place_sequences((tokens[rows].astype(np.int32), keys[rows]), batch_size)
         out, _ = heavy.run(compare_program, params, *placed, jnp.float32(time), other_cfgs=configs)
         found.append(sharding.to_host(out))
     # Only the last batch was filled up.

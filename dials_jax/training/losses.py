@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from dials_jax import trees
 from dials_jax.config import ModelConfig, ObjectiveConfig, RouterConfig
 from dials_jax.data.batches import Batch
-from dials_jax.diffusion.cross_entropy import Head, weighted_cross_entropy
+from dials_jax.diffusion.cross_entropy import HeadWeights, weighted_cross_entropy
 from dials_jax.diffusion.noise import corrupt, stratified, stratified_noise, uniform_noise
 from dials_jax.diffusion.objectives import (
     causal_weights,
@@ -190,7 +190,7 @@ def _cross_entropy(
     never_masks = objective.kind == "mdlm" or (cfg.subs and not train_head)
     total, nats = weighted_cross_entropy(
         transformer.apply_final_norm(cfg, params, h, view.time),
-        Head(params["head"]["kernel"], params["head"].get("bias")),
+        HeadWeights(params["head"]["kernel"], params["head"].get("bias")),
         view.targets,
         view.weights,
         never=cfg.mask_id if never_masks else None,

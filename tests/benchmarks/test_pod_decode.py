@@ -28,7 +28,7 @@ def test_the_program_is_generates_own():
     prompts = np.arange(2, 10).reshape(2, 4)
     valid = np.array([[False, True, True, True], [True] * 4])
     lowered = pod_decode.lower(cfg, sharding.make_mesh(), sampler, (2, 4), "dual", "full")
-    rows = model.place_rows((prompts.astype(np.int32), valid, sequence_keys(None, 2)))
+    rows = model.place_sequences((prompts.astype(np.int32), valid, sequence_keys(None, 2)))
     tokens, _ = lowered.compile()(model.inference_params, *rows, None)
     cache = pod_decode.parse_cache("dual")
     expected = generate(model, prompts, valid, sampler=sampler, cache=cache)

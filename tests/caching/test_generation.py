@@ -92,7 +92,7 @@ def test_one_program_serves_one_shape(models, prompts, policies, cache):
 def test_nothing_is_fetched_while_it_runs(models, prompts, policies, cache):
     expected = run_quota(models, prompts, policies, cache).tokens
     model, (tokens, valid) = models["llada"], prompts
-    rows = model.place_rows((jnp.asarray(tokens, jnp.int32), jnp.asarray(valid), keys_of(3)))
+    rows = model.place_sequences((jnp.asarray(tokens, jnp.int32), jnp.asarray(valid), keys_of(3)))
     executor = "compact" if cache == "dual" else "select"
     static = {"sampler": QUOTA, "cache": CACHES[cache], "executor": executor}
     with jax.transfer_guard("disallow"):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dials_jax.diffusion.cross_entropy import Head, weighted_cross_entropy
+from dials_jax.diffusion.cross_entropy import HeadWeights, weighted_cross_entropy
 
 B, T, D, V = 3, 7, 5, 11
 
@@ -18,7 +18,7 @@ B, T, D, V = 3, 7, 5, 11
 def inputs(bias=True, share=0.5, seed=0):
     keys = jax.random.split(jax.random.key(seed), 6)
     h = jax.random.normal(keys[0], (B, T, D))
-    head = Head(
+    head = HeadWeights(
         jax.random.normal(keys[1], (D, V)), jax.random.normal(keys[2], (V,)) if bias else None
     )
     targets = jax.random.randint(keys[3], (B, T), 0, V - 1)
@@ -116,7 +116,7 @@ def test_half_precision_sums_in_float32():
     """Of many equal tokens: a sum in bfloat16 would stop growing at 256 of them."""
     num = 1024
     h = jnp.ones((1, num, 1), jnp.bfloat16)
-    head = Head(jnp.zeros((1, 2)), jnp.zeros(2))
+    head = HeadWeights(jnp.zeros((1, 2)), jnp.zeros(2))
     targets, weights = jnp.zeros((1, num), jnp.int32), jnp.ones((1, num))
 
     def loss(h, head):
@@ -134,11 +134,11 @@ import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from dials_jax import sharding
 from dials_jax.config import MeshConfig
-from dials_jax.diffusion.cross_entropy import Head, weighted_cross_entropy
+from dials_jax.diffusion.cross_entropy import HeadWeights, weighted_cross_entropy
 
 jax.config.update("jax_default_matmul_precision", "highest")
 keys = jax.random.split(jax.random.key(0), 5)
-head = Head(jax.random.normal(keys[0], (8, 22)), jax.random.normal(keys[1], (22,)))
+head = HeadWeights(jax.random.normal(keys[0], (8, 22)), jax.random.normal(keys[1], (22,)))
 share = np.linspace(0, 1, 8)[:, None] ** 2  # shards have different numbers of chunks, one has none
 h = jax.random.normal(keys[2], (8, 16, 8))
 targets = jax.random.randint(keys[3], (8, 16), 0, 21)
@@ -151,7 +151,7 @@ step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
 expected = step(h, head, targets, weights)
 for mesh in (MeshConfig(data=8), MeshConfig(data=2, fsdp=2, tensor=2)):
     mesh = sharding.make_mesh(mesh)
-    specs = Head(P("fsdp", "tensor"), P("tensor"))
+    specs = HeadWeights(P("fsdp", "tensor"), P("tensor"))
     placed = jax.tree.map(lambda x, s: jax.device_put(x, NamedSharding(mesh, s)), head, specs)
     rows = jax.device_put((h, targets, weights), sharding.batch_sharding(mesh))
     with jax.set_mesh(mesh):

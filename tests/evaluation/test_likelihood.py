@@ -173,7 +173,7 @@ def test_logits_are_held_of_a_few_positions_at_a_time(model, cfg_scale, monkeypa
     monkeypatch.setattr(likelihood, "score_pairs_program", program)
     scores, _ = scores_of(model, pairs, samples, cfg_scale=cfg_scale)
     np.testing.assert_allclose(scores.log_likelihood, expected.log_likelihood, rtol=1e-5)
-    rows = model.place_rows((pad_pairs(pairs, model.config), keys_of(2), jnp.asarray(samples)))
+    rows = model.place_sequences((pad_pairs(pairs, model.config), keys_of(2), jnp.asarray(samples)))
     how = {"cfg": model.config, "stratum": 4, "cfg_scale": cfg_scale, "executor": "auto"}
     with jax.set_mesh(model.mesh):
         text = program.lower(model.inference_params, *rows, None, **how).as_text()

@@ -238,7 +238,7 @@ def test_keys_of_the_old_kind_are_refused():
 
 def test_rows_fill_up_to_a_multiple(cfg):
     model = Model(cfg, transformer.init(cfg, jax.random.key(0)))
-    rows = model.place_rows((np.arange(5), np.eye(5)), 4)
+    rows = model.place_sequences((np.arange(5), np.eye(5)), 4)
     np.testing.assert_array_equal(rows[0], [0, 1, 2, 3, 4, 4, 4, 4])
     assert rows[1].shape == (8, 5)
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dials_jax.nn.kv import KV, Slots, write
+from dials_jax.nn.kv import KV, Slots, write_slots
 
 B, S = 3, 7
 
@@ -41,7 +41,7 @@ def assert_same(actual, expected):
 @pytest.mark.parametrize("contiguous", [False, True])
 def test_a_range_is_written_and_the_rest_stays(contiguous):
     index, new = jnp.broadcast_to(2 + jnp.arange(3), (B, 3)), new_of(B, 3)
-    write_jit = jax.jit(write, static_argnames="contiguous")
+    write_jit = jax.jit(write_slots, static_argnames="contiguous")
     out = write_jit(CANVAS, new, Slots(index), contiguous=contiguous)
     assert_same(out, by_hand(new, index))
 
@@ -56,13 +56,13 @@ ACTIVE = jnp.array([[True, False, True], [False] * 3, [True] * 3])
 def test_only_active_slots_of_kept_rows_are_written(active, keep, contiguous):
     index = jnp.broadcast_to(4 + jnp.arange(3), (B, 3)) if contiguous else SCATTERED
     new = new_of(B, 3)
-    out = write(CANVAS, new, Slots(index, active), contiguous=contiguous, keep=keep)
+    out = write_slots(CANVAS, new, Slots(index, active), contiguous=contiguous, keep=keep)
     assert_same(out, by_hand(new, index, active, keep=keep))
 
 
 def test_a_canvas_may_be_any_tree_of_places():
     flat = {"confidence": numbered(B, S)}
-    out = write(flat, {"confidence": jnp.zeros((B, 3))}, Slots(SCATTERED))
+    out = write_slots(flat, {"confidence": jnp.zeros((B, 3))}, Slots(SCATTERED))
     expected = np.array(flat["confidence"])
     np.put_along_axis(expected, np.asarray(SCATTERED), 0.0, axis=1)
     np.testing.assert_array_equal(out["confidence"], expected)

@@ -153,7 +153,7 @@ def test_filling_up_a_batch_changes_no_row(lively, prompts, sampler):
 
 def test_nothing_is_fetched_while_it_runs(lively, prompts):
     tokens, valid = prompts
-    rows = lively.place_rows((jnp.asarray(tokens, jnp.int32), jnp.asarray(valid), keys_of(3)))
+    rows = lively.place_sequences((jnp.asarray(tokens, jnp.int32), jnp.asarray(valid), keys_of(3)))
     program = programs.generate_program
     static = {"sampler": SAMPLER, "cache": NoCache(), "executor": "auto"}
     lively.run(program, *rows, None, **static)  # compiles

@@ -158,7 +158,7 @@ def test_schedules_share_programs_and_fetch_nothing(models):
     run(models, "L3,H6,L3")
     before = programs.segment_program.num_programs
     with jax.transfer_guard_device_to_host("disallow"):
-        rows = models["H"].place_rows(
+        rows = models["H"].place_sequences(
             (jnp.zeros((3, 0), jnp.int32), None, jax.random.split(jax.random.key(0), 3))
         )
         roles = {letter: programs.Role(model, None) for letter, model in models.items()}

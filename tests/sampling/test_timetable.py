@@ -119,7 +119,7 @@ def test_known_steps_are_those_that_a_search_takes(model, monkeypatch, name):
     if name in ("dual", "prefix"):
         sampler = dataclasses.replace(sampler, steps=6)  # two tokens a step
     prompts = jax.random.randint(jax.random.key(0), (2, 5), 2, 60)
-    rows = model.place_rows((prompts, None, jax.random.split(jax.random.key(1), 2)))
+    rows = model.place_sequences((prompts, None, jax.random.split(jax.random.key(1), 2)))
     settings = {"sampler": sampler, "cache": CACHES[name], "executor": "auto"}
     assert denoise_module.is_fixed(sampler, CACHES[name])
 

@@ -28,7 +28,7 @@ from dials_jax.caching.early_skip.importance import fixed_bonus, indicator_chang
 from dials_jax.models import transformer
 from dials_jax.nn.block import BlockInputs
 from dials_jax.nn.form import form_of
-from dials_jax.nn.kv import KV, Slots, gather, write
+from dials_jax.nn.kv import KV, Slots, gather, write_slots
 
 Indicator = Literal["hidden", "query", "key", "value"]
 
@@ -165,7 +165,7 @@ def run_spans(
         if not plan.skips_inside and depth < len(plan.layers):
             tokens, _ = skip_tokens(depth + 1, tokens, out.h, seen[depth], keep)
             slots = tokens.window.slots
-            seen[depth] = write(seen[depth], tokens.h, slots, contiguous=keep is None)
+            seen[depth] = write_slots(seen[depth], tokens.h, slots, contiguous=keep is None)
     return tokens, jnp.concatenate(gates), state._replace(kv=tuple(kv), seen=tuple(seen))
 
 
@@ -192,8 +192,8 @@ def skip_inside_layer(
     )
     slots = tokens.window.slots
     if plan.indicator == "query":
-        seen = write(seen, q, slots, contiguous=keep is None)
-    written = write(old, new, slots, contiguous=keep is None)
+        seen = write_slots(seen, q, slots, contiguous=keep is None)
+    written = write_slots(old, new, slots, contiguous=keep is None)
     h = block.mix(params, tokens.h, q, written, tokens.window)
     unrolled = trees.is_unrolled(net.params["layers"])
     kv = (written,) if unrolled else jax.tree.map(lambda x: x[None], written)

@@ -23,7 +23,7 @@ from dials_jax.caching.early_skip.layers import EarlySkipState, Indicator, SkipP
 from dials_jax.caching.early_skip.variants import EarlySkipVariants
 from dials_jax.config import Typed, require_positive
 from dials_jax.errors import require
-from dials_jax.nn.kv import Slots, write
+from dials_jax.nn.kv import Slots, write_slots
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,10 @@ class EarlySkip(Typed):
         confidence = jnp.where(revealed.commit, 0.0, revealed.confidence)
         kept = jnp.where(revealed.unfinished[:, None], False, cache_state.revealed)
         return cache_state._replace(
-            confidence=write(cache_state.confidence, confidence, slots, keep=revealed.unfinished),
-            revealed=write(kept, revealed.commit, slots, keep=revealed.unfinished),
+            confidence=write_slots(
+                cache_state.confidence, confidence, slots, keep=revealed.unfinished
+            ),
+            revealed=write_slots(kept, revealed.commit, slots, keep=revealed.unfinished),
         )
 
     # ----------------------------------------------------------------- in one model, for one block
