@@ -1,4 +1,4 @@
-"""Caches, policies and samplers together, against a plain decoder of one row."""
+"""Caches, policies and samplers together, against a plain decoder of one sequence."""
 
 import dataclasses
 from typing import Any
@@ -26,8 +26,8 @@ from tests.caching.cases import (
 from tests.conftest import MASK
 
 SAMPLERS = {"quota": QUOTA, "quota 4": QUOTA_4, "threshold": THRESHOLD}
-# Compaction only in small programs: it has a branch for every number of rows. That of EarlySkip is
-# compared with selection in tests/test_mesh.py.
+# Compaction only in small programs: it has a branch for every number of sequences. For EarlySkip it
+# is compared with selection in tests/test_mesh.py.
 CASES = [
     ("llada", "none", "routed", "threshold", "compact"),
     ("llada", "prefix", "routed", "quota", "select"),
@@ -50,7 +50,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("family, cache, policy, rule, executor", CASES)
-def test_every_row_of_a_padded_batch_is_what_the_plain_decoder_gives(
+def test_every_sequence_of_a_padded_batch_is_what_the_plain_decoder_gives(
     models, prompts, family, cache, policy, rule, executor
 ):
     settings = {
@@ -59,30 +59,30 @@ def test_every_row_of_a_padded_batch_is_what_the_plain_decoder_gives(
     }  # fmt: skip
     out = generate(models[family], *prompts, **settings, executor=executor)
     stacked = models["dream" if family == "unrolled" else family]
-    gates = assert_rows_equal_the_decoder(out, stacked, prompts, **settings)
-    if policy in ("random", "routed"):  # or the comparison would not see the rows decide
-        seen = np.array([g for row in gates for g in row.values()])
+    gates = assert_equal_to_the_decoder(out, stacked, prompts, **settings)
+    if policy in ("random", "routed"):  # or the comparison would not see the sequences decide
+        seen = np.array([gate for calls in gates for gate in calls.values()])
         assert 0.2 < seen.mean() < 0.95 and (seen != seen[:1]).any()
     if rule == "threshold":
         assert out.nfe < G and len({len(g) for g in gates}) > 1
 
 
-def assert_rows_equal_the_decoder(out, model, prompts, key, **settings):
-    """Tokens and gates, row by row; returns the gates that the decoder gives."""
+def assert_equal_to_the_decoder(out, model, prompts, key, **settings):
+    """Compares tokens and gates per sequence; returns the gates that the decoder gives."""
     tokens, valid = prompts
-    rows = [Decoder(model, tokens[i, valid[i]], **settings, key=key[i]) for i in range(3)]
-    gates = [row.decode() for row in rows]
-    calls = sorted(set().union(*gates))  # a batch goes on until its last row has filled a block
+    decoders = [Decoder(model, tokens[i, valid[i]], **settings, key=key[i]) for i in range(3)]
+    gates = [decoder.decode() for decoder in decoders]
+    calls = sorted(set().union(*gates))  # a batch goes on until its last sequence is done
     assert out.nfe == len(calls)
     np.testing.assert_array_equal(out.tokens[:, :P], tokens)
     assert not (out.tokens[:, P:] == MASK).any()
-    for i, row in enumerate(rows):
+    for i, decoder in enumerate(decoders):
         np.testing.assert_array_equal(
-            out.tokens[i, P:], row.tokens[row.prompt_length :], err_msg=f"{i}"
+            out.tokens[i, P:], decoder.tokens[decoder.prompt_length :], err_msg=f"{i}"
         )
         for call, expected in gates[i].items():
             actual = out.gates[calls.index(call), :, i]
-            np.testing.assert_array_equal(actual, expected, err_msg=f"row {i}, call {call}")
+            np.testing.assert_array_equal(actual, expected, err_msg=f"sequence {i}, call {call}")
     return gates
 
 
@@ -97,7 +97,7 @@ def test_rounding_windows_up_changes_nothing(models, prompts, policies, monkeypa
         "key": keys_of(3),
     }
     out = generate(models["llada"], *prompts, **settings, executor="select")
-    assert_rows_equal_the_decoder(out, models["llada"], prompts, **settings)
+    assert_equal_to_the_decoder(out, models["llada"], prompts, **settings)
     if cache == "skip":
         np.testing.assert_array_equal(out.tokens_run[[8, 16]], P + 24)
 

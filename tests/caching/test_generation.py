@@ -35,7 +35,7 @@ def test_in_one_block_the_limits_of_the_caches_are_each_other(models, prompts):
     dual, whole = tokens(DualCache()), tokens(NoCache())
     assert (dual != whole).any()
     np.testing.assert_array_equal(tokens(PrefixCache()), dual)  # nothing comes after the block
-    # No token leaves, so that every step brings the block up to date, or the canvas.
+    # No token is skipped, so that every step brings the block up to date, or the canvas.
     np.testing.assert_array_equal(tokens(EarlySkip(**EVERYTHING, block_every=8)), dual)
     always = EarlySkip(**EVERYTHING | {"prompt_every": 1}, block_every=1)
     np.testing.assert_array_equal(tokens(always), whole)
@@ -45,7 +45,7 @@ def test_in_one_block_the_limits_of_the_caches_are_each_other(models, prompts):
 
 
 WHOLE, BLOCK, BOTH = [P + G] * 4, [8] * 4, [16] * 4
-# Tokens leave after layers 1 and 2: half of 8, then a quarter, but never fewer than 3.
+# Tokens are skipped behind layers 1 and 2: half of 8, then a quarter, but never fewer than 3.
 SKIP = [8, 8, 4, 3]
 RUNS = {
     "prefix": [(WHOLE, 1), (BOTH, 7), (WHOLE, 1), (BLOCK, 7)],
@@ -122,9 +122,9 @@ def test_stopping_at_an_end_changes_nothing_before_it(ending, cache):
     sampler = dataclasses.replace(QUOTA, stop_at_eos=True)
     out = generate(ending, tokens, valid, cache=CACHES[cache], sampler=sampler)
     for i in range(2):
-        row = Decoder(ending, tokens[i, valid[i]], QUOTA, CACHES[cache])  # never stops
-        row.decode()
-        whole, part = row.tokens[row.prompt_length :], out.tokens[i, P:]
+        decoder = Decoder(ending, tokens[i, valid[i]], QUOTA, CACHES[cache])  # never stops
+        decoder.decode()
+        whole, part = decoder.tokens[decoder.prompt_length :], out.tokens[i, P:]
         end = np.flatnonzero(whole == EOS)[0]
         np.testing.assert_array_equal(part[: end + 1], whole[: end + 1])
         assert (part[8 * (end // 8 + 1) :] == EOS).all()  # the blocks that follow

@@ -64,11 +64,11 @@ def test_the_baselines_of_es_dllm_give_the_same_tokens(golden, golden_model, nam
 
 @pytest.fixture
 def published_order(monkeypatch):
-    """Breaks ties as PyTorch on a CPU does, and lets a row's window depend on its batch.
+    """Breaks ties as PyTorch on a CPU does, and lets a sequence's window depend on its batch.
 
     ES-dLLM's scores tie often: near a block's end the second most confident token is one of many
     with none. And its window of a block's first step begins at the leftmost token that the last
-    step revealed in any row. Both are accidents of the published code that we do not share.
+    step revealed in any sequence. Both are accidents of the published code that we do not share.
     """
 
     def top(score, count):
@@ -103,16 +103,16 @@ def test_es_dllm_gives_the_same_tokens(golden, golden_model, published_order, na
 
 
 def torch_top(scores, count):
-    return np.array([introselect(row, count) for row in scores], np.int32)
+    return np.array([introselect(score, count) for score in scores], np.int32)
 
 
-def introselect(row, count):
-    """Places of the `count` highest scores, in the order in which introselect leaves them.
+def introselect(scores, count):
+    """Indices of the `count` highest scores, in the order in which introselect leaves them.
 
     `torch.topk` on a CPU calls `std::nth_element`: median of three as the pivot, partition, go on
     with the part that holds the border, insertion sort for the last three.
     """
-    order, score = list(range(len(row))), row.tolist()
+    order, score = list(range(len(scores))), scores.tolist()
 
     def swap(i, j):
         order[i], order[j] = order[j], order[i]

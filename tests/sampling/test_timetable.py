@@ -20,7 +20,7 @@ from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.timetable import block_steps, run_length_encode, run_program
 from tests.conftest import MASK, small_config
 
-EVERYONE = {"proportions": (1.0,), "depths": (0.0,)}  # no token leaves: little to compile
+EVERYONE = {"proportions": (1.0,), "depths": (0.0,)}  # no token is skipped: little to compile
 # A refresh within a block, at every block's start, within and at a start, and beyond the blocks.
 CACHES = {
     "none": NoCache(),
@@ -65,17 +65,17 @@ def test_unfolding_gives_the_steps_again():
 def test_following_takes_every_step_once_and_in_order():
     steps = [5, 2, 2, 1, 2, 2, 1, 2, 2, (7, 8), (7, 8)]
 
-    def note(kind, state):
+    def note(variant, state):
         seen, count = state
-        return seen.at[count].set(kind), count + 1
+        return seen.at[count].set(variant), count + 1
 
-    def dispatch(kinds, state, times):
+    def run_due(variants, state, times):
         for _ in range(times):
-            state = note(10 * kinds[0] + kinds[1], state)
+            state = note(10 * variants[0] + variants[1], state)
         return state
 
     state = jnp.zeros(12, int), jnp.asarray(0)
-    seen, count = run_program(run_length_encode(steps), note, dispatch, state)
+    seen, count = run_program(run_length_encode(steps), note, run_due, state)
     assert count == len(steps)
     np.testing.assert_array_equal(seen[:-1], [*steps[:-2], 78, 78])
 
@@ -84,8 +84,8 @@ def test_following_takes_every_step_once_and_in_order():
 def test_the_program_has_the_variant_of_every_step(name):
     cache, blocks = CACHES[name], Blocks(5, 4, 3, 1)
     cfg = small_config()
-    rows = transformer.block_inputs(cfg, None, (1, 17))
-    net = CanvasModel(cfg, None, None, "auto", rows, None, None, 5)
+    inputs = transformer.block_inputs(cfg, None, (1, 17))
+    net = CanvasModel(cfg, None, None, "auto", inputs, None, None, 5)
     variants = cache.forward_variants(net, blocks)
     steps = block_steps(variants, blocks, 4)
     assert len(steps) == 4
