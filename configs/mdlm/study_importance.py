@@ -23,7 +23,7 @@ def get_config() -> ImportanceStudy:
     heavy = (("H", "runs/mdlm/blocks_12"), ("Z", "runs/mdlm/heavy_2"))
     return ImportanceStudy(
         models=(*heavy, *light),
-        heavy2="Z",
+        second_heavy="Z",
         schedules=tuple(map(str, schedules)),
         data=CorpusData(folder="data/openwebtext", split="validation"),
     )

@@ -22,7 +22,7 @@ def get_config() -> ImportanceStudy:
             ("L", "runs/mdlm/text_4"),
             ("M", "runs/mdlm/text_4_long"),
         ),
-        heavy2="Z",
+        second_heavy="Z",
         data=TextData(
             paths=("data/text/validation.jsonl.xz",), tokenizer="data/gpt2_bpe", length=1024
         ),

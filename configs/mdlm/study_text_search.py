@@ -16,7 +16,7 @@ def get_config() -> SearchStudy:
         steps=240,
         num_segments=8,
         num_light=2,
-        top=7,
+        num_extremes=7,
         num_samples=128,
         batch_size=64,
     )

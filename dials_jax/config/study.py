@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import comb
-from typing import Literal
+from typing import ClassVar, Literal
 
 from dials_jax.config.data import Data
 from dials_jax.config.model import MeshConfig, WeightDtype
@@ -36,10 +36,12 @@ def _require_known(letters: tuple[str, ...], models: tuple[tuple[str, str], ...]
 class SamplingStudy(Typed):
     """What studies share that sample unconditionally and score by generative perplexity."""
 
+    RENAMED: ClassVar[dict[str, str]] = {"static": "static_layers"}
+
     models: tuple[tuple[str, str], ...]  # letter and path of each; two may have one path
     scorer: str  # path of a causal model
     samples: str = ""  # workdir of an earlier study: its samples are scored, none are drawn
-    static: tuple[tuple[str, str], ...] = ()  # letter and layers it skips, such as ("L", "3,7")
+    static_layers: tuple[tuple[str, str], ...] = ()  # letter, layers it skips: ("L", "3,7")
     length: int = 1024
     steps: int = 1000
     num_samples: int = 1600  # sample i has the same key under every schedule
@@ -57,12 +59,12 @@ class SamplingStudy(Typed):
         super().__post_init__()
         _require_letters(self.models)
         require(bool(self.scorer), "scorer is missing; give the folder of a causal model")
-        _require_known(tuple(letter for letter, _ in self.static), self.models)
-        for letter, layers in self.static:
+        _require_known(tuple(letter for letter, _ in self.static_layers), self.models)
+        for letter, layers in self.static_layers:
             numbers = layers.replace(" ", "").split(",")
             require(
                 all(n.isdigit() for n in numbers),
-                f"static: {layers!r} of {letter} are no layers; give numbers such as 3,7",
+                f"static_layers: {layers!r} of {letter} are no layers; give numbers such as 3,7",
             )
         require_positive(self, "length", "steps", "batch_size")
         require(self.num_samples > 1, f"num_samples={self.num_samples}: an interval needs two")
@@ -93,12 +95,14 @@ class ScheduleStudy(SamplingStudy):
 class SearchStudy(SamplingStudy):
     """Schedules of equal segments, some of them light (Sedykh et al., sections 3.3 and 4.2)."""
 
+    RENAMED: ClassVar[dict[str, str]] = {"static": "static_layers", "top": "num_extremes"}
+
     num_samples: int = 160
     heavy: str = "H"
     light: str = "L"
     num_segments: int = 10
     num_light: int = 4
-    top: int = 20  # schedules whose segments are counted at either end
+    num_extremes: int = 20  # best, and worst, schedules whose segments are counted
     budget: int | None = None  # try so many, each chosen by what is known by then; None: all
     importance: str = ""  # workdir of an ImportanceStudy that says where a budget starts
 
@@ -118,7 +122,7 @@ class SearchStudy(SamplingStudy):
             f"steps={self.steps} do not split into {self.num_segments} equal segments; "
             "make steps a multiple of num_segments",
         )
-        require_positive(self, "top")
+        require_positive(self, "num_extremes")
         require(
             self.budget is None or 0 < self.budget <= self.num_schedules,
             f"budget={self.budget} must lie in 1 to {self.num_schedules}, the number of schedules",
@@ -141,9 +145,13 @@ class SearchStudy(SamplingStudy):
 class ImportanceStudy(Typed):
     """How far light models are from a heavy one at each noise level (section 4.1)."""
 
+    RENAMED: ClassVar[dict[str, str]] = {"heavy2": "second_heavy"}
+
     models: tuple[tuple[str, str], ...]
     heavy: str = "H"
-    heavy2: str = ""  # letter of another seed of the heavy model: the baseline of the divergence
+    second_heavy: str = (
+        ""  # letter of another seed of the heavy model: the baseline of the divergence
+    )
     data: Data
     schedules: tuple[str, ...] = ()  # to predict what they would lose, without sampling
     num_times: int = 20  # midpoints of as many equal parts of (0, 1)
@@ -157,23 +165,27 @@ class ImportanceStudy(Typed):
     def __post_init__(self):
         super().__post_init__()
         _require_letters(self.models)
-        _require_known((self.heavy, *((self.heavy2,) if self.heavy2 else ())), self.models)
+        _require_known(
+            (self.heavy, *((self.second_heavy,) if self.second_heavy else ())), self.models
+        )
         require(
-            self.heavy != self.heavy2,
-            f"heavy and heavy2 are both {self.heavy!r}; give each its letter",
+            self.heavy != self.second_heavy,
+            f"heavy and second_heavy are both {self.heavy!r}; give each its letter",
         )
         require_positive(self, "num_times", "batch_size")
         require(
             self.num_sequences > 1, f"num_sequences={self.num_sequences}: an interval needs two"
         )
         require(
-            {letter for letter, _ in self.models} > {self.heavy, self.heavy2} - {""},
+            {letter for letter, _ in self.models} > {self.heavy, self.second_heavy} - {""},
             "models names no light model; add one to compare with the heavy one",
         )
 
     @property
     def light(self) -> tuple[str, ...]:
-        return tuple(letter for letter, _ in self.models if letter not in (self.heavy, self.heavy2))
+        return tuple(
+            letter for letter, _ in self.models if letter not in (self.heavy, self.second_heavy)
+        )
 
     @property
     def times(self) -> tuple[float, ...]:

@@ -20,15 +20,13 @@ from dials_jax.records import Check, Lines, sealed
 RECORDS = "runs.jsonl"
 IDENTITY = "study.json"  # what the records of a study depend on
 # Settings that choose among what is measured, or how it is shown: a study goes on when they change.
-READING = ("schedules", "figure", "aggregate", "top", "budget", "importance")
-# Results, and what writes and shows them.
-Outcome = tuple[dict[str, Any], Callable[[], None]]
+DISPLAY_FIELDS = ("schedules", "figure", "aggregate", "num_extremes", "budget", "importance")
 Agree = Callable[[Mapping[str, Any], Mapping[str, Any], Path], Mapping[str, Any]]
 
 
 def identity(cfg: StudyConfig, weights: dict[str, Any]) -> dict[str, Any]:
     """What measurements depend on; `weights` are fingerprints."""
-    settings = {name: value for name, value in to_dict(cfg).items() if name not in READING}
+    settings = {name: value for name, value in to_dict(cfg).items() if name not in DISPLAY_FIELDS}
     return {"kind": type(cfg).__name__, "config": settings, "weights": weights}
 
 
@@ -114,17 +112,17 @@ def _read_identity(path: Path) -> dict[str, Any]:
 
 
 def _completed(old: dict[str, Any]) -> dict[str, Any]:
-    """With the defaults of settings that are newer than the study."""
+    """With today's names of its settings, and the defaults of those that are newer than it."""
     kinds = {cls.__name__: cls for cls in get_args(StudyConfig)}
-    if old.get("kind") not in kinds:
-        return old
     config = old.get("config")
-    if not isinstance(config, dict):
+    if old.get("kind") not in kinds or not isinstance(config, dict):
         return old
+    kind = kinds[old["kind"]]
+    config = {kind.RENAMED.get(name, name): value for name, value in config.items()}
     defaults = {
         f.name: to_dict(f.default) if dataclasses.is_dataclass(f.default) else f.default
-        for f in dataclasses.fields(kinds[old["kind"]])
-        if f.default is not dataclasses.MISSING and f.name not in READING
+        for f in dataclasses.fields(kind)
+        if f.default is not dataclasses.MISSING and f.name not in DISPLAY_FIELDS
     }
     return {**old, "config": {**json.loads(json.dumps(defaults)), **config}}
 

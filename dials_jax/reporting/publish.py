@@ -1,10 +1,9 @@
-"""What every study of schedules writes, whatever it measured: results.json, results.csv, a page."""
+"""What a study reports, as plain values, and how it becomes files: JSON, CSV, plots and a page."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ class Table(NamedTuple):
     lines: Sequence[Sequence[str]]
 
     def text(self, ends: int | None = None) -> str:
-        """Aligned columns. `ends`: only so many lines of either end, where there are more."""
+        """Aligned columns. `ends`: at most this many lines of each end."""
         lines = self.lines
         if ends is not None and len(lines) > 2 * ends:
             lines = [*lines[:ends], *lines[-ends:]]
@@ -36,65 +35,66 @@ class Table(NamedTuple):
         return html.table(self.header, map(html.row, self.lines))
 
 
+class Figure(NamedTuple):
+    """A plot that is drawn when its report is published."""
+
+    name: str  # of its PNG file, without the ending
+    caption: str  # how to read it
+    plot: Callable[..., Path]  # takes the data and `path`, the file that it writes
+    data: Mapping[str, Any]  # the other arguments of `plot`
+
+    def draw(self, folder: Path) -> Path:
+        return self.plot(**self.data, path=folder / f"{self.name}.png")
+
+
 @dataclass(frozen=True, kw_only=True)
-class Shown:
-    """What a study's page holds beside its settings."""
+class Report:
+    """What was found.
+
+    The page shows, in this order: `above`, the tables, the legend, the figures, `below`.
+    """
 
     title: str
+    results: Mapping[str, Any]  # results.json
+    columns: Sequence[str]  # of results.csv
+    rows: Sequence[Mapping[str, Any]]  # of results.csv
     tables: Mapping[str, Table]  # by heading
-    reading: Sequence[tuple[str, str]]  # what the columns mean
-    draw: Callable[[Path], Mapping[Path, str]]  # into a folder; the figures with their captions
+    legend: Sequence[tuple[str, str]]  # names in the tables, and what they mean
+    figures: Sequence[Figure]
+    text: str  # what a terminal gets
+    above: Mapping[str, str]  # sections of HTML, by heading
+    below: Mapping[str, str]
 
 
-def publish(
-    results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], shown: Shown, workdir: Path
-) -> None:
-    """Writes results.json, the rows as results.csv, plots and report.html.
+def publish(report: Report, workdir: Path) -> None:
+    """Writes results.json, results.csv, plots/*.png and report.html.
 
-    The numbers are safe before anything is drawn.
+    The numbers are on disk before anything is drawn.
     """
     workdir.mkdir(parents=True, exist_ok=True)
-    write_json(workdir / "results.json", results)
-    write_csv(workdir / "results.csv", list(rows[0]), rows)
-    figures = shown.draw(workdir / "plots")
+    write_json(workdir / "results.json", report.results)
+    write_csv(workdir / "results.csv", report.columns, report.rows)
+    captions = draw_figures(report.figures, workdir / "plots")
     (workdir / "report.html").write_text(
-        _page(results, shown, figures), encoding="utf-8", errors="backslashreplace"
+        _page(report, captions), encoding="utf-8", errors="backslashreplace"
     )
 
 
+def draw_figures(figures: Sequence[Figure], folder: Path) -> dict[Path, str]:
+    """The file of each figure, and its caption."""
+    return {figure.draw(folder): figure.caption for figure in figures}
+
+
 def as_dicts(rows: Sequence[Any]) -> list[dict[str, Any]]:
-    return [dataclasses.asdict(row) for row in rows]
+    return [asdict(row) for row in rows]
 
 
-def _page(results: Mapping[str, Any], shown: Shown, figures: Mapping[Path, str]) -> str:
-    environment = dict(results.get("environment", {}))
-    command = environment.pop("command", "")
-    settings = {
-        name: _plain(value)
-        for name, value in results["config"].items()
-        if value not in (None, "", [], ()) and name != "schedules"
-    }
-    examples = results.get("examples", {})
+def _page(report: Report, captions: Mapping[Path, str]) -> str:
     sections = {
-        **{heading: table.html() for heading, table in shown.tables.items()},
-        "How to read the tables": html.pairs(shown.reading),
-        "Plots": html.figures(figures),
-        "The first sample of each schedule": html.folds(
-            (name, html.text(example)) for name, example in examples.items()
-        ),
-        "Settings": html.pairs(html.facts(settings), "facts"),
-        "Environment": html.pairs(html.facts(environment), "facts"),
-        "Reproduce": html.text(command) if command else "",
+        **report.above,
+        **{heading: table.html() for heading, table in report.tables.items()},
+        "How to read the tables": html.pairs(report.legend),
+        "Plots": html.figures(captions),
+        **report.below,
     }
-    return html.render(shown.title, sections)
-
-
-def _plain(value: Any) -> Any:
-    """Lists as text."""
-    if isinstance(value, Mapping):
-        return {name: _plain(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return ", ".join(
-            " ".join(map(str, x)) if isinstance(x, list | tuple) else str(x) for x in value
-        )
-    return value
+    return html.render(report.title, sections)

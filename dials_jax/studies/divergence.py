@@ -164,7 +164,7 @@ def curve(times: Sequence[float], values: Sequence[Float[np.ndarray, "N"]]) -> C
 
 
 def curves(
-    times: Sequence[float], measured: Mapping[str, Sequence[Divergence]], heavy2: str = ""
+    times: Sequence[float], measured: Mapping[str, Sequence[Divergence]], second_heavy: str = ""
 ) -> dict[str, dict[str, Curve]]:
     """Quantity -> letter -> curve.
 
@@ -179,13 +179,13 @@ def curves(
             for letter in letters
         }
 
-    light = [letter for letter in measured if letter != heavy2]
+    light = [letter for letter in measured if letter != second_heavy]
     found = {
         "loss": all_of(lambda letter, i: np.abs(measured[letter][i].loss_gap), measured),
         "gap": all_of(lambda letter, i: measured[letter][i].loss_gap, measured),
         "kl": all_of(lambda letter, i: measured[letter][i].kl, measured),
     }
-    if heavy2:
-        base = [divergence.kl for divergence in measured[heavy2]]
+    if second_heavy:
+        base = [divergence.kl for divergence in measured[second_heavy]]
         found["relative_kl"] = all_of(lambda letter, i: measured[letter][i].kl - base[i], light)
     return found

@@ -13,8 +13,8 @@ from dials_jax.evaluation.results import RECORDS
 from dials_jax.files import read_json
 from dials_jax.records import read_records, require_numbers, sound
 from dials_jax.sampling.model_schedule import Schedule
-from dials_jax.studies import search as search
-from dials_jax.studies.perplexity_run import measured
+from dials_jax.studies import search
+from dials_jax.studies.perplexity_run import join_batches
 from dials_jax.studies.placements import Placements
 from dials_jax.studies.samples import by_schedule, check_batch
 
@@ -86,5 +86,5 @@ def read_search(workdir: str | Path) -> tuple[SearchStudy, Float[np.ndarray, "S 
             f"{workdir} has {count} of {cfg.num_samples} samples of {schedule}; let an exhaustive "
             "search end first",
         )
-        values.append(measured(batches).values(cfg.aggregate))
+        values.append(join_batches(batches).values(cfg.aggregate))
     return cfg, np.stack(values)

@@ -16,19 +16,20 @@ from dials_jax.config import ImportanceStudy, to_dict
 from dials_jax.data.batches import generator
 from dials_jax.data.sources import training_data
 from dials_jax.errors import require
-from dials_jax.evaluation.results import Outcome, Records, identity
+from dials_jax.evaluation.results import Records, identity
 from dials_jax.loading import load
 from dials_jax.models.model import Model
 from dials_jax.records import require_numbers
 from dials_jax.reporting.environment import environment
-from dials_jax.reporting.publish import Shown, Table, as_dicts, publish
+from dials_jax.reporting.publish import Figure, Report, Table, as_dicts
 from dials_jax.sampling.model_schedule import Schedule
-from dials_jax.studies import plots as plots
+from dials_jax.studies import plots
 from dials_jax.studies.divergence import Curve, Divergence, check_family, curves, divergences
-from dials_jax.studies.predictions import plot_predictions, prediction_table, predictions
+from dials_jax.studies.predictions import predict_losses, prediction_figures, prediction_table
+from dials_jax.studies.report import study_report
 from dials_jax.studies.samples import require_known
 
-READING = (
+LEGEND = (
     ("loss", "Mean absolute difference in cross-entropy to the heavy model, nats (equation 6)."),
     ("gap", "Cross-entropy above the heavy model's, nats: below 0 the model is the better one."),
     ("kl", "KL divergence of the model from the heavy one, nats (equation 7)."),
@@ -38,7 +39,7 @@ READING = (
 )  # fmt: skip
 
 
-def run_importance(cfg: ImportanceStudy, workdir: Path) -> Outcome:
+def run_importance(cfg: ImportanceStudy, workdir: Path) -> Report:
     """Figures 5 and 6, and what schedules would lose by them."""
     from tqdm import tqdm
 
@@ -67,27 +68,24 @@ def run_importance(cfg: ImportanceStudy, workdir: Path) -> Outcome:
         "environment": environment(heavy, cfg.seed),
         "num_layers": {cfg.heavy: heavy.num_layers}
         | {letter: model.num_layers for letter, model in models.items()},
-        "curves": curve_results(curves(cfg.times, by_letter, cfg.heavy2)),
+        "curves": curve_results(curves(cfg.times, by_letter, cfg.second_heavy)),
     }
-    predicted = predictions(schedules, cfg.times, by_letter)
+    predicted = predict_losses(schedules, cfg.times, by_letter)
     results["predicted"] = as_dicts(predicted)
-
     tables = {"Curves": curve_table(results["curves"])}
+    figures = importance_figures(results, cfg)
     if predicted:
         tables["What schedules would lose"] = prediction_table(predicted)
-
-    def draw(folder: Path) -> dict[Path, str]:
-        figures = plot_importance(results, cfg, folder)
-        return figures | (plot_predictions(predicted, folder) if predicted else {})
-
-    def show():
-        title = "Importance of denoising steps"
-        shown = Shown(title=title, tables=tables, reading=READING, draw=draw)
-        publish(results, curve_rows(results["curves"]), shown, workdir)
-        for table in tables.values():
-            print(table.text())
-
-    return results, show
+        figures += prediction_figures(predicted)
+    return study_report(
+        "Importance of denoising steps",
+        results,
+        curve_rows(results["curves"]),
+        tables,
+        LEGEND,
+        figures,
+        "\n".join(table.text() for table in tables.values()),
+    )
 
 
 def clean_rows(cfg: ImportanceStudy, heavy: Model) -> tuple[Int[np.ndarray, "N T"], str]:
@@ -170,28 +168,28 @@ def curve_table(results: Mapping[str, Any]) -> Table:
     return Table(("curve", "lowest t", "peak", "at t", "highest t"), lines)
 
 
-def plot_importance(
-    results: Mapping[str, Any], cfg: ImportanceStudy, folder: Path
-) -> dict[Path, str]:
-    """A figure a quantity, with its caption."""
-    depths, captions = results["num_layers"], {}
+def importance_figures(results: Mapping[str, Any], cfg: ImportanceStudy) -> list[Figure]:
+    """A figure for each quantity. Sources: Sedykh, figures 5 and 6."""
+    depths, figures = results["num_layers"], []
     for quantity, by_letter in results["curves"].items():
-        shown = {
-            letter: Curve(*(np.array(x) for x in curve.values()))
-            for letter, curve in by_letter.items()
+        data = {
+            "curves": {
+                letter: Curve(*(np.array(x) for x in curve.values()))
+                for letter, curve in by_letter.items()
+            },
+            "labels": {letter: _label(letter, cfg, depths) for letter in by_letter},
+            "ylabel": plots.CURVE_LABELS[quantity],
         }
-        labels = {x: _label(x, cfg, depths) for x in shown}
-        path = folder / f"{quantity}.png"
-        plots.importance_curves(shown, labels, plots.CURVE_LABELS[quantity], path)
-        captions[path] = f"{dict(READING)[quantity]} Bands are 95 % intervals over rows."
-    return captions
+        caption = f"{dict(LEGEND)[quantity]} Bands are 95 % intervals over sequences."
+        figures.append(Figure(quantity, caption, plots.importance_curves, data))
+    return figures
 
 
 def _label(letter: str, cfg: ImportanceStudy, depths: Mapping[str, int]) -> str:
     """Models of equal depth are told apart by the names of their folders."""
     paths = dict(cfg.models)
     label = f"{letter}: {depths[letter]} blocks"
-    if letter == cfg.heavy2:
+    if letter == cfg.second_heavy:
         return f"{label}, another seed"
-    twins = [x for x in paths if x != cfg.heavy2 and depths[x] == depths[letter]]
+    twins = [x for x in paths if x != cfg.second_heavy and depths[x] == depths[letter]]
     return label if len(twins) == 1 else f"{label}, {Path(paths[letter]).name}"

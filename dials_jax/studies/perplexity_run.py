@@ -36,7 +36,7 @@ from dials_jax.studies.samples import (
 )
 
 
-class Measured(NamedTuple):
+class ScoredSamples(NamedTuple):
     """What the samples of one schedule are like, and what they cost."""
 
     scores: Scores
@@ -111,7 +111,7 @@ class PerplexityRun:
 
     def measure(
         self, schedule: Schedule, progress: Callable[[int], Any] = lambda n: None
-    ) -> Measured:
+    ) -> ScoredSamples:
         """Scores the samples that the records do not hold yet, and puts them there."""
         done = self._batches.setdefault(str(schedule), {})
         first = 0
@@ -124,7 +124,7 @@ class PerplexityRun:
                 self.records.add(done[first])
                 progress(len(batch.tokens))
             first += len(done[first]["nll"])
-        return measured(done)
+        return join_batches(done)
 
     def _scored(self, samples: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B S"]:
         """The tokens that the scorer reads."""
@@ -135,14 +135,14 @@ class PerplexityRun:
         return retokenise(samples, *self.tokenizers, *ends, length)
 
 
-def measured(batches: Batches) -> Measured:
+def join_batches(batches: Batches) -> ScoredSamples:
     """All batches of one schedule together, in the order of their samples."""
     records = [batches[first] for first in sorted(batches)]
 
     def joined(name):
         return np.concatenate([record[name] for record in records]).astype(float)
 
-    return Measured(
+    return ScoredSamples(
         Scores(joined("nll"), joined("weight")),
         joined("entropy"),
         sum(record["seconds"] for record in records),

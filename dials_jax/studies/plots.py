@@ -114,12 +114,12 @@ def placement_rows(
 
 
 def segment_frequencies(
-    best: Int[np.ndarray, "n"], worst: Int[np.ndarray, "n"], top: int, path: str | Path
+    best: Int[np.ndarray, "n"], worst: Int[np.ndarray, "n"], num_extremes: int, path: str | Path
 ) -> Path:
     """How often a segment is light among the best and the worst (figures 3 and 4)."""
     with figure_at(path, 9.6, 3.2) as figure:
         axes = figure.subplots(1, 2, sharey=True)
-        panels = ((best, f"best {top}", SAFE), (worst, f"worst {top}", HARM))
+        panels = ((best, f"best {num_extremes}", SAFE), (worst, f"worst {num_extremes}", HARM))
         for ax, (count, name, color) in zip(axes, panels, strict=True):
             ax.bar(range(len(count)), count, color=color, width=0.7)
             _segment_axis(ax, len(count))
@@ -196,7 +196,7 @@ def regret_curves(
 def predicted_scatter(
     predicted: Float[np.ndarray, "S"],
     measured: Float[np.ndarray, "S"],
-    correlation: str,
+    title: str,
     path: str | Path,
 ) -> Path:
     """Each schedule's perplexity against the harm that the importance predicts."""
@@ -204,7 +204,7 @@ def predicted_scatter(
         ax = figure.subplots()
         ax.scatter(predicted, measured, s=14, color=COLORS["routed"], alpha=0.6, linewidth=0)
         ax.set(
-            title=correlation,
+            title=title,
             xlabel="predicted harm, nats a token",
             ylabel="generative perplexity",
         )

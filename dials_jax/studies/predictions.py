@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
 
 from dials_jax.errors import require
-from dials_jax.reporting.publish import Table
+from dials_jax.reporting.publish import Figure, Table
 from dials_jax.sampling.model_schedule import Schedule
 from dials_jax.statistics import mean_interval
-from dials_jax.studies import plots as plots
+from dials_jax.studies import plots
 from dials_jax.studies.divergence import Divergence
 from dials_jax.studies.search import time_weights
 
@@ -36,7 +35,7 @@ class Prediction:
     difference_high: float
 
 
-def predictions(
+def predict_losses(
     schedules: Sequence[Schedule],
     times: Sequence[float],
     measured: Mapping[str, Sequence[Divergence]],
@@ -100,17 +99,17 @@ def prediction_table(rows: Sequence[Prediction]) -> Table:
     return Table(header, lines)
 
 
-def plot_predictions(rows: Sequence[Prediction], folder: Path) -> dict[Path, str]:
-    """A figure a quantity, with its caption."""
-    captions = {}
+def prediction_figures(rows: Sequence[Prediction]) -> list[Figure]:
+    """A figure for each quantity."""
+    figures = []
     for quantity in ("gap", "kl"):
         found = [r for r in rows if r.quantity == quantity]
-        path = plots.schedule_points(
-            [r.schedule for r in found],
-            np.array([r.value for r in found]),
-            np.array([[r.low for r in found], [r.high for r in found]]),
-            folder / f"predicted_{quantity}.png",
-            label=f"predicted: {plots.CURVE_LABELS[quantity]} a token",
-        )
-        captions[path] = f"The integral of {quantity} over the steps that are light."
-    return captions
+        data = {
+            "labels": [r.schedule for r in found],
+            "values": np.array([r.value for r in found]),
+            "intervals": np.array([[r.low for r in found], [r.high for r in found]]),
+            "label": f"predicted: {plots.CURVE_LABELS[quantity]} a token",
+        }
+        caption = f"The integral of {quantity} over the steps that are light."
+        figures.append(Figure(f"predicted_{quantity}", caption, plots.schedule_points, data))
+    return figures

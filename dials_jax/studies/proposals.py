@@ -11,14 +11,13 @@ from jaxtyping import Bool, Float
 
 from dials_jax.config import ProposeStudy, to_dict
 from dials_jax.errors import require
-from dials_jax.evaluation.results import Outcome
-from dials_jax.reporting.publish import Shown, Table, as_dicts, publish
+from dials_jax.reporting.publish import Figure, Report, Table, as_dicts
 from dials_jax.sampling.model_schedule import Schedule
 from dials_jax.statistics import mean_interval
-from dials_jax.studies import plots as plots
-from dials_jax.studies import search as search
+from dials_jax.studies import plots, search
 from dials_jax.studies.from_studies import coarse_schedules, placements_of, read_harms, read_search
 from dials_jax.studies.placements import Placements
+from dials_jax.studies.report import study_report
 from dials_jax.studies.search import Propose, Regret
 
 HARM_LABELS = {
@@ -31,7 +30,8 @@ REGRET_CAPTION = (
     "Perplexity of a method's choice above that of the exhaustive one: both choose on one half of "
     "the samples and are judged on the other. Below 0 the method chose better."
 )
-READING = (
+SCATTER_CAPTION = "One point for each schedule: its perplexity against the harm predicted."
+LEGEND = (
     ("Regret", REGRET_CAPTION),
     ("Spearman", "Of the predicted harm and the perplexity of all schedules."),
     ("Chosen with all samples", "Against the best of the search, by the very samples that chose "
@@ -56,7 +56,7 @@ def methods_of(
     return methods
 
 
-def run_proposals(cfg: ProposeStudy, workdir: Path) -> Outcome:
+def run_proposals(cfg: ProposeStudy, workdir: Path) -> Report:
     """Replays ways to find a schedule on a finished search, and compares what they find."""
     searched, values = read_search(cfg.search)
     placements = placements_of(searched)
@@ -87,25 +87,20 @@ def run_proposals(cfg: ProposeStudy, workdir: Path) -> Outcome:
         "choices": as_dicts(chosen),
     }
 
-    def show():
-        tables = {
-            "Regret": regret_table(regrets, budgets),
-            "Predicted harm and perplexity": correlation_table(correlations),
-            "Chosen with all samples": choice_table(chosen),
-        }
-        shown = Shown(
-            title="Good schedules without trying all",
-            tables={heading: table for heading, table in tables.items() if table.lines},
-            reading=READING,
-            draw=lambda folder: plot_proposals(
-                regrets, budgets, light, values, harms, correlations, folder
-            ),
-        )
-        publish(results, as_dicts(chosen), shown, workdir)
-        for heading in ("Regret", "Predicted harm and perplexity"):
-            print(tables[heading].text())
-
-    return results, show
+    tables = {
+        "Regret": regret_table(regrets, budgets),
+        "Predicted harm and perplexity": correlation_table(correlations),
+        "Chosen with all samples": choice_table(chosen),
+    }
+    return study_report(
+        "Good schedules without trying all",
+        results,
+        as_dicts(chosen),
+        {heading: table for heading, table in tables.items() if table.lines},
+        LEGEND,
+        proposal_figures(regrets, budgets, light, values, harms, correlations),
+        "\n".join(tables[x].text() for x in ("Regret", "Predicted harm and perplexity")),
+    )
 
 
 # --------------------------------------------------------------------------- tables and figures
@@ -139,7 +134,9 @@ def choices(
     rows = []
     for name, make in methods.items():
         for budget in budgets:
-            trials = search.seek(make(seed), lambda s: float(perplexity[s]), budget, len(values))
+            trials = search.try_schedules(
+                make(seed), lambda s: float(perplexity[s]), budget, len(values)
+            )
             chosen = search.best_of(trials)
             difference = values[chosen] - values[best]
             low, high = mean_interval(difference)
@@ -187,20 +184,22 @@ def correlation_text(c: search.Correlation) -> str:
     return f"{c.value:.2f} ({c.low:.2f} to {c.high:.2f})"
 
 
-def plot_proposals(
+def proposal_figures(
     regrets: Mapping[str, Sequence[Regret]],
     budgets: Sequence[int],
     light: Bool[np.ndarray, "S n"],
     values: Float[np.ndarray, "S N"],
     harms: Mapping[str, Float[np.ndarray, "n"]],
     correlations: Mapping[str, search.Correlation],
-    folder: Path,
-) -> dict[Path, str]:
-    """The regret, and each prediction against what was measured; with their captions."""
-    captions = {plots.regret_curves(budgets, regrets, folder / "regret.png"): REGRET_CAPTION}
+) -> list[Figure]:
+    """The regret, and each prediction against what was measured."""
+    data = {"budgets": budgets, "regrets": regrets}
+    figures = [Figure("regret", REGRET_CAPTION, plots.regret_curves, data)]
     for name, harm in harms.items():
-        title = f"{HARM_LABELS[name]}\nSpearman {correlation_text(correlations[name])}"
-        path = folder / f"predicted_{name}.png"
-        plots.predicted_scatter(light @ harm, values.mean(axis=1), title, path)
-        captions[path] = "One point a schedule: its perplexity against the harm predicted."
-    return captions
+        data = {
+            "predicted": light @ harm,
+            "measured": values.mean(axis=1),
+            "title": f"{HARM_LABELS[name]}\nSpearman {correlation_text(correlations[name])}",
+        }
+        figures.append(Figure(f"predicted_{name}", SCATTER_CAPTION, plots.predicted_scatter, data))
+    return figures

@@ -37,7 +37,7 @@ from dials_jax.skipping.policies import Static
 EXAMPLE_CHARACTERS = 600  # of the first sample of each schedule, to look at
 FOLDER = "samples"  # in a study's workdir: models.json, and an array for each batch
 # What samples depend on beside the weights.
-DRAWING = ("static", "length", "steps", "num_samples", "precision", "dtype", "seed")
+DRAWING_FIELDS = ("static_layers", "length", "steps", "num_samples", "precision", "dtype", "seed")
 
 
 class SampleBatch(NamedTuple):
@@ -126,7 +126,7 @@ class SampledSource:
     def _keep(self, schedule: Schedule, first: int, tokens: Int[np.ndarray, "B T"]) -> None:
         """Through a temporary file, so that a reader never sees half of it."""
         if not self._described:
-            settings = {name: to_dict(self.cfg)[name] for name in DRAWING}
+            settings = {name: to_dict(self.cfg)[name] for name in DRAWING_FIELDS}
             facts = {"models": self.facts, "config": settings, "environment": self.environment}
             write_json(self.folder / "models.json", facts)
             self._described = True
@@ -206,10 +206,12 @@ def _read_kept(path: Path) -> dict[str, Any]:
             missing = {"path", "num_layers", "fingerprint", "eos_id", "tokenizer"} - facts.keys()
             if missing:
                 raise ValueError(f"a model has no {', '.join(sorted(missing))}")
-        missing = set(DRAWING) - kept["config"].keys()
+        renamed = SamplingStudy.RENAMED
+        config = {renamed.get(name, name): value for name, value in kept["config"].items()}
+        missing = set(DRAWING_FIELDS) - config.keys()
         if missing:
             raise ValueError(f"config has no {', '.join(sorted(missing))}")
-        return kept | {"environment": dict(kept["environment"])}
+        return kept | {"config": config, "environment": dict(kept["environment"])}
 
 
 def _digest(tokens: Int[np.ndarray, "B T"]) -> str:
@@ -224,7 +226,7 @@ def _check_drawing(cfg: SamplingStudy, facts: Mapping[str, Any], old: Mapping[st
         f"{', '.join(letters)}; make them agree",
     )
     new = to_dict(cfg)
-    for name in DRAWING:
+    for name in DRAWING_FIELDS:
         require(
             new[name] == old[name],
             f"samples: {cfg.samples} has {name}={old[name]}, but the study {new[name]}; "
@@ -267,7 +269,7 @@ def model_facts(model: Model, tokenizer: str | None = None) -> dict[str, Any]:
 
 def static_policies(cfg: SamplingStudy) -> dict[str, Static]:
     """Of the models that skip layers."""
-    return {x: Static([int(n) for n in layers.split(",")]) for x, layers in cfg.static}
+    return {x: Static([int(n) for n in layers.split(",")]) for x, layers in cfg.static_layers}
 
 
 def check_schedules(cfg: SamplingStudy, schedules: Sequence[Schedule]) -> None:

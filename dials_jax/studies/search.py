@@ -47,11 +47,11 @@ def segment_influence(
 
 
 def segment_counts(
-    light: Bool[np.ndarray, "S n"], perplexity: Float[np.ndarray, "S"], top: int
+    light: Bool[np.ndarray, "S n"], perplexity: Float[np.ndarray, "S"], num_extremes: int
 ) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"]]:
-    """How often each segment is light among the `top` best and the `top` worst schedules."""
+    """How often each segment is light among the `num_extremes` best and as many worst schedules."""
     order = np.argsort(perplexity, kind="stable")
-    return light[order[:top]].sum(axis=0), light[order[-top:]].sum(axis=0)
+    return light[order[:num_extremes]].sum(axis=0), light[order[-num_extremes:]].sum(axis=0)
 
 
 def segment_harm(
@@ -126,7 +126,7 @@ class Trials(NamedTuple):
 Propose = Callable[[Trials], int]  # the schedule to try next; good for one search
 
 
-def seek(
+def try_schedules(
     propose: Propose, measure: Callable[[int], float], budget: int, num_schedules: int
 ) -> Trials:
     """Tries `budget` schedules, or all, as they are proposed."""
@@ -240,6 +240,8 @@ def regret(
         order = np.random.default_rng([seed, repeat]).permutation(num_samples)
         choose, judge = np.array_split(order, 2)
         perplexity, held_out = values[:, choose].mean(axis=1), values[:, judge].mean(axis=1)
-        trials = seek(make(repeat), lambda s, p=perplexity: float(p[s]), budget, num_schedules)
+        trials = try_schedules(
+            make(repeat), lambda s, p=perplexity: float(p[s]), budget, num_schedules
+        )
         found.append(held_out[best_of(trials)] - held_out[np.argmin(perplexity)])
     return Regret(float(np.mean(found)), *map(float, np.quantile(found, [0.025, 0.975])))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,12 +11,11 @@ from jaxtyping import Bool, Float
 
 from dials_jax.config import ScheduleStudy
 from dials_jax.evaluation.perplexity import Aggregate, Estimate, estimate
-from dials_jax.reporting.publish import Table
+from dials_jax.reporting.publish import Figure, Table
 from dials_jax.sampling.model_schedule import Schedule
 from dials_jax.statistics import mean_at_zero, mean_interval, paired_test
-from dials_jax.studies import plots as plots
-from dials_jax.studies import search as search
-from dials_jax.studies.perplexity_run import Measured
+from dials_jax.studies import plots, search
+from dials_jax.studies.perplexity_run import ScoredSamples
 
 SCHEDULES_CAPTION = (
     "Left: generative perplexity with its interval. Right: the same samples against the first "
@@ -28,7 +26,9 @@ INFLUENCE_CAPTION = (
     "Perplexity of schedules with a light segment there, above the mean schedule: above 0 a light "
     "model does harm."
 )
-READING = (
+PLACEMENTS_CAPTION = "Which segments the light model takes in the best and the worst schedules."
+FREQUENCIES_CAPTION = "How often a segment is light among the best and the worst."
+LEGEND = (
     ("gen. PPL", "The mean of the samples' perplexities under the scorer, or that of all tokens "
      "together where aggregate is corpus. ± is half the 95 % interval."),
     ("change", "To the first schedule, sample by sample, and its 95 % interval in perplexity."),
@@ -72,27 +72,27 @@ class ScheduleRow:
 
 
 def schedule_rows(
-    found: Mapping[Schedule, Measured], depths: Mapping[str, int], aggregate: Aggregate
+    found: Mapping[Schedule, ScoredSamples], depths: Mapping[str, int], aggregate: Aggregate
 ) -> list[ScheduleRow]:
     """One row a schedule; the first is the baseline."""
     baseline = next(iter(found))
     base, deepest = found[baseline], max(depths.values())
     all_heavy = mean_depth(baseline, depths) == deepest
     rows = []
-    for schedule, measured in found.items():
-        values, base_values = measured.values(aggregate), base.values(aggregate)
-        own, entropy = estimate(values), estimate(measured.entropy)
+    for schedule, samples in found.items():
+        values, base_values = samples.values(aggregate), base.values(aggregate)
+        own, entropy = estimate(values), estimate(samples.entropy)
         low, high = mean_interval(values - base_values)
         paired = paired_test(_by_number(values), _by_number(base_values))
-        logs, at_equal_entropy = _changes(measured, base)
+        logs, at_equal_entropy = _changes(samples, base)
         rows.append(
             ScheduleRow(
                 schedule=str(schedule),
                 perplexity=own.value,
                 low=own.low,
                 high=own.high,
-                mean_perplexity=float(measured.values("mean").mean()),
-                corpus_perplexity=float(measured.values("corpus").mean()),
+                mean_perplexity=float(samples.values("mean").mean()),
+                corpus_perplexity=float(samples.values("corpus").mean()),
                 entropy=entropy.value,
                 entropy_low=entropy.low,
                 entropy_high=entropy.high,
@@ -107,22 +107,22 @@ def schedule_rows(
                 equal_entropy_low=at_equal_entropy.low,
                 equal_entropy_high=at_equal_entropy.high,
                 saved_blocks=1 - mean_depth(schedule, depths) / deepest,
-                saved_flops=1 - measured.flops / base.flops if all_heavy else None,
-                seconds=measured.seconds,
-                saved_time=1 - measured.seconds / base.seconds if all_heavy else None,
+                saved_flops=1 - samples.flops / base.flops if all_heavy else None,
+                seconds=samples.seconds,
+                saved_time=1 - samples.seconds / base.seconds if all_heavy else None,
                 num_samples=len(values),
             )
         )
     return rows
 
 
-def _changes(measured: Measured, base: Measured) -> tuple[Estimate, Estimate]:
+def _changes(samples: ScoredSamples, base: ScoredSamples) -> tuple[Estimate, Estimate]:
     """Nats a token above the baseline: as sampled, and between samples of equal entropy.
 
     A model that repeats itself more has the lower perplexity, so the second is the fairer one.
     """
-    nats = np.log(measured.values("mean")) - np.log(base.values("mean"))
-    return estimate(nats), Estimate(*mean_at_zero(nats, measured.entropy - base.entropy))
+    nats = np.log(samples.values("mean")) - np.log(base.values("mean"))
+    return estimate(nats), Estimate(*mean_at_zero(nats, samples.entropy - base.entropy))
 
 
 def mean_depth(schedule: Schedule, depths: Mapping[str, int]) -> float:
@@ -134,7 +134,7 @@ def _by_number(values: Float[np.ndarray, "N"]) -> dict[str, float]:
     return {str(i): value for i, value in enumerate(values.tolist())}
 
 
-def examples(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def first_examples(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """How the first sample of each schedule begins."""
     return {r["schedule"]: r["example"] for r in records if "example" in r}
 
@@ -169,15 +169,15 @@ def _saved(share: float | None) -> str:
     return "-" if share is None else f"{share:.1%}"
 
 
-def plot_schedules(
-    rows: Sequence[ScheduleRow], cfg: ScheduleStudy, depths: Mapping[str, int], folder: Path
-) -> dict[Path, str]:
-    """Writes the figure that the study asks for; its path and caption."""
-    values = np.array([r.perplexity for r in rows])
-    intervals = np.array([[r.low for r in rows], [r.high for r in rows]])
+def schedule_figure(
+    rows: Sequence[ScheduleRow], cfg: ScheduleStudy, depths: Mapping[str, int]
+) -> Figure:
+    """The figure that the study asks for."""
+    values = {
+        "values": np.array([r.perplexity for r in rows]),
+        "intervals": np.array([[r.low for r in rows], [r.high for r in rows]]),
+    }
     if cfg.figure == "schedules":
-        title = ", ".join(f"{letter}: {depth} blocks" for letter, depth in depths.items())
-        labels = [r.schedule for r in rows]
         changes = {
             "as sampled": _series(
                 (r.log_difference, r.log_difference_low, r.log_difference_high) for r in rows
@@ -186,18 +186,21 @@ def plot_schedules(
                 (r.equal_entropy, r.equal_entropy_low, r.equal_entropy_high) for r in rows
             ),
         }
-        path = folder / "schedules.png"
-        plots.schedule_points(labels, values, intervals, path, title, changes=changes)
-        return {path: SCHEDULES_CAPTION}
+        data = values | {
+            "labels": [r.schedule for r in rows],
+            "title": ", ".join(f"{letter}: {depth} blocks" for letter, depth in depths.items()),
+            "changes": changes,
+        }
+        return Figure("schedules", SCHEDULES_CAPTION, plots.schedule_points, data)
     deepest = max(depths, key=lambda letter: depths[letter])
-    fractions = np.array([1 - Schedule.parse(r.schedule).share(deepest) for r in rows])
     savings = {
         "blocks (the paper's formula)": np.array([r.saved_blocks for r in rows]),
         "FLOPs, all counted": np.array([r.saved_flops for r in rows], float),
         "time": np.array([r.saved_time for r in rows], float),
     }
-    path = plots.fraction_curves(fractions, values, intervals, savings, folder / "fractions.png")
-    return {path: FRACTIONS_CAPTION}
+    fractions = np.array([1 - Schedule.parse(r.schedule).share(deepest) for r in rows])
+    data = values | {"fractions": fractions, "savings": savings}
+    return Figure("fractions", FRACTIONS_CAPTION, plots.fraction_curves, data)
 
 
 def _series(triples: Iterable[tuple[float, float, float]]) -> plots.Series:
@@ -209,38 +212,36 @@ def _series(triples: Iterable[tuple[float, float, float]]) -> plots.Series:
 
 
 def segment_results(
-    light: Bool[np.ndarray, "S n"], values: Float[np.ndarray, "S N"], top: int
+    light: Bool[np.ndarray, "S n"], values: Float[np.ndarray, "S N"], num_extremes: int
 ) -> dict[str, Any]:
     """Segment influence with its interval, and how often a segment is light at either end."""
-    best, worst = search.segment_counts(light, values.mean(axis=1), top)
+    best, worst = search.segment_counts(light, values.mean(axis=1), num_extremes)
     influence = search.segment_influence(light, values)
     return {
         "influence": {name: x.tolist() for name, x in influence._asdict().items()},
         "light_in_best": best.tolist(),
         "light_in_worst": worst.tolist(),
-        "top": top,
+        "num_extremes": num_extremes,
     }
 
 
-def plot_search(
-    light: Bool[np.ndarray, "S n"], values: Float[np.ndarray, "S N"], top: int, folder: Path
-) -> dict[Path, str]:
-    """Figures 2, 3 and 4, and 7, with their captions."""
+def segment_figures(
+    light: Bool[np.ndarray, "S n"], values: Float[np.ndarray, "S N"], num_extremes: int
+) -> list[Figure]:
+    """Sedykh, figures 7, 2, and 3 and 4."""
     perplexity = values.mean(axis=1)
     order = np.argsort(perplexity, kind="stable")
     best, worst = order[:5], order[::-1][:5]
-    counts = search.segment_counts(light, perplexity, top)
-    influence = search.segment_influence(light, values)
-    rows = plots.placement_rows(
-        light[best],
-        light[worst],
-        (perplexity[best].tolist(), perplexity[worst].tolist()),
-        folder / "best_and_worst.png",
-    )
-    return {
-        plots.influence_bars(influence, folder / "influence.png"): INFLUENCE_CAPTION,
-        rows: "Which segments the light model takes in the best and the worst schedules.",
-        plots.segment_frequencies(
-            *counts, top, folder / "segment_frequencies.png"
-        ): "How often a segment is light among the best and the worst.",
+    placements = {
+        "best": light[best],
+        "worst": light[worst],
+        "perplexities": (perplexity[best].tolist(), perplexity[worst].tolist()),
     }
+    counts = search.segment_counts(light, perplexity, num_extremes)
+    frequencies = {"best": counts[0], "worst": counts[1], "num_extremes": num_extremes}
+    influence = {"influence": search.segment_influence(light, values)}
+    return [
+        Figure("influence", INFLUENCE_CAPTION, plots.influence_bars, influence),
+        Figure("best_and_worst", PLACEMENTS_CAPTION, plots.placement_rows, placements),
+        Figure("segment_frequencies", FREQUENCIES_CAPTION, plots.segment_frequencies, frequencies),
+    ]

@@ -5,35 +5,36 @@ import json
 
 import pytest
 
-from dials_jax.reporting.publish import Shown, Table, publish
+from dials_jax.reporting.publish import Figure, Table, publish
+from dials_jax.studies.report import study_report
 from tests.reporting.pages import HOSTILE, read_page
 
 PNG = b"\x89PNG"
 
 
 @pytest.fixture
-def shown(tmp_path):
-    def draw(folder):
-        assert (folder.parent / "results.json").exists()  # what was measured is safe by now
-        figure = tmp_path / "figure.png"
-        figure.write_bytes(PNG)
-        return {figure: HOSTILE}
-
-    return Shown(
-        title=HOSTILE,
-        tables={"Numbers": Table(("name", "value"), [(f"row {i}", HOSTILE) for i in range(5)])},
-        reading=[("value", HOSTILE)],
-        draw=draw,
-    )
+def table():
+    return Table(("name", "value"), [(f"row {i}", HOSTILE) for i in range(5)])
 
 
-def test_a_page_holds_everything_and_runs_nothing(shown, tmp_path):
+def plot(text, path):
+    results = path.parents[1] / "results.json"
+    assert results.exists() and text == HOSTILE  # what was measured is on disk by now
+    path.parent.mkdir()
+    path.write_bytes(PNG)
+    return path
+
+
+def test_a_page_holds_everything_and_runs_nothing(table, tmp_path):
     results = {
         "config": {"models": [["H", HOSTILE]], "steps": 7, "scorer": "", "mesh": {"data": -1}},
         "environment": {"device": HOSTILE, "command": HOSTILE},
         "examples": {"H7": HOSTILE, "L7": HOSTILE},
     }
-    publish(results, [{"a": 1, "b": None}], shown, tmp_path / "new")
+    rows, legend = [{"a": 1, "b": None}], [("value", HOSTILE)]
+    figure = Figure("figure", HOSTILE, plot, {"text": HOSTILE})
+    report = study_report(HOSTILE, results, rows, {"Numbers": table}, legend, [figure], "")
+    publish(report, tmp_path / "new")
     assert json.loads((tmp_path / "new" / "results.json").read_text()) == results
     with (tmp_path / "new" / "results.csv").open(newline="") as file:
         assert list(csv.DictReader(file)) == [{"a": "1", "b": ""}]
@@ -44,8 +45,7 @@ def test_a_page_holds_everything_and_runs_nothing(shown, tmp_path):
     assert "scorer" not in page.visible  # nothing was set
 
 
-def test_a_long_table_shows_its_ends(shown):
-    table = shown.tables["Numbers"]
+def test_a_long_table_shows_its_ends(table):
     whole, ends = table.text().splitlines(), table.text(ends=2).splitlines()
     assert len(whole) == 6 and len({len(line) for line in whole}) == 1
     assert ends == [*whole[:3], *whole[4:]]

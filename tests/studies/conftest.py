@@ -15,8 +15,7 @@ from dials_jax.config import (
 from dials_jax.data.arithmetic import ArithmeticTask
 from dials_jax.models import transformer
 from dials_jax.models.folders import save_model
-from dials_jax.studies import importance as importance_study
-from dials_jax.studies import proposals, study
+from dials_jax.reporting import publish
 from dials_jax.studies.study import run_study
 from tests.conftest import small_config
 from tests.studies.workdirs import LENGTH, STEPS
@@ -26,11 +25,7 @@ from tests.studies.workdirs import LENGTH, STEPS
 def quick_plots():
     """Drawing is slow; what is drawn is tested beside the plots."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("plot_schedules", "plot_search"):
-            patch.setattr(study.report, name, lambda *args: {})
-        for name in ("plot_importance", "plot_predictions"):
-            patch.setattr(importance_study, name, lambda *args: {})
-        patch.setattr(proposals, "plot_proposals", lambda *args: {})
+        patch.setattr(publish, "draw_figures", lambda *args: {})
         yield
 
 
@@ -92,7 +87,7 @@ def compared(comparing, run_once):
 
 @pytest.fixture(scope="package")
 def searching(settings):
-    return SearchStudy(**settings, num_segments=4, num_light=2, top=2)
+    return SearchStudy(**settings, num_segments=4, num_light=2, num_extremes=2)
 
 
 @pytest.fixture(scope="package")
@@ -107,7 +102,7 @@ def importance(study_models, run_once):
     )
     cfg = ImportanceStudy(
         models=tuple((name, str(study_models / name)) for name in ("H", "H2", "L")),
-        heavy2="H2",
+        second_heavy="H2",
         data=data,
         schedules=("L2,H4,L2", "H2,L4,H2", "L8", "H4,L4"),
         num_times=3,

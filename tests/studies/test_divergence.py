@@ -99,7 +99,7 @@ def test_the_relative_divergence_is_paired_by_sequence():
     kl, base = np.array([1.0, 2.0, 4.0]), np.array([0.5, 1.5, 3.5])
     gap = np.array([-1.0, 1.0, 3.0])
     measured = {"L": [Divergence(gap, kl)], "H2": [Divergence(gap, base)]}
-    found = curves([0.5], measured, heavy2="H2")
+    found = curves([0.5], measured, second_heavy="H2")
     assert found["loss"]["L"].value == 5 / 3 and found["gap"]["L"].value == 1
     assert set(found["relative_kl"]) == {"L"} and set(found["kl"]) == {"L", "H2"}
     relative = found["relative_kl"]["L"]

@@ -71,7 +71,7 @@ def test_too_few_rows_to_predict_with_are_named():
     seen = np.array([[0.1, np.nan], [np.nan, 0.2]])  # no row was masked at both times
     found = [Divergence(row, row) for row in seen]
     with pytest.raises(InputError, match="fewer than two rows were masked at every time"):
-        importance_study.predictions([Schedule.parse("L4")], (0.25, 0.75), {"L": found})
+        importance_study.predict_losses([Schedule.parse("L4")], (0.25, 0.75), {"L": found})
 
 
 def test_models_of_one_depth_are_told_apart(importance):

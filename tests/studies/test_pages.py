@@ -7,13 +7,10 @@ import pytest
 from dials_jax.config import ProposeStudy
 from dials_jax.studies import tables
 from dials_jax.studies.from_studies import read_search
-from dials_jax.studies.importance import plot_importance
+from dials_jax.studies.importance import importance_figures
 from dials_jax.studies.placements import Placements
 from tests.reporting.pages import read_page
 from tests.studies.workdirs import results_of
-
-# As imported: while studies run in tests they draw nothing.
-plot_schedules, plot_search = tables.plot_schedules, tables.plot_search
 
 PNG = b"\x89PNG"
 
@@ -36,28 +33,30 @@ def test_every_kind_of_study_leaves_a_page(compared, searched, importance, propo
         assert all(text in page.visible for text in texts)
 
 
-def drawn(captions, folder):
+def drawn_names(figures, folder):
     """The names of the figures; each is where it should be, and explained."""
-    for path, caption in captions.items():
-        assert path.parent == folder and path.read_bytes().startswith(PNG) and caption
-    return {path.stem for path in captions}
+    for figure in figures:
+        path = figure.draw(folder)
+        assert path.parent == folder and path.read_bytes().startswith(PNG) and figure.caption
+    return {figure.name for figure in figures}
 
 
 @pytest.mark.parametrize("figure", ["schedules", "fractions"])
 def test_given_schedules_are_drawn(figure, comparing, compared, tmp_path):
     rows = [tables.ScheduleRow(**row) for row in results_of(compared)["schedules"]]
     cfg = dataclasses.replace(comparing, figure=figure)
-    assert drawn(plot_schedules(rows, cfg, {"H": 2, "L": 1}, tmp_path), tmp_path) == {figure}
+    found = tables.schedule_figure(rows, cfg, {"H": 2, "L": 1})
+    assert drawn_names([found], tmp_path) == {figure}
 
 
 def test_a_search_is_drawn(searching, searched, tmp_path):
     _, values = read_search(searched)
     light = Placements(searching.num_segments, searching.num_light).table
-    captions = plot_search(light, values, searching.top, tmp_path)
-    assert drawn(captions, tmp_path) == {"influence", "best_and_worst", "segment_frequencies"}
+    figures = tables.segment_figures(light, values, searching.num_extremes)
+    assert drawn_names(figures, tmp_path) == {"influence", "best_and_worst", "segment_frequencies"}
 
 
 def test_importance_is_drawn(importance, tmp_path):
     cfg, workdir = importance
-    captions = plot_importance(results_of(workdir), cfg, tmp_path)
-    assert drawn(captions, tmp_path) == {"loss", "gap", "kl", "relative_kl"}
+    figures = importance_figures(results_of(workdir), cfg)
+    assert drawn_names(figures, tmp_path) == {"loss", "gap", "kl", "relative_kl"}

@@ -2,7 +2,8 @@ import dataclasses
 
 import numpy as np
 
-from dials_jax.studies import plots as plots
+from dials_jax.reporting.publish import draw_figures
+from dials_jax.studies import plots
 from dials_jax.studies.divergence import Curve
 from dials_jax.studies.placements import Placements
 from dials_jax.studies.search import Correlation, Influence, Regret
@@ -93,13 +94,14 @@ def test_names_fit_into_the_figures(drawn, tmp_path):
         schedule="L30,H180,L30", value=0.2, low=0.1, high=0.3, quantity="gap",
         difference=0.0, difference_low=0.0, difference_high=0.0,
     )  # fmt: skip
-    predictions.plot_predictions([row, dataclasses.replace(row, quantity="kl")], tmp_path)
+    figures = predictions.prediction_figures([row, dataclasses.replace(row, quantity="kl")])
     light, found = Placements(3, 1).table, Correlation(-0.36, -0.53, -0.02)
     harms = dict.fromkeys(proposals.HARM_LABELS, x)
     noise = np.ones((3, 2))
-    proposals.plot_proposals(
-        {"a": REGRETS}, [1, 5], light, noise, harms, dict.fromkeys(harms, found), tmp_path
+    figures += proposals.proposal_figures(
+        {"a": REGRETS}, [1, 5], light, noise, harms, dict.fromkeys(harms, found)
     )
+    draw_figures(figures, tmp_path)
     for figure in drawn:
         FigureCanvasAgg(figure).draw()
         ax, inside = figure.axes[0], figure.bbox

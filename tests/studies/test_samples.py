@@ -12,7 +12,7 @@ from dials_jax.errors import InputError
 from dials_jax.evaluation.perplexity import retokenise, score_samples
 from dials_jax.loading import load
 from dials_jax.studies import samples
-from dials_jax.studies.perplexity_run import measured
+from dials_jax.studies.perplexity_run import join_batches
 from dials_jax.studies.study import run_study
 from tests.studies.workdirs import records_of, results_of
 
@@ -182,7 +182,7 @@ def test_records_are_grouped_in_one_pass():
         ]  # fmt: skip
         Counted.looks = 0
         batches = samples.by_schedule(records)
-        values = [measured(batches[f"H{n + 1}"]) for n in range(count // 2)]
+        values = [join_batches(batches[f"H{n + 1}"]) for n in range(count // 2)]
         assert len(values[0].entropy) == 2 and values[0].seconds == 2
         looks.append(Counted.looks)
     assert looks[1] == 2 * looks[0]

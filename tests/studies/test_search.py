@@ -15,11 +15,11 @@ from dials_jax.studies.search import (
     fit_additive,
     rank_correlation,
     regret,
-    seek,
     segment_counts,
     segment_harm,
     segment_influence,
     time_weights,
+    try_schedules,
 )
 
 HARM = np.array([0.1, 0.4, 1.0, 1.6, 2.0, 2.1, 1.5, 0.9, 0.3, 0.2])
@@ -81,7 +81,9 @@ def test_a_search_looks_at_few_of_very_many_placements(harm, monkeypatch):
     )
     light = Placements(40, 20)
     rng = np.random.default_rng(0)
-    trials = seek(by_additive_model(light, 0, harm), lambda number: rng.normal(), 30, light.number)
+    trials = try_schedules(
+        by_additive_model(light, 0, harm), lambda number: rng.normal(), 30, light.number
+    )
     assert len(set(trials.tried)) == 30 and max(trials.tried) < light.number
     assert len(compared) <= 30 * 31 * 20
 
@@ -150,11 +152,13 @@ def test_a_search_never_tries_twice_and_knows_no_more_than_it_tried(table):
         asked.append(schedule)
         return float(means[schedule])
 
-    trials = seek(by_additive_model(light, seed=0), measure, budget=30, num_schedules=210)
+    trials = try_schedules(by_additive_model(light, seed=0), measure, budget=30, num_schedules=210)
     assert asked == trials.tried and len(set(asked)) == 30
     assert means[best_of(trials)] == min(trials.perplexity)
-    assert len(seek(by_chance(light, 0), measure, 999, 210).tried) == 210
-    assert seek(by_importance(light, HARM), measure, 1, 210).tried == [int(np.argmin(means))]
+    assert len(try_schedules(by_chance(light, 0), measure, 999, 210).tried) == 210
+    assert try_schedules(by_importance(light, HARM), measure, 1, 210).tried == [
+        int(np.argmin(means))
+    ]
 
 
 def test_knowing_more_costs_less(table):

@@ -109,7 +109,11 @@ def test_batches_do_not_matter(comparing, compared, tmp_path):
 
 def test_a_scheduled_model_may_skip_layers(settings, study_models, tmp_path):
     heavy = str(study_models / "H")
-    changes = {"models": (("H", heavy), ("S", heavy)), "static": (("S", "1"),), "num_samples": 3}
+    changes = {
+        "models": (("H", heavy), ("S", heavy)),
+        "static_layers": (("S", "1"),),
+        "num_samples": 3,
+    }
     run_study(ScheduleStudy(**(settings | changes), schedules=("H4,S4", "S8")), tmp_path)
     rows = {row["schedule"]: row for row in results_of(tmp_path)["schedules"]}
     assert round(rows["S8"]["saved_blocks"], 6) == 0.5  # of H's two blocks
@@ -226,7 +230,7 @@ def test_another_configuration_is_refused_but_not_another_reading(
     with pytest.raises(InputError, match=r"holds another study \(config.seed differ\)"):
         run_study(dataclasses.replace(searching, seed=1), workdir)
     monkeypatch.setattr(samples, "generate", None)
-    run_study(dataclasses.replace(searching, aggregate="corpus", top=1), workdir)
+    run_study(dataclasses.replace(searching, aggregate="corpus", num_extremes=1), workdir)
     assert sum(results_of(workdir)["segments"]["light_in_best"]) == 2
 
 
@@ -263,6 +267,25 @@ def test_a_study_from_before_a_setting_existed_goes_on(searching, searched, tmp_
     run_study(searching, workdir)
 
 
+def test_a_study_with_the_earlier_names_of_settings_goes_on(
+    searching, searched, tmp_path, monkeypatch
+):
+    workdir = shutil.copytree(searched, tmp_path / "search")
+    for name in ("study.json", "results.json", "samples/models.json"):
+        old = json.loads((workdir / name).read_text())
+        for now, before in {"static_layers": "static", "num_extremes": "top"}.items():
+            if now in old["config"]:
+                old["config"][before] = old["config"].pop(now)
+        assert "static" in old["config"]
+        (workdir / name).write_text(json.dumps(old))
+    assert read_search(workdir)[0] == searching
+    monkeypatch.setattr(samples, "generate", None)  # nothing is left to sample
+    run_study(searching, workdir)
+    stored = dataclasses.replace(searching, samples=str(workdir))
+    run_study(stored, tmp_path / "stored")
+    assert records_of(tmp_path / "stored") == records_of(searched)
+
+
 def test_a_budget_tries_what_looks_best(searching, searched, importance, tmp_path, monkeypatch):
     monkeypatch.setattr(study, "coarse_schedules", None)  # nor is a list of all made for it
     cfg = dataclasses.replace(searching, budget=2, importance=str(importance[1]))
@@ -290,15 +313,15 @@ def test_bad_studies_are_refused_before_anything_runs(
     heavy = str(study_models / "H")
     refused(ScheduleStudy(**(settings | {"scorer": heavy}), schedules=("H8",)), "not causal")
     refused(
-        ScheduleStudy(**settings, schedules=("H8",), static=(("L", "3"),)),
+        ScheduleStudy(**settings, schedules=("H8",), static_layers=(("L", "3"),)),
         "layer 3 does not exist",
     )
     refused(ProposeStudy(search=str(study_models)), "results.json is missing")
     assert not (tmp_path / "refused" / "runs.jsonl").exists()
     for changes, message in (
         ({"scorer": ""}, "scorer is missing"),
-        ({"static": (("X", "1"),)}, "no model is called 'X'"),
-        ({"static": (("L", "one"),)}, "'one' of L are no layers; give numbers such as 3,7"),
+        ({"static_layers": (("X", "1"),)}, "no model is called 'X'"),
+        ({"static_layers": (("L", "one"),)}, "'one' of L are no layers; give numbers such as 3,7"),
         ({"num_segments": 3}, "steps=8 do not split into 3"),
         ({"light": "X"}, "no model is called 'X'"),
         ({"light": "H"}, "heavy and light are both 'H'"),
@@ -307,8 +330,8 @@ def test_bad_studies_are_refused_before_anything_runs(
     ):
         with pytest.raises(InputError, match=message):
             dataclasses.replace(searching, **changes)
-    with pytest.raises(InputError, match="heavy and heavy2 are both 'H'"):
-        dataclasses.replace(importance[0], heavy2="H")
+    with pytest.raises(InputError, match="heavy and second_heavy are both 'H'"):
+        dataclasses.replace(importance[0], second_heavy="H")
 
 
 def test_eval_takes_every_kind_of_study(tmp_path):
