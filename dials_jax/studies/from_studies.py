@@ -75,7 +75,9 @@ def read_search(workdir: str | Path) -> tuple[SearchStudy, Float[np.ndarray, "S 
         f"{workdir} holds no search; give the workdir of a SearchStudy that ended",
     )
     with sound(path, AGAIN):
-        cfg = from_dict(SearchStudy, results["config"])
+        renamed = SearchStudy.RENAMED
+        config = {renamed.get(name, name): value for name, value in results["config"].items()}
+        cfg = from_dict(SearchStudy, config)
     batches_of = by_schedule(read_records(Path(workdir) / RECORDS, check_batch))
     values = []
     for schedule in coarse_schedules(cfg):

@@ -1,5 +1,7 @@
 """Studies of schedules on tiny models."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -15,7 +17,8 @@ from dials_jax.config import (
 from dials_jax.data.arithmetic import ArithmeticTask
 from dials_jax.models import transformer
 from dials_jax.models.folders import save_model
-from dials_jax.reporting import publish
+from dials_jax.reporting.publish import publish
+from dials_jax.studies import study
 from dials_jax.studies.study import run_study
 from tests.conftest import small_config
 from tests.studies.workdirs import LENGTH, STEPS
@@ -25,7 +28,11 @@ from tests.studies.workdirs import LENGTH, STEPS
 def quick_plots():
     """Drawing is slow; what is drawn is tested beside the plots."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(publish, "draw_figures", lambda *args: {})
+        patch.setattr(
+            study,
+            "publish",
+            lambda report, folder: publish(dataclasses.replace(report, figures=()), folder),
+        )
         yield
 
 
