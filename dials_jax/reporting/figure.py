@@ -6,6 +6,7 @@ Figures are made without pyplot: no window, no global state, and nothing to clos
 from __future__ import annotations
 
 import contextlib
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,9 @@ import numpy as np
 if TYPE_CHECKING:  # matplotlib is optional
     from matplotlib.figure import Figure
 
+# Of the kinds of policy; an unknown kind has one of the others.
 COLORS = {"routed": "#1f5fa8", "static": "#e07b1a", "random": "#3a9457", "full": "#e5ac00"}
+OTHER_COLORS = ("#7b4fa3", "#b03a5b", "#1f8a8a", "#6b6f00", "#a0522d", "#4a5560")
 GREY = "#8a8f98"
 STYLE = {
     "font.size": 10,
@@ -30,6 +33,11 @@ STYLE = {
     "legend.frameon": False,
     "text.parse_math": False,  # a task may have a $ in its name
 }
+
+
+def kind_color(kind: str) -> str:
+    """The colour of a kind of policy, the same in every figure and table."""
+    return COLORS.get(kind) or OTHER_COLORS[zlib.crc32(kind.encode()) % len(OTHER_COLORS)]
 
 
 @contextlib.contextmanager

@@ -1,4 +1,7 @@
-"""What a study reports, as plain values, and how it becomes files: JSON, CSV, plots and a page."""
+"""A report as plain values, and how it becomes files: JSON, CSV, plots and a page of HTML.
+
+Sweeps and studies report alike: they make a `Report`, and `publish` writes it.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,8 @@ class Table(NamedTuple):
 
     header: Sequence[str]
     lines: Sequence[Sequence[str]]
+    groups: Mapping[int, tuple[str, str]] = {}  # heading, and a note, above the line of a number
+    colors: Sequence[str] = ()  # of each line's edge on the page
 
     def text(self, ends: int | None = None) -> str:
         """Aligned columns. `ends`: at most this many lines of each end."""
@@ -32,7 +37,12 @@ class Table(NamedTuple):
         return "\n".join(map(line, (self.header, *lines)))
 
     def html(self) -> str:
-        return html.table(self.header, map(html.row, self.lines))
+        rows = []
+        for number, cells in enumerate(self.lines):
+            if number in self.groups:
+                rows.append(html.group(*self.groups[number], len(self.header)))
+            rows.append(html.row(cells, self.colors[number] if self.colors else ""))
+        return html.table(self.header, rows)
 
 
 class Figure(NamedTuple):

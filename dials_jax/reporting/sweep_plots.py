@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float
 
 from dials_jax.errors import require
-from dials_jax.reporting.figure import COLORS, GREY, figure_at, shades
+from dials_jax.reporting.figure import GREY, figure_at, kind_color, shades
 
 if TYPE_CHECKING:  # matplotlib is optional
     from matplotlib.axes import Axes
@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # matplotlib is optional
 class Point:
     """One policy in a trade-off panel."""
 
-    kind: str  # full, static, random or routed
+    kind: str  # of the policy: full, static, random, routed or another
     label: str  # written next to the point: its lambda or k
     share: float  # of layers run
     value: float
@@ -72,7 +72,8 @@ def tradeoff_curve(panels: Sequence[Panel], path: str | Path) -> Path:
         for ax in axes[: len(panels)]:
             for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
                 handles.setdefault(label, handle)
-        order = [kind for kind in ("full", "routed", "static", "random") if kind in handles]
+        known = [kind for kind in ("full", "routed", "static", "random") if kind in handles]
+        order = [*known, *(kind for kind in handles if kind not in known)]
         figure.legend(
             [handles[k] for k in order], order, loc="outside lower center", ncols=len(order)
         )
@@ -80,20 +81,20 @@ def tradeoff_curve(panels: Sequence[Panel], path: str | Path) -> Path:
 
 
 def _tradeoff_panel(ax: Axes, panel: Panel) -> None:
-    for kind in ("random", "static", "routed"):
+    present = {point.kind for point in panel.points}
+    known = [kind for kind in ("random", "static", "routed") if kind in present]
+    for kind in [*known, *sorted(present - {*known, "full"})]:
         points = sorted((p for p in panel.points if p.kind == kind), key=lambda p: p.share)
-        if not points:
-            continue
         ax.errorbar(
             [p.share for p in points],
             [p.value for p in points],
             yerr=[[p.value - p.low for p in points], [p.high - p.value for p in points]],
-            color=COLORS[kind],
+            color=kind_color(kind),
             marker="o",
             markersize=5,
             linewidth=1.8,
             elinewidth=1,
-            ecolor=COLORS[kind] + "55",
+            ecolor=kind_color(kind) + "55",
             label=kind,
         )
         for index, point in enumerate(points):
@@ -102,7 +103,7 @@ def _tradeoff_panel(ax: Axes, panel: Panel) -> None:
         if p.kind == "full":
             ax.axhline(p.value, color=GREY, linestyle="--", linewidth=1, zorder=1)
             star = {"markersize": 15, "markeredgecolor": "#7a5c00", "markeredgewidth": 0.6}
-            ax.plot(p.share, p.value, "*", color=COLORS["full"], zorder=5, label="full", **star)
+            ax.plot(p.share, p.value, "*", color=kind_color("full"), zorder=5, label="full", **star)
     ax.margins(x=0.1, y=0.1)
     ax.set(title=panel.title, xlabel="layers run / layers", ylabel=panel.ylabel)
 
@@ -110,16 +111,15 @@ def _tradeoff_panel(ax: Axes, panel: Panel) -> None:
 def _label_point(ax: Axes, point: Point, lower_is_better: bool, high: int) -> None:
     """Beside the curve: it rises to the right where higher is better, and falls where lower is.
 
-    Routers come above, static skips below: their curves may be close. Routers lie close together,
-    so every other label of theirs is put higher.
+    Routers come above, static skips below: their curves may be close. Policies of one kind lie
+    close together, so every other label of a router or of another kind is put higher.
     """
     from matplotlib.patheffects import withStroke
 
     dx, dy, align = {
         "static": (4, -4, "left"),
         "random": (-4, 4, "right"),
-        "routed": (0, 6 + 10 * high, "center"),
-    }[point.kind]
+    }.get(point.kind, (0, 6 + 10 * high, "center"))
     dy = -dy if lower_is_better else dy
     ax.annotate(
         point.label,
@@ -129,7 +129,7 @@ def _label_point(ax: Axes, point: Point, lower_is_better: bool, high: int) -> No
         ha=align,
         va="bottom" if dy > 0 else "top",
         fontsize=8,
-        color=COLORS[point.kind],
+        color=kind_color(point.kind),
         path_effects=[withStroke(linewidth=2, foreground="white")],
         zorder=6,
     )
@@ -184,13 +184,14 @@ def _share_text(value: float) -> str:
 
 
 def executed_by_mask_ratio(lines: Sequence[Line], path: str | Path, title: str = "") -> Path:
-    """Share of layers executed against mask ratio; thin lines are references.
+    """Share of layers executed against mask ratio; static and random are thin, as references.
 
     Bins in which nothing ran are left out, and lines join the others: an answer of few tokens fills
     every second bin at most. Denoising moves from right (all masked) to left.
     """
     require(len(lines) > 0, "executed_by_mask_ratio: no lines; give at least one policy")
-    routed = [line for line in lines if line.kind == "routed"]
+    compared = [line for line in lines if line.kind not in ("random", "static")]
+    blues = iter(shades(sum(line.kind == "routed" for line in compared)))
     # Static goes on top, in dashes: at equal k it coincides with random.
     references = [line for kind in ("random", "static") for line in lines if line.kind == kind]
     with figure_at(path, 6.6, 3.8) as figure:
@@ -198,19 +199,19 @@ def executed_by_mask_ratio(lines: Sequence[Line], path: str | Path, title: str =
         for line in references:
             ax.plot(
                 *_filled_bins(line),
-                color=COLORS[line.kind],
+                color=kind_color(line.kind),
                 linestyle=(0, (5, 5)) if line.kind == "static" else "-",
                 linewidth=1.2,
                 label=line.kind,
             )
-        for line, color in zip(routed, shades(len(routed)), strict=True):
+        for line in compared:
             ax.plot(
                 *_filled_bins(line),
-                color=color,
+                color=next(blues) if line.kind == "routed" else kind_color(line.kind),
                 marker="o",
                 markersize=4.5,
                 linewidth=2,
-                label=f"routed {line.label}",
+                label=f"{line.kind} {line.label}",
             )
         _label_ends(ax, references)
         ax.set(title=title, xlabel="mask ratio", ylabel="layers run / layers", xlim=(0, 1))

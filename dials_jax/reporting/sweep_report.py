@@ -18,7 +18,9 @@ from jaxtyping import Float
 
 from dials_jax.files import write_json
 from dials_jax.reporting import html, sweep_plots
-from dials_jax.reporting.environment import file_name, write_csv
+from dials_jax.reporting.environment import file_name
+from dials_jax.reporting.figure import kind_color
+from dials_jax.reporting.publish import Figure, Report, Table, as_dicts, publish
 from dials_jax.statistics import ACCURACIES, Row, by_task, summarise
 
 WIDTH = 110  # columns of the terminal table
@@ -44,7 +46,7 @@ MASK_RATIO_CAPTION = (
     "from right to left, and a flat line is a policy that does not react to it."
 )
 
-DEFINITIONS = (
+LEGEND = (
     ("value", "The mean over items: accuracy for exact_match and choice (higher is better), nats a "
      "token for nelbo (lower is better). ± is one standard error, the sample standard deviation / "
      "√n. It covers the choice of items, not the seeds of training or of random skipping."),
@@ -74,13 +76,30 @@ def write_report(results: Mapping[str, Any], folder: str | Path) -> list[Row]:
     folder = Path(folder)
     write_json(folder / "results.json", results)
     rows = summarise(results)
-    columns = [field.name for field in dataclasses.fields(Row)]  # also without any rows
-    write_csv(folder / "results.csv", columns, map(dataclasses.asdict, rows))
-    figures = _write_plots(results["runs"], rows, folder / "plots") if rows else {}
-    (folder / "report.html").write_text(
-        _page(results, rows, figures), encoding="utf-8", errors="backslashreplace"
-    )
+    publish(sweep_report(results, rows), folder)
     return rows
+
+
+def sweep_report(results: Mapping[str, Any], rows: Sequence[Row]) -> Report:
+    """What a sweep found so far; `rows` are the `summarise`d results."""
+    environment = dict(results["environment"])
+    command = environment.pop("command", "")
+    facts = html.facts(results["model"]) + html.facts(environment)
+    return Report(
+        title=f"Layer skipping on {Path(results['model'].get('path', 'a model')).name}",
+        results=results,
+        columns=[field.name for field in dataclasses.fields(Row)],  # also without any rows
+        rows=as_dicts(rows),
+        tables={"Results": _table(rows)},
+        legend=LEGEND,
+        figures=_figures(results["runs"], rows) if rows else [],
+        text=format_table(rows),
+        above={"Model and environment": html.pairs(facts, "facts")},
+        below={
+            "Example generations": _examples(results["runs"]),
+            "Reproduce": html.text(command),
+        },
+    )
 
 
 # --------------------------------------------------------------------------------------- table
@@ -160,12 +179,12 @@ def _shorten(text: str, width: int) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
-# --------------------------------------------------------------------------------------- plots
+# -------------------------------------------------------------------------------------- figures
 
 
-def _write_plots(runs: Sequence[Mapping], rows: Sequence[Row], folder: Path) -> dict[Path, str]:
-    """Path of each figure -> one sentence on how to read it."""
-    panels, figures, left = [], {}, iter(rows)  # rows are in the order of the groups
+def _figures(runs: Sequence[Mapping], rows: Sequence[Row]) -> list[Figure]:
+    """The trade-off of all tasks, then what each task's policies executed."""
+    panels, figures, left = [], [], iter(rows)  # rows are in the order of the groups
     for task, group in by_task(runs).items():
         points = [
             sweep_plots.Point(
@@ -176,25 +195,28 @@ def _write_plots(runs: Sequence[Mapping], rows: Sequence[Row], folder: Path) -> 
         metric = group[0]["metric"]
         lower = metric not in ACCURACIES
         panels.append(sweep_plots.Panel(task, YLABELS.get(metric, metric), tuple(points), lower))
-        figures |= _write_execution_plots(task, group, folder)
-    return {sweep_plots.tradeoff_curve(panels, folder / "tradeoff.png"): TRADEOFF_CAPTION} | figures
+        figures += _execution_figures(task, group)
+    tradeoff = Figure("tradeoff", TRADEOFF_CAPTION, sweep_plots.tradeoff_curve, {"panels": panels})
+    return [tradeoff, *figures]
 
 
-def _write_execution_plots(task: str, runs: Sequence[Mapping], folder: Path) -> dict[Path, str]:
-    file = file_name(task) + ".png"  # a task may have a / in its name
+def _execution_figures(task: str, runs: Sequence[Mapping]) -> list[Figure]:
+    name = file_name(task)  # a task may have a / in its name
     policies = [run["policy"] for run in runs]
     shares = np.array([_share_by_layer(run["execution"]) for run in runs])
     labels = [policy["label"] for policy in policies]
-    heatmap = sweep_plots.execution_heatmap(labels, shares, folder / f"layers_{file}", task)
+    data = {"labels": labels, "shares": shares, "title": task}
+    heatmap = Figure(f"layers_{name}", HEATMAP_CAPTION, sweep_plots.execution_heatmap, data)
     lines = [
         sweep_plots.Line(policy["kind"], _tag(policy), tuple(_share_by_bin(run["execution"])))
         for policy, run in zip(policies, runs, strict=True)
         if policy["kind"] != "full"
     ]
     if not lines:
-        return {heatmap: HEATMAP_CAPTION}
-    by_ratio = sweep_plots.executed_by_mask_ratio(lines, folder / f"mask_ratio_{file}", task)
-    return {heatmap: HEATMAP_CAPTION, by_ratio: MASK_RATIO_CAPTION}
+        return [heatmap]
+    data = {"lines": lines, "title": task}
+    by_ratio = sweep_plots.executed_by_mask_ratio
+    return [heatmap, Figure(f"mask_ratio_{name}", MASK_RATIO_CAPTION, by_ratio, data)]
 
 
 def _tag(policy: Mapping[str, Any]) -> str:
@@ -224,33 +246,16 @@ def _divide(executed: np.ndarray, rows: np.ndarray | np.integer) -> np.ndarray:
 # --------------------------------------------------------------------------------------- page
 
 
-def _page(results: Mapping, rows: Sequence[Row], figures: Mapping[Path, str]) -> str:
-    """The HTML page; images are embedded, and every text of the results is escaped."""
-    title = f"Layer skipping on {Path(results['model'].get('path', 'a model')).name}"
-    environment = dict(results["environment"])
-    command = environment.pop("command", "")
-    facts = html.facts(results["model"]) + html.facts(environment)
-    sections = {
-        "Model and environment": html.pairs(facts, "facts"),
-        "Results": _table(rows),
-        "How to read the table": html.pairs(DEFINITIONS),
-        "Plots": html.figures(figures),
-        "Example generations": _examples(results["runs"]),
-        "Reproduce": html.text(command),
-    }
-    return html.render(title, sections)
-
-
-def _table(rows: Sequence[Row]) -> str:
+def _table(rows: Sequence[Row]) -> Table:
+    """One line for each row, under a heading for each task."""
     columns = COLUMNS | INTERVAL
-    lines, task = [], None
-    for row in rows:
-        if row.task != task:
-            task = row.task
-            lines.append(html.group(task, _how(row), len(columns)))
-        cells = [text(row) for text in columns.values()]
-        lines.append(html.row(cells, sweep_plots.COLORS.get(row.kind, sweep_plots.GREY)))
-    return html.table(columns, lines)
+    starts = [i for i, row in enumerate(rows) if i == 0 or row.task != rows[i - 1].task]
+    return Table(
+        tuple(columns),
+        [[text(row) for text in columns.values()] for row in rows],
+        groups={i: (rows[i].task, _how(rows[i])) for i in starts},
+        colors=[kind_color(row.kind) for row in rows],
+    )
 
 
 def _examples(runs: Sequence[Mapping]) -> str:

@@ -71,9 +71,7 @@ def cfg(folder, arithmetic_model):
 def finished(cfg, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            sweep_report, "_write_plots", lambda *args: {}
-        )  # slow, and made after every run
+        patch.setattr(sweep_report, "_figures", lambda *args: [])  # slow, and made after every run
         sweep.sweep(cfg, workdir)
     return workdir
 
@@ -115,7 +113,7 @@ def test_the_report_is_written_again_without_a_run(cfg, finished, tmp_path, monk
 
 @pytest.fixture
 def without_plots(monkeypatch):
-    monkeypatch.setattr(sweep_report, "_write_plots", lambda *args: {})
+    monkeypatch.setattr(sweep_report, "_figures", lambda *args: [])
 
 
 class Scorer:
@@ -140,7 +138,7 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(
         sweep.sweep(cfg, tmp_path)
     assert len(runs_of(tmp_path)) == 5
     monkeypatch.undo()
-    monkeypatch.setattr(sweep_report, "_write_plots", lambda *args: {})
+    monkeypatch.setattr(sweep_report, "_figures", lambda *args: [])
     second = Scorer(stop=None)
     monkeypatch.setattr(sweep, "score_task", second)
     sweep.sweep(cfg, tmp_path)
@@ -170,7 +168,7 @@ def test_the_workdir_of_another_sweep_is_refused(cfg, finished, tmp_path):
 def test_relative_paths_name_the_same_sweep(cfg, folder, finished, tmp_path, monkeypatch):
     workdir = shutil.copytree(finished, tmp_path / "sweep")
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(sweep_report, "_write_plots", lambda *args: {})
+    monkeypatch.setattr(sweep_report, "_figures", lambda *args: [])
     monkeypatch.setattr(sweep, "score_task", None)  # nothing is left to score
     data = dataclasses.replace(cfg.tasks[1].data, paths=("records.jsonl",))
     tasks = (cfg.tasks[0], dataclasses.replace(cfg.tasks[1], data=data))

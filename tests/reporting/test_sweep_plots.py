@@ -4,6 +4,7 @@ import sys
 import numpy as np
 
 from dials_jax.reporting import sweep_plots
+from dials_jax.reporting.figure import kind_color
 
 
 def texts(ax):
@@ -35,7 +36,7 @@ def test_tradeoff_joins_a_kind_by_share_and_marks_full(drawn, tmp_path):
     bars = lines["routed"].lines[2][0].get_segments()
     assert np.allclose([bar[:, 1] for bar in bars], [[0.57, 0.64], [0.64, 0.71]])
     assert sorted(texts(ax)) == ["k=1", "λ=0.3", "λ=3"]
-    assert lines["routed"].lines[0].get_color() == sweep_plots.COLORS["routed"]
+    assert lines["routed"].lines[0].get_color() == kind_color("routed")
     star = next(line for line in ax.lines if line.get_marker() == "*")
     assert star.get_xydata().tolist() == [[1.0, 0.7]]
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from dials_jax.errors import InputError
-from dials_jax.reporting import sweep_plots, sweep_report
+from dials_jax.reporting import sweep_report
+from dials_jax.reporting.figure import COLORS, kind_color
 from dials_jax.reporting.sweep_report import WIDTH, format_table, write_report
 from dials_jax.statistics import summarise
 from tests.reporting.pages import HOSTILE, read_page
@@ -39,33 +40,40 @@ def test_csv_html_and_terminal_show_the_same_rows(tmp_path):
         assert cell in visible and re.search(rf"{re.escape(row.policy)} +{re.escape(cell)}", table)
 
 
-def test_plots_receive_the_shares_of_each_policy(tmp_path, monkeypatch):
-    calls = {}
-
-    def spy(name):
-        draw = getattr(sweep_plots, name)
-        return lambda *args: calls.setdefault(name, []).append(args) or draw(*args)
-
-    for name in ("tradeoff_curve", "execution_heatmap", "executed_by_mask_ratio"):
-        monkeypatch.setattr(sweep_plots, name, spy(name))
+def test_figures_hold_the_shares_of_each_policy():
     results = make_results(tasks=("piqa", "text"), kinds=("full", "static", "routed"))
-    rows = write_report(results, tmp_path)
+    rows = summarise(results)
+    report = sweep_report.sweep_report(results, rows)
+    data = {figure.name: figure.data for figure in report.figures}
 
-    accuracy, nelbo = calls["tradeoff_curve"][0][0]
+    accuracy, nelbo = data["tradeoff"]["panels"]
     assert (accuracy.lower_is_better, nelbo.lower_is_better) == (False, True)
     assert [p.value for p in accuracy.points + nelbo.points] == [row.value for row in rows]
     assert [p.label for p in nelbo.points[1:]] == [
         *(f"k={k}" for k in (1, 2, 3, 4)),
         *("λ=0.3", "λ=1", "λ=3"),
     ]
-    labels, shares, *_ = calls["execution_heatmap"][0]
+    labels, shares = data["layers_piqa"]["labels"], data["layers_piqa"]["shares"]
     assert labels[2] == "static k=2" and np.flatnonzero(shares[2] == 0).tolist() == [5, 7]
-    # Layers and bins weigh the rows that ran: the mean over both is the share of layers run.
+    # Layers and bins weigh the sequences that ran: the mean over both is the share of layers run.
     assert np.allclose(shares[2].mean(), 10 / 12)
-    lines = calls["executed_by_mask_ratio"][0][0]
+    lines = data["mask_ratio_piqa"]["lines"]
     assert [line.kind for line in lines] == ["static"] * 4 + ["routed"] * 3
     assert np.isnan(lines[1].shares[:2]).all() and np.allclose(lines[1].shares[2:], 10 / 12)
     assert np.all(np.diff(lines[-1].shares[2:]) > 0)
+
+
+def test_a_policy_of_any_kind_is_shown(tmp_path):
+    results = make_results(tasks=("text",))
+    policy = results["runs"][-1]["policy"]
+    policy["kind"], policy["label"] = "early exit", "exit at 8"
+    del policy["lambda"]
+    write_report(results, tmp_path)
+    visible = read_page(tmp_path).visible
+    assert "exit at 8" in visible
+    color = kind_color("early exit")
+    assert color not in COLORS.values() and color == kind_color("early exit")
+    assert f"--kind: {color}" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_every_text_of_the_results_is_escaped(tmp_path):
@@ -171,7 +179,7 @@ DREAM = {
 def test_report_and_csv_say_how_texts_are_made_and_how_many_items_are_left_out(
     generation, columns, words, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(sweep_report, "_write_plots", lambda *args: {})
+    monkeypatch.setattr(sweep_report, "_figures", lambda *args: [])
     results = make_results(tasks=("sums",), kinds=("full",))
     results["runs"][0] |= {"generation": generation, "cache": generation["cache"], "num_dropped": 6}
     table = format_table(write_report(results, tmp_path))
