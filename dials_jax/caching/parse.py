@@ -1,4 +1,4 @@
-"""Caches by name, as configurations and command lines give them."""
+"""Caches by name, as command lines of benchmarks and stored tasks of older versions give them."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ class StepInfo(NamedTuple):
     """What a sampler may know of a step."""
 
     step_in_block: Int[Array, ""]
-    present: Int[Array, "B"]  # masked tokens of the block when it was entered
+    present: Int[Array, "B"]  # masked tokens of the block at its first step
     remaining: Int[Array, "B"]  # masked tokens of the block now
 
 
@@ -136,9 +136,9 @@ def blocks_of(sampler: BlockSampler, prompt_length: int) -> Blocks:
 def step_limit(sampler: BlockSampler, cache: Cache) -> int:
     """Steps of a block at most.
 
-    Where a cache leaves masked tokens out of a call, a step may find fewer than its quota. The
-    block then takes longer, and each of the steps beyond the sampler's own reveals one at least.
-    A quota of one is always found: the leftmost mask never leaves.
+    Where a cache skips masked tokens in a call, a step may find fewer of them than its quota. The
+    block then takes more steps than the sampler's own, each of which reveals at least one token.
+    A quota of one is always found: the leftmost masked token is never skipped.
     """
     if not cache.drops_tokens or sampler.max_quota in (None, 1) or is_fixed(sampler, cache):
         return sampler.steps_per_block
@@ -146,10 +146,10 @@ def step_limit(sampler: BlockSampler, cache: Cache) -> int:
 
 
 def is_fixed(sampler: BlockSampler, cache: Cache) -> bool:
-    """Whether all steps are known beforehand: each reveals its quota, and no row ends early.
+    """Whether all steps are known beforehand: each reveals its quota, none ends early.
 
-    The loops then have constant trip counts. The device waits for a condition only where the kind
-    of a step depends on the block.
+    The loops then have constant trip counts. The device waits for a condition only where the
+    variant of a step depends on the block.
     """
     by_quota = sampler.max_quota is not None and not sampler.stop_at_eos
     return by_quota and not (cache.drops_tokens and sampler.max_quota > 1)
@@ -192,9 +192,8 @@ class Loop:
             steps = run_length_encode(block_steps(self.variants, self.blocks, self.limit))
             program = [(self.blocks.count, steps)]
             return run_program(program, self.run_step, self.run_steps_due, state)
-        stop = self.num_steps if stop is None else stop
-        every = partial(self.run_in_turn, range(len(self.variants)), stop=stop)
-        return lax.while_loop(lambda s: self.step_number(s) < stop, every, state)
+        variants = range(len(self.variants))
+        return self.run_until(variants, state, self.num_steps if stop is None else stop)
 
     def step_number(self, state: LoopState) -> Int[Array, ""]:
         """The step that comes next, counted through all blocks."""
@@ -207,8 +206,14 @@ class Loop:
             return self.run_in_turn(variants, state, stop)
         # A block may take these variants in another order than its neighbours, and one round would
         # take too few steps.
-        every = partial(self.run_in_turn, variants, stop=stop)
-        return lax.while_loop(lambda s: self.step_number(s) < stop, every, state)
+        return self.run_until(variants, state, stop)
+
+    def run_until(
+        self, variants: Iterable[int], state: LoopState, stop: Int[Array, ""] | int
+    ) -> LoopState:
+        """Takes the steps before number `stop`, by these variants in any order."""
+        one_round = partial(self.run_in_turn, variants, stop=stop)
+        return lax.while_loop(lambda s: self.step_number(s) < stop, one_round, state)
 
     def run_in_turn(
         self, variants: Iterable[int], state: LoopState, stop: Int[Array, ""] | int
@@ -253,7 +258,7 @@ class Loop:
     def reveal(
         self, out: ForwardOutputs, inputs: ForwardInputs, info: StepInfo
     ) -> tuple[Int[Array, "B T"], Revealed]:
-        """The canvas after a model call."""
+        """The canvas after a forward call, and what the cache is told of it."""
         sampler, cfg, blocks = self.sampler, self.net.cfg, self.blocks
         tokens = inputs.tokens
         window = jnp.take_along_axis(tokens, out.index, axis=1)
@@ -300,11 +305,11 @@ class Loop:
 
 
 def position_keys(
-    noise_keys: jax.Array, step: Int[Array, ""], place: Int[Array, "B W"]
+    noise_keys: jax.Array, step: Int[Array, ""], position: Int[Array, "B W"]
 ) -> jax.Array:
-    """One key a place of the answer: its noise is the same in any batch and any window."""
+    """One key per position of the answer: its noise is the same in any batch and any window."""
     of_step = jax.vmap(jax.random.fold_in, (0, None))(noise_keys, step)
-    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(of_step, place)
+    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(of_step, position)
 
 
 def too_early(
@@ -312,7 +317,8 @@ def too_early(
 ) -> Bool[Array, "B W"]:
     """Where ES-dLLM delays an end of text.
 
-    That is while the row has none, unless the token before it is known or in an earlier block.
+    That is as long as the sequence has none, unless the token before it is known or in an earlier
+    block.
     """
     generated = inputs.tokens[:, blocks.start :]
     without = ~jnp.any(generated == cfg.eos_id, axis=1, keepdims=True)
@@ -324,7 +330,7 @@ def too_early(
 def fill_after_eos(
     cfg: ModelConfig, tokens: Int[Array, "B T"], prompt_length: int
 ) -> Int[Array, "B T"]:
-    """Fills with end of text all that follows one which has no masked token before it."""
+    """Fills all that follows an end of text with it, once no token before it is masked."""
     answer = tokens[:, prompt_length:]
     masked = transformer.is_masked(cfg, answer)
     known = jnp.cumsum(masked, axis=1) == 0
@@ -333,4 +339,6 @@ def fill_after_eos(
 
 
 def _put(tokens: Array, index: Array, new: Array) -> Array:
-    return jax.vmap(lambda row, at, x: row.at[at].set(x, unique_indices=True))(tokens, index, new)
+    return jax.vmap(lambda tokens, at, x: tokens.at[at].set(x, unique_indices=True))(
+        tokens, index, new
+    )
