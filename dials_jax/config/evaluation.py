@@ -94,9 +94,9 @@ class EvalConfig(Typed):
     model: str
     routers: tuple[str, ...] = ()  # workdirs of router training, one a lambda
     tasks: tuple[EvalTask, ...] = ()
-    static: tuple[int, ...] = (1, 2, 3, 4)  # numbers of layers to skip; layers by Algorithm 1
+    static: tuple[int, ...] = (1, 2, 3, 4)  # numbers of layers to skip; layers by Goel, Algorithm 1
     random: tuple[int, ...] = (1, 2, 3, 4)
-    similarity_threshold: float | None = None  # tau of Algorithm 1 (0.95 in Goel et al.)
+    similarity_threshold: float | None = None  # tau of Goel, Algorithm 1 (0.95 there)
     num_calibration: int = 64  # prompts whose similarities choose the static layers
     threshold: float | None = None  # overrides the routers' own
     batch_size: int = 32

@@ -71,9 +71,9 @@ class ObjectiveConfig(Typed):
 
     kind: Objective = "llada"
     min_ratio: float = 1e-3  # mask ratios are uniform between this and 1
-    skip_weight: float = 1.0  # lambda (DIALS, equation 10); routers only
-    target_skip_rate: float = 0.5  # alpha_target
-    scale_skip_by_mask_ratio: bool = True  # False: the unscaled ablation of DIALS, figure 4
+    skip_weight: float = 1.0  # lambda of DIALS (10); routers only
+    target_skip_rate: float = 0.5  # alpha_target of DIALS (8)
+    scale_skip_by_mask_ratio: bool = True  # False: the unscaled ablation of DIALS, Figure 4
 
     def __post_init__(self):
         super().__post_init__()

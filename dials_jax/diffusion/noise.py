@@ -7,21 +7,22 @@ from typing import NamedTuple
 import jax
 from jaxtyping import Array, Bool, Float, Int
 
-STRATA = 2**32 - 1  # folded into a step's key for what its rows share; no row has this number
+# Folded into a step's key for what its sequences share; no sequence has this number.
+STRATA = 2**32 - 1
 
 
 class Noise(NamedTuple):
-    """The noise level of each row."""
+    """The noise level of each sequence."""
 
     time: Float[Array, "B"]  # t in (0, 1], which a model with time conditioning is told
     ratio: Float[Array, "B"]  # the probability with which a token is masked
-    weight: Float[Array, "B"]  # of the row's cross-entropy
+    weight: Float[Array, "B"]  # of the sequence's cross-entropy
 
 
 def uniform_noise(sequence_keys: jax.Array, min_ratio: float) -> Noise:
-    """Each row by itself, p ~ U(eps, 1), that is (1 - eps) t + eps; the loss weighs 1/p.
+    """Draws p ~ U(eps, 1), that is (1 - eps) t + eps, for each sequence alone; the weight is 1/p.
 
-    Source: LLaDA (Nie et al. 2025), algorithms 1 and 2.
+    Source: LLaDA, Algorithm 1; LLaDA, Algorithm 2. `p_mask` of DIALS (10).
     """
 
     def one(key):
@@ -31,38 +32,39 @@ def uniform_noise(sequence_keys: jax.Array, min_ratio: float) -> Noise:
     return Noise(time=ratio, ratio=ratio, weight=1 / ratio)
 
 
-def stratified_noise(place: Float[Array, "B"], eps: float) -> Noise:
-    """t = (1 - eps) u + eps with u spread evenly over the batch; the loss weighs 1/t.
+def stratified_noise(stratum: Float[Array, "B"], eps: float) -> Noise:
+    """t = (1 - eps) u + eps with u = `stratum` spread evenly over the batch; the weight is 1/t.
 
     The published code masks with (1 - eps) t, yet weighs by exactly 1/t, and so does this.
 
-    Source: MDLM (Sahoo et al. 2024), section 3.4 and `diffusion.py` of its code.
+    Source: MDLM (Sahoo et al. 2024), section 3.4 and `diffusion.py` of its code; Sedykh (1) and
+    Sedykh (2) under alpha_t = 1 - t.
     """
-    time = (1 - eps) * place + eps
+    time = (1 - eps) * stratum + eps
     return Noise(time=time, ratio=(1 - eps) * time, weight=1 / time)
 
 
-def stratified(key: jax.Array, row: Int[Array, "B"], num_rows: int) -> Float[Array, "B"]:
-    """(u + i) / n mod 1 for row i of n, with one u ~ U(0, 1) a step: one value in every n-th.
+def stratified(key: jax.Array, sequence: Int[Array, "B"], num_sequences: int) -> Float[Array, "B"]:
+    """(u + i) / n mod 1 for sequence i of n, with one u ~ U(0, 1) per step: one in every n-th.
 
-    Each row's value is uniform on [0, 1). It depends on the row's number in the whole batch only,
-    not on microbatches or devices.
+    Each sequence's value is uniform on [0, 1). It depends on the sequence's number in the whole
+    batch only, not on microbatches or devices.
     """
     u = jax.random.uniform(jax.random.fold_in(key, STRATA))
-    return (u / num_rows + row / num_rows) % 1.0
+    return (u / num_sequences + sequence / num_sequences) % 1.0
 
 
 def corrupt(
     sequence_keys: jax.Array, answer: Bool[Array, "B T"], ratio: Float[Array, "B"]
 ) -> Bool[Array, "B T"]:
-    """Where tokens are masked: each answer position with its row's probability.
+    """Chooses the masked positions: each answer position with its sequence's probability.
 
     Args:
-      sequence_keys: one key a row, so that a row's masks do not depend on its batch.
+      sequence_keys: one key each, so that a sequence's masks do not depend on its batch.
       answer: positions that may be masked.
     """
 
-    def row(key, positions, probability):
+    def one(key, positions, probability):
         return (jax.random.uniform(key, positions.shape) < probability) & positions
 
-    return jax.vmap(row)(sequence_keys, answer, ratio)
+    return jax.vmap(one)(sequence_keys, answer, ratio)

@@ -1,4 +1,4 @@
-"""Losses of masked diffusion, one number a row."""
+"""Losses of masked diffusion per sequence, and that of the routers: DIALS (8), (9) and (10)."""
 
 from __future__ import annotations
 
@@ -22,55 +22,75 @@ def masked_log_probs(
 def diffusion_weights(
     masked: Bool[Array, "B T"], answer: Bool[Array, "B T"], weight: Float[Array, "B"]
 ) -> Float[Array, "B T"]:
-    """What a token's cross-entropy counts in its row's loss: weight / answer length where masked.
+    """Weighs tokens in the loss of their sequence: weight / answer length where masked.
 
-    The loss bounds the negative log-likelihood a token, in nats. With the whole row as the answer
-    it is that of pre-training, otherwise that of fine-tuning (LLaDA, equations 3 and 5; MDLM,
-    equation 10, whose mean over a batch of whole rows is the mean over its tokens).
+    The loss bounds the negative log-likelihood per token, in nats. With the whole sequence as the
+    answer it is that of pre-training, otherwise that of fine-tuning. The mean over a batch of whole
+    sequences is MDLM's mean over all tokens.
+
+    Source: LLaDA (3), LLaDA (5); MDLM (10); Sedykh (2).
 
     Args:
-      weight: of the row, from its noise level.
+      weight: of the sequence, from its noise level.
     """
     return masked * (weight / answer_length(answer))[:, None]
 
 
 def causal_weights(counted: Bool[Array, "B T"]) -> Float[Array, "B T"]:
-    """A row's loss is the mean over its tokens that count."""
+    """Weighs tokens so that a sequence's loss is the mean over those that count."""
     return counted / answer_length(counted)[:, None]
 
 
 def answer_length(answer: Bool[Array, "B T"]) -> Int[Array, "B"]:
-    """At least 1: a row without an answer has no loss to divide."""
+    """Answer tokens, at least 1: a sequence without an answer has no loss to divide."""
     return jnp.maximum(jnp.sum(answer, axis=1), 1)
 
 
 def next_tokens(
     tokens: Int[Array, "B T"], answer: Bool[Array, "B T"], valid: Bool[Array, "B T"] | None
 ) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
-    """What a causal model predicts at each place, and where it is an answer token with a left.
+    """What a causal model predicts at each position, and where that is an answer token.
 
-    Nothing predicts the first token of a row.
+    Nothing predicts the first token of a sequence, nor one whose left neighbour is padding.
     """
     counted = answer[:, 1:] if valid is None else answer[:, 1:] & valid[:, :-1]
     return jnp.roll(tokens, -1, axis=1), jnp.pad(counted, ((0, 0), (0, 1)))
 
 
-def skip_loss(
+def skip_rate(gates: Float[Array, "L B"]) -> Float[Array, "B"]:
+    """DIALS (9): alpha, the share of layers that a sequence skipped. `gates` are 1 where it ran."""
+    return 1.0 - jnp.mean(gates, axis=0)
+
+
+def skip_loss(alpha: Float[Array, "B"], target: float) -> Float[Array, "B"]:
+    """DIALS (8): |alpha - alpha_target|."""
+    return jnp.abs(alpha - target)
+
+
+def dials_loss(
+    cross_entropy: Float[Array, "B"],
+    num_answer: Int[Array, "B"],
     num_masked: Int[Array, "B"],
-    ratio: Float[Array, "B"],
-    skip_rate: Float[Array, "B"],
+    alpha: Float[Array, "B"],
+    p_mask: Float[Array, "B"],
     cfg: ObjectiveConfig,
 ) -> Float[Array, "B"]:
-    """lambda |alpha - alpha_target| / p, what DIALS adds to a row's loss (equations 8 to 10).
+    """DIALS (10): (CE / answer length + lambda |alpha - alpha_target|) / p_mask, per sequence.
 
-    A row without a masked token contributes nothing: its skip loss would be weighed by up to
+    A sequence without a masked token contributes nothing: its skip loss would be weighed by up to
     1 / min_ratio although its routers saw nothing.
 
     Args:
-      ratio: the probability p with which tokens were masked.
-      skip_rate: alpha, the mean over layers of the binary skip gate.
+      cross_entropy: sum over the masked tokens, in nats.
+      alpha: `skip_rate`.
+      p_mask: the probability with which tokens were masked.
+      cfg: lambda, alpha_target, and whether the skip loss is divided by p_mask; without, it is the
+        ablation of DIALS, Figure 4.
     """
-    loss = cfg.skip_weight * jnp.abs(skip_rate - cfg.target_skip_rate)
+    token_loss = cross_entropy / num_answer
+    layer_loss = cfg.skip_weight * skip_loss(alpha, cfg.target_skip_rate)
     if cfg.scale_skip_by_mask_ratio:
-        loss = loss / ratio
+        loss = (token_loss + layer_loss) / p_mask
+    else:
+        loss = token_loss / p_mask + layer_loss
     return jnp.where(num_masked > 0, loss, 0.0)

@@ -208,7 +208,7 @@ def _static(
     items: Sequence[Item],
     records: SweepRecords,
 ) -> list[Candidate]:
-    """The layers that Algorithm 1 chooses from the task's prompts, for every k it can reach.
+    """The layers that Goel, Algorithm 1 chooses from the task's prompts, for every k it can reach.
 
     What it goes by is kept: measured again in other batches, it could choose other layers.
     """

@@ -41,7 +41,7 @@ class SweepRecords:
 
     Attributes:
       runs: what is finished, by task and label of the policy.
-      similarities: of the layers, by task and number of prompts, as Algorithm 1 takes them.
+      similarities: of the layers, by task and number of prompts, for Goel, Algorithm 1.
       environment: that of the last measurement; None before the first.
     """
 

@@ -3,7 +3,7 @@
 Vote 0 is to skip, vote 1 to execute. In training votes and gates are hard, and gradients pass
 through them straight.
 
-Source: DIALS, section 3.2 and algorithm 1.
+Source: DIALS, section 3.2 and DIALS, Algorithm 1.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Routed(Typed):
     """Skips a layer for a row when more than `threshold` of its masked tokens vote so.
 
     A row without masked tokens executes everything. Padding never votes.
-    Source: DIALS, algorithm 1. `router` has the parameters of all layers, stacked or unrolled.
+    Source: DIALS, Algorithm 1. `router` has the parameters of all layers, stacked or unrolled.
     """
 
     router: PyTree
@@ -118,7 +118,7 @@ def gumbel_votes(
 
 
 def straight_through_threshold(share: Float[Array, "*B"], tau: float) -> Float[Array, "*B"]:
-    """1[share > tau] with the gradient of `share` (Bengio et al. 2013; DIALS, equation 6)."""
+    """1[share > tau] with the gradient of `share` (Bengio et al. 2013); DIALS (6) in training."""
     hard = (share > tau).astype(share.dtype)
     return share + lax.stop_gradient(hard - share)
 
@@ -199,7 +199,7 @@ def _bound(router: trees.Params, h: Float[Array, "B T D"]) -> Router:
 
 
 def skip_share(votes: Float[Array, "B T"], masked: Bool[Array, "B T"]) -> Float[Array, "B"]:
-    """Mean vote to skip over a row's masked tokens (DIALS, equation 5); 0 without any."""
+    """DIALS (5): the mean vote to skip over a sequence's masked tokens; 0 without any."""
     count = jnp.sum(masked, axis=-1)
     return jnp.sum(votes * masked, axis=-1) / jnp.maximum(count, 1)
 

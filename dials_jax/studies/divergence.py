@@ -46,7 +46,7 @@ def divergences(
     seed: int = 0,
     batch_size: int = 16,
 ) -> dict[str, Divergence]:
-    """Compares models on rows masked with probability `time` (equations 5 to 7).
+    """Compares models on rows masked with probability `time` by Sedykh (5), (6) and (7).
 
     The masks depend on the seed, the time and the row's number alone. All models share them.
 
@@ -168,8 +168,8 @@ def curves(
 ) -> dict[str, dict[str, Curve]]:
     """Quantity -> letter -> curve.
 
-    Quantities: "loss" (equation 6, the mean absolute difference), "gap" (the same with its sign),
-    "kl" (equation 7), and with a second heavy model "relative_kl": what is left of it without that
+    Quantities: "loss" (Sedykh (6), the mean absolute difference), "gap" (the same with its sign),
+    "kl" (Sedykh (7)), and with a second heavy model "relative_kl": what is left of it without that
     model's own, row by row.
     """
 

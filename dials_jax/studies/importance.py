@@ -30,9 +30,9 @@ from dials_jax.studies.report import study_report
 from dials_jax.studies.samples import require_known
 
 LEGEND = (
-    ("loss", "Mean absolute difference in cross-entropy to the heavy model, nats (equation 6)."),
+    ("loss", "Mean absolute difference in cross-entropy to the heavy model, nats: Sedykh (6)."),
     ("gap", "Cross-entropy above the heavy model's, nats: below 0 the model is the better one."),
-    ("kl", "KL divergence of the model from the heavy one, nats (equation 7)."),
+    ("kl", "KL divergence of the model from the heavy one, nats: Sedykh (7)."),
     ("relative_kl", "The same, less that of a second heavy model, row by row."),
     ("what schedules would lose", "Integrals over the steps that they give to other models, nats a "
      "token, on masked text; later steps build on what a light one wrote, which this leaves out."),

@@ -26,7 +26,7 @@ RIDGE = 0.3  # squared noise over squared effect that the additive model assumes
 
 
 class Influence(NamedTuple):
-    """A segment's score (equation 8) and its 95 % interval; positive is harmful."""
+    """A segment's score by Sedykh (8) and its 95 % interval; positive is harmful."""
 
     value: Float[np.ndarray, "n"]
     low: Float[np.ndarray, "n"]

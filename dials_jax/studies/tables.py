@@ -64,7 +64,7 @@ class ScheduleRow:
     equal_entropy: float  # the same between samples of equal entropy, by least squares
     equal_entropy_low: float
     equal_entropy_high: float
-    saved_blocks: float  # p (B_H - B_L) / B_H, the paper's equation 3
+    saved_blocks: float  # p (B_H - B_L) / B_H, Sedykh (3)
     saved_flops: float | None  # everything counted; None where the baseline is not all heavy
     seconds: float  # of sampling, compilation apart
     saved_time: float | None

@@ -12,13 +12,25 @@ from jaxtyping import Array, Float, Int
 from dials_jax import trees
 from dials_jax.config import ModelConfig, ObjectiveConfig, RouterConfig
 from dials_jax.data.batches import Batch
-from dials_jax.diffusion.cross_entropy import HeadWeights, weighted_cross_entropy
-from dials_jax.diffusion.noise import corrupt, stratified, stratified_noise, uniform_noise
+from dials_jax.diffusion.cross_entropy import (
+    HeadWeights,
+    sequence_cross_entropy,
+    weighted_cross_entropy,
+)
+from dials_jax.diffusion.noise import (
+    Noise,
+    corrupt,
+    stratified,
+    stratified_noise,
+    uniform_noise,
+)
 from dials_jax.diffusion.objectives import (
+    answer_length,
     causal_weights,
+    dials_loss,
     diffusion_weights,
     next_tokens,
-    skip_loss,
+    skip_rate,
 )
 from dials_jax.errors import require
 from dials_jax.models import transformer
@@ -45,24 +57,24 @@ class Mean(NamedTuple):
 
 
 class Draws(NamedTuple):
-    """The randomness of each row, from the step and the row's number in the whole batch."""
+    """The randomness of each sequence, from the step and its number in the whole batch."""
 
     key: jax.Array
-    place: Float[Array, "B"]  # in [0, 1), spread evenly over the whole batch
+    stratum: Float[Array, "B"]  # in [0, 1), spread evenly over the whole batch
 
     @classmethod
-    def of(cls, step_key: jax.Array, row: Int[Array, "B"], num_rows: int) -> Draws:
+    def of(cls, step_key: jax.Array, sequence: Int[Array, "B"], num_sequences: int) -> Draws:
         """
         Args:
-          row: of a microbatch or of all.
-          num_rows: of the whole batch.
+          sequence: numbers in the whole batch, of a microbatch or of all.
+          num_sequences: of the whole batch.
         """
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, row)
-        return cls(keys, stratified(step_key, row, num_rows))
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, sequence)
+        return cls(keys, stratified(step_key, sequence, num_sequences))
 
 
 Metrics = dict[str, Mean]
-# loss(trainable, frozen, batch, draws) -> (sum over rows, metrics)
+# loss(trainable, frozen, batch, draws) -> (sum over sequences, metrics)
 LossFn = Callable[[trees.Params, trees.Params, Batch, Draws], tuple[Array, Metrics]]
 
 
@@ -76,8 +88,13 @@ def model_loss(
         view = _view(cfg, objective, batch, draws)
         drop = Dropout(view.layer_keys, dropout) if dropout else None
         out = _run(cfg, params, batch, view, remat, dropout=drop)
-        total, metrics = _cross_entropy(cfg, objective, params, out, batch, view, True)
-        return total, {"loss": Mean(total, _num_rows(batch)), **metrics}
+        total, nats = weighted_cross_entropy(
+            *_predictions(cfg, params, out, batch, view),
+            view.weights,
+            # [MASK] is never predicted under SUBS.
+            suppressed_id=cfg.mask_id if objective.kind == "mdlm" else None,
+        )
+        return total, _metrics(total, nats, batch, view)
 
     return loss
 
@@ -85,19 +102,26 @@ def model_loss(
 def router_loss(
     cfg: ModelConfig, router: RouterConfig, objective: ObjectiveConfig, remat: bool
 ) -> LossFn:
-    """The DIALS loss of the routers; `frozen` holds the backbone, which gets no gradient."""
+    """The loss of the routers, DIALS (10); `frozen` holds the backbone, which gets no gradient."""
 
     def loss(routers, backbone, batch, draws):
         view = _view(cfg, objective, batch, draws)
         policy = StochasticRouted(routers, router.threshold, router.temperature)
         out = _run(cfg, backbone, batch, view, remat, policy)
-        total, metrics = _cross_entropy(cfg, objective, backbone, out, batch, view, False)
-        skip_rate = 1.0 - jnp.mean(out.gates, axis=0)
-        num_masked = jnp.sum(view.weights != 0, axis=1)
-        total += jnp.sum(skip_loss(num_masked, view.ratio, skip_rate, objective))
-        seen = (num_masked > 0).astype(jnp.float32)
-        metrics |= {"loss": Mean(total, _num_rows(batch)), "skip_rate": Mean.of(skip_rate, seen)}
-        return total, metrics
+        masked, p_mask = view.weights != 0, view.noise.ratio
+        cross_entropy, nats = sequence_cross_entropy(
+            *_predictions(cfg, backbone, out, batch, view),
+            # 1, but for MDLM's noise, whose weight is not quite 1 / p.
+            masked * (view.noise.weight * p_mask)[:, None],
+            # A frozen model is scored as it predicts.
+            suppressed_id=cfg.mask_id if objective.kind == "mdlm" or cfg.subs else None,
+        )
+        num_masked, alpha = jnp.sum(masked, axis=1), skip_rate(out.gates)
+        num_answer = answer_length(batch.answer)
+        losses = dials_loss(cross_entropy, num_answer, num_masked, alpha, p_mask, objective)
+        total = jnp.sum(losses)
+        rates = Mean.of(alpha, (num_masked > 0).astype(jnp.float32))
+        return total, _metrics(total, nats, batch, view) | {"skip_rate": rates}
 
     return loss
 
@@ -124,11 +148,14 @@ class _View(NamedTuple):
     """A batch as an objective sees it."""
 
     tokens: Int[Array, "B T"]  # what the model reads
-    targets: Int[Array, "B T"]  # what each place is to predict
-    weights: Float[Array, "B T"]  # of each prediction in the sum over rows; 0: it has no loss
+    targets: Int[Array, "B T"]  # what each position is to predict
+    weights: Float[Array, "B T"]  # of each prediction in the sum over sequences; 0: it has no loss
     layer_keys: jax.Array  # of what is drawn inside the layers: gates, or dropout
-    time: Float[Array, "B"] | None = None
-    ratio: Float[Array, "B"] | None = None
+    noise: Noise | None = None  # None: a causal model's
+
+    @property
+    def time(self) -> Float[Array, "B"] | None:
+        return None if self.noise is None else self.noise.time
 
 
 def _view(cfg: ModelConfig, objective: ObjectiveConfig, batch: Batch, draws: Draws) -> _View:
@@ -138,7 +165,7 @@ def _view(cfg: ModelConfig, objective: ObjectiveConfig, batch: Batch, draws: Dra
         return _View(batch.tokens, targets, causal_weights(counted), layer_keys)
     ratio_keys, position_keys = jax.vmap(jax.random.split)(mask_keys).T
     if objective.kind == "mdlm":
-        noise = stratified_noise(draws.place, objective.min_ratio)
+        noise = stratified_noise(draws.stratum, objective.min_ratio)
     else:
         noise = uniform_noise(ratio_keys, objective.min_ratio)
     masked = corrupt(position_keys, batch.answer, noise.ratio)
@@ -147,8 +174,7 @@ def _view(cfg: ModelConfig, objective: ObjectiveConfig, batch: Batch, draws: Dra
         targets=batch.tokens,
         weights=diffusion_weights(masked, batch.answer, noise.weight),
         layer_keys=layer_keys,
-        time=noise.time,
-        ratio=noise.ratio,
+        noise=noise,
     )
 
 
@@ -175,34 +201,20 @@ def _run(
     )
 
 
-def _cross_entropy(
-    cfg: ModelConfig,
-    objective: ObjectiveConfig,
-    params: trees.Params,
-    out: StackOutput,
-    batch: Batch,
-    view: _View,
-    train_head: bool,
-) -> tuple[Array, Metrics]:
-    """Its weighted sum, and in nats a predicted token; the share of the answers that was masked."""
+def _predictions(
+    cfg: ModelConfig, params: trees.Params, out: StackOutput, batch: Batch, view: _View
+) -> tuple[Float[Array, "B T D"], HeadWeights, Int[Array, "B T"]]:
+    """What a cross-entropy compares: the states that predict, the head, and the targets."""
     h = transformer.shift_to_predicted(cfg, out.h, batch.valid)
-    # A frozen model is scored as it predicts, one in training as its objective says.
-    never_masks = objective.kind == "mdlm" or (cfg.subs and not train_head)
-    total, nats = weighted_cross_entropy(
-        transformer.apply_final_norm(cfg, params, h, view.time),
-        HeadWeights(params["head"]["kernel"], params["head"].get("bias")),
-        view.targets,
-        view.weights,
-        never=cfg.mask_id if never_masks else None,
-        train_head=train_head,
-    )
+    h = transformer.apply_final_norm(cfg, params, h, view.time)
+    return h, HeadWeights(params["head"]["kernel"], params["head"].get("bias")), view.targets
+
+
+def _metrics(total: Array, nats: Float[Array, "B T"], batch: Batch, view: _View) -> Metrics:
+    """The loss, the cross-entropy per predicted token in nats, and the masked share of answers."""
     count = jnp.sum(view.weights != 0, dtype=jnp.float32)
-    nats = Mean(jnp.sum(nats), count)
-    if objective.kind == "causal":
-        return total, {"token_ce": nats}
+    loss = {"loss": Mean(total, jnp.float32(batch.row.shape[0]))}
+    if view.noise is None:
+        return loss | {"token_ce": Mean(jnp.sum(nats), count)}
     share = Mean(count, jnp.sum(batch.answer, dtype=jnp.float32))
-    return total, {"masked_ce": nats, "masked_share": share}
-
-
-def _num_rows(batch: Batch) -> Float[Array, ""]:
-    return jnp.float32(batch.row.shape[0])
+    return loss | {"masked_ce": Mean(jnp.sum(nats), count), "masked_share": share}

@@ -10,7 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dials_jax.diffusion.cross_entropy import HeadWeights, weighted_cross_entropy
+from dials_jax.diffusion.cross_entropy import (
+    HeadWeights,
+    sequence_cross_entropy,
+    weighted_cross_entropy,
+)
 
 B, T, D, V = 3, 7, 5, 11
 
@@ -53,7 +57,9 @@ def test_it_is_the_plain_loss_in_value_and_gradients(chunk, bias, share, never):
     targets = jnp.where(targets == never, 0, targets)
 
     def chunked(h, head):
-        total, nats = weighted_cross_entropy(h, head, targets, weights, never=never, chunk=chunk)
+        total, nats = weighted_cross_entropy(
+            h, head, targets, weights, suppressed_id=never, chunk=chunk
+        )
         return 2.0 * total, nats
 
     def direct(h, head):
@@ -77,15 +83,31 @@ def test_without_weights_there_is_neither_loss_nor_gradient():
 def test_a_frozen_head_gets_no_gradient_and_the_states_get_the_same():
     h, head, targets, weights = inputs()
 
-    def loss(train_head):
-        def of(h, head):
-            return weighted_cross_entropy(h, head, targets, weights, train_head=train_head)
+    def trained(h, head):
+        return weighted_cross_entropy(h, head, targets, weights)
 
-        return with_gradients(of, h, head)[1]
+    def frozen(h, head):
+        sums, nats = sequence_cross_entropy(h, head, targets, weights)
+        return jnp.sum(sums), nats
 
-    (both, trained), (alone, frozen) = loss(True), loss(False)
+    (total, nats), (both, of_head) = with_gradients(trained, h, head)
+    (again, same), (alone, none) = with_gradients(frozen, h, head)
+    np.testing.assert_allclose(total, again, rtol=1e-6)
+    np.testing.assert_array_equal(nats, same)
     np.testing.assert_array_equal(both, alone)
-    assert np.any(trained.kernel) and not any(np.any(x) for x in jax.tree.leaves(frozen))
+    assert np.any(of_head.kernel) and not any(np.any(x) for x in jax.tree.leaves(none))
+
+
+def test_each_sequences_sum_may_enter_a_loss_in_its_own_way():
+    h, head, targets, weights = inputs()
+
+    def chunked(h):
+        return jnp.sum(jnp.sqrt(sequence_cross_entropy(h, head, targets, weights, chunk=4)[0]))
+
+    def direct(h):
+        return jnp.sum(jnp.sqrt(jnp.sum(weights * plain(h, head, targets, weights)[1], axis=1)))
+
+    assert_close(jax.value_and_grad(chunked)(h), jax.value_and_grad(direct)(h))
 
 
 def test_chunks_without_tokens_are_not_run():
@@ -145,7 +167,7 @@ targets = jax.random.randint(keys[3], (8, 16), 0, 21)
 weights = 1.5 * (jax.random.uniform(keys[4], (8, 16)) < share)
 
 def loss(h, head, targets, weights):
-    return weighted_cross_entropy(h, head, targets, weights, never=21, chunk=4)
+    return weighted_cross_entropy(h, head, targets, weights, suppressed_id=21, chunk=4)
 
 step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
 expected = step(h, head, targets, weights)

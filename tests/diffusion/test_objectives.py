@@ -6,10 +6,11 @@ import pytest
 from dials_jax.config import ObjectiveConfig
 from dials_jax.diffusion.objectives import (
     causal_weights,
+    dials_loss,
     diffusion_weights,
     masked_log_probs,
     next_tokens,
-    skip_loss,
+    skip_rate,
 )
 
 
@@ -49,22 +50,28 @@ def test_the_next_tokens_by_hand():
     np.testing.assert_allclose(causal_weights(counted), [[1 / 3, 1 / 3, 1 / 3, 0], [0, 1, 0, 0]])
 
 
-@pytest.mark.parametrize("scaled, expected", [(True, 1.2), (False, 0.6)])
-def test_the_skip_loss_by_hand(scaled, expected):
-    # lambda 2 * |0.2 - 0.5| = 0.6, divided by p = 0.5 if scaled.
+@pytest.mark.parametrize("scaled, expected", [(True, 4.2), (False, 3.6)])
+def test_the_dials_loss_by_hand(scaled, expected):
+    # 6 nats / 4 answer tokens = 1.5; lambda 2 * |0.2 - 0.5| = 0.6; p = 0.5 divides both, or one.
     cfg = ObjectiveConfig(skip_weight=2.0, target_skip_rate=0.5, scale_skip_by_mask_ratio=scaled)
-    loss = skip_loss(jnp.array([3]), jnp.array([0.5]), jnp.array([0.2]), cfg)
-    np.testing.assert_allclose(loss, [expected], rtol=1e-6)
+    numbers = (jnp.array([x]) for x in (6.0, 4, 3, 0.2, 0.5))
+    np.testing.assert_allclose(dials_loss(*numbers, cfg), [expected], rtol=1e-6)
+
+
+def test_the_skip_rate_is_the_mean_over_layers_of_each_sequence():
+    gates = jnp.array([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0], [1.0, 0.0]])
+    np.testing.assert_allclose(skip_rate(gates), [0.25, 0.75])
 
 
 @pytest.mark.parametrize("scaled", [True, False])
 def test_a_row_without_masked_tokens_gives_neither_loss_nor_gradient(scaled):
     cfg = ObjectiveConfig(scale_skip_by_mask_ratio=scaled)
 
-    def loss(skip_rate):
-        return skip_loss(jnp.array([0, 1]), jnp.full(2, 0.001), skip_rate, cfg)
+    def loss(alpha):
+        nothing, count = jnp.zeros(2), jnp.array([0, 1])
+        return dials_loss(nothing, count + 1, count, alpha, jnp.full(2, 0.001), cfg)
 
-    skip_rate = jnp.array([0.1, 0.1])
-    assert loss(skip_rate)[0] == 0 and loss(skip_rate)[1] > 0
-    slopes = jax.grad(lambda x: loss(x).sum())(skip_rate)
+    alpha = jnp.array([0.1, 0.1])
+    assert loss(alpha)[0] == 0 and loss(alpha)[1] > 0
+    slopes = jax.grad(lambda x: loss(x).sum())(alpha)
     assert slopes[0] == 0 and slopes[1] < 0  # fewer skips than wanted: more lower the loss

@@ -22,7 +22,7 @@ SIMILARITIES = [0.96, 0.90, 0.98, 0.99, 0.80, 0.97, 0.955]
         (7, (0, 3, 5)),  # 6 is next to 5; 1 and 4 are below the threshold
     ],
 )
-def test_algorithm_1_by_hand(max_skipped, expected):
+def test_goels_algorithm_1_by_hand(max_skipped, expected):
     assert choose_static_layers(SIMILARITIES, max_skipped) == expected
 
 

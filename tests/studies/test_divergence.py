@@ -40,7 +40,7 @@ def masks_of(tokens, seed, time):
     return np.array([jax.random.uniform(key, tokens.shape[1:]) < time for key in keys])
 
 
-def test_equations_5_to_7(lively, light, tokens, found):
+def test_sedykh_5_to_7(lively, light, tokens, found):
     masked = masks_of(tokens, 3, TIME)
     noisy = np.where(masked, MASK, tokens)
     heavy_log, light_log = (

@@ -88,7 +88,7 @@ def test_a_search_looks_at_few_of_very_many_placements(harm, monkeypatch):
     assert len(compared) <= 30 * 31 * 20
 
 
-def test_equation_8_on_a_table():
+def test_sedykh_8_on_a_table():
     light = Placements(3, 1).table
     values = np.array([[1.0, 3.0], [4.0, 4.0], [9.0, 3.0]])
     found = segment_influence(light, values)

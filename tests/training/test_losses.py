@@ -1,4 +1,4 @@
-"""The losses against a slow reference: one row and one layer at a time, by the equations."""
+"""The losses against a slow reference: one sequence and one layer at a time, by DIALS (5-10)."""
 
 import dataclasses
 
@@ -54,12 +54,12 @@ def draws():
     return Draws.of(jax.random.key(5), jnp.arange(ROWS), ROWS)
 
 
-def noise_of(objective, ratio_key, place):
+def noise_of(objective, ratio_key, stratum):
     """A row's mask probability and what its loss is multiplied with."""
     if objective.kind == "llada":
         p = jax.random.uniform(ratio_key, minval=objective.min_ratio, maxval=1.0)
         return p, 1 / p
-    t = (1 - objective.min_ratio) * place + objective.min_ratio
+    t = (1 - objective.min_ratio) * stratum + objective.min_ratio
     return (1 - objective.min_ratio) * t, 1 / t
 
 
@@ -69,7 +69,7 @@ def reference(cfg, params, routers, batch, draws, objective):
     for row in range(ROWS):
         mask_key, gate_key = jax.random.split(draws.key[row])
         ratio_key, position_key = jax.random.split(mask_key)
-        p, weight = noise_of(objective, ratio_key, draws.place[row])
+        p, weight = noise_of(objective, ratio_key, draws.stratum[row])
         masked = (jax.random.uniform(position_key, (LENGTH,)) < p) & batch.answer[row]
         tokens = jnp.where(masked, cfg.mask_id, batch.tokens[row])[None]
         valid = jnp.asarray(batch.valid[row])[None]
@@ -105,7 +105,7 @@ def reference(cfg, params, routers, batch, draws, objective):
 
 
 def skip_gate(router, h, noise, masked):
-    """Equations 4 to 6: votes, their mean over masked tokens, and a threshold one can train."""
+    """Votes, their mean over masked tokens, DIALS (5), and a trainable threshold, DIALS (6)."""
     x = h * jax.lax.rsqrt(jnp.mean(h**2, axis=-1, keepdims=True) + 1e-5) * router["norm"]["scale"]
     logits = jax.nn.silu(x @ router["down"] + router["down_bias"]) @ router["vote"]
     soft = jax.nn.softmax((logits + router["vote_bias"] + noise) / ROUTER.temperature)[:, 0]
