@@ -1,8 +1,8 @@
 """The device mesh and where arrays live on it.
 
-Axes: `data` (rows), `fsdp` (rows, and parameters split over devices), `tensor` (heads, hidden units
-and vocabulary). Placement is one table of (regular expression, PartitionSpec); the compiler
-inserts the collectives. One device is a mesh of one.
+Axes: `data` (sequences), `fsdp` (sequences, and parameters split over devices), `tensor` (heads,
+hidden units and vocabulary). Placement is one table of (regular expression, PartitionSpec); the
+compiler inserts the collectives. One device is a mesh of one.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows split over the data and fsdp axes."""
+    """Sequences split over the data and fsdp axes."""
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
@@ -131,13 +131,13 @@ def num_batch_shards(mesh: Mesh | AbstractMesh) -> int:
 
 
 def place_batch(batch: PyTree, mesh: Mesh) -> PyTree:
-    """Host arrays to global arrays; every process passes its own slice of the rows."""
+    """Host arrays to global arrays; every process passes its own slice of the batch."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
 def place_sequences(x: jax.Array, mesh: Mesh) -> jax.Array:
-    """An array of rows, the whole of it on every process, to a global array."""
+    """A whole batch, the same on every process, to a global array split over sequences."""
     sharding = batch_sharding(mesh)
     if jax.process_count() == 1:
         return jax.device_put(x, sharding)
@@ -148,9 +148,9 @@ def place_sequences(x: jax.Array, mesh: Mesh) -> jax.Array:
 
 
 def constrain_batch(x: jax.Array) -> jax.Array:
-    """Keeps the leading axis split over rows; does nothing without a mesh in context."""
+    """Keeps the batch axis, which leads, split over devices; without a mesh in context: x."""
     mesh = jax.sharding.get_abstract_mesh()
-    # Inside `shard_map` the batch axes are manual: the rows are already local.
+    # Inside `shard_map` the batch axes are manual: the sequences are already local.
     if mesh.empty or mesh.manual_axes or x.shape[0] % num_batch_shards(mesh):
         return x
     return jax.lax.with_sharding_constraint(x, P(BATCH_AXES, *[None] * (x.ndim - 1)))

@@ -1,7 +1,7 @@
-"""Parameter trees: path names, counts, casts, layer layouts, digests and fingerprints.
+"""Parameter trees: path names, counts, casts and layer layouts.
 
 A model's parameters are a nested dict of arrays. Its layers come in two layouts: *stacked* (one
-tree whose leaves have a leading axis of layers) and *unrolled* (a tuple with one tree a layer).
+tree whose leaves have a leading axis of layers) and *unrolled* (a tuple with one tree per layer).
 """
 
 from __future__ import annotations
@@ -91,9 +91,3 @@ def relayout(tree: PyTree, unrolled: bool) -> PyTree:
         return {**node, "layers": (unstack if unrolled else stack)(node["layers"])}
 
     return jax.tree.map(one, tree, is_leaf=is_model)
-
-
-# --------------------------------------------------------------------------------------- digests
-
-
-# ---------------------------------------------------------------------------------- fingerprints

@@ -149,7 +149,7 @@ def _given_copies(
 ) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"], Float[np.ndarray, "B T"]]:
     """The arguments of `estimate_log_likelihood` that are arrays, a row a copy, checked."""
     cfg.require_mask()
-    noisy = as_ids(noisy, "noisy row")
+    noisy = as_ids(noisy, "noisy sequence")
     try:
         p_mask = np.asarray(p_mask, np.float32)
     except (TypeError, ValueError) as error:
@@ -163,13 +163,13 @@ def _given_copies(
         0 <= prompt_len < noisy.shape[1],
         f"prompt_len={prompt_len} leaves no answer in {noisy.shape[1]} tokens",
     )
-    tokens = as_ids(tokens, "row")
+    tokens = as_ids(tokens, "sequence")
     require(
         tokens.shape in (noisy.shape, noisy.shape[1:], (1, noisy.shape[1])),
         f"tokens have shape {tokens.shape} and noisy {noisy.shape}; give one row, or one a copy",
     )
     tokens = np.broadcast_to(tokens, noisy.shape)
-    check_vocabulary(cfg, tokens, None, "row")
+    check_vocabulary(cfg, tokens, None, "sequence")
     masked = noisy == cfg.mask_id
     require(
         bool(((noisy == tokens) | masked).all()),

@@ -37,7 +37,7 @@ def abstract_params(cfg: ModelConfig) -> trees.Params:
 def group_shapes(cfg: ModelConfig) -> dict[str, PyTree]:
     """Each group's tree of shapes, under the group's name; the largest groups come first.
 
-    What it takes to read the embedding is then over before the layers fill the memory.
+    The embedding is then read before the layers fill the memory.
     """
     params = abstract_params(cfg)
     layer = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), params["layers"])
@@ -97,9 +97,9 @@ def assemble(cfg: ModelConfig, read: ReadGroup, mesh: Mesh, layout: Layout) -> t
 def chosen_layout(layout: Layout, mesh: Mesh) -> Layout:
     """The layout meant by "auto".
 
-    A scan over stacked layers copies each layer's weights out of the stack, 6 to 8 ms a pass of 8B
-    parameters on an H200, but compiles in seconds: TPUs, CPUs and many hosts. On GPUs every layer
-    has its own arrays, fused where heads are not split over devices.
+    A scan over stacked layers copies each layer's weights out of the stack, 6 to 8 ms per pass of
+    8B parameters on an H200, but compiles in seconds: TPUs, CPUs and many hosts. On GPUs every
+    layer has its own arrays, fused where heads are not split over devices.
     """
     choices = ("auto", "stacked", "unrolled", "fused")
     require(layout in choices, f"layout={layout!r}: give one of {', '.join(map(repr, choices))}")

@@ -28,9 +28,11 @@ IDS = "give token ids, as a tokenizer's encode does"
 
 
 class Output(NamedTuple):
-    """`logits` of row i predict token i, or token i + 1 in a causal model.
+    """What one forward pass gives.
 
-    `gates` are True where a layer ran.
+    Attributes:
+      logits: at position i they predict token i, or token i + 1 in a causal model.
+      gates: True where a layer ran.
     """
 
     logits: Float[Array, "B T V"]
@@ -88,38 +90,38 @@ class Model:
         Args:
           valid: False at padding. None: no padding.
           policy: which layers run; None runs all.
-          time: of denoising, t in (0, 1], one or one a row; None: 0. Read by models with
+          time: of denoising, t in (0, 1], one or one per sequence; None: 0. Read by models with
             `time_conditioning` only.
           step: denoising step, for random policies.
-          key: for random policies; one key, or one a row. None is the key of seed 0.
+          key: for random policies; one key, or one per sequence. None is the key of seed 0.
 
-        Raises: InputError for rows of several lengths, more tokens than learned positions, and
+        Raises: InputError for sequences of several lengths, more tokens than learned positions, and
           tokens outside the vocabulary (of arrays on the host; no other is fetched).
         """
         if not isinstance(tokens, jax.Array):
-            tokens = as_ids(tokens, "row")
+            tokens = as_ids(tokens, "sequence")
         require(jnp.issubdtype(tokens.dtype, jnp.integer), f"tokens are of {tokens.dtype}; {IDS}")
         valid = None if valid is None else as_valid(valid)
         check_policy(policy)
         check_shapes(self.config, np.shape(tokens), valid)
         if not isinstance(tokens, jax.Array) and not isinstance(valid, jax.Array):
-            check_vocabulary(self.config, tokens, valid, "row")
-        num_rows = np.shape(tokens)[0]
+            check_vocabulary(self.config, tokens, valid, "sequence")
+        num_sequences = np.shape(tokens)[0]
         valid = None if valid is None else jnp.asarray(valid, bool)
-        keys = sequence_keys(key, num_rows)
+        keys = sequence_keys(key, num_sequences)
         if time is not None:
-            time = jnp.broadcast_to(as_time(time, num_rows), num_rows)
-        rows = self.place_sequences((jnp.asarray(tokens, jnp.int32), valid, time, keys))
-        out, _ = self.run(forward_program, *rows, jnp.asarray(step), policy, executor=executor)
-        return Output(out.logits[:num_rows], out.gates[:, :num_rows])
+            time = jnp.broadcast_to(as_time(time, num_sequences), num_sequences)
+        batch = self.place_sequences((jnp.asarray(tokens, jnp.int32), valid, time, keys))
+        out, _ = self.run(forward_program, *batch, jnp.asarray(step), policy, executor=executor)
+        return Output(out.logits[:num_sequences], out.gates[:, :num_sequences])
 
     def run(self, fn: Timed, *args: Any, **static: Any) -> tuple[Any, float]:
         """Runs a compiled function of (params, ...) under this model's mesh."""
         with jax.set_mesh(self.mesh):
             return fn(self.inference_params, *args, cfg=self.config, **static)
 
-    def place_sequences(self, rows: PyTree, multiple: int = 1) -> PyTree:
-        """Splits rows over the mesh; repeats the last one until they divide evenly.
+    def place_sequences(self, batch: PyTree, multiple: int = 1) -> PyTree:
+        """Splits sequences over the mesh; repeats the last one until they divide evenly.
 
         Args:
           multiple: fill up to a multiple of this, so that a last, smaller batch has the shape of
@@ -134,50 +136,50 @@ class Model:
                 x = jnp.concatenate([x, jnp.broadcast_to(x[-1:], (extra, *x.shape[1:]))])
             return sharding.place_sequences(x, self.mesh)
 
-        return jax.tree.map(one, rows)
+        return jax.tree.map(one, batch)
 
 
-def as_ids(rows: Any, what: str) -> np.ndarray:
-    """Rows of token ids as one array.
+def as_ids(sequences: Any, what: str) -> np.ndarray:
+    """Sequences of token ids as one array.
 
     Args:
-      what: what messages call a row.
+      what: what messages call one of them.
 
-    Raises: InputError for rows of several lengths, and for anything but integers.
+    Raises: InputError for sequences of several lengths, and for anything but integers.
     """
     try:
-        ids = np.asarray(rows)
+        ids = np.asarray(sequences)
     except ValueError as error:
         raise InputError(
             f"{what}s differ in length; pad them on the left and give valid=, False at padding"
         ) from error
     integers = ids.size == 0 or np.issubdtype(ids.dtype, np.integer)
     require(integers, f"{what}s are of {ids.dtype}; {IDS}")
-    require(not _hold_truths(rows), f"{what}s hold True or False; {IDS}")
+    require(not _hold_truths(sequences), f"{what}s hold True or False; {IDS}")
     return ids.astype(np.int32) if ids.size == 0 else ids
 
 
-def _hold_truths(rows: Any) -> bool:
+def _hold_truths(numbers: Any) -> bool:
     """Whether lists of numbers hold True or False, which numpy takes for 1 and 0 there."""
-    if not isinstance(rows, list | tuple):
+    if not isinstance(numbers, list | tuple):
         return False
-    kinds = set(map(type, rows))
+    kinds = set(map(type, numbers))
     if kinds & {list, tuple}:
-        return any(map(_hold_truths, rows))
+        return any(map(_hold_truths, numbers))
     return bool(kinds & {bool, np.bool_})
 
 
 def as_valid(valid: Any) -> np.ndarray | jax.Array:
     """Where tokens are real, as one array of booleans; an array on the device stays there.
 
-    Raises: InputError for rows of several lengths, and for other values than true and false.
+    Raises: InputError for sequences of several lengths, and for other values than true and false.
     """
     if isinstance(valid, jax.Array):
         return valid.astype(bool)
     try:
         found = np.asarray(valid)
     except ValueError as error:
-        raise InputError("rows of valid differ in length; give one value a token") from error
+        raise InputError("sequences of valid differ in length; give one value per token") from error
     require(
         found.size == 0 or (found.dtype.kind in "biuf" and bool(np.isin(found, (0, 1)).all())),
         "valid holds other values than True and False; give True where a token is real",
@@ -185,10 +187,10 @@ def as_valid(valid: Any) -> np.ndarray | jax.Array:
     return found.astype(bool)
 
 
-def as_time(time: Any, num_rows: int) -> np.ndarray | jax.Array:
+def as_time(time: Any, num_sequences: int) -> np.ndarray | jax.Array:
     """Times of denoising; an array on the device stays there.
 
-    Raises: InputError for other shapes than one, or one a row, and for times outside [0, 1].
+    Raises: InputError for other shapes than one, or one per sequence, and for times outside [0, 1].
     """
     if not isinstance(time, jax.Array):
         try:
@@ -197,8 +199,8 @@ def as_time(time: Any, num_rows: int) -> np.ndarray | jax.Array:
             raise InputError(f"time={shown(time)} is no number; give t in (0, 1]") from error
         require(bool(((time >= 0) & (time <= 1)).all()), f"time={time} must lie in [0, 1]")
     require(
-        time.shape in ((), (1,), (num_rows,)),
-        f"time has shape {time.shape} for {num_rows} rows; give one, or one a row",
+        time.shape in ((), (1,), (num_sequences,)),
+        f"time has shape {time.shape} for {num_sequences} sequences; give one, or one per sequence",
     )
     return time.astype(np.float32)
 
@@ -209,7 +211,8 @@ def check_shapes(
     valid: Bool[ArrayLike, "B T"] | None,
     what: str = "tokens",
 ) -> None:
-    """Raises: InputError for tokens or `valid` that are no rows, or longer than can be told."""
+    """Raises: InputError for tokens or `valid` of wrong shapes, or of more positions than the
+    model has."""
     require(len(shape) == 2, f"{what} have shape {shape}; give [batch, length]")
     require(
         valid is None or np.shape(valid) == shape,
@@ -230,24 +233,27 @@ def check_vocabulary(
     """Raises: InputError for a real token that the model does not know; padding may be anything."""
     present = True if valid is None else np.asarray(valid, bool)
     outside = np.argwhere(((tokens < 0) | (tokens >= cfg.vocab_size)) & present)
-    for row, column in outside[:1]:
+    for number, position in outside[:1]:
         raise InputError(
-            f"{what} {row} has token {tokens[row, column]}, outside the vocabulary of "
+            f"{what} {number} has token {tokens[number, position]}, outside the vocabulary of "
             f"{cfg.vocab_size}; use the model's own tokenizer"
         )
 
 
-def sequence_keys(key: jax.Array | None, num_rows: int) -> jax.Array:
-    """One threefry key a row. A single key is folded with the row's number; None is seed 0's."""
+def sequence_keys(key: jax.Array | None, num_sequences: int) -> jax.Array:
+    """One threefry key per sequence. A single key is folded with the sequence's number; None is the
+    key of seed 0."""
     key = seed_key(0) if key is None else key
     typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     require(typed, "the key is none of jax.random.key; make it with that, and several by split")
     if key.ndim == 1:
-        if key.shape[0] != num_rows:
-            raise InputError(f"{key.shape[0]} keys for {num_rows} rows; give one key, or one a row")
+        if key.shape[0] != num_sequences:
+            raise InputError(
+                f"{key.shape[0]} keys for {num_sequences} sequences; give one key, or one for each"
+            )
         return threefry_key(key)
     key = threefry_key(key)
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(num_rows))
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(num_sequences))
 
 
 @timed_jit("cfg", "executor")

@@ -115,7 +115,7 @@ def conditioning(
 def block_inputs(
     cfg: ModelConfig, valid: Bool[Array, "B T"] | None, shape: tuple[int, int]
 ) -> BlockInputs:
-    """The rows of a whole canvas: positions count from each row's first real token."""
+    """Inputs of blocks for whole sequences: positions count from the first token not padding."""
     index, mask = jnp.broadcast_to(jnp.arange(shape[1]), shape), Mask(valid, cfg.causal)
     if cfg.rope_theta is None:
         return BlockInputs(None, mask, Slots(index))
@@ -124,13 +124,13 @@ def block_inputs(
 
 
 def embed(
-    cfg: ModelConfig, params: trees.Params, tokens: Int[Array, "B T"], rows: BlockInputs
+    cfg: ModelConfig, params: trees.Params, tokens: Int[Array, "B T"], inputs: BlockInputs
 ) -> Float[Array, "B T D"]:
     """The residual stream before the first layer."""
     positions = None
     if cfg.rope_theta is None:
-        index = rows.slots.index
-        valid = rows.mask.valid
+        index = inputs.slots.index
+        valid = inputs.mask.valid
         positions = index if valid is None else gather(positions_of(valid), index)
     return bind(Embed, params["embed"], cfg)(tokens, positions)
 
@@ -195,19 +195,19 @@ def run_layers(
       valid: False at padding, which no token attends to. None means no padding, and is faster.
       time: of denoising, t in (0, 1], 1 where all is masked; None: 0. Read by models with
         `time_conditioning` only.
-      prompt_length: no token before this one is masked, so routers need not look there.
+      prompt_length: this many first tokens are never masked: routers leave them out.
       remat: recompute each block in the backward pass.
       dropout: of what each block adds to the stream; None in inference. For executor "select".
     """
     masked = is_masked(cfg, tokens) if valid is None else is_masked(cfg, tokens) & valid
-    rows = block_inputs(cfg, valid, tokens.shape)
+    inputs = block_inputs(cfg, valid, tokens.shape)
     layers = _modulated_layers(cfg, params)
     form = replace(form_of(params), modulated=bool(cfg.cond_dim))
     return run_stack(
         layer_of(cfg, form, remat=remat, dropout=dropout),
         layers if dropout is None else numbered(layers),
-        embed(cfg, params, tokens, rows),
-        rows._replace(c=conditioning(cfg, params, time)),
+        embed(cfg, params, tokens, inputs),
+        inputs._replace(c=conditioning(cfg, params, time)),
         policy,
         Denoising(masked, jnp.asarray(step), sequence_keys, prompt_length),
         executor=executor,
@@ -226,18 +226,18 @@ def head_logits(
     h: Float[Array, "B T D"],
     time: Float[Array, "B"] | None = None,
 ) -> Float[Array, "B T V"]:
-    """Final norm and head of the rows given: float32 logits."""
+    """Final norm and head at the positions given: float32 logits."""
     head = bind(Head, params["head"], cfg, form=form_of(params))
     return head(apply_final_norm(cfg, params, h, time))
 
 
 def apply_subs(cfg: ModelConfig, logits: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
-    """The logits of what the model may predict: all tokens, or all but [MASK] (SUBS)."""
+    """Logits of what the model may predict: all tokens, or all but [MASK] (SUBS)."""
     return suppress_mask_token(cfg, logits) if cfg.subs else logits
 
 
 def suppress_mask_token(cfg: ModelConfig, logits: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
-    """Logits that never name [MASK]."""
+    """Logits of which [MASK] is never drawn."""
     # A comparison joins its neighbours in one kernel; a scatter would not.
     return jnp.where(jnp.arange(logits.shape[-1]) == cfg.mask_id, -jnp.inf, logits)
 
@@ -257,10 +257,11 @@ def apply_final_norm(
 def shift_to_predicted(
     cfg: ModelConfig, h: Float[Array, "B T D"], valid: Bool[Array, "B T"] | None = None
 ) -> Float[Array, "B T D"]:
-    """The stream moved so that row i predicts token i; as it is, unless `cfg.shift`.
+    """Undoes the right shift: position i then predicts token i. As it is, unless `cfg.shift`.
 
-    Moved before the head, whose logits are many times as wide. Nothing predicts a row's first
-    token: there its own state stays, so that padding on the left changes no prediction.
+    The stream is moved before the head, whose logits are many times as wide. Nothing predicts a
+    sequence's first token: there its own state stays, so that padding on the left changes no
+    prediction.
 
     Args:
       valid: False at padding; None: no padding.
@@ -280,5 +281,5 @@ def predict_logits(
     valid: Bool[Array, "B T"] | None = None,
     time: Float[Array, "B"] | None = None,
 ) -> Float[Array, "B T V"]:
-    """Float32 logits: row i predicts token i, or token i + 1 in a causal model."""
+    """Float32 logits: position i predicts token i, or token i + 1 in a causal model."""
     return head_logits(cfg, params, shift_to_predicted(cfg, h, valid), time)

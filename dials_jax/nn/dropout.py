@@ -1,4 +1,4 @@
-"""Dropout of what a block adds to the stream, drawn from the keys of rows.
+"""Dropout of what a block adds to the stream, drawn from the keys of sequences.
 
 Source: `bias_dropout_add_scale` of MDLM's `models/dit.py`: the outputs of attention and of the MLP,
 each with its bias and before its gate.
@@ -14,11 +14,11 @@ from jaxtyping import Array, Float, Int
 
 from dials_jax import trees
 
-AFTER_ATTENTION, AFTER_MLP = 0, 1
+AFTER_ATTENTION, AFTER_MLP = 0, 1  # the sites in a block
 
 
 class Dropout(NamedTuple):
-    """What is zeroed depends on a row's key, the layer and the place in it, and on nothing else."""
+    """What is zeroed depends on the sequence's key, the layer and the site, and on nothing else."""
 
     keys: jax.Array  # [B]
     rate: float  # share that is zeroed; the rest is divided by 1 - rate
@@ -26,16 +26,16 @@ class Dropout(NamedTuple):
     def of_layer(self, number: Int[Array, ""] | int) -> Dropout:
         return self._replace(keys=_fold(self.keys, number))
 
-    def __call__(self, update: Float[Array, "B T D"], place: int) -> Float[Array, "B T D"]:
+    def __call__(self, update: Float[Array, "B T D"], site: int) -> Float[Array, "B T D"]:
         draw = jax.vmap(lambda key: jax.random.uniform(key, update.shape[1:]))
-        is_kept = draw(_fold(self.keys, place)) >= self.rate
+        is_kept = draw(_fold(self.keys, site)) >= self.rate
         return jnp.where(is_kept, update / (1 - self.rate), 0)
 
 
 def dropped(
-    update: Float[Array, "B T D"], dropout: Dropout | None, place: int
+    update: Float[Array, "B T D"], dropout: Dropout | None, site: int
 ) -> Float[Array, "B T D"]:
-    return update if dropout is None else dropout(update, place)
+    return update if dropout is None else dropout(update, site)
 
 
 def numbered(layers: trees.Params) -> trees.Params:

@@ -1,4 +1,4 @@
-"""Keys and values, and canvases that are written a few places at a time."""
+"""Keys and values, and canvases that are written a few positions at a time."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Slots(NamedTuple):
 
 
 def gather(tree: PyTree, index: Int[Array, "B T"]) -> PyTree:
-    """Each row's entries at `index` along the second axis, of every leaf."""
-    take = jax.vmap(lambda row, at: row[at])
+    """Each sequence's entries at `index` along the second axis, of every leaf."""
+    take = jax.vmap(lambda sequence, at: sequence[at])
     return jax.tree.map(lambda x: take(x, index), tree)
 
 
@@ -43,23 +43,23 @@ def write_slots(
     Args:
       canvas: leaves [B, S, ...], a `KV` for example.
       new: leaves [B, T, ...].
-      contiguous: the slots are one range, the same in every row; they are written as a slice.
-      keep: False at rows that are not written.
+      contiguous: the slots are one range, the same in every sequence; they are written as a slice.
+      keep: False at sequences that are not written.
     """
     index, active = slots
     if keep is not None:
         active = keep[:, None] if active is None else active & keep[:, None]
     if contiguous:
         return jax.tree.map(lambda old, x: _write_range(old, x, index[0, 0], active), canvas, new)
-    if active is not None:  # out of range, each at its own place, and dropped
+    if active is not None:  # out of range, each at its own position, and dropped
         beyond = jax.tree.leaves(canvas)[0].shape[1] + jnp.arange(index.shape[1])
         index = jnp.where(active, index, beyond)
 
     def one(old, x, at):
         return old.at[at].set(x, mode="drop", unique_indices=True)
 
-    rows_apart = jax.vmap(one)  # rows stay on their own devices
-    return jax.tree.map(lambda old, x: rows_apart(old, x, index), canvas, new)
+    each = jax.vmap(one)  # sequences stay on their own devices
+    return jax.tree.map(lambda old, x: each(old, x, index), canvas, new)
 
 
 def _write_range(

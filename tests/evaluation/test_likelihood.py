@@ -269,7 +269,7 @@ def test_wrong_requests_are_refused(model, cfg):
     [
         ({"prompt_len": 3}, "prompt_len=3 leaves no answer in 3 tokens"),
         ({"prompt_len": -1}, "prompt_len=-1 leaves no answer"),
-        ({"tokens": np.array([3, 64, 5])}, "row 0 has token 64, outside the vocabulary"),
+        ({"tokens": np.array([3, 64, 5])}, "sequence 0 has token 64, outside the vocabulary"),
         ({"noisy": np.array([[3, MASK, 6]])}, "noisy differs from tokens"),
         ({"p_mask": np.array([[0.5]])}, r"p_mask has shape \(1, 1\) and noisy \(1, 3\)"),
         ({"p_mask": np.full((1, 3), 50.0)}, r"p_mask must lie in \(0, 1\]"),

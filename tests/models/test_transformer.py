@@ -227,7 +227,7 @@ def test_one_key_is_folded_with_the_row():
 
 
 def test_a_wrong_number_of_keys_is_refused():
-    with pytest.raises(InputError, match="3 keys for 4 rows"):
+    with pytest.raises(InputError, match="3 keys for 4 sequences"):
         sequence_keys(jax.random.split(jax.random.key(0), 3), 4)
 
 
@@ -246,12 +246,12 @@ def test_rows_fill_up_to_a_multiple(cfg):
 @pytest.mark.parametrize(
     ("tokens", "valid", "words"),
     [
-        ([[3, 4], [5]], None, "rows differ in length; pad them on the left"),
+        ([[3, 4], [5]], None, "sequences differ in length; pad them on the left"),
         ([3, 4], None, r"tokens have shape \(2,\); give"),
         (jnp.array([3, 4]), None, r"tokens have shape \(2,\); give"),
-        ([[3, 64]], None, "row 0 has token 64, outside the vocabulary of 64"),
-        ([[3, 4], [5, -1]], None, "row 1 has token -1, outside"),
-        ([[3.5, 4.0]], None, "rows are of float64; give token ids"),
+        ([[3, 64]], None, "sequence 0 has token 64, outside the vocabulary of 64"),
+        ([[3, 4], [5, -1]], None, "sequence 1 has token -1, outside"),
+        ([[3.5, 4.0]], None, "sequences are of float64; give token ids"),
         ([[3, 4], [5, 6]], [[1, 1]], r"valid has shape \(1, 2\) and tokens \(2, 2\)"),
     ],
 )
