@@ -45,7 +45,7 @@ def parse_policy(text: str, num_layers: int, routed: Callable[[int], Policy]) ->
     """`full`, or `static-N`, `random-N` or `routed-N`, where N is the number of layers skipped.
 
     Args:
-      routed: makes routers that skip so many.
+      routed: makes routers that skip this many layers.
     """
     name, _, number = text.partition("-")
     if text == "full":
@@ -74,7 +74,7 @@ def sampler_of(options: argparse.Namespace) -> Confidence:
 
 
 def padding_of(options: argparse.Namespace) -> np.ndarray | None:
-    """False at the first tokens of each prompt: none in the first row, half in the last."""
+    """False at the first tokens of each prompt: none in the first sequence, half in the last."""
     if not options.padded:
         return None
     first = np.linspace(0, options.prompt // 2, options.batch).astype(int)
@@ -114,8 +114,8 @@ def run_case(model: Model, options: argparse.Namespace, cache: str, policy: str)
 def add_shapes(parser: argparse.ArgumentParser) -> None:
     """Options that say how large the model, its batch and its canvas are."""
     parser.add_argument("--model", default="llada_8b", help=f"one of {', '.join(MODELS)}")
-    parser.add_argument("--layers", type=int, help="only so many layers; default: all")
-    parser.add_argument("--batch", type=int, default=8, help="rows")
+    parser.add_argument("--layers", type=int, help="number of layers; default: all")
+    parser.add_argument("--batch", type=int, default=8, help="sequences")
     parser.add_argument("--prompt", type=int, default=256, help="tokens of a prompt")
     parser.add_argument("--gen", type=int, default=512, help="tokens to generate")
     parser.add_argument("--block", type=int, default=64, help="tokens of a block")
@@ -124,7 +124,7 @@ def add_shapes(parser: argparse.ArgumentParser) -> None:
 def options_of(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.decode", description=__doc__)
     add_shapes(parser)
-    parser.add_argument("--steps", type=int, help="denoising steps; default: one a token")
+    parser.add_argument("--steps", type=int, help="denoising steps; default: one per token")
     parser.add_argument("--threshold", type=float, help="reveal all tokens of this confidence")
     parser.add_argument(
         "--padded", action="store_true", help="prompts of several lengths, the shortest of half"

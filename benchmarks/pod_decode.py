@@ -53,10 +53,10 @@ def lower(
     cache: str,
     policy: str,
 ) -> jax.stages.Lowered:
-    """The program of `generate`, of arrays that have a shape and a place only.
+    """The program of `generate`, of arrays that have only a shape and a sharding.
 
     Args:
-      shape: rows, and tokens of a prompt; padded on the left.
+      shape: sequences, and tokens per prompt; padded on the left.
     """
 
     def make():
@@ -68,14 +68,14 @@ def lower(
     params = placed(params, sharding.param_shardings(params, mesh))
     place = sharding.batch_sharding(mesh)
 
-    def rows(dtype, *rest):
+    def batch_of(dtype, *rest):
         return jax.ShapeDtypeStruct((shape[0], *rest), dtype, sharding=place)
 
-    keys = rows(jax.eval_shape(lambda: seed_key(0)).dtype)
+    keys = batch_of(jax.eval_shape(lambda: seed_key(0)).dtype)
     # The abstract mesh: what is known beforehand is computed here, not on chips that are not.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         return generate_program.lower(
-            params, rows(jnp.int32, shape[1]), rows(bool, shape[1]), keys,
+            params, batch_of(jnp.int32, shape[1]), batch_of(bool, shape[1]), keys,
             _policy(policy, cfg, mesh),
             cfg=cfg, sampler=sampler, cache=parse_cache(cache) or NoCache(), executor="auto",
         )  # fmt: skip

@@ -6,8 +6,8 @@ values: which tokens a step reveals is drawn without the model. Every depth is t
 (Sedykh et al., table 2). `saved_time` and `saved_flops` compare with the deepest model alone,
 `saved_blocks` is the paper's p (B_H - B_L) / B_H.
 
-A step costs a model call of the rows in which it reveals a token. Rows go through their steps side
-by side, so that fewer calls than steps are made. Cases are timed in turns, and the median counts.
+A step costs a model call only where it reveals a token. In one call, sequences may be at different
+steps, so that there are fewer calls than steps. Cases are timed in turns, and the median counts.
 Compilation is timed apart; JAX_ENABLE_COMPILATION_CACHE=false compiles all programs anew.
 """
 
@@ -108,11 +108,13 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sample", description=__doc__)
     parser.add_argument("--model", default="mdlm", help=f"one of {', '.join(MODELS)}")
     parser.add_argument("--blocks", type=int, nargs="+", default=[12, 4], help="depths")
-    parser.add_argument("--batch", type=int, default=16, help="rows")
-    parser.add_argument("--length", type=int, default=1024, help="tokens of a row")
+    parser.add_argument("--batch", type=int, default=16, help="sequences")
+    parser.add_argument("--length", type=int, default=1024, help="tokens per sequence")
     parser.add_argument("--steps", type=int, default=1000, help="denoising steps")
     parser.add_argument("--precision", default="exact", choices=["exact", "float32"])
-    parser.add_argument("--first-hitting", action="store_true", help="one token a row and call")
+    parser.add_argument(
+        "--first-hitting", action="store_true", help="one token per sequence and call"
+    )
     parser.add_argument(
         "--light-fractions", type=float, nargs="+", default=[], help="as in 0 .25 .5 .75 1"
     )

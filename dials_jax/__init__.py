@@ -4,7 +4,8 @@ import dials_jax as dj
 
 model = dj.load("path/to/model")
 router = dj.load_router("runs/router", model)
-out = dj.generate(model, prompts, sampler=dj.Confidence(256, 32, 256), policy=router)
+sampler = dj.Confidence(gen_length=256, block_length=32)
+out = dj.generate(model, prompts, sampler=sampler, policy=router)
 out.tokens, out.gates, out.flops
 """
 

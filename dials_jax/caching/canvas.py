@@ -25,13 +25,13 @@ from dials_jax.sharding import constrain_batch
 class CanvasModel:
     """A model, its policy and the canvases of a batch.
 
-    Under guidance every canvas is there twice: R is 2B, the conditional rows first.
+    Under guidance every canvas is there twice: R is 2B, the conditional ones first.
 
     Attributes:
       block_inputs: of the whole canvas; positions and padding do not change while it is filled.
-      sequence_keys: one a row, for random policies.
-      prompt_mask: True at prompts, which the unconditional rows do not see; None without guidance.
-      prompt_length: no token before this place is ever masked; 0 under guidance.
+      sequence_keys: one per sequence, for random policies.
+      prompt_mask: True at prompts, hidden from the unconditional half; None without guidance.
+      prompt_length: no token before this position is ever masked; 0 under guidance.
     """
 
     cfg: ModelConfig
@@ -45,7 +45,7 @@ class CanvasModel:
 
     @property
     def logit_shift(self) -> int:
-        """A token is predicted by the row this many places to its left."""
+        """A token is predicted by the position this many to its left: 1 after a right shift."""
         return int(self.cfg.shift)
 
     @property
@@ -63,13 +63,13 @@ class CanvasModel:
         return with_unconditional(tokens, self.prompt_mask, self.cfg.mask_id)
 
     def positions(self, start: Int[Array, ""] | int, size: int) -> Int[Array, "R T"]:
-        """The same `size` places from `start` on, for every row."""
+        """The same `size` positions from `start` on, for every sequence."""
         return jnp.broadcast_to(start + jnp.arange(size), (self.num_sequences, size))
 
     def window(
         self, index: Int[Array, "R T"], active: Bool[Array, "R T"] | None = None
     ) -> BlockInputs:
-        """The rows of the tokens at `index`."""
+        """The inputs of the tokens at `index`."""
         angles = gather(self.block_inputs.angles, index)
         return self.block_inputs._replace(angles=angles, slots=Slots(index, active))
 
@@ -101,10 +101,10 @@ class CanvasModel:
         """Runs the layers of `span` on the tokens of a window.
 
         Tokens that are not active in the window do not vote. The first call fills an empty cache,
-        so no gate skips a layer there: later calls would attend to keys that nobody computed.
+        so no gate skips a layer there: later calls would attend to keys that were never computed.
 
         Args:
-          contiguous: the window is one range, the same in every row.
+          contiguous: the window is one range, the same in every sequence.
           prompt_length: no token of the window before this one is masked.
           output_positions: in the window, of the tokens whose states are asked for; None: all.
           policy_state: what the span before left; None at the first layer.

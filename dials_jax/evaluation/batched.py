@@ -3,7 +3,7 @@
 Nothing here knows of tasks or metrics, so a script or another harness may call it:
 
 prompts = [tokenizer.encode(text) for text in ("1+1=", "How many is 20+22?")]
-answers = generate_all(model, prompts, sampler=dj.Confidence(8, 8, 8), policy=router)
+answers = generate_all(model, prompts, sampler=dj.Confidence(gen_length=8), policy=router)
 values = log_likelihoods(model, [(prompt, tokenizer.encode("42")) for prompt in prompts])
 
 Both return results in the order of the requests. `generation_batches` and `likelihood_batches` give

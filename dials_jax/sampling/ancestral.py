@@ -32,10 +32,10 @@ from dials_jax.sampling.sampler import CallRecord, Steps, append_call, start_rec
 Precision = Literal["exact", "float32"]
 
 EPS = 1e-5  # the time at which the steps end; what is masked then is revealed by the last
-# The record has room for one row that fills its slots at every call, in each run of a schedule, for
-# so many runs: with slots enough for nearly every step it is never full.
+# Upper bound on extra calls: up to this many sequences may each overflow their slots at every call.
+# With the default number of slots this is never reached.
 MAX_FULL = 8
-TIMES, TOKENS = 0, 1  # folded into a row's key: what the draws are for
+TIMES, TOKENS = 0, 1  # folded into a sequence's key: what the draws are for
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ class Ancestral(Typed):
       steps: denoising steps.
       precision: `exact`, or `float32`: the published sampler, whose low-precision noise favours
         probable tokens. It gives lower perplexity and less entropy; for published numbers only.
-      first_hitting: one token a row and model call, each at its exact time: the limit of ever more
-        steps. `steps` must equal `length`.
-      slots: tokens of a row that a model call reveals at most; a step with more in any row takes
-        another call. None: enough for nearly every step.
+      first_hitting: one token per sequence and model call, each at its exact time: the limit of
+        ever more steps. `steps` must equal `length`.
+      slots: tokens that a model call reveals per sequence at most; a step with more in any
+        sequence takes another call. None: enough for nearly every step.
     """
 
     cfg_scale = 0.0
@@ -76,7 +76,7 @@ class Ancestral(Typed):
         )
         require(
             not self.first_hitting or self.steps == self.length,
-            f"first_hitting=True takes one step a token; set steps={self.length}",
+            f"first_hitting=True takes one step per token; set steps={self.length}",
         )
 
     @property
@@ -93,7 +93,7 @@ class Ancestral(Typed):
 
     @property
     def num_slots(self) -> int:
-        """Tokens of a row that one model call can reveal.
+        """Tokens that one model call can reveal per sequence.
 
         A step reveals `length / steps` on average, and rarely five deviations more.
         """
@@ -139,13 +139,13 @@ class Ancestral(Typed):
 
 
 class RevealPlan(NamedTuple):
-    """Which tokens each step reveals. A row's model calls are those of its steps that reveal any.
+    """Which tokens each step reveals. A sequence's calls are those of its steps that reveal any.
 
     Attributes:
       step: that reveals a token; -1 in the prompt.
-      order: the places of the answer in the order of revealing.
+      order: the answer's positions in the order of revealing.
       before: how many of them earlier steps reveal.
-      calls_before: the row's model calls before each step, and in all.
+      calls_before: the sequence's model calls before each step, and in all.
       time: of each step, for models that are told it.
     """
 
@@ -158,8 +158,8 @@ class RevealPlan(NamedTuple):
 
 def draw_reveal_plan(sampler: Ancestral, keys: jax.Array, prompt_length: int) -> RevealPlan:
     """Draws every token's time, with all 32 bits: steps may be as short as 2^-10, or shorter."""
-    row = jax.vmap(lambda key: jax.random.bits(jax.random.fold_in(key, TIMES), (sampler.length,)))
-    drawn = row(keys)
+    draw = jax.vmap(lambda key: jax.random.bits(jax.random.fold_in(key, TIMES), (sampler.length,)))
+    drawn = draw(keys)
     order = jnp.argsort(drawn, axis=1, descending=True, stable=True)
     if sampler.first_hitting:
         step = jnp.argsort(order, axis=1)
@@ -195,7 +195,7 @@ class AncestralState(NamedTuple):
 
     Attributes:
       step: names the call in any batch.
-      calls: each row's own. Rows go through their steps side by side, but not in step.
+      calls: of each sequence. In one model call, sequences may be at different steps.
     """
 
     tokens: Int[Array, "B T"]
@@ -215,7 +215,7 @@ class ExactSteps:
     def start(self, canvas: Int[Array, "B T"], num_layers: int) -> AncestralState:
         sampler, num_sequences = self.sampler, canvas.shape[0]
         most = sampler.steps
-        if not sampler.first_hitting:  # calls for more than fits into a row's slots
+        if not sampler.first_hitting:  # calls for more than fits into a sequence's slots
             most += min(num_sequences, MAX_FULL) * ((sampler.length - 1) // sampler.num_slots)
         plan = draw_reveal_plan(sampler, self.keys, self.prompt_length)
         calls, record = (
@@ -237,10 +237,10 @@ class ExactSteps:
         return state._replace(step=stop)
 
     def advance(self, state: AncestralState, until: Int[Array, "B"]) -> AncestralState:
-        """One model call, and the tokens it reveals in the rows that do not wait."""
+        """One model call, and the tokens it reveals in the sequences that do not wait."""
         cfg, plan = self.net.cfg, state.plan
         due = jnp.sum(plan.calls_before <= state.calls[:, None], axis=1) - 1
-        step = jnp.minimum(due, self.num_steps - 1)  # a row that is full has none due
+        step = jnp.minimum(due, self.num_steps - 1)  # a sequence that is full has none due
         index, fresh = self.next_revealed(state, step)
         fresh &= (state.calls < until)[:, None]
         # Of several calls of a step, each sees the canvas as it was before the step.
@@ -259,17 +259,17 @@ class ExactSteps:
     def next_revealed(
         self, state: AncestralState, step: Int[Array, "B"]
     ) -> tuple[Int[Array, "B W"], Bool[Array, "B W"]]:
-        """The places that each row's next call reveals; False where there are fewer than slots."""
+        """Positions that each sequence's next call reveals; False at slots that stay empty."""
         plan, slots = state.plan, self.sampler.num_slots
 
         def of_step(x, add=0):
             return jnp.take_along_axis(x, step[:, None] + add, axis=1)
 
         first = of_step(plan.before) + slots * (state.calls[:, None] - of_step(plan.calls_before))
-        place = first + jnp.arange(slots)
-        fresh = place < of_step(plan.before, 1)
-        place = jnp.clip(place, 0, self.sampler.length - 1)
-        return jnp.take_along_axis(plan.order, place, axis=1), fresh
+        rank = first + jnp.arange(slots)  # in the order of revealing
+        fresh = rank < of_step(plan.before, 1)
+        rank = jnp.clip(rank, 0, self.sampler.length - 1)
+        return jnp.take_along_axis(plan.order, rank, axis=1), fresh
 
 
 def call_model(
@@ -295,21 +295,21 @@ def draw_tokens(
     )
 
 
-def token_keys(keys: jax.Array, place: Int[Array, "B W"]) -> jax.Array:
-    """One key a place of the answer, which is revealed once: the step need not be folded in.
+def token_keys(keys: jax.Array, position: Int[Array, "B W"]) -> jax.Array:
+    """One key per position of the answer, which is revealed once: the step is not folded in.
 
-    So two schedules draw with the same noise, and differ in what their models say alone.
+    Two schedules then draw with the same noise, and differ only by their models' logits.
     """
-    of_row = jax.vmap(jax.random.fold_in, (0, None))(keys, TOKENS)
-    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(of_row, place)
+    of_sequence = jax.vmap(jax.random.fold_in, (0, None))(keys, TOKENS)
+    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(of_sequence, position)
 
 
 def write_tokens(
     tokens: Int[Array, "B T"], index: Int[Array, "B W"], new: Int[Array, "B W"]
 ) -> Int[Array, "B T"]:
-    """Writes tokens at their places; one beyond the canvas is dropped."""
-    one = jax.vmap(lambda row, at, x: row.at[at].set(x, mode="drop"))
-    return one(tokens, index, new.astype(tokens.dtype))
+    """Writes tokens at their positions; one beyond the canvas is dropped."""
+    write = jax.vmap(lambda sequence, at, x: sequence.at[at].set(x, mode="drop"))
+    return write(tokens, index, new.astype(tokens.dtype))
 
 
 # ------------------------------------------------------------------- as its authors published it
@@ -322,7 +322,7 @@ class PublishedSteps:
 
     A draw is the largest of q / E, for noise E = -log u with u on a grid of 2^-24. Tokens that are
     improbable beside [MASK] then nearly vanish. What is left after the last step takes its most
-    probable token, in one call more. Source: `ddpm_cache` of kuleshov-group/mdlm. There a step
+    probable token, in one more call. Source: `ddpm_cache` of kuleshov-group/mdlm. There a step
     without change reuses the call before it, which changes no result and is left out.
     """
 
@@ -349,7 +349,7 @@ class PublishedSteps:
         index = self.net.positions(prompt_length, self.sampler.length)
         out = call_model(self.net, state.tokens, state.step, time, index)
 
-        def row(xs):  # one after the other: these arrays are as wide as the vocabulary
+        def reveal(xs):  # one after the other: these arrays are as wide as the vocabulary
             h, tokens, key, time = xs
             logits = transformer.head_logits(cfg, self.net.params, h[None], time[None])[0]
             new = self.draw_tokens(
@@ -357,7 +357,7 @@ class PublishedSteps:
             ).astype(tokens.dtype)
             return jnp.where(transformer.is_masked(cfg, tokens), new, tokens)
 
-        new = lax.map(row, (out.h, answer, self.keys, time))
+        new = lax.map(reveal, (out.h, answer, self.keys, time))
         tokens = state.tokens.at[:, prompt_length:].set(new)
         share = jnp.mean(transformer.is_masked(cfg, answer), axis=1)
         record = append_call(state.record, out.gates, share, 0, state.step)
@@ -366,7 +366,7 @@ class PublishedSteps:
     def draw_tokens(
         self, logits: Float[Array, "G V"], t: Float[Array, ""], step: Int[Array, ""], key: jax.Array
     ) -> Int[Array, "G"]:
-        """A token or [MASK] for every place; after the last step, the most probable token."""
+        """A token or [MASK] for every position; after the last step, the most probable token."""
         s = t - np.float32((1 - EPS) / self.num_steps)
         q = (jax.nn.softmax(logits) * (t - s)).at[:, self.net.cfg.mask_id].set(s)
         noise = coarse_exponential(jax.random.fold_in(key, step), q.shape)

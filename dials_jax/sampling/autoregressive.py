@@ -27,8 +27,8 @@ from dials_jax.sampling.sampler import CallRecord, start_record
 class Autoregressive(Typed):
     """Settings of decoding from left to right, for causal models.
 
-    A row ends at its first end of text; the rest of it is filled with end of text, and decoding
-    stops when all rows have ended.
+    A sequence ends at its first end of text; the rest is filled with end of text, and decoding
+    stops when all sequences have ended.
 
     Attributes:
       max_new_tokens: tokens to generate.
@@ -68,7 +68,7 @@ class Autoregressive(Typed):
             "Confidence or Dream",
         )
         require(cache is None, "Autoregressive keeps its own keys and values; leave out `cache`")
-        # Elsewhere a layer would lack the keys of tokens that skipped it.
+        # Otherwise a layer would lack the keys of the tokens that skipped it.
         require(
             static_gates(policy, cfg.num_layers) is not None,
             "Autoregressive skips the same layers for every token; give Static, or no policy",
@@ -158,5 +158,5 @@ def choose_tokens(
     """A token per sequence."""
     if temperature == 0:
         return jnp.argmax(logits, axis=-1)
-    one = jax.vmap(lambda key, row: jax.random.categorical(key, row, mode="high"))
-    return one(keys, logits / temperature)
+    draw = jax.vmap(lambda key, x: jax.random.categorical(key, x, mode="high"))
+    return draw(keys, logits / temperature)

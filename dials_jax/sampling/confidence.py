@@ -21,8 +21,8 @@ from dials_jax.sampling.loop import BlockSampler, StepInfo
 class Confidence(Typed, BlockSampler):
     """Settings of the sampler.
 
-    As in the reference, a model that predicts [MASK] itself spends quota on it, and the token may
-    stay in the result.
+    As in the reference, if the model predicts [MASK], that position uses up quota and [MASK] may
+    remain in the output.
 
     Attributes:
       gen_length: tokens to generate; a multiple of `block_length`.
@@ -32,15 +32,15 @@ class Confidence(Typed, BlockSampler):
       cfg_scale: classifier-free guidance w: logits = u + (w + 1)(c - u), where u sees no prompt.
       remasking: keep the most confident tokens, or random ones.
       threshold: reveal every token of the block of at least this confidence, and always the most
-        confident (Fast-dLLM). `steps` then counts for nothing.
+        confident (Fast-dLLM). `steps` is then ignored.
       factor: reveal the n most confident tokens as long as the n-th is at least 1 - factor/(n + 1)
-        (Fast-dLLM), and always the first. `steps` then counts for nothing.
+        (Fast-dLLM), and always the first. `steps` is then ignored.
       logits_eos_inf: never generate end of text.
       confidence_eos_eot_inf: commit end of text and end of turn last. At a temperature above 0
         the reference suppresses only end of turn, and so does this.
-      delay_eos: no confidence in a row's first end of text while the token before it is masked
+      delay_eos: no confidence in a sequence's first end of text while the token before it is masked
         (ES-dLLM).
-      stop_at_eos: a row ends at an end of text once all before it is known; the rest is filled
+      stop_at_eos: a sequence ends at an end of text once all before it is known; the rest is filled
         with end of text, and costs no more steps.
     """
 
@@ -104,7 +104,7 @@ class Confidence(Typed, BlockSampler):
 
     @property
     def max_quota(self) -> int | None:
-        """Tokens that a step reveals in a row at most; None: any number."""
+        """Tokens that a step reveals per sequence at most; None: any number."""
         if self.threshold is not None or self.factor is not None:
             return None
         return -(-self.block_length * self.num_blocks // self.steps)
@@ -129,7 +129,7 @@ def propose(
     logits: Float[Array, "B W V"],
     keys: jax.Array,
 ) -> tuple[Int[Array, "B W"], Float[Array, "B W"]]:
-    """A token for every position, and how sure the model is of it."""
+    """A token for every position, and the model's confidence in it."""
     if sampler.logits_eos_inf:
         logits = logits.at[..., cfg.eos_id].set(-jnp.inf)
     noisy = logits
@@ -152,7 +152,7 @@ def propose(
 
 
 def gumbel_like(logits: Float[Array, "B W V"], keys: jax.Array) -> Float[Array, "B W V"]:
-    """Gumbel noise from one key a position.
+    """Gumbel noise from one key per position.
 
     The default mode of JAX truncates the upper tail, which biases large vocabularies.
     """
@@ -166,7 +166,7 @@ def step_quota(present: Int[Array, "B"], step: Int[Array, ""], num_steps: int) -
 
 
 def ranks(confidence: Float[Array, "B W"]) -> Int[Array, "B W"]:
-    """Each position's place among its row's, the most confident first; ties go to the left."""
+    """Each position's rank in its sequence, 0 for the most confident; ties go to the left."""
     order = jnp.argsort(-confidence, axis=-1, stable=True)
     return jnp.argsort(order, axis=-1, stable=True)
 
@@ -176,7 +176,7 @@ def confident_run(confidence: Float[Array, "B W"], factor: float) -> Bool[Array,
 
     The published code also accepts the very last position if that is the only one to fail.
     """
-    place = ranks(confidence)
-    enough = (confidence >= 1 - factor / (place + 2)) | (place == 0)  # place 0 is the first
-    first_failing = jnp.min(jnp.where(enough, confidence.shape[1], place), axis=1, keepdims=True)
-    return place < first_failing
+    rank = ranks(confidence)  # from 0, so that the n-th has rank n - 1
+    enough = (confidence >= 1 - factor / (rank + 2)) | (rank == 0)
+    first_failing = jnp.min(jnp.where(enough, confidence.shape[1], rank), axis=1, keepdims=True)
+    return rank < first_failing

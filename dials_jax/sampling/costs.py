@@ -41,7 +41,7 @@ class Part:
         )
 
     def full_cost(self, num_calls: int, num_sequences: int, num_tokens: int, head: int) -> float:
-        """FLOPs of as many calls of all layers on the whole canvas."""
+        """FLOPs of this many calls that run all layers on the whole canvas."""
         gates = np.ones((1, self.cfg.num_layers, 1), bool)
         one = count_flops(self.cfg, gates, num_tokens=num_tokens, head_tokens=head)
         return num_calls * num_sequences * one.model_total
@@ -57,8 +57,8 @@ def total_cost(
 ) -> Flops:
     """The three numbers; the shares are of the largest model making as many calls in full.
 
-    Under a schedule without other skipping, 1 - `layers_run` is the saving of Sedykh et al.:
-    p (B_H - B_L) / B_H, where the light model makes a share p of the calls.
+    Under a schedule without other skipping, 1 - `layers_run` is the saving p (B_H - B_L) / B_H,
+    where the light model makes a share p of the calls: Sedykh (3).
 
     Args:
       taken: the number of the part that made each call.

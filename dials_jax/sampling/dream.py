@@ -26,7 +26,7 @@ TOKEN, ORDER = 0, 1  # folded into a step's key: what the noise is for
 class Dream(Typed, BlockSampler):
     """Settings of the sampler.
 
-    Every row counts its own masked tokens; the published code takes the mean of the batch.
+    Every sequence counts its own masked tokens; the published code takes the batch's mean.
 
     Attributes:
       max_new_tokens: tokens to generate.
@@ -37,7 +37,7 @@ class Dream(Typed, BlockSampler):
       top_p, top_k: keep the most probable tokens only, of at least this probability together, at
         most this many. Tokens tied with the last one stay. Also at temperature 0, where they
         change the order of revealing.
-      alg_temp: draw the places to reveal, from softmax(confidence / alg_temp); None or 0 takes
+      alg_temp: draw the positions to reveal, from softmax(confidence / alg_temp); None or 0 takes
         the most confident.
       eps: noise level at which the schedule ends.
     """
@@ -91,7 +91,7 @@ class Dream(Typed, BlockSampler):
 
     @property
     def max_quota(self) -> int | None:
-        """Tokens that a step reveals in a row at most; None: any number."""
+        """Tokens that a step reveals per sequence at most; None: any number."""
         if self.alg == "origin":
             return None
         remaining, most = self.max_new_tokens, 0
@@ -103,7 +103,7 @@ class Dream(Typed, BlockSampler):
     def propose(
         self, cfg: ModelConfig, logits: Float[Array, "B W V"], keys: jax.Array
     ) -> tuple[Int[Array, "B W"], Float[Array, "B W"]]:
-        """A token for every position, and how sure the model is of it."""
+        """A token for every position, and the model's confidence in it."""
         if self.temperature > 0:
             logits = logits / self.temperature
         logits = most_probable(logits, self.top_p, self.top_k)
@@ -163,7 +163,7 @@ def most_probable(
 def certainty(
     alg: Algorithm, logits: Float[Array, "B W V"], guess: Int[Array, "B W"]
 ) -> Float[Array, "B W"]:
-    """How sure the model is, the larger the surer."""
+    """The model's confidence in the tokens of `guess`, by the rule `alg`."""
     probabilities = jax.nn.softmax(logits, axis=-1)
     if alg == "entropy":
         return jnp.sum(probabilities * jnp.log(probabilities + 1e-10), axis=-1)

@@ -1,4 +1,4 @@
-"""`generate`: from prompts, or from nothing, to text, with nothing fetched before the end."""
+"""`generate`: fills in what follows prompts; nothing returns to the host before the end."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ from dials_jax.skipping.flops import Flops
 
 @dataclass(frozen=True)
 class Generation:
-    """Generated rows and what they cost.
+    """Generated sequences and what they cost.
 
     Attributes:
       tokens: [B, P + G], the prompts (padding as given) and the generated tokens.
-      nfe: model calls. Under guidance a call has twice the rows.
+      nfe: model calls. Under guidance a call has twice the sequences.
       gates: [nfe, L, R], True where a layer ran. R is B, or 2B under guidance: the conditional
-        rows, then the unconditional ones. Under a schedule L is that of the deepest model that
+        ones, then the unconditional ones. Under a schedule L is that of the deepest model that
         takes steps, and layers that a model does not have are False.
       masked_share: [nfe, R], masked share of the generated part before each call.
-      tokens_run: [nfe, L], tokens of each row that a layer computes where it runs.
-      steps: [nfe], the denoising step of each call. Rows of `Ancestral` leave out the steps that
-        reveal nothing in them: there it only says which model's run of steps a call is of.
+      tokens_run: [nfe, L], tokens per sequence that a layer computes where it runs.
+      steps: [nfe], the denoising step of each call. `Ancestral` leaves out the steps that reveal
+        nothing in a sequence: with it, this only names the model's run of steps.
       flops: the three numbers of `dials_jax.skipping.flops`; the model's share is of as many calls
         on the whole canvas, by the largest of the models.
     """
@@ -81,15 +81,15 @@ def generate(
 
     Args:
       model: one, or those that a schedule names, by letter.
-      prompts: token ids, padded on the left. None: no prompts, for `num_sequences` rows.
+      prompts: token ids, padded on the left. None: no prompts, for `num_sequences` sequences.
       valid: False at padding; None means that there is none, and is faster.
       schedule: which model takes which steps; see `Schedule`.
       policy: which layers run at which step; None runs all. A mapping gives models their own.
       cache: what a step runs; None runs the whole canvas. A layer that a policy skips leaves its
         keys and values in the cache as they were.
-      key: one key (folded with the row's number), or one a row, so that a row's random numbers do
-        not depend on its place in a batch. None is the key of seed 0.
-      fill_to: run the program of this batch size, or of a multiple, also for fewer rows.
+      key: one key (folded with the sequence's number), or one per sequence, so that its random
+        numbers do not depend on its batch. None is the key of seed 0.
+      fill_to: run the program of this batch size, or of a multiple, also for fewer sequences.
 
     Raises: InputError for prompts of several lengths or with [MASK], padding that is not on the
       left, an empty prompt where logits are shifted, more tokens than the model has positions
@@ -128,7 +128,7 @@ def generate(
 def account(
     tokens, record: CallRecord, roles, turns: Schedule, sampler, cache, prompts, seconds: float
 ) -> Generation:
-    """What was generated without the rows that only fill up the batch, and its price."""
+    """Leaves out the sequences that only fill up the batch, and counts FLOPs."""
     nfe, num_sequences, (_, length) = int(record.nfe), len(prompts), tokens.shape
     require(
         nfe <= len(record.variant),

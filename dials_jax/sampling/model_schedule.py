@@ -1,6 +1,6 @@
 """Model schedules: which model takes which denoising steps.
 
-Source: Sedykh et al. 2026, "Not All Denoising StepCount Are Equal", section 3.
+Source: Sedykh et al. 2026, "Not All Denoising Steps Are Equal", section 3.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What `generate` is asked for, checked before anything runs."""
+"""Checks of what `generate` is asked for, before anything is compiled."""
 
 from __future__ import annotations
 
@@ -139,10 +139,10 @@ def check_prompts(
     if (np.diff(present.astype(int), axis=1) < 0).any():
         raise InputError("prompts must be padded on the left: valid goes from True to False")
     check_vocabulary(cfg, prompts, present, "prompt")
-    rows = np.flatnonzero(((prompts == cfg.mask_id) & present).any(axis=1))
-    if rows.size:
+    found = np.flatnonzero(((prompts == cfg.mask_id) & present).any(axis=1))
+    if found.size:
         raise InputError(
-            f"prompt {rows[0]} contains [MASK] (id {cfg.mask_id}); remove it: masks in a prompt "
+            f"prompt {found[0]} contains [MASK] (id {cfg.mask_id}); remove it: masks in a prompt "
             "corrupt the quotas"
         )
     return present
