@@ -24,10 +24,10 @@ from dials_jax.sampling.model_schedule import Schedule
 from dials_jax.sampling.programs import run_alone, run_schedule
 from dials_jax.sampling.requests import (
     ALONE,
+    check_arguments,
     check_empty_prompts,
     check_prompts,
     check_schedule,
-    check_settings,
     empty_prompts,
     roles_of,
 )
@@ -96,7 +96,7 @@ def generate(
       for, or settings that do not compose.
     """
     cache_given, cache = cache, NoCache() if cache is None else cache
-    check_settings(sampler, cache, fill_to)
+    check_arguments(sampler, cache, fill_to)
     prompts = empty_prompts(num_sequences) if prompts is None else as_ids(prompts, "prompt")
     valid = None if valid is None else np.asarray(as_valid(valid))
     require(prompts.ndim == 2, f"prompts have shape {prompts.shape}; give [batch, length]")

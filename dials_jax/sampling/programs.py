@@ -25,7 +25,9 @@ from dials_jax.sampling.sampler import CallRecord, Steps
 
 STATIC = ("cfg", "sampler", "cache", "executor")
 
-Result = tuple[tuple[Int[Array, "B T"], CallRecord], float]  # the canvas, its record, and seconds
+Generated = tuple[
+    tuple[Int[Array, "B T"], CallRecord], float
+]  # the canvas, its record, and seconds
 
 
 class Role(NamedTuple):
@@ -84,12 +86,12 @@ def segment_program(params, state, stop, prompts, valid, keys, policy, **static)
     return steps.run(state, stop)
 
 
-def run_alone(role: Role, batch: tuple, **static) -> Result:
+def run_alone(role: Role, batch: tuple, **static) -> Generated:
     """Runs one model's steps as one program. Args: batch: prompts, valid and keys, placed."""
     return role.model.run(generate_program, *batch, role.policy, **static)
 
 
-def run_schedule(roles: dict[str, Role], schedule: Schedule, batch: tuple, **static) -> Result:
+def run_schedule(roles: dict[str, Role], schedule: Schedule, batch: tuple, **static) -> Generated:
     """Runs the models of a schedule in turns.
 
     Args:

@@ -93,7 +93,7 @@ def check_schedule(
     )
 
 
-def check_settings(sampler: object, cache: object, fill_to: int) -> None:
+def check_arguments(sampler: object, cache: object, fill_to: int) -> None:
     """Raises: InputError for what is no sampler or cache, and for an empty batch."""
     require(
         isinstance(sampler, Sampler) and not isinstance(sampler, type),
