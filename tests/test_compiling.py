@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dials_jax import compiling
-from dials_jax.compiling import Timed, compiler_options
+from dials_jax.compiling import Timed, compiler_options, timed_jit, total_compile_seconds
 from dials_jax.skipping.policies import Static
 from dials_jax.training import loop
 
@@ -107,3 +107,23 @@ def test_the_time_of_earlier_work_is_not_counted():
     add(x)
     _, seconds = add(slow(x))  # still running when the call starts
     assert seconds < work / 2
+
+
+def test_a_decorated_function_is_timed_and_can_be_traced_anew():
+    added = 1.0
+
+    @timed_jit("exponent")
+    def program(x, *, exponent):
+        return x**exponent + added
+
+    before = total_compile_seconds()
+    assert program(jnp.asarray(3.0), exponent=2)[0] == 10
+    assert program.compile_seconds > 0
+    assert total_compile_seconds() - before == pytest.approx(program.compile_seconds)
+    added = 2.0  # read while tracing
+    anew = program.traced_anew()
+    assert anew.num_programs == 0
+    assert program(jnp.asarray(3.0), exponent=2)[0] == 10
+    assert anew(jnp.asarray(3.0), exponent=2)[0] == 11
+    program.forget_programs()
+    assert program.num_programs == 0 and anew.num_programs == 1
