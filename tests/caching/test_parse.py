@@ -1,9 +1,14 @@
+import dataclasses
+import json
+
 import pytest
 
 from dials_jax.caching.early_skip.settings import EarlySkip
 from dials_jax.caching.parse import parse_cache
 from dials_jax.caching.plain import DualCache, PrefixCache
+from dials_jax.config import from_dict, to_dict
 from dials_jax.errors import InputError
+from tests.caching.cases import CACHES
 
 
 def test_names_of_caches():
@@ -26,3 +31,17 @@ def test_other_names_are_refused_in_one_line(text, message):
     with pytest.raises(InputError) as error:
         parse_cache(text)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_every_cache_is_a_value_of_a_configuration(name):
+    cache = CACHES[name]
+    assert from_dict(type(cache), to_dict(cache)) == cache and hash(cache) is not None
+
+
+def test_all_settings_of_early_skip_are_kept_in_json():
+    cache = EarlySkip((1.0, 0.6), (0.0, 0.3), 0.7, 32, 8, "query")
+    assert from_dict(EarlySkip, json.loads(json.dumps(to_dict(cache)))) == cache
+    defaults = EarlySkip()
+    for field in dataclasses.fields(EarlySkip):  # or a lost field would not be seen
+        assert getattr(cache, field.name) != getattr(defaults, field.name)
