@@ -94,7 +94,7 @@ def subject_of(cfg: TrainConfig, backbone: ModelConfig | None) -> Subject:
 
         def init():
             params = transformer.init(cfg.model, key)
-            return unroll(params) if cfg.unrolled else params
+            return unroll(params) if cfg.layout == "unrolled" else params
 
         loss = model_loss(cfg.model, cfg.objective, cfg.remat, cfg.dropout)
         return Subject(loss, init, {}, "")

@@ -75,7 +75,7 @@ class Case:
         check_objective(cfg, objective)
         optimizer = make_optimizer(
             OptimizerConfig(
-                learning_rate=3e-4, b2=0.999, weight_decay=0.0, schedule="constant",
+                learning_rate=3e-4, b2=0.999, weight_decay=0.0, lr_schedule="constant",
                 num_steps=1_000_000, warmup_steps=2500,
             ),
             1,

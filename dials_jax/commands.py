@@ -18,6 +18,7 @@ from typing import Any, TypeVar, get_args
 import jax
 
 import dials_jax.config
+from dials_jax.config.typed import require_not_renamed
 from dials_jax.errors import InputError, nearest, require
 from dials_jax.files import local_path
 from dials_jax.stopping import Stopped, obey_sigterm
@@ -144,6 +145,8 @@ def override(config: C, arguments: list[str], description: str = "") -> C:
     """The configuration with `--some.field value` applied."""
     if not arguments:
         return config
+    for argument in arguments:
+        _require_current_name(config, argument)
     import tyro
 
     message = io.StringIO()
@@ -160,6 +163,21 @@ def override(config: C, arguments: list[str], description: str = "") -> C:
         if stop.code:  # not --help
             raise InputError(_unframed(message.getvalue())) from None
         raise
+
+
+def _require_current_name(config: Any, argument: str) -> None:
+    """Raises: InputError for `--some.field` by the name that it had in an earlier version."""
+    if not argument.startswith("--"):
+        return
+    *parents, name = argument[2:].partition("=")[0].replace("-", "_").split(".")
+    for parent in parents:
+        if isinstance(config, tuple) and parent.isdigit() and int(parent) < len(config):
+            config = config[int(parent)]
+        else:
+            config = getattr(config, parent, None)
+    flag = ".".join(["--", *parents, "{}"]).replace("--.", "--")
+    for old in (name, name.removeprefix("no_")):
+        require_not_renamed(type(config), old, flag)
 
 
 def _unframed(message: str) -> str:

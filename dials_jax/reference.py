@@ -30,7 +30,7 @@ class Decoder:
         self.cfg, self.sampler, self.policy = model.config, sampler, policy
         self.cache = cache or NoCache()
         self.params = jax.tree.map(lambda x: np.asarray(x, np.float64), model.params)
-        self.shift, self.prompt_length = int(self.cfg.shift), len(prompt)
+        self.shift, self.prompt_length = int(self.cfg.right_shift), len(prompt)
         answer = [self.cfg.mask_id] * sampler.gen_length
         self.tokens = np.array([*prompt, *answer])
         length, cfg = len(self.tokens), self.cfg

@@ -222,7 +222,7 @@ def run(mesh):
         lambda name, x: x if "norm" in name else 8 * x, transformer.init(cfg, jax.random.key(0))
     )
     routers = conftest.random_routers(cfg)
-    router_cfg = RouterConfig(d_hidden=8, threshold=0.3)
+    router_cfg = RouterConfig(d_hidden=8, skip_threshold=0.3)
     model = Model(cfg, params, mesh)
     placed = model.params
     unrolled = Model(cfg, params | {"layers": trees.unstack(params["layers"])}, mesh)

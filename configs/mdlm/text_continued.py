@@ -12,4 +12,4 @@ from dials_jax.models.families import mdlm
 
 
 def get_config() -> TrainConfig:
-    return text(mdlm(12, shift=True), init_from="runs/mdlm/text_causal")
+    return text(mdlm(12, right_shift=True), init_from="runs/mdlm/text_causal")

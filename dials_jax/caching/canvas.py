@@ -46,7 +46,7 @@ class CanvasModel:
     @property
     def logit_shift(self) -> int:
         """A token is predicted by the position this many to its left: 1 after a right shift."""
-        return int(self.cfg.shift)
+        return int(self.cfg.right_shift)
 
     @property
     def length(self) -> int:

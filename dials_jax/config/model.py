@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from dials_jax.config.typed import Typed, require_positive
 from dials_jax.errors import require
@@ -16,6 +16,8 @@ DTYPES = get_args(Dtype)
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Typed):
     """Shape of one transformer. Numbers that change the maths have no default."""
+
+    RENAMED: ClassVar[dict[str, str]] = {"shift": "right_shift"}
 
     model_type: str = "llada"
     vocab_size: int  # rows of the embedding and of the head
@@ -38,7 +40,7 @@ class ModelConfig(Typed):
     cond_dim: int = 0  # width of the vector that modulates the layers (adaLN); 0: nothing does
     time_conditioning: bool = False  # it depends on the time t; otherwise it is a learned constant
     causal: bool = False  # a token sees itself and what is to its left only
-    shift: bool = False  # the head's row i predicts token i + 1 (Dream); `apply` undoes it
+    right_shift: bool = False  # the head predicts token i + 1 at i (Dream); `apply` undoes it
     subs: bool = False  # [MASK] is never predicted, whatever its logit (MDLM)
     mask_id: int | None  # id of [MASK]; None for a causal model that has none
     eos_id: int | None  # end of text; None for a causal model that has none
@@ -79,8 +81,9 @@ class ModelConfig(Typed):
                 f"{name} is missing; only a causal model can do without",
             )
         require(
-            not (self.causal and self.shift),
-            "shift=True is for models that fill in [MASK]; a causal model predicts the next token",
+            not (self.causal and self.right_shift),
+            "right_shift=True is for models that fill in [MASK]; a causal model predicts the next "
+            "token",
         )
 
     def require_mask(self) -> None:
@@ -95,14 +98,19 @@ class ModelConfig(Typed):
 class RouterConfig(Typed):
     """One DIALS router before every layer (DIALS, section 3.2)."""
 
+    RENAMED: ClassVar[dict[str, str]] = {"threshold": "skip_threshold"}
+
     d_hidden: int = 512
-    threshold: float = 0.1  # tau: skip a layer when a larger share of masked tokens votes so
+    skip_threshold: float = 0.1  # tau: skip a layer when a larger share of masked tokens votes so
     temperature: float = 1.0  # of the Gumbel-softmax
     execute_bias: float = 3.0  # first bias of the vote to execute; sigmoid(-3) = 4.7 % skip
 
     def __post_init__(self):
         super().__post_init__()
-        require(0 <= self.threshold < 1, f"threshold={self.threshold} must lie in [0, 1)")
+        require(
+            0 <= self.skip_threshold < 1,
+            f"skip_threshold={self.skip_threshold} must lie in [0, 1)",
+        )
         require_positive(self, "d_hidden", "temperature")
 
 

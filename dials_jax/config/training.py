@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from dials_jax.config.data import Data
 from dials_jax.config.model import MeshConfig, ModelConfig, RouterConfig
@@ -23,13 +23,15 @@ class OptimizerConfig(Typed):
     ("constant": MDLM).
     """
 
+    RENAMED: ClassVar[dict[str, str]] = {"schedule": "lr_schedule"}
+
     learning_rate: float = 5e-5
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.02
     clip_norm: float = 1.0  # of the whole gradient; a large one clips nothing
-    schedule: RateSchedule = "cosine"
+    lr_schedule: RateSchedule = "cosine"
     final_scale: float = 0.0  # cosine only: last rate / learning_rate
     ema: float | None = None  # decay of a moving average, which then is the model that comes out
     num_steps: int | None = None  # give steps or epochs, not both
@@ -69,15 +71,20 @@ class ObjectiveConfig(Typed):
     - causal: cross-entropy of the next token, for causal models.
     """
 
+    RENAMED: ClassVar[dict[str, str]] = {"min_ratio": "min_mask_ratio"}
+
     kind: Objective = "llada"
-    min_ratio: float = 1e-3  # mask ratios are uniform between this and 1
+    min_mask_ratio: float = 1e-3  # mask ratios are uniform between this and 1
     skip_weight: float = 1.0  # lambda of DIALS (10); routers only
     target_skip_rate: float = 0.5  # alpha_target of DIALS (8)
     scale_skip_by_mask_ratio: bool = True  # False: the unscaled ablation of DIALS, Figure 4
 
     def __post_init__(self):
         super().__post_init__()
-        require(0 < self.min_ratio <= 1, f"min_ratio={self.min_ratio} must lie in (0, 1]")
+        require(
+            0 < self.min_mask_ratio <= 1,
+            f"min_mask_ratio={self.min_mask_ratio} must lie in (0, 1]",
+        )
         require(
             0 <= self.target_skip_rate <= 1,
             f"target_skip_rate={self.target_skip_rate} must lie in [0, 1]",
@@ -91,6 +98,8 @@ class TrainConfig(Typed):
     The exported model is the moving average of the weights if `optimizer.ema` keeps one.
     """
 
+    RENAMED: ClassVar[dict[str, str]] = {"unrolled": "layout"}
+
     backbone: str = ""  # a checkpoint or Hugging Face folder; it stays frozen
     model: ModelConfig | None = None  # the model to train
     init_from: str = ""  # a model folder whose weights it starts from; empty: random weights
@@ -103,7 +112,7 @@ class TrainConfig(Typed):
     num_microbatches: int = 1
     dropout: float = 0.0  # share of what attention and MLPs add to the stream; model only
     remat: bool = False  # recompute blocks in the backward pass: less memory, a third more work
-    unrolled: bool = False  # own arrays for each layer: faster steps, slower to compile
+    layout: Literal["stacked", "unrolled"] = "stacked"  # unrolled: faster steps, compiles slower
     seed: Seed = 0
     log_every: int = 10
     save_every: int = 1000
@@ -135,3 +144,10 @@ class TrainConfig(Typed):
             f"batch_size={self.batch_size} must be divisible by "
             f"num_microbatches={self.num_microbatches}",
         )
+
+    @classmethod
+    def upgraded(cls, values: dict[str, Any]) -> dict[str, Any]:
+        values = super().upgraded(values)
+        if isinstance(values.get("layout"), bool):  # `unrolled`, in earlier versions
+            values["layout"] = "unrolled" if values["layout"] else "stacked"
+        return values

@@ -20,7 +20,7 @@ import typing
 from collections.abc import Callable
 from numbers import Real
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union
 
 import numpy as np
 
@@ -53,11 +53,46 @@ class Typed:
 
     Raises: InputError for a value of another type, an unknown name of a closed set, infinity and
       NaN, and integers beyond 32 bits or the field's `Range`.
+
+    Attributes:
+      RENAMED: the names that fields had in earlier versions, and those they have now. Stored
+        settings are read under either (`from_dict`); anyone else is told the new name.
     """
+
+    RENAMED: ClassVar[dict[str, str]] = {}
+
+    def __new__(cls, *args: Any, **kwargs: Any):
+        for name in kwargs:
+            require_not_renamed(cls, name)
+        return super().__new__(cls)
+
+    @classmethod
+    def upgraded(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Stored settings of an earlier version as this one stores them.
+
+        A class whose values changed too, and not their names alone, extends this.
+        """
+        for old, new in cls.RENAMED.items():
+            require(
+                old not in values or new not in values, f"{old!r} is now {new!r}; give only that"
+            )
+        return {cls.RENAMED.get(name, name): value for name, value in values.items()}
 
     def __post_init__(self):
         for name, hint in _field_hints(type(self)).items():
             object.__setattr__(self, name, as_type(hint, getattr(self, name), name))
+
+
+def require_not_renamed(cls: type, name: str, flag: str = "") -> None:
+    """Raises: InputError for the name that a field of `cls` had in an earlier version.
+
+    Args:
+      flag: how messages write a field's name, as in `--{}`; empty: in quotes.
+    """
+    new = getattr(cls, "RENAMED", {}).get(name)
+    if new is not None:
+        old, new = ((flag or "{!r}").format(x) for x in (name, new))
+        raise InputError(f"{old} of {cls.__name__} is now {new}; rename it")
 
 
 @functools.cache
@@ -86,7 +121,9 @@ def typed(function: F) -> F:
 
 
 def from_dict(cls: type[T], values: Any, where: str = "") -> T:
-    """A `Typed` dataclass from JSON values: the inverse of `to_dict`.
+    """A `Typed` dataclass from stored JSON values: the inverse of `to_dict`.
+
+    Values of earlier versions are read under their old names.
 
     Args:
       where: what messages begin with, such as the file.
@@ -102,7 +139,7 @@ def from_dict(cls: type[T], values: Any, where: str = "") -> T:
 
 def _from_dict(cls: type[T], values: Any) -> T:
     require(isinstance(values, dict), f"{shown(values)} is no {cls.__name__}; give its fields")
-    hints = _field_hints(cls)
+    hints, values = _field_hints(cls), cls.upgraded(values)
     for name in values:
         require(name in hints, f"unknown field {name!r}{nearest(name, hints)}")
     for f in dataclasses.fields(cls):

@@ -37,7 +37,7 @@ def translate(values: dict[str, Any], dtype: str) -> ModelConfig:
         model_type="dream",
         max_length=min(cfg.max_length, USABLE_POSITIONS),
         causal=False,
-        shift=True,
+        right_shift=True,
         mask_id=mask_id,
         eos_id=integer(values, "eos_token_id"),
         eot_id=PUBLISHED_EOT_ID if mask_id == PUBLISHED_MASK_ID else None,

@@ -19,14 +19,14 @@ class Noise(NamedTuple):
     weight: Float[Array, "B"]  # of the sequence's cross-entropy
 
 
-def uniform_noise(sequence_keys: jax.Array, min_ratio: float) -> Noise:
+def uniform_noise(sequence_keys: jax.Array, min_mask_ratio: float) -> Noise:
     """Draws p ~ U(eps, 1), that is (1 - eps) t + eps, for each sequence alone; the weight is 1/p.
 
     Source: LLaDA, Algorithm 1; LLaDA, Algorithm 2. `p_mask` of DIALS (10).
     """
 
     def one(key):
-        return jax.random.uniform(key, minval=min_ratio, maxval=1.0)
+        return jax.random.uniform(key, minval=min_mask_ratio, maxval=1.0)
 
     ratio = jax.vmap(one)(sequence_keys)
     return Noise(time=ratio, ratio=ratio, weight=1 / ratio)

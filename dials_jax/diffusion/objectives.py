@@ -78,7 +78,7 @@ def dials_loss(
     """DIALS (10): (CE / answer length + lambda |alpha - alpha_target|) / p_mask, per sequence.
 
     A sequence without a masked token contributes nothing: its skip loss would be weighed by up to
-    1 / min_ratio although its routers saw nothing.
+    1 / min_mask_ratio although its routers saw nothing.
 
     Args:
       cross_entropy: sum over the masked tokens, in nats.

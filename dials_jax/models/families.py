@@ -66,7 +66,7 @@ def dream_7b(**changes) -> ModelConfig:
     # In bfloat16 the published code rounds the rotary sines and cosines, too. Here they stay
     # float32, as in every model; in float32 both agree.
     values = dict(
-        model_type="dream", max_length=2048, causal=False, shift=True, mask_id=151666,
+        model_type="dream", max_length=2048, causal=False, right_shift=True, mask_id=151666,
         eot_id=151645,
     )  # fmt: skip
     return qwen2_5_7b(**(values | changes))

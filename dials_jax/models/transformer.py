@@ -257,7 +257,7 @@ def apply_final_norm(
 def shift_to_predicted(
     cfg: ModelConfig, h: Float[Array, "B T D"], valid: Bool[Array, "B T"] | None = None
 ) -> Float[Array, "B T D"]:
-    """Undoes the right shift: position i then predicts token i. As it is, unless `cfg.shift`.
+    """Undoes the right shift: position i then predicts token i. As it is, unless `cfg.right_shift`.
 
     The stream is moved before the head, whose logits are many times as wide. Nothing predicts a
     sequence's first token: there its own state stays, so that padding on the left changes no
@@ -266,7 +266,7 @@ def shift_to_predicted(
     Args:
       valid: False at padding; None: no padding.
     """
-    if not cfg.shift:
+    if not cfg.right_shift:
         return h
     left = jnp.concatenate([h[:, :1], h[:, :-1]], axis=1)
     if valid is None:

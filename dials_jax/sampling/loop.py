@@ -276,7 +276,7 @@ class Loop:
             delayed = (guess == cfg.eos_id) & too_early(cfg, blocks, inputs, out.index)
             confidence = jnp.where(delayed, 0.0, confidence)
             # The published code shows a delayed token's own confidence to a shifted model's cache.
-            shown = shown if cfg.shift else jnp.where(masked, confidence, 0.0)
+            shown = shown if cfg.right_shift else jnp.where(masked, confidence, 0.0)
         commit = masked & sampler.choose(jnp.where(masked, confidence, -jnp.inf), info, keys)
         tokens = _put(tokens, out.index, jnp.where(commit, guess, window))
         if sampler.stop_at_eos:

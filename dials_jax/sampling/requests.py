@@ -116,7 +116,7 @@ def check_empty_prompts(cfg: ModelConfig, present: Bool[np.ndarray, "B P"], cach
     """
     empty = np.flatnonzero(~present.any(axis=1))
     alone = present.shape[1] == 0 and isinstance(cache, NoCache)
-    if cfg.shift and empty.size and not alone:
+    if cfg.right_shift and empty.size and not alone:
         raise InputError(
             f"prompt {empty[0]} is empty, but this model predicts a token from the one before; "
             "begin it with a token such as end of text"

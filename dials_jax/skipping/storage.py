@@ -136,7 +136,7 @@ def load_router(path: str | Path, model: Backbone, threshold: float | None = Non
     )
     cfg = info.router
     if threshold is not None:
-        cfg = dataclasses.replace(cfg, threshold=threshold)
+        cfg = dataclasses.replace(cfg, skip_threshold=threshold)
     abstract = jax.eval_shape(lambda: init_routers(info.d_model, info.num_layers, cfg, seed_key(0)))
     whole = sharding.replicated(model.mesh)
     placed = jax.tree.map(
@@ -155,4 +155,4 @@ def load_router(path: str | Path, model: Backbone, threshold: float | None = Non
     routers = rounded(routers, model.config.dtype)
     # Laid out as the layers are: a slice of a stack would be copied at every layer.
     unrolled = trees.is_unrolled(model.params["layers"])
-    return Routed(trees.unstack(routers) if unrolled else routers, cfg.threshold)
+    return Routed(trees.unstack(routers) if unrolled else routers, cfg.skip_threshold)

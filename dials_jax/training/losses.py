@@ -106,7 +106,7 @@ def router_loss(
 
     def loss(routers, backbone, batch, draws):
         view = _view(cfg, objective, batch, draws)
-        policy = StochasticRouted(routers, router.threshold, router.temperature)
+        policy = StochasticRouted(routers, router.skip_threshold, router.temperature)
         out = _run(cfg, backbone, batch, view, remat, policy)
         masked, p_mask = view.weights != 0, view.noise.ratio
         cross_entropy, nats = sequence_cross_entropy(
@@ -135,8 +135,8 @@ def check_objective(cfg: ModelConfig, objective: ObjectiveConfig, routers: bool 
         "'causal' is for causal models, 'llada' and 'mdlm' are for the others",
     )
     require(
-        objective.kind != "mdlm" or objective.min_ratio < 1,
-        "objective.min_ratio=1 leaves nothing to mask under kind='mdlm'; give a small one",
+        objective.kind != "mdlm" or objective.min_mask_ratio < 1,
+        "objective.min_mask_ratio=1 leaves nothing to mask under kind='mdlm'; give a small one",
     )
     require(not (causal and routers), "routers vote at [MASK]; give a masked diffusion backbone")
 
@@ -165,9 +165,9 @@ def _view(cfg: ModelConfig, objective: ObjectiveConfig, batch: Batch, draws: Dra
         return _View(batch.tokens, targets, causal_weights(counted), layer_keys)
     ratio_keys, position_keys = jax.vmap(jax.random.split)(mask_keys).T
     if objective.kind == "mdlm":
-        noise = stratified_noise(draws.stratum, objective.min_ratio)
+        noise = stratified_noise(draws.stratum, objective.min_mask_ratio)
     else:
-        noise = uniform_noise(ratio_keys, objective.min_ratio)
+        noise = uniform_noise(ratio_keys, objective.min_mask_ratio)
     masked = corrupt(position_keys, batch.answer, noise.ratio)
     return _View(
         tokens=jnp.where(masked, cfg.mask_id, batch.tokens),

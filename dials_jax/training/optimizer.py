@@ -25,7 +25,7 @@ def _in_steps(steps: int | None, epochs: float | None, steps_per_epoch: int) -> 
 
 
 def make_schedule(cfg: OptimizerConfig, steps_per_epoch: int) -> optax.Schedule:
-    """Learning rate by step: 0 to the peak over the warm-up, then as `cfg.schedule` says.
+    """Learning rate by step: 0 to the peak over the warm-up, then as `cfg.lr_schedule` says.
 
     Raises: InputError if the warm-up does not end before training does.
     """
@@ -36,7 +36,7 @@ def make_schedule(cfg: OptimizerConfig, steps_per_epoch: int) -> optax.Schedule:
         warmup < total,
         f"optimizer: a warm-up of {warmup} steps does not end within {total} steps; shorten it",
     )
-    if cfg.schedule == "constant":
+    if cfg.lr_schedule == "constant":
         if not warmup:  # the schedule below would stay at its start, which is 0
             return optax.constant_schedule(cfg.learning_rate)
         return optax.warmup_constant_schedule(0.0, cfg.learning_rate, warmup)

@@ -38,7 +38,7 @@ FREE_FIELDS = tuple(
     f"train.{name}"
     for name in (
         *("log_every", "save_every", "keep_checkpoints", "mesh", "remat", "max_minutes"),
-        *("num_microbatches", "unrolled", "backbone", "init_from"),
+        *("num_microbatches", "layout", "backbone", "init_from"),
         *(f"data.{place}" for place in ("folder", "paths", "cache", "tokenizer", "reader")),
     )
 )
@@ -51,7 +51,7 @@ ROUTER_FIELDS = (
 RATE_FIELDS = tuple(
     f"train.optimizer.{name}"
     for name in (
-        *("learning_rate", "schedule", "final_scale"),
+        *("learning_rate", "lr_schedule", "final_scale"),
         *(f"{what}_{unit}" for what in ("num", "warmup") for unit in ("steps", "epochs")),
     )
 )
@@ -98,7 +98,7 @@ def _model_run(cfg: TrainConfig, mesh: Mesh) -> Run:
             params = grow_vocabulary(*source, cfg.model.vocab_size)
         else:
             params = transformer.init(cfg.model, seed_key(cfg.seed))
-        return unroll(params) if cfg.unrolled else params
+        return unroll(params) if cfg.layout == "unrolled" else params
 
     def export(workdir: Path, params: trees.Params) -> None:
         with writing(workdir / "tokenizer.json", "make room and run the same command again"):

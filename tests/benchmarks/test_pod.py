@@ -47,7 +47,7 @@ def num_bytes(tree):
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-@pytest.mark.parametrize("changes", [{}, {"unrolled": True}, {"num_microbatches": 2}])
+@pytest.mark.parametrize("changes", [{}, {"layout": "unrolled"}, {"num_microbatches": 2}])
 def test_what_is_kept_is_what_training_keeps(changes, train_config, tmp_path):
     optimizer = OptimizerConfig(num_steps=2, warmup_steps=1, ema=0.9)
     cfg = train_config(optimizer=optimizer, **changes)

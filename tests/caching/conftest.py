@@ -10,7 +10,7 @@ from tests.conftest import small_config
 @pytest.fixture(scope="session")
 def models():
     """In a Dream token i is predicted at position i - 1; here two heads share keys, too."""
-    dream = make_lively(small_config(num_layers=3, shift=True, num_kv_heads=2), 4)
+    dream = make_lively(small_config(num_layers=3, right_shift=True, num_kv_heads=2), 4)
     layers = trees.unstack(dream.params["layers"])
     return {
         "llada": make_lively(small_config(), 0),

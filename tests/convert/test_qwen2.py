@@ -79,7 +79,7 @@ def test_the_head_itself_is_dreams_unshifted_one():
 def test_what_tells_the_models_apart_changes_the_logits(model, golden, change):
     cfg = model.config
     value = {"rope_theta": 1e4, "norm_eps": 1e-3, "causal": not cfg.causal}[change]
-    special = {"mask_id": 299, "eos_id": 0, "shift": False}
+    special = {"mask_id": 299, "eos_id": 0, "right_shift": False}
     other = Model(dataclasses.replace(cfg, **(special | {change: value})), model.params)
     same = Model(dataclasses.replace(cfg, **special), model.params)
     tokens = golden["input_ids"]

@@ -59,7 +59,7 @@ def test_probabilities_are_read_where_a_token_is_masked(model):
 
 
 def test_a_shifted_models_answer_begins_with_the_prediction_of_the_prompts_last_row(model):
-    shifted = Model(dataclasses.replace(model.config, shift=True), model.params)
+    shifted = Model(dataclasses.replace(model.config, right_shift=True), model.params)
     tokens = np.array([[3, 4, 5, 6, 7]])
     noisy = np.where(np.arange(5) == 3, model.config.mask_id, tokens)  # the answer's first token
     value = estimate_log_likelihood(shifted, tokens, noisy, np.ones((1, 5)), prompt_len=3)

@@ -243,7 +243,7 @@ def test_neither_batch_nor_bucket_changes_what_a_threshold_generates(excited, mi
 
 def test_a_shifted_model_generates_from_the_prompts_last_token(scorer):
     """Its layers do nothing and its head says which digit follows: 0 after 9 after 8, and so on."""
-    cfg = dataclasses.replace(scorer.config, shift=True)
+    cfg = dataclasses.replace(scorer.config, right_shift=True)
     digits = np.array([TOKENIZER.encode(str(digit))[0] for digit in range(10)])
     params = jax.tree.map(jnp.zeros_like, scorer.params)
     params = trees.map_named(lambda name, x: jnp.ones_like(x) if "norm" in name else x, params)

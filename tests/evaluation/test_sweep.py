@@ -39,7 +39,10 @@ LABELS = ["full", "static k=1", "routed λ=0.5", "random k=2"]
 def folder(tmp_path_factory, arithmetic_model):
     """Router workdirs "a" and "b", of one lambda, and records for the NELBO."""
     folder = tmp_path_factory.mktemp("sweep")
-    model, cfg = load(arithmetic_model), RouterConfig(d_hidden=8, threshold=0.5, execute_bias=0.0)
+    model, cfg = (
+        load(arithmetic_model),
+        RouterConfig(d_hidden=8, skip_threshold=0.5, execute_bias=0.0),
+    )
     for seed, name in enumerate("ab"):
         key = jax.random.key(seed)
         routers = init_routers(model.config.d_model, model.num_layers, cfg, key)

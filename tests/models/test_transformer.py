@@ -22,7 +22,7 @@ OTHER = {
     "head_dim": 10, "d_ff": 96, "rope_theta": 100.0, "norm_eps": 1e-2, "qkv_bias": True,
     "bias": True, "o_bias": True, "head_bias": True, "norm": "layer", "mlp": "gelu",
     "norm_bias": True, "cond_dim": 8, "time_conditioning": True,
-    "causal": True, "shift": True, "dtype": "bfloat16",
+    "causal": True, "right_shift": True, "dtype": "bfloat16",
 }  # fmt: skip
 # What else must hold, before and after, for a field to be there at all.
 WITH = {
@@ -141,13 +141,13 @@ def test_a_causal_model_sees_no_token_to_the_right(model, cfg):
 
 def test_a_shifted_model_predicts_every_token_from_the_row_to_its_left(model, cfg):
     raw = model.apply(TOKENS).logits
-    logits = Model(dataclasses.replace(cfg, shift=True), model.params).apply(TOKENS).logits
+    logits = Model(dataclasses.replace(cfg, right_shift=True), model.params).apply(TOKENS).logits
     np.testing.assert_allclose(logits[:, 1:], raw[:, :-1], atol=1e-6)
     np.testing.assert_allclose(logits[:, 0], raw[:, 0], atol=1e-6)
 
 
 def test_a_left_padded_row_of_a_shifted_model_equals_the_row_alone(model, cfg):
-    shifted = Model(dataclasses.replace(cfg, shift=True), model.params)
+    shifted = Model(dataclasses.replace(cfg, right_shift=True), model.params)
     valid = np.arange(8) >= np.array([0, 3])[:, None]
     out = shifted.apply(TOKENS, valid).logits
     np.testing.assert_allclose(out[0], shifted.apply(TOKENS[:1]).logits[0], atol=1e-5)
@@ -181,8 +181,8 @@ def test_only_a_causal_model_does_without_special_tokens(name):
 
 
 def test_a_causal_model_is_not_shifted():
-    with pytest.raises(InputError, match="shift"):
-        small_config(causal=True, shift=True)
+    with pytest.raises(InputError, match="right_shift"):
+        small_config(causal=True, right_shift=True)
 
 
 def test_policies_see_masked_tokens_without_padding(model, cfg):

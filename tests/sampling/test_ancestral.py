@@ -259,7 +259,7 @@ def test_time_reaches_the_model(timed):
 
 def test_predictions_of_a_shifted_model_are_those_of_the_token_before(lively):
     # One token after a prompt: the only call sees the prompt, and its prediction is `apply`'s.
-    cfg = dataclasses.replace(lively.config, shift=True)
+    cfg = dataclasses.replace(lively.config, right_shift=True)
     kernel = 50 * lively.params["head"]["kernel"]  # leaves no choice
     model = Model(cfg, {**lively.params, "head": {"kernel": kernel}})
     prompts = np.random.default_rng(0).integers(2, 60, (3, 6))

@@ -24,7 +24,7 @@ LOGITS = jnp.log(jnp.array([[[0.5, 0.3, 0.15, 0.05]]]))
 
 @pytest.fixture(scope="module")
 def shifted(lively):
-    return Model(dataclasses.replace(lively.config, shift=True), lively.params)
+    return Model(dataclasses.replace(lively.config, right_shift=True), lively.params)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from dials_jax.models.model import Model
 from dials_jax.skipping.routed import apply_router, init_routers
 from dials_jax.skipping.storage import load_router, router_facts, save_router
 
-CFG = RouterConfig(d_hidden=8, threshold=0.25, execute_bias=0.0)
+CFG = RouterConfig(d_hidden=8, skip_threshold=0.25, execute_bias=0.0)
 
 
 @pytest.fixture(scope="module")

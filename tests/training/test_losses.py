@@ -20,8 +20,8 @@ from dials_jax.nn.rope import positions_of, rope_angles
 from dials_jax.training.losses import Draws, check_objective, model_loss, router_loss
 
 ROWS, LENGTH, PROMPT, LAYERS = 4, 10, 4, 2
-ROUTER = RouterConfig(d_hidden=8, threshold=0.4, temperature=0.7)
-OBJECTIVE = ObjectiveConfig(min_ratio=0.2, skip_weight=0.8, target_skip_rate=0.3)
+ROUTER = RouterConfig(d_hidden=8, skip_threshold=0.4, temperature=0.7)
+OBJECTIVE = ObjectiveConfig(min_mask_ratio=0.2, skip_weight=0.8, target_skip_rate=0.3)
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +57,10 @@ def draws():
 def noise_of(objective, ratio_key, stratum):
     """A row's mask probability and what its loss is multiplied with."""
     if objective.kind == "llada":
-        p = jax.random.uniform(ratio_key, minval=objective.min_ratio, maxval=1.0)
+        p = jax.random.uniform(ratio_key, minval=objective.min_mask_ratio, maxval=1.0)
         return p, 1 / p
-    t = (1 - objective.min_ratio) * stratum + objective.min_ratio
-    return (1 - objective.min_ratio) * t, 1 / t
+    t = (1 - objective.min_mask_ratio) * stratum + objective.min_mask_ratio
+    return (1 - objective.min_mask_ratio) * t, 1 / t
 
 
 def reference(cfg, params, routers, batch, draws, objective):
@@ -94,7 +94,9 @@ def reference(cfg, params, routers, batch, draws, objective):
             logits = logits.at[:, cfg.mask_id].set(-jnp.inf)
         log_p = jax.nn.log_softmax(logits)
         # Dream's head predicts one token to the right of its row.
-        ce = -sum(log_p[t - cfg.shift, batch.tokens[row, t]] for t in range(LENGTH) if masked[t])
+        ce = -sum(
+            log_p[t - cfg.right_shift, batch.tokens[row, t]] for t in range(LENGTH) if masked[t]
+        )
         loss = ce / length * weight
         if routers is not None:
             rates.append(sum(skips) / cfg.num_layers)
@@ -111,7 +113,7 @@ def skip_gate(router, h, noise, masked):
     soft = jax.nn.softmax((logits + router["vote_bias"] + noise) / ROUTER.temperature)[:, 0]
     votes = soft + jax.lax.stop_gradient((soft > 0.5) - soft)
     share = sum(votes * masked) / max(int(masked.sum()), 1)
-    return share + jax.lax.stop_gradient((share > ROUTER.threshold) - share)
+    return share + jax.lax.stop_gradient((share > ROUTER.skip_threshold) - share)
 
 
 def assert_trees_close(a, b):
@@ -122,7 +124,7 @@ def assert_trees_close(a, b):
 def test_the_router_loss_and_its_gradient_are_the_papers(cut, batch, draws, scale):
     cfg, params, routers = cut
     objective = ObjectiveConfig(
-        min_ratio=0.2, skip_weight=0.8, target_skip_rate=0.3, scale_skip_by_mask_ratio=scale
+        min_mask_ratio=0.2, skip_weight=0.8, target_skip_rate=0.3, scale_skip_by_mask_ratio=scale
     )
 
     def slow(routers):
@@ -157,7 +159,7 @@ def test_routers_never_see_the_mask_logit_of_a_backbone_that_never_says_it(cut, 
 @pytest.mark.parametrize("kind, shift", [("llada", False), ("llada", True), ("mdlm", False)])
 def test_the_model_loss_and_its_gradient_are_the_papers(cut, batch, draws, kind, shift):
     cfg, params, _ = cut
-    cfg = dataclasses.replace(cfg, shift=shift)
+    cfg = dataclasses.replace(cfg, right_shift=shift)
     objective = dataclasses.replace(OBJECTIVE, kind=kind)
 
     def slow(params):
@@ -246,7 +248,7 @@ def test_lambda_weighs_the_skip_loss_alone(cut, batch, draws):
     cfg, params, routers = cut
 
     def loss(skip_weight):
-        objective = ObjectiveConfig(min_ratio=0.2, skip_weight=skip_weight)
+        objective = ObjectiveConfig(min_mask_ratio=0.2, skip_weight=skip_weight)
         loss_fn = router_loss(cfg, ROUTER, objective, remat=False)
         return float(loss_fn(routers, params, batch, draws)[0])
 

@@ -30,13 +30,13 @@ def test_without_a_final_scale_the_middle_of_the_cosine_is_half_the_peak():
 
 @pytest.mark.parametrize("schedule", ["cosine", "constant"])
 def test_without_warm_up_the_first_step_has_the_peak(schedule):
-    cfg = OptimizerConfig(learning_rate=0.4, num_steps=30, warmup_steps=0, schedule=schedule)
+    cfg = OptimizerConfig(learning_rate=0.4, num_steps=30, warmup_steps=0, lr_schedule=schedule)
     assert make_schedule(cfg, EPOCH)(0) == pytest.approx(0.4)
 
 
 def test_a_constant_rate_stays_after_the_warm_up():
     cfg = OptimizerConfig(
-        learning_rate=0.4, num_steps=30, warmup_steps=10, schedule="constant", final_scale=0.1
+        learning_rate=0.4, num_steps=30, warmup_steps=10, lr_schedule="constant", final_scale=0.1
     )
     schedule = make_schedule(cfg, EPOCH)
     rates = [float(schedule(step)) for step in (0, 5, 10, 20, 29)]

@@ -208,7 +208,7 @@ def finished(tmp_path_factory):
     [
         ({"seed": 1}, "seed is 0 there and 1 here"),
         ({"data": ArithmeticData(num_items=150)}, "data.num_items is 200 there and 150 here"),
-        ({"objective": ObjectiveConfig(min_ratio=0.1)}, "objective.min_ratio is 0.001"),
+        ({"objective": ObjectiveConfig(min_mask_ratio=0.1)}, "objective.min_mask_ratio is 0.001"),
     ],
 )
 def test_the_workdir_of_another_experiment_is_refused(
@@ -231,24 +231,24 @@ def with_optimizer(cfg, **changes):
 
 @pytest.fixture
 def constant(train_config):
-    return with_optimizer(train_config(), schedule="constant")
+    return with_optimizer(train_config(), lr_schedule="constant")
 
 
 def test_other_microbatches_and_layouts_go_on_with_the_same_bits(constant, finished, tmp_path):
     """Layers are stored as the run had them and come back as this one wants them."""
     workdir = finished(constant, tmp_path / "run")
     first = train(constant, workdir)
-    for changes in ({"unrolled": True}, {"num_microbatches": 2, "save_every": 3}, {}):
+    for changes in ({"layout": "unrolled"}, {"num_microbatches": 2, "save_every": 3}, {}):
         cfg = dataclasses.replace(constant, **changes)
         state = train(cfg, workdir)
-        assert trees.is_unrolled(state.params["layers"]) == cfg.unrolled
+        assert trees.is_unrolled(state.params["layers"]) == (cfg.layout == "unrolled")
         stacked = trees.relayout(state, unrolled=False)
         jax.tree.map(np.testing.assert_array_equal, stacked, first)
 
 
 def test_layers_stored_unrolled_come_back_stacked(constant, tmp_path):
     cfg = with_optimizer(constant, num_steps=2, ema=0.9)
-    unrolled = train(dataclasses.replace(cfg, unrolled=True), tmp_path)
+    unrolled = train(dataclasses.replace(cfg, layout="unrolled"), tmp_path)
     assert trees.is_unrolled(unrolled.opt_state[1][0].mu["layers"])
     state = train(cfg, tmp_path)
     jax.tree.map(np.testing.assert_array_equal, state, trees.relayout(unrolled, unrolled=False))
@@ -289,7 +289,7 @@ def test_settings_go_on_that_leave_the_rates_from_here_on(changes, constant, tmp
         ({"num_steps": 5}, "has taken 6 steps and 5 are asked for"),
         ({"learning_rate": 0.1}, "optimizer.learning_rate is 0.01 there and 0.1 here, which chang"),
         ({"num_steps": 60, "warmup_steps": 20}, "which changes the learning rates"),
-        ({"schedule": "cosine"}, "optimizer.schedule is 'constant' there and 'cosine' here"),
+        ({"lr_schedule": "cosine"}, "optimizer.lr_schedule is 'constant' there and 'cosine' here"),
         ({"b1": 0.5}, r"optimizer.b1 is 0.9 there and 0.5 here\); choose another --workdir"),
     ],
 )

@@ -27,7 +27,7 @@ def causal(tmp_path_factory):
         values = {
             "vocab_size": vocab_size,
             "causal": True,
-            "shift": False,
+            "right_shift": False,
             "mask_id": None,
         } | changes
         cfg = dataclasses.replace(cfg, **values)
@@ -41,7 +41,7 @@ def causal(tmp_path_factory):
 def test_training_starts_from_exactly_the_causal_models_weights(
     vocab_size, causal, train_config, tmp_path
 ):
-    model = dataclasses.replace(train_config().model, shift=True)
+    model = dataclasses.replace(train_config().model, right_shift=True)
     source = causal(model, vocab_size)
     cfg = train_config(model=model, init_from=str(source), optimizer=AT_REST)
     state = train(cfg, tmp_path)
@@ -53,11 +53,11 @@ def test_training_starts_from_exactly_the_causal_models_weights(
         if name == "head/kernel":
             x = x[:, :vocab_size]
         np.testing.assert_allclose(x, old[name], atol=1e-7, err_msg=name)
-    assert load(tmp_path).config.shift
+    assert load(tmp_path).config.right_shift
 
 
 def test_a_continued_model_resumes_and_remembers_its_source(causal, train_config, tmp_path):
-    model = dataclasses.replace(train_config().model, shift=True)
+    model = dataclasses.replace(train_config().model, right_shift=True)
     source = causal(model, 18)
     cfg = train_config(
         model=model, init_from=str(source), objective=ObjectiveConfig(kind="mdlm")

@@ -25,7 +25,7 @@ CONFIG = TrainConfig(
 
 def test_unrolled_training_equals_stacked_and_goes_on_from_its_checkpoints(tmp_path):
     stacked = train(CONFIG, tmp_path / "stacked")
-    cfg = dataclasses.replace(CONFIG, unrolled=True)
+    cfg = dataclasses.replace(CONFIG, layout="unrolled")
     state = train(cfg, tmp_path / "unrolled")
     assert trees.is_unrolled(state.params["layers"])
     for name, x in trees.named_leaves(stacked.params | {"layers": {}}):
