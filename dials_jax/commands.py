@@ -18,7 +18,6 @@ from typing import Any, TypeVar, get_args
 import jax
 
 import dials_jax.config
-from dials_jax.config.typed import require_not_renamed
 from dials_jax.errors import InputError, nearest, require
 from dials_jax.files import local_path
 from dials_jax.stopping import Stopped, obey_sigterm
@@ -175,9 +174,12 @@ def _require_current_name(config: Any, argument: str) -> None:
             config = config[int(parent)]
         else:
             config = getattr(config, parent, None)
-    flag = ".".join(["--", *parents, "{}"]).replace("--.", "--")
-    for old in (name, name.removeprefix("no_")):
-        require_not_renamed(type(config), old, flag)
+    prefix = "".join(f"{parent}." for parent in parents)
+    new = getattr(config, "RENAMED", {}).get(name.removeprefix("no_"))
+    require(
+        new is None,
+        f"--{prefix}{name} of {type(config).__name__} is now --{prefix}{new}; rename it",
+    )
 
 
 def _unframed(message: str) -> str:

@@ -51,6 +51,9 @@ def test_the_file_decides_and_flags_override(config):
         (["--optimizer.num-step", "3"], "--optimizer.num-step.*--optimizer.num-steps"),
         (["--batch-size", "seven"], "--batch-size.*seven"),
         (["--batch-size", "7", "--num-microbatches", "2"], "batch_size=7 must be divisible"),
+        (["--optimizer.schedule", "constant"], "^--optimizer.schedule .* --optimizer.lr_schedule;"),
+        (["--router.threshold=0.3"], "^--router.threshold of RouterConfig .*router.skip_threshold"),
+        (["--no-unrolled"], "^--no_unrolled of TrainConfig is now --layout; rename it"),
     ],
 )
 def test_wrong_flags_are_refused_in_one_line(config, arguments, message):

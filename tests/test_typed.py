@@ -299,3 +299,56 @@ def test_a_policy_of_a_path_says_how_to_load_it(path):
 def test_a_policy_without_routers_is_refused(router):
     with pytest.raises(InputError, match="the router holds no arrays"):
         check_router(router, 4)
+
+
+# ------------------------------------------------------------------------------ renamed fields
+
+RENAMED_VALUES = [
+    (RouterConfig, {"threshold": 0.3}, RouterConfig(skip_threshold=0.3)),
+    (ObjectiveConfig, {"min_ratio": 2e-3}, ObjectiveConfig(min_mask_ratio=2e-3)),
+    (
+        OptimizerConfig,
+        {"num_steps": 5, "warmup_steps": 1, "schedule": "constant"},
+        OptimizerConfig(num_steps=5, warmup_steps=1, lr_schedule="constant"),
+    ),
+]
+
+
+def train_values(**changes):
+    values = to_dict(TrainConfig(model=small_config(), data=ArithmeticData(), optimizer=OPTIMIZER))
+    return {name: x for name, x in values.items() if name != "layout"} | changes
+
+
+@pytest.mark.parametrize(("cls", "stored", "meant"), RENAMED_VALUES)
+def test_stored_settings_are_read_under_their_old_names(cls, stored, meant):
+    assert from_dict(cls, stored) == meant
+    assert from_dict(cls, to_dict(meant)) == meant
+
+
+@pytest.mark.parametrize(("unrolled", "layout"), [(True, "unrolled"), (False, "stacked")])
+def test_a_stored_run_says_of_its_layers_whether_they_are_unrolled(unrolled, layout):
+    values = train_values(unrolled=unrolled)
+    values["optimizer"]["schedule"] = values["optimizer"].pop("lr_schedule")
+    values["model"]["shift"] = values["model"].pop("right_shift")
+    assert from_dict(TrainConfig, values).layout == layout
+
+
+def test_settings_under_both_names_are_refused():
+    with pytest.raises(InputError, match="'threshold' is now 'skip_threshold'; give only that"):
+        from_dict(RouterConfig, {"threshold": 0.1, "skip_threshold": 0.2})
+
+
+def test_from_python_the_old_name_is_refused_with_the_new_one():
+    with pytest.raises(InputError, match=r"^'threshold' of RouterConfig is now 'skip_threshold'"):
+        RouterConfig(threshold=0.3)
+    with pytest.raises(InputError, match="'unrolled' of TrainConfig is now 'layout'"):
+        dataclasses.replace(
+            TrainConfig(model=small_config(), data=ArithmeticData(), optimizer=OPTIMIZER),
+            unrolled=True,
+        )
+
+
+def test_every_renamed_field_has_the_new_name_and_not_the_old_one():
+    for valid in VALID:
+        names = {field.name for field in dataclasses.fields(valid)}
+        assert set(valid.RENAMED.values()) <= names and not valid.RENAMED.keys() & names

@@ -62,8 +62,8 @@ class Typed:
     RENAMED: ClassVar[dict[str, str]] = {}
 
     def __new__(cls, *args: Any, **kwargs: Any):
-        for name in kwargs:
-            require_not_renamed(cls, name)
+        for name in kwargs.keys() & cls.RENAMED.keys():
+            raise InputError(f"{name!r} of {cls.__name__} is now {cls.RENAMED[name]!r}; rename it")
         return super().__new__(cls)
 
     @classmethod
@@ -81,18 +81,6 @@ class Typed:
     def __post_init__(self):
         for name, hint in _field_hints(type(self)).items():
             object.__setattr__(self, name, as_type(hint, getattr(self, name), name))
-
-
-def require_not_renamed(cls: type, name: str, flag: str = "") -> None:
-    """Raises: InputError for the name that a field of `cls` had in an earlier version.
-
-    Args:
-      flag: how messages write a field's name, as in `--{}`; empty: in quotes.
-    """
-    new = getattr(cls, "RENAMED", {}).get(name)
-    if new is not None:
-        old, new = ((flag or "{!r}").format(x) for x in (name, new))
-        raise InputError(f"{old} of {cls.__name__} is now {new}; rename it")
 
 
 @functools.cache
