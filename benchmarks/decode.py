@@ -33,6 +33,7 @@ from dials_jax.nn.policy import Policy
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.generate import generate
 from dials_jax.skipping.policies import Random, Static
+from dials_jax.skipping.routed import Routed
 
 COLUMNS = {
     "cache": "<12", "policy": "<12", "batch": ">5d", "nfe": ">5d", "ms_a_call": ">9.2f",
@@ -51,9 +52,9 @@ def parse_policy(text: str, num_layers: int, routed: Callable[[int], Policy]) ->
     if text == "full":
         return None
     makers = {
-        "static": lambda n: Static(range(num_layers - n, num_layers)),
-        "random": Random,
-        "routed": routed,
+        Static.name: lambda n: Static(range(num_layers - n, num_layers)),
+        Random.name: Random,
+        Routed.name: routed,
     }
     require(name in makers, f"policy {text!r} is not known{nearest(name, ['full', *makers])}")
     require(number.isdigit(), f"policy {text!r}: give the number of layers, as in {name}-4")
@@ -104,7 +105,7 @@ def run_case(model: Model, options: argparse.Namespace, cache: str, policy: str)
         "cache": cache, "policy": policy, "batch": options.batch, "nfe": best.nfe,
         "ms_a_call": 1e3 * best.flops.seconds / best.nfe,
         "tokens_a_second": options.batch * options.gen / best.flops.seconds,
-        "layers_run": best.flops.layers_run, "flops_share": best.flops.model,
+        "layers_run": best.flops.layers_run, "flops_share": best.flops.flops_share,
         "seconds": best.flops.seconds, "all_seconds": [r.flops.seconds for r in runs],
         "compile_s": compiled, "peak_gb": peak_gigabytes(),
         "model": dataclasses.asdict(cfg),

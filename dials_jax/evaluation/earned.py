@@ -41,7 +41,7 @@ def batch_record(
             last[2:] = last[2] + 1, last[3] + float(value)
         else:
             scores.append([name, int(copy), 1, float(value)])
-    record = {"scores": scores, "flops": flops._asdict(), "execution": execution.to_dict()}
+    record = {"scores": scores, "flops": flops.to_dict(), "execution": execution.to_dict()}
     return record | ({"examples": dict(examples)} if examples else {})
 
 
@@ -77,7 +77,7 @@ class Earned:
             # Of what is not finite, which JSON cannot hold, only log 0 is possible.
             self._sums[name].append(-math.inf if total is None else total)
         self.execution.add_counts(**record["execution"])
-        self._costs.append(Flops(**record["flops"]))
+        self._costs.append(Flops.from_dict(record["flops"]))
         self.examples |= record.get("examples", {})
 
     def left(self, names: Sequence[str]) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"]]:

@@ -26,10 +26,9 @@ from dials_jax.evaluation.positions import over_positions
 from dials_jax.keys import threefry_key
 from dials_jax.models import transformer
 from dials_jax.models.model import Model, as_ids, check_shapes, check_vocabulary, sequence_keys
-from dials_jax.nn.policy import Policy, check_policy
+from dials_jax.nn.policy import Policy, check_policy, uses_keys
 from dials_jax.nn.stack import Executor
 from dials_jax.skipping.flops import Flops, count_flops
-from dials_jax.skipping.routed import draws, router_width
 
 POSITIONS = 128  # of the answer, scored together; bounds the memory that logits take
 
@@ -96,9 +95,10 @@ def log_likelihood(
 def num_copies(answer_length: int, num_samples: int, policy: Policy | None) -> int:
     """How many of `num_samples` masked copies to run for their mean.
 
-    An answer of one token is masked in every copy. They differ only under a policy that draws.
+    An answer of one token is masked in every copy. Copies differ only under a
+    policy that uses random keys.
     """
-    return 1 if answer_length == 1 and not draws(policy) else num_samples
+    return 1 if answer_length == 1 and not uses_keys(policy) else num_samples
 
 
 @typed
@@ -216,7 +216,7 @@ def score_pairs(
         scores.gates,
         num_tokens=pairs.prompts.shape[1] + pairs.answers.shape[1],
         head_tokens=pairs.answers.shape[1],
-        d_router=router_width(policy),
+        policy=policy,
         seconds=seconds,
     )
     return scores, flops

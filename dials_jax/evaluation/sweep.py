@@ -28,7 +28,7 @@ from dials_jax.evaluation.sweep_records import SweepRecords, circumstances, swee
 from dials_jax.files import write_json
 from dials_jax.loading import load
 from dials_jax.models.model import Model
-from dials_jax.nn.policy import Policy
+from dials_jax.nn.policy import Policy, policy_name
 from dials_jax.reporting.sweep_report import format_table, write_report
 from dials_jax.skipping.policies import Random, Static
 from dials_jax.skipping.similarity import choose_static_layers, layer_similarities
@@ -40,10 +40,13 @@ from dials_jax.workdir import exclusive
 class Candidate:
     """A policy of the sweep and how the report calls it."""
 
-    kind: str
     label: str
     policy: Policy | None
     facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        return policy_name(self.policy)
 
     def describe(self) -> dict[str, Any]:
         return {"kind": self.kind, "label": self.label, **self.facts}
@@ -76,7 +79,7 @@ def _sweep(cfg: EvalConfig, workdir: Path) -> dict[str, Any]:
     ]
     _check(cfg, model, tasks)
     routed, digests = _routed(cfg, model)
-    shared = [Candidate("full", "full", None), *routed, *_random(cfg)]
+    shared = [Candidate("full", None), *routed, *_random(cfg)]
     identity = sweep_identity(cfg, model, tasks, digests)
     records = SweepRecords(workdir, identity, {t.name: own for t, own in tasks}, model)
     facts = {
@@ -158,7 +161,7 @@ def _run_once(
         "policy": policy,
         "items": scores.items,
         "also": scores.also,
-        "flops": scores.flops._asdict(),
+        "flops": scores.flops.to_dict(),
         "execution": scores.execution.to_dict(),
         "examples": scores.examples,
         "measured": _distinct(x["measured"] for x in records.batches(task.name, policy)),
@@ -187,7 +190,7 @@ def _routed(cfg: EvalConfig, model: Model) -> tuple[list[Candidate], dict[str, A
         _, facts = router_facts(path)
         weight = facts.skip_weight
         policy = load_router(path, model, cfg.threshold)
-        found.append(Candidate("routed", f"routed λ={weight:g}", policy, {"lambda": weight}))
+        found.append(Candidate(f"routed λ={weight:g}", policy, {"lambda": weight}))
         digests[found[-1].label] = facts.digests
     labels = [c.label for c in found]
     require(
@@ -198,7 +201,7 @@ def _routed(cfg: EvalConfig, model: Model) -> tuple[list[Candidate], dict[str, A
 
 
 def _random(cfg: EvalConfig) -> list[Candidate]:
-    return [Candidate("random", f"random k={k}", Random(k), {"num_skipped": k}) for k in cfg.random]
+    return [Candidate(f"random k={k}", Random(k), {"num_skipped": k}) for k in cfg.random]
 
 
 def _static(
@@ -229,5 +232,5 @@ def _static(
             print(f"{task.name}: Algorithm 1 finds only {len(layers)} layers; no static k={k}")
             continue
         facts = {"layers": list(layers), "num_skipped": k}
-        found.append(Candidate("static", f"static k={k}", Static(layers), facts))
+        found.append(Candidate(f"static k={k}", Static(layers), facts))
     return found

@@ -25,7 +25,7 @@ from dials_jax.files import read_json
 from dials_jax.models.model import Model
 from dials_jax.records import require_numbers, sound
 from dials_jax.reporting.environment import environment
-from dials_jax.skipping.flops import Flops
+from dials_jax.skipping.flops import KEYS as FLOPS_KEYS
 from dials_jax.workdir import require_unclaimed
 
 SWEEP = "sweep.json"  # what the records depend on
@@ -366,7 +366,7 @@ def _check_run(run: Mapping[str, Any], num_layers: int) -> None:
 
 def _check_costs(record: Mapping[str, Any], num_layers: int) -> None:
     flops, execution = record["flops"], record["execution"]
-    require_numbers([flops[name] for name in Flops._fields], len(flops))
+    require_numbers([flops[name] for name in FLOPS_KEYS.values()], len(flops))
     if None in flops.values():
         raise ValueError("a number of flops is null")
     require_numbers(execution["rows"], NUM_BINS)

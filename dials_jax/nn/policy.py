@@ -47,6 +47,7 @@ class Policy(Protocol):
       init_state(h, denoising) -> state: for a policy that carries a state from layer to layer.
         `gate` is then given it and returns it: `gate(prepared, h, denoising, state) -> (gate,
         state)`. A pytree of fixed shapes, whose leaves lead with the batch.
+      uses_keys: False where the gates do not depend on `sequence_keys`. Without it: they may.
       flops(cfg, num_tokens): of one decision on one sequence that looks at `num_tokens` tokens, an
         array. Without it: none.
     """
@@ -73,6 +74,11 @@ def check_policy(policy: object) -> None:
 def policy_name(policy: Policy | None) -> str:
     """What reports call a policy; None runs the full model."""
     return "full" if policy is None else getattr(policy, "name", type(policy).__name__)
+
+
+def uses_keys(policy: Policy | None) -> bool:
+    """Whether equal sequences may get different gates, by their random keys."""
+    return policy is not None and getattr(policy, "uses_keys", True)
 
 
 def policy_flops(policy: Policy | None, cfg: ModelConfig, num_tokens: Any) -> Any:

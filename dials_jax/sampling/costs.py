@@ -12,7 +12,6 @@ from dials_jax.caching.cache import Work
 from dials_jax.config import ModelConfig
 from dials_jax.nn.policy import Policy
 from dials_jax.skipping.flops import Flops, count_flops
-from dials_jax.skipping.routed import router_width
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Part:
             head_tokens=np.array([w.head for w in self.work])[variant],
             tokens_run=tokens,
             voting=tokens - np.array([[w.prompt] for w in self.work])[variant],
-            d_router=router_width(self.policy),
+            policy=self.policy,
         )
 
     def full_cost(self, num_calls: int, num_sequences: int, num_tokens: int, head: int) -> float:

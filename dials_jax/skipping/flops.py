@@ -1,12 +1,13 @@
 """What a run cost, as three numbers.
 
-`layers_run` is the papers' figure: layers run over layers. `model` counts the whole model: the
-head, attention by length and the routers. `seconds` is measured, compilation apart.
+`layers_run` is the papers' figure: layers run over layers. `flops_share` counts the whole model:
+the head, attention by length and what the policy computes. `seconds` is measured.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,15 +15,37 @@ from jaxtyping import Bool, Int
 
 from dials_jax.config import ModelConfig
 from dials_jax.nn.modulation import IN_BLOCK
+from dials_jax.nn.policy import Policy, policy_flops
+
+# The key of each field in stored results, of this version and of earlier ones.
+KEYS = {
+    "layers_run": "layers_run",
+    "flops_share": "model",
+    "model_total": "model_total",
+    "seconds": "seconds",
+}
 
 
 class Flops(NamedTuple):
     """Cost of a run; the shares are of the same run with every layer executed."""
 
     layers_run: float  # share of layers run
-    model: float  # share of the whole model's FLOPs, routers included
+    flops_share: float  # share of the whole model's FLOPs, the policy's own included
     model_total: float  # FLOPs
     seconds: float  # measured, compilation apart
+
+    @property
+    def model(self) -> float:
+        """`flops_share` by its earlier name."""
+        return self.flops_share
+
+    def to_dict(self) -> dict[str, float]:
+        """For results on disk."""
+        return {key: getattr(self, name) for name, key in KEYS.items()}
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, float]) -> Flops:
+        return cls(**{name: stored[key] for name, key in KEYS.items()})
 
     @classmethod
     def sum(cls, parts: list[Flops]) -> Flops:
@@ -30,19 +53,19 @@ class Flops(NamedTuple):
 
         Sums are exact before they are rounded, so the order of the runs does not matter.
         """
-        full = [p.model_total / p.model for p in parts]
+        full = [p.model_total / p.flops_share for p in parts]
         layers = [p.layers_run * f for p, f in zip(parts, full, strict=True)]
         total = math.fsum(p.model_total for p in parts)
         return cls(
             layers_run=math.fsum(layers) / math.fsum(full),
-            model=total / math.fsum(full),
+            flops_share=total / math.fsum(full),
             model_total=total,
             seconds=math.fsum(p.seconds for p in parts),
         )
 
 
 def layer_flops(cfg: ModelConfig, num_tokens: Any, num_keys: Any = None) -> Any:
-    """One layer on one row: projections, and attention of every token to every key.
+    """One layer on one sequence: projections, and attention of every token to every key.
 
     Where the time modulates a layer, it also pays for the map from c; a constant is free.
 
@@ -63,7 +86,7 @@ def head_flops(cfg: ModelConfig, num_tokens: Any) -> Any:
 
 
 def router_flops(cfg: ModelConfig, num_tokens: Any, d_hidden: int) -> Any:
-    """One router on one row; 0 for `d_hidden` 0."""
+    """One router of hidden width `d_hidden` on one sequence."""
     return 2 * num_tokens * d_hidden * (cfg.d_model + 2)
 
 
@@ -74,26 +97,26 @@ def count_flops(
     head_tokens: int | Int[np.ndarray, "S"],
     tokens_run: Int[np.ndarray, "S L"] | None = None,
     voting: Int[np.ndarray, "S L"] | None = None,
-    d_router: int = 0,
+    policy: Policy | None = None,
     seconds: float = 0.0,
 ) -> Flops:
     """The cost of model calls whose gates were `gates`.
 
     Args:
-      num_tokens: length of a row, padding included, for that is what the device computes.
-      head_tokens: positions a row whose logits were computed, or those of each call.
-      tokens_run: tokens a row on which a layer ran; None: all.
-      voting: tokens a row that a layer's router ran on; None: those the layer ran on.
-      d_router: hidden width of the routers; 0 without routers.
+      num_tokens: length of a sequence, with padding, for that is what the device computes.
+      head_tokens: positions per sequence whose logits were computed, or those of each call.
+      tokens_run: tokens per sequence on which a layer ran; None: all.
+      voting: tokens per sequence that the policy looked at before a layer; None: those it ran on.
+      policy: what its decisions cost is counted.
     """
-    num_calls, num_layers, num_rows = np.prod(gates.shape[:-2], dtype=int), *gates.shape[-2:]
-    gates = gates.reshape(num_calls, num_layers, num_rows)
+    num_calls, num_layers, batch = np.prod(gates.shape[:-2], dtype=int), *gates.shape[-2:]
+    gates = gates.reshape(num_calls, num_layers, batch)
     run = np.full(gates.shape[:2], num_tokens) if tokens_run is None else tokens_run
     voting = run if voting is None else voting
     head = np.broadcast_to(head_tokens, num_calls)
     layers = (gates.sum(axis=-1) * layer_flops(cfg, run.astype(float), num_tokens)).sum()
-    rest = router_flops(cfg, voting.astype(float), d_router).sum() + head_flops(cfg, head).sum()
-    total = float(layers + num_rows * rest)
+    rest = policy_flops(policy, cfg, voting.astype(float)).sum() + head_flops(cfg, head).sum()
+    total = float(layers + batch * rest)
     most = head_flops(cfg, head.max(initial=0))
-    full = num_calls * num_rows * (num_layers * layer_flops(cfg, num_tokens) + most)
+    full = num_calls * batch * (num_layers * layer_flops(cfg, num_tokens) + most)
     return Flops(float(gates.mean()), float(total / full), total, seconds)

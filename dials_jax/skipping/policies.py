@@ -1,8 +1,8 @@
 """Which layers run: the policies full (None), static, random and routed.
 
 Each is a pytree, so it enters compiled functions as an argument, and implements
-`dials_jax.nn.policy.Policy`. Layers count from 0. Rows always decide alone: a row's gates come from
-its own tokens, hidden states and key.
+`dials_jax.nn.policy.Policy`. Layers count from 0. Sequences decide alone: the
+gates of one come from its own tokens, hidden states and key.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ def static_field(**kwargs):
 class Static:
     """Skips the same layers at every step (Goel et al. 2026)."""
 
+    name = "static"
+    uses_keys = False
+
     layers: Sequence[int] = static_field()  # kept as a sorted tuple, each once
 
     def __post_init__(self):
@@ -38,7 +41,7 @@ class Static:
         object.__setattr__(self, "layers", tuple(sorted(set(layers))))
 
     def check(self, num_layers: int) -> None:
-        """Raises: InputError for a layer that a model of so many does not have."""
+        """Raises: InputError for a layer that a model with this many layers does not have."""
         for layer in self.layers:
             require(
                 0 <= layer < num_layers,
@@ -61,10 +64,12 @@ class Static:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Random:
-    """Skips `num_skipped` random layers (at most all), drawn anew for every row and step.
+    """Skips `num_skipped` random layers (at most all), drawn anew for every sequence and step.
 
     The number is an argument of compiled programs: one program serves all numbers.
     """
+
+    name = "random"
 
     num_skipped: Any  # an integer; JAX also builds the class around tracers and shapes
 
@@ -76,11 +81,11 @@ class Random:
     def prepare(self, num_layers: int, denoising: Denoising) -> Bool[Array, "L B"]:
         require(self.num_skipped is not None, "Random: num_skipped is None; give how many layers")
 
-        def row(key):
+        def one(key):
             order = jax.random.permutation(jax.random.fold_in(key, denoising.step), num_layers)
             return order >= self.num_skipped
 
-        return jax.vmap(row)(denoising.sequence_keys).T
+        return jax.vmap(one)(denoising.sequence_keys).T
 
-    def gate(self, plan: Bool[Array, "B"], h: Array, denoising: Denoising) -> Bool[Array, "B"]:
-        return plan
+    def gate(self, prepared: Bool[Array, "B"], h: Array, denoising: Denoising) -> Bool[Array, "B"]:
+        return prepared

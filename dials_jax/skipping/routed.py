@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,24 +20,28 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from dials_jax import trees
-from dials_jax.config import RouterConfig, Typed
+from dials_jax.config import ModelConfig, RouterConfig, Typed
 from dials_jax.errors import require
 from dials_jax.keys import threefry_key
 from dials_jax.nn.initializers import normal
 from dials_jax.nn.modules import bind, init_stacked
 from dials_jax.nn.norm import RMSNorm
 from dials_jax.nn.policy import Denoising
-from dials_jax.skipping.policies import Static, static_field
+from dials_jax.skipping.flops import router_flops
+from dials_jax.skipping.policies import static_field
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Routed(Typed):
-    """Skips a layer for a row when more than `threshold` of its masked tokens vote so.
+    """Skips a layer for a sequence when more than `threshold` of its masked tokens vote so.
 
-    A row without masked tokens executes everything. Padding never votes.
+    A sequence without masked tokens executes everything. Padding never votes.
     Source: DIALS, Algorithm 1. `router` has the parameters of all layers, stacked or unrolled.
     """
+
+    name = "routed"
+    uses_keys = False
 
     router: PyTree
     threshold: float = static_field(default=0.1)
@@ -55,14 +59,20 @@ class Routed(Typed):
         return self.router
 
     def gate(
-        self, plan: PyTree, h: Float[Array, "B T D"], denoising: Denoising
+        self, prepared: PyTree, h: Float[Array, "B T D"], denoising: Denoising
     ) -> Bool[Array, "B"]:
         start = denoising.prompt_length
-        votes = votes_to_skip(plan, h[:, start:])
-        return skip_share(votes, denoising.masked[:, start:]) <= self.threshold
+        votes = votes_to_skip(prepared, h[:, start:])
+        share = skip_share(votes, denoising.masked[:, start:])
+        return share <= self.threshold  # DIALS (6)
+
+    def flops(self, cfg: ModelConfig, num_tokens: Any) -> Any:
+        """One layer's router on one sequence of `num_tokens` tokens that it looks at."""
+        d_hidden = trees.layer_slice(self.router, 0)["down"].shape[-1]
+        return router_flops(cfg, num_tokens, d_hidden)
 
 
-class StochasticPlan(NamedTuple):
+class LayerRouter(NamedTuple):
     router: trees.Params
     layer: Int[Array, "..."]
 
@@ -76,12 +86,12 @@ class StochasticRouted:
     threshold: float = static_field()
     temperature: float = static_field()
 
-    def prepare(self, num_layers: int, denoising: Denoising) -> StochasticPlan:
+    def prepare(self, num_layers: int, denoising: Denoising) -> LayerRouter:
         check_router(self.router, num_layers)
-        return StochasticPlan(self.router, np.arange(num_layers))
+        return LayerRouter(self.router, np.arange(num_layers))
 
     def gate(
-        self, plan: StochasticPlan, h: Float[Array, "B T D"], denoising: Denoising
+        self, plan: LayerRouter, h: Float[Array, "B T D"], denoising: Denoising
     ) -> Float[Array, "B"]:
         def noise(key):
             return jax.random.gumbel(jax.random.fold_in(key, plan.layer), (h.shape[1], 2))
@@ -141,7 +151,7 @@ class Router(nnx.Module):
         self.vote_bias = nnx.Param(jnp.array([0.0, cfg.execute_bias]))
 
     def hidden(self, h: Float[Array, "B T D"]) -> Float[Array, "B T R"]:
-        """Only this wide product runs in the stream's dtype."""
+        """Only this wide matmul runs in the dtype of `h`."""
         x = jnp.einsum(
             "BTD,DR->BTR",
             self.norm(h),
@@ -157,7 +167,7 @@ class Router(nnx.Module):
 
     @jax.named_scope("router")
     def margin(self, h: Float[Array, "B T D"]) -> Float[Array, "B T"]:
-        """By how much skipping is ahead. As a sum, not a thin product, it fuses with the rest."""
+        """By how much skipping leads. As a sum, unlike a thin matmul, it fuses with the rest."""
         vote, bias = (
             x[..., SKIP] - x[..., 1 - SKIP] for x in (self.vote[...], self.vote_bias[...])
         )
@@ -170,7 +180,7 @@ def init_routers(d_model: int, num_layers: int, cfg: RouterConfig, key: jax.Arra
 
 
 def rounded(routers: trees.Params, dtype: str) -> trees.Params:
-    """For inference in `dtype`: the kernel of the one product that runs in it.
+    """For inference in `dtype`: rounds the kernel of the one matmul that runs in it.
 
     Every call would round it again; the votes are the same.
     """
@@ -183,7 +193,7 @@ def apply_router(router: trees.Params, h: Float[Array, "B T D"]) -> Float[Array,
 
 
 def votes_to_skip(router: trees.Params, h: Float[Array, "B T D"]) -> Float[Array, "B T"]:
-    """1 where one layer's router votes to skip, without noise; a draw is one."""
+    """1 where one layer's router votes to skip, without noise; a tie is a vote to skip."""
     return (_bound(router, h).margin(h) >= 0).astype(jnp.float32)
 
 
@@ -202,15 +212,3 @@ def skip_share(votes: Float[Array, "B T"], masked: Bool[Array, "B T"]) -> Float[
     """DIALS (5): the mean vote to skip over a sequence's masked tokens; 0 without any."""
     count = jnp.sum(masked, axis=-1)
     return jnp.sum(votes * masked, axis=-1) / jnp.maximum(count, 1)
-
-
-def draws(policy: object) -> bool:
-    """Whether the gates may depend on random keys: not those of full, static and routed passes."""
-    return not (policy is None or isinstance(policy, Static | Routed))
-
-
-def router_width(policy: object) -> int:
-    """Hidden width of a policy's routers, for counting FLOPs; 0 for policies without."""
-    if not isinstance(policy, Routed):
-        return 0
-    return trees.layer_slice(policy.router, 0)["down"].shape[-1]

@@ -5,9 +5,10 @@ import pytest
 
 from dials_jax import trees
 from dials_jax.errors import InputError
-from dials_jax.nn.policy import Denoising, check_policy
+from dials_jax.nn.policy import Denoising, check_policy, policy_flops, policy_name
+from dials_jax.skipping.flops import router_flops
 from dials_jax.skipping.policies import Random, Static
-from dials_jax.skipping.routed import Routed, StochasticRouted, router_width
+from dials_jax.skipping.routed import Routed, StochasticRouted
 
 L = 12
 
@@ -79,9 +80,16 @@ def test_routers_of_another_depth_are_refused(model, routers):
             policy.prepare(model.num_layers, denoising(1))
 
 
-def test_router_width_counts_only_where_there_are_routers(routers):
-    assert router_width(Routed(routers)) == router_width(Routed(trees.unstack(routers))) == 8
-    assert router_width(Static((1,))) == router_width(None) == 0
+def test_only_routers_cost_flops(cfg, routers):
+    for policy in (Routed(routers), Routed(trees.unstack(routers))):
+        assert policy_flops(policy, cfg, 3) == router_flops(cfg, 3, 8) > 0
+    for policy in (None, Static((1,)), Random(1)):
+        assert policy_flops(policy, cfg, 3) == 0
+
+
+def test_policies_have_the_names_of_reports(routers):
+    policies = (None, Static((1,)), Random(1), Routed(routers))
+    assert [policy_name(p) for p in policies] == ["full", "static", "random", "routed"]
 
 
 # -------------------------------------------------------------------------------- training gates
