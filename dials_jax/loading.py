@@ -7,11 +7,10 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from dials_jax.config import typed
+from dials_jax.config import Layout, typed
 from dials_jax.errors import InputError, require
 from dials_jax.files import local_path, read_json
 from dials_jax.models import folders, groups
-from dials_jax.models.groups import Layout
 from dials_jax.models.model import Model
 
 

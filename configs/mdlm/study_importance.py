@@ -1,12 +1,12 @@
-"""How far 4 to 10 blocks are from 12 at each noise level (figures 5 and 6).
+"""How far 4 to 10 blocks are from 12 at each noise level (Sedykh, figures 5 and 6).
 
 python eval.py --config configs/mdlm/study_importance.py --workdir runs/mdlm/study_importance
 
-Z is a second seed of the 12 blocks, whose divergence is the baseline of figure 6; L is the light
-model of the search. Text is the validation split that `prepare.py` left in data/openwebtext.
+Z is a second seed of the 12 blocks: its divergence is the baseline of figure 6. L is the light
+model of the search. The text is the validation split that `prepare.py` wrote to data/openwebtext.
 
-Published: both the difference in loss and the relative KL peak at t of 0.4 to 0.6 and are small at
-the ends; fewer blocks are farther away.
+Published: the difference in loss and the relative KL both peak at t of 0.4 to 0.6 and are small at
+the ends; models of fewer blocks differ more.
 """
 
 from dials_jax.config import CorpusData, ImportanceStudy

@@ -1,4 +1,4 @@
-"""The sandwich with light models of 4, 6, 8 and 10 blocks (table 1).
+"""The sandwich with light models of 4, 6, 8 and 10 blocks (Sedykh, table 1).
 
 python eval.py --config configs/mdlm/study_sizes.py --workdir runs/mdlm/study_sizes
 

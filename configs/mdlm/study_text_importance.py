@@ -1,4 +1,4 @@
-"""How far 4 blocks are from 12 at each noise level, after as many steps and after as much time.
+"""How far 4 blocks are from 12 at each noise level, at equal steps and at equal training time.
 
 python eval.py --config configs/mdlm/study_text_importance.py \\
     --workdir runs/mdlm/study_text_importance

@@ -1,4 +1,4 @@
-"""How many schedules one must try, replayed on the search over local text.
+"""How many trials find a good schedule, replayed on the search over local text.
 
 python eval.py --config configs/mdlm/study_text_propose.py \\
     --workdir runs/mdlm/study_text_propose

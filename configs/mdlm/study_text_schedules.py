@@ -1,4 +1,4 @@
-"""Quarters and the sandwich with models trained for minutes on local text, scored by a causal twin.
+"""Quarters and the sandwich with models trained for minutes on local text, scored by a causal one.
 
 python eval.py --config configs/mdlm/study_text_schedules.py \\
     --workdir runs/mdlm/study_text_schedules

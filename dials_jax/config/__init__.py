@@ -6,7 +6,14 @@ the command line. A function takes the smallest of them that it needs.
 
 from dials_jax.config.data import ArithmeticData, CorpusData, Data, TaskData, TextData
 from dials_jax.config.evaluation import Algorithm, EvalConfig, EvalTask
-from dials_jax.config.model import DTYPES, MeshConfig, ModelConfig, RouterConfig, WeightDtype
+from dials_jax.config.model import (
+    DTYPES,
+    Layout,
+    MeshConfig,
+    ModelConfig,
+    RouterConfig,
+    WeightDtype,
+)
 from dials_jax.config.study import (
     ImportanceStudy,
     ProposeStudy,
@@ -41,6 +48,7 @@ __all__ = [
     "EvalConfig",
     "EvalTask",
     "ImportanceStudy",
+    "Layout",
     "MeshConfig",
     "ModelConfig",
     "ObjectiveConfig",

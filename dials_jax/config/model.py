@@ -10,6 +10,7 @@ from dials_jax.errors import require
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 WeightDtype = Literal["bfloat16", "float32"]  # models are stored and loaded in one of these
+Layout = Literal["auto", "stacked", "unrolled", "fused"]  # of the parameters of layers
 DTYPES = get_args(Dtype)
 
 

@@ -10,11 +10,9 @@ from math import comb
 from typing import ClassVar, Literal
 
 from dials_jax.config.data import Data
-from dials_jax.config.model import MeshConfig, WeightDtype
+from dials_jax.config.model import Layout, MeshConfig, WeightDtype
 from dials_jax.config.typed import Seed, Typed, require_positive
 from dials_jax.errors import require
-
-Layout = Literal["stacked", "unrolled", "fused", "auto"]
 
 
 def _require_letters(models: tuple[tuple[str, str], ...]) -> None:
@@ -34,13 +32,15 @@ def _require_known(letters: tuple[str, ...], models: tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingStudy(Typed):
-    """What studies share that sample unconditionally and score by generative perplexity."""
+    """Settings of the studies that sample unconditionally and score by generative perplexity."""
 
     RENAMED: ClassVar[dict[str, str]] = {"static": "static_layers"}
 
     models: tuple[tuple[str, str], ...]  # letter and path of each; two may have one path
     scorer: str  # path of a causal model
-    samples: str = ""  # workdir of an earlier study: its samples are scored, none are drawn
+    samples: str = (
+        ""  # workdir of an earlier study whose samples are scored; empty: new ones are drawn
+    )
     static_layers: tuple[tuple[str, str], ...] = ()  # letter, layers it skips: ("L", "3,7")
     length: int = 1024
     steps: int = 1000
@@ -48,7 +48,7 @@ class SamplingStudy(Typed):
     batch_size: int = 16
     precision: Literal["exact", "float32"] = "exact"  # float32: as published numbers were made
     retokenize: Literal["auto", "always", "never"] = "auto"  # auto: where tokenizers differ
-    score_length: int = 1024  # tokens that the scorer reads of a sample
+    score_length: int = 1024  # tokens of a sample that the scorer reads
     aggregate: Literal["mean", "corpus"] = "mean"  # the perplexity that tables compare
     dtype: WeightDtype | None = "bfloat16"  # of the samplers; the scorer is float32
     layout: Layout = "auto"
@@ -73,7 +73,7 @@ class SamplingStudy(Typed):
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleStudy(SamplingStudy):
-    """Schedules that are given, side by side (Sedykh et al., figures 1 and 8-11, tables 1 and 2).
+    """Compares given schedules (Sedykh, figures 1 and 8 to 11, tables 1 and 2).
 
     The first schedule is the baseline of every comparison.
     """
@@ -93,7 +93,7 @@ class ScheduleStudy(SamplingStudy):
 
 @dataclass(frozen=True, kw_only=True)
 class SearchStudy(SamplingStudy):
-    """Schedules of equal segments, some of them light (Sedykh et al., sections 3.3 and 4.2)."""
+    """Searches schedules of equal segments, some of them light (Sedykh, sections 3.3 and 4.2)."""
 
     RENAMED: ClassVar[dict[str, str]] = {"static": "static_layers", "top": "num_extremes"}
 
@@ -103,7 +103,7 @@ class SearchStudy(SamplingStudy):
     num_segments: int = 10
     num_light: int = 4
     num_extremes: int = 20  # best, and worst, schedules whose segments are counted
-    budget: int | None = None  # try so many, each chosen by what is known by then; None: all
+    budget: int | None = None  # try this many, each chosen by the trials before it; None: all
     importance: str = ""  # workdir of an ImportanceStudy that says where a budget starts
 
     def __post_init__(self):
@@ -143,7 +143,7 @@ class SearchStudy(SamplingStudy):
 
 @dataclass(frozen=True, kw_only=True)
 class ImportanceStudy(Typed):
-    """How far light models are from a heavy one at each noise level (section 4.1)."""
+    """How far light models are from a heavy one at each noise level (Sedykh, section 4.1)."""
 
     RENAMED: ClassVar[dict[str, str]] = {"heavy2": "second_heavy"}
 
@@ -153,8 +153,8 @@ class ImportanceStudy(Typed):
         ""  # letter of another seed of the heavy model: the baseline of the divergence
     )
     data: Data
-    schedules: tuple[str, ...] = ()  # to predict what they would lose, without sampling
-    num_times: int = 20  # midpoints of as many equal parts of (0, 1)
+    schedules: tuple[str, ...] = ()  # whose loss is predicted, without sampling
+    num_times: int = 20  # midpoints of this many equal parts of (0, 1)
     num_sequences: int = 500
     batch_size: int = 16
     dtype: WeightDtype | None = "float32"
@@ -194,10 +194,10 @@ class ImportanceStudy(Typed):
 
 @dataclass(frozen=True, kw_only=True)
 class ProposeStudy(Typed):
-    """What it takes to find a good schedule without trying all, replayed on a finished search."""
+    """How many trials it takes to find a good schedule, replayed on a finished search."""
 
     search: str  # workdir of a SearchStudy
-    importance: str = ""  # workdir of an ImportanceStudy; without: only methods that measure
+    importance: str = ""  # workdir of an ImportanceStudy; empty: only methods that measure
     budgets: tuple[int, ...] = (1, 5, 10, 20, 40, 80)  # schedules tried
     num_repeats: int = 100  # random halves of the samples, and random orders of trying
     seed: Seed = 0

@@ -35,6 +35,7 @@ from orbax.checkpoint import v1 as ocp
 from dials_jax import digests, sharding, trees
 from dials_jax.config import (
     Count,
+    Layout,
     ModelConfig,
     Typed,
     WeightDtype,
@@ -46,7 +47,6 @@ from dials_jax.config import (
 from dials_jax.errors import InputError, require
 from dials_jax.files import local_path, read_json, write_json
 from dials_jax.models import groups
-from dials_jax.models.groups import Layout
 from dials_jax.models.model import Model
 from dials_jax.workdir import writing
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +18,13 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from dials_jax import sharding, trees
-from dials_jax.config import ModelConfig
+from dials_jax.config import Layout, ModelConfig
 from dials_jax.errors import require
 from dials_jax.keys import seed_key
 from dials_jax.models import transformer
 from dials_jax.nn import fusing
 from dials_jax.nn.form import Form, form_of
 
-Layout = Literal["auto", "stacked", "unrolled", "fused"]
 ReadGroup = Callable[[str, PyTree], PyTree]  # a group's name, its shardings -> its placed arrays
 
 

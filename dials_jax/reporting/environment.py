@@ -1,4 +1,4 @@
-"""What evaluations write down besides their numbers: machine, versions, command; and CSV."""
+"""What evaluations record besides their numbers: machine, versions and command; and CSV."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ import jax
 from dials_jax.files import finite
 from dials_jax.models.model import Model
 
-LONGEST_NAME = 120  # of a file, without its ending; file systems take 255
+LONGEST_STEM = 120  # characters of a file name before its ending; file systems allow 255
 
 
 def environment(model: Model, seed: int) -> dict[str, Any]:
+    """The device, mesh, versions, date, command and seed of a run."""
     devices = model.mesh.devices
     return {
         "device": f"{devices.size} x {devices.flat[0].device_kind}",
@@ -38,22 +39,22 @@ def environment(model: Model, seed: int) -> dict[str, Any]:
 
 
 def command() -> str:
-    """What was typed, to be typed again."""
+    """The command line of this process, quoted for a shell."""
     return shlex.join(["python", *sys.argv])
 
 
 def file_name(text: str) -> str:
-    """A file's name for any text: what names may not hold is quoted, what is too long is cut."""
+    """A file name for any text: special characters are quoted, a long text is cut and hashed."""
     quoted = quote(text, safe=",")
-    if len(quoted) <= LONGEST_NAME:
+    if len(quoted) <= LONGEST_STEM:
         return quoted
-    return f"{quoted[:LONGEST_NAME]}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    return f"{quoted[:LONGEST_STEM]}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Unrounded values; what is None or not finite is an empty cell.
+    """Writes unrounded values; None, NaN and infinity become empty cells.
 
-    A text that a spreadsheet would take for a formula is quoted by an apostrophe.
+    A text that a spreadsheet would run as a formula gets an apostrophe in front.
     """
     with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.DictWriter(file, columns)

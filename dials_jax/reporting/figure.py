@@ -1,4 +1,4 @@
-"""How every figure looks, and how it becomes a PNG file.
+"""The style of all figures, and how they become PNG files.
 
 Figures are made without pyplot: no window, no global state, and nothing to close.
 """
@@ -42,7 +42,7 @@ def kind_color(kind: str) -> str:
 
 @contextlib.contextmanager
 def figure_at(path: str | Path, width: float, height: float) -> Iterator[Figure]:
-    """A figure of `width` x `height` inches, written to `path` on leaving."""
+    """A figure of `width` x `height` inches, written to `path` when the block ends."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -54,7 +54,7 @@ def figure_at(path: str | Path, width: float, height: float) -> Iterator[Figure]
 
 
 def shades(count: int) -> list:
-    """`count` blues from light to dark; a single one is the colour of the routed policy."""
+    """`count` blues from light to dark; a single one is the colour of routed policies."""
     from matplotlib import colormaps
 
     if count == 1:

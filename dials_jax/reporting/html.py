@@ -1,4 +1,4 @@
-"""The parts of a page that shows results: one HTML file, images embedded, every text escaped."""
+"""The parts of a report's page: one HTML file with embedded images, every text escaped."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def render(title: str, sections: Mapping[str, str]) -> str:
 
 
 def facts(values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Names and values as people write them."""
+    """Names and values as texts for people."""
 
     def text(name: str, value: Any) -> str:
         if isinstance(value, Mapping):
@@ -35,18 +35,18 @@ def pairs(values: Iterable[tuple[str, str]], style: str = "") -> str:
 
 
 def blocks(values: Mapping[str, str], style: str = "") -> str:
-    """Names with HTML of this module."""
+    """Names with HTML that functions of this module made."""
     items = "".join(f"<dt>{escape(name)}</dt><dd>{html}</dd>" for name, html in values.items())
     return f'<dl class="{style}">{items}</dl>'
 
 
 def text(content: Any) -> str:
-    """Line breaks and spaces as they are."""
+    """A text with its line breaks and spaces."""
     return f"<pre>{escape(str(content))}</pre>"
 
 
 def table(columns: Iterable[str], rows: Iterable[str]) -> str:
-    """`rows` are of `row` and `group`. The first column is text, the others are numbers."""
+    """`rows` are made by `row` and `group`. The first column is text, the others are numbers."""
     head = "".join(f"<th>{escape(name)}</th>" for name in columns)
     inner = f"<thead><tr>{head}</tr></thead>\n<tbody>{''.join(rows)}</tbody>"
     return f'<div class="scroll"><table>{inner}</table></div>'
@@ -78,7 +78,7 @@ def _figure(path: Path, caption: str) -> str:
 
 
 def folds(items: Iterable[tuple[str, str]]) -> str:
-    """Titles that open on a click; the first is open and shows what the others hold."""
+    """Titles with content that opens on a click. The first is open, as an example."""
     return "\n".join(
         f"<details{'' if i else ' open'}><summary>{escape(title)}</summary>{html}</details>"
         for i, (title, html) in enumerate(items)

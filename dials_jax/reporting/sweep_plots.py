@@ -49,14 +49,14 @@ class Line:
 
     kind: str
     label: str
-    shares: tuple[float, ...]  # of layers executed, one a bin of (0, 1]; NaN where nothing ran
+    shares: tuple[float, ...]  # of layers executed, one per bin of (0, 1]; NaN where nothing ran
 
 
 # --------------------------------------------------------------------------------------- trade-off
 
 
 def tradeoff_curve(panels: Sequence[Panel], path: str | Path) -> Path:
-    """Quality against the share of layers run: one panel a task, one line a kind of policy."""
+    """Quality against the share of layers run: one panel per task, one line per kind of policy."""
     require(len(panels) > 0, "tradeoff_curve: no panels; give at least one task")
     columns = min(2, len(panels))
     rows = math.ceil(len(panels) / columns)
@@ -186,8 +186,8 @@ def _share_text(value: float) -> str:
 def executed_by_mask_ratio(lines: Sequence[Line], path: str | Path, title: str = "") -> Path:
     """Share of layers executed against mask ratio; static and random are thin, as references.
 
-    Bins in which nothing ran are left out, and lines join the others: an answer of few tokens fills
-    every second bin at most. Denoising moves from right (all masked) to left.
+    Bins in which nothing ran are left out and lines join the others, because a short answer leaves
+    bins empty. Denoising moves from right (all masked) to left.
     """
     require(len(lines) > 0, "executed_by_mask_ratio: no lines; give at least one policy")
     compared = [line for line in lines if line.kind not in ("random", "static")]

@@ -1,6 +1,6 @@
 """The report of an evaluation sweep: results.json, results.csv, plots and one HTML page.
 
-A sweep reports after every task, and a stopped one may have few runs, or no full run yet.
+A sweep reports after every task. One that was stopped may have few runs, or none of the full model.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from dials_jax.reporting.publish import Figure, Report, Table, as_dicts, publish
 from dials_jax.statistics import ACCURACIES, Row, by_task, summarise
 
 WIDTH = 110  # columns of the terminal table
-NUM_EXAMPLES = 3  # generations shown a run
+SHOWN_EXAMPLES = 3  # generations per run
 UNKNOWN = "-"
 
 YLABELS = {
     "exact_match": "accuracy (exact match)",
     "choice": "accuracy (multiple choice)",
-    "nelbo": "NELBO, nats a token (lower is better)",
+    "nelbo": "NELBO, nats per token (lower is better)",
 }
 
 TRADEOFF_CAPTION = (
@@ -47,9 +47,10 @@ MASK_RATIO_CAPTION = (
 )
 
 LEGEND = (
-    ("value", "The mean over items: accuracy for exact_match and choice (higher is better), nats a "
-     "token for nelbo (lower is better). ± is one standard error, the sample standard deviation / "
-     "√n. It covers the choice of items, not the seeds of training or of random skipping."),
+    ("value", "The mean over items: accuracy for exact_match and choice (higher is better), nats "
+     "per token for nelbo (lower is better). ± is one standard error, the sample standard "
+     "deviation / √n. It covers the choice of items, not the seeds of training or of random "
+     "skipping."),
     ("95 % interval", "Wilson's interval for accuracies, Student's t for nelbo."),
     ("vs full", "The mean difference to the full model on the same items, ± its standard error."),
     ("p", "Two-sided paired test against the full model: the exact McNemar test for items scored "
@@ -61,9 +62,9 @@ LEGEND = (
      "router are left out."),
     ("model", "FLOPs of the whole model as a share of full execution: the head, attention by "
      "length and the router are counted. results.json also holds the absolute number."),
-    ("seconds", "Measured time of the run on the device above, compilation apart. Speed-up is the "
-     "full model's time / this time, where both were measured with the same device, mesh, layout, "
-     "batch size and padding."),
+    ("seconds", "Measured time of the run on the device above, without compilation. Speed-up is "
+     "the full model's time / this time, where both were measured with the same device, mesh, "
+     "layout, batch size and padding."),
 )  # fmt: skip
 
 
@@ -118,7 +119,7 @@ def _p_text(p_value: float | None) -> str:
     return "<0.001" if p_value is not None and p_value < 0.001 else _text(p_value, ".3f")
 
 
-# Column -> text of a row, on the terminal and on the page.
+# Columns, and how a row's cell is written on the terminal and on the page.
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "policy": lambda r: r.policy,
     "value": lambda r: _with_error(r.value, r.stderr),
@@ -134,7 +135,7 @@ INTERVAL = {"95 % interval": lambda r: f"{_text(r.low, '.4f')} to {_text(r.high,
 
 
 def format_table(rows: Sequence[Row]) -> str:
-    """The table for a terminal: a heading a task, then one aligned line a policy."""
+    """The table for a terminal: under a heading per task, one aligned line per policy."""
     cells = [[text(row) for text in COLUMNS.values()] for row in rows]
     widths = [max(map(len, column)) for column in zip(COLUMNS, *cells, strict=True)]
     room = WIDTH - sum(widths[1:]) - 2 * len(widths)
@@ -170,7 +171,7 @@ def _how(row: Row) -> str:
 
 
 def _items(row: Row) -> str:
-    """Those that were scored, of all that there are."""
+    """How many were scored, and of how many where some were left out."""
     total = row.num_items + (row.num_dropped or 0)
     return f"{row.num_items} of {total}" if row.num_dropped else str(total)
 
@@ -220,7 +221,7 @@ def _execution_figures(task: str, runs: Sequence[Mapping]) -> list[Figure]:
 
 
 def _tag(policy: Mapping[str, Any]) -> str:
-    """What tells policies of one kind apart: lambda or k."""
+    """A short label that tells policies of one kind apart: lambda or k."""
     if policy.get("lambda") is not None:
         return f"λ={policy['lambda']:g}"
     if policy.get("num_skipped") is not None:
@@ -229,7 +230,7 @@ def _tag(policy: Mapping[str, Any]) -> str:
 
 
 def _share_by_layer(execution: Mapping[str, Any]) -> Float[np.ndarray, "L"]:
-    """Share of row-steps that executed each layer."""
+    """Share of the sequences' steps that executed each layer."""
     return _divide(np.sum(execution["executed"], axis=0), np.sum(execution["rows"]))
 
 
@@ -263,7 +264,7 @@ def _examples(runs: Sequence[Mapping]) -> str:
     return html.folds(
         (
             f"{run['task']}: {run['policy']['label']}",
-            "".join(map(_example, run["examples"][:NUM_EXAMPLES])),
+            "".join(map(_example, run["examples"][:SHOWN_EXAMPLES])),
         )
         for run in shown
     )

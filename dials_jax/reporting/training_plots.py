@@ -1,4 +1,4 @@
-"""The figure of training runs, from the metrics.jsonl of each."""
+"""The figure of training runs, from their metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:  # matplotlib is optional
 
 log = logging.getLogger(__name__)
 
-MOST_POINTS = 2000  # a figure has fewer pixels; smoothing takes the square of it
+MOST_POINTS = 2000  # a figure has fewer pixels; the cost of smoothing grows with its square
 
 
 def training_curves(metrics: str | Path | Sequence[str | Path], path: str | Path) -> Path:
     """Loss, and skip rate where there is one, against step: smoothed over the faint raw values.
 
-    A long run is drawn by some thousand points: means of neighbours, and the range of the raw
-    values. A line that is no record of a step is left out, with a warning.
+    A long run is drawn with at most `MOST_POINTS` points: means of neighbours, and the range of
+    the raw values. A line that is not the record of a step is left out, with a warning.
 
     Args:
       metrics: one `metrics.jsonl` or several; several are named by their folders.
@@ -74,9 +74,9 @@ def _thinned(
     Float[np.ndarray, "m"],
     tuple[Float[np.ndarray, "k"], Float[np.ndarray, "k"]],
 ]:
-    """At most `MOST_POINTS` of a line, each the mean of equally many neighbours.
+    """At most `MOST_POINTS` points of a line, each the mean of equally many neighbours.
 
-    Returns: their steps and values, and a line that shows the least and the greatest of each.
+    Returns: their steps and values, and a line through the least and greatest value of each group.
     """
     size = -(-len(values) // MOST_POINTS)
     if size == 1:
@@ -89,19 +89,19 @@ def _thinned(
 
 
 def _is_finite(value: Any) -> bool:
-    """Of a number; JSON may hold anything else, and integers that no float can."""
+    """Whether it is a number that a float can hold; JSON allows others."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return is_number and abs(value) <= sys.float_info.max
 
 
 def _smooth(values: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
-    """Centred Hann-weighted mean over a twentieth of the run; the ends average what there is."""
+    """Centred Hann-weighted mean over a twentieth of the run, over less at its ends."""
     window = np.hanning(2 * (len(values) // 40) + 3)[1:-1]
     return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
 
 
 def _read_metrics(file: Path) -> list[dict[str, Any]]:
-    """Records of one metrics.jsonl with a loss, one a step, in order of steps."""
+    """The records of one metrics.jsonl that hold a loss, one per step, in order of steps."""
     require(file.is_file(), f"{file} is missing; give the metrics.jsonl of a training run")
     by_step, odd = {}, []  # a run that was resumed may repeat steps
     for number, _, record in json_lines(file):

@@ -1,10 +1,10 @@
 """How far a light model is from the heavy one at each noise level (Sedykh et al., section 4.1).
 
-What a step of the sampler would lose is known without sampling. Under the linear schedule each
-part of the time axis reveals the same number of tokens. So for long rows a schedule's loss in
-likelihood bound is the integral of the difference in cross-entropy over the times of its light
-steps, and the divergence of its samples from the heavy model's is bounded by the integral of
-KL(heavy || light), as far as what the heavy model writes on the way resembles masked text.
+What a light step loses can be measured without sampling. Under the linear schedule equal parts of
+the time axis reveal equally many tokens. So for long sequences a schedule's loss in likelihood
+bound is the integral of the difference in cross-entropy over the times of its light steps. The
+divergence of its samples from the heavy model's is bounded by the integral of KL(heavy || light),
+assuming that partially generated text is distributed like masked real text.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from dials_jax.keys import seed_key
 from dials_jax.models import transformer
 from dials_jax.models.model import Model
 
-POSITIONS = 64  # compared together; bounds the memory that the models' logits take
+POSITIONS_AT_ONCE = 64  # bounds the memory that the models' logits take
 
 
 class Divergence(NamedTuple):
-    """A model against the heavy one on the same corrupted rows; NaN where nothing was masked."""
+    """A model against the heavy one on the same masked sequences; NaN where nothing was masked."""
 
-    loss_gap: Float[np.ndarray, "N"]  # cross-entropy - the heavy model's; nats a masked token
-    kl: Float[np.ndarray, "N"]  # KL(heavy || model); nats a masked token
+    loss_gap: Float[np.ndarray, "N"]  # cross-entropy - the heavy model's; nats per masked token
+    kl: Float[np.ndarray, "N"]  # KL(heavy || model); nats per masked token
 
 
 def divergences(
@@ -46,11 +46,11 @@ def divergences(
     seed: int = 0,
     batch_size: int = 16,
 ) -> dict[str, Divergence]:
-    """Compares models on rows masked with probability `time` by Sedykh (5), (6) and (7).
+    """Compares models on sequences masked with probability `time`: Sedykh (5), (6) and (7).
 
-    The masks depend on the seed, the time and the row's number alone. All models share them.
+    The masks depend only on the seed, the time and the sequence's number. All models share them.
 
-    Raises: InputError for models that do not fill in the same tokens, or that say NaN or infinity.
+    Raises: InputError for models of different vocabularies, or whose outputs are NaN or infinite.
     """
     check_family(heavy.config, {letter: other.config for letter, other in others.items()})
     # Keys fold the time itself, so that a finer grid keeps what was measured on a coarser one.
@@ -60,8 +60,8 @@ def divergences(
     configs = tuple(other.config for other in others.values())
     found = []
     for first in range(0, len(tokens), batch_size):
-        rows = slice(first, first + batch_size)
-        placed = heavy.place_sequences((tokens[rows].astype(np.int32), keys[rows]), batch_size)
+        batch = slice(first, first + batch_size)
+        placed = heavy.place_sequences((tokens[batch].astype(np.int32), keys[batch]), batch_size)
         out, _ = heavy.run(compare_program, params, *placed, jnp.float32(time), other_cfgs=configs)
         found.append(sharding.to_host(out))
     # Only the last batch was filled up.
@@ -69,15 +69,15 @@ def divergences(
     for letter, pair in zip(others, means, strict=True):
         require(
             bool(np.isfinite(pair).all()),
-            f"model {letter!r} or the heavy one says NaN or infinity at t={time:g}; look for NaN "
-            "in their weights, or for values that overflow their dtype",
+            f"model {letter!r} or the heavy one outputs NaN or infinity at t={time:g}; look for "
+            "NaN in their weights, or for values that overflow their dtype",
         )
     means = jax.tree.map(lambda x: np.where(count > 0, x, np.nan), means)
     return {letter: Divergence(*pair) for letter, pair in zip(others, means, strict=True)}
 
 
 def check_family(heavy: ModelConfig, others: Mapping[str, ModelConfig]) -> None:
-    """Raises: InputError for models that do not fill in the same tokens."""
+    """Raises: InputError for models whose vocabularies or [MASK] differ."""
     heavy.require_mask()
     for letter, cfg in others.items():
         cfg.require_mask()
@@ -100,13 +100,13 @@ def compare_program(
     cfg: ModelConfig,
     other_cfgs: tuple[ModelConfig, ...],
 ) -> tuple[tuple[tuple[Float[Array, "B"], Float[Array, "B"]], ...], Int[Array, "B"]]:
-    """Means over the masked tokens of each row, 0 without any, and how many were masked."""
+    """Means over the masked tokens of each sequence, 0 without any, and how many were masked."""
     noise = jax.vmap(lambda key: jax.random.uniform(key, tokens.shape[1:]))(keys)
     masked = noise < time
     noisy = jnp.where(masked, cfg.mask_id, tokens)
     times = jnp.broadcast_to(time, tokens.shape[:1])
     models = ((cfg, params), *zip(other_cfgs, other_params, strict=True))
-    # An accelerator would multiply float32 in less than float32.
+    # By default an accelerator multiplies float32 in lower precision.
     with jax.default_matmul_precision("highest"):
         streams = [_stream(*model, noisy, times) for model in models]
 
@@ -117,7 +117,7 @@ def compare_program(
             ]
             return [_gap_and_kl(first, other, tokens) for other in rest]
 
-        sums = over_positions(compare, POSITIONS, streams, tokens, noisy)
+        sums = over_positions(compare, POSITIONS_AT_ONCE, streams, tokens, noisy)
     count = jnp.sum(masked, axis=1)
     means = jax.tree.map(lambda x: jnp.sum(x, axis=1) / jnp.maximum(count, 1), sums)
     return tuple(means), count
@@ -131,7 +131,7 @@ def _stream(cfg, params, noisy, times) -> Float[Array, "B T D"]:
 def _gap_and_kl(
     heavy: Float[Array, "B T V"], other: Float[Array, "B T V"], tokens: Int[Array, "B T"]
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """Difference in cross-entropy, and KL(heavy || other); 0 where a token is shown."""
+    """Difference in cross-entropy, and KL(heavy || other); 0 where a token is not masked."""
     difference = heavy - other
     gap = jnp.take_along_axis(difference, tokens[..., None], axis=-1)[..., 0]
     return gap, jnp.sum(jnp.exp(heavy) * difference, axis=-1)
@@ -149,8 +149,8 @@ class Curve(NamedTuple):
     high: Float[np.ndarray, "S"]
 
 
-def curve(times: Sequence[float], values: Sequence[Float[np.ndarray, "N"]]) -> Curve:
-    """One point a time; sequences without a masked token are left out, as NaN."""
+def compute_curve(times: Sequence[float], values: Sequence[Float[np.ndarray, "N"]]) -> Curve:
+    """One point for each time; NaN marks sequences without a masked token, which are left out."""
     import scipy.stats
 
     points = []
@@ -163,19 +163,19 @@ def curve(times: Sequence[float], values: Sequence[Float[np.ndarray, "N"]]) -> C
     return Curve(np.asarray(times, np.float64), *np.array(points).T)
 
 
-def curves(
+def compute_curves(
     times: Sequence[float], measured: Mapping[str, Sequence[Divergence]], second_heavy: str = ""
 ) -> dict[str, dict[str, Curve]]:
     """Quantity -> letter -> curve.
 
     Quantities: "loss" (Sedykh (6), the mean absolute difference), "gap" (the same with its sign),
-    "kl" (Sedykh (7)), and with a second heavy model "relative_kl": what is left of it without that
-    model's own, row by row.
+    "kl" (Sedykh (7)), and with a second heavy model "relative_kl": KL less that model's,
+    sequence by sequence.
     """
 
     def all_of(value, letters) -> dict[str, Any]:
         return {
-            letter: curve(times, [value(letter, i) for i in range(len(times))])
+            letter: compute_curve(times, [value(letter, i) for i in range(len(times))])
             for letter in letters
         }
 

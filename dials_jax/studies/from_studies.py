@@ -1,4 +1,4 @@
-"""What one study reads of another that has ended."""
+"""What one study reads from the workdir of another that has ended."""
 
 from __future__ import annotations
 
@@ -16,31 +16,35 @@ from dials_jax.sampling.model_schedule import Schedule
 from dials_jax.studies import search
 from dials_jax.studies.perplexity_run import join_batches
 from dials_jax.studies.placements import Placements
-from dials_jax.studies.samples import by_schedule, check_batch
+from dials_jax.studies.samples import check_batch_record, group_by_schedule
 
-AGAIN = "run that study again: it writes its results anew from its records"
+RERUN = "run that study again: it writes its results again from its records"
 HARMS = ("gap", "kl", "relative_kl")  # curves of an importance study that predict harm
 
 
 def placements_of(cfg: SearchStudy) -> Placements:
+    """All placements of the search's light segments."""
     return Placements(cfg.num_segments, cfg.num_light)
 
 
 def coarse_schedule(cfg: SearchStudy, number: int) -> Schedule:
-    """Of one placement of the light segments."""
+    """The schedule of one placement of the light segments."""
     chosen = placements_of(cfg).chosen(number)
     return Schedule.coarse(cfg.num_segments, chosen, cfg.steps, cfg.light, cfg.heavy)
 
 
 def coarse_schedules(cfg: SearchStudy) -> list[Schedule]:
-    """Of every placement, in their order."""
+    """The schedules of all placements, in their order."""
     return [coarse_schedule(cfg, number) for number in range(cfg.num_schedules)]
 
 
 def read_harms(
     workdir: str | Path, letter: str, num_segments: int
 ) -> dict[str, Float[np.ndarray, "n"]]:
-    """The importance of each segment by every curve that an importance study has of a model."""
+    """The importance of each segment by each curve that an importance study holds of a model.
+
+    Raises: InputError for a workdir without such a study, or a model that it did not measure.
+    """
     path = Path(workdir) / "results.json"
     results = read_json(path)
     require(
@@ -48,7 +52,7 @@ def read_harms(
         f"{workdir} holds no importance study; give the workdir of one that ended",
     )
     found = {}
-    with sound(path, AGAIN):
+    with sound(path, RERUN):
         for name in HARMS:
             by_letter = results["curves"].get(name, {})
             require(
@@ -74,11 +78,11 @@ def read_search(workdir: str | Path) -> tuple[SearchStudy, Float[np.ndarray, "S 
         results.get("kind") == "SearchStudy",
         f"{workdir} holds no search; give the workdir of a SearchStudy that ended",
     )
-    with sound(path, AGAIN):
+    with sound(path, RERUN):
         renamed = SearchStudy.RENAMED
         config = {renamed.get(name, name): value for name, value in results["config"].items()}
         cfg = from_dict(SearchStudy, config)
-    batches_of = by_schedule(read_records(Path(workdir) / RECORDS, check_batch))
+    batches_of = group_by_schedule(read_records(Path(workdir) / RECORDS, check_batch_record))
     values = []
     for schedule in coarse_schedules(cfg):
         batches = batches_of.get(str(schedule), {})

@@ -1,4 +1,4 @@
-"""How far models are from a heavy one at each noise level, and what schedules would lose."""
+"""How far models are from a heavy one at each noise level, and what schedules would lose by it."""
 
 from __future__ import annotations
 
@@ -24,32 +24,38 @@ from dials_jax.reporting.environment import environment
 from dials_jax.reporting.publish import Figure, Report, Table, as_dicts
 from dials_jax.sampling.model_schedule import Schedule
 from dials_jax.studies import plots
-from dials_jax.studies.divergence import Curve, Divergence, check_family, curves, divergences
+from dials_jax.studies.divergence import (
+    Curve,
+    Divergence,
+    check_family,
+    compute_curves,
+    divergences,
+)
 from dials_jax.studies.predictions import predict_losses, prediction_figures, prediction_table
 from dials_jax.studies.report import study_report
-from dials_jax.studies.samples import require_known
+from dials_jax.studies.samples import require_known_letters
 
 LEGEND = (
     ("loss", "Mean absolute difference in cross-entropy to the heavy model, nats: Sedykh (6)."),
     ("gap", "Cross-entropy above the heavy model's, nats: below 0 the model is the better one."),
     ("kl", "KL divergence of the model from the heavy one, nats: Sedykh (7)."),
-    ("relative_kl", "The same, less that of a second heavy model, row by row."),
-    ("what schedules would lose", "Integrals over the steps that they give to other models, nats a "
-     "token, on masked text; later steps build on what a light one wrote, which this leaves out."),
+    ("relative_kl", "The same, less that of a second heavy model, sequence by sequence."),
+    ("what schedules would lose", "Integrals over the steps that they give to other models, nats "
+     "per token, on masked text. That later steps build on a light model's tokens is left out."),
 )  # fmt: skip
 
 
 def run_importance(cfg: ImportanceStudy, workdir: Path) -> Report:
-    """Figures 5 and 6, and what schedules would lose by them."""
+    """Sedykh, figures 5 and 6, and what schedules would lose by them."""
     from tqdm import tqdm
 
     schedules = [Schedule.parse(text) for text in cfg.schedules]
-    require_known(schedules, [letter for letter, _ in cfg.models])
+    require_known_letters(schedules, [letter for letter, _ in cfg.models])
     mesh = sharding.make_mesh(cfg.mesh)
     models = {letter: load(path, cfg.dtype, mesh, cfg.layout) for letter, path in cfg.models}
     heavy = models.pop(cfg.heavy)
     check_family(heavy.config, {letter: model.config for letter, model in models.items()})
-    tokens, data = clean_rows(cfg, heavy)
+    tokens, data = clean_sequences(cfg, heavy)
     weights = {letter: model.fingerprint for letter, model in models.items()}
     weights |= {cfg.heavy: heavy.fingerprint, "data": data}
     records = Records(workdir, identity(cfg, weights), partial(_check_time, letters=set(models)))
@@ -68,7 +74,7 @@ def run_importance(cfg: ImportanceStudy, workdir: Path) -> Report:
         "environment": environment(heavy, cfg.seed),
         "num_layers": {cfg.heavy: heavy.num_layers}
         | {letter: model.num_layers for letter, model in models.items()},
-        "curves": curve_results(curves(cfg.times, by_letter, cfg.second_heavy)),
+        "curves": curve_results(compute_curves(cfg.times, by_letter, cfg.second_heavy)),
     }
     predicted = predict_losses(schedules, cfg.times, by_letter)
     results["predicted"] = as_dicts(predicted)
@@ -88,8 +94,8 @@ def run_importance(cfg: ImportanceStudy, workdir: Path) -> Report:
     )
 
 
-def clean_rows(cfg: ImportanceStudy, heavy: Model) -> tuple[Int[np.ndarray, "N T"], str]:
-    """Rows of the data, drawn once by the seed, and the data's fingerprint."""
+def clean_sequences(cfg: ImportanceStudy, heavy: Model) -> tuple[Int[np.ndarray, "N T"], str]:
+    """Sequences of the data, chosen by the seed, and the data's fingerprint."""
     data, _ = training_data(cfg.data, heavy.config, heavy.path)
     require(
         data.num_rows >= cfg.num_sequences,
@@ -101,13 +107,13 @@ def clean_rows(cfg: ImportanceStudy, heavy: Model) -> tuple[Int[np.ndarray, "N T
     tokens, answer, valid = data.rows(chosen)
     require(
         valid is None and bool(answer.all()),
-        "the importance study masks whole rows; give text data with prompt_length=0",
+        "the importance study masks whole sequences; give text data with prompt_length=0",
     )
     return tokens, data.fingerprint
 
 
 def _check_time(record: Any, letters: set[str]) -> None:
-    """Raises: a plain error for what is no record of a noise level."""
+    """Raises: ValueError, TypeError or KeyError if this is not the record of a noise level."""
     require_numbers([record["time"]])
     if record["models"].keys() != letters:
         raise ValueError(f"models are {sorted(record['models'])}")
@@ -138,7 +144,7 @@ def curve_results(curves: Mapping[str, Mapping[str, Curve]]) -> dict[str, Any]:
 
 
 def curve_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One row a quantity, model and time."""
+    """One row for each quantity, model and time."""
     return [
         {"quantity": quantity, "model": letter, "time": t, "value": value, "low": low, "high": high}
         for quantity, by_letter in results.items()
@@ -150,7 +156,7 @@ def curve_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def curve_table(results: Mapping[str, Any]) -> Table:
-    """Every quantity and model with its peak and its ends."""
+    """One line for each quantity and model: the curve's ends and its peak."""
     lines = []
     for quantity, by_letter in results.items():
         for letter, curve in by_letter.items():

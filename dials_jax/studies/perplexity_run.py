@@ -1,4 +1,4 @@
-"""Schedules put to the test: unconditional samples, scored, a batch at a time."""
+"""Measures schedules: draws unconditional samples and scores them, batch by batch."""
 
 from __future__ import annotations
 
@@ -28,59 +28,60 @@ from dials_jax.studies.samples import (
     Batches,
     SampledSource,
     StoredSource,
-    by_schedule,
-    check_batch,
+    check_batch_record,
     check_schedules,
+    group_by_schedule,
     model_facts,
     static_policies,
 )
 
 
 class ScoredSamples(NamedTuple):
-    """What the samples of one schedule are like, and what they cost."""
+    """The samples of one schedule: their scores, and what drawing them cost."""
 
     scores: Scores
     entropy: Float[np.ndarray, "N"]  # nats
-    seconds: float  # of sampling alone, compilation apart
-    flops: float  # of sampling, all counted
+    seconds: float  # of sampling, without compilation
+    flops: float  # of sampling, everything counted
 
     def values(self, aggregate: Aggregate) -> Float[np.ndarray, "N"]:
+        """One number for each sample; their mean is the perplexity of the schedule."""
         return perplexities(self.scores, aggregate)
 
 
 class PerplexityRun:
-    """The samples, the scorer and the records of one study."""
+    """The samples, the scorer and the records of one study; `measure` brings them together."""
 
     def __init__(self, cfg: SamplingStudy, schedules: Sequence[Schedule], workdir: str | Path):
-        """Loads all models, or looks for the samples of an earlier study.
+        """Loads all models, or finds the samples of an earlier study.
 
-        Raises: InputError for schedules, models or samples that would stop the study half-way, and
-          for a workdir that holds another study.
+        Raises: InputError for schedules, models or samples that would stop the study before its
+          end, and for a workdir that holds another study.
         """
         check_schedules(cfg, schedules)
         self.cfg = cfg
         self.scorer = load(cfg.scorer, "float32", sharding.make_mesh(cfg.mesh))
         self.samples = StoredSource(cfg, schedules) if cfg.samples else SampledSource(cfg, workdir)
-        self.drawn_by = next(iter(self.samples.facts.values()))
+        self.first_model = next(iter(self.samples.facts.values()))
         self.tokenizers = self._tokenizers()
         self._check_scorer()
         prints = {letter: facts["fingerprint"] for letter, facts in self.samples.facts.items()}
         weights = {"models": prints, "scorer": self.scorer.fingerprint}
-        self.records = Records(workdir, identity(cfg, weights), check_batch)
-        self._batches = by_schedule(self.records.all)
+        self.records = Records(workdir, identity(cfg, weights), check_batch_record)
+        self._batches = group_by_schedule(self.records.all)
 
     def _tokenizers(self) -> tuple[Tokenizer, Tokenizer] | None:
-        """Of the samples and of the scorer; None where samples are scored as the ids they are."""
+        """Those of the samples and of the scorer; None where the scorer takes the samples' ids."""
         if self.cfg.retokenize == "never":
             return None
-        theirs, drawn_with = load_tokenizer(self.scorer.path), self.drawn_by["tokenizer"]
+        theirs, drawn_with = load_tokenizer(self.scorer.path), self.first_model["tokenizer"]
         if self.cfg.retokenize == "auto" and drawn_with in theirs.fingerprints:
             return None
-        ours = load_tokenizer(self.drawn_by["path"])
+        ours = load_tokenizer(self.first_model["path"])
         require(
             drawn_with in (None, *ours.fingerprints),
-            f"{self.drawn_by['path']} has another tokenizer than when the samples were drawn; "
-            "put that one back",
+            f"{self.first_model['path']} has another tokenizer than when the samples were drawn; "
+            "put the earlier one back",
         )
         same = self.cfg.retokenize == "auto" and ours.fingerprint == theirs.fingerprint
         return None if same else (ours, theirs)
@@ -90,13 +91,13 @@ class PerplexityRun:
         length = cfg.score_length if self.tokenizers else min(cfg.length, cfg.score_length)
         check_scorer(scorer, length)
         require(
-            self.tokenizers is not None or scorer.eos_id == self.drawn_by["eos_id"],
-            f"end of text is {self.drawn_by['eos_id']} for the samplers and {scorer.eos_id} for "
+            self.tokenizers is not None or scorer.eos_id == self.first_model["eos_id"],
+            f"end of text is {self.first_model['eos_id']} for the samplers and {scorer.eos_id} for "
             "the scorer; set retokenize=always",
         )
 
     def describe(self) -> dict[str, Any]:
-        """What the results depend on beside the configuration, and where they come from."""
+        """The models and the environment that the results depend on."""
         return {
             "models": self.samples.facts,
             "scorer": model_facts(self.scorer),
@@ -105,20 +106,22 @@ class PerplexityRun:
 
     @property
     def depths(self) -> dict[str, int]:
-        """The layers that each model runs."""
+        """How many layers each model runs."""
         skipped = {x: len(policy.layers) for x, policy in static_policies(self.cfg).items()}
         return {x: f["num_layers"] - skipped.get(x, 0) for x, f in self.samples.facts.items()}
 
     def measure(
         self, schedule: Schedule, progress: Callable[[int], Any] = lambda n: None
     ) -> ScoredSamples:
-        """Scores the samples that the records do not hold yet, and puts them there."""
+        """Scores the samples of a schedule; batches that the records hold are not scored again."""
         done = self._batches.setdefault(str(schedule), {})
         first = 0
         while first < self.cfg.num_samples:
             if first not in done:
                 batch = self.samples.batch(schedule, first)
-                scores = score_samples(self.scorer, self._scored(batch.tokens), self.cfg.batch_size)
+                scores = score_samples(
+                    self.scorer, self._scorer_tokens(batch.tokens), self.cfg.batch_size
+                )
                 found = {"nll": scores.nll.tolist(), "weight": scores.weight.tolist()}
                 done[first] = batch.record | found
                 self.records.add(done[first])
@@ -126,17 +129,17 @@ class PerplexityRun:
             first += len(done[first]["nll"])
         return join_batches(done)
 
-    def _scored(self, samples: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B S"]:
+    def _scorer_tokens(self, samples: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B S"]:
         """The tokens that the scorer reads."""
         length = self.cfg.score_length
         if self.tokenizers is None:
             return samples[:, :length]
-        ends = self.drawn_by["eos_id"], self.scorer.config.eos_id
+        ends = self.first_model["eos_id"], self.scorer.config.eos_id
         return retokenise(samples, *self.tokenizers, *ends, length)
 
 
 def join_batches(batches: Batches) -> ScoredSamples:
-    """All batches of one schedule together, in the order of their samples."""
+    """All batches of one schedule as one, in the order of their samples."""
     records = [batches[first] for first in sorted(batches)]
 
     def joined(name):

@@ -1,4 +1,4 @@
-"""The ways to place light segments in a trajectory: numbered, and made when they are asked for.
+"""The ways to place light segments in a trajectory: numbered, and built only when needed.
 
 Their number grows fast: 11 light segments of 22 have 705,432 placements, 15 of 30 have 155 million.
 """
@@ -16,8 +16,8 @@ from math import comb, fsum
 import numpy as np
 from jaxtyping import Bool, Float
 
-LISTED = 50_000  # placements at most that are compared all at once
-PERMUTED = 10_000_000  # placements at most whose numbers are shuffled
+LISTED = 50_000  # up to this many placements are compared all at once
+PERMUTED = 10_000_000  # up to this many numbers are shuffled in memory
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,15 @@ class Placements:
         """The light segments of one placement."""
         found, segment = [], 0
         for left in range(self.num_light - 1, -1, -1):
-            while number >= (beginning_so := comb(self.num_segments - segment - 1, left)):
-                number -= beginning_so
+            while number >= (num_with_it := comb(self.num_segments - segment - 1, left)):
+                number -= num_with_it
                 segment += 1
             found.append(segment)
             segment += 1
         return found
 
     def number_of(self, chosen: Sequence[int]) -> int:
+        """The inverse of `chosen`."""
         number, segment = 0, 0
         for left, light in zip(range(self.num_light - 1, -1, -1), chosen, strict=True):
             number += sum(comb(self.num_segments - i - 1, left) for i in range(segment, light))
@@ -57,31 +58,33 @@ class Placements:
 
     @cached_property
     def table(self) -> Bool[np.ndarray, "S n"]:
-        """`light` of all of them."""
+        """`light` of all placements."""
         found = np.zeros((self.number, self.num_segments), bool)
         chosen = list(combinations(range(self.num_segments), self.num_light))
         np.put_along_axis(found, np.array(chosen), True, axis=1)
         return found
 
     def in_order_of(self, costs: Float[np.ndarray, "n"]) -> Iterator[int]:
-        """Their numbers by the sum of the costs of their light segments, the smallest first.
+        """All numbers, by the sum of the costs of their light segments, the smallest first.
 
-        The first of equals goes first. Among more than `LISTED` that holds for segments of equal
-        cost, but not for sums that are equal by chance.
+        Of equal sums the lower number comes first. Among more than `LISTED` placements that holds
+        for segments of equal cost, but not for sums that are equal by chance.
         """
         if self.number <= LISTED:
             return map(int, np.argsort(self.table @ costs, kind="stable"))
-        return map(self.number_of, cheapest(costs, self.num_light))
+        return map(self.number_of, cheapest_subsets(costs, self.num_light))
 
     def in_random_order(self, seed: int) -> Iterator[int]:
+        """All numbers, each once."""
         if self.number <= PERMUTED:
-            place = np.random.default_rng(seed).permutation(self.number)
-            return map(int, np.argsort(place))
+            rank = np.random.default_rng(seed).permutation(self.number)
+            return map(int, np.argsort(rank))
         draws = random.Random(seed)
         return distinct(draws.randrange(self.number) for _ in count())
 
 
 def distinct(numbers: Iterator[int]) -> Iterator[int]:
+    """Leaves out numbers that came before."""
     seen = set()
     for number in numbers:
         if number not in seen:
@@ -89,26 +92,26 @@ def distinct(numbers: Iterator[int]) -> Iterator[int]:
             yield number
 
 
-def cheapest(costs: Float[np.ndarray, "n"], size: int) -> Iterator[list[int]]:
-    """Choices of `size` of the numbers 0 to n - 1, each sorted, by the sum of their costs.
+def cheapest_subsets(costs: Float[np.ndarray, "n"], size: int) -> Iterator[list[int]]:
+    """Subsets of `size` of the numbers 0 to n - 1, each sorted, by the sum of their costs.
 
-    Every choice but the cheapest comes from one that is not dearer, by exchanging one of its
-    numbers for the next dearer one: only such neighbours of what was given wait to be compared.
+    Every subset but the cheapest follows from one that is not dearer, by exchanging one number for
+    the next dearer one. So only such neighbours of the subsets already given wait in the heap.
     """
     by_cost = np.argsort(costs, kind="stable").tolist()
 
-    def entry(places):
-        chosen = sorted(by_cost[i] for i in places)
-        return fsum(costs[i] for i in chosen), chosen, places
+    def entry(ranks):
+        chosen = sorted(by_cost[i] for i in ranks)
+        return fsum(costs[i] for i in chosen), chosen, ranks
 
     waiting = [entry(tuple(range(size)))]
     seen = {waiting[0][2]}
     while waiting:
-        _, chosen, places = heapq.heappop(waiting)
+        _, chosen, ranks = heapq.heappop(waiting)
         yield chosen
-        for i, place in enumerate(places):
-            moved = (*places[:i], place + 1, *places[i + 1 :])
-            free = place + 1 < (places[i + 1] if i + 1 < size else len(costs))
+        for i, rank in enumerate(ranks):
+            moved = (*ranks[:i], rank + 1, *ranks[i + 1 :])
+            free = rank + 1 < (ranks[i + 1] if i + 1 < size else len(costs))
             if free and moved not in seen:
                 seen.add(moved)
                 heapq.heappush(waiting, entry(moved))

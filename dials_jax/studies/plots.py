@@ -1,4 +1,4 @@
-"""The figures of a study of schedules (Sedykh et al.), as PNG files in the style of `plots`.
+"""The figures of studies of schedules (Sedykh et al.), as PNG files.
 
 Every function takes plain data and the path of the file it writes, and returns that path.
 """
@@ -19,7 +19,7 @@ from dials_jax.studies.search import Influence, Regret
 if TYPE_CHECKING:  # matplotlib is optional
     from matplotlib.axes import Axes
 
-LIGHT, HEAVY = COLORS["static"], "#dfe6ee"  # the light model is what stands out
+LIGHT, HEAVY = COLORS["static"], "#dfe6ee"  # the light model stands out
 HARM, SAFE = "#c0392b", COLORS["random"]
 Series = tuple[Float[np.ndarray, "S"], Float[np.ndarray, "2 S"]]  # values, and their intervals
 SEGMENTS = "segment (0 is fully masked)"
@@ -40,10 +40,10 @@ def schedule_points(
     label: str = "generative perplexity (lower is better)",
     changes: Mapping[str, Series] | None = None,
 ) -> Path:
-    """A number of each schedule with its interval, the lowest on top (figure 1).
+    """One number for each schedule with its interval, the lowest on top (Sedykh, figure 1).
 
-    `changes`, if any, stand in a second panel: differences to the first schedule, sample by sample.
-    Their intervals tell schedules apart that share most of their noise.
+    `changes` fill a second panel: differences to the first schedule, sample by sample. Schedules
+    share most of their noise, so only these intervals tell them apart.
     """
     order = np.argsort(-values, kind="stable")
     width = 10.6 if changes else 6.6
@@ -61,7 +61,7 @@ def schedule_points(
                 shift = -shift
             ax.axvline(0, color=GREY, linewidth=1)
             ax.tick_params(axis="y", length=0)
-            ax.set(title=f"against {labels[0]}", xlabel="log perplexity above it, nats a token")
+            ax.set(title=f"against {labels[0]}", xlabel="log perplexity above it, nats per token")
             ax.legend(fontsize=9)
     return Path(path)
 
@@ -73,7 +73,7 @@ def fraction_curves(
     savings: Mapping[str, Float[np.ndarray, "S"]],
     path: str | Path,
 ) -> Path:
-    """Perplexity, and what is saved, against the share of light steps (table 2)."""
+    """Perplexity, and what is saved, against the share of light steps (Sedykh, table 2)."""
     order = np.argsort(fractions)
     x = 100 * fractions[order]
     with figure_at(path, 9.6, 3.6) as figure:
@@ -94,7 +94,7 @@ def placement_rows(
     perplexities: tuple[Sequence[float], Sequence[float]],
     path: str | Path,
 ) -> Path:
-    """Where the light segments of the best and of the worst schedules lie (figure 2)."""
+    """Where the light segments of the best and of the worst schedules lie (Sedykh, figure 2)."""
     with figure_at(path, 9.6, 1.4 + 0.36 * len(best)) as figure:
         axes = figure.subplots(1, 2)
         names = (f"best {len(best)}", f"worst {len(worst)}")
@@ -116,7 +116,7 @@ def placement_rows(
 def segment_frequencies(
     best: Int[np.ndarray, "n"], worst: Int[np.ndarray, "n"], num_extremes: int, path: str | Path
 ) -> Path:
-    """How often a segment is light among the best and the worst (figures 3 and 4)."""
+    """How often a segment is light among the best and the worst (Sedykh, figures 3 and 4)."""
     with figure_at(path, 9.6, 3.2) as figure:
         axes = figure.subplots(1, 2, sharey=True)
         panels = ((best, f"best {num_extremes}", SAFE), (worst, f"worst {num_extremes}", HARM))
@@ -129,7 +129,7 @@ def segment_frequencies(
 
 
 def influence_bars(influence: Influence, path: str | Path) -> Path:
-    """Each segment's score (figure 7): above 0 a light model does harm there."""
+    """Each segment's score (Sedykh, figure 7): above 0 a light model does harm there."""
     with figure_at(path, 6.6, 3.4) as figure:
         ax = figure.subplots()
         segments = np.arange(len(influence.value))
@@ -145,7 +145,7 @@ def influence_bars(influence: Influence, path: str | Path) -> Path:
 def importance_curves(
     curves: Mapping[str, Curve], labels: Mapping[str, str], ylabel: str, path: str | Path
 ) -> Path:
-    """Light models against the heavy one by noise level (figures 5 and 6)."""
+    """Light models against the heavy one by noise level (Sedykh, figures 5 and 6)."""
 
     with figure_at(path, 6.6, 3.8) as figure:
         ax = figure.subplots()
@@ -205,7 +205,7 @@ def predicted_scatter(
         ax.scatter(predicted, measured, s=14, color=COLORS["routed"], alpha=0.6, linewidth=0)
         ax.set(
             title=title,
-            xlabel="predicted harm, nats a token",
+            xlabel="predicted harm, nats per token",
             ylabel="generative perplexity",
         )
         ax.locator_params(axis="x", nbins=6)
@@ -232,10 +232,10 @@ def _segment_axis(ax: Axes, num_segments: int) -> None:
     ax.set_xlabel(SEGMENTS)
 
 
-def _whiskers(ax: Axes, places, values, intervals, horizontal: bool = False) -> None:
+def _whiskers(ax: Axes, positions, values, intervals, horizontal: bool = False) -> None:
     errors = np.stack([values - intervals[0], intervals[1] - values])
     style = {"fmt": "none", "ecolor": "#1b2733", "elinewidth": 1.2, "capsize": 3}
     if horizontal:
-        ax.errorbar(values, places, xerr=errors, **style)
+        ax.errorbar(values, positions, xerr=errors, **style)
     else:
-        ax.errorbar(places, values, yerr=errors, **style)
+        ax.errorbar(positions, values, yerr=errors, **style)

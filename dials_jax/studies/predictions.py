@@ -1,4 +1,4 @@
-"""What schedules would lose by the measured importance of their steps, without a sample drawn."""
+"""What schedules would lose by the measured importance of their steps, without sampling."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from dials_jax.studies.search import time_weights
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """What a schedule would lose, in nats a token, with 95 % intervals over the rows of the data.
+    """What a schedule would lose, in nats per token, with 95 % intervals over sequences.
 
-    `gap` is the loss in likelihood bound, `kl` bounds the divergence from what the heavy model
-    writes; both as far as its path resembles masked text.
+    `gap` is the loss in likelihood bound, `kl` bounds the divergence from the heavy model's
+    samples. Both assume that partially generated text is distributed like masked real text.
     """
 
     schedule: str
@@ -30,7 +30,7 @@ class Prediction:
     value: float
     low: float
     high: float
-    difference: float  # to the first schedule, row by row
+    difference: float  # to the first schedule, sequence by sequence
     difference_low: float
     difference_high: float
 
@@ -52,10 +52,10 @@ def predict_losses(
             for letter, found in measured.items()
         }
         harms = [_harm(schedule, times, values) for schedule in schedules]
-        whole = np.isfinite(np.sum(harms, axis=0))  # rows that were masked somewhere at each time
+        whole = np.isfinite(np.sum(harms, axis=0))  # sequences with a masked token at every time
         require(
             not schedules or int(whole.sum()) > 1,
-            "schedules: fewer than two rows were masked at every time, too few to predict with; "
+            "schedules: fewer than two sequences have a masked token at every time; "
             "add sequences, or lower num_times",
         )
         for schedule, harm in zip(schedules, harms, strict=True):
@@ -86,7 +86,7 @@ def _harm(
 
 
 def prediction_table(rows: Sequence[Prediction]) -> Table:
-    header = ("predicted, nats a token", "value", "above the first", "95 % interval")
+    header = ("predicted, nats per token", "value", "above the first", "95 % interval")
     lines = [
         (
             f"{r.quantity} {r.schedule}",
@@ -108,7 +108,7 @@ def prediction_figures(rows: Sequence[Prediction]) -> list[Figure]:
             "labels": [r.schedule for r in found],
             "values": np.array([r.value for r in found]),
             "intervals": np.array([[r.low for r in found], [r.high for r in found]]),
-            "label": f"predicted: {plots.CURVE_LABELS[quantity]} a token",
+            "label": f"predicted: {plots.CURVE_LABELS[quantity]} per token",
         }
         caption = f"The integral of {quantity} over the steps that are light."
         figures.append(Figure(f"predicted_{quantity}", caption, plots.schedule_points, data))

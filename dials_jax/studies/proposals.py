@@ -1,4 +1,4 @@
-"""Ways to find a good schedule without trying all, replayed on a finished search."""
+"""Methods that find a good schedule without trying all, replayed on a finished search."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ SCATTER_CAPTION = "One point for each schedule: its perplexity against the harm 
 LEGEND = (
     ("Regret", REGRET_CAPTION),
     ("Spearman", "Of the predicted harm and the perplexity of all schedules."),
-    ("Chosen with all samples", "Against the best of the search, by the very samples that chose "
-     "both, which flatters the exhaustive one."),
+    ("Chosen with all samples", "Against the best of the search, on the same samples that chose "
+     "both, which favours the exhaustive one."),
 )  # fmt: skip
 
 
 def methods_of(
     light: Placements, harms: Mapping[str, Float[np.ndarray, "n"]]
 ) -> dict[str, Callable[[int], Propose]]:
-    """Ways to choose what to try next, by name; each is made from a seed, for one search."""
+    """Methods by name. Each makes, from a seed, what proposes the schedules of one search."""
     methods = {
         "chance": lambda seed: search.by_chance(light, seed),
         "additive model": lambda seed: search.by_additive_model(light, seed),
@@ -57,7 +57,7 @@ def methods_of(
 
 
 def run_proposals(cfg: ProposeStudy, workdir: Path) -> Report:
-    """Replays ways to find a schedule on a finished search, and compares what they find."""
+    """Replays the methods on a finished search, and compares what they find."""
     searched, values = read_search(cfg.search)
     placements = placements_of(searched)
     light = placements.table
@@ -70,10 +70,10 @@ def run_proposals(cfg: ProposeStudy, workdir: Path) -> Report:
     methods = methods_of(placements, harms)
     budgets = sorted(cfg.budgets)
     regrets = {
-        name: [search.regret(make, values, b, cfg.num_repeats, cfg.seed) for b in budgets]
+        name: [search.measure_regret(make, values, b, cfg.num_repeats, cfg.seed) for b in budgets]
         for name, make in methods.items()
     }
-    chosen = choices(methods, values, budgets, coarse_schedules(searched), cfg.seed)
+    chosen = choose_with_all_samples(methods, values, budgets, coarse_schedules(searched), cfg.seed)
     correlations = {
         name: search.rank_correlation(light @ harm, values, cfg.seed)
         for name, harm in harms.items()
@@ -110,7 +110,7 @@ def run_proposals(cfg: ProposeStudy, workdir: Path) -> Report:
 class Choice:
     """What a method chose when it saw all samples, against the best of the exhaustive search.
 
-    Both were chosen by the numbers that compare them, which flatters the exhaustive one.
+    Both were chosen by the numbers that compare them, which favours the exhaustive one.
     """
 
     method: str
@@ -122,13 +122,14 @@ class Choice:
     difference_high: float
 
 
-def choices(
+def choose_with_all_samples(
     methods: Mapping[str, Callable[[int], Propose]],
     values: Float[np.ndarray, "S N"],
     budgets: Sequence[int],
     schedules: Sequence[Schedule],
     seed: int,
 ) -> list[Choice]:
+    """One row for each method and budget."""
     perplexity = values.mean(axis=1)
     best = int(np.argmin(perplexity))
     rows = []

@@ -1,7 +1,7 @@
-"""Where the samples of a study come from: drawn and kept, or read back to be scored again.
+"""Where the samples of a study come from: drawn and stored, or read back to be scored again.
 
-A source says what its models are (`facts`, by letter) and has batches of samples. So samples may be
-drawn on one machine, and scored on another or years later, without the models that drew them.
+A source tells what its models are (`facts`, by letter) and gives batches of samples. So samples may
+be drawn on one machine and scored on another, years later, without the models that drew them.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from dials_jax.skipping.policies import Static
 
 EXAMPLE_CHARACTERS = 600  # of the first sample of each schedule, to look at
 FOLDER = "samples"  # in a study's workdir: models.json, and an array for each batch
-# What samples depend on beside the weights.
+# Settings that samples depend on; they depend on the weights as well.
 DRAWING_FIELDS = ("static_layers", "length", "steps", "num_samples", "precision", "dtype", "seed")
 
 
 class SampleBatch(NamedTuple):
-    """Samples of one schedule, and what is recorded of them before they are scored."""
+    """Samples of one schedule, and their record before they are scored."""
 
     tokens: Int[np.ndarray, "B T"]
     record: dict[str, Any]  # schedule, first, entropy, nfe, flops, seconds, perhaps an example
@@ -50,8 +50,8 @@ class SampleBatch(NamedTuple):
 Batches = dict[int, dict[str, Any]]  # records of one schedule, by their first sample
 
 
-def check_batch(record: Any) -> None:
-    """Raises: a plain error for what is no record of a batch."""
+def check_batch_record(record: Any) -> None:
+    """Raises: ValueError, TypeError or KeyError if this is not the record of a batch."""
     if type(record["schedule"]) is not str or type(record["first"]) is not int:
         raise TypeError("schedule is no text, or first no number")
     for name in ("nll", "weight", "entropy"):
@@ -61,8 +61,8 @@ def check_batch(record: Any) -> None:
     require_numbers([record[name] for name in ("seconds", "flops", "nfe")])
 
 
-def by_schedule(records: Iterable[dict[str, Any]]) -> dict[str, Batches]:
-    """The batches of every schedule. A batch that two runs at once wrote twice counts once."""
+def group_by_schedule(records: Iterable[dict[str, Any]]) -> dict[str, Batches]:
+    """The batches of every schedule. A batch that two processes both wrote counts once."""
     found: dict[str, Batches] = {}
     for record in records:
         found.setdefault(record["schedule"], {})[record["first"]] = record
@@ -70,18 +70,18 @@ def by_schedule(records: Iterable[dict[str, Any]]) -> dict[str, Batches]:
 
 
 class SampledSource:
-    """Samples that are drawn when asked for, and kept.
+    """Draws samples when asked for them, and stores them.
 
     Attributes:
       facts: of each model, by letter: path, num_layers, parameters, fingerprint, eos_id, and its
         tokenizer's fingerprint (None where it has none).
-      environment: what the samples are drawn with.
+      environment: the device, versions and seed that the samples are drawn with.
     """
 
     def __init__(self, cfg: SamplingStudy, workdir: str | Path):
         """Loads all models.
 
-        Raises: InputError for models that would stop the study half-way.
+        Raises: InputError for models that would stop the study before its end.
         """
         self.cfg, self.folder = cfg, Path(workdir) / FOLDER
         mesh = sharding.make_mesh(cfg.mesh)
@@ -97,7 +97,7 @@ class SampledSource:
         self._described = False
 
     def batch(self, schedule: Schedule, first: int) -> SampleBatch:
-        """Draws the samples from number `first` on."""
+        """Draws at most `batch_size` samples, from number `first` on."""
         cfg = self.cfg
         numbers = jnp.arange(first, min(first + cfg.batch_size, cfg.num_samples))
         keys = jax.vmap(jax.random.fold_in, (None, 0))(seed_key(cfg.seed), numbers)
@@ -111,7 +111,7 @@ class SampledSource:
             num_sequences=len(numbers),
             fill_to=cfg.batch_size,
         )
-        sharding.on_first_process(lambda: self._keep(schedule, first, out.tokens))
+        sharding.on_first_process(lambda: self._store(schedule, first, out.tokens))
         record = {
             "schedule": str(schedule),
             "first": first,
@@ -123,8 +123,8 @@ class SampledSource:
         }
         return SampleBatch(out.tokens, record | ({} if first else self._example(out.tokens[0])))
 
-    def _keep(self, schedule: Schedule, first: int, tokens: Int[np.ndarray, "B T"]) -> None:
-        """Through a temporary file, so that a reader never sees half of it."""
+    def _store(self, schedule: Schedule, first: int, tokens: Int[np.ndarray, "B T"]) -> None:
+        """Writes to a temporary file first: a reader never sees half of an array."""
         if not self._described:
             settings = {name: to_dict(self.cfg)[name] for name in DRAWING_FIELDS}
             facts = {"models": self.facts, "config": settings, "environment": self.environment}
@@ -143,13 +143,13 @@ class SampledSource:
 
 
 class StoredSource:
-    """Samples of an earlier study, whose models need not be there any more.
+    """Reads the samples of an earlier study, whose models may be gone.
 
-    Attributes: those of `Drawn`; the environment is that in which they were drawn.
+    Attributes: those of `SampledSource`; the environment is the one they were drawn in.
     """
 
     def __init__(self, cfg: SamplingStudy, schedules: Sequence[Schedule]):
-        """Looks whether all samples are there.
+        """Checks that all samples exist.
 
         Raises: InputError for samples that are missing, or were drawn with other settings.
         """
@@ -159,11 +159,11 @@ class StoredSource:
             (self.folder / "models.json").is_file(),
             f"{workdir} holds no samples; give the workdir of a study that drew some",
         )
-        kept = _read_kept(self.folder / "models.json")
-        self.facts: dict[str, dict[str, Any]] = kept["models"]
-        _check_drawing(cfg, self.facts, kept["config"])
-        self.environment = kept["environment"] | {"command": command()}
-        self.batches = by_schedule(read_records(workdir / RECORDS, check_batch))
+        stored = _read_facts(self.folder / "models.json")
+        self.facts: dict[str, dict[str, Any]] = stored["models"]
+        _check_drawing(cfg, self.facts, stored["config"])
+        self.environment = stored["environment"] | {"command": command()}
+        self.batches = group_by_schedule(read_records(workdir / RECORDS, check_batch_record))
         for schedule in schedules:
             self._check(schedule, cfg.num_samples, cfg.length)
 
@@ -186,32 +186,32 @@ class StoredSource:
     def batch(self, schedule: Schedule, first: int) -> SampleBatch:
         """Reads the samples that were drawn from number `first` on.
 
-        Raises: InputError for samples that are not those that were drawn.
+        Raises: InputError for samples that changed since they were drawn.
         """
         old, path = self.batches[str(schedule)][first], _path(self.folder, schedule, first)
         tokens = np.load(path).astype(np.int32)
         require(
-            old.get("tokens") in (None, _digest(tokens)),  # versions before kept no digest
+            old.get("tokens") in (None, _digest(tokens)),  # earlier versions stored no digest
             f"{path} is damaged: it does not hold what was drawn; copy it again, or draw the "
             "samples again",
         )
         return SampleBatch(tokens, {k: v for k, v in old.items() if k not in ("nll", "weight")})
 
 
-def _read_kept(path: Path) -> dict[str, Any]:
-    """What a study wrote down of its samples. Raises: InputError if something of it is missing."""
-    kept = read_json(path)
+def _read_facts(path: Path) -> dict[str, Any]:
+    """What models.json says of the samples. Raises: InputError if something is missing."""
+    stored = read_json(path)
     with sound(path, "copy it again, or draw the samples again"):
-        for facts in kept["models"].values():
+        for facts in stored["models"].values():
             missing = {"path", "num_layers", "fingerprint", "eos_id", "tokenizer"} - facts.keys()
             if missing:
                 raise ValueError(f"a model has no {', '.join(sorted(missing))}")
         renamed = SamplingStudy.RENAMED
-        config = {renamed.get(name, name): value for name, value in kept["config"].items()}
+        config = {renamed.get(name, name): value for name, value in stored["config"].items()}
         missing = set(DRAWING_FIELDS) - config.keys()
         if missing:
             raise ValueError(f"config has no {', '.join(sorted(missing))}")
-        return kept | {"config": config, "environment": dict(kept["environment"])}
+        return stored | {"config": config, "environment": dict(stored["environment"])}
 
 
 def _digest(tokens: Int[np.ndarray, "B T"]) -> str:
@@ -239,7 +239,7 @@ def _path(folder: Path, schedule: Schedule, first: int) -> Path:
 
 
 def _shape(path: Path) -> tuple[int, ...]:
-    """Of a stored array; () if it is not all there."""
+    """Shape of a stored array; () if its file is incomplete."""
     try:
         return np.load(path, mmap_mode="r").shape
     except (ValueError, EOFError):
@@ -256,7 +256,7 @@ def _tokenizer(path: str, optional: bool) -> Tokenizer | None:
 
 
 def model_facts(model: Model, tokenizer: str | None = None) -> dict[str, Any]:
-    """What a study writes down of a model; `tokenizer`: its fingerprint."""
+    """What a study records of a model; `tokenizer`: the fingerprint of its tokenizer."""
     return {
         "path": model.path,
         "num_layers": model.num_layers,
@@ -268,13 +268,13 @@ def model_facts(model: Model, tokenizer: str | None = None) -> dict[str, Any]:
 
 
 def static_policies(cfg: SamplingStudy) -> dict[str, Static]:
-    """Of the models that skip layers."""
+    """The policies of the models that skip layers, by letter."""
     return {x: Static([int(n) for n in layers.split(",")]) for x, layers in cfg.static_layers}
 
 
 def check_schedules(cfg: SamplingStudy, schedules: Sequence[Schedule]) -> None:
     """Raises: InputError for schedules that name unknown models or do not fill the steps."""
-    require_known(schedules, [letter for letter, _ in cfg.models])
+    require_known_letters(schedules, [letter for letter, _ in cfg.models])
     for schedule in schedules:
         require(
             schedule.num_steps == cfg.steps,
@@ -283,7 +283,7 @@ def check_schedules(cfg: SamplingStudy, schedules: Sequence[Schedule]) -> None:
         )
 
 
-def require_known(schedules: Sequence[Schedule], known: Sequence[str]) -> None:
+def require_known_letters(schedules: Sequence[Schedule], known: Sequence[str]) -> None:
     """Raises: InputError for a letter that names no model."""
     for schedule in schedules:
         for letter in schedule.letters:

@@ -2,8 +2,8 @@
 
 A trajectory of `n` equal segments, counted from 0 at the fully masked end, runs the light model in
 `k` of them. `light` is [S, n], True where schedule s is light; `values` is [S, N], one number for
-each schedule and sample whose mean over samples is the schedule's perplexity. Sample i has the
-same key under every schedule, so whatever is a mean over schedules has a value a sample, and its
+each schedule and sample, whose mean over samples is the schedule's perplexity. Sample i has the
+same key under every schedule. So a mean over schedules has one value for each sample, and its
 interval is exact.
 """
 
@@ -36,7 +36,7 @@ class Influence(NamedTuple):
 def segment_influence(
     light: Bool[np.ndarray, "S n"], values: Float[np.ndarray, "S N"]
 ) -> Influence:
-    """Mean over the schedules that are light in a segment, less the mean over all."""
+    """Mean over the schedules that are light in a segment, less the mean over all: Sedykh (8)."""
     import scipy.stats
 
     weights = light / light.sum(axis=0) - 1 / len(light)
@@ -65,17 +65,17 @@ def segment_harm(
 def time_weights(
     times: Float[np.ndarray, "G"], chosen: Bool[np.ndarray, "S"]
 ) -> Float[np.ndarray, "G"]:
-    """What each measured time counts in an integral over some of S equal steps; step 0 ends at 1.
+    """The weight of each measured time in an integral over some of S equal steps; step 0 ends at 1.
 
-    What is integrated is linear between the times measured, and constant beyond them.
+    The integrand is linear between the measured times and constant beyond them.
     """
     order = np.argsort(times)
-    points = -(-GRID // len(chosen))  # a step
+    points = -(-GRID // len(chosen))  # per step
     grid = (np.arange(len(chosen) * points) + 0.5) / (len(chosen) * points)
-    here = grid[np.repeat(chosen[::-1], points)]
+    inside = grid[np.repeat(chosen[::-1], points)]
     weights = np.empty(len(times))
     for number, values in zip(order, np.eye(len(times)), strict=True):
-        weights[number] = np.interp(here, np.asarray(times)[order], values).sum() / len(grid)
+        weights[number] = np.interp(inside, np.asarray(times)[order], values).sum() / len(grid)
     return weights
 
 
@@ -91,13 +91,13 @@ def rank_correlation(
     seed: int = 0,
     num_draws: int = 500,
 ) -> Correlation:
-    """Spearman's, with a bootstrap interval over samples: the noise is that of the perplexities.
+    """Spearman's correlation, with a 95 % bootstrap interval over samples.
 
-    Noise lowers a correlation, and resampling adds as much again: that calls for quantiles
-    reflected at the value. Draws that err together skew the quantiles: that calls for them as
-    they are (Davison and Hinkley 1997, sections 5.2 and 5.3). The interval reaches as far as
-    either. Drawn from the two searches of docs/results/scheduling.md, it held the correlation of
-    all samples in 87 to 100 of 100 draws of 256 samples, but in 71 to 95 of 64 samples.
+    The interval is the union of the percentile and the reflected (basic) bootstrap intervals
+    (Davison and Hinkley 1997, sections 5.2 and 5.3), because noise in the perplexities biases
+    correlations downwards, and resampling adds as much noise again. On subsets of the two searches
+    of docs/results/scheduling.md it held the correlation of all samples in 87 to 100 of 100 draws
+    of 256 samples, but in 71 to 95 of 64 samples.
     """
     import scipy.stats
 
@@ -123,13 +123,13 @@ class Trials(NamedTuple):
     perplexity: list[float]  # theirs
 
 
-Propose = Callable[[Trials], int]  # the schedule to try next; good for one search
+Propose = Callable[[Trials], int]  # gives the schedule to try next; used for one search only
 
 
 def try_schedules(
     propose: Propose, measure: Callable[[int], float], budget: int, num_schedules: int
 ) -> Trials:
-    """Tries `budget` schedules, or all, as they are proposed."""
+    """Measures `budget` schedules, or all if there are fewer, as they are proposed."""
     trials = Trials([], [])
     for _ in range(min(budget, num_schedules)):
         schedule = propose(trials)
@@ -143,29 +143,29 @@ def best_of(trials: Trials) -> int:
 
 
 def in_order(numbers: Iterable[int]) -> Propose:
-    """Of an order that no trial changes."""
+    """Proposes in a given order, whatever the trials show."""
     left = iter(numbers)
     return lambda trials: next(left)
 
 
 def by_chance(light: Placements, seed: int) -> Propose:
-    """Any order: what a method that knows something must beat."""
+    """Proposes in random order: what a method that knows something must beat."""
     return in_order(light.in_random_order(seed))
 
 
 def by_importance(light: Placements, harm: Float[np.ndarray, "n"]) -> Propose:
-    """The sum of the harm of the light segments: needs no trial."""
+    """Proposes by the sum of the harm of the light segments: needs no trial."""
     return in_order(light.in_order_of(harm))
 
 
 def by_additive_model(
     light: Placements, seed: int, harm: Float[np.ndarray, "n"] | None = None
 ) -> Propose:
-    """Perplexity as a sum over segments, fitted to the trials so far; the lowest prediction next.
+    """Fits perplexity as a sum over segments to the trials so far; proposes the lowest prediction.
 
     Args:
       harm: the measured importance. The fit then shrinks to a multiple of it, and the first
-        trials are those that it prefers; without it the first trials are random.
+        trials are those of least harm; without it the first trials are random.
     """
     start = by_chance(light, seed) if harm is None else by_importance(light, harm)
     warm_up = light.num_segments // 2 if harm is None else 2
@@ -189,14 +189,14 @@ def fit_additive(
 ) -> Float[np.ndarray, "n"]:
     """Effects of light segments by ridge regression, up to a constant.
 
-    With `harm` they are scale * harm + rest, and only the rest is shrunk much. Effects sum to
-    zero: all schedules are light equally often, so a constant means nothing.
+    With `harm` they are scale * harm + rest, and mainly the rest is shrunk. Effects sum to zero:
+    all schedules are light equally often, so a constant has no effect.
     """
     centred = light - light.shape[1] ** -1.0 * light.sum(axis=1, keepdims=True)
     design, prior = centred, np.eye(light.shape[1])
     if harm is not None:
         shape = (harm - harm.mean()) / max(float(np.std(harm)), 1e-12)
-        # The scale counts as much as ten segments' own effects: it is what the prior is sure of.
+        # The scale is shrunk a tenth as much as a segment's own effect: the prior trusts its shape.
         prior = np.concatenate([prior, np.sqrt(10) * shape[None]])
         design = centred @ prior.T
     offset = design.mean(axis=0)
@@ -212,8 +212,8 @@ def fit_additive(
 class Regret(NamedTuple):
     """Perplexity of what a method chose, less that of the exhaustive choice.
 
-    Both choose on one half of the samples and are measured on the other: the best of many noisy
-    numbers flatters itself. Below 0 the method's choice was better than the exhaustive one.
+    Both choose on one half of the samples and are measured on the other, because the lowest of many
+    noisy numbers is lower than the truth. Below 0 the method's choice was the better one.
     """
 
     mean: float  # over repeats
@@ -221,7 +221,7 @@ class Regret(NamedTuple):
     high: float
 
 
-def regret(
+def measure_regret(
     make: Callable[[int], Propose],
     values: Float[np.ndarray, "S N"],
     budget: int,
@@ -231,7 +231,7 @@ def regret(
     """Replays a method on a finished search.
 
     Args:
-      make: a method from a seed, fresh in each repeat.
+      make: makes the method from a seed, anew for each repeat.
     """
     num_schedules, num_samples = values.shape
     require(num_samples >= 4, f"{num_samples} samples a schedule are too few to split in halves")

@@ -1,4 +1,4 @@
-"""The studies of model schedules, from a configuration to tables and figures."""
+"""Runs the studies of model schedules, from a configuration to their report (Sedykh et al.)."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ from dials_jax.studies.proposals import run_proposals
 from dials_jax.studies.report import study_report
 from dials_jax.workdir import exclusive, require_unclaimed
 
-FILES = (RECORDS, "results.csv", "report.html", "plots", "samples", "sweep.json")
+WRITTEN = (RECORDS, "results.csv", "report.html", "plots", "samples", "sweep.json")
 
 
 def run_study(cfg: StudyConfig, workdir: str | Path) -> Mapping[str, Any]:
-    """Runs what the workdir does not hold yet, then writes its results, plots and report.html.
+    """Measures what the workdir does not hold yet, then writes results, plots and report.html.
 
-    Raises: InputError for settings, models or data that would stop the study half-way.
+    Raises: InputError for settings, models or data that would stop the study before its end.
     """
     runners = {
         ScheduleStudy: run_schedules,
@@ -68,15 +68,15 @@ def _show(report: Report, workdir: Path) -> None:
 
 
 def _require_own(workdir: Path, kind: str) -> None:
-    """Raises: InputError for files that this study did not write and would write over."""
+    """Raises: InputError for files of others that this study would overwrite."""
     path, known = workdir / "results.json", (workdir / IDENTITY).exists()
     try:
         found = read_json(path).get("kind") if path.exists() else None
     except InputError as error:
         require(known, f"{error}; move it away, or choose another --workdir")
-        return  # it is written again from the records
+        return  # results.json is written anew from the records
     if found is None and not path.exists():
-        require_unclaimed(workdir, IDENTITY, FILES)
+        require_unclaimed(workdir, IDENTITY, WRITTEN)
     else:
         require(found == kind, f"{path} is not of a {kind}; choose another --workdir")
 

@@ -1,4 +1,4 @@
-"""Tables and figures of the studies of schedules."""
+"""Tables and figures of measured schedules and of searches among them."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ SCHEDULES_CAPTION = (
 )
 FRACTIONS_CAPTION = "Perplexity, and what is saved, against the share of light steps."
 INFLUENCE_CAPTION = (
-    "Perplexity of schedules with a light segment there, above the mean schedule: above 0 a light "
-    "model does harm."
+    "Perplexity of the schedules that are light in a segment, above the mean schedule: above 0 a "
+    "light model does harm."
 )
 PLACEMENTS_CAPTION = "Which segments the light model takes in the best and the worst schedules."
 FREQUENCIES_CAPTION = "How often a segment is light among the best and the worst."
@@ -35,9 +35,9 @@ LEGEND = (
     ("p", "Two-sided paired t-test, not corrected for the number of rows."),
     ("entropy", "Of the tokens within a sample, nats. Repetition lowers it, and perplexity too."),
     ("equal entropy", "What is left of the change in log perplexity between samples of equal "
-     "entropy, nats a token: the intercept of a least-squares line through the differences."),
+     "entropy, nats per token: the intercept of a least-squares line through the differences."),
     ("blocks saved", "p (B_H - B_L) / B_H of the paper; FLOPs count everything; time is that of "
-     "sampling, compilation apart."),
+     "sampling, without compilation."),
 )  # fmt: skip
 
 
@@ -58,7 +58,7 @@ class ScheduleRow:
     difference_low: float
     difference_high: float
     p_value: float
-    log_difference: float  # in log perplexity, nats a token, sample by sample
+    log_difference: float  # in log perplexity, nats per token, sample by sample
     log_difference_low: float
     log_difference_high: float
     equal_entropy: float  # the same between samples of equal entropy, by least squares
@@ -66,7 +66,7 @@ class ScheduleRow:
     equal_entropy_high: float
     saved_blocks: float  # p (B_H - B_L) / B_H, Sedykh (3)
     saved_flops: float | None  # everything counted; None where the baseline is not all heavy
-    seconds: float  # of sampling, compilation apart
+    seconds: float  # of sampling, without compilation
     saved_time: float | None
     num_samples: int
 
@@ -74,7 +74,7 @@ class ScheduleRow:
 def schedule_rows(
     found: Mapping[Schedule, ScoredSamples], depths: Mapping[str, int], aggregate: Aggregate
 ) -> list[ScheduleRow]:
-    """One row a schedule; the first is the baseline."""
+    """One row for each schedule; the first is the baseline."""
     baseline = next(iter(found))
     base, deepest = found[baseline], max(depths.values())
     all_heavy = mean_depth(baseline, depths) == deepest
@@ -117,16 +117,16 @@ def schedule_rows(
 
 
 def _changes(samples: ScoredSamples, base: ScoredSamples) -> tuple[Estimate, Estimate]:
-    """Nats a token above the baseline: as sampled, and between samples of equal entropy.
+    """Nats per token above the baseline: as sampled, and between samples of equal entropy.
 
-    A model that repeats itself more has the lower perplexity, so the second is the fairer one.
+    A model that repeats itself has lower perplexity, so the second comparison is the fairer one.
     """
     nats = np.log(samples.values("mean")) - np.log(base.values("mean"))
     return estimate(nats), Estimate(*mean_at_zero(nats, samples.entropy - base.entropy))
 
 
 def mean_depth(schedule: Schedule, depths: Mapping[str, int]) -> float:
-    """Blocks that a step runs on average."""
+    """How many blocks a step runs on average."""
     return sum(schedule.share(letter) * depths[letter] for letter in schedule.letters)
 
 
@@ -135,7 +135,7 @@ def _by_number(values: Float[np.ndarray, "N"]) -> dict[str, float]:
 
 
 def first_examples(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """How the first sample of each schedule begins."""
+    """The beginning of the first sample of each schedule."""
     return {r["schedule"]: r["example"] for r in records if "example" in r}
 
 
@@ -214,7 +214,7 @@ def _series(triples: Iterable[tuple[float, float, float]]) -> plots.Series:
 def segment_results(
     light: Bool[np.ndarray, "S n"], values: Float[np.ndarray, "S N"], num_extremes: int
 ) -> dict[str, Any]:
-    """Segment influence with its interval, and how often a segment is light at either end."""
+    """Segment influence with its interval, and how often a segment is light in the extremes."""
     best, worst = search.segment_counts(light, values.mean(axis=1), num_extremes)
     influence = search.segment_influence(light, values)
     return {
@@ -228,7 +228,7 @@ def segment_results(
 def segment_figures(
     light: Bool[np.ndarray, "S n"], values: Float[np.ndarray, "S N"], num_extremes: int
 ) -> list[Figure]:
-    """Sedykh, figures 7, 2, and 3 and 4."""
+    """Sedykh, figures 2, 3, 4 and 7."""
     perplexity = values.mean(axis=1)
     order = np.argsort(perplexity, kind="stable")
     best, worst = order[:5], order[::-1][:5]

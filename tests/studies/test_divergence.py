@@ -12,7 +12,7 @@ from dials_jax.errors import InputError
 from dials_jax.models import families, transformer
 from dials_jax.models.model import Model
 from dials_jax.studies import divergence
-from dials_jax.studies.divergence import Divergence, curve, curves, divergences
+from dials_jax.studies.divergence import Divergence, compute_curve, compute_curves, divergences
 from tests.conftest import MASK, small_config
 
 TIME = 0.4
@@ -73,7 +73,7 @@ def test_a_model_does_not_differ_from_itself(found):
 def test_neither_batches_nor_slices_nor_other_models_matter(
     lively, light, tokens, found, monkeypatch
 ):
-    monkeypatch.setattr(divergence, "POSITIONS", 5)
+    monkeypatch.setattr(divergence, "POSITIONS_AT_ONCE", 5)
     again = divergences(lively, {"L": light}, tokens, TIME, seed=3, batch_size=2)
     np.testing.assert_allclose(again["L"], found["L"], rtol=1e-4, atol=1e-5)
     other = divergences(lively, {"L": light}, tokens, TIME, seed=4, batch_size=2)
@@ -85,13 +85,13 @@ def test_rows_without_a_mask_are_left_out(lively, light, tokens):
     empty = ~masks_of(tokens, 0, 0.05).any(axis=1)
     assert 0 < empty.sum() < len(tokens) - 1
     assert (np.isnan(out.kl) == empty).all() and (np.isnan(out.loss_gap) == empty).all()
-    point = curve([0.05], [out.kl])
+    point = compute_curve([0.05], [out.kl])
     assert np.isclose(point.value[0], out.kl[~empty].mean())
 
 
 def test_a_model_that_says_nan_is_refused(lively, light, tokens):
     broken = Model(light.config, trees.map_named(lambda name, x: x * np.nan, light.params))
-    with pytest.raises(InputError, match=r"model 'L' .* says NaN or infinity at t=0.5; look"):
+    with pytest.raises(InputError, match=r"model 'L' .* outputs NaN or infinity at t=0.5; look"):
         divergences(lively, {"L": broken}, tokens, 0.5, batch_size=5)
 
 
@@ -99,7 +99,7 @@ def test_the_relative_divergence_is_paired_by_sequence():
     kl, base = np.array([1.0, 2.0, 4.0]), np.array([0.5, 1.5, 3.5])
     gap = np.array([-1.0, 1.0, 3.0])
     measured = {"L": [Divergence(gap, kl)], "H2": [Divergence(gap, base)]}
-    found = curves([0.5], measured, second_heavy="H2")
+    found = compute_curves([0.5], measured, second_heavy="H2")
     assert found["loss"]["L"].value == 5 / 3 and found["gap"]["L"].value == 1
     assert set(found["relative_kl"]) == {"L"} and set(found["kl"]) == {"L", "H2"}
     relative = found["relative_kl"]["L"]

@@ -67,10 +67,12 @@ def test_predictions_are_integrals_over_the_times_of_light_steps(importance):
         np.testing.assert_allclose([whole[quantity][x] for x in ("low", "high")], found, rtol=1e-3)
 
 
-def test_too_few_rows_to_predict_with_are_named():
-    seen = np.array([[0.1, np.nan], [np.nan, 0.2]])  # no row was masked at both times
-    found = [Divergence(row, row) for row in seen]
-    with pytest.raises(InputError, match="fewer than two rows were masked at every time"):
+def test_too_few_sequences_to_predict_with_are_named():
+    seen = np.array([[0.1, np.nan], [np.nan, 0.2]])  # no sequence was masked at both times
+    found = [Divergence(values, values) for values in seen]
+    with pytest.raises(
+        InputError, match="fewer than two sequences have a masked token at every time"
+    ):
         importance_study.predict_losses([Schedule.parse("L4")], (0.25, 0.75), {"L": found})
 
 

@@ -181,7 +181,7 @@ def test_records_are_grouped_in_one_pass():
             for n in reversed(range(count))
         ]  # fmt: skip
         Counted.looks = 0
-        batches = samples.by_schedule(records)
+        batches = samples.group_by_schedule(records)
         values = [join_batches(batches[f"H{n + 1}"]) for n in range(count // 2)]
         assert len(values[0].entropy) == 2 and values[0].seconds == 2
         looks.append(Counted.looks)

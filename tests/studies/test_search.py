@@ -13,8 +13,8 @@ from dials_jax.studies.search import (
     by_chance,
     by_importance,
     fit_additive,
+    measure_regret,
     rank_correlation,
-    regret,
     segment_counts,
     segment_harm,
     segment_influence,
@@ -169,16 +169,19 @@ def test_knowing_more_costs_less(table):
         "importance": lambda seed: by_importance(light, HARM),
         "both": lambda seed: by_additive_model(light, seed, HARM),
     }
-    found = {name: regret(make, values, 12, num_repeats=20).mean for name, make in methods.items()}
+    found = {
+        name: measure_regret(make, values, 12, num_repeats=20).mean
+        for name, make in methods.items()
+    }
     assert found["both"] < 0.3 > found["importance"]
     assert found["additive"] < found["chance"]
-    everything = regret(methods["chance"], values, 210, num_repeats=3)
+    everything = measure_regret(methods["chance"], values, 210, num_repeats=3)
     assert everything == (0, 0, 0)
 
 
 def test_nothing_is_judged_by_the_samples_that_chose_it():
     values = np.random.default_rng(0).normal(40, 1, (50, 40))  # all schedules are equally good
-    found = regret(lambda seed: by_chance(Placements(50, 1), seed), values, 1)
+    found = measure_regret(lambda seed: by_chance(Placements(50, 1), seed), values, 1)
     best_of_noise = 40 - np.mean([values[:, i::2].mean(axis=1).min() for i in range(2)])
     assert abs(found.mean) < 0.2 < 0.4 < best_of_noise
 
@@ -186,8 +189,10 @@ def test_nothing_is_judged_by_the_samples_that_chose_it():
 def test_a_wrong_importance_is_corrected_by_trials(table):
     light, values = Placements(10, 4), table[2]
     wrong = HARM[::-1] + np.where(np.arange(10) < 4, 3, 0)
-    with_it = regret(lambda s: by_importance(light, wrong), values, 40, num_repeats=10).mean
-    corrected = regret(lambda s: by_additive_model(light, s, wrong), values, 40, num_repeats=10)
+    with_it = measure_regret(lambda s: by_importance(light, wrong), values, 40, num_repeats=10).mean
+    corrected = measure_regret(
+        lambda s: by_additive_model(light, s, wrong), values, 40, num_repeats=10
+    )
     assert corrected.mean < with_it - 0.3
 
 
