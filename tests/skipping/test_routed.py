@@ -106,13 +106,16 @@ def test_equal_logits_vote_to_skip():
 
 
 def test_padding_never_votes(lively, cfg, routers):
-    tokens = np.random.default_rng(0).integers(2, 60, (1, 6))
-    tokens[:, 4:] = cfg.mask_id
-    padded = np.concatenate([np.full((1, 4), cfg.mask_id), tokens], axis=1)  # [MASK] as padding
-    valid = np.arange(10)[None] >= 4
+    """Among 16 sequences, four of [MASK] as padding would change the outcome of some vote."""
+    num = 16
+    tokens = np.random.default_rng(0).integers(2, 60, (num, 6))
+    tokens[:, 3:] = cfg.mask_id
+    padded = np.concatenate([np.full((num, 4), cfg.mask_id), tokens], axis=1)
+    valid = np.broadcast_to(np.arange(10) >= 4, (num, 10))
     policy = Routed(routers, 0.4)
-    alone = lively.apply(tokens, np.ones((1, 6), bool), policy)
-    np.testing.assert_array_equal(lively.apply(padded, valid, policy).gates, alone.gates)
+    alone = lively.apply(tokens, np.ones((num, 6), bool), policy, executor="select")
+    found = lively.apply(padded, valid, policy, executor="select")
+    np.testing.assert_array_equal(found.gates, alone.gates)
     assert alone.gates.any() and not alone.gates.all()
 
 
