@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from dials_jax.errors import InputError, require
 
@@ -54,20 +55,33 @@ def finite(values: Any) -> Any:
     return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
-def write_json(path: str | Path, values: Any) -> None:
-    """Writes through a temporary file, so a reader never sees half of it, nor does a loss of power.
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write that takes the place of `path` once it is whole.
 
-    What is not finite becomes null.
+    It is written beside `path` and renamed, so that nobody ever reads half of it, not even after a
+    loss of power. After an error it is removed, and `path` stays as it was.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def write_json(path: str | Path, values: Any) -> None:
+    """Writes JSON by `replacing`. What is not finite becomes null."""
     text = json.dumps(finite(values), indent=1, allow_nan=False)
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with replacing(path) as file:
+        file.write(text.encode() + b"\n")
 
 
 def json_lines(path: str | Path) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:

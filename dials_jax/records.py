@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dials_jax.errors import InputError, require
-from dials_jax.files import finite
+from dials_jax.files import finite, replacing
 
 ODD = "runs.odd.jsonl"  # beside a file of records: its lines that were none
 Check = Callable[[Any], Any]  # raises a plain error for what is no record
@@ -85,10 +85,8 @@ class Lines:
         if self.odd:
             with aside.open("ab") as file:
                 file.writelines(self.lines[number - 1] + b"\n" for number in self.odd)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        temporary.write_bytes(b"".join(self.lines[number - 1] + b"\n" for number in self.good))
-        temporary.replace(self.path)
+        with replacing(self.path) as file:
+            file.writelines(self.lines[number - 1] + b"\n" for number in self.good)
         for number, why in self.odd.items():
             print(
                 f"{self.path}, line {number} {why}: it is set aside in {aside.name}, and what it "

@@ -20,7 +20,7 @@ from dials_jax.config import (
     to_dict,
 )
 from dials_jax.errors import InputError, nearest
-from dials_jax.files import read_json, write_json
+from dials_jax.files import read_json, replacing, write_json
 from tests.conftest import small_config
 
 OPTIMIZER = OptimizerConfig(num_steps=10, warmup_steps=1)
@@ -157,6 +157,18 @@ def test_json_files(tmp_path):
     path.write_text("{")
     with pytest.raises(InputError, match="is not valid JSON"):
         read_json(path)
+
+
+def test_a_file_is_replaced_when_it_is_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "deep" / "a.bin"
+    with replacing(path) as file:
+        file.write(b"one")
+        assert not path.exists()
+    with pytest.raises(KeyboardInterrupt), replacing(path) as file:
+        file.write(b"half")
+        raise KeyboardInterrupt
+    assert path.read_bytes() == b"one"
+    assert [p.name for p in path.parent.iterdir()] == ["a.bin"]
 
 
 @pytest.mark.parametrize("changes", [{"dropout": 1.0}, {"dropout": -0.1}, {"backbone": "model"}])

@@ -37,7 +37,7 @@ from dials_jax.data.packing import BATCH_DOCUMENTS, PACKINGS, PackedRows, token_
 from dials_jax.data.records import Document, file_sha256
 from dials_jax.data.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
 from dials_jax.errors import InputError, require
-from dials_jax.files import read_json, write_json
+from dials_jax.files import read_json, replacing, write_json
 from dials_jax.workdir import exclusive, require_unclaimed
 
 SETTINGS = "settings.json"  # what a folder was begun with
@@ -184,11 +184,10 @@ class _Packer:
         dtype = token_dtype(self.plain.vocab_size - 1, self.model_config.eos_id)
         counts, rest = {"documents": 0, "tokens": 0}, list(rest)
         rows = self._rows(documents, rest, dtype, counts, advance)
-        data, temporary = note.with_suffix(".npy"), note.with_suffix(".tmp")
-        with temporary.open("wb") as file:
+        data = note.with_suffix(".npy")
+        with replacing(data) as file:
             counts["rows"] = write_rows(file, rows, self.cfg.length, dtype)
-        digest = file_sha256(temporary)
-        temporary.replace(data)
+        digest = file_sha256(data)
         write_json(note, {"file": data.name, **counts, "sha256": digest, "rest": rest})
 
     def _rows(

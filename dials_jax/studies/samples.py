@@ -7,7 +7,6 @@ be drawn on one machine and scored on another, years later, without the models t
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +22,7 @@ from dials_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dials_jax.errors import InputError, nearest, require
 from dials_jax.evaluation.perplexity import unigram_entropy
 from dials_jax.evaluation.results import RECORDS
-from dials_jax.files import read_json, write_json
+from dials_jax.files import read_json, replacing, write_json
 from dials_jax.keys import seed_key
 from dials_jax.loading import load
 from dials_jax.models.model import Model
@@ -124,17 +123,15 @@ class SampledSource:
         return SampleBatch(out.tokens, record | ({} if first else self._example(out.tokens[0])))
 
     def _store(self, schedule: Schedule, first: int, tokens: Int[np.ndarray, "B T"]) -> None:
-        """Writes to a temporary file first: a reader never sees half of an array."""
         if not self._described:
             settings = {name: to_dict(self.cfg)[name] for name in DRAWING_FIELDS}
             facts = {"models": self.facts, "config": settings, "environment": self.environment}
             write_json(self.folder / "models.json", facts)
             self._described = True
         path = _path(self.folder, schedule, first)
-        temporary = path.with_suffix(".tmp.npy")
         vocab_size = max(model.config.vocab_size for model in self.models.values())
-        np.save(temporary, tokens.astype(np.min_scalar_type(vocab_size)))
-        os.replace(temporary, path)
+        with replacing(path) as file:
+            np.save(file, tokens.astype(np.min_scalar_type(vocab_size)))
 
     def _example(self, sample: Int[np.ndarray, "T"]) -> dict[str, str]:
         if self.tokenizer is None:

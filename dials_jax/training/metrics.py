@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from dials_jax.files import json_lines, named
+from dials_jax.files import json_lines, named, replacing
 
 log = logging.getLogger(__name__)
 
@@ -51,21 +51,20 @@ class MetricsWriter:
 
 def _drop_later(path: Path, step: int) -> None:
     """Keeps the records up to a step; what is no record is set aside."""
-    temporary, aside = path.with_name(path.name + ".tmp"), path.with_name("metrics.odd.jsonl")
+    aside = path.with_name("metrics.odd.jsonl")
     odd = []
-    with temporary.open("wb") as kept:
+    with replacing(path) as kept:
         for number, line, record in json_lines(path) if path.exists() else ():
             at = (record or {}).get("step")
             if type(at) is not int or not 0 <= at < 2**63:
                 odd.append((number, line))
             elif at <= step:
                 kept.write(line)
-    if odd:
-        what = named([number for number, _ in odd])
-        log.warning("%s, %s: no record of a step; moved to %s", path, what, aside)
-        with aside.open("ab") as file:
-            file.writelines(line for _, line in odd)
-    temporary.replace(path)
+        if odd:
+            what = named([number for number, _ in odd])
+            log.warning("%s, %s: no record of a step; moved to %s", path, what, aside)
+            with aside.open("ab") as file:
+                file.writelines(line for _, line in odd)
 
 
 def _tensorboard(folder: Path, step: int):
