@@ -118,13 +118,12 @@ def _completed(old: dict[str, Any]) -> dict[str, Any]:
     if old.get("kind") not in kinds or not isinstance(config, dict):
         return old
     kind = kinds[old["kind"]]
-    config = {kind.RENAMED.get(name, name): value for name, value in config.items()}
     defaults = {
         f.name: to_dict(f.default) if dataclasses.is_dataclass(f.default) else f.default
         for f in dataclasses.fields(kind)
         if f.default is not dataclasses.MISSING and f.name not in DISPLAY_FIELDS
     }
-    return {**old, "config": {**json.loads(json.dumps(defaults)), **config}}
+    return {**old, "config": {**json.loads(json.dumps(defaults)), **kind.upgraded(config)}}
 
 
 def differing(old: Any, new: Any, name: str = "") -> list[str]:

@@ -79,9 +79,7 @@ def read_search(workdir: str | Path) -> tuple[SearchStudy, Float[np.ndarray, "S 
         f"{workdir} holds no search; give the workdir of a SearchStudy that ended",
     )
     with sound(path, RERUN):
-        renamed = SearchStudy.RENAMED
-        config = {renamed.get(name, name): value for name, value in results["config"].items()}
-        cfg = from_dict(SearchStudy, config)
+        cfg = from_dict(SearchStudy, results["config"])
     batches_of = group_by_schedule(read_records(Path(workdir) / RECORDS, check_batch_record))
     values = []
     for schedule in coarse_schedules(cfg):

@@ -203,8 +203,7 @@ def _read_facts(path: Path) -> dict[str, Any]:
             missing = {"path", "num_layers", "fingerprint", "eos_id", "tokenizer"} - facts.keys()
             if missing:
                 raise ValueError(f"a model has no {', '.join(sorted(missing))}")
-        renamed = SamplingStudy.RENAMED
-        config = {renamed.get(name, name): value for name, value in stored["config"].items()}
+        config = SamplingStudy.upgraded(stored["config"])
         missing = set(DRAWING_FIELDS) - config.keys()
         if missing:
             raise ValueError(f"config has no {', '.join(sorted(missing))}")
