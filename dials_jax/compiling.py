@@ -1,4 +1,4 @@
-"""How programs are compiled, and functions whose run time is measured apart from it."""
+"""How programs are compiled, and functions whose run time is measured without compilation."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import jax.numpy as jnp
 
 
 def compiler_options() -> dict[str, Any] | None:
-    """For `jax.jit` and `compile`; None: nothing. Asked for once the backend is chosen.
+    """Options for `jax.jit` and `compile`, or None. Call it after the backend is chosen.
 
-    On GPUs cuBLAS computes all matmuls. XLA would take Triton's where those are quicker by
-    themselves, but a residual may then be added in a pass of its own, which cuBLAS does within the
+    On GPUs cuBLAS computes all matmuls. XLA would choose Triton's where they are faster in
+    isolation, but then it may add a residual in a separate pass, which cuBLAS does within the
     matmul: MDLM's sampling took 9 to 11 % longer with Triton's on one H100.
     """
     return {"xla_gpu_enable_triton_gemm": False} if jax.default_backend() == "gpu" else None
@@ -50,13 +50,13 @@ class Timed:
         return len(self._programs)
 
     def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
-        """The program before it is compiled, which may be for devices that are not here."""
+        """The program before it is compiled; it may be for devices of another machine."""
         return self._jitted.lower(*args, **kwargs)
 
     def program(self, *args: Any, **kwargs: Any) -> Callable[..., Any]:
-        """The compiled program for such arguments: it takes those that are not static.
+        """The compiled program for such arguments; it takes only those that are not static.
 
-        Called by itself, it returns at once, and several run one after another without a wait.
+        Calling it returns at once, so several programs run one after another without waiting.
         """
         # Not the cache of `jax.jit`: that compiles where it is first called, and a schedule's
         # programs must all be there before the first of them runs.

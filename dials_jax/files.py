@@ -15,12 +15,12 @@ from dials_jax.errors import InputError, require
 
 
 def parse_json(text: str | bytes, where: str) -> Any:
-    """JSON of any kind.
+    """Parses JSON of any kind.
 
     Args:
       where: what the message begins with: a file, or a file and a line.
 
-    Raises: InputError for what is no JSON, no UTF-8, or nested too deep to read.
+    Raises: InputError for text that is not JSON, not UTF-8, or nested too deep.
     """
     try:
         return json.loads(text)
@@ -47,7 +47,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def finite(values: Any) -> Any:
-    """Plain values with None for NaN and infinity: JSON has neither, and strict readers stop."""
+    """The same values with None for NaN and infinity, which JSON does not have."""
     if isinstance(values, dict):
         return {name: finite(value) for name, value in values.items()}
     if isinstance(values, list | tuple):
@@ -57,10 +57,10 @@ def finite(values: Any) -> Any:
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
-    """A file to write that takes the place of `path` once it is whole.
+    """A file to write that replaces `path` once it is complete.
 
-    It is written beside `path` and renamed, so that nobody ever reads half of it, not even after a
-    loss of power. After an error it is removed, and `path` stays as it was.
+    It is written beside `path` and renamed, so that half a file is never read, even after a loss of
+    power. After an error it is removed, and `path` stays as it was.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,8 +87,8 @@ def write_json(path: str | Path, values: Any) -> None:
 def json_lines(path: str | Path) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
     """Yields every whole line: its number from 1, its bytes, and its object or None.
 
-    None is for what is no JSON object in UTF-8. What follows the last newline is left out: a kill
-    has cut it short.
+    None stands for a line that is not a JSON object in UTF-8. Text after the last newline is left
+    out: the process that wrote it was killed.
     """
     with Path(path).open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -120,8 +120,8 @@ def local_path(path: str | Path, name: str) -> Path:
 
     Args:
       name: of the option or field that gave it, for messages.
-    Raises: InputError for what no local file can be called: nothing at all, an address of another
-      file system (`gs://`), the home of nobody, a name that is too long.
+    Raises: InputError for what cannot be a local path: an empty text, an address of another file
+      system (`gs://`), the home of an unknown user, a name that is too long.
     """
     text = str(path)
     require(bool(text), f"{name} is empty; give a folder (is a variable of the shell unset?)")

@@ -1,9 +1,8 @@
-"""Random keys, all of one kind: a sequence's random numbers are its own in whatever batch.
+"""Random keys, all of one kind, so that a sequence's random numbers do not depend on its batch.
 
-`vmap` over threefry keys gives what each key gives by itself. Over keys of "rbg" and "unsafe_rbg",
-which are usual on TPUs, it reads the first of the batch and no other (as `jax.random` says). So
-every key made from a seed names its kind, and keys of another kind are converted where they come
-in.
+`vmap` over threefry keys gives the same numbers as each key alone. Over keys of "rbg" and
+"unsafe_rbg", which are usual on TPUs, it reads only the first key of the batch (see `jax.random`).
+So every key made from a seed names its kind, and keys of another kind are converted on entry.
 """
 
 from __future__ import annotations
@@ -17,18 +16,18 @@ KIND = "threefry2x32"
 
 
 def seed_key(seed: int) -> jax.Array:
-    """The key of a seed, whatever kind JAX is set to make.
+    """The key of a seed, independent of the kind of key that JAX is set to make.
 
-    Raises: InputError for a seed beyond 32 bits, of which JAX would leave out the rest.
+    Raises: InputError for a seed beyond 32 bits, since JAX would ignore the other bits.
     """
     return jax.random.key(as_type(Seed, seed, "seed"), impl=KIND)
 
 
 def threefry_key(key: jax.Array) -> jax.Array:
-    """The key, or array of keys, as threefry keys: equal ones from equal ones.
+    """The key, or array of keys, as threefry keys; equal keys stay equal.
 
-    A key of "rbg" is a threefry key written twice, and JAX seeds and splits both alike: it becomes
-    that key, so a seed gives the same result under either kind. Of other keys every word counts.
+    A key of "rbg" is a threefry key written twice, and JAX seeds and splits both alike. It becomes
+    that key, so a seed gives the same result under either kind. In other keys every word counts.
     """
     if jax.random.key_impl(key) == KIND:
         return key

@@ -1,4 +1,4 @@
-"""One way in for every kind of model folder."""
+"""Loads models from every kind of folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of records: one JSON object a line, each with a digest that shows damage."""
+"""Files of records: one JSON object per line, each with a digest that shows damage."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from typing import Any
 from dials_jax.errors import InputError, require
 from dials_jax.files import finite, replacing
 
-ODD = "runs.odd.jsonl"  # beside a file of records: its lines that were none
-Check = Callable[[Any], Any]  # raises a plain error for what is no record
-# What plain code raises for values that are missing, or of another type than they should be.
+ODD = "runs.odd.jsonl"  # beside a file of records: the lines that were moved out of it
+Check = Callable[[Any], Any]  # raises one of PLAIN_ERRORS for an object that is not a record
+# What Python raises for values that are missing or have the wrong type.
 PLAIN_ERRORS = (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError)
 
 
 @contextmanager
 def sound(path: Path, remedy: str) -> Iterator[None]:
-    """Raises: InputError naming the file if what is read from it within is missing or odd."""
+    """Raises: InputError naming the file if values read inside are missing or have wrong types."""
     try:
         yield
     except InputError:
@@ -33,9 +33,9 @@ def sound(path: Path, remedy: str) -> Iterator[None]:
 
 
 def read_records(path: str | Path, check: Check) -> list[dict[str, Any]]:
-    """The records of another run, to the last whole line: a stopped one may leave half a line more.
+    """The records of another run, up to the last whole line: a stopped run may leave half a line.
 
-    Raises: InputError naming the first line that is no record.
+    Raises: InputError naming the first line that is not a record.
     """
     lines = Lines.read(Path(path), check)
     for number, why in lines.odd.items():
@@ -47,7 +47,7 @@ def read_records(path: str | Path, check: Check) -> list[dict[str, Any]]:
 
 @dataclasses.dataclass
 class Lines:
-    """The lines of a file of records, by number from 1; half a line at its end is none."""
+    """The lines of a file of records, by number from 1, without half a line at its end."""
 
     path: Path
     lines: list[bytes]
@@ -58,7 +58,7 @@ class Lines:
     @classmethod
     def read(cls, path: Path, check: Check) -> Lines:
         found = cls(path, path.read_bytes().split(b"\n") if path.exists() else [b""])
-        seen = False  # Lines of versions before have no digest, but none comes after one that has.
+        seen = False  # Earlier versions wrote no digests; after a line with one all have one.
         for number, line in enumerate(found.lines[:-1], start=1):
             try:
                 record, has_digest = unsealed(line)
@@ -73,12 +73,12 @@ class Lines:
 
     @classmethod
     def of(cls, path: Path, records: Sequence[dict[str, Any]]) -> Lines:
-        """Lines that are still to be written."""
+        """Lines that are not written yet."""
         lines = [sealed(record).encode() for record in records]
         return cls(path, [*lines, b""], dict(enumerate(records, start=1)), new=True)
 
     def set_aside(self) -> None:
-        """Leaves only good lines in the file, and moves odd ones to a file beside it."""
+        """Moves all lines but the good ones to a file beside it."""
         if not (self.new or self.odd or self.lines[-1]):
             return
         aside = self.path.with_name(ODD)
@@ -99,13 +99,13 @@ def sealed(record: Mapping[str, Any]) -> str:
     """A record as one line of JSON that ends with the digest of the rest."""
     try:
         text = json.dumps(record, allow_nan=False)
-    except ValueError:  # rare, and looking at every number beforehand takes longer than all else
+    except ValueError:  # rare, and checking every number first would take longer than all the rest
         text = json.dumps(finite(record), allow_nan=False)
     return f'{text[:-1]}, "digest": "{_digest(text.encode())}"}}'
 
 
 def unsealed(line: bytes) -> tuple[Any, bool]:
-    """The inverse, and whether there was a digest. Raises: InputError saying what is wrong."""
+    """The inverse of `sealed`, and whether there was a digest. Raises: InputError."""
     match = re.fullmatch(rb'(.*), "digest": "([0-9a-f]+)"\}', line, re.DOTALL)
     text = match[1] + b"}" if match else line
     require(not match or match[2].decode() == _digest(text), "is damaged (its digest does not fit)")
@@ -127,7 +127,7 @@ def _require_record(record: Any, check: Check) -> None:
 
 
 def require_numbers(values: Any, count: int | None = None) -> None:
-    """Raises: ValueError unless it is a list of numbers, or of null for what was not finite."""
+    """Raises: ValueError unless it is a list of numbers and null (for NaN and infinity)."""
     plain = isinstance(values, list) and {type(x) for x in values} <= {int, float, type(None)}
     for value in values if plain else ():
         float(value or 0)  # an integer may be too large

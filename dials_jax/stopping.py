@@ -1,7 +1,7 @@
-"""Being asked to end: by Ctrl-C, or by the SIGTERM of schedulers and of machines that go away.
+"""Ending a process on request: Ctrl-C, or SIGTERM from a scheduler or a machine that shuts down.
 
-What is asked ends a command by `Stopped`, whose message says what is kept. A loop that has work to
-save notes the signal (`Request`) and ends where it can; whatever else runs is left at once.
+A command then ends with `Stopped`, whose message says what was saved. A loop that has work to save
+records the signal (`Request`) and ends at its next safe point; other code ends at once.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(KeyboardInterrupt):
-    """The process was asked to end. The message says what is kept and how to go on from it."""
+    """The process was asked to end. The message says what was saved and how to continue."""
 
     def __init__(self, message: str = "", signum: int = signal.SIGINT):
         super().__init__(message)
@@ -29,13 +29,13 @@ class Stopped(KeyboardInterrupt):
 
     @property
     def status(self) -> int:
-        """What a shell reports for a process that ended by this signal."""
+        """The exit status that a shell reports for a process that this signal ended."""
         return 128 + self.signum
 
 
 @contextlib.contextmanager
 def keeping(kept: Callable[[], str]) -> Iterator[None]:
-    """Whoever is asked to end within says `kept()`, unless something further in says more."""
+    """A `Stopped` from inside without a message gets `kept()` as its message."""
     try:
         yield
     except KeyboardInterrupt as stop:
@@ -44,7 +44,7 @@ def keeping(kept: Callable[[], str]) -> Iterator[None]:
 
 
 def obey_sigterm() -> None:
-    """SIGTERM ends the process as Ctrl-C does: by an exception, after which things are closed."""
+    """SIGTERM ends the process as Ctrl-C does: by an exception, so that files are closed."""
 
     def stop(signum, frame):
         raise Stopped(signum=signum)
@@ -53,7 +53,7 @@ def obey_sigterm() -> None:
 
 
 def _listen(signum: int, handler: Callable) -> bool:
-    """Sets a handler where that is possible and nobody asked to ignore the signal."""
+    """Sets a handler if this is the main thread and the signal is not ignored on purpose."""
     if threading.current_thread() is not threading.main_thread():
         return False
     if signal.getsignal(signum) is signal.SIG_IGN:  # a job that a script put into the background
@@ -63,7 +63,7 @@ def _listen(signum: int, handler: Callable) -> bool:
 
 
 class Request:
-    """Notes that the process is asked to end, from `start()` to the end of the `with`.
+    """Records that the process is asked to end, from `start()` to the end of the `with`.
 
     After the first signal another Ctrl-C ends the process at once.
     """
@@ -93,7 +93,7 @@ class Request:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def came(self, meeting: bool) -> bool:
-        """Whether to end, the same on every process: several agree only where they meet anyway."""
+        """Whether to end, the same on every process. Several agree only at a `meeting`."""
         if self.signum is None:
             if jax.process_count() == 1:
                 self.signum = self._noted

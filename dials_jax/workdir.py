@@ -1,4 +1,4 @@
-"""Folders that a run writes into: one process at a time, and nobody else's files.
+"""Folders that a run writes into: one process at a time, never over the files of others.
 
 with exclusive(workdir) as workdir:
     require_unclaimed(workdir, mark="config.json", names=("model", "checkpoints"))
@@ -30,11 +30,11 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 @contextlib.contextmanager
 def exclusive(folder: str | Path, name: str = "--workdir") -> Iterator[Path]:
-    """Keeps `folder` for this process, or this pod, and makes it if it is missing.
+    """Locks `folder` for this process, or this pod, and makes it if it is missing.
 
-    The lock is one of the operating system, which dies with the process however that ends. Every
-    process of a pod enters; the first one holds the lock. A folder that was made here and is left
-    empty goes again.
+    The lock is one of the operating system, which releases it when the process ends in any way.
+    Every process of a pod calls this; the first one holds the lock. A folder that was made here and
+    stays empty is removed.
 
     Args:
       name: of the option or field that gave the folder, for messages.
@@ -72,7 +72,7 @@ def _locked(folder: Path, name: str) -> Iterator[None]:
 def _take(path: Path, name: str) -> int:
     """The descriptor of the lock file, locked.
 
-    Whoever ends removes the file, so a lock counts only if the file is still that of the name.
+    A process that ends removes the file, so a lock counts only if the file still has this name.
     """
     while True:
         held = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -107,13 +107,13 @@ def _remove_empty(folders: Iterable[Path]) -> None:
 def require_unclaimed(
     folder: Path, mark: str, names: Iterable[str], reads: str | Path | None = None
 ) -> None:
-    """Says no before a run writes over what it did not make.
+    """Refuses to overwrite files that this run did not make.
 
     Args:
-      mark: the file by which a run knows a folder as its own; whoever has it may write all names.
+      mark: the file that marks a folder as a run's own; with it all names may be written.
       names: what the run is going to write or replace.
-      reads: a file or its folder that the run is given; that file it may write again.
-    Raises: InputError naming the first that lies there without the mark.
+      reads: a file, or its folder, that is an input of the run; that file may be written again.
+    Raises: InputError naming the first file that exists without the mark.
     """
     if (folder / mark).exists():
         return
@@ -128,11 +128,11 @@ def require_unclaimed(
 
 @contextlib.contextmanager
 def writing(path: Path, rest: str) -> Iterator[None]:
-    """Turns whatever keeps `path` from being written, a full disk for one, into a line.
+    """Turns errors of writing `path`, such as a full disk, into one line.
 
     Args:
-      rest: what stays, and what to do.
-    Raises: InputError with the reason. Want of memory is passed on.
+      rest: what remains, and what to do.
+    Raises: InputError with the reason. Errors of missing memory are passed on.
     """
     logging.getLogger("absl").addFilter(_is_news)  # adding it again changes nothing
     try:

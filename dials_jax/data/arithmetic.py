@@ -5,9 +5,9 @@
     max      >37,58=   58     compares, then copies
     sort     s37,58=   3578   every digit depends on all
 
-All prompts have one length, and each operation's answers too. The operations differ in
-difficulty, so a decision a sequence has something to find. Sums take several times as long to
-learn as the others, and are not in the demo.
+All prompts have one length, and so have the answers of each operation. The operations differ in
+difficulty, so decisions per sequence make a difference. Sums take several times as long to learn
+as the others and are not in the demo.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dials_jax.data.tokenizer import Tokenizer, character_tokenizer
 from dials_jax.errors import nearest, require
 
 SYMBOLS = {"add": "+", "reverse": "r", "max": ">", "sort": "s"}
-HELD_OUT = 10  # one prompt in so many is kept for testing
+HELD_OUT = 10  # one of this many prompts is for testing
 
 
 def solve(operation: str, a: str, b: str) -> str:
@@ -39,7 +39,7 @@ def solve(operation: str, a: str, b: str) -> str:
 class ArithmeticTask:
     """Items of the chosen operations, split into training and test by a hash of the prompt.
 
-    Raises: InputError for an unknown operation, or for more digits or items than there are.
+    Raises: InputError for an unknown operation, or for more digits or items than exist.
     """
 
     def __init__(self, cfg: ArithmeticData):
@@ -69,7 +69,7 @@ class ArithmeticTask:
 
     @functools.cached_property
     def train(self) -> TaskRows:
-        """`num_items` distinct rows, as many of each operation as of any other."""
+        """`num_items` distinct rows, equally many of each operation."""
         records = self._first(self.cfg.num_items, held_out=False)
         texts = [text for r in records for text in (r["prompt"], r["answer"])]
         ids = self.tokenizer.encode_batch(texts)
@@ -89,7 +89,7 @@ class ArithmeticTask:
         return self._first(n, held_out=True)
 
     def records(self, held_out: bool) -> Iterator[dict[str, str]]:
-        """Every item of one side of the split, operations taking turns."""
+        """Every item of one side of the split, alternating between operations."""
         sides = [self._side(operation, held_out) for operation in self.cfg.operations]
         # Not strict: the shortest side ends them all, so that operations stay balanced.
         return chain.from_iterable(zip(*sides, strict=False))

@@ -1,7 +1,7 @@
 """Rows as ArrayRecord: written by a tensorflow-datasets builder, read through Grain.
 
-Neither needs TensorFlow. What tensorflow-datasets offers besides is to be avoided: tfrecord, its
-default, wants TensorFlow, and its parquet loses examples without a word.
+Neither needs TensorFlow. The other formats of tensorflow-datasets do not serve: tfrecord, its
+default, needs TensorFlow, and its parquet silently loses examples.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dials_jax.data.text import RowStore
 from dials_jax.errors import InputError, require
 from dials_jax.files import read_json
 
-# The last is tensorflow-datasets' own need, which it does not declare.
+# The last is a dependency of tensorflow-datasets that it does not declare.
 PACKAGES = ("array_record", "grain", "tensorflow_datasets", "importlib_resources")
 
 
@@ -31,7 +31,7 @@ def missing_packages() -> list[str]:
 
 
 class RecordRows:
-    """One split of a folder that `write_records` made, a row by its number (RowStore)."""
+    """The rows of one split of a folder that `write_records` made, by number (RowStore)."""
 
     def __init__(self, folder: Path, split: str):
         import grain
@@ -47,7 +47,7 @@ class RecordRows:
         return len(self.records)
 
     def __getitem__(self, indices: Int[np.ndarray, "B"]) -> Integer[np.ndarray, "B T"]:
-        with self._one_line():  # the format has hashes: what is damaged is never read as rows
+        with self._one_line():  # the format has hashes: damaged data is never read as rows
             return np.stack([self.records[int(i)]["tokens"] for i in indices])
 
     @contextlib.contextmanager
@@ -95,7 +95,7 @@ def write_records(splits: Mapping[str, RowStore], length: int, folder: Path) -> 
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     builder = _builder(splits, length, temporary)
-    # The package announces a download, which there is none of, and draws bars into log files.
+    # The package announces a download that does not happen, and draws bars into log files.
     with contextlib.redirect_stdout(io.StringIO()):
         builder.download_and_prepare()
     written = Path(builder.data_path)
@@ -107,7 +107,7 @@ def write_records(splits: Mapping[str, RowStore], length: int, folder: Path) -> 
 
 
 def require_equal_ends(found: RowStore, wanted: RowStore, where: str) -> None:
-    """Raises: InputError unless both have as many rows, and equal first and last ones."""
+    """Raises: InputError unless both have equally many rows, and equal first and last rows."""
     ends = np.array([0, len(wanted) - 1])
     if len(found) != len(wanted) or not np.array_equal(found[ends], wanted[ends]):
         raise InputError(

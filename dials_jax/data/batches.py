@@ -1,4 +1,4 @@
-"""Batches as a pure function of (seed, step), so that a resumed run sees the data it would have."""
+"""Batches as a pure function of (seed, step), so that a resumed run sees the same data."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Batch(NamedTuple):
     tokens: Int[np.ndarray, "B T"]  # int32
     answer: Bool[np.ndarray, "B T"]  # positions that may be masked
     valid: Bool[np.ndarray, "B T"] | None  # not padding; None: no padding, and faster attention
-    row: Int[np.ndarray, "B"]  # number in the global batch; keys a row are folded from it
+    row: Int[np.ndarray, "B"]  # number in the global batch; the sequence's keys are folded from it
 
 
 Indices = Sequence[int] | Int[np.ndarray, "B"]
@@ -34,8 +34,8 @@ RowArrays = tuple[Int[np.ndarray, "B T"], Bool[np.ndarray, "B T"], Bool[np.ndarr
 class TrainingData(Protocol):
     """A finite set of rows of one shape.
 
-    A data set may also have `finish(batch, seed, step) -> Batch`, a pure function for what is
-    decided once a batch; `batch_at` calls it last.
+    A data set may also have `finish(batch, seed, step) -> Batch`, a pure function that changes a
+    whole batch; `batch_at` calls it last.
     """
 
     @property
@@ -43,7 +43,7 @@ class TrainingData(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Equal for equal rows."""
+        """Equal for data sets of equal rows."""
         ...
 
     def rows(self, indices: Indices) -> RowArrays:
@@ -71,7 +71,7 @@ def batch_at(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Batch:
-    """The batch of one step. Every epoch is a fresh permutation, and batches run through their end.
+    """The batch of one step. Every epoch is a new permutation; a batch may span two epochs.
 
     Args:
       batch_size: rows over all processes. Process p gets the p-th contiguous share, so the global
@@ -96,7 +96,7 @@ def batch_at(
 
 
 def steps_per_epoch(data: TrainingData, batch_size: int) -> int:
-    """Steps in one pass over the rows, to the nearest whole one: batches run through its end."""
+    """Steps in one pass over the rows, rounded to the nearest: a batch may span two epochs."""
     return max(1, round(data.num_rows / batch_size))
 
 

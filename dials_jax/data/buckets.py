@@ -1,4 +1,4 @@
-"""Items of mixed lengths padded to few lengths, for each length is a program to compile."""
+"""Pads items of mixed lengths to few lengths, because each length is a program to compile."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ def buckets(
 ) -> list[int]:
     """The length that every item is padded to, so that the device computes the fewest tokens.
 
-    A size is a multiple of `multiple`, or the longest length: none is longer than that. Equal
-    lengths get equal sizes, whatever the order.
+    A size is a multiple of `multiple`, or the longest length if that is less. Equal lengths get
+    equal sizes in any order of the items.
 
     Args:
-      max_sizes: different sizes at most.
+      max_sizes: how many different sizes there may be.
       batch_size: a batch that is not full costs as much as a full one.
     """
     lengths = np.asarray(lengths)
@@ -31,10 +31,10 @@ def buckets(
 def pair_buckets(
     pairs: Sequence[tuple[int, int]], multiple: int, max_shapes: int
 ) -> list[tuple[int, int]]:
-    """The (prompt, answer) lengths that every pair is padded to, at most so many different ones.
+    """The (prompt, answer) lengths that every pair is padded to, at most `max_shapes` of them.
 
-    Prompts and answers have sizes of their own; of the numbers of sizes that make few enough
-    shapes, those with the fewest tokens.
+    Prompts and answers have separate sizes. Of all pairs of numbers of sizes that make few enough
+    shapes, the one with the fewest tokens is taken.
     """
     prompts, answers = (
         [buckets(lengths, multiple, most) for most in range(1, max_shapes + 1)]
@@ -50,7 +50,7 @@ def batches(sizes: Sequence, batch_size: int) -> Iterator[list[int]]:
     """Yields indices of at most `batch_size` items of one size, the largest size first.
 
     Largest first, so that a batch that does not fit in memory fails at once. The caller puts
-    results back by index: `results[i]` belongs to `items[i]`.
+    results back in order by index: `results[i]` belongs to `items[i]`.
     """
     members_of = defaultdict(list)
     for i, size in enumerate(sizes):

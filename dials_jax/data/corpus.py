@@ -1,12 +1,12 @@
 """Reading a corpus that `prepare.py` has written.
 
     manifest.json     settings, counts and digests; written last, so it stands for a whole folder
-    tokenizer.json    the one that made the rows
+    tokenizer.json    the tokenizer that made the rows
     parts/            the rows of some thousand documents each, as .npy
     array_record/     the same rows as ArrayRecord
 
-The .npy parts are what makes preparing continue where it stopped. They stay, because they also
-serve machines without Grain, for as much disk again (18 GB for OpenWebText).
+With the .npy parts preparing continues where it stopped. They stay, because machines without Grain
+read them; they take as much disk again (18 GB for OpenWebText).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class PartRows:
 
 
 def read_manifest(cfg: CorpusData) -> dict[str, Any]:
-    """Raises: InputError if the folder is not prepared, or otherwise than `cfg` asks for."""
+    """Raises: InputError if the folder is not prepared, or with other settings than `cfg`."""
     folder = Path(cfg.folder)
     require(
         (folder / MANIFEST).is_file(),
@@ -69,7 +69,7 @@ def read_manifest(cfg: CorpusData) -> dict[str, Any]:
         _is_manifest(manifest),
         f"{folder / MANIFEST} is damaged; run prepare.py again, which writes it anew",
     )
-    named = ("dataset",) if cfg.dataset else ()  # a reader need not say where rows came from
+    named = ("dataset",) if cfg.dataset else ()  # readers may leave out where the rows came from
     for name in ("length", "packing", "num_validation", *named):
         there, here = manifest["settings"].get(name), getattr(cfg, name)
         require(
@@ -85,7 +85,7 @@ def read_manifest(cfg: CorpusData) -> dict[str, Any]:
 
 
 def _is_manifest(manifest: dict[str, Any]) -> bool:
-    """Whether all is there that reading needs, and every part is a file of the folder itself."""
+    """Whether it has all values that reading needs, and every part is a file of this folder."""
     try:
         known = {"tokenizer", "eos_id"} <= manifest["settings"].keys()
         return known and all(
@@ -98,7 +98,7 @@ def _is_manifest(manifest: dict[str, Any]) -> bool:
 
 
 def is_part(note: Any) -> bool:
-    """Whether it says which file of the folder holds how many rows."""
+    """Whether it names a file of the folder and its number of rows."""
     return (
         isinstance(note, dict)
         and re.fullmatch(r"[\w-]+\.npy", str(note.get("file"))) is not None
@@ -108,7 +108,7 @@ def is_part(note: Any) -> bool:
 
 
 def load_corpus(cfg: CorpusData, eos_id: int | None, tokenizer: Tokenizer) -> PackedText:
-    """The rows of `cfg.split` in `cfg.folder`: equal ones in equal order, whatever the reader.
+    """The rows of `cfg.split` in `cfg.folder`: equal rows in equal order with either reader.
 
     Raises: InputError for a folder that is not prepared, damaged, or made for another length,
       tokenizer or end of text.
@@ -149,7 +149,7 @@ def load_corpus(cfg: CorpusData, eos_id: int | None, tokenizer: Tokenizer) -> Pa
 
 
 def read_notes(folder: Path) -> dict[str, dict[str, Any]]:
-    """What is known of files, by their paths; nothing where that was edited or half written."""
+    """The facts about files, by their paths; none if they were edited or half written."""
     with contextlib.suppress(InputError):
         notes = read_json(folder / FILES)
         return {path: note for path, note in notes.items() if isinstance(note, dict)}
@@ -159,18 +159,18 @@ def read_notes(folder: Path) -> dict[str, dict[str, Any]]:
 def verify_parts(folder: Path, split: dict[str, Any], again: bool = False) -> None:
     """Compares the parts of a split of the manifest with their digests.
 
-    That reads every byte. It is noted in the folder, where that can be written to, and files of the
-    same size, date and inode are not read a second time.
+    This reads every byte. The result is recorded in the folder if that is writable; then files of
+    the same size, date and inode are not read a second time.
 
     Args:
-      again: read all of them, noted or not.
+      again: read all of them, recorded or not.
 
-    Raises: InputError, naming the part that is missing or is not what was written.
+    Raises: InputError, naming the part that is missing or has changed.
     """
     from tqdm import tqdm
 
     notes = read_notes(folder)
-    # No path ends with a slash, so this is no file of the corpus, which are noted there too.
+    # No path ends with a slash, so this key differs from those of the corpus's files.
     verified = notes.setdefault(f"{PARTS}/", {})
     fresh = {}
     for part in split["parts"]:
@@ -189,7 +189,7 @@ def verify_parts(folder: Path, split: dict[str, Any], again: bool = False) -> No
         )
     if fresh:
         verified |= fresh
-        with contextlib.suppress(OSError):  # a folder that is only read
+        with contextlib.suppress(OSError):  # a read-only folder
             write_json(folder / FILES, notes)
 
 
@@ -207,7 +207,7 @@ def part_rows(folder: Path, split: dict[str, Any], length: int) -> PartRows:
 
 
 def _reader(cfg: CorpusData) -> str:
-    """Grain where it is installed and ArrayRecord is there, unless the configuration says."""
+    """The configured reader; for "auto" Grain if it is installed and the folder has ArrayRecord."""
     missing, records = missing_packages(), Path(cfg.folder) / RECORDS
     if cfg.reader == "auto":
         return "numpy" if missing or not records.is_dir() else "grain"

@@ -1,4 +1,4 @@
-"""Where a corpus comes from: files or a Hugging Face data set, as documents in a fixed order."""
+"""Reads a corpus, files or a Hugging Face data set, as documents in a fixed order."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Documents:
 
     Attributes:
       digest: equal for equal corpora.
-      former_digest: the one that earlier versions gave the same documents.
+      former_digest: the digest of the same documents in earlier versions.
       read: yields documents start to stop, each as (where, its text in pieces).
       skipped: files that were left out.
     """
@@ -52,9 +52,9 @@ class Documents:
 
 
 def open_documents(cfg: CorpusData) -> Documents:
-    """Counts the documents and reads all files once, so that what is broken shows up first.
+    """Counts the documents and reads all files once, so that broken files are found first.
 
-    What was found is kept in `cfg.folder`; files of the same size and date are not read again.
+    The result is stored in `cfg.folder`; files of the same size and date are not read again.
 
     Raises: InputError for a corpus that is missing, and for files that cannot be read, named and
       counted, unless `skip_bad_files`.
@@ -100,7 +100,7 @@ def _file_documents(cfg: CorpusData, paths: list[Path]) -> Documents:
 
 
 def _survey(cfg: CorpusData, paths: list[Path]) -> dict[str, dict[str, Any]]:
-    """What is known of every file: its documents, digest, and why it cannot be read."""
+    """The facts about every file: its documents, its digest, and why it cannot be read."""
     from tqdm import tqdm
 
     known = read_notes(Path(cfg.folder))
@@ -129,10 +129,10 @@ def _look_at(path: Path, field: str) -> dict[str, Any]:
 
 
 def _local_documents(cfg: CorpusData) -> Documents:
-    """A folder on this machine. Files that `paths` takes are read as `paths` reads them.
+    """A local folder. Files of the formats that `paths` takes are read as `paths` reads them.
 
-    The package decides which files make a split, by their names or the folder's README.md. It
-    would leave out all but the most frequent format, and spells dates in JSON anew.
+    The package decides which files belong to a split, by their names or the folder's README.md. Its
+    own reader would leave out all but the most frequent format, and rewrite dates in JSON.
     """
     import datasets
 
@@ -155,7 +155,7 @@ def _local_documents(cfg: CorpusData) -> Documents:
 
 
 def _matching_files(folder: str, split: str) -> list[str]:
-    """All files that the package counts to a split by their names, whatever their format."""
+    """All files, of any format, that the package counts to a split by their names."""
     from datasets.data_files import get_data_patterns, resolve_pattern
 
     found: set[str] = set()
@@ -168,7 +168,7 @@ def _matching_files(folder: str, split: str) -> list[str]:
 
 @contextlib.contextmanager
 def _named(cfg: CorpusData) -> Iterator[None]:
-    """One line for whatever the package raises: anything from no network to a bad name."""
+    """Turns any error of the package, from no network to a bad name, into one line."""
     try:
         yield
     except Exception as error:
@@ -184,7 +184,7 @@ def _hub_documents(cfg: CorpusData, files: list[list[str]] | None = None) -> Doc
     """A data set as the package reads it.
 
     Args:
-      files: names and digests of its files where they are at hand.
+      files: names and digests of its files, if they are local.
     """
     import datasets
 
@@ -198,7 +198,7 @@ def _hub_documents(cfg: CorpusData, files: list[list[str]] | None = None) -> Doc
         field in found.column_names,
         f"data set {name} has no field {field!r}{nearest(field, found.column_names)}",
     )
-    missing = found.data.column(field).null_count  # noted in the files, so nothing is read
+    missing = found.data.column(field).null_count  # stored in the files, so no row is read
     require(
         not missing,
         f"data set {name}: field {field!r} is None in {missing} of {len(found)} documents; it must "

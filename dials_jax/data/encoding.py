@@ -1,8 +1,8 @@
 """From documents to tokens in bounded memory: a long document is tokenised in pieces.
 
-Tokenizers work word by word, so pieces that begin and end with a word have the tokens of the whole.
-Where words certainly end is known for the patterns below, whatever stands around; a document whose
-tokenizer splits otherwise is tokenised as a whole.
+Tokenizers work word by word, so pieces that begin and end with a word give the tokens of the whole.
+For the patterns below, places where a word must end can be found without context; a document whose
+tokenizer splits by another pattern is tokenised as a whole.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ class Encoded(NamedTuple):
 
 
 _Piece = tuple[str, str, bool]  # where, text, whether the document ends here
-# The number of characters up to the last place in a text where a word certainly ends; 0: nowhere.
+# The number of characters up to the last place in a text where a word must end; 0: none.
 Boundary = Callable[[str], int]
 
 
 def encode_documents(
     documents: Iterable[Document], plain: Tokenizer, eos_id: int, mask_id: int | None
 ) -> Iterator[list[Encoded]]:
-    """Yields the tokens of some documents or pieces at a time, EOS at the end of each document.
+    """Yields the tokens of a few documents or pieces at a time, EOS at the end of each document.
 
     Args:
       plain: `Tokenizer.plain()`, so that names of special tokens are ordinary text.
 
     Raises: InputError, naming the document, if it contains the mask token.
     """
-    begun = False  # tokens of the document have come before
+    begun = False  # tokens of this document were yielded before
     for batch in _batches(_pieces(documents, word_boundary(plain))):
         encoded = []
         ids_of = plain.encode_batch([text for _, text, _ in batch])
@@ -95,7 +95,7 @@ _OTHERS = {
 }  # fmt: skip
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # So with any of them words end: before a space, unless white space precedes; after a line break
-# between two characters that are no white space; and, for texts without either, between Chinese or
+# between two characters that are not white space; and, for texts without either, between Chinese or
 # Japanese letters and the punctuation behind them. Greedy: the last such place.
 _WORD_END = re.compile(
     r"(?s:.*)(?:(?<=\S)(?= )|(?<=\S\n)(?=\S)"
@@ -142,7 +142,7 @@ def _are_known(pattern: str | None) -> bool:
 def _first_pattern(pre_tokenizer: Any) -> str | None:
     """The regular expression by which words are found, "" for single characters, None: unknown.
 
-    Byte-level symbols may follow; they take each word by itself.
+    Byte-level symbols may follow; they are made word by word.
     """
     settings = _settings(pre_tokenizer)
     first, *rest = settings.get("pretokenizers", [settings]) or [{}]

@@ -1,11 +1,11 @@
 """From documents to rows of equal length: two ways to pack, each with EOS after every document.
 
-    stream   everything end to end, cut into rows; what does not fill the last row is dropped
-    mdlm     a thousand documents at a time: end to end, cut to `length` - 2, every piece between
-             two EOS tokens, and what does not fill a row dropped at each thousand
+    stream   all documents in a line, cut into rows; what does not fill the last row is dropped
+    mdlm     a thousand documents at a time: in a line, cut to `length` - 2, every piece between two
+             EOS tokens; what does not fill a row is dropped at each thousand
 
-Source of `mdlm`: kuleshov-group/mdlm, dataloader.py, `_group_texts`. Its map batches begin anew in
-every split. It drops about half a row of some 1,100 a batch.
+Source of `mdlm`: kuleshov-group/mdlm, dataloader.py, `_group_texts`. Its map batches start again in
+every split. It drops about half a row of some 1,100 per batch.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ PackedRows = Integer[np.ndarray, "n T"]
 
 
 def token_dtype(*largest: int) -> np.dtype:
-    """Two bytes a token where they suffice."""
+    """Two bytes per token where they suffice."""
     return np.dtype("<u2" if max(largest) < 2**16 else "<u4")
 
 
 def stream_rows(
     pieces: Sequence[Encoded], rest: list[int], length: int, eos_id: int, dtype: np.dtype
 ) -> tuple[PackedRows, list[int]]:
-    """Rows of what `rest` and the documents hold, and the tokens that wait for the next call.
+    """Rows of the tokens of `rest` and the documents, and the tokens left for the next call.
 
-    A document of nothing but EOS is left out.
+    A document that is only EOS is left out.
     """
     return _cut([rest, *(piece.ids for piece in pieces if not piece.empty)], length, dtype)
 
@@ -42,7 +42,7 @@ def stream_rows(
 def mdlm_rows(
     pieces: Sequence[Encoded], rest: list[int], length: int, eos_id: int, dtype: np.dtype
 ) -> tuple[PackedRows, list[int]]:
-    """Rows of some of a thousand documents, and the tokens that wait for more of the thousand."""
+    """Rows of a part of a thousand documents, and the tokens left for the next part."""
     texts, rest = _cut([rest, *(piece.ids for piece in pieces)], length - 2, dtype)
     ends = np.full((len(texts), 1), eos_id, dtype)
     return np.concatenate([ends, texts, ends], axis=1), rest
@@ -67,7 +67,7 @@ PACKINGS = {"mdlm": Packing(mdlm_rows, False), "stream": Packing(stream_rows, Tr
 def write_rows(
     out: BinaryIO, batches: Iterable[Integer[np.ndarray, "_ T"]], length: int, dtype: np.dtype
 ) -> int:
-    """Writes the bytes that `np.save` makes of all rows, a batch at a time; returns their number.
+    """Writes rows batch by batch, with the bytes of `np.save` of all; returns their number.
 
     numpy leaves room in the header for the first axis to grow, so it can be written again.
     """

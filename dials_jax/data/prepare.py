@@ -1,8 +1,8 @@
-"""Preparing a corpus once: documents to rows on disk, stopped and continued at will.
+"""Prepares a corpus once, from documents to rows on disk; it may be stopped and continued.
 
-The documents are taken part by part. A part is written next to its final name, renamed, and noted
-in a .json of its own; what has such a note is never done again. So a run that was stopped anywhere
-continues after its last part, and leaves the bytes that it would have left without stopping.
+Documents are packed part by part. A part is written under a temporary name, renamed, and recorded
+in its own .json; a recorded part is never written again. So a stopped run continues after its last
+part, and the result has the same bytes as without the stop.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from dials_jax.errors import InputError, require
 from dials_jax.files import read_json, replacing, write_json
 from dials_jax.workdir import exclusive, require_unclaimed
 
-SETTINGS = "settings.json"  # what a folder was begun with
-PART_BATCHES = 20  # batches of documents in a part: at most a minute's work is lost
+SETTINGS = "settings.json"  # the settings that a folder was started with
+PART_BATCHES = 20  # batches of documents per part: a stop loses at most a minute's work
 
 
 def prepare(cfg: CorpusData, model_config: ModelConfig) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def _prepare(cfg: CorpusData, model_config: ModelConfig, folder: Path) -> dict[s
     tokenizer.save(folder)
     packer = _Packer(cfg, model_config, tokenizer.plain(), documents, folder / PARTS)
     border = documents.count - cfg.num_validation
-    # The small one first: that it fills no row should not show after hours of the other.
+    # The small split first: if it fills no row, that should show before hours of work.
     ranges = {"validation": range(border, documents.count), "train": range(border)}
     splits = {}
     for name, numbers in ranges.items():
@@ -97,7 +97,7 @@ def _prepare(cfg: CorpusData, model_config: ModelConfig, folder: Path) -> dict[s
 def _settings(
     cfg: CorpusData, model_config: ModelConfig, tokenizer: Tokenizer, documents: Documents
 ) -> dict[str, Any]:
-    """All that the rows depend on."""
+    """Everything that the rows depend on."""
     return {
         "documents": documents.count,
         "source": documents.digest,
@@ -112,7 +112,7 @@ def _settings(
 
 
 def _claim(folder: Path, settings: dict[str, Any], also: Mapping[str, Collection[str]]) -> None:
-    """Notes what the folder is for.
+    """Records what the folder is for.
 
     Args:
       also: values that earlier versions gave the same settings.
@@ -148,7 +148,7 @@ class _Packer:
     folder: Path
 
     def pack(self, split: str, numbers: range) -> dict[str, Any]:
-        """Writes the parts of one split that are missing; returns what the manifest says of it."""
+        """Writes the missing parts of one split; returns its entry of the manifest."""
         from tqdm import tqdm
 
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -176,10 +176,10 @@ class _Packer:
         rest: list[int],
         advance: Callable[[int], Any],
     ) -> None:
-        """Writes the rows of `documents`, then their note.
+        """Writes the rows of `documents`, then their .json.
 
         Args:
-          rest: tokens that the parts before have left over; this one's take their place.
+          rest: tokens left over from the parts before; replaced by those left over from this one.
         """
         dtype = token_dtype(self.plain.vocab_size - 1, self.model_config.eos_id)
         counts, rest = {"documents": 0, "tokens": 0}, list(rest)
@@ -198,7 +198,7 @@ class _Packer:
         counts: dict[str, int],
         advance: Callable[[int], Any],
     ) -> Iterator[PackedRows]:
-        """Yields the rows of some documents at a time; updates `rest` and `counts`."""
+        """Yields the rows of a few documents at a time; updates `rest` and `counts`."""
         packing, length = PACKINGS[self.cfg.packing], self.cfg.length
         eos_id, mask_id = self.model_config.eos_id, self.model_config.mask_id
         for _ in range(PART_BATCHES):
@@ -215,7 +215,7 @@ class _Packer:
 
 
 def _verify(folder: Path, name: str, split: dict[str, Any], documents: int, length: int) -> None:
-    """Raises: InputError if counts do not add up, or a part is not what was written."""
+    """Raises: InputError if counts do not add up, or a part has changed."""
     require(
         split["documents"] == documents,
         f"{folder}, {name}: {split['documents']} of {documents} documents were packed; the corpus "
@@ -240,7 +240,7 @@ def _read_note(path: Path) -> dict[str, Any]:
 
 
 def _add_records(cfg: CorpusData, folder: Path, splits: dict[str, dict[str, Any]]) -> None:
-    """Writes the rows as ArrayRecord too, where the packages are installed and wanted."""
+    """Writes the rows as ArrayRecord too, if the packages are installed and the settings ask."""
     if cfg.reader == "numpy":
         return
     if missing := missing_packages():

@@ -1,4 +1,4 @@
-"""Reading files of documents and records, with the place of every line kept for messages."""
+"""Reads files of documents and records, with the file and line of each for messages."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from dials_jax.files import local_path
 TEXT = (".txt",)
 JSON_LINES = (".jsonl", ".jsonl.xz", ".jsonl.gz")
 PIECE = 1 << 16  # characters of a text that are read at a time
-LONGEST_LINE = 1 << 28  # bytes; a line of JSON is held whole
+LONGEST_LINE = 1 << 28  # bytes; a line of JSON is held in memory as a whole
 # Where a document stands, for messages, and its text in pieces of any size.
 Document = tuple[str, Iterable[str]]
 _OPEN = {".xz": lzma.open, ".gz": gzip.open}
-# What a truncated or damaged archive raises, or a file that the disk does not give.
+# What a truncated or damaged archive, or an unreadable file, raises.
 _BROKEN = (EOFError, OSError, lzma.LZMAError, zlib.error)
 
 
@@ -42,8 +42,8 @@ def located(where: str) -> Iterator[None]:
 def expand_paths(paths: Iterable[str], suffixes: tuple[str, ...] = JSON_LINES) -> list[Path]:
     """The files that `paths` name, folders replaced by their sorted contents.
 
-    What is hidden inside a folder (`.git`, the copies in `.ipynb_checkpoints`) is left out. Other
-    files that are not read are named and counted in a warning, since they may be half a corpus.
+    Hidden files and folders (`.git`, the copies in `.ipynb_checkpoints`) are left out. Files of
+    other formats are named and counted in a warning, since they may be half of the corpus.
 
     Raises: InputError if a path is missing, has another suffix, or is a folder without such files.
     """
@@ -77,9 +77,9 @@ def warn_unread(folder: Path, files: list[Path], suffixes: tuple[str, ...]) -> N
 
 
 def _visible_files(folder: Path) -> Iterator[Path]:
-    """All below `folder` but folders and what is hidden. Raises: OSError for one that is closed."""
+    """All files below `folder` that are not hidden. Raises: OSError for an unreadable folder."""
 
-    def stop(error: OSError) -> None:  # os.walk passes over it otherwise
+    def stop(error: OSError) -> None:  # os.walk would ignore it
         raise error
 
     for inside, folders, names in os.walk(folder, onerror=stop):
@@ -93,7 +93,7 @@ def file_sha256(path: str | Path) -> str:
 
 
 def content_sha256(path: Path) -> str:
-    """Of what is read of a file of documents: of a text, not its byte order mark.
+    """The SHA-256 of a file of documents; of a text, without its byte order mark.
 
     Raises: InputError if it cannot be read.
     """
@@ -149,9 +149,9 @@ def require_utf8(head: bytes) -> None:
 def read_documents(path: Path, field: str = "text") -> Iterator[Document]:
     """Yields documents as (where, their text in pieces): a .txt file, or `field` of a JSON line.
 
-    The pieces are to be taken before the next document.
+    Take all pieces of a document before the next document.
 
-    Raises: InputError for what cannot be read or has no such text.
+    Raises: InputError for a file that cannot be read, or a line without such a text.
     """
     if path.suffix in TEXT:
         yield str(path), _read_text(path)
@@ -183,7 +183,7 @@ def _read_text(path: Path) -> Iterator[str]:
 
 
 def require_text(text: Any, field: str) -> None:
-    """Raises: InputError for a document's field that holds no text."""
+    """Raises: InputError if a document's field is not text."""
     if not isinstance(text, str):
         raise InputError(f"field {field!r} is {reprlib.repr(text)}; it must be a string")
     _require_unicode(text, field)

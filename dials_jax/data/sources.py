@@ -1,4 +1,4 @@
-"""From a data configuration to training rows, with the tokenizer that made them."""
+"""Training data, and its tokenizer, from a data configuration."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def training_data(
     """Rows for training a model or its routers.
 
     Args:
-      model_folder: where the tokenizer is when the configuration names none.
+      model_folder: has the tokenizer if the configuration names none.
 
     Raises: InputError for data that does not fit the model.
     """
@@ -40,9 +40,9 @@ def training_data(
 def tokenizer_of(
     cfg: Data, model_folder: str = "", load: Callable[[str], Tokenizer] = load_tokenizer
 ) -> Tokenizer:
-    """The tokenizer that the data names, else the model's, else a prepared corpus's.
+    """The tokenizer that the data names, else the model's, else that of a prepared corpus.
 
-    The procedural task brings its own.
+    The procedural task has its own.
 
     Raises: InputError if there is none, or the corpus is not prepared.
     """

@@ -1,4 +1,4 @@
-"""Characters that a BPE has no symbol for: the package leaves them out without a word."""
+"""Finds characters that a BPE has no symbol for: the package silently leaves them out."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def cannot_spell(characters: Iterable[str], reason: str) -> InputError:
 
 
 def incomplete_spelling(backend: Any) -> Spelling | None:
-    """None for a tokenizer that spells every text, or says itself what it cannot.
+    """None for a tokenizer that encodes every text, or marks what it cannot.
 
-    That is any but a BPE without an unknown token. A byte-level one spells every text with the 256
-    symbols that stand for bytes.
+    Those are all but a BPE without an unknown token. A byte-level BPE encodes every text if it has
+    the 256 symbols that stand for bytes.
     """
     from tokenizers import models, pre_tokenizers
 
@@ -37,7 +37,7 @@ def incomplete_spelling(backend: Any) -> Spelling | None:
 
 
 class Spelling:
-    """Looks at every character that comes for the first time."""
+    """Checks every character once."""
 
     def __init__(self, backend: Any, vocab: dict[str, int]):
         prefix = backend.model.continuing_subword_prefix or ""
@@ -69,7 +69,7 @@ def _normalised(backend: Any, text: str) -> str:
 
 
 def _symbols(backend: Any, text: str) -> set[str]:
-    """What the BPE starts from."""
+    """The symbols that the BPE starts from."""
     text = _normalised(backend, text)
     if backend.pre_tokenizer is None:
         return set(text)

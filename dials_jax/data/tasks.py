@@ -1,7 +1,7 @@
 """Prompt/answer tasks from JSON lines: templates, and the row that a pair becomes.
 
-A row is `padding prompt | answer EOS fill`: the prompt ends where the answer begins, at one place
-for all rows, and only positions on the right of it may be masked.
+A row is `padding prompt | answer EOS fill`: in all rows the answer begins at the same position, and
+only positions from there on may be masked.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def fill(template: str, record: dict[str, Any]) -> str:
 class TaskRows:
     """Prompt/answer pairs as rows of `prompt_length + answer_length` tokens (TrainingData).
 
-    `pad_answer`: fill the answer with EOS and train on the fill, so that the model learns to stop
-    (LLaDA, section 2.3). Otherwise the fill is not valid.
+    `pad_answer`: pad the answer with EOS and train on the padding, so that the model learns to stop
+    (LLaDA, section 2.3). Otherwise the padding is not valid.
     """
 
     pairs: Sequence[Pair]
@@ -93,7 +93,7 @@ def load_task(
 ) -> TaskRows:
     """Reads the pairs of `cfg.paths` for training.
 
-    Prompt and answer are tokenised apart, since generation sees the prompt alone.
+    Prompt and answer are tokenised separately, since generation sees the prompt alone.
 
     Args:
       tokenizer: default: the one at `cfg.tokenizer`.
@@ -132,7 +132,7 @@ def load_task(
 
 
 def require_unmasked(where: str, what: str, ids: Ids, mask_id: int | None) -> None:
-    """A mask token in the data would be taken for a position to denoise."""
+    """Refuses a mask token in the data, which would be read as a position to denoise."""
     require(
         mask_id is None or mask_id not in ids,
         f"{where}: the {what} contains [MASK] (id {mask_id}); remove it from the text",

@@ -1,8 +1,8 @@
-"""Documents packed end to end into rows, tokenised once and then read from disk.
+"""Documents packed in a line into rows, tokenised once and then read from disk.
 
 The packed rows are an ordinary .npy file in `TextData.cache`. Its name is a fingerprint of the
-files' contents, the tokenizer and the row length, so a change of any of them packs again. So does
-damage, which a digest in the .json beside it shows.
+files' contents, the tokenizer and the row length, so a change of any of them packs again. Damage,
+which a digest in the .json beside it shows, does so too.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ UNFINISHED = ".part"
 
 @runtime_checkable
 class RowStore(Protocol):
-    """Rows on disk: as much of an array as `PackedText` needs."""
+    """Rows on disk: the part of an array's interface that `PackedText` needs."""
 
     def __len__(self) -> int: ...
 
@@ -61,7 +61,7 @@ class PackedText:
     fingerprint: str
     prompt_length: int
     random_length_prob: float
-    fill_id: int  # stands where a row was cut; never valid
+    fill_id: int  # fills a row that was cut; never valid
     num_ids: int  # of the vocabulary
 
     @property
@@ -84,8 +84,8 @@ class PackedText:
     def finish(self, batch: Batch, seed: int, step: int) -> Batch:
         """With probability `random_length_prob`, cuts the whole batch to a random length.
 
-        The length is uniform on {prompt_length + 1 .. T}; the shape stays, positions beyond it
-        become invalid. It teaches the model to work with short inputs.
+        The length is uniform on {prompt_length + 1 .. T}; the shape stays, and positions beyond it
+        become invalid. So the model learns to work with short inputs.
 
         Source: LLaDA, appendix B.1.
         """
@@ -144,9 +144,9 @@ def packed_summary(cfg: TextData, data: PackedText) -> dict[str, Any]:
 def _find_packed(
     cfg: TextData, files: list[Path], tokenizer: Tokenizer, eos_id: int
 ) -> tuple[Path, bool]:
-    """Where the rows are, or will be, and whether they are there.
+    """The path of the rows, and whether they are there already.
 
-    Those of version 0.1 serve if their ids were right.
+    Rows of version 0.1 are used if their ids were right.
     """
     contents = [[path.name, path.stat().st_size, content_sha256(path)] for path in files]
 
@@ -186,13 +186,13 @@ def _check_spelling(files: list[Path], tokenizer: Tokenizer) -> None:
 
 
 def _is_whole(packed: Path) -> bool:
-    """Whether the rows are there, as they were written."""
+    """Whether the rows are there and unchanged."""
     summary = packed.with_suffix(".json")
     if not (packed.is_file() and summary.is_file()):
         return False
     try:
         return read_json(summary).get("sha256") == file_sha256(packed)
-    except InputError:  # half a summary
+    except InputError:  # half written
         return False
 
 
@@ -243,10 +243,10 @@ def _pack(
 
 @contextlib.contextmanager
 def _temporary(packed: Path) -> Iterator[BinaryIO]:
-    """A file to write before it gets its name; what is not renamed goes again.
+    """A temporary file to write; it is removed unless it was renamed.
 
     Several processes may pack the same text at once; the last rename wins, with equal bytes. Each
-    holds a lock on its file, so that those of killed ones are known and removed.
+    holds a lock on its file, so that files of killed processes are recognised and removed.
 
     Raises: InputError if it cannot be written.
     """
@@ -268,7 +268,7 @@ def _temporary(packed: Path) -> Iterator[BinaryIO]:
 
 
 def _remove_dead(cache: Path) -> None:
-    """Removes what killed packings have left: unfinished files that no process holds locked."""
+    """Removes unfinished files of killed processes: those that no process holds locked."""
     for path in cache.glob(f"*{UNFINISHED}"):
         if not re.fullmatch(r"[0-9a-f]{16}\.[0-9a-f]{32}", path.stem):
             continue
@@ -285,7 +285,7 @@ def _stream(
     dtype: np.dtype,
     counts: dict[str, int],
 ) -> Iterator[Packed]:
-    """Yields the rows of some documents at a time; adds to `counts`, empty documents left out."""
+    """Yields the rows of a few documents at a time; adds to `counts`, without empty documents."""
     rest: list[int] = []  # less than a row, between batches
     for pieces in batches:
         rows, rest = stream_rows(pieces, rest, length, eos_id, dtype)

@@ -1,4 +1,4 @@
-"""Tokenizers: one thin wrapper, so that the rest of the library never meets their options."""
+"""Tokenizers: one thin wrapper, so that no other module has to know their options."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Tokenizer:
     """A `tokenizers.Tokenizer` that adds no special tokens and neither pads nor cuts.
 
     Attributes:
-      misread: fingerprint of what version 0.1 took for this tokenizer, where its ids were wrong.
+      misread: fingerprint of the tokenizer that version 0.1 read instead, if its ids were wrong.
     """
 
     def __init__(self, backend: Any, earlier: Sequence[str] = (), misread: str | None = None):
-        # A tokenizer.json may carry both settings, and cutting would lose text in silence.
+        # A tokenizer.json may set both, and truncation would silently lose text.
         backend.no_truncation()
         backend.no_padding()
         self.backend = backend
@@ -40,7 +40,7 @@ class Tokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Raises: InputError if a text holds a character that the vocabulary cannot spell."""
+        """Raises: InputError if a text holds a character that the vocabulary cannot encode."""
         self.check_spelling(texts)
         try:
             encodings = self.backend.encode_batch(texts, add_special_tokens=False)
@@ -75,7 +75,7 @@ class Tokenizer:
 
     @property
     def num_text_ids(self) -> int:
-        """Highest id that text can be spelt with + 1."""
+        """Highest id that ordinary text can have + 1."""
         added = self.backend.get_added_tokens_decoder()
         return 1 + max(i for i in self.backend.get_vocab().values() if i not in added)
 
@@ -86,7 +86,7 @@ class Tokenizer:
         return self.backend.token_to_id(token)
 
     def is_added(self, token_id: int) -> bool:
-        """True for tokens that are control symbols rather than pieces of text."""
+        """True for tokens that are control symbols and not pieces of text."""
         return token_id in self.backend.get_added_tokens_decoder()
 
     def name_ids(self, but: int) -> list[int]:
@@ -97,8 +97,8 @@ class Tokenizer:
     def plain(self) -> Tokenizer:
         """A copy that reads the names of added tokens as ordinary text.
 
-        Documents are content: a web page about BERT may say "[MASK]" and mean nothing by it. Added
-        tokens of white space only are no names, and stay.
+        In documents such names are content: a web page about BERT may say "[MASK]". Added tokens of
+        white space only are not names and stay.
         """
         from tokenizers import Tokenizer as Backend
 
@@ -127,8 +127,8 @@ class Tokenizer:
     def fingerprints(self) -> tuple[str, ...]:
         """The fingerprint, and those that the same ids had in version 0.1.
 
-        In that version names of added tokens that are not special were tokens in documents too,
-        so tokenizers that have such got another one.
+        That version read the names of added tokens that are not special as tokens in documents,
+        so tokenizers with such tokens had another fingerprint.
         """
         found = fingerprint_of(self.backend)
         added = self.backend.get_added_tokens_decoder().values()
@@ -153,9 +153,9 @@ def has_tokenizer(folder: str | Path) -> bool:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Loads the tokenizer of a folder, or a tokenizer.json.
 
-    What the files of a published folder (with tokenizer_config.json) mean, transformers knows. A
-    folder with vocab.json and merges.txt alone is GPT-2's byte-level BPE. GPT-2's has no mask
-    token, so [MASK] gets the next free id (50257), as in MDLM, whatever files it comes in.
+    A published folder (with tokenizer_config.json) is read by transformers. A folder with only
+    vocab.json and merges.txt is GPT-2's byte-level BPE. GPT-2 has no mask token, so [MASK] gets the
+    next free id (50257), as in MDLM, from any of these files.
 
     Raises: InputError if there is no tokenizer at `path`, or if it does not parse.
     """
@@ -177,7 +177,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def character_tokenizer(characters: str) -> Tokenizer:
-    """One id a character, between [PAD] = 0, [EOS] = 1 and [MASK], the last id."""
+    """One id per character, between [PAD] = 0, [EOS] = 1 and [MASK], the last id."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers
 
@@ -207,7 +207,7 @@ def check_ids(tokenizer: Tokenizer, mask_id: int | None, eos_id: int | None) -> 
 def check_tokenizer(tokenizer: Tokenizer, model_config: ModelConfig) -> None:
     """Raises: InputError if model and tokenizer do not belong together."""
     check_ids(tokenizer, model_config.mask_id, model_config.eos_id)
-    # Text is never spelt with added tokens, so a model without [MASK] needs no room for them.
+    # Text never becomes added tokens, so a model without [MASK] needs no ids for them.
     size = tokenizer.vocab_size if model_config.mask_id is not None else tokenizer.num_text_ids
     require(
         size <= model_config.vocab_size,
@@ -217,14 +217,14 @@ def check_tokenizer(tokenizer: Tokenizer, model_config: ModelConfig) -> None:
 
 
 def encode_pair(tokenizer: Tokenizer, prompt: str, answer: str) -> tuple[list[int], list[int]]:
-    """Tokenises a prompt and its continuation. Together the ids spell both texts.
+    """Tokenises a prompt and its continuation. Together the ids decode to both texts.
 
     Trailing spaces of the prompt move to the answer, since byte-level BPE joins them to the next
     word. Where the tokens of the whole text do not begin with the prompt's, a token spans the cut
-    ("=-" of "=" and "-5"). Then the answer is tokenised apart: all choices of an item keep one
-    prompt, and it is tokenised as in generation and training.
+    ("=-" of "=" and "-5"). Then the answer is tokenised separately: all choices of an item share
+    one prompt, which is tokenised as in generation and training.
 
-    Raises: InputError where the answer apart does not continue the prompt's text, as with
+    Raises: InputError if the separate answer does not continue the prompt's text, as with
       tokenizers that begin every text with a space.
     Source: LLaDA, eval_llada.py, `_encode_pair`, which follows lm-evaluation-harness. Both lose
       text where a token spans the cut.

@@ -1,7 +1,7 @@
-"""What the files of a folder say about its tokenizer.
+"""Reads the tokenizer of a folder.
 
-    tokenizer_config.json    a published folder: transformers knows what its files mean
-    tokenizer.json           all of a tokenizer, as `Tokenizer.save` writes it
+    tokenizer_config.json    a published folder: transformers reads its files
+    tokenizer.json           the whole tokenizer, as `Tokenizer.save` writes it
     vocab.json, merges.txt   GPT-2's byte-level BPE
 
 Only a published folder needs transformers. No code of a folder is ever run.
@@ -22,8 +22,8 @@ from typing import Any
 from dials_jax.errors import InputError, require, require_packages
 from dials_jax.files import read_json
 
-# Tokenizers that a folder brings as code, and model types, and the type of transformers that does
-# the same. Dream's is Qwen2's with other special tokens.
+# Tokenizer classes that a folder has as code, and model types, with the class of transformers that
+# does the same. Dream's is Qwen2's with other special tokens.
 KNOWN_TYPES = {"DreamTokenizer": "qwen2", "Dream": "qwen2"}
 GPT2_TYPES = (None, "gpt2", "mdlm")  # models whose vocab.json and merges.txt are GPT-2's
 
@@ -34,7 +34,7 @@ class Reading:
 
     Attributes:
       earlier: fingerprints under which version 0.1 knew the same ids.
-      misread: fingerprint of what version 0.1 took for this tokenizer, where its ids were wrong.
+      misread: fingerprint of the tokenizer that version 0.1 read instead, if its ids were wrong.
     """
 
     backend: Any
@@ -45,8 +45,8 @@ class Reading:
 def read_folder(folder: Path) -> Reading | None:
     """None for a folder without a tokenizer.
 
-    Where GPT-2's rules, or tokenizer.json, give the same ids as transformers, they are what is
-    returned: then the fingerprint does not depend on the version of transformers.
+    If GPT-2's rules, or tokenizer.json, give the same ids as transformers, the tokenizer made from
+    them is returned: then the fingerprint does not depend on the version of transformers.
 
     Raises: InputError for files that contradict each other, or that transformers cannot read.
     """
@@ -83,7 +83,7 @@ def fingerprint_of(backend: Any) -> str:
 
 
 def _own_readings(folder: Path) -> list[Any]:
-    """GPT-2's two files, and tokenizer.json, where they are there."""
+    """The tokenizers of GPT-2's two files and of tokenizer.json, if they exist."""
     from tokenizers import Tokenizer
 
     readings = []
@@ -96,7 +96,7 @@ def _own_readings(folder: Path) -> list[Any]:
 
 
 def gpt2_bpe(vocab: Path, merges: Path) -> Any:
-    """GPT-2's byte-level BPE, <|endoftext|> being its only special token."""
+    """GPT-2's byte-level BPE; <|endoftext|> is its only special token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     backend = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
@@ -128,7 +128,7 @@ def with_mask(backend: Any) -> Any:
 def add_special(backend: Any, token: str) -> Any:
     """Adds a token with the id after the highest.
 
-    The package takes the number of tokens, which is in use where ids have holes.
+    The package would use the number of tokens as the id, which is taken if ids have holes.
     """
     from tokenizers import Tokenizer
 
@@ -143,9 +143,9 @@ def add_special(backend: Any, token: str) -> Any:
 
 
 def check_ids_of_added(backend: Any, declared: Sequence[tuple[str, int]], where: Path) -> None:
-    """Raises: InputError if two tokens share an id, or an added one has not the id `declared`.
+    """Raises: InputError if two tokens share an id, or an added one differs from `declared`.
 
-    The package counts ids and does not read them, so holes of the ids make them others.
+    The package numbers added tokens itself, so they get other ids if the ids have holes.
     """
     ids = backend.get_vocab(with_added_tokens=True)
     id_, times = Counter(ids.values()).most_common(1)[0] if ids else (0, 0)
@@ -164,7 +164,7 @@ def check_ids_of_added(backend: Any, declared: Sequence[tuple[str, int]], where:
 
 
 def _declared_ids(folder: Path) -> list[tuple[str, int]]:
-    """The ids of added tokens in every file that tells them."""
+    """The ids of added tokens in every file that states them."""
     declared = list(_ids_in_file(folder / "tokenizer.json"))
     if (folder / "added_tokens.json").is_file():
         declared += read_json(folder / "added_tokens.json").items()
@@ -185,18 +185,18 @@ def encode_alike(a: Any, b: Any, but: Sequence[str] = ()) -> bool:
     """Whether two tokenizers give the same ids for every text.
 
     Args:
-      but: settings that may differ. Documents, for one, never hold what is "special".
+      but: settings that may differ. Documents, for example, never hold special tokens.
     """
     return a is b or _without(_rules(a), *but) == _without(_rules(b), *but)
 
 
 def _rules(backend: Any) -> dict[str, Any]:
-    """All that ids depend on."""
+    """Everything that ids depend on."""
     values = json.loads(backend.to_str())
     model = {name: value for name, value in values["model"].items() if value not in ("", None)}
     if not values["normalizer"]:
         for token in values["added_tokens"]:
-            token["normalized"] = False  # there is nothing that it could mean
+            token["normalized"] = False  # it has no effect
     return {
         "model": model,
         "normalizer": values["normalizer"],
@@ -212,7 +212,7 @@ def _without(rules: dict[str, Any], *names: str) -> dict[str, Any]:
 
 
 def _pre_tokenizer(values: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Without what only concerns offsets."""
+    """Without settings that only concern offsets."""
     if values is None:
         return None
     if values["type"] == "Sequence":
@@ -234,22 +234,22 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _is_published(folder: Path) -> bool:
-    """Whether it takes transformers to say what the files mean."""
+    """Whether transformers is needed to read the files."""
     complete, config = (folder / "tokenizer.json").is_file(), _config(folder)
     if "format" in config and complete:
         return False  # a model folder of this library; conversion completed tokenizer.json
     if (folder / "tokenizer_config.json").is_file():
-        # Without any of these transformers knows no more than the other files say.
+        # Without any of these, transformers has no more information than the other files.
         return bool({"tokenizer_class", "auto_map"} & _settings(folder).keys()) or (
             "model_type" in config
         )
-    # Where neither it nor tokenizer.json says what the two files mean, the kind of model does.
+    # If neither it nor tokenizer.json says how to read the two files, the kind of model does.
     two_files = (folder / "vocab.json").is_file()
     return two_files and not complete and config.get("model_type") not in GPT2_TYPES
 
 
 def _read_published(folder: Path) -> tuple[Any, bool]:
-    """The fast tokenizer that transformers makes of the files; whether it is GPT-2's, as it was."""
+    """The fast tokenizer that transformers makes of the files; whether it is plain GPT-2's."""
     require_packages("data", "transformers", "tokenizers")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found"
     from transformers import AutoTokenizer, PreTrainedTokenizerFast, logging
@@ -271,7 +271,7 @@ def _read_published(folder: Path) -> tuple[Any, bool]:
         )
         reader = PreTrainedTokenizerFast
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it speaks of config.json, which is about the model
+    logging.set_verbosity_error()  # it warns about config.json, which describes the model
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -284,5 +284,5 @@ def _read_published(folder: Path) -> tuple[Any, bool]:
         "it as a tokenizer.json",
     )
     backend = found.backend_tokenizer
-    backend.post_processor = None  # adds special tokens, which are never asked for
+    backend.post_processor = None  # would add special tokens, which are never wanted here
     return backend, type(found).__name__ == "GPT2Tokenizer" and found.mask_token is None

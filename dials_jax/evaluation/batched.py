@@ -7,8 +7,9 @@ answers = generate_all(model, prompts, sampler=dj.Confidence(gen_length=8), poli
 values = log_likelihoods(model, [(prompt, tokenizer.encode("42")) for prompt in prompts])
 
 Both return results in the order of the requests. `generation_batches` and `likelihood_batches` give
-them batch by batch, with what each cost, and leave out what the caller already has: whoever keeps
-every batch can be killed and go on. Random numbers are a request's own, whatever its batch.
+them batch by batch, with the cost of each, and leave out requests that the caller has already: a
+caller that stores every batch can be killed and continued. A request's random numbers do not depend
+on its batch.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from dials_jax.sampling.generate import Generation, generate
 from dials_jax.sampling.sampler import Sampler
 from dials_jax.skipping.flops import Flops
 
-STRATUM = 16  # masked copies a round, over which their numbers of masks are spread
+STRATUM = 16  # masked copies per round, over which their numbers of masks are spread
 
 Pair = tuple[Ids, Ids]  # prompt and answer
 
@@ -84,8 +85,8 @@ def generation_batches(
     Args:
       keys: one per prompt; None: by seed 0 and the prompt's tokens.
       bucket: prompts are padded to multiples of this length.
-      max_programs: lengths that are compiled.
-      left: numbers of the prompts to do; None: all. Programs are those of all prompts.
+      max_programs: how many lengths are compiled.
+      left: numbers of the prompts that are left; None: all. The programs are those of all.
     """
     if not len(prompts):
         return
@@ -148,15 +149,15 @@ def likelihood_batches(
     """Yields batches of masked copies of pairs of similar lengths, the longest first.
 
     Args:
-      num_samples: masked copies per pair, a multiple of `STRATUM` or less than it. Where all would
-        be equal one is run; see `num_copies`.
+      num_samples: masked copies per pair, a multiple of `STRATUM` or less than it. If all would be
+        equal, one is run; see `num_copies`.
       keys: one per pair; None: by seed 0 and the prompt's tokens, so that the answers of a prompt
         share their masks.
       bucket: prompts and answers are padded to multiples of this length.
-      max_programs: shapes of prompt and answer that are compiled.
+      max_programs: how many shapes of prompt and answer are compiled.
       left: pair and copy of each sequence to score, copies of a pair next to each other; None: all.
 
-    Raises: InputError where the model says NaN: the first choice would look like the best.
+    Raises: InputError if the model outputs NaN: the first choice would look like the best.
     """
     check_num_samples(num_samples)
     if not len(pairs):

@@ -12,7 +12,7 @@ NUM_BINS = 10  # equal bins of the mask ratio over (0, 1]
 
 
 class Execution:
-    """Counts of layer runs. Model calls on rows without a masked token are left out."""
+    """Counts of layer runs. Model calls on sequences without a masked token are left out."""
 
     def __init__(self, num_layers: int):
         self.executed = np.zeros((NUM_BINS, num_layers), np.int64)
@@ -30,7 +30,7 @@ class Execution:
         np.add.at(self.rows, bins[bins >= 0], 1)
 
     def add_counts(self, executed: Sequence[Sequence[int]], rows: Sequence[int]) -> None:
-        """Adds what another `Execution` counted, as its `to_dict` has it."""
+        """Adds the counts of another `Execution`, from its `to_dict`."""
         self.executed += np.asarray(executed)
         self.rows += np.asarray(rows)
 

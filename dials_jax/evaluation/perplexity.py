@@ -1,7 +1,7 @@
 """Generative perplexity: how likely a causal language model finds what another model sampled.
 
-A small value alone says little, for repeating one word gives the smallest. So the entropy of the
-tokens of a sample is always reported beside it.
+A small value alone says little: repeating one word gives the smallest. So the entropy of the tokens
+of a sample is always reported beside it.
 
 Source: `_eval_generative_perplexity` of kuleshov-group/mdlm for which tokens count.
 """
@@ -33,7 +33,7 @@ POSITIONS = 128  # scored together; bounds the memory that logits take
 
 
 class Scores(NamedTuple):
-    """What the scorer says of each sample."""
+    """The scorer's log-likelihood of each sample."""
 
     nll: Float[np.ndarray, "N"]  # nats, summed over the tokens that count
     weight: Float[np.ndarray, "N"]  # how many count
@@ -48,7 +48,7 @@ class Estimate(NamedTuple):
 
 
 def score_samples(scorer: Model, samples: Int[np.ndarray, "N T"], batch_size: int = 16) -> Scores:
-    """Scores rows of the scorer's own tokens, in float32.
+    """Scores samples of the scorer's own tokens, in float32.
 
     Raises: InputError for a scorer that is not causal, too short, or of a smaller vocabulary.
     """
@@ -70,7 +70,7 @@ def score_samples(scorer: Model, samples: Int[np.ndarray, "N T"], batch_size: in
 
 
 def check_scorer(cfg: ModelConfig, length: int) -> None:
-    """Raises: InputError for a model that cannot score rows of this length."""
+    """Raises: InputError for a model that cannot score samples of this length."""
     require(
         cfg.causal,
         f"the scorer ({cfg.model_type}) is not causal; give a model that predicts the next token",
@@ -86,8 +86,8 @@ def check_scorer(cfg: ModelConfig, length: int) -> None:
 def counts(tokens: Int[np.ndarray, "N T"], eos_id: int) -> Bool[np.ndarray, "N T"]:
     """Which tokens count: all but end of text, and of those the first.
 
-    Text after an end of text counts, as the reference has it; padding is end of text and does not.
-    A row's first token is predicted from nothing, so it is never scored.
+    Text after an end of text counts, as in the reference; padding is end of text and does not.
+    The first token of a sample is predicted from nothing, so it is never scored.
     """
     ends = tokens == eos_id
     return ~ends | (ends & (np.cumsum(ends, axis=1) == 1))
@@ -101,10 +101,10 @@ def retokenise(
     target_eos: int,
     length: int,
 ) -> Int[np.ndarray, "N length"]:
-    """The text of the samples in another vocabulary, cut or filled with end of text to `length`.
+    """The text of the samples in another vocabulary, cut or padded with end of text to `length`.
 
     Text between ends of text is decoded piece by piece, so that neither tokenizer needs to know
-    how the other spells them.
+    the other's end of text.
     """
     out = np.full((len(samples), length), target_eos, np.int32)
     plain = target.plain()
@@ -130,13 +130,13 @@ def unigram_entropy(samples: Int[np.ndarray, "N T"]) -> Float[np.ndarray, "N"]:
 
 
 def perplexities(scores: Scores, aggregate: Aggregate) -> Float[np.ndarray, "N"]:
-    """One number a sample, whose mean is the perplexity.
+    """One number for each sample, whose mean is the perplexity.
 
     "mean": the samples' own perplexities. "corpus": the mean is exp(sum of nll / sum of weights),
     and the spread that of its linearisation, so that intervals and paired comparisons hold for
     either.
 
-    A sample in which nothing counts has perplexity 1; its entropy of 0 gives it away.
+    A sample without a token that counts has perplexity 1; its entropy of 0 shows it.
     """
     if aggregate == "mean":
         return np.exp(scores.nll / np.maximum(scores.weight, 1))
@@ -154,7 +154,7 @@ def estimate(values: Sequence[float] | Float[np.ndarray, "N"]) -> Estimate:
 def nll_program(
     params, tokens: Int[Array, "B T"], counted: Bool[Array, "B T"], *, cfg: ModelConfig
 ) -> Float[Array, "B"]:
-    # An accelerator would multiply float32 in less than float32.
+    # By default an accelerator multiplies float32 in lower precision.
     with jax.default_matmul_precision("highest"):
         h = transformer.run_layers(cfg, params, tokens, None).h
 

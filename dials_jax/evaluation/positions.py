@@ -1,4 +1,4 @@
-"""Work on a few positions at a time, where a vocabulary's width at all of them would not fit."""
+"""Computes few positions at a time, where the logits of all positions would not fit in memory."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from jaxtyping import PyTree
 def over_positions(fn: Callable[..., PyTree], size: int, *arrays: PyTree) -> PyTree:
     """`fn` of slices [B, at most size, ...] of the arrays [B, T, ...], one after another, joined.
 
-    Sequences stay whole, so their split over devices stays too. Slices are equal, and the last one
-    is filled up: it lacks fewer positions than there are slices.
+    The batch is not cut, so its sharding stays. Slices have equal size; the last one is padded by
+    fewer positions than there are slices.
     """
     num_positions = jax.tree.leaves(arrays)[0].shape[1]
     count = -(-num_positions // size)

@@ -1,4 +1,4 @@
-"""What evaluations write down besides their numbers, and results that are kept as they come."""
+"""Records of a run, stored as soon as they are measured, and what they depend on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dials_jax.records import Check, Lines, sealed
 
 RECORDS = "runs.jsonl"
 IDENTITY = "study.json"  # what the records of a study depend on
-# Settings that choose among what is measured, or how it is shown: a study goes on when they change.
+# Settings that choose what is measured or how it is shown: a study continues when they change.
 DISPLAY_FIELDS = ("schedules", "figure", "aggregate", "num_extremes", "budget", "importance")
 Agree = Callable[[Mapping[str, Any], Mapping[str, Any], Path], Mapping[str, Any]]
 
@@ -31,7 +31,7 @@ def identity(cfg: StudyConfig, weights: dict[str, Any]) -> dict[str, Any]:
 
 
 def same_study(old: Mapping[str, Any], new: Mapping[str, Any], workdir: Path) -> Mapping[str, Any]:
-    """The identity that a study goes on with.
+    """The identity that a study continues with.
 
     Raises: InputError naming what differs.
     """
@@ -44,10 +44,10 @@ def same_study(old: Mapping[str, Any], new: Mapping[str, Any], workdir: Path) ->
 
 
 class Records:
-    """Results of a run that may be stopped: one JSON object a line, written as soon as earned.
+    """Results of a run that may be stopped: one JSON object per line, written when measured.
 
-    Every line ends with a short digest of the rest. A line that does not fit its digest is set
-    aside, so that what it held is measured again.
+    Every line ends with a short digest of the rest. A line that does not match its digest is set
+    aside, so that its results are measured again.
 
     Attributes:
       all: the records so far, those of an earlier run first.
@@ -65,10 +65,10 @@ class Records:
         """Continues what the workdir holds, or starts.
 
         Args:
-          identity: what the results depend on; kept in the file called `name`.
-          check: raises for a record that is none.
-          agree: the identity to go on with, of that in the workdir and the new one.
-          before: identity and records of a version that kept them elsewhere.
+          identity: what the results depend on; stored in the file called `name`.
+          check: raises for an object that is not a record.
+          agree: gives the identity to continue with, from that of the workdir and the new one.
+          before: identity and records of an earlier version, which stored them elsewhere.
         Raises: InputError if the workdir holds results that depend on something else.
         """
         workdir = Path(workdir)
@@ -79,7 +79,7 @@ class Records:
         lines = found = Lines.read(self.path, check)
         if old is None and before is not None:
             old, lines = before[0], Lines.of(self.path, before[1])
-        require(  # whoever was killed while taking over what was before has written the same lines
+        require(  # a process killed while taking over earlier records has written the same lines
             known.exists() or not found.good or (lines is not found and found.lines == lines.lines),
             f"{workdir} holds {RECORDS} but no {name} that says of what; put it back, or choose "
             "another --workdir",
@@ -97,7 +97,7 @@ class Records:
         sharding.on_first_process(open_for_more)
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """Every process makes the same calls; the first one writes. What is not finite is null."""
+        """Every process calls this; the first one writes. NaN and infinity become null."""
         if jax.process_index() == 0:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(sealed(record) + "\n")

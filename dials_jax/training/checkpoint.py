@@ -1,7 +1,7 @@
-"""Checkpoints of a training state that are verified before older ones go.
+"""Checkpoints of a training state, verified before older ones are removed.
 
 `checkpoints/00001000/` holds the arrays (Orbax) and `digest.json`. It is written as
-`00001000.partial` and renamed when it is whole. Orbax loads a flipped bit in silence, hence the
+`00001000.partial` and renamed when it is complete. Orbax loads a flipped bit silently, hence the
 digests.
 """
 
@@ -38,14 +38,14 @@ class Checkpoints:
         self._damaged: set[int] = set()  # found so by `restore`
 
     def steps(self) -> list[int]:
-        """Steps with a finished checkpoint, ascending. Raises: InputError if that is hidden."""
+        """Steps with a finished checkpoint, ascending. Raises: InputError if unreadable."""
         with _readable(self.folder):
             return sorted(
                 int(p.name) for p in self._own_names() if p.name.isdecimal() and _is_finished(p)
             )
 
     def require_own(self) -> None:
-        """Raises: InputError for a folder called as ours are that no save can have made."""
+        """Raises: InputError for a folder with a checkpoint's name that no save can have made."""
         with _readable(self.folder):
             foreign = [path for path in self._own_names() if not _made_by_a_save(path)]
         require(
@@ -80,7 +80,7 @@ class Checkpoints:
                 on_first_process(lambda: write_json(partial / "digest.json", expected))
         except Exception:
             if jax.process_index() == 0:
-                self._remove_partial()  # its room is needed
+                self._remove_partial()  # its disk space is needed
             raise
 
         def finish():
@@ -97,7 +97,7 @@ class Checkpoints:
 
         Args:
           state: arrays, or their shapes, dtypes and shardings.
-          layouts: other ways to lay out the same values; what was stored so comes back so.
+          layouts: other layouts of the same values; a checkpoint stored in one is returned in it.
         Raises: InputError if a checkpoint cannot be read, or if there are some and none is intact.
         """
         steps = self.steps()
@@ -112,7 +112,7 @@ class Checkpoints:
                     return unflatten(like, loaded)
                 problem = "its arrays do not match their digests"
             except (jax.errors.JaxRuntimeError, MemoryError):
-                raise  # no room for it, which says nothing of the files
+                raise  # out of memory, which says nothing about the files
             except Exception as error:  # Orbax raises many kinds for damaged files
                 _require_readable(folder)
                 problem = (str(error).splitlines() or [type(error).__name__])[0]
@@ -126,16 +126,16 @@ class Checkpoints:
         return None
 
     def _remove_partial(self) -> None:
-        """What stopped saves left, of any step: a continued run may save at others."""
+        """Removes unfinished saves of any step: a continued run may save at other steps."""
         for folder in self.folder.glob("*.partial"):
             if _made_by_a_save(folder):
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _prune(self, newest: int) -> None:
-        """Removes what is older than the `keep` newest that are good.
+        """Removes checkpoints older than the `keep` newest good ones.
 
-        Later checkpoints than `newest` are not looked at: they were found damaged, and training
-        went on before them.
+        Checkpoints later than `newest` are not touched: they were found damaged, and training
+        continued from before them.
         """
         good = [s for s in self.steps() if s <= newest and s not in self._damaged]
         for step in self.steps():
@@ -145,7 +145,7 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """What cannot be read is not damaged: nothing is decided without it."""
+    """Stops if a file cannot be read: that does not mean that it is damaged."""
     try:
         yield
     except OSError as error:
@@ -170,19 +170,19 @@ def _require_readable(folder: Path) -> None:
 
 
 def _is_finished(folder: Path) -> bool:
-    """The digests are written last. Raises: OSError if that cannot be seen."""
+    """Whether it is finished: the digests are written last. Raises: OSError."""
     return (folder / "digest.json").exists()
 
 
 def _made_by_a_save(folder: Path) -> bool:
-    """Whether a folder holds nothing but what a save writes, whole or not."""
+    """Whether a folder holds only files that a save writes, complete or not."""
     if folder.is_symlink() or not folder.is_dir():
         return False
     return all(path.name.startswith(("state", "digest.json")) for path in folder.iterdir())
 
 
 def flatten(tree: PyTree) -> dict[str, Any]:
-    """Leaves by name: what is stored does not depend on the classes that hold the arrays."""
+    """Leaves by name, so that the stored form does not depend on classes."""
     return {name.replace("/", "."): leaf for name, leaf in trees.named_leaves(tree)}
 
 
@@ -191,7 +191,7 @@ def unflatten(like: PyTree, flat: dict[str, Any]) -> PyTree:
 
 
 def _load(folder: Path, flat: dict[str, Any]) -> dict[str, jax.Array]:
-    """Reads what is shaped and placed as `flat`: arrays, or what says so of them."""
+    """Reads arrays shaped and placed as those of `flat`, or as its ShapeDtypeStructs say."""
     abstract = {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
         for name, x in flat.items()

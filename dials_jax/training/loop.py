@@ -47,14 +47,14 @@ class NonFiniteLoss(InputError):
 def train(cfg: TrainConfig, workdir: str | Path) -> TrainState:
     """Trains to the end, from the newest intact checkpoint if there is one.
 
-    Stopping anywhere and calling this again gives bitwise the run that was not stopped. The end is
-    the last step, or that after `max_minutes`; calling this again then goes on for as long.
-    Ctrl-C and SIGTERM end the run with a checkpoint of the step reached.
+    Stopping anywhere and calling this again gives bitwise the same result as a run that was not
+    stopped. The end is the last step, or the step after `max_minutes`; calling this again then
+    trains for as long again. Ctrl-C and SIGTERM end the run with a checkpoint of the current step.
 
     Raises:
       InputError: for settings or data that do not fit, before any expensive work.
       NonFiniteLoss: naming the step; the last good checkpoint stays.
-      Stopped: after Ctrl-C or SIGTERM, saying what is kept.
+      Stopped: after Ctrl-C or SIGTERM, saying what is saved.
     """
     with exclusive(workdir) as workdir:
         checkpoints = Checkpoints(workdir / "checkpoints", cfg.keep_checkpoints)
@@ -84,7 +84,7 @@ def _train(cfg: TrainConfig, workdir: Path, checkpoints: Checkpoints) -> TrainSt
     state = restore_state(checkpoints.restore, shapes, mesh, run.prefix)
     if state is None:
         state = init_state(*how, ema=ema, source=run.source)
-    same(step=int(state.step))  # an older checkpoint may have been taken
+    same(step=int(state.step))  # an older checkpoint may have been restored
     claim_workdir(workdir, cfg, run.identity)
     run = dataclasses.replace(run, source=())  # its memory is needed
     _describe(cfg, run, state, total, epoch)
@@ -111,7 +111,7 @@ def _steps(
     checkpoints: Checkpoints,
     workdir: Path,
 ) -> TrainState:
-    """The steps that are left. The host looks at results only when it logs or saves."""
+    """Runs the remaining steps. The host waits for results only when it logs or saves."""
     start = int(state.step)
     mesh = jax.sharding.get_mesh()
     schedule = make_schedule(cfg.optimizer, epoch)
@@ -139,7 +139,7 @@ def _steps(
             done = step + 1
             bar.update()
             saving = done % cfg.save_every == 0 or done == total
-            # A save also ends a window, so that a continued run logs the same means.
+            # A save also ends a window of means, so that a continued run logs the same values.
             window_ends = saving or done % cfg.log_every == 0
             stop = clock.is_over(window_ends) or request.came(window_ends)
             if window_ends or stop:
@@ -158,7 +158,7 @@ def _steps(
                 if saving:
                     checkpoints.save(done, state)
                 window, since = [], time.perf_counter()
-                # A signal may have come during the save: no more steps for that.
+                # A signal during the save needs no further step.
                 if stop or (saving and request.came(True)):
                     break
         if request.came(True):
@@ -167,7 +167,7 @@ def _steps(
 
 
 def _saved(checkpoints: Checkpoints) -> str:
-    """What is kept of a training that stops anywhere, and how to go on."""
+    """Says which step is saved, and how to continue."""
     steps = checkpoints.steps()
     if not steps:
         return "no step is saved yet; the same command starts again"
@@ -175,19 +175,19 @@ def _saved(checkpoints: Checkpoints) -> str:
 
 
 class Clock:
-    """Says when the time for training is over, the same on every host."""
+    """Tells when the time for training is over, the same on every host."""
 
     def __init__(self, minutes: float | None):
         self._minutes = minutes
         self._start: float | None = None
 
     def start(self) -> None:
-        """Starts at the first call: a step that has been compiled."""
+        """Starts the clock at the first call, when a step has been compiled."""
         if self._start is None:
             self._start = self.now()
 
     def is_over(self, meeting: bool) -> bool:
-        """Several hosts agree on the time only where they meet anyway."""
+        """Several hosts agree on the time only when they synchronise anyway."""
         if self._minutes is None or (jax.process_count() > 1 and not meeting):
             return False
         over = np.array(self.now() - self._start >= 60 * self._minutes)

@@ -113,7 +113,7 @@ def router_loss(
             *_predictions(cfg, backbone, out, batch, view),
             # 1, but for MDLM's noise, whose weight is not quite 1 / p.
             masked * (view.noise.weight * p_mask)[:, None],
-            # A frozen model is scored as it predicts.
+            # A frozen model is scored with the predictions that it makes.
             suppressed_id=cfg.mask_id if objective.kind == "mdlm" or cfg.subs else None,
         )
         num_masked, alpha = jnp.sum(masked, axis=1), skip_rate(out.gates)

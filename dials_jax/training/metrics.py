@@ -18,10 +18,10 @@ LINE_SECONDS = 15  # between two lines of progress in a log
 
 
 class MetricsWriter:
-    """One JSON object a line; continuing at a step drops what was written after it.
+    """Writes one JSON object per line; continuing at a step drops the lines of later steps.
 
-    A line that is no record of a step goes to `metrics.odd.jsonl`, with a warning. TensorBoard
-    files are written too where tensorboardX is installed. Only process 0 writes.
+    A line that is not the record of a step goes to `metrics.odd.jsonl`, with a warning. TensorBoard
+    files are written too if tensorboardX is installed. Only process 0 writes.
     """
 
     def __init__(self, workdir: Path, step: int):
@@ -50,7 +50,7 @@ class MetricsWriter:
 
 
 def _drop_later(path: Path, step: int) -> None:
-    """Keeps the records up to a step; what is no record is set aside."""
+    """Keeps the records up to a step; lines that are not records are set aside."""
     aside = path.with_name("metrics.odd.jsonl")
     odd = []
     with replacing(path) as kept:
@@ -76,7 +76,7 @@ def _tensorboard(folder: Path, step: int):
 
 
 def progress_bar(total: int, start: int, what: str):
-    """A bar on standard error with the time left; now and then a line where it is no terminal."""
+    """A progress bar on standard error; without a terminal, a line now and then."""
     from tqdm import tqdm
 
     live = sys.stderr.isatty()
@@ -88,12 +88,12 @@ def progress_bar(total: int, start: int, what: str):
         disable=jax.process_index() != 0,
         file=sys.stderr if live else Lines(sys.stderr),
         mininterval=0.5 if live else LINE_SECONDS,
-        miniters=1,  # look at the clock after every step, so that nothing is printed in between
+        miniters=1,  # read the clock after every step
     )
 
 
 class Lines:
-    """A file for tqdm that ends every state of the bar with a newline, for logs."""
+    """A file for tqdm that ends every state of the bar with a newline, as logs need."""
 
     def __init__(self, file: Any):
         self._file = file

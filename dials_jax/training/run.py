@@ -1,4 +1,4 @@
-"""What a training configuration stands for: data, loss, initial values, and what is saved."""
+"""From a training configuration to a run: data, loss, initial values, and what is saved."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from dials_jax.training.optimizer import make_schedule, num_steps
 from dials_jax.training.source import grow_vocabulary, load_source
 from dials_jax.workdir import require_unclaimed, writing
 
-# Settings that may change between one part of a run and the next. Those of data say where rows are
-# found; that they are the same rows, the data's fingerprint says.
-# The same goes for the models that a run starts from, which have fingerprints as well.
+# Settings that may change when a run continues. Those of data say where the rows are; the data's
+# fingerprint says that they are the same rows. The models that a run starts from have fingerprints
+# as well.
 FREE_FIELDS = tuple(
     f"train.{name}"
     for name in (
@@ -42,12 +42,12 @@ FREE_FIELDS = tuple(
         *(f"data.{place}" for place in ("folder", "paths", "cache", "tokenizer", "reader")),
     )
 )
-# Nothing looks at these where a model is trained.
+# These have no effect where a model is trained.
 ROUTER_FIELDS = (
     "train.router",
     *(f"train.objective.{name}" for name in ("skip_weight", "target_skip_rate", "scale_skip")),
 )
-# Of these only the learning rates count that follow from them.
+# Of these only the resulting learning rates matter.
 RATE_FIELDS = tuple(
     f"train.optimizer.{name}"
     for name in (
@@ -55,7 +55,7 @@ RATE_FIELDS = tuple(
         *(f"{what}_{unit}" for what in ("num", "warmup") for unit in ("steps", "epochs")),
     )
 )
-# What training writes into its workdir, which its config.json marks as its own.
+# What training writes into its workdir, which config.json marks as its own.
 OUTPUTS = ("checkpoints", "metrics.jsonl", "tensorboard", "training.png")
 
 
@@ -65,9 +65,9 @@ class Run:
 
     Attributes:
       init: makes the first parameters from the arrays of `source`.
-      frozen: parameters that the loss reads and nothing changes.
+      frozen: parameters that the loss reads and training does not change.
       prefix: of the trained parameters in the sharding table.
-      export: writes what the run is for into the workdir.
+      export: writes the result of the run into the workdir.
     """
 
     data: TrainingData
@@ -81,7 +81,7 @@ class Run:
 
 
 def prepare(cfg: TrainConfig, mesh: Mesh) -> Run:
-    """Loads and checks all that a run needs, before anything expensive."""
+    """Loads and checks everything that a run needs, before expensive work."""
     return _router_run(cfg, mesh) if cfg.backbone else _model_run(cfg, mesh)
 
 
@@ -119,7 +119,7 @@ def _model_run(cfg: TrainConfig, mesh: Mesh) -> Run:
 
 
 def unroll(params: trees.Params) -> trees.Params:
-    """The same parameters with own arrays for each layer.
+    """The same parameters with separate arrays for each layer.
 
     A scan copies every layer's weights out of the stack, and what the backward pass needs into
     another: a fifth of a small model's step.
@@ -152,7 +152,7 @@ def _router_run(cfg: TrainConfig, mesh: Mesh) -> Run:
 
 
 def require_own(workdir: Path, cfg: TrainConfig) -> None:
-    """Raises: InputError if the workdir holds what this run would write over and did not make."""
+    """Raises: InputError if this run would overwrite files that it did not make."""
     tokenizer = getattr(cfg.data, "tokenizer", None)
     made = ("router",) if cfg.backbone else ("model", "model.unfinished", "tokenizer.json")
     require_unclaimed(workdir, "config.json", (*OUTPUTS, *made), reads=tokenizer)
@@ -165,11 +165,11 @@ def require_own(workdir: Path, cfg: TrainConfig) -> None:
 def require_same_experiment(
     workdir: Path, cfg: TrainConfig, identity: dict[str, Any], steps_per_epoch: int, step: int
 ) -> None:
-    """Checks that what the workdir holds, if it does, can go on with these settings.
+    """Checks that the run in the workdir, if there is one, can continue with these settings.
 
     Args:
-      step: of the checkpoint that the run goes on from. More steps, or another warm-up, are the
-        same experiment if no learning rate changes from there on.
+      step: of the checkpoint that the run continues from. More steps, or another warm-up, are the
+        same experiment if no learning rate changes after it.
     Raises: InputError naming the first setting that does not fit.
     """
     path = workdir / "config.json"
@@ -202,10 +202,10 @@ def _require_same_rates(
     step: int,
     said: str,
 ) -> None:
-    """Raises: InputError if a rate from `step` on would not be what it would have been."""
+    """Raises: InputError if a learning rate from `step` on would change."""
     total = num_steps(cfg.optimizer, steps_per_epoch)
     require(total >= step, f"{workdir} has taken {step} steps and {total} are asked for; ask more")
-    # One more than both take: where the old run ends, a cosine would jump.
+    # One step more than both have: a cosine would jump where the old run ends.
     steps = jnp.arange(step, min(total, num_steps(old, steps_per_epoch)) + 1)
     before, now = (
         jax.vmap(make_schedule(optimizer, steps_per_epoch))(steps)
@@ -220,7 +220,7 @@ def _require_same_rates(
 
 
 def claim_workdir(workdir: Path, cfg: TrainConfig, identity: dict[str, Any]) -> None:
-    """Notes what the workdir is for."""
+    """Records what the workdir is for."""
     values = {"train": to_dict(cfg), **identity}
     on_first_process(lambda: write_json(workdir / "config.json", values))
 

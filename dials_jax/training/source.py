@@ -1,4 +1,4 @@
-"""Training that goes on from another model's weights, for example a causal model's (as Dream)."""
+"""Training that starts from another model's weights, for example a causal model's (as Dream)."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from dials_jax.models import groups
 from dials_jax.models.model import Model
 
 VOCABULARY_AXIS = {"embed/table": 0, "head/kernel": 1, "head/bias": 0}
-SAME_MATHS = ("rope_theta", "norm", "norm_eps")  # what weights mean and no shape tells
+SAME_MATHS = ("rope_theta", "norm", "norm_eps")  # how weights are used; no shape shows it
 
 
 def load_source(path: str, cfg: ModelConfig, mesh: Mesh) -> Model:
     """The model to start from, its weights float32.
 
-    Shapes, angles and norms have to agree: attention may become bidirectional, predictions may
-    shift, and the vocabulary may gain tokens, [MASK] for one.
+    Shapes, rotary angles and norms have to agree. Attention may become bidirectional, predictions
+    may shift, and the vocabulary may gain tokens such as [MASK].
 
     Raises: InputError naming the first setting or array that does not fit.
     """
@@ -55,7 +55,7 @@ def load_source(path: str, cfg: ModelConfig, mesh: Mesh) -> Model:
 
 
 def grow_vocabulary(params: trees.Params, vocab_size: int) -> trees.Params:
-    """The same weights over a larger vocabulary. Every new token starts as the mean of the old."""
+    """The same weights over a larger vocabulary. A new token starts as the mean of the old."""
 
     def one(name: str, x: Array) -> Array:
         axis = VOCABULARY_AXIS.get(name)

@@ -20,13 +20,13 @@ from dials_jax.training.optimizer import move_average
 
 
 class TrainState(NamedTuple):
-    """All that training changes.
+    """Everything that training changes.
 
     Attributes:
       step: steps taken.
-      bad_step: the first step whose loss or gradient was not finite, else -1. From there on
-        nothing changes any more, so the state stays the last good one until the host looks.
-      average: the moving average of the parameters, where one is kept.
+      bad_step: the first step whose loss or gradient was not finite, else -1. From then on
+        the state stays the last good one, until the host checks.
+      average: the moving average of the parameters, if there is one.
     """
 
     step: Int[Array, ""]
@@ -37,7 +37,7 @@ class TrainState(NamedTuple):
 
     @property
     def result(self) -> trees.Params:
-        """What training is for: the moving average, or the parameters without one."""
+        """The result of training: the moving average, or else the parameters."""
         return self.params if self.average is None else self.average
 
 
@@ -55,7 +55,7 @@ def init_state(
     ema: float | None = None,
     source: tuple = (),
 ) -> TrainState:
-    """A fresh state, each array made where it belongs.
+    """A new state, each array made on its own devices.
 
     Args:
       prefix: put before parameter names when the sharding table is asked (`routers/`).
@@ -77,7 +77,7 @@ def state_shapes(
     ema: float | None = None,
     source: tuple = (),
 ) -> TrainState:
-    """What `init_state` makes, as shapes, dtypes and shardings: no memory is needed yet."""
+    """What `init_state` makes, as shapes, dtypes and shardings, without allocating memory."""
     return placed_shapes(
         jax.eval_shape(partial(_fresh, init, optimizer, ema), *source), mesh, prefix
     )
@@ -106,7 +106,7 @@ def _fresh(
 def restore_state(
     restore: Callable[..., TrainState | None], shapes: TrainState, mesh: Mesh, prefix: str = ""
 ) -> TrainState | None:
-    """What `restore` finds, laid out as `shapes` are whichever way its layers were stored.
+    """The restored state, laid out as `shapes`, whether its layers were stored stacked or not.
 
     Args:
       restore: `Checkpoints.restore`.
@@ -142,8 +142,8 @@ def make_train_step(
 ) -> TrainStep:
     """`step(state, frozen, batch) -> (state, metrics)`, a pure function of its arguments.
 
-    Every random number is folded from the seed, the step and the row's number in its batch, so
-    the number of microbatches, and that of devices, changes the result by rounding only.
+    Every random number is folded from the seed, the step and the sequence's number in its batch. So
+    the numbers of microbatches and devices change the result only by rounding.
 
     Args:
       ema: the decay of the moving average, if the state has one.
@@ -158,7 +158,7 @@ def make_train_step(
             return grad_fn(state.params, frozen, microbatch, draws)
 
         grads, metrics = sum_over(gradients, split_rows(batch, num_microbatches))
-        # Divided once, by all rows of the batch.
+        # Divided once, by all sequences of the batch.
         grads = jax.tree.map(lambda g: g / batch.row.shape[0], grads)
         values = {name: mean.value for name, mean in metrics.items()}
         values["grad_norm"] = optax.tree.norm(grads)
@@ -175,7 +175,7 @@ def update(
     good: Bool[Array, ""],
     ema: float | None = None,
 ) -> TrainState:
-    """The next state, or the same one for ever after a step that was not good."""
+    """The next state; after a step that was not finite, the same state for ever."""
     good = good & (state.bad_step < 0)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -197,9 +197,9 @@ def sum_over(fn: Callable[[Batch], PyTree], batches: Batch) -> PyTree:
 
 
 def split_rows(batch: Batch, parts: int) -> Batch:
-    """[B, ...] to [parts, B / parts, ...] with row i in part i mod parts.
+    """[B, ...] to [parts, B / parts, ...] with sequence i in part i mod parts.
 
-    Neighbouring rows go to different parts, so every device keeps its own rows.
+    Neighbouring sequences go to different parts, so every device keeps its own sequences.
     """
     return jax.tree.map(
         lambda x: jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0), batch
