@@ -17,6 +17,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
+from dials_jax.diffusion.subs import suppress_token
 from dials_jax.sharding import BATCH_AXES, num_batch_shards
 
 CHUNK = 2048  # tokens; their logits are 0.4 GB for GPT-2's vocabulary
@@ -250,5 +251,5 @@ def _aligned_head(head: HeadWeights, suppressed_id: int | None, dtype: Any) -> H
     bias = jnp.zeros(vocab_size) if head.bias is None else head.bias.astype(jnp.float32)
     bias = jnp.pad(bias, (0, extra), constant_values=-jnp.inf)
     if suppressed_id is not None:
-        bias = bias.at[suppressed_id].set(-jnp.inf)
+        bias = suppress_token(bias, suppressed_id)
     return HeadWeights(jnp.pad(head.kernel.astype(dtype), ((0, 0), (0, extra))), bias)

@@ -1,4 +1,4 @@
-"""What a masked diffusion model says about the clean tokens (SUBS)."""
+"""SUBS: what a masked diffusion model predicts about the clean tokens, never [MASK]."""
 
 from __future__ import annotations
 
@@ -7,6 +7,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 NEVER = -1e6  # the logarithm of "never", finite as in the published code
+
+
+def suppress_token(
+    logits: Float[Array, "*B V"], token_id: int, value: Float[Array, "*B V"] | float = -jnp.inf
+) -> Float[Array, "*B V"]:
+    """Logits that never predict one token, such as [MASK]; `value` is what its logit becomes."""
+    # A comparison joins its neighbours in one kernel; a scatter would not.
+    return jnp.where(jnp.arange(logits.shape[-1]) == token_id, value, logits)
 
 
 def subs_log_probs(
@@ -20,7 +28,8 @@ def subs_log_probs(
       tokens: x_t, which may hold [MASK].
     """
     ids = jnp.arange(logits.shape[-1])
-    logits = logits.astype(jnp.float32) + jnp.where(ids == mask_id, NEVER, 0.0)
+    logits = logits.astype(jnp.float32)
+    logits = suppress_token(logits, mask_id, logits + NEVER)
     log_p = logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     shown = jnp.where(ids == tokens[..., None], 0.0, NEVER)
     return jnp.where(tokens[..., None] == mask_id, log_p, shown)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from dials_jax import trees
 from dials_jax.config import ModelConfig
+from dials_jax.diffusion.subs import suppress_token
 from dials_jax.keys import threefry_key
 from dials_jax.nn.block import VOCABULARY_UNIT, Block, BlockInputs, Embed, Head, pad_vocabulary
 from dials_jax.nn.dropout import Dropout, numbered
@@ -238,8 +239,7 @@ def apply_subs(cfg: ModelConfig, logits: Float[Array, "*B V"]) -> Float[Array, "
 
 def suppress_mask_token(cfg: ModelConfig, logits: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
     """Logits of which [MASK] is never drawn."""
-    # A comparison joins its neighbours in one kernel; a scatter would not.
-    return jnp.where(jnp.arange(logits.shape[-1]) == cfg.mask_id, -jnp.inf, logits)
+    return suppress_token(logits, cfg.mask_id)
 
 
 def apply_final_norm(

@@ -32,10 +32,10 @@ def choose_static_layers(
     threshold: float | None = 0.95,
     allow_adjacent: bool = False,
 ) -> tuple[int, ...]:
-    """The layers to skip: the most redundant ones, no two of them adjacent.
+    """Goel, Algorithm 1: chooses the most redundant layers, no two of them adjacent.
 
     Args:
-      similarities: one number a layer: the cosine of its input and its output, in the residual
+      similarities: one number per layer: the cosine of its input and its output, in the residual
         stream before the final norm. The paper's pair l is (H_l, H_l+1) with H_0 the embedding,
         and it skips layer l + 1 counted from 1: the layer between the two, layer l from 0.
       max_skipped: n_max of the paper.
@@ -62,10 +62,10 @@ def layer_similarities(
     gen_length: int,
     batch_size: int = 32,
 ) -> Float[np.ndarray, "L"]:
-    """Mean cosine between the input and the output of each layer, over prompt positions.
+    """Measures the mean cosine between each layer's input and output, for Goel, Algorithm 1.
 
     The canvas is that of the first denoising step: the prompt, then `gen_length` masks. Cosines
-    are averaged over the positions of a prompt, then over prompts.
+    are averaged over the positions of each prompt, then over prompts.
     """
     cfg, length = model.config, max(map(len, prompts))
     total = np.zeros(cfg.num_layers)
