@@ -18,7 +18,6 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -36,11 +35,9 @@ from dials_jax.data.batches import Batch
 from dials_jax.errors import InputError, require
 from dials_jax.keys import seed_key
 from dials_jax.models import transformer
-from dials_jax.skipping.routed import init_routers
-from dials_jax.training.losses import LossFn, model_loss, router_loss
 from dials_jax.training.optimizer import make_optimizer
-from dials_jax.training.run import unroll
-from dials_jax.training.step import TrainState, make_train_step, shardings_of
+from dials_jax.training.run import make_trainee
+from dials_jax.training.step import jit_train_step, make_train_step, state_shapes
 
 COLUMNS = {
     "topology": "<10", "chips": ">5d", "data": ">4d", "fsdp": ">4d", "tensor": ">6d",
@@ -79,58 +76,26 @@ def footprint(
     return Footprint(kept, peak, largest_collective(program))
 
 
-class Subject(NamedTuple):
-    """What is trained."""
-
-    loss: LossFn
-    init: Callable[[], trees.Params]
-    frozen: trees.Params  # shapes
-    prefix: str  # of the trained parameters in the sharding table
-
-
-def subject_of(cfg: TrainConfig, backbone: ModelConfig | None) -> Subject:
-    key = seed_key(cfg.seed)
-    if backbone is None:
-
-        def init():
-            params = transformer.init(cfg.model, key)
-            return unroll(params) if cfg.layout == "unrolled" else params
-
-        loss = model_loss(cfg.model, cfg.objective, cfg.remat, cfg.dropout)
-        return Subject(loss, init, {}, "")
-    frozen = jax.eval_shape(lambda: trees.cast(transformer.init(backbone, key), backbone.dtype))
-    shape = backbone.d_model, backbone.num_layers
-    return Subject(
-        router_loss(backbone, cfg.router, cfg.objective, cfg.remat),
-        lambda: init_routers(*shape, cfg.router, key),
-        frozen,
-        "routers/",
-    )
-
-
 def lower(
     cfg: TrainConfig, mesh: Mesh, length: int, backbone: ModelConfig | None
 ) -> jax.stages.Lowered:
     """The training loop's own step, of arrays that have a shape and a place only."""
     optimizer, ema = make_optimizer(cfg.optimizer, 1), cfg.optimizer.ema
-    subject = subject_of(cfg, backbone)
-
-    def make():
-        params = subject.init()
-        average = None if ema is None else params
-        return TrainState(jnp.int32(0), params, optimizer.init(params), jnp.int32(-1), average)
-
-    state = jax.eval_shape(make)
-    shardings = shardings_of(state, mesh, subject.prefix)
-    step = jax.jit(
-        make_train_step(subject.loss, optimizer, cfg.seed, cfg.num_microbatches, ema),
-        donate_argnums=0,
-        out_shardings=(shardings, None),
+    trainee, frozen = make_trainee(cfg, backbone), {}
+    if backbone is not None:
+        key = seed_key(cfg.seed)
+        frozen = jax.eval_shape(lambda: trees.cast(transformer.init(backbone, key), backbone.dtype))
+    state = state_shapes(trainee.init, optimizer, mesh, trainee.prefix, ema=ema)
+    step = jit_train_step(
+        make_train_step(trainee.loss_fn, optimizer, cfg.seed, cfg.num_microbatches, ema),
+        state,
+        mesh,
+        trainee.prefix,
     )
     with jax.set_mesh(mesh):
         return step.lower(
-            placed(state, shardings),
-            placed(subject.frozen, sharding.param_shardings(subject.frozen, mesh)),
+            state,
+            placed(frozen, sharding.param_shardings(frozen, mesh)),
             _batch(cfg, mesh, length, padded=backbone is not None),
         )
 

@@ -23,17 +23,21 @@ import numpy as np
 from benchmarks.profile import print_profile
 from benchmarks.report import Table, exit_status, peak_gigabytes
 from dials_jax import sharding, trees
-from dials_jax.compiling import compiler_options
-from dials_jax.config import MeshConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
+from dials_jax.config import (
+    ArithmeticData,
+    MeshConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 from dials_jax.data.batches import Batch
 from dials_jax.errors import nearest, require
-from dials_jax.keys import seed_key
-from dials_jax.models import families, transformer
+from dials_jax.models import families
 from dials_jax.skipping.flops import head_flops, layer_flops
-from dials_jax.training.losses import check_objective, model_loss
 from dials_jax.training.optimizer import make_optimizer
-from dials_jax.training.run import unroll
-from dials_jax.training.step import init_state, make_train_step, shardings_of
+from dials_jax.training.run import make_trainee
+from dials_jax.training.step import init_state, jit_train_step, make_train_step
 
 COLUMNS = {
     "model": "<6", "objective": "<9", "blocks": ">6d", "batch": ">5d", "microbatches": ">12d",
@@ -71,34 +75,31 @@ class Case:
 
     def __init__(self, cfg: ModelConfig, options: argparse.Namespace):
         mesh = sharding.make_mesh(MeshConfig(fsdp=options.fsdp, tensor=options.tensor))
-        objective = ObjectiveConfig(kind=options.objective)
-        check_objective(cfg, objective)
-        optimizer = make_optimizer(
-            OptimizerConfig(
+        train = TrainConfig(
+            model=cfg,
+            data=ArithmeticData(),  # not read: batches are random
+            optimizer=OptimizerConfig(
                 learning_rate=3e-4, b2=0.999, weight_decay=0.0, lr_schedule="constant",
                 num_steps=1_000_000, warmup_steps=2500,
             ),
-            1,
+            objective=ObjectiveConfig(kind=options.objective),
+            batch_size=options.batch,
+            num_microbatches=options.microbatches,
+            dropout=options.dropout,
+            remat=options.remat,
+            layout="unrolled" if options.unrolled else "stacked",
         )  # fmt: skip
-
-        def init():
-            params = transformer.init(cfg, seed_key(0))
-            return unroll(params) if options.unrolled else params
-
-        self._state = init_state(init, optimizer, mesh, ema=options.ema)
+        trainee, optimizer = make_trainee(train), make_optimizer(train.optimizer, 1)
+        self._state = init_state(trainee.init, optimizer, mesh, ema=options.ema)
         self.parameters = trees.count_parameters(self._state.params)
         self._batch = sharding.place_batch(random_batch(cfg, options.batch, options.length), mesh)
-        step = jax.jit(
-            make_train_step(
-                model_loss(cfg, objective, options.remat, options.dropout), optimizer, 0,
-                options.microbatches, options.ema,
-            ),
-            donate_argnums=0,
-            out_shardings=(shardings_of(self._state, mesh), None),
-        )  # fmt: skip
+        step = make_train_step(
+            trainee.loss_fn, optimizer, train.seed, options.microbatches, options.ema
+        )
+        program = jit_train_step(step, self._state, mesh)
         start = time.perf_counter()
         with jax.set_mesh(mesh):
-            self._step = step.lower(self._state, {}, self._batch).compile(compiler_options())
+            self._step = program.lower(self._state, {}, self._batch).compile()
         self.compile_seconds = time.perf_counter() - start
 
     def seconds(self, steps: int) -> float:

@@ -59,7 +59,7 @@ def test_training_reads_what_the_command_prepared(config, prepare_py, tmp_path, 
     assert "validation: 2 documents, 82 tokens, 13 rows" in out
     assert prepare_py("--config", config) == out  # verified
     cfg = load_config(str(config), TrainConfig)
-    assert run.prepare(cfg, sharding.make_mesh(cfg.mesh)).data.num_rows == 47
+    assert run.prepare_run(cfg, sharding.make_mesh(cfg.mesh)).data.num_rows == 47
 
 
 @pytest.mark.parametrize("file, message", [("demo/model", "is no CorpusData")])

@@ -14,7 +14,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from dials_jax import sharding, trees
-from dials_jax.compiling import compiler_options
 from dials_jax.config import TrainConfig
 from dials_jax.data.batches import Batch, batch_at, prefetch, steps_per_epoch
 from dials_jax.errors import InputError, require
@@ -25,16 +24,16 @@ from dials_jax.training.optimizer import make_optimizer, make_schedule, num_step
 from dials_jax.training.run import (
     Run,
     claim_workdir,
-    prepare,
+    prepare_run,
     require_own,
     require_same_experiment,
 )
 from dials_jax.training.step import (
     TrainState,
     init_state,
+    jit_train_step,
     make_train_step,
     restore_state,
-    shardings_of,
     state_shapes,
 )
 from dials_jax.workdir import exclusive
@@ -73,7 +72,7 @@ def _train(cfg: TrainConfig, workdir: Path, checkpoints: Checkpoints) -> TrainSt
     )
     require_own(workdir, cfg)
     checkpoints.require_own()
-    run = prepare(cfg, mesh)
+    run = prepare_run(cfg, mesh)
     epoch = steps_per_epoch(run.data, cfg.batch_size)
     optimizer, total = make_optimizer(cfg.optimizer, epoch), num_steps(cfg.optimizer, epoch)
     same = partial(require_same_experiment, workdir, cfg, run.identity, epoch)
@@ -89,12 +88,8 @@ def _train(cfg: TrainConfig, workdir: Path, checkpoints: Checkpoints) -> TrainSt
     run = dataclasses.replace(run, source=())  # its memory is needed
     _describe(cfg, run, state, total, epoch)
 
-    step_fn = jax.jit(
-        make_train_step(run.loss_fn, optimizer, cfg.seed, cfg.num_microbatches, ema),
-        donate_argnums=0,
-        out_shardings=(shardings_of(state, mesh, run.prefix), None),
-        compiler_options=compiler_options(),
-    )
+    step = make_train_step(run.loss_fn, optimizer, cfg.seed, cfg.num_microbatches, ema)
+    step_fn = jit_train_step(step, state, mesh, run.prefix)
     with jax.set_mesh(mesh):
         state = _steps(cfg, run, state, step_fn, total, epoch, checkpoints, workdir)
     run.export(workdir, state.result)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dials_jax import digests, trees
-from dials_jax.config import OptimizerConfig, TrainConfig, from_dict, to_dict
+from dials_jax.config import ModelConfig, OptimizerConfig, TrainConfig, from_dict, to_dict
 from dials_jax.data.batches import TrainingData
 from dials_jax.data.sources import training_data
 from dials_jax.errors import InputError, require
@@ -60,38 +60,47 @@ OUTPUTS = ("checkpoints", "metrics.jsonl", "tensorboard", "training.png")
 
 
 @dataclass(frozen=True)
-class Run:
-    """One kind of training, ready for the loop.
+class Trainee:
+    """What is trained, a model or routers: it needs neither data nor stored weights.
 
     Attributes:
-      init: makes the first parameters from the arrays of `source`.
-      frozen: parameters that the loss reads and training does not change.
+      init: makes the first parameters, from the arrays of another model where it is given them.
       prefix: of the trained parameters in the sharding table.
-      export: writes the result of the run into the workdir.
+    """
+
+    loss_fn: LossFn
+    init: Callable[..., trees.Params]
+    prefix: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(Trainee):
+    """One training, ready for the loop.
+
+    Attributes:
+      frozen: parameters that the loss reads and training does not change.
+      export: writes the result of the training into the workdir.
+      source: arrays that `init` makes the parameters from.
     """
 
     data: TrainingData
-    loss_fn: LossFn
-    init: Callable[..., trees.Params]
     frozen: trees.Params
-    prefix: str
     identity: dict[str, Any]
     export: Callable[[Path, trees.Params], None]
     source: tuple = ()
 
 
-def prepare(cfg: TrainConfig, mesh: Mesh) -> Run:
-    """Loads and checks everything that a run needs, before expensive work."""
-    return _router_run(cfg, mesh) if cfg.backbone else _model_run(cfg, mesh)
-
-
-def _model_run(cfg: TrainConfig, mesh: Mesh) -> Run:
+def make_trainee(cfg: TrainConfig, backbone: ModelConfig | None = None) -> Trainee:
+    """Args: backbone: the frozen model, where routers are trained."""
+    if backbone is not None:
+        check_objective(backbone, cfg.objective, routers=True)
+        shape = backbone.d_model, backbone.num_layers
+        return Trainee(
+            router_loss(backbone, cfg.router, cfg.objective, cfg.remat),
+            lambda: init_routers(*shape, cfg.router, seed_key(cfg.seed)),
+            "routers/",
+        )
     check_objective(cfg.model, cfg.objective)
-    data, tokenizer = training_data(cfg.data, cfg.model)
-    identity, source = {"data_fingerprint": data.fingerprint}, ()
-    if cfg.init_from:
-        model = load_source(cfg.init_from, cfg.model, mesh)
-        identity["source_fingerprint"], source = model.fingerprint, (model.params,)
 
     def init(*source: trees.Params) -> trees.Params:
         if source:
@@ -100,6 +109,22 @@ def _model_run(cfg: TrainConfig, mesh: Mesh) -> Run:
             params = transformer.init(cfg.model, seed_key(cfg.seed))
         return unroll(params) if cfg.layout == "unrolled" else params
 
+    return Trainee(model_loss(cfg.model, cfg.objective, cfg.remat, cfg.dropout), init, "")
+
+
+def prepare_run(cfg: TrainConfig, mesh: Mesh) -> Run:
+    """Loads and checks all that a run needs, before anything expensive."""
+    return _router_run(cfg, mesh) if cfg.backbone else _model_run(cfg, mesh)
+
+
+def _model_run(cfg: TrainConfig, mesh: Mesh) -> Run:
+    trainee = make_trainee(cfg)
+    data, tokenizer = training_data(cfg.data, cfg.model)
+    identity, source = {"data_fingerprint": data.fingerprint}, ()
+    if cfg.init_from:
+        model = load_source(cfg.init_from, cfg.model, mesh)
+        identity["source_fingerprint"], source = model.fingerprint, (model.params,)
+
     def export(workdir: Path, params: trees.Params) -> None:
         with writing(workdir / "tokenizer.json", "make room and run the same command again"):
             on_first_process(lambda: tokenizer.save(workdir))
@@ -107,11 +132,9 @@ def _model_run(cfg: TrainConfig, mesh: Mesh) -> Run:
         save_model(workdir / "model", cfg.model, params, tokenizer_files=files, overwrite=True)
 
     return Run(
+        **vars(trainee),
         data=data,
-        loss_fn=model_loss(cfg.model, cfg.objective, cfg.remat, cfg.dropout),
-        init=init,
         frozen={},
-        prefix="",
         identity=identity,
         export=export,
         source=source,
@@ -129,20 +152,17 @@ def unroll(params: trees.Params) -> trees.Params:
 
 def _router_run(cfg: TrainConfig, mesh: Mesh) -> Run:
     backbone: Model = load(cfg.backbone, mesh=mesh, layout="stacked")
-    check_objective(backbone.config, cfg.objective, routers=True)
+    trainee = make_trainee(cfg, backbone.config)
     data, _ = training_data(cfg.data, backbone.config, backbone.path)
-    d_model, num_layers = backbone.config.d_model, backbone.config.num_layers
 
     def export(workdir: Path, routers: trees.Params) -> None:
         folder = workdir / "router"
         save_router(folder, routers, cfg.router, backbone, cfg.objective.skip_weight)
 
     return Run(
+        **vars(trainee),
         data=data,
-        loss_fn=router_loss(backbone.config, cfg.router, cfg.objective, cfg.remat),
-        init=lambda: init_routers(d_model, num_layers, cfg.router, seed_key(cfg.seed)),
         frozen=backbone.params,
-        prefix="routers/",
         identity={
             "data_fingerprint": data.fingerprint,
             "backbone_fingerprint": backbone.fingerprint,

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from dials_jax import sharding, trees
+from dials_jax.compiling import compiler_options
 from dials_jax.data.batches import Batch
 from dials_jax.keys import seed_key
 from dials_jax.training.losses import Draws, LossFn
@@ -157,7 +158,7 @@ def make_train_step(
             grad_fn = jax.grad(loss_fn, has_aux=True)
             return grad_fn(state.params, frozen, microbatch, draws)
 
-        grads, metrics = sum_over(gradients, split_rows(batch, num_microbatches))
+        grads, metrics = sum_over(gradients, split_microbatches(batch, num_microbatches))
         # Divided once, by all sequences of the batch.
         grads = jax.tree.map(lambda g: g / batch.row.shape[0], grads)
         values = {name: mean.value for name, mean in metrics.items()}
@@ -166,6 +167,20 @@ def make_train_step(
         return update(optimizer, state, grads, good, ema), values
 
     return step
+
+
+def jit_train_step(step: TrainStep, state: TrainState, mesh: Mesh, prefix: str = "") -> Callable:
+    """The step as a program that writes the next state over the last one.
+
+    Args:
+      state: the one to begin with, or its shapes and dtypes.
+    """
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=(shardings_of(state, mesh, prefix), None),
+        compiler_options=compiler_options(),
+    )
 
 
 def update(
@@ -196,7 +211,7 @@ def sum_over(fn: Callable[[Batch], PyTree], batches: Batch) -> PyTree:
     return jax.lax.scan(lambda t, b: (jax.tree.map(jnp.add, t, fn(b)), None), zeros, batches)[0]
 
 
-def split_rows(batch: Batch, parts: int) -> Batch:
+def split_microbatches(batch: Batch, parts: int) -> Batch:
     """[B, ...] to [parts, B / parts, ...] with sequence i in part i mod parts.
 
     Neighbouring sequences go to different parts, so every device keeps its own sequences.

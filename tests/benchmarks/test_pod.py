@@ -11,7 +11,7 @@ from dials_jax import sharding
 from dials_jax.config import OptimizerConfig, RouterConfig
 from dials_jax.data.batches import batch_at
 from dials_jax.training.loop import train
-from dials_jax.training.run import prepare
+from dials_jax.training.run import prepare_run
 from tests.conftest import small_config
 
 CONFIG = """
@@ -52,7 +52,7 @@ def test_what_is_kept_is_what_training_keeps(changes, train_config, tmp_path):
     optimizer = OptimizerConfig(num_steps=2, warmup_steps=1, ema=0.9)
     cfg = train_config(optimizer=optimizer, **changes)
     state, mesh = train(cfg, tmp_path), sharding.make_mesh(cfg.mesh)
-    data = prepare(cfg, mesh).data
+    data = prepare_run(cfg, mesh).data
     batch = batch_at(data, 0, 0, cfg.batch_size)
     found = pod.footprint(cfg, mesh, batch.tokens.shape[1])
     # Rows without padding bring no array that says so, and one device needs no collective.

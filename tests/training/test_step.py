@@ -186,13 +186,13 @@ def test_router_training_leaves_the_backbone_bitwise_alone(
 ):
     seen = []
 
-    def prepare(cfg, mesh):
+    def prepare_run(cfg, mesh):
         run = original(cfg, mesh)
         seen.append((jax.device_get(run.frozen), run.frozen))
         return run
 
-    original = loop.prepare
-    monkeypatch.setattr(loop, "prepare", prepare)
+    original = loop.prepare_run
+    monkeypatch.setattr(loop, "prepare_run", prepare_run)
     on_disk = files_digest(arithmetic_model)
     state = loop.train(train_config(arithmetic_model), tmp_path)
     [(before, after)] = seen
