@@ -91,13 +91,13 @@ class StochasticRouted:
         return LayerRouter(self.router, np.arange(num_layers))
 
     def gate(
-        self, plan: LayerRouter, h: Float[Array, "B T D"], denoising: Denoising
+        self, prepared: LayerRouter, h: Float[Array, "B T D"], denoising: Denoising
     ) -> Float[Array, "B"]:
         def noise(key):
-            return jax.random.gumbel(jax.random.fold_in(key, plan.layer), (h.shape[1], 2))
+            return jax.random.gumbel(jax.random.fold_in(key, prepared.layer), (h.shape[1], 2))
 
         gumbel = jax.vmap(noise)(denoising.sequence_keys)
-        votes = gumbel_votes(gumbel, apply_router(plan.router, h), self.temperature)
+        votes = gumbel_votes(gumbel, apply_router(prepared.router, h), self.temperature)
         share = skip_share(votes[..., SKIP], denoising.masked)
         return 1.0 - straight_through_threshold(share, self.threshold)
 
