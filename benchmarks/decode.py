@@ -1,10 +1,10 @@
 """Whole generations, timed: `python -m benchmarks.decode --help`.
 
-Weights are random, of the true shape and made on the device. Compilation is timed apart. The
-figures of a case do not depend on the weights' values as long as every step reveals a fixed number
-of tokens; with `--threshold` they do.
+Weights are random, of the true shape and made on the device. Compilation is timed separately. The
+figures do not depend on the weights' values if every step reveals a fixed number of tokens; with
+`--threshold` they do.
 
-`compile_s` is short for a program that an earlier run has left in JAX's compilation cache;
+`compile_s` is short for a program that is in JAX's compilation cache already;
 JAX_ENABLE_COMPILATION_CACHE=false compiles all of them.
 """
 
@@ -141,14 +141,14 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
         default=3,
         help="timed generations after a first one; the median counts; 0 times the first",
     )
-    parser.add_argument("--profile", metavar="DIR", help="trace one generation a case to DIR")
+    parser.add_argument("--profile", metavar="DIR", help="trace one generation per case to DIR")
     parser.add_argument("--out", metavar="FILE", help="write the figures as JSON")
     return parser.parse_args(arguments)
 
 
 def run(options: argparse.Namespace) -> None:
     cfg: ModelConfig = make_config(options.model, options.layers)
-    sampler_of(options)  # what is wrong with a case is said before the first one runs
+    sampler_of(options)  # a wrong case is refused before the first one runs
     for cache in options.caches:
         parse_cache(cache)
     for text in options.policies:

@@ -1,9 +1,9 @@
 """One forward pass through the layers, timed: `python -m benchmarks.forward --help`.
 
-The head is left out: what is compared is what skipping can save. Weights are random, of the true
-shape and made on the device. Every case is timed in turns with a full pass (`full_ms`).
+The head is left out, because skipping layers cannot save it. Weights are random, of the true shape
+and made on the device. Every case is timed in turns with a full pass (`full_ms`).
 
-`compile_s` is short for a program that an earlier run has left in JAX's compilation cache;
+`compile_s` is short for a program that is in JAX's compilation cache already;
 JAX_ENABLE_COMPILATION_CACHE=false compiles all of them.
 """
 
@@ -38,13 +38,13 @@ COLUMNS = {
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Drawn:
-    """Gates drawn beforehand: what is timed is how they are carried out."""
+    """Gates drawn in advance, so that only their execution is timed."""
 
     gates: Any  # [L, B]
 
     @classmethod
     def of_share(cls, share: float, num_layers: int, batch: int) -> Drawn:
-        """Random layers for each row, equally many in all of them."""
+        """Random layers for each sequence, equally many for all."""
         rng, count = np.random.default_rng(0), round(share * num_layers)
         rows = [rng.permutation(num_layers) < count for _ in range(batch)]
         return cls(jnp.asarray(np.stack(rows, axis=1)))
@@ -103,7 +103,7 @@ class Case:
         return self._timed.compile_seconds
 
     def seconds(self) -> float:
-        """Of one pass."""
+        """Seconds of one pass."""
         return self._run()[1] / self._static["passes"]
 
     def _run(self) -> tuple[Any, float]:
@@ -160,13 +160,13 @@ def run(options: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.forward", description=__doc__)
     parser.add_argument("--model", default="llada_8b", help=f"one of {', '.join(MODELS)}")
-    parser.add_argument("--layers", type=int, help="only so many layers; default: all")
+    parser.add_argument("--layers", type=int, help="number of layers; default: all")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--tokens", type=int, default=768, help="tokens of a row")
+    parser.add_argument("--tokens", type=int, default=768, help="tokens per sequence")
     parser.add_argument("--prompt", type=int, default=256, help="of them known, at the front")
     parser.add_argument(
         "--shares", type=float, nargs="+", default=[1.0, 0.85, 0.5, 0.25, 0.0],
-        help="of layers that run, drawn for each row by itself",
+        help="of layers that run, drawn for each sequence separately",
     )  # fmt: skip
     parser.add_argument(
         "--layout", default="auto", choices=["auto", "stacked", "unrolled", "fused"]

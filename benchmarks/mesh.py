@@ -6,7 +6,7 @@ must be the same. `--part timed` runs a model of true width in bfloat16, in turn
 Every batch shard is given the same sequences, so that all of them run the same layers.
 
 A case that fails is a line of its table, and the exit status is then 1. On a machine without
-accelerators, XLA_FLAGS=--xla_force_host_platform_device_count=8 makes devices to try it on.
+accelerators, XLA_FLAGS=--xla_force_host_platform_device_count=8 makes devices to try it with.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ POLICIES = ("full", "static-2", "random-2", "routed-2")
 
 
 def meshes_of(num_devices: int) -> dict[str, MeshConfig]:
-    """All ways to spread over so many devices along one axis, or along two of equal size."""
+    """All meshes of this many devices along one axis, or along two of equal size."""
     found = {f"{axis} {num_devices}": {axis: num_devices} for axis in sharding.AXES}
     side = round(num_devices**0.5)
     if side > 1 and side * side == num_devices:
@@ -70,7 +70,7 @@ def undecided_routers(model: Model) -> Routed:
 
 
 class Part:
-    """Models of equal weights, one a mesh, and the generations that are compared.
+    """Models of equal weights, one per mesh, and the generations that are compared.
 
     Args:
       routed: makes the routers of a model from the number of layers to skip.
@@ -101,11 +101,11 @@ class Part:
     def generate(
         self, model: Model, cache: str, policy: str, sequences: int, copies: int = 1
     ) -> tuple[Generation, float]:
-        """A generation, and what its program took to compile.
+        """A generation, and the seconds that its program took to compile.
 
         Args:
-          sequences: that differ.
-          copies: of each, so that every batch shard has all of them.
+          sequences: how many different ones.
+          copies: of each sequence, so that every batch shard has all of them.
         """
         rng = np.random.default_rng(0)
         highest = min(1000, self.cfg.vocab_size // 2)
@@ -157,7 +157,7 @@ def compare(part: Part, one: Model, model: Model, cache: str, policy: str) -> di
 def time_case(
     part: Part, one: Model, model: Model, cache: str, policy: str, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """The same sequences a batch shard, in turns with one device. Median times."""
+    """The same sequences on every batch shard, in turns with one device. Median times."""
     copies = sharding.num_batch_shards(model.mesh)
 
     def on_one():
@@ -195,9 +195,9 @@ def run_table(
             for policy in options.policies:
                 try:
                     found = measure(part, one, model, cache, policy)
-                except InputError:  # of the options: no case would run
+                except InputError:  # about the options: no case would run
                     raise
-                except Exception as error:  # of the compiler, say: it belongs into the table
+                except Exception as error:  # for example of the compiler: it belongs in the table
                     reason = " ".join(f"{type(error).__name__}: {error}".split())
                     found = {"result": f"fails: {reason[:300]}"}
                 failures += found["result"] not in ("equal", "runs")
@@ -248,8 +248,8 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--caches", nargs="+", default=list(CACHES))
     parser.add_argument("--policies", nargs="+", default=list(POLICIES))
     parser.add_argument("--model", default="llada_8b", help=f"timed; one of {', '.join(MODELS)}")
-    parser.add_argument("--layers", type=int, default=8, help="timed; only so many")
-    parser.add_argument("--batch", type=int, default=8, help="timed; sequences a batch shard")
+    parser.add_argument("--layers", type=int, default=8, help="timed; number of layers")
+    parser.add_argument("--batch", type=int, default=8, help="timed; sequences per batch shard")
     parser.add_argument("--prompt", type=int, default=256, help="timed; tokens")
     parser.add_argument("--gen", type=int, default=64, help="timed; tokens")
     parser.add_argument("--block", type=int, default=32, help="timed; tokens")

@@ -72,7 +72,7 @@ def lower(
         return jax.ShapeDtypeStruct((shape[0], *rest), dtype, sharding=place)
 
     keys = batch_of(jax.eval_shape(lambda: seed_key(0)).dtype)
-    # The abstract mesh: what is known beforehand is computed here, not on chips that are not.
+    # The abstract mesh: constants are computed on this machine, not on chips that do not exist.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         return generate_program.lower(
             params, batch_of(jnp.int32, shape[1]), batch_of(bool, shape[1]), keys,

@@ -1,4 +1,4 @@
-"""Where a traced program spent its time on the device, by kind of kernel."""
+"""The time that a traced program spent on the device, by kind of kernel."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def device_events(folder: Path) -> list[tuple[str, float, float]]:
 
 
 def print_profile(folder: Path, calls: int, top: int = 25) -> None:
-    """Prints milliseconds a model call by kind, and the kernels that take most."""
+    """Prints milliseconds per model call by kind, and the slowest kernels."""
     events = device_events(folder)
     kinds, names, counts = Counter(), Counter(), Counter()
     for name, _, seconds in events:

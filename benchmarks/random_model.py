@@ -54,7 +54,7 @@ def make_model(
                 out_shardings=shardings,
             )
         group = made[kind](jax.random.fold_in(key, int(number or 0)))
-        if kind == "head" and cfg.mask_id is not None:  # a trained model never says [MASK]
+        if kind == "head" and cfg.mask_id is not None:  # a trained model never predicts [MASK]
             return group | {"kernel": group["kernel"].at[:, cfg.mask_id].set(0)}
         return group
 
@@ -62,7 +62,7 @@ def make_model(
 
 
 def make_routers(model: Model, skipped: int = 0, d_hidden: int = 512, seed: int = 1) -> Routed:
-    """Routers of the papers' size that agree on skipping so many layers, the last of all."""
+    """Routers of the papers' size that all skip the same number of last layers."""
     cfg = model.config
     routers = init_routers(
         cfg.d_model, cfg.num_layers, RouterConfig(d_hidden=d_hidden), seed_key(seed)

@@ -1,4 +1,4 @@
-"""What the benchmarks print and write."""
+"""The tables that benchmarks print and write."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def _module_and_arguments() -> list[str]:
 
 
 def peak_gigabytes() -> float | None:
-    """Most device memory in use since the start; None where the backend does not say."""
+    """Peak device memory since the start; None if the backend does not tell."""
     stats = jax.devices()[0].memory_stats() or {}
     return stats["peak_bytes_in_use"] / 1e9 if "peak_bytes_in_use" in stats else None
 
 
 def exit_status(run: Callable[[], None]) -> int:
-    """Runs a benchmark: 0, or 2 after one line that says what is wrong with the input."""
+    """Runs a benchmark; the exit status is 0, or 2 after one line about the wrong input."""
     keep_programs()
     try:
         run()
@@ -50,12 +50,12 @@ def exit_status(run: Callable[[], None]) -> int:
 
 
 class Table:
-    """Rows that are printed as they come, and kept for JSON."""
+    """Prints rows as they are measured, and writes them as JSON."""
 
     def __init__(self, columns: dict[str, str], out: str | None, settings: dict[str, Any]):
         """
         Args:
-          columns: a column's name to its format, such as `>10.2f`.
+          columns: column's name -> its format, such as `>10.2f`.
           out: file for JSON, rewritten after every row; None writes none.
 
         Raises: InputError for a folder as `out`.

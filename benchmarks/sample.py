@@ -8,7 +8,7 @@ values: which tokens a step reveals is drawn without the model. Every depth is t
 
 A step costs a model call only where it reveals a token. In one call, sequences may be at different
 steps, so that there are fewer calls than steps. Cases are timed in turns, and the median counts.
-Compilation is timed apart; JAX_ENABLE_COMPILATION_CACHE=false compiles all programs anew.
+Compilation is timed separately; JAX_ENABLE_COMPILATION_CACHE=false compiles all programs again.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def run_in_turns(
 def report(
     table: Table, results: dict[str, tuple[list[Generation], float]], depth: int, steps: int
 ) -> None:
-    """Rows of the table; `depth` is that of the deepest model, which the others are measured by."""
+    """Rows of the table; `depth` is that of the deepest model, to which the others are compared."""
     deepest = f"{depth} blocks"
 
     def seconds(name):
@@ -124,7 +124,7 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--repeats", type=int, default=3, help="timed after a first one; 0 times the first"
     )
-    parser.add_argument("--profile", metavar="DIR", help="trace one generation a case to DIR")
+    parser.add_argument("--profile", metavar="DIR", help="trace one generation per case to DIR")
     parser.add_argument("--out", metavar="FILE", help="write the figures as JSON")
     return parser.parse_args(arguments)
 

@@ -18,10 +18,10 @@ from jaxtyping import Array, Int, PyTree
 from dials_jax.trees import Params, is_unrolled, layer_slice, named_leaves, num_layers
 
 log = logging.getLogger(__name__)
-FINGERPRINT_ELEMENTS = 256  # of each array, that the first half of a fingerprint is of
+FINGERPRINT_ELEMENTS = 256  # of each array; the first half of a fingerprint is computed from them
 
 
-EARLIER_DIGITS = 16  # of the fingerprints of versions that had this half only
+EARLIER_DIGITS = 16  # of the fingerprints of earlier versions, which had only this half
 
 
 @jax.jit
@@ -29,7 +29,7 @@ def digest(tree: PyTree) -> PyTree:
     """Two 32-bit sums over the bits of each leaf.
 
     Integer sums do not depend on sharding or on the order of reduction. The second sum weighs
-    every element by its place, so that exchanged elements are seen.
+    every element by its index, so that it changes if elements are exchanged.
     """
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
@@ -38,7 +38,7 @@ def digest(tree: PyTree) -> PyTree:
             x = x.astype(jnp.uint8)
         bits = lax.bitcast_convert_type(x, unsigned[x.dtype.itemsize]).astype(jnp.uint32)
         weights = flat_index(x.shape) * jnp.uint32(2654435761) | jnp.uint32(1)
-        # One reduction of both: as two, XLA on CPU writes `bits` out, twice the size of the leaf.
+        # One reduction for both: with two, XLA on CPU stores `bits`, twice the size of the leaf.
         zero, axes = jnp.uint32(0), tuple(range(x.ndim))
         return jnp.stack(lax.reduce((bits, bits * weights), (zero, zero), add_pairs, axes))
 
@@ -49,7 +49,7 @@ def digest(tree: PyTree) -> PyTree:
 
 
 def flat_index(shape: tuple[int, ...]) -> jax.Array:
-    """Every element's place in row-major order, modulo 2^32. Sharded axes need no gather."""
+    """Every element's index in row-major order, modulo 2^32. Sharded axes need no gather."""
     index = jnp.zeros(shape, jnp.uint32)
     for axis, size in enumerate(shape):
         index = index * jnp.uint32(size) + lax.broadcasted_iota(jnp.uint32, shape, axis)
@@ -57,16 +57,16 @@ def flat_index(shape: tuple[int, ...]) -> jax.Array:
 
 
 def digest_hex(tree: PyTree) -> dict[str, str]:
-    """`digest` on the host: a path's name to 16 hexadecimal digits."""
+    """`digest` on the host: path's name -> 16 hexadecimal digits."""
     pairs = jax.device_get(dict(named_leaves(digest(tree))))
     return {name: f"{int(a):08x}{int(b):08x}" for name, (a, b) in pairs.items()}
 
 
 def fingerprint(params: Params, plain: Callable[[PyTree], PyTree] = lambda layer: layer) -> str:
-    """Names a set of weights, whatever their layout, sharding or dtype (float32 or bfloat16).
+    """Identifies weights in any layout, sharding or dtype (float32 or bfloat16).
 
-    One pass over the weights where they are, of every element as bfloat16: what is lost in that
-    rounding does not count. A router belongs to one fingerprint.
+    One pass over the weights on their devices; every element counts as bfloat16, so the rounding to
+    it changes nothing. A router belongs to one fingerprint.
 
     Args:
       plain: turns an unrolled layer into the arrays that it is saved as.
@@ -82,7 +82,7 @@ def fingerprint(params: Params, plain: Callable[[PyTree], PyTree] = lambda layer
 
 
 class Fingerprint:
-    """A fingerprint of weights that come one group after the other, in any order."""
+    """A fingerprint of weights that are added group by group, in any order."""
 
     def __init__(self):
         self.layers: dict[int, list[_Piece]] = {}
@@ -97,8 +97,8 @@ class Fingerprint:
         self.others += _pieces(tree, None)
 
     def hex(self) -> str:
-        """32 hexadecimal digits: 16 of the first elements of each array, all that versions before
-        this one had, and 16 of every element."""
+        """32 hexadecimal digits: 16 from the first elements of each array (earlier versions had only
+        these) and 16 from every element."""
         first, every = hashlib.sha256(), hashlib.sha256()
         for pieces in (*(self.layers[i] for i in sorted(self.layers)), self.others):
             for piece in sorted(pieces):
@@ -108,10 +108,10 @@ class Fingerprint:
 
 
 def same_weights(stored: Any, now: Any, where: str) -> bool:
-    """Whether two fingerprints are equal, the stored one as far as an earlier version knew it.
+    """Whether two fingerprints are equal; a shorter one of an earlier version is enough.
 
     Args:
-      where: it is stored, for the warning that so short a fingerprint may miss a difference.
+      where: the place where it is stored, for the warning that the short one may miss a difference.
     """
     if stored == now:
         return True
@@ -129,7 +129,7 @@ def same_weights(stored: Any, now: Any, where: str) -> bool:
 
 
 class _Piece(NamedTuple):
-    """What fingerprints know of one array."""
+    """The part of a fingerprint that one array gives."""
 
     name: str
     label: bytes  # name and shape
@@ -158,7 +158,7 @@ def _pieces(tree: PyTree, layer: int | None) -> list[_Piece]:
 
 @jax.jit
 def _digest_mixed(tree: PyTree, layer: int | Int[Array, ""] | None) -> PyTree:
-    """`digest` of every element as bfloat16, its bits mixed with its place.
+    """`digest` of every element as bfloat16, its bits mixed with its index.
 
     Plain sums of bits miss, for example, two elements that exchange their signs.
     """
@@ -178,6 +178,6 @@ def mixed(x: Array) -> Array:
 
 
 def first_elements(x: Any, start: int, count: int) -> np.ndarray:
-    """`count` elements from flat index `start` on, touching no more of the array than it must."""
+    """`count` elements from flat index `start` on, reading no more of the array than needed."""
     index = np.unravel_index(np.arange(start, start + count), x.shape)
     return np.asarray(x[index])

@@ -1,4 +1,4 @@
-"""The device mesh and where arrays live on it.
+"""The device mesh, and how arrays are split over it.
 
 Axes: `data` (sequences), `fsdp` (sequences, and parameters split over devices), `tensor` (heads,
 hidden units and vocabulary). Placement is one table of (regular expression, PartitionSpec); the
@@ -50,9 +50,9 @@ RULES: tuple[tuple[str, P], ...] = (
 
 
 def make_mesh(cfg: MeshConfig = MeshConfig(), devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over all devices, or over those given, laid out as the network between them is.
+    """A mesh over all devices, or over those given, laid out to follow their network.
 
-    Where devices are slices of TPU with a slower network between them, `data` goes across slices.
+    With several TPU slices, which have a slower network between them, `data` spans the slices.
 
     Raises: InputError if the axes do not multiply to the number of devices.
     """
@@ -69,7 +69,7 @@ def make_mesh(cfg: MeshConfig = MeshConfig(), devices: Sequence[Any] | None = No
 
 
 def _arranged(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
-    # An axis of ours may take a part of an axis of the network: 2 x 64 x 2 on a pod of 16 x 16.
+    # An axis of the mesh may be a part of an axis of the network: 2 x 64 x 2 on a pod of 16 x 16.
     split = {"devices": devices, "allow_split_physical_axes": True}
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
@@ -157,7 +157,7 @@ def constrain_batch(x: jax.Array) -> jax.Array:
 
 
 def to_host(tree: PyTree) -> PyTree:
-    """NumPy arrays of the whole of each array, on every process; all of them must call it."""
+    """The whole arrays as NumPy arrays, on every process; all processes must call it."""
 
     def whole(x):
         spread = isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated)
@@ -183,7 +183,7 @@ def on_first_process(action: Callable[[], Any]) -> None:
     if jax.process_index() == 0:
         try:
             action()
-        except Exception as error:  # raised below, once the others know
+        except Exception as error:  # raised below, once the other processes know
             problem = error
     if jax.process_count() > 1:
         failed = multihost_utils.broadcast_one_to_all(np.array(problem is not None))
@@ -194,6 +194,6 @@ def on_first_process(action: Callable[[], Any]) -> None:
 
 
 def wait() -> None:
-    """Until all processes are here."""
+    """Waits until all processes have called this."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("dials_jax.wait")

@@ -63,7 +63,7 @@ def num_layers(layers: PyTree) -> int:
 
 
 def stack(layers: tuple[PyTree, ...]) -> PyTree:
-    """One stacked tree from a tuple of layers; each leaf is stacked on its own, to bound memory."""
+    """One stacked tree from a tuple of layers; each leaf is stacked separately, to bound memory."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
 
 
@@ -77,9 +77,9 @@ def unstack(stacked: PyTree) -> tuple[PyTree, ...]:
 
 
 def relayout(tree: PyTree, unrolled: bool) -> PyTree:
-    """Every model's parameters in a tree, its moments in an optimiser's state too, in one layout.
+    """All parameters in a tree, and their moments in an optimiser's state, in one layout.
 
-    Values stay what they are; what has no layers is passed through.
+    Values do not change; trees without layers are passed through.
     """
 
     def is_model(node):

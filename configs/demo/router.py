@@ -1,4 +1,4 @@
-"""DIALS routers on the demo's model. One run a lambda: --objective.skip-weight.
+"""DIALS routers on the demo's model. One run per lambda: --objective.skip-weight.
 
 python train.py --config configs/demo/router.py --workdir runs/demo/router
 
@@ -20,7 +20,7 @@ def get_config() -> TrainConfig:
         router=RouterConfig(d_hidden=32),
         data=ArithmeticData(),
         objective=ObjectiveConfig(skip_weight=1.0),
-        # The paper's settings but for a rate that suits so small a model and so short a run.
+        # The paper's settings, with a learning rate for a small model and a short run.
         optimizer=OptimizerConfig(learning_rate=3e-3, num_steps=400, warmup_steps=80),
         batch_size=64,
         log_every=10,

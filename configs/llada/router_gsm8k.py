@@ -3,8 +3,8 @@
 python train.py --config configs/llada/router_gsm8k.py --workdir runs/gsm8k/router-1 \\
     --backbone LLaDA-8B-Base --objective.skip-weight 1.0
 
-The backbone is the published folder, or what `python -m convert` made of it. Data: GSM8K as
-JSONL, fields "question" and "answer". On several devices: --mesh.fsdp 8. The paper does not give
+The backbone is the published folder, or the folder that `python -m convert` made of it. Data: GSM8K
+as JSONL, fields "question" and "answer". On several devices: --mesh.fsdp 8. The paper does not give
 its lambdas; train several.
 """
 

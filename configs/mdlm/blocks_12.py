@@ -3,8 +3,8 @@
     python prepare.py --config configs/mdlm/blocks_12.py       (once; see docs/data.md)
 python train.py --config configs/mdlm/blocks_12.py --workdir runs/mdlm/blocks_12
 
-On a pod, the second command on every host, with --distributed. The rows of a step are split over
-all devices; where they do not fit, --num-microbatches 8 takes an eighth of them at a time.
+On a pod, the second command on every host, with --distributed. The sequences of a step are split
+over all devices; if they do not fit, --num-microbatches 8 takes an eighth of them at a time.
 Expected: at most 23.2 perplexity on OpenWebText's last 100,000 documents (Sahoo et al. 2024, table
 3), and a generative perplexity of 42.85 +- 0.71 over 1000 steps with `precision="float32"` (Sedykh
 et al., table 1). Settings are theirs.

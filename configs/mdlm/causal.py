@@ -2,7 +2,7 @@
 
 python train.py --config configs/mdlm/causal.py --workdir runs/mdlm/causal
 
-It scores what the others write, and continued.py goes on from it. Expected: 17.5 perplexity on
+It scores the samples of the others, and continued.py starts from it. Expected: 17.5 perplexity on
 OpenWebText's last 100,000 documents (the autoregressive model of Sahoo et al. 2024, table 3).
 """
 

@@ -1,8 +1,8 @@
-"""A diffusion model that goes on from the causal twin, as Dream did from Qwen2.5.
+"""A diffusion model that starts from the causal twin, as Dream did from Qwen2.5.
 
 python train.py --config configs/mdlm/continued.py --workdir runs/mdlm/continued
 
-Attention sees both sides now, and every prediction still comes from the place to its left. Needs
+Attention is now bidirectional, and a token is still predicted at the position to its left. Needs
 runs/mdlm/causal. Expected: the loss of blocks_12.py in a fraction of its steps.
 """
 

@@ -1,9 +1,9 @@
-"""A second 12-block MDLM that differs from the first in its seed only.
+"""A second 12-block MDLM that differs from the first only in its seed.
 
 python train.py --config configs/mdlm/heavy_2.py --workdir runs/mdlm/heavy_2
 
-Two such models differ by what chance decides: the baseline of the KL divergence between a heavy and
-a light one (Sedykh et al., section 3.4). Expected: as blocks_12.py.
+Two such models differ only by chance: the baseline of the KL divergence between a heavy and a light
+one (Sedykh et al., section 3.4). Expected: as blocks_12.py.
 """
 
 from configs.mdlm.blocks_12 import openwebtext

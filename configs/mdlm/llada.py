@@ -2,8 +2,8 @@
 
 python train.py --config configs/mdlm/llada.py --workdir runs/mdlm/llada
 
-Ratios are drawn for each row by itself, and [MASK] may be predicted. Expected: a noisier loss than
-that of blocks_12.py, and the same model within noise: both are bounds of the same likelihood.
+Mask ratios are drawn independently for each sequence, and [MASK] may be predicted. Expected: a
+noisier loss than that of blocks_12.py, and the same model within noise: both bound one likelihood.
 """
 
 from configs.mdlm.blocks_12 import openwebtext

@@ -4,8 +4,8 @@ python train.py --config configs/mdlm/text_12.py --workdir runs/mdlm/text_12 \\
     --data.paths data/text/train.jsonl.xz --data.tokenizer data/gpt2_bpe
 
 Data: any .txt or .jsonl(.xz) files with a field "text", and GPT-2's vocab.json and merges.txt.
-Training may stop anywhere (--max-minutes 5), for the rate is constant and the result a moving
-average. Expected: docs/results/scheduling.md.
+Training may stop anywhere (--max-minutes 5), because the rate is constant and the result is a
+moving average. Expected: docs/results/scheduling.md.
 """
 
 from dials_jax.config import (

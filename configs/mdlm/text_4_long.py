@@ -3,7 +3,7 @@
 python train.py --config configs/mdlm/text_4_long.py --workdir runs/mdlm/text_4_long \\
     --data.paths data/text/train.jsonl.xz --data.tokenizer data/gpt2_bpe
 
-What a light model is like that had the heavy one's time instead of its steps. Expected:
+A light model with the heavy one's training time instead of its number of steps. Expected:
 docs/results/scheduling.md.
 """
 

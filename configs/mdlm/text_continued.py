@@ -1,9 +1,9 @@
-"""A diffusion model on text that goes on from the causal twin, as Dream did.
+"""A diffusion model on text that starts from the causal twin, as Dream did.
 
 python train.py --config configs/mdlm/text_continued.py --workdir runs/mdlm/text_continued \\
     --data.paths data/text/train.jsonl.xz --data.tokenizer data/gpt2_bpe
 
-Needs runs/mdlm/text_causal. Expected: a lower loss than text_12.py after as many steps of its own.
+Needs runs/mdlm/text_causal. Expected: a lower loss than text_12.py after equally many steps.
 """
 
 from configs.mdlm.text_12 import text

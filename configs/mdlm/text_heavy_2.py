@@ -1,4 +1,4 @@
-"""A second 12-block MDLM on text that differs from the first in its seed only.
+"""A second 12-block MDLM on text that differs from the first only in its seed.
 
 python train.py --config configs/mdlm/text_heavy_2.py --workdir runs/mdlm/text_heavy_2 \\
     --data.paths data/text/train.jsonl.xz --data.tokenizer data/gpt2_bpe

@@ -1,4 +1,4 @@
-"""What a model is trained and evaluated on."""
+"""The data that a model is trained and evaluated on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _require_share(random_length_prob: float) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class TextData(Typed):
-    """Documents packed end to end into rows of `length` tokens."""
+    """Documents packed in a line into rows of `length` tokens."""
 
     kind: Literal["text"] = "text"
     paths: tuple[str, ...] = ()  # .txt, .jsonl, .jsonl.gz, .jsonl.xz files, or folders of them
@@ -27,7 +27,7 @@ class TextData(Typed):
     length: int = 1024
     prompt_length: int = 0  # tokens at the front that are never masked
     random_length_prob: float = 0.01  # rows cut to U{1..length}, as LLaDA does (appendix B.1)
-    cache: str = ".cache/dials_jax"  # packed tokens are kept here
+    cache: str = ".cache/dials_jax"  # packed tokens are stored here
 
     def __post_init__(self):
         super().__post_init__()
@@ -36,7 +36,7 @@ class TextData(Typed):
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusData(Typed):
-    """A large corpus that `prepare.py` once turns into rows of `length` tokens, kept in `folder`.
+    """A large corpus that `prepare.py` packs once into rows of `length` tokens, in `folder`.
 
     It comes from a Hugging Face data set or from files. Training reads `folder` only.
     """
@@ -49,11 +49,11 @@ class CorpusData(Typed):
     paths: tuple[str, ...] = ()  # or .txt, .jsonl, .jsonl.gz, .jsonl.xz files, or folders of them
     text_field: str = "text"
     skip_bad_files: bool = False  # leave out files that cannot be read, instead of stopping
-    tokenizer: str = ""  # as in TextData; where the model has none either, the one in `folder`
+    tokenizer: str = ""  # as in TextData; if the model has none either, that of `folder`
     length: int = 1024
     packing: Literal["mdlm", "stream"] = "mdlm"  # see dials_jax/data/packing.py
-    num_validation: int = 100_000  # so many last documents are the split "validation"
-    split: Literal["train", "validation"] = "train"  # what is read
+    num_validation: int = 100_000  # this many last documents are the split "validation"
+    split: Literal["train", "validation"] = "train"  # the split that is read
     reader: Literal["auto", "grain", "numpy"] = "auto"  # the same rows in the same order
     prompt_length: int = 0  # tokens at the front that are never masked
     random_length_prob: float = 0.0  # as in TextData
@@ -73,10 +73,10 @@ class CorpusData(Typed):
 class TaskData(Typed):
     """Prompt/answer pairs from JSONL. Fields enter templates as `{name}` or `{name.inner}`.
 
-    In training and for every metric of an evaluation a pair is too long if its prompt or any of its
-    answers is, and `too_long` says what becomes of it. Of a reference from which an evaluation's
-    `extract` takes the answer, only that counts. The end of text counts in training, which puts one
-    after every answer.
+    In training and for every metric of an evaluation a pair is too long if its prompt or one of its
+    answers is; `too_long` says what happens then. If `extract` of an evaluation takes the answer
+    from a longer reference, only that answer counts. In training every answer ends with end of
+    text, which counts.
     """
 
     kind: Literal["task"] = "task"
@@ -86,7 +86,7 @@ class TaskData(Typed):
     answer: str = "{answer}"
     prompt_length: int = 512  # longest prompt in tokens; prompts are padded on the left
     answer_length: int = 256  # longest answer in tokens, in training with its end of text
-    pad_answer: bool = True  # fill the answer with end-of-text tokens and train on them (LLaDA SFT)
+    pad_answer: bool = True  # pad the answer with end of text and train on it (LLaDA SFT)
     too_long: Literal["error", "drop"] = "error"  # "drop" leaves pairs out; results count them
 
 

@@ -17,12 +17,12 @@ from dials_jax.models.folders import DTYPES
 from dials_jax.stopping import Stopped, keeping, obey_sigterm
 
 DESCRIPTION = """Convert a Hugging Face folder (config.json and safetensors) to a dials_jax model
-folder, which loads sharded and checked. Needs neither PyTorch nor a GPU; one layer at a time is in
-memory. A Lightning checkpoint of MDLM (*.ckpt) needs PyTorch and --allow-pickle."""
+folder, which loads sharded and with its digests checked. Needs neither PyTorch nor a GPU; one layer
+at a time is in memory. A Lightning checkpoint of MDLM (*.ckpt) needs PyTorch and --allow-pickle."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, or 2 after one line that says what is wrong with the input.
+    """Returns the exit status: 0, or 2 after one line about the wrong input.
 
     After Ctrl-C and SIGTERM it is 130 and 143.
     """

@@ -57,8 +57,8 @@ REQUIRED = {
     "scale_attn_by_inverse_layer_idx": False,
 }
 
-CONV1D = re.compile(r"h\.\d+\.(attn|mlp)\.c_\w+\.weight")  # kept [in, out], unlike a torch Linear
-# The causal pattern, in files of transformers before version 5.
+CONV1D = re.compile(r"h\.\d+\.(attn|mlp)\.c_\w+\.weight")  # stored [in, out], unlike a torch Linear
+# The causal mask, in files of transformers before version 5.
 BUFFERS = r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias"
 
 
@@ -70,9 +70,11 @@ def translate(values: dict[str, Any], dtype: str) -> ModelConfig:
     require_options(DEFAULTS | values, REQUIRED)
     vocab_size, d_model = integer(values, "vocab_size"), integer(values, "n_embd")
     eos_id = token_id(values, "eos_token_id")
-    if eos_id is not None and eos_id >= vocab_size:  # the default, in a model with other tokens
+    if (
+        eos_id is not None and eos_id >= vocab_size
+    ):  # the default value, in a model with other tokens
         eos_id = None
-    pad_id = integer(values, "pad_token_id", eos_id or 0)  # hidden, so that any id does
+    pad_id = integer(values, "pad_token_id", eos_id or 0)  # padding is masked, so any id will do
     return families.gpt2_small(
         integer(values, "n_layer"),
         d_model,
@@ -88,7 +90,7 @@ def translate(values: dict[str, Any], dtype: str) -> ModelConfig:
 
 
 def arrange(values: dict[str, Any], tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The tensors under the names of the table: no prefix, projections apart."""
+    """The tensors under the names of the table: without prefix, projections split."""
     plain = {name.removeprefix("transformer."): x for name, x in tensors.items()}
     plain = {name: x.T if CONV1D.fullmatch(name) else x for name, x in plain.items()}
     if flag(values, "tie_word_embeddings", True) and "wte.weight" in plain:

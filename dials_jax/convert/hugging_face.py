@@ -1,9 +1,9 @@
 """Opens a Hugging Face folder as a configuration and a tree of parameters.
 
 To add a kind of model, write a module and list it in `MODEL_TYPES`. It has `ARCHITECTURES`, `TABLE`
-and `translate(values, dtype) -> ModelConfig` (see `llada.py`; `settings.py` reads numbers). Where
-its tensors need more than new names, `arrange(values, tensors) -> tensors` comes
-first. `BUFFERS` is a pattern of the names of what is saved beside weights.
+and `translate(values, dtype) -> ModelConfig` (see `llada.py`; `settings.py` reads numbers). If
+its tensors need more than new names, it has `arrange(values, tensors) -> tensors` too, which is
+called first. `BUFFERS` is a pattern of the names of saved tensors that are not weights.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ def open_folder(source: str | Path, dtype: Any = None) -> tuple[ModelConfig, tre
     """The configuration, and the parameters as views of the mapped files, layers unrolled.
 
     Args:
-      dtype: goes into the configuration; the views keep their own. None is bfloat16 for a
-        checkpoint all of bfloat16 and float32 for any other, which holds every value exactly.
+      dtype: of the configuration; the views keep their own. None: bfloat16 if the whole checkpoint
+        is bfloat16, otherwise float32, which holds every value exactly.
 
-    Raises: InputError for anything about the folder that is not as it should be.
+    Raises: InputError for anything wrong with the folder.
     """
     source = Path(source).expanduser()
     require(source.is_dir(), f"{source} is not a folder; give a downloaded checkpoint")
@@ -68,7 +68,7 @@ def open_folder(source: str | Path, dtype: Any = None) -> tuple[ModelConfig, tre
 
 
 def check_kind(values: dict[str, Any], source: Path) -> None:
-    """Raises: InputError for a model that is none of `MODEL_TYPES`, saying what it is."""
+    """Raises: InputError for a model type that is not in `MODEL_TYPES`, naming it."""
     kind, found = values.get("model_type"), values.get("architectures")
     names = found if isinstance(found, list) else []
     names = [name for name in names if isinstance(name, str)]
@@ -82,7 +82,7 @@ def check_kind(values: dict[str, Any], source: Path) -> None:
     )
     if not isinstance(kind, str) or kind not in MODEL_TYPES:
         ours = {name for family in MODEL_TYPES.values() for name in family.ARCHITECTURES}
-        other = {*names} - ours  # published under that type: no slip of the pen
+        other = {*names} - ours  # published under that type, so not a misspelt name
         hint = (
             f"; these are: {', '.join(MODEL_TYPES)}" if other else nearest(str(kind), MODEL_TYPES)
         )
@@ -98,7 +98,7 @@ def check_kind(values: dict[str, Any], source: Path) -> None:
 def from_tensors(
     values: dict[str, Any], tensors: dict[str, np.ndarray], source: Path, dtype: Any = None
 ) -> tuple[ModelConfig, trees.Params]:
-    """The same, from the content of config.json and the tensors."""
+    """As `open_folder`, from the content of config.json and the tensors."""
     family = MODEL_TYPES[values["model_type"]]
     own_buffers = getattr(family, "BUFFERS", "")
     tensors = unwrapped(tensors, source)
@@ -134,11 +134,11 @@ def write(target: str | Path, cfg: ModelConfig, params: trees.Params, beside: Pa
 
 
 def tokenizer_files(source: Path, made: Path) -> list[Path]:
-    """The files to copy, and a tokenizer.json in the folder `made` where they do not say all.
+    """The files to copy, and a tokenizer.json in the folder `made` if they are not enough.
 
     A published folder's tokenizer may depend on its config.json, which the model folder replaces.
-    Links are followed: Hugging Face's cache is made of them. Any other that leads out of the folder
-    is named in a warning, since what it leads to is copied.
+    Links are followed: Hugging Face's cache consists of them. Any other link that leads out of the
+    folder is named in a warning, since its target is copied.
     """
     files = {name: source / name for name in TOKENIZER_FILES if (source / name).is_file()}
     root = source.resolve()

@@ -1,8 +1,8 @@
-"""Opens a checkpoint that MDLM's own training left: a PyTorch Lightning `.ckpt`.
+"""Opens a checkpoint of the MDLM authors' training code: a PyTorch Lightning `.ckpt`.
 
 Such a file is a pickle. torch reads it with `weights_only=True`, which runs no code from it, and
 only if the user allows a pickle at all. Beside weights it holds the settings and the tokenizer as
-objects of classes that nobody needs here; plain ones take their place.
+objects of classes that are not needed here; plain objects replace them.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from dials_jax.files import read_json
 SUFFIX = ".ckpt"
 PREFIX = "backbone."  # of the denoiser's tensors; a noise schedule with weights is not supported
 PUBLISHED_LENGTH = 1024
-# Settings of the authors' code that make another model of the same tensors, and what we implement.
+# Settings of the authors' code that change the model but no tensor, and the value implemented here.
 REQUIRED = {"parameterization": "subs", "backbone": "dit", "diffusion": "absorbing_state"}
 
 
 class Ignored:
-    """Stands for an object of any other class: keeps the state it would have, and runs nothing."""
+    """Replaces an object of any other class: keeps its state and runs no code."""
 
     state: Any = None
 
@@ -54,15 +54,15 @@ def open_checkpoint(
 ) -> tuple[ModelConfig, trees.Params]:
     """The configuration and the parameters of a checkpoint, layers unrolled.
 
-    Sizes are read off the tensors. The length and whether the time matters come from a
-    `config.json` beside the file, else from the settings saved in it, else they are the published
-    model's: 1024, and no. Special tokens are those of the tokenizer that the settings name.
+    Sizes come from the tensors. The length, and whether the model uses the time, come from a
+    `config.json` beside the file, else from the settings saved in it, else they are those of the
+    published model: 1024, and no. Special tokens are those of the tokenizer that the settings name.
 
     Args:
       allow_pickle: the user's consent to read a pickle.
-      ema: take the averaged weights, which the authors evaluate, not the last step's.
-      mask_id: of [MASK], for a tokenizer that is not known.
-      eos_id: of the end of text, likewise; it is the padding, too.
+      ema: take the averaged weights, which the authors evaluate, instead of the last step's.
+      mask_id: of [MASK], if the tokenizer is unknown.
+      eos_id: of the end of text, likewise; also used for padding.
 
     Raises: InputError without consent or PyTorch, if the file is not such a checkpoint, if it was
       trained as another kind of model, and for an unknown tokenizer without `mask_id`.
@@ -102,7 +102,7 @@ def _read(path: Path) -> dict[str, Any]:
         others = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         with torch.serialization.safe_globals([(Ignored, name) for name in others]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever the pickle holds
+    except Exception as error:  # a pickle may raise anything
         reason = str(error).strip().partition("\n")[0]
         raise InputError(f"{path} cannot be read as weights only ({reason})") from error
     require(isinstance(content, dict), f"{path} holds no dictionary; give a Lightning checkpoint")
@@ -114,7 +114,7 @@ def _is_named_tensor(name: Any, x: Any) -> bool:
 
 
 def _counts(name: str, x: Any) -> bool:
-    """Positions that a module keeps as integers are computed, as all buffers are."""
+    """Positions that a module stores as integers are computed, as all buffers are."""
     return x.is_floating_point() or not is_buffer(name)
 
 
@@ -129,7 +129,7 @@ def _array(path: Path, name: str, x: Any) -> np.ndarray:
 
 
 def _averaged(path: Path, content: dict, tensors: dict[str, Any]) -> dict[str, Any]:
-    """The averages, which are saved as a list in the order of the parameters, without names."""
+    """The averages by name; they are saved without names, in the order of the parameters."""
     average = content.get("ema")
     shadow = average.get("shadow_params") if isinstance(average, dict) else None
     require(
@@ -146,11 +146,11 @@ def _averaged(path: Path, content: dict, tensors: dict[str, Any]) -> dict[str, A
 
 
 def _saved_settings(content: dict[str, Any]) -> dict[str, Any]:
-    """The settings of the training, those of its algorithm among them; empty without any."""
+    """The settings of the training, with those of its algorithm; empty if there are none."""
     saved = _plain(content.get("hyper_parameters"))
     saved = saved.get("config", saved) if isinstance(saved, dict) else {}
     saved = saved if isinstance(saved, dict) else {}
-    return saved | _section(saved, "algo")  # where newer code of the authors keeps it
+    return saved | _section(saved, "algo")  # where newer code of the authors has them
 
 
 def _section(settings: dict[str, Any], name: str) -> dict[str, Any]:
@@ -159,7 +159,7 @@ def _section(settings: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _require_mdlm(path: Path, saved: dict[str, Any]) -> None:
-    """Raises: InputError for a model that reads the same tensors in another way."""
+    """Raises: InputError for a model that uses the same tensors differently."""
     wanted = REQUIRED | ({"name": "mdlm"} if "algo" in saved else {})
     for name, only in wanted.items():
         given = saved.get(name, only)
@@ -177,7 +177,7 @@ def _require_mdlm(path: Path, saved: dict[str, Any]) -> None:
 
 
 def _settings(path: Path, saved: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-    """What the `config.json` of a published folder says."""
+    """The content of the `config.json` of a published folder."""
     beside = path.with_name("config.json")
     if beside.is_file():
         return read_json(beside) | {"model_type": "mdlm"}
@@ -204,7 +204,7 @@ def _settings(path: Path, saved: dict[str, Any], arrays: dict[str, np.ndarray]) 
 
 
 def _num_heads(path: Path, saved: dict, arrays: dict[str, np.ndarray], width: int) -> int:
-    """By the angles, one for every two numbers of a head, else as the settings say."""
+    """The number of heads, from the rotary angles (two numbers of a head each) or the settings."""
     angles = arrays.get("rotary_emb.inv_freq")
     if angles is not None and angles.size:
         return width // (2 * angles.size)
@@ -218,9 +218,9 @@ def _num_heads(path: Path, saved: dict, arrays: dict[str, np.ndarray], width: in
 
 
 def _special_tokens(path: Path, saved: dict, values: dict[str, Any]) -> dict[str, int]:
-    """Ids of the tokenizer that was trained with; none where they are the published model's.
+    """Special ids of the tokenizer of the training; none if they are the published model's.
 
-    Raises: InputError for a tokenizer that is not known.
+    Raises: InputError for an unknown tokenizer.
     """
     if values.get("mask_token_id") is not None:
         return {}
@@ -241,7 +241,7 @@ def _special_tokens(path: Path, saved: dict, values: dict[str, Any]) -> dict[str
 
 
 def _plain(settings: Any) -> Any:
-    """Settings as plain values: the authors' are kept in nested containers of OmegaConf."""
+    """Settings as plain values: the authors' code stores nested containers of OmegaConf."""
     if isinstance(settings, Ignored) and isinstance(settings.state, dict):
         settings = settings.state.get("_content", settings.state.get("_val", settings))
     if isinstance(settings, dict):

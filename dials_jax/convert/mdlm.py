@@ -1,4 +1,4 @@
-"""MDLM checkpoints: the published folder (kuleshov-group/mdlm-owt) and what training leaves.
+"""MDLM checkpoints: the published folder (kuleshov-group/mdlm-owt) and those of training.
 
 Source: `models/dit.py` of the authors' code.
 """
@@ -47,7 +47,7 @@ ARCHITECTURES = ("MDLM",)
 
 
 class Tokens(NamedTuple):
-    """A tokenizer with a [MASK] of its own, and its special tokens."""
+    """A tokenizer that has a [MASK], and its special tokens."""
 
     vocab_size: int
     mask_id: int
@@ -55,7 +55,7 @@ class Tokens(NamedTuple):
     pad_id: int
 
 
-# By the names in the authors' settings. GPT-2's has no [MASK], so that training adds one, last.
+# By the names in the authors' settings. GPT-2's has no [MASK], so training adds one, the last id.
 LAST_ID_IS_MASK = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
 TOKENIZERS = {
     "text8": Tokens(35, mask_id=4, eos_id=3, pad_id=5),
@@ -64,17 +64,17 @@ TOKENIZERS = {
 
 
 def known_by_size(vocab_size: int) -> str | None:
-    """The tokenizer with a [MASK] of its own that has so many tokens."""
+    """The tokenizer of this vocabulary size that has a [MASK]."""
     return next((name for name, t in TOKENIZERS.items() if t.vocab_size == vocab_size), None)
 
 
 def translate(values: dict[str, Any], dtype: str) -> ModelConfig:
     """A published `config.json` as ours.
 
-    Where it names no [MASK], the vocabulary is GPT-2's, whose last token is the end of text, and
-    [MASK] after it.
+    If it names no [MASK], the vocabulary is GPT-2's, whose last token is the end of text; [MASK] is
+    the id after it.
 
-    Raises: InputError for the size of another tokenizer's vocabulary without the id of its [MASK].
+    Raises: InputError for another vocabulary size without the id of [MASK].
     """
     d_model, vocab_size = integer(values, "hidden_dim"), integer(values, "vocab_size")
     mask_id, name = token_id(values, "mask_token_id"), known_by_size(vocab_size)
@@ -85,7 +85,7 @@ def translate(values: dict[str, Any], dtype: str) -> ModelConfig:
             "whose [MASK] is not the last; add mask_token_id and eos_token_id",
         )
         mask_id = vocab_size - 1
-    # Without the place that GPT-2's tokens have, the end of text is not known either.
+    # If the ids are not GPT-2's, the end of text is unknown too.
     eos_id = integer(values, "eos_token_id", vocab_size - 2 if mask_id == vocab_size - 1 else None)
     return families.mdlm_small(
         integer(values, "n_blocks"),
@@ -103,6 +103,6 @@ def translate(values: dict[str, Any], dtype: str) -> ModelConfig:
 
 
 def arrange(values: dict[str, Any], tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The tensors under the names of the table: no prefix, projections apart."""
+    """The tensors under the names of the table: without prefix, projections split."""
     plain = {name.removeprefix("backbone."): x for name, x in tensors.items()}
     return split(plain, r"blocks\.\d+\.attn_qkv", ("q", "k", "v"), axis=0)

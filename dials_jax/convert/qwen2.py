@@ -21,7 +21,7 @@ from dials_jax.errors import require
 
 _BLOCK = "model.layers.{i}"
 
-# Of the projections only those to queries, keys and values have biases.
+# Of the projections only queries, keys and values have biases.
 TABLE = (
     Row("model.embed_tokens.weight", "embed/table"),
     Row(f"{_BLOCK}.input_layernorm.weight", "layers/attention_norm/scale"),
@@ -74,7 +74,7 @@ def translate(values: dict[str, Any], dtype: str) -> ModelConfig:
         causal=True,
         mask_id=None,
         eos_id=eos_id,
-        # Padding is hidden, so that any id does.
+        # Padding is masked, so any id will do.
         pad_id=integer(values, "pad_token_id", eos_id or 0),
         dtype=dtype,
     )

@@ -1,7 +1,7 @@
 """Reads safetensors files as memory-mapped arrays.
 
-The `safetensors` package checks that a file is what the format says. Its arrays are copies, though:
-here a tensor is a view of the mapped file, which costs no memory until it is read.
+The `safetensors` package checks that a file follows the format. But its arrays are copies; here a
+tensor is a view of the mapped file, which needs no memory until it is read.
 
 Format: 8 bytes with the length of the header (little endian), the header as JSON, the data.
 """
@@ -23,7 +23,7 @@ from dials_jax.files import read_json
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PLAIN_NAME = re.compile(r"[^/\\\0]{1,200}\.safetensors")
-DTYPES = {  # of weights and of buffers; the format's others are parts of a byte
+DTYPES = {  # of weights and of buffers; the other dtypes of the format are smaller than a byte
     "F64": np.float64,
     "F32": np.float32,
     "F16": np.float16,
@@ -45,7 +45,7 @@ DTYPES = {  # of weights and of buffers; the format's others are parts of a byte
 def open_tensors(folder: Path) -> dict[str, np.ndarray]:
     """Every tensor of a checkpoint, under its name. All headers are checked, no data is read.
 
-    Raises: InputError if a shard is missing, damaged or not what the index says.
+    Raises: InputError if a shard is missing, damaged or differs from the index.
     """
     index = folder / INDEX
     if not index.is_file():
@@ -75,7 +75,7 @@ def open_tensors(folder: Path) -> dict[str, np.ndarray]:
 
 
 def _require_single(folder: Path) -> None:
-    """Raises: InputError for a folder without an index and without the one file of small models."""
+    """Raises: InputError for a folder with neither an index nor the single file of small models."""
     if (folder / SINGLE).is_file():
         return
     shards = sorted(file.name for file in folder.glob("*.safetensors"))
@@ -90,8 +90,8 @@ def _require_single(folder: Path) -> None:
 def open_file(path: Path) -> dict[str, np.ndarray]:
     """Views of the tensors in one file.
 
-    Raises: InputError if the file is missing or not what the format says: too short or too long,
-      tensors that overlap or leave holes, an entry without a dtype, a shape or its place.
+    Raises: InputError if the file is missing or breaks the format: too short or too long, tensors
+      that overlap or leave holes, an entry without dtype, shape or offsets.
     """
     require(path.is_file(), f"{path} is missing; download it again")
     try:
@@ -105,11 +105,11 @@ def open_file(path: Path) -> dict[str, np.ndarray]:
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The entries by name, and the byte where the data begins, of a file known to be sound."""
+    """The entries by name, and the byte where the data begins, of a checked file."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)
-        if len(values) < len(pairs):  # the package takes the last one
+        if len(values) < len(pairs):  # a name twice: the package would take the last one
             raise ValueError("a key stands twice in one object")
         return values
 
@@ -121,7 +121,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def _reason(path: Path, error: Exception) -> str:
-    """What is wrong with the file, in words."""
+    """Describes what is wrong with the file."""
     text = str(error).removeprefix("Error while deserializing header: ").partition("\n")[0]
     if "not fully covered" not in text:
         return f"has an unreadable safetensors header ({text})"

@@ -8,7 +8,7 @@ from dials_jax.errors import require
 
 
 def require_options(values: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raises: InputError for an option that changes the maths and has another value than ours."""
+    """Raises: InputError for an option that changes the model and is not the value implemented."""
     for name, only in wanted.items():
         given = values.get(name)
         require(

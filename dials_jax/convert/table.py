@@ -1,4 +1,4 @@
-"""Fills a parameter tree from tensors with upstream names, by one table a kind of model."""
+"""Fills a parameter tree from tensors with upstream names, by one table per kind of model."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ T = TypeVar("T")
 
 
 class Row(NamedTuple):
-    """One tensor upstream and its place in our tree.
+    """One tensor upstream and its path in our tree.
 
-    A torch Linear keeps [out, in]; we keep [in..., out...]. `inputs` counts our leading axes that
-    are inputs: 1 or 2 for a Linear, 0 for its bias, None for a tensor of the same shape.
+    A torch Linear stores [out, in]; we store [in..., out...]. `inputs` is the number of our leading
+    axes that are inputs: 1 or 2 for a Linear, 0 for its bias, None for a tensor of the same shape.
     """
 
     upstream: str  # `{i}` is the number of the layer
     ours: str  # a path below the parameters, without the number of the layer
     inputs: int | None = None
-    tied: str = ""  # the tensor that stands in where config.json ties the two
+    tied: str = ""  # the tensor that replaces it if config.json ties the two
 
 
 def fill(
@@ -42,7 +42,7 @@ def fill(
       shapes: the tree to fill, layers stacked.
       tensors: names with or without the leading `model.`.
       source: where the tensors come from, for messages.
-      tied: a tensor that is absent may be the one that its row is tied to.
+      tied: a missing tensor is replaced by the one that its row of the table is tied to.
 
     Raises: InputError for a tensor that is missing, unknown or of another shape.
     """
@@ -74,8 +74,8 @@ def fill(
     return params
 
 
-# What wraps a module adds its name to those of the tensors inside: torch.compile, data parallelism,
-# sharding, checkpointing of activations.
+# Wrappers of a module add their name to those of the tensors inside: torch.compile, data
+# parallelism, sharding, checkpointing of activations.
 WRAPPERS = (
     "_orig_mod",
     "module",
@@ -83,12 +83,12 @@ WRAPPERS = (
     "_fsdp_wrapped_module",
     "_checkpoint_wrapped_module",
 )
-# What torch saves beside weights: angles and positions, which are computed.
+# What torch saves beside weights: angles and positions, which we compute.
 BUFFERS = r"(.+\.)?(rotary_emb\.\w*(inv_freq|cached)|position_ids)"
 
 
 def unwrapped(tensors: dict[str, T], source: Path) -> dict[str, T]:
-    """The tensors, in their order, under the names that they have in a module by itself."""
+    """The tensors, in their order, under their names in a module without wrappers."""
 
     def plain(name: str) -> str:
         return ".".join(part for part in name.split(".") if part not in WRAPPERS)
@@ -102,7 +102,7 @@ def unwrapped(tensors: dict[str, T], source: Path) -> dict[str, T]:
 
 
 def is_buffer(name: str, also: str = "") -> bool:
-    """Whether a tensor is computed, not learned; `also`: a pattern of the model's own buffers."""
+    """Whether a tensor is computed, not learned; `also`: a pattern of more buffers."""
     return bool(re.fullmatch(BUFFERS, name) or (also and re.fullmatch(also, name)))
 
 

@@ -1,16 +1,16 @@
-"""The folder of a model: its configuration and its weights, kept one group of parameters apart.
+"""The folder of a model: its configuration, and its weights in groups of parameters.
 
-    config.json          what the weights are: see `ModelInfo`
-    params/embed/        one Orbax checkpoint a group, so that one group at a time is in memory
+    config.json          describes the weights: see `ModelInfo`
+    params/embed/        one Orbax checkpoint per group, so that one group at a time is in memory
     params/time/         only where adaLN modulates the layers
     params/layers/000/
     ...
     params/final_norm/
     params/head/
-    tokenizer.json ...   whatever the tokenizer needs, where it came along
+    tokenizer.json ...   the files of the tokenizer, if there is one
 
-A folder is written beside its final name and renamed when it is whole. Orbax loads a flipped bit
-without a word, so every group carries a digest, which is compared whenever the group is read.
+A folder is written under a temporary name and renamed when it is complete. Orbax loads a flipped
+bit silently, so every group has a digest, which is compared whenever the group is read.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ VERSION = 1
 DTYPES = get_args(WeightDtype)
 GROUPS = ("embed", "time", "layers", "final_norm", "head")
 MARK = "UNFINISHED"  # a file in a folder that is being written
-CHUNK_BYTES = 2**26  # a device that holds one slice of an array reads few chunks more than its own
+CHUNK_BYTES = 2**26  # small enough that a device reads little more than its own slice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ class ModelInfo(Typed):
     dtype: WeightDtype  # of the stored weights; training keeps float32 under bfloat16 activations
     parameters: Count
     fingerprint: str  # of the weights; routers remember it
-    digests: dict[str, str]  # a group's name to the digest of its stored bits
+    digests: dict[str, str]  # group's name -> digest of its stored bits
 
 
 # ----------------------------------------------------------------------------------- saving
@@ -89,9 +89,9 @@ def save_model(
       params: arrays of JAX or numpy, layers stacked or unrolled. Memory-mapped arrays stay on disk
         until their group's turn.
       dtype: of the stored weights; None keeps theirs.
-      overwrite: replace a model folder that exists, once the new one is whole.
+      overwrite: replace an existing model folder, once the new one is complete.
 
-    Raises: InputError if the folder exists or the disk is too full, before anything is written.
+    Raises: InputError, before anything is written, if the folder exists or the disk is too full.
     """
     folder = local_path(folder, "the model's folder")
     leaves = jax.tree.leaves(params)
@@ -160,13 +160,13 @@ def _unfinished(folder: Path) -> Path:
 def _says_model(folder: Path) -> bool:
     try:
         return not folder.is_symlink() and is_model_folder(folder)
-    except InputError:  # a config.json that says nothing
+    except InputError:  # an unreadable config.json
         return False
 
 
 def _is_unfinished(folder: Path) -> bool:
-    """Whether a save that was stopped left the folder: it has the mark, or is from before there
-    was one and holds groups of parameters only."""
+    """Whether a stopped save left the folder: it has the mark, or, from versions before there was
+    one, holds only groups of parameters."""
     if folder.is_symlink() or not folder.is_dir():
         return False
     if (folder / MARK).is_file() or _says_model(folder):
@@ -222,14 +222,14 @@ def read_info(folder: str | Path) -> ModelInfo:
 def load_model(
     folder: str | Path, dtype: Any = None, mesh: Mesh | None = None, layout: Layout = "auto"
 ) -> Model:
-    """Reads a model folder, every array straight to where it lives on the mesh.
+    """Reads a model folder, every array directly to its devices.
 
     Args:
       dtype: of weights and activations; None keeps those stored.
       mesh: None is a mesh over all devices.
       layout: of the layers; "auto": see `groups.chosen_layout`.
 
-    Raises: InputError if something is missing, broken or not what was saved.
+    Raises: InputError if something is missing, broken or changed since it was saved.
     """
     folder = Path(folder).absolute()
     info, dtype = read_info(folder), dtype_name(dtype)
@@ -253,7 +253,7 @@ def load_model(
 
 
 def group_digest(group: PyTree) -> str:
-    """16 hexadecimal digits that a single flipped bit changes."""
+    """16 hexadecimal digits; any flipped bit changes them."""
     text = json.dumps(digests.digest_hex(group), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -273,9 +273,9 @@ def _read_group(folder: Path, name: str, shapes: PyTree, dtype: str, shardings: 
     require(path.is_dir(), f"{path} is missing; convert or copy the model again")
     try:
         return ocp.load(path, jax.tree.map(abstract, shapes, shardings))
-    except jax.errors.JaxRuntimeError:  # too little memory, say: nothing is wrong with the folder
+    except jax.errors.JaxRuntimeError:  # for example out of memory: the folder is not damaged
         raise
-    except Exception as error:  # Orbax wraps what went wrong in a bare Exception
+    except Exception as error:  # Orbax wraps the cause in a bare Exception
         reason = str(error.__cause__ or error).strip().partition("\n")[0]
         raise InputError(f"{path} cannot be read; convert or copy it again ({reason})") from error
 

@@ -1,7 +1,7 @@
 """A model's parameters as groups: the embedding, every layer, the final norm and the head.
 
-Saving, loading and converting go through a model one group at a time, so that the host never
-holds much more than one layer beside the model itself.
+Saving, loading and converting handle one group at a time, so that the host needs little more memory
+than the model and one layer.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def abstract_params(cfg: ModelConfig) -> trees.Params:
 def group_shapes(cfg: ModelConfig) -> dict[str, PyTree]:
     """Each group's tree of shapes, under the group's name; the largest groups come first.
 
-    The embedding is then read before the layers fill the memory.
+    So the embedding is read before the layers fill the memory.
     """
     params = abstract_params(cfg)
     layer = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), params["layers"])
@@ -94,11 +94,11 @@ def assemble(cfg: ModelConfig, read: ReadGroup, mesh: Mesh, layout: Layout) -> t
 
 
 def chosen_layout(layout: Layout, mesh: Mesh) -> Layout:
-    """The layout meant by "auto".
+    """The layout that "auto" stands for.
 
     A scan over stacked layers copies each layer's weights out of the stack, 6 to 8 ms per pass of
-    8B parameters on an H200, but compiles in seconds: TPUs, CPUs and many hosts. On GPUs every
-    layer has its own arrays, fused where heads are not split over devices.
+    8B parameters on an H200, but compiles in seconds: for TPUs, CPUs and many hosts. On GPUs
+    every layer has its own arrays, fused unless heads are split over devices.
     """
     choices = ("auto", "stacked", "unrolled", "fused")
     require(layout in choices, f"layout={layout!r}: give one of {', '.join(map(repr, choices))}")
@@ -141,7 +141,7 @@ def materialise(x: Any, dtype: str) -> Any:
 
 
 def progress(items: Iterable[Any], label: str) -> Iterable[Any]:
-    """The items, with a bar on stderr if that is a terminal and tqdm is there."""
+    """The items, with a progress bar on stderr if that is a terminal and tqdm is installed."""
     try:
         from tqdm import tqdm
     except ImportError:

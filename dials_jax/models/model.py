@@ -1,4 +1,4 @@
-"""A model in hand: configuration, placed parameters and the mesh they live on."""
+"""A model: its configuration, its parameters and the mesh that they are placed on."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ IDS = "give token ids, as a tokenizer's encode does"
 
 
 class Output(NamedTuple):
-    """What one forward pass gives.
+    """The outputs of one forward pass.
 
     Attributes:
       logits: at position i they predict token i, or token i + 1 in a causal model.
@@ -45,7 +45,7 @@ class Model:
     Attributes:
       config: shape and special tokens.
       params: nested dict of arrays, placed on `mesh`; `params["layers"]` stacked or a tuple.
-      path: where it was loaded from; empty for a model made in memory.
+      path: the folder that it was loaded from; empty for a model made in memory.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Model:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Names the weights, whatever their layout or dtype; routers remember it."""
+        """Identifies the weights in any layout or dtype; routers store it."""
         fused = form_of(self.params).fused
         plain = partial(fusing.unfuse, cfg=self.config) if fused else lambda layer: layer
         return digests.fingerprint(self.params, plain)
@@ -69,7 +69,7 @@ class Model:
 
     @cached_property
     def inference_params(self) -> trees.Params:
-        """What compiled functions are given: see `transformer.prepare_for_inference`."""
+        """The parameters that compiled functions get: see `transformer.prepare_for_inference`."""
         with jax.set_mesh(self.mesh):
             return transformer.prepare_for_inference(self.config, self.params)
 
@@ -124,8 +124,8 @@ class Model:
         """Splits sequences over the mesh; repeats the last one until they divide evenly.
 
         Args:
-          multiple: fill up to a multiple of this, so that a last, smaller batch has the shape of
-            the others and needs no new program.
+          multiple: pad to a multiple of this, so that the last, smaller batch has the shape of the
+            others and needs no new program.
         """
         multiple = math.lcm(multiple, sharding.num_batch_shards(self.mesh))
 
@@ -143,7 +143,7 @@ def as_ids(sequences: Any, what: str) -> np.ndarray:
     """Sequences of token ids as one array.
 
     Args:
-      what: what messages call one of them.
+      what: the name of a sequence in messages.
 
     Raises: InputError for sequences of several lengths, and for anything but integers.
     """
@@ -160,7 +160,7 @@ def as_ids(sequences: Any, what: str) -> np.ndarray:
 
 
 def _hold_truths(numbers: Any) -> bool:
-    """Whether lists of numbers hold True or False, which numpy takes for 1 and 0 there."""
+    """Whether lists of numbers hold True or False, which numpy would read as 1 and 0."""
     if not isinstance(numbers, list | tuple):
         return False
     kinds = set(map(type, numbers))
@@ -230,7 +230,7 @@ def check_vocabulary(
     valid: Bool[ArrayLike, "B T"] | None,
     what: str,
 ) -> None:
-    """Raises: InputError for a real token that the model does not know; padding may be anything."""
+    """Raises: InputError for a token outside the vocabulary; padding may be anything."""
     present = True if valid is None else np.asarray(valid, bool)
     outside = np.argwhere(((tokens < 0) | (tokens >= cfg.vocab_size)) & present)
     for number, position in outside[:1]:
