@@ -97,8 +97,10 @@ class Fingerprint:
         self.others += _pieces(tree, None)
 
     def hex(self) -> str:
-        """32 hexadecimal digits: 16 from the first elements of each array (earlier versions had only
-        these) and 16 from every element."""
+        """32 hexadecimal digits: 16 from the first elements of each array, 16 from every element.
+
+        Earlier versions had the first half only.
+        """
         first, every = hashlib.sha256(), hashlib.sha256()
         for pieces in (*(self.layers[i] for i in sorted(self.layers)), self.others):
             for piece in sorted(pieces):
