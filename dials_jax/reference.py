@@ -1,8 +1,8 @@
 """Decoding with a cache and a policy, written for reading: one sequence, one step at a time.
 
-Read this first. It says in NumPy what a step means: which positions a cache runs, which layers a
-policy skips, which tokens ES-dLLM skips and which the sampler reveals. It knows neither batches nor
-padding, neither compiled programs nor rounding (float64), and nothing of the library uses it. The
+Read this first. It states in NumPy what a step means: which positions a cache runs, which layers a
+policy skips, which tokens ES-dLLM skips and which the sampler reveals. It has no batches, padding,
+compiled programs or rounding (float64), and nothing in the library uses it. The
 tests compare each sequence of a padded batch with it, token for token and gate for gate
 (`tests/caching/test_compositions.py`).
 """
@@ -106,7 +106,7 @@ class Decoder:
         """The positions that are left at the end, their hidden states, and the gates.
 
         Args:
-          block_tokens: where ES-dLLM skips tokens, the block they belong to; None: all go on.
+          block_tokens: if ES-dLLM skips tokens, the block they belong to; None: all are kept.
         """
         h, gates = self.params["embed"]["table"][self.tokens[positions]], []
         proportions, num_layers = {}, self.cfg.num_layers
@@ -134,7 +134,7 @@ class Decoder:
         if isinstance(self.policy, Static):
             return layer not in self.policy.layers
         if not isinstance(self.cache, NoCache) and (block, step) == (0, 0):
-            return True  # nobody has computed the keys that a later call would read
+            return True  # a later call would read keys that were never computed
         if isinstance(self.policy, Random):
             number = block * step_limit(self.sampler, self.cache) + step  # names the draw
             key = jax.random.fold_in(self.gate_key, number)
@@ -152,7 +152,7 @@ class Decoder:
     # ------------------------------------------------------------------- ES-dLLM: token skipping
 
     def keep(self, layer, indicator, positions, proportion, block_tokens):
-        """Which of the positions go on, and remembers their indicator."""
+        """The positions that are kept; stores their indicator."""
         kept = np.arange(len(positions))
         if proportion is not None:
             count = self.num_kept(proportion, len(block_tokens))
@@ -168,7 +168,7 @@ class Decoder:
         return max(int(proportion * block_length), min(num_revealed + 2, block_length))
 
     def importance(self, layer, indicator, positions, block_tokens):
-        """Confidence and change, and what always goes on; ties go to the first."""
+        """Confidence, change and the fixed bonus; ties go to the first."""
         alpha, confidence = self.cache.alpha, self.confidence[positions]
         old = np.array([self.seen[layer, position] for position in positions])
         old, new = (x.reshape(len(positions), -1) for x in (old, indicator))
@@ -185,10 +185,10 @@ class Decoder:
     # ------------------------------------------------------------------------------- the network
 
     def layer(self, layer, h, positions, proportion, block_tokens):
-        """One block at some positions, whose keys and values it brings up to date.
+        """One block at some positions, whose keys and values it refreshes.
 
         Args:
-          proportion: of tokens that go on once queries, keys and values are known; None: all.
+          proportion: of tokens that are kept once queries, keys and values are known; None: all.
         """
         cfg = self.cfg
         p = jax.tree.map(lambda x: x[layer], self.params["layers"])

@@ -1,4 +1,4 @@
-"""The caches that keep whole ranges of keys and values: none, prefix and dual (Fast-dLLM)."""
+"""The caches that keep ranges of keys and values: none, prefix and dual (Fast-dLLM)."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class KeysAndValues(Typed):
 
 @dataclass(frozen=True)
 class NoCache(KeysAndValues):
-    """Every step runs the whole canvas, and nothing is kept."""
+    """Every step runs the whole canvas; nothing is cached."""
 
     def init_state(self, net: CanvasModel, blocks: Blocks) -> PyTree:
         return None
@@ -53,7 +53,7 @@ class NoCache(KeysAndValues):
 
 @dataclass(frozen=True)
 class DualCache(KeysAndValues):
-    """Keys and values of everything outside the block are kept until the next block (Fast-dLLM).
+    """Caches keys and values outside the block until the next block (Fast-dLLM).
 
     The first step of a block runs the whole canvas; the others run the block alone.
     """
@@ -64,7 +64,7 @@ class DualCache(KeysAndValues):
 
 @dataclass(frozen=True)
 class PrefixCache(KeysAndValues):
-    """Keys and values of everything before the block are kept until the next (Fast-dLLM).
+    """Caches keys and values before the block until the next block (Fast-dLLM).
 
     The first step of a block runs the whole canvas; the others run the block and all after it.
     """
@@ -132,7 +132,7 @@ def written_positions(
     """Which positions of a window are written; None: all.
 
     With fixed quotas all sequences finish together. Without a policy the next block's first call
-    writes everything anew; but a layer that is skipped there would keep what a waiting sequence
+    writes everything again; but a layer that is skipped there would keep what a waiting sequence
     wrote.
     """
     if net.policy is None or blocks.max_quota is not None:

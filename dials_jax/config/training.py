@@ -1,4 +1,4 @@
-"""One training run."""
+"""The settings of a training run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class OptimizerConfig(Typed):
     clip_norm: float = 1.0  # of the whole gradient; a large one clips nothing
     lr_schedule: RateSchedule = "cosine"
     final_scale: float = 0.0  # cosine only: last rate / learning_rate
-    ema: float | None = None  # decay of a moving average, which then is the model that comes out
+    ema: float | None = None  # decay of a moving average, which is then the exported model
     num_steps: int | None = None  # give steps or epochs, not both
     num_epochs: float | None = None
     warmup_steps: int | None = None
@@ -64,9 +64,9 @@ class OptimizerConfig(Typed):
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig(Typed):
-    """What a training step minimises.
+    """The loss that training minimises.
 
-    - llada: mask ratios drawn for each row by itself; cross-entropy / ratio / answer length.
+    - llada: an independent mask ratio per sequence; cross-entropy / ratio / answer length.
     - mdlm: times spread evenly over the batch, [MASK] never predicted (SUBS); else the same.
     - causal: cross-entropy of the next token, for causal models.
     """
@@ -108,16 +108,16 @@ class TrainConfig(Typed):
     optimizer: OptimizerConfig
     objective: ObjectiveConfig = ObjectiveConfig()
     mesh: MeshConfig = MeshConfig()
-    batch_size: int = 64  # rows a step over all devices and microbatches
+    batch_size: int = 64  # sequences per step over all devices and microbatches
     num_microbatches: int = 1
-    dropout: float = 0.0  # share of what attention and MLPs add to the stream; model only
+    dropout: float = 0.0  # rate, on what attention and MLPs add to the stream; model only
     remat: bool = False  # recompute blocks in the backward pass: less memory, a third more work
     layout: Literal["stacked", "unrolled"] = "stacked"  # unrolled: faster steps, compiles slower
     seed: Seed = 0
     log_every: int = 10
     save_every: int = 1000
     keep_checkpoints: int = 2
-    max_minutes: float | None = None  # stop cleanly after so long, compilation apart
+    max_minutes: float | None = None  # stop cleanly after this long, without compilation
 
     def __post_init__(self):
         super().__post_init__()

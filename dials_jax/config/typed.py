@@ -1,8 +1,8 @@
-"""Fields and arguments have the types they claim, whoever gives them.
+"""Checks that fields and arguments have the types of their hints.
 
-A configuration comes from Python, a command line or JSON, and Python itself believes anything: a
-text for a number, one path for a tuple of paths, a misspelt name. The hints say what is meant, so
-one function, `as_type`, compares values with hints. `Typed` calls it for the fields of a dataclass,
+A configuration comes from Python, a command line or JSON, and Python accepts anything: a text for a
+number, one path for a tuple of paths, a misspelt name. So one function, `as_type`, compares values
+with type hints. `Typed` calls it for the fields of a dataclass,
 `typed` for the arguments of a function. Hints that it does not know, such as arrays, are not
 checked.
 """
@@ -38,7 +38,7 @@ class Range:
     high: int
 
 
-INT32 = Range(-(2**31), 2**31 - 1)  # integers without a range of their own: arrays hold no others
+INT32 = Range(-(2**31), 2**31 - 1)  # integers without another range: arrays hold no others
 Count = Annotated[int, Range(0, 2**63 - 1)]  # of parameters, tokens or bytes, in files
 # JAX keeps 32 bits of a seed: the key of 2**32 is the key of 0.
 Seed = Annotated[int, Range(0, 2**32 - 1)]
@@ -47,8 +47,8 @@ Seed = Annotated[int, Range(0, 2**32 - 1)]
 class Typed:
     """A dataclass whose fields are compared with their hints when it is made.
 
-    Harmless differences are mended: lists become tuples, numpy's numbers Python's, integers floats
-    where a float is meant, paths texts. A class with checks of its own begins them with
+    Harmless differences are corrected: lists become tuples, numpy's numbers Python's, integers
+    floats for a float field, paths texts. A class with checks of its own begins them with
     `super().__post_init__()`.
 
     Raises: InputError for a value of another type, an unknown name of a closed set, infinity and

@@ -1,8 +1,8 @@
-"""What the batches of one policy on one task have earned, and what is left to score.
+"""The scores of one policy on one task, summed over batches, and what is left to score.
 
-A task is so many copies of so many pairs of prompt and answer: one of each where an answer is
-generated, `num_samples` masked ones where a likelihood is estimated. Every batch leaves a record of
-plain JSON values, and the records add up to the scores, in whatever order and batches they came.
+A task is a number of pairs of prompt and answer, and of copies of each: one copy where an answer is
+generated, `num_samples` masked copies where a likelihood is estimated. Every batch gives a record
+of plain JSON values. The records add up to the scores, in any order and from any batches.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def batch_record(
     execution: Execution,
     examples: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What one batch earned.
+    """The record of one batch.
 
     Args:
       names, copies, values: of every sequence: its pair, which copy of it, and the score.
@@ -66,7 +66,7 @@ class Earned:
             self.add(record)
 
     def add(self, record: Record) -> None:
-        """Adds a batch, unless something of it is scored already, or is no part of the task."""
+        """Adds a batch, unless a part of it is scored already or does not belong to the task."""
         parts = [(name, slice(first, first + n), n) for name, first, n, _ in record["scores"]]
         if not all(self._left.get(name, _NONE)[span].sum() == n for name, span, n in parts):
             return
@@ -74,20 +74,20 @@ class Earned:
             self._left[name][span] = False
             self.num_done += n
         for name, _, _, total in record["scores"]:
-            # Of what is not finite, which JSON cannot hold, only log 0 is possible.
+            # null: not finite, which JSON cannot hold; only log 0 is possible.
             self._sums[name].append(-math.inf if total is None else total)
         self.execution.add_counts(**record["execution"])
         self._costs.append(Flops.from_dict(record["flops"]))
         self.examples |= record.get("examples", {})
 
     def left(self, names: Sequence[str]) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"]]:
-        """What is not scored yet of these pairs: numbers of names, and of the copies."""
+        """The copies that are not scored yet: numbers of the names, and of the copies."""
         copies = [np.flatnonzero(self._left[name]) for name in names]
         pairs = np.repeat(np.arange(len(names)), [len(found) for found in copies])
         return pairs, np.concatenate([np.zeros(0, int), *copies])
 
     def mean(self, name: str) -> float:
-        """Of the scores of a pair's copies, summed exactly, for batches come in any order."""
+        """The mean score of a pair's copies, summed exactly, because batches come in any order."""
         return math.fsum(self._sums[name]) / len(self._left[name])
 
     @property

@@ -43,7 +43,7 @@ class Pairs(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """One row a masked copy: its estimate of the log-likelihood in nats."""
+    """One entry per masked copy: its estimate of the log-likelihood in nats."""
 
     log_likelihood: Float[Array, "R"]
     gates: Bool[Array, "L R"]
@@ -64,10 +64,10 @@ def log_likelihood(
     """log p(answer | prompt) in nats, a lower bound in expectation.
 
     Args:
-      num_samples: masked copies; a multiple of `batch_size`. Where all would be equal, as of an
+      num_samples: masked copies; a multiple of `batch_size`. If all would be equal, as for an
         answer of one token, one is run (see `num_copies`).
-      batch_size: copies of a round, over which the numbers of masks are stratified.
-      key: of `jax.random.key`. None is that of seed 0.
+      batch_size: copies per round, over which the numbers of masks are stratified.
+      key: from `jax.random.key`; None: that of seed 0.
     """
     model.config.require_mask()
     check_policy(policy)
@@ -114,15 +114,15 @@ def estimate_log_likelihood(
     key: jax.Array | None = None,
     executor: Executor = "auto",
 ) -> float:
-    """The estimate in nats from masked copies that are given.
+    """The estimate in nats from given masked copies.
 
     Args:
-      tokens: prompt and answer, one row or one a copy.
-      noisy: the copies, [MASK] in places.
-      p_mask: the probability with which each position was masked; read where one was.
+      tokens: prompt and answer, one sequence or one per copy.
+      noisy: the copies, with [MASK] at some positions.
+      p_mask: the probability with which each position was masked; read only at [MASK].
       prompt_len: tokens of the prompt, which guidance hides.
 
-    Raises: InputError for copies and probabilities that cannot be those of the tokens.
+    Raises: InputError for copies and probabilities that do not fit the tokens.
     """
     check_policy(policy)
     _require_guidance(cfg_scale)
@@ -147,7 +147,7 @@ def _require_guidance(cfg_scale: float) -> None:
 def _given_copies(
     cfg: ModelConfig, tokens: ArrayLike, noisy: ArrayLike, p_mask: ArrayLike, prompt_len: int
 ) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"], Float[np.ndarray, "B T"]]:
-    """The arguments of `estimate_log_likelihood` that are arrays, a row a copy, checked."""
+    """The array arguments of `estimate_log_likelihood`, checked, with one entry per copy."""
     cfg.require_mask()
     noisy = as_ids(noisy, "noisy sequence")
     try:
@@ -192,14 +192,14 @@ def score_pairs(
     executor: Executor = "auto",
     fill_to: int = 1,
 ) -> tuple[Scores, Flops]:
-    """Scores one masked copy of each row.
+    """Scores one masked copy of each pair.
 
     Args:
-      keys: the key of each row's pair; copies of one pair share it.
-      samples: which copy of its pair a row is, from 0. Together with the key it fixes the masks and
-        random gates, whatever the batch and the order of requests.
-      stratum: copies a round.
-      fill_to: run the program of this batch size, or of a multiple, also for fewer rows.
+      keys: one per pair; copies of one pair share it.
+      samples: which copy of its pair each one is, from 0. With the key it decides masks and random
+        gates, in any batch and order of requests.
+      stratum: copies per round.
+      fill_to: run the program of this batch size, or of a multiple, also for fewer copies.
     """
     num_rows = len(samples)
     rows = model.place_sequences((pairs, threefry_key(keys), jnp.asarray(samples)), fill_to)
@@ -284,8 +284,8 @@ def draw_masked(
     """The masked positions of copy number `sample` of one answer.
 
     A round of `stratum` copies shares one k ~ U{1..L}; its copy i masks round(k + i L / stratum)
-    positions, wrapped into 1..L, at random places. Halves are rounded to even, as LLaDA's
-    `get_log_likelihood` has it: where i L / stratum ends in a half (L = 8, 24, ... with 16 copies),
+    random positions, wrapped into 1..L. Halves are rounded to even, as in LLaDA's
+    `get_log_likelihood`: if i L / stratum ends in a half (L = 8, 24, ... with 16 copies),
     even numbers are masked more often than odd ones. A stratum of 1 has no such bias.
     """
     length = jnp.sum(answer_valid)
@@ -305,7 +305,7 @@ def answer_log_probs(
     """log p of the answers' tokens where masked, guided if `cfg_scale` is above 0, and the gates.
 
     Args:
-      tokens: prompts and answers, [MASK] in places.
+      tokens: prompts and answers, with [MASK] at some positions.
       time: the masked share of each answer.
     """
     prompt_len = tokens.shape[1] - answers.shape[1]
@@ -348,7 +348,7 @@ def score_noisy_program(
     params, tokens, noisy, p_mask, keys, policy, *, cfg, prompt_len, cfg_scale, executor
 ):
     masked, p_mask = noisy[:, prompt_len:] == cfg.mask_id, p_mask[:, prompt_len:]
-    p_mask = jnp.where(masked, p_mask, 1.0)  # elsewhere it is not read, and may be 0
+    p_mask = jnp.where(masked, p_mask, 1.0)  # it may be 0 elsewhere
     time = jnp.sum(p_mask * masked, axis=1) / jnp.maximum(jnp.sum(masked, axis=1), 1)
     log_probs, gates = answer_log_probs(
         cfg, params, noisy, None, time, tokens[:, prompt_len:], masked, cfg_scale, policy, keys,

@@ -1,8 +1,8 @@
-"""Products and sums with what many positions share: a norm's scale, a bias, a gate.
+"""Multiplies by, or adds, a parameter that many positions share: a norm's scale, a bias, a gate.
 
 The gradient of such a parameter is a sum over all those positions. In bfloat16 every term would be
 rounded, and on some devices every partial sum: 1 to 5 % off for a norm's scale. Here terms are
-made and added up in float32. Values are those of the plain operation in x's dtype.
+computed and summed in float32. Values are those of the plain operation in x's dtype.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def shifted(x: Float[Array, "..."], bias: Float[Array, "..."]) -> Float[Array, "
     return x + bias.astype(x.dtype)
 
 
-# The bias comes along for its shape and dtype; its values are not read, so none is kept.
+# The bias is passed for its shape and dtype; its values are not read, so they need no memory.
 shifted.defvjp(
     lambda x, bias: (shifted(x, bias), bias),
     lambda bias, g: (g, _summed(g.astype(jnp.float32), bias)),

@@ -18,7 +18,7 @@ AFTER_ATTENTION, AFTER_MLP = 0, 1  # the sites in a block
 
 
 class Dropout(NamedTuple):
-    """What is zeroed depends on the sequence's key, the layer and the site, and on nothing else."""
+    """Zeros depend only on the sequence's key, the layer and the site."""
 
     keys: jax.Array  # [B]
     rate: float  # share that is zeroed; the rest is divided by 1 - rate

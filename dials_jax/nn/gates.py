@@ -42,7 +42,7 @@ class Slice(NamedTuple):
 
     def spread(self, part: PyTree) -> PyTree:
         """A batch from leaves that lead with the slice. Sequences that do not run hold anything."""
-        # Every sequence fetches its own: one pass, which a scatter is not.
+        # Every sequence gathers its own result in one pass; a scatter needs more.
         return part if self.order is None else jax.tree.map(lambda x: x[self.rank], part)
 
     def apply_gate(self, h: Float[Array, "B T D"], new: Float[Array, "R T D"]) -> Array:
@@ -55,7 +55,7 @@ class Compaction:
 
     Args:
       num_tokens: of a sequence.
-      max_branches: slice sizes at most.
+      max_branches: how many slice sizes there may be.
     """
 
     def __init__(self, gate: Bool[Array, "B"], num_tokens: int, max_branches: int):
@@ -77,7 +77,7 @@ class Compaction:
         return lax.switch(self._size - 1, [partial(self._of, fn, n) for n in self._sizes])
 
     def or_else(self, fn: Callable[[Slice], PyTree], skipped: PyTree) -> PyTree:
-        """The same, or `skipped` where none runs."""
+        """The same, or `skipped` if no sequence runs."""
         branches = [partial(self._of, fn, n) for n in self._sizes]
         return lax.switch(self._size, [lambda: skipped, *branches])
 
@@ -91,7 +91,7 @@ class Compaction:
 def _running_first(gate: Bool[Array, "B"]) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
     """Each sequence's rank when those that run come first, and the sequence of each rank.
 
-    By comparing all pairs: for the few sequences of a batch that is quicker than a sort.
+    By comparing all pairs: for the few sequences of a batch this is faster than a sort.
     """
     numbers = jnp.arange(gate.shape[0])
     key = jnp.where(gate, numbers, numbers + gate.shape[0])

@@ -51,7 +51,7 @@ def write_slots(
         active = keep[:, None] if active is None else active & keep[:, None]
     if contiguous:
         return jax.tree.map(lambda old, x: _write_range(old, x, index[0, 0], active), canvas, new)
-    if active is not None:  # out of range, each at its own position, and dropped
+    if active is not None:  # moved out of range, to distinct slots, and dropped
         beyond = jax.tree.leaves(canvas)[0].shape[1] + jnp.arange(index.shape[1])
         index = jnp.where(active, index, beyond)
 
@@ -65,7 +65,7 @@ def write_slots(
 def _write_range(
     old: Array, new: Array, start: Int[Array, ""], active: Bool[Array, "B _"] | None
 ) -> Array:
-    """What is not written is read back first: a slice stays in place, a scatter may not."""
+    """Writes a slice; entries that must stay are read back first, since a scatter may copy."""
     if active is not None:
         before = lax.dynamic_slice_in_dim(old, start, new.shape[1], axis=1)
         new = jnp.where(active.reshape(active.shape + (1,) * (new.ndim - 2)), new, before)

@@ -13,7 +13,7 @@ from dials_jax.nn.initializers import zeros_if
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm: statistics in float32, the product with the scale in x's dtype.
+    """Root-mean-square norm: statistics in float32, multiplied by the scale in x's dtype.
 
     LLaDA rounds to the activations' dtype before it multiplies by the scale, and so does this.
     """

@@ -1,4 +1,4 @@
-"""What a policy is: it decides which sequences run a layer.
+"""The protocol of policies: a policy decides which sequences run a layer.
 
 `dials_jax.skipping` has the policies of the papers. Any other class with the two methods of
 `Policy` is one, too. It may have more members, which the functions below look for.
@@ -53,7 +53,7 @@ class Policy(Protocol):
     """
 
     def prepare(self, num_layers: int, denoising: Denoising) -> PyTree:
-        """All that is known before the first layer, stacked or unrolled as layers are."""
+        """Everything known before the first layer, stacked or unrolled as layers are."""
 
     def gate(self, prepared: PyTree, h: Float[Array, "B T D"], denoising: Denoising) -> Gate:
         """Whether to run a layer, from its slice of `prepared`: one boolean, or one per sequence.
@@ -63,7 +63,7 @@ class Policy(Protocol):
 
 
 def check_policy(policy: object) -> None:
-    """Raises: InputError for what is neither None nor a policy."""
+    """Raises: InputError for anything but None or a policy."""
     if policy is None or (isinstance(policy, Policy) and not isinstance(policy, type)):
         return
     name = type(policy).__name__  # never the policy's text: its weights would be fetched for that

@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 def positions_of(valid: Bool[Array, "B T"]) -> Int[Array, "B T"]:
-    """Positions that count from each row's first real token, so padding moves nothing."""
+    """Positions that count from each sequence's first real token, so padding shifts nothing."""
     return jnp.maximum(jnp.cumsum(valid, axis=-1) - 1, 0)
 
 

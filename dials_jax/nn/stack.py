@@ -195,10 +195,10 @@ def _at_output_positions(h: Float[Array, "B T D"], context: Any) -> Float[Array,
 
 
 def _compact(layer: Layer, params: Any, *batch: PyTree) -> tuple[Float[Array, "B W D"], PyTree]:
-    """Compaction on every batch shard by itself, each with its own number of sequences.
+    """Compaction on every batch shard separately, each with its own number of sequences.
 
     Parameters enter whole along the batch axes: a gather inside a branch that other shards do not
-    take would wait for them for ever. The tensor axis stays with the compiler.
+    take would deadlock. The tensor axis is left to the compiler.
 
     Args:
       batch: h, context, cache_state and gate, as `_compact_shard` takes them.
@@ -225,7 +225,7 @@ def _compact_shard(
     gate: Bool[Array, "B"],
 ) -> tuple[Float[Array, "B W D"], PyTree]:
     kept = _at_output_positions(h, context)
-    # With a cache state every kind of model call has branches of its own, and there are many kinds.
+    # With a cache state every forward variant has its own branches, and there are many variants.
     max_branches = MAX_BRANCHES if cache_state is None else MAX_BRANCHES // 2
     compact = Compaction(gate, kept.shape[1], max_branches)
 

@@ -1,6 +1,6 @@
-"""MDLM's sampler: every masked token is revealed at a random time, whatever the model says.
+"""MDLM's sampler: every masked token is revealed at a random time, independent of the model.
 
-Which tokens a step reveals is therefore drawn before the first model call. A call computes logits
+So the tokens that each step reveals are drawn before the first model call. A call computes logits
 at these tokens only, and a step that reveals nothing needs no call: the distribution is that of
 ancestral sampling, exactly. Source: Sahoo et al. 2024, "Simple and Effective Masked Diffusion
 Language Models", section 3.2; Zheng et al. 2024, "Masked Diffusion Models are Secretly
@@ -31,7 +31,7 @@ from dials_jax.sampling.sampler import CallRecord, Steps, append_call, start_rec
 
 Precision = Literal["exact", "float32"]
 
-EPS = 1e-5  # the time at which the steps end; what is masked then is revealed by the last
+EPS = 1e-5  # the time at which the steps end; the last step reveals all that is still masked
 # Upper bound on extra calls: up to this many sequences may each overflow their slots at every call.
 # With the default number of slots this is never reached.
 MAX_FULL = 8
@@ -43,7 +43,7 @@ class Ancestral(Typed):
     """Settings of the sampler.
 
     The time t is the probability that a token is masked. It falls from 1 to 1e-5 in equal steps,
-    and each masked token is revealed by the step in which a time of its own lies.
+    and each masked token is revealed by the step whose interval holds the token's random time.
 
     Attributes:
       length: tokens to generate.
@@ -183,7 +183,7 @@ def draw_reveal_plan(sampler: Ancestral, keys: jax.Array, prompt_length: int) ->
 def step_of(times: Float[np.ndarray, "_"], drawn: UInt[Array, "B G"]) -> Int[Array, "B G"]:
     """The step whose interval [s, t) holds a time in units of 2^-32; the last has all below it.
 
-    From t to s, a token that is masked at t is so revealed with probability (t - s) / t.
+    So a token that is masked at t is revealed by s with probability (t - s) / t.
     """
     inner = np.round(times[-2:0:-1] * 2.0**32).astype(np.uint32)  # between two steps; ascending
     below = jnp.searchsorted(jnp.asarray(inner), drawn, side="right")
@@ -240,7 +240,7 @@ class ExactSteps:
         """One model call, and the tokens it reveals in the sequences that do not wait."""
         cfg, plan = self.net.cfg, state.plan
         due = jnp.sum(plan.calls_before <= state.calls[:, None], axis=1) - 1
-        step = jnp.minimum(due, self.num_steps - 1)  # a sequence that is full has none due
+        step = jnp.minimum(due, self.num_steps - 1)  # a finished sequence has no step due
         index, fresh = self.next_revealed(state, step)
         fresh &= (state.calls < until)[:, None]
         # Of several calls of a step, each sees the canvas as it was before the step.
@@ -318,12 +318,12 @@ UNIFORM_BITS = 24  # of the published noise
 
 
 class PublishedSteps:
-    """The sampler of the authors' code: every step draws every masked token anew, or [MASK].
+    """The sampler of the authors' code: every step draws every masked token again, or [MASK].
 
-    A draw is the largest of q / E, for noise E = -log u with u on a grid of 2^-24. Tokens that are
-    improbable beside [MASK] then nearly vanish. What is left after the last step takes its most
-    probable token, in one more call. Source: `ddpm_cache` of kuleshov-group/mdlm. There a step
-    without change reuses the call before it, which changes no result and is left out.
+    A draw is the largest of q / E, for noise E = -log u with u on a grid of 2^-24. Tokens much
+    less probable than [MASK] then almost never appear. Positions still masked after the last step
+    take the most probable token, in one more call. Source: `ddpm_cache` of kuleshov-group/mdlm,
+    which reuses the last call after a step without change; that alters no result and is left out.
     """
 
     def __init__(self, sampler: Ancestral, net: CanvasModel, prompt_length: int, keys: jax.Array):

@@ -27,8 +27,8 @@ from dials_jax.sampling.sampler import CallRecord, start_record
 class Autoregressive(Typed):
     """Settings of decoding from left to right, for causal models.
 
-    A sequence ends at its first end of text; the rest is filled with end of text, and decoding
-    stops when all sequences have ended.
+    A sequence ends at its first end of text; the rest is filled with end of text. Decoding stops
+    when all sequences have ended.
 
     Attributes:
       max_new_tokens: tokens to generate.
@@ -79,7 +79,7 @@ class Autoregressive(Typed):
         )
 
     def blank_id(self, cfg: ModelConfig) -> int:
-        """What also follows the end of a sequence."""
+        """The token that also fills the canvas after the end of a sequence."""
         return cfg.pad_id if cfg.eos_id is None else cfg.eos_id
 
     def count_steps(self, cache: Cache) -> int:

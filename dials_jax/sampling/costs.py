@@ -1,4 +1,4 @@
-"""What a generation cost, under any schedule."""
+"""The cost of a generation, under any schedule."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def total_cost(
     num_tokens: int,
     seconds: float,
 ) -> Flops:
-    """The three numbers; the shares are of the largest model making as many calls in full.
+    """The three numbers; shares are relative to the largest model making equally many full calls.
 
     Under a schedule without other skipping, 1 - `layers_run` is the saving p (B_H - B_L) / B_H,
     where the light model makes a share p of the calls: Sedykh (3).

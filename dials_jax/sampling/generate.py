@@ -1,4 +1,4 @@
-"""`generate`: fills in what follows prompts; nothing returns to the host before the end."""
+"""`generate`: continues prompts; nothing returns to the host before the end."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ class Generation:
       tokens_run: [nfe, L], tokens per sequence that a layer computes where it runs.
       steps: [nfe], the denoising step of each call. `Ancestral` leaves out the steps that reveal
         nothing in a sequence: with it, this only names the model's run of steps.
-      flops: the three numbers of `dials_jax.skipping.flops`; the model's share is of as many calls
-        on the whole canvas, by the largest of the models.
+      flops: the three numbers of `dials_jax.skipping.flops`; shares are relative to equally many
+        calls on the whole canvas by the largest of the models.
     """
 
     tokens: Int[np.ndarray, "B T"]
@@ -128,7 +128,7 @@ def generate(
 def account(
     tokens, record: CallRecord, roles, turns: Schedule, sampler, cache, prompts, seconds: float
 ) -> Generation:
-    """Leaves out the sequences that only fill up the batch, and counts FLOPs."""
+    """Leaves out the sequences that only pad the batch, and counts FLOPs."""
     nfe, num_sequences, (_, length) = int(record.nfe), len(prompts), tokens.shape
     require(
         nfe <= len(record.variant),

@@ -7,12 +7,12 @@
                    |     +- one forward call of a variant, then the tokens that it reveals
                    +------- the first of the cache's variants that is due
 
-A *block* of the canvas is filled before the next is begun. A *step* is one forward call of the
+A *block* of the canvas is filled before the next one starts. A *step* is one forward call of the
 model, and the tokens that the sampler reveals. What a call computes is a *variant*: all variants of
 a cache are compiled, once each, into the program, which returns to the host at its end.
 
-Where each step reveals a fixed quota (`is_fixed`), the variant of every step is known beforehand,
-and the program is nested loops of constant length (`timetable.py`). Otherwise the device looks
+Where each step reveals a fixed quota (`is_fixed`), the variant of every step is known in advance,
+and the program is nested loops of constant length (`timetable.py`). Otherwise the device checks
 before each step which variant is due, and ends when no sequence has a masked token left.
 """
 
@@ -286,8 +286,8 @@ class Loop:
     def next_step(self, tokens: Int[Array, "B T"], state: LoopState) -> tuple[Array, Array]:
         """The block and step after this one.
 
-        Stays while the block has masks and steps left; goes on to the next block that has masks.
-        Where all steps are fixed, every block takes all of its own.
+        The block stays while it has masks and steps left; then comes the next block with masks. If
+        all steps are fixed, every block takes all of its steps.
         """
         more = state.step_in_block + 1 < self.limit
         number, later = jnp.arange(self.blocks.count), state.block + 1
@@ -317,7 +317,7 @@ def too_early(
 ) -> Bool[Array, "B W"]:
     """Where ES-dLLM delays an end of text.
 
-    That is as long as the sequence has none, unless the token before it is known or in an earlier
+    It does so while the sequence has none, unless the token before it is known or in an earlier
     block.
     """
     generated = inputs.tokens[:, blocks.start :]
@@ -330,7 +330,7 @@ def too_early(
 def fill_after_eos(
     cfg: ModelConfig, tokens: Int[Array, "B T"], prompt_length: int
 ) -> Int[Array, "B T"]:
-    """Fills all that follows an end of text with it, once no token before it is masked."""
+    """Fills everything after an end of text with it, once no token before it is masked."""
     answer = tokens[:, prompt_length:]
     masked = transformer.is_masked(cfg, answer)
     known = jnp.cumsum(masked, axis=1) == 0

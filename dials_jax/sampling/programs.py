@@ -1,7 +1,7 @@
 """The compiled programs of a generation, and how models take turns in one.
 
-Under a schedule every model has one program, whichever steps it takes: it is given the state and
-the step at which the next model goes on. The state stays on the device.
+Under a schedule every model has one program for all the steps that it may take: it gets the state
+and the step at which the next model continues. The state stays on the device.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def lay_out_canvas(
 ) -> tuple[Int[Array, "B T"], Steps]:
     """Prompts, then blanks, and the steps of a model on them; three keys from each sequence's one.
 
-    Under guidance the model sees every canvas twice, with random gates of its own each time.
+    Under guidance the model sees every canvas twice, each time with other random gates.
     """
     answer = jnp.full((len(prompts), sampler.gen_length), sampler.blank_id(cfg), prompts.dtype)
     canvas = jnp.concatenate([prompts, answer], axis=1)

@@ -1,4 +1,4 @@
-"""Checks of what `generate` is asked for, before anything is compiled."""
+"""Checks of the arguments of `generate`, before anything is compiled."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def roles_of(
 ) -> dict[str, Role]:
     """Every model with its policy, by letter.
 
-    Raises: InputError for letters without a model, and for what is no model or no policy.
+    Raises: InputError for letters without a model, and for objects that are not models or policies.
     """
     several = isinstance(model, Mapping)
     require(
@@ -94,7 +94,7 @@ def check_schedule(
 
 
 def check_arguments(sampler: object, cache: object, fill_to: int) -> None:
-    """Raises: InputError for what is no sampler or cache, and for an empty batch."""
+    """Raises: InputError for objects that are not samplers or caches, and for an empty batch."""
     require(
         isinstance(sampler, Sampler) and not isinstance(sampler, type),
         f"sampler={shown(sampler)} is no sampler; give one, as Confidence(gen_length=128)",
@@ -109,10 +109,10 @@ def check_arguments(sampler: object, cache: object, fill_to: int) -> None:
 def check_empty_prompts(cfg: ModelConfig, present: Bool[np.ndarray, "B P"], cache: Cache) -> None:
     """Where logits are shifted a token is predicted by the one to its left.
 
-    Without any prompt the first token is predicted by itself, as in `Model.apply`. Beside longer
-    prompts, or in the windows of a cache, that would be padding or nothing.
+    Without any prompt the first token is predicted at its own position, as in `Model.apply`. Beside
+    longer prompts, or in the window of a cache, that position would be padding or missing.
 
-    Raises: InputError for an empty prompt there.
+    Raises: InputError for an empty prompt in these cases.
     """
     empty = np.flatnonzero(~present.any(axis=1))
     alone = present.shape[1] == 0 and isinstance(cache, NoCache)
@@ -126,7 +126,7 @@ def check_empty_prompts(cfg: ModelConfig, present: Bool[np.ndarray, "B P"], cach
 def check_prompts(
     cfg: ModelConfig, prompts: np.ndarray, valid: Bool[np.ndarray, "B P"] | None, gen_length: int
 ) -> Bool[np.ndarray, "B P"]:
-    """Refuses prompts that the sampler would silently garble; returns where they are real."""
+    """Refuses prompts that the sampler would silently corrupt; returns where they are real."""
     check_shapes(cfg, prompts.shape, valid, "prompts")
     require(len(prompts) > 0, "there are no prompts; give at least one")
     total = prompts.shape[1] + gen_length

@@ -1,4 +1,4 @@
-"""The program of a block whose steps are known beforehand, as nested loops of constant length."""
+"""The program of a block whose steps are known in advance, as nested loops of constant length."""
 
 from __future__ import annotations
 

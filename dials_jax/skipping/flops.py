@@ -1,4 +1,4 @@
-"""What a run cost, as three numbers.
+"""The cost of a run, as three numbers.
 
 `layers_run` is the papers' figure: layers run over layers. `flops_share` counts the whole model:
 the head, attention by length and what the policy computes. `seconds` is measured.
@@ -32,7 +32,7 @@ class Flops(NamedTuple):
     layers_run: float  # share of layers run
     flops_share: float  # share of the whole model's FLOPs, the policy's own included
     model_total: float  # FLOPs
-    seconds: float  # measured, compilation apart
+    seconds: float  # measured, without compilation
 
     @property
     def model(self) -> float:
@@ -67,7 +67,7 @@ class Flops(NamedTuple):
 def layer_flops(cfg: ModelConfig, num_tokens: Any, num_keys: Any = None) -> Any:
     """One layer on one sequence: projections, and attention of every token to every key.
 
-    Where the time modulates a layer, it also pays for the map from c; a constant is free.
+    If the time modulates a layer, the map from c counts too; for a constant it does not.
 
     Args:
       num_keys: None: the tokens themselves.
@@ -103,11 +103,11 @@ def count_flops(
     """The cost of model calls whose gates were `gates`.
 
     Args:
-      num_tokens: length of a sequence, with padding, for that is what the device computes.
+      num_tokens: length of a sequence, with padding, since the device computes it.
       head_tokens: positions per sequence whose logits were computed, or those of each call.
       tokens_run: tokens per sequence on which a layer ran; None: all.
       voting: tokens per sequence that the policy looked at before a layer; None: those it ran on.
-      policy: what its decisions cost is counted.
+      policy: the cost of its decisions is counted.
     """
     num_calls, num_layers, batch = np.prod(gates.shape[:-2], dtype=int), *gates.shape[-2:]
     gates = gates.reshape(num_calls, num_layers, batch)

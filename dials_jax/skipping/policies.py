@@ -33,7 +33,7 @@ class Static:
     name = "static"
     uses_keys = False
 
-    layers: Sequence[int] = static_field()  # kept as a sorted tuple, each once
+    layers: Sequence[int] = static_field()  # stored as a sorted tuple, without duplicates
 
     def __post_init__(self):
         layers = list(self.layers) if isinstance(self.layers, set | frozenset) else self.layers
@@ -64,7 +64,7 @@ class Static:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Random:
-    """Skips `num_skipped` random layers (at most all), drawn anew for every sequence and step.
+    """Skips `num_skipped` random layers (at most all), drawn again for every sequence and step.
 
     The number is an argument of compiled programs: one program serves all numbers.
     """

@@ -41,7 +41,7 @@ class RouterInfo(Typed):
 
 @runtime_checkable
 class Backbone(Protocol):
-    """What a router must know of its model."""
+    """The facts about its model that a router stores."""
 
     mesh: Mesh
     config: Any
@@ -77,16 +77,16 @@ def save_router(
 
 
 def require_replaceable(folder: Path) -> None:
-    """Raises: InputError where `save_router` would write over what it did not make.
+    """Raises: InputError if `save_router` would overwrite files that it did not make.
 
-    Its own is a router, or the arrays alone that a stopped save has left.
+    Its own are a router, or the arrays that a stopped save has left.
     """
     if not os.path.lexists(folder):
         return
     config, own = folder / "config.json", False
     if folder.is_dir() and not folder.is_symlink():
         names = [path.name for path in folder.iterdir()]
-        with contextlib.suppress(InputError):  # a config.json that says nothing
+        with contextlib.suppress(InputError):  # an unreadable config.json
             own = not names or (config.exists() and read_json(config).get("format") == FORMAT)
         own = own or all(name.startswith("params") for name in names)
     require(own, f"{folder} is no {FORMAT} and would be overwritten; move it away")
@@ -147,12 +147,12 @@ def load_router(path: str | Path, model: Backbone, threshold: float | None = Non
     except Exception as error:  # Orbax raises many kinds for damaged files
         reason = str(error).partition("\n")[0]
         raise InputError(f"router {folder} cannot be read ({reason}); {AGAIN}") from error
-    # Orbax loads a flipped bit in silence.
+    # Orbax loads a flipped bit silently.
     require(
         digests.digest_hex(routers) == info.digests,
         f"router {folder} is damaged: its arrays do not match their digests; {AGAIN}",
     )
     routers = rounded(routers, model.config.dtype)
-    # Laid out as the layers are: a slice of a stack would be copied at every layer.
+    # In the layout of the layers: a slice of a stack would be copied at every layer.
     unrolled = trees.is_unrolled(model.params["layers"])
     return Routed(trees.unstack(routers) if unrolled else routers, cfg.skip_threshold)

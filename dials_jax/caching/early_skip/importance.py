@@ -1,4 +1,4 @@
-"""How important a token is to the next step, and how many tokens go on (ES-dLLM).
+"""How important a token is to the next step, and how many tokens are kept (ES-dLLM).
 
     importance = alpha * confidence + (1 - alpha) * change
                  + 2 for the two most confident tokens, if alpha > 0
@@ -6,8 +6,8 @@
                  + 3 for the tokens that the last step revealed, if alpha < 1
 
 The confidence is that of the token last proposed at a position, and 0 where none can be revealed.
-The change is that of an indicator (a layer's output, or its queries, keys or values) since the
-cache last saw it there. The most important tokens go on through the layers.
+The change is that of an indicator (a layer's output, or its queries, keys or values) since it was
+last cached at that position. The most important tokens are kept for the next layers.
 
 Source: ES-dLLM, token importance. The constants are those of its published code.
 """
@@ -72,7 +72,7 @@ def indicator_change(
 
 
 def num_kept(proportion: float, block_length: int, num_revealed: NumTokens) -> NumTokens:
-    """How many tokens of a block go on, when the last step revealed `num_revealed`.
+    """How many tokens of a block are kept, when the last step revealed `num_revealed`.
 
     Its share of the block, or two more tokens than were revealed, but no more than the block.
     """

@@ -1,4 +1,4 @@
-"""The path of ES-dLLM's tokens through the layers: at some of them only the important go on.
+"""The path of ES-dLLM's tokens through the layers: at some layers only important ones are kept.
 
     span 0          | span 1          | span 2 ...          indicator "hidden": tokens are skipped
     all tokens      | the top half    | the top quarter     between two spans
@@ -6,7 +6,7 @@
               keep_top_tokens   keep_top_tokens
 
 With another indicator, tokens are skipped inside a layer, between its projections and its
-attention. That layer is then a span by itself.
+attention. That layer is then a separate span.
 
 An index or position is where a token runs on the canvas. In a shifted model (Dream) the token that
 it predicts lies one to the right.
@@ -34,11 +34,11 @@ Indicator = Literal["hidden", "query", "key", "value"]
 
 
 class SkipPlan(NamedTuple):
-    """What the settings of `EarlySkip` mean in one model and for one block length.
+    """The settings of `EarlySkip` for one model and one block length.
 
     Attributes:
       layers: where tokens are skipped.
-      proportions: of the block that goes on, before the first of these layers and from each on.
+      proportions: of the block that is kept, before the first of these layers and from each on.
       kept: the same in tokens, as long as no step reveals more than the sampler's quota.
     """
 
@@ -104,7 +104,7 @@ class ActiveTokens(NamedTuple):
         return ActiveTokens(h, window, masked, confidence, bonus)
 
 
-# keep(depth, tokens, change) -> which tokens of the window go on, and which of these are active.
+# keep(depth, tokens, change) -> which tokens of the window are kept, and which of these are active.
 Keep = Callable[[int, ActiveTokens, Array], tuple[Array, "Array | None"]]
 
 
@@ -139,10 +139,10 @@ def run_spans(
     output_positions: Int[Array, "R _"] | None = None,
     prompt_length: int = 0,
 ) -> tuple[ActiveTokens, Bool[Array, "L R"], EarlySkipState]:
-    """Runs all layers on a window; `keep` chooses who goes on at each layer of the plan.
+    """Runs all layers on a window; `keep` chooses the tokens to keep at each layer of the plan.
 
     Args:
-      keep: None: all tokens go on.
+      keep: None: all tokens are kept.
       output_positions: in the window, of the tokens whose outputs are asked for; None: of all.
       prompt_length: no token of the window before this one is masked, and none is skipped.
     """
@@ -208,7 +208,7 @@ def skip_tokens(
     keep: Keep | None,
     beside: PyTree = (),
 ) -> tuple[ActiveTokens, PyTree]:
-    """The tokens that go on to `depth`, and the same tokens' entries of `beside` [R, W, ...].
+    """The tokens that are kept at `depth`, and the same tokens' entries of `beside` [R, W, ...].
 
     Args:
       indicator: whose change since `seen`, on the canvas, counts in a token's importance.

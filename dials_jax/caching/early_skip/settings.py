@@ -1,8 +1,8 @@
 """ES-dLLM: early layers skip the unimportant tokens, over a cache of everything.
 
-Most steps run the block only and skip tokens on the way: behind some layers only those go on that
-are confident or have changed since the cache last saw them. Now and then a step runs the whole
-block, or the canvas up to the block's end, and brings the cache up to date.
+Most steps run only the block and skip tokens: after some layers only those are kept that are
+confident or have changed since they were last cached. From time to time a step runs the whole
+block, or the canvas up to the block's end, to refresh the cache.
 
 Source: ES-dLLM, and its published code for the constants and the schedule.
 """
@@ -32,10 +32,10 @@ class EarlySkip(Typed):
 
     Attributes:
       proportions: share of the block that runs from each depth on; the first is 1.
-      depths: as shares of the layers. Tokens are skipped behind layer ceil(depth * L).
+      depths: as shares of the layers. Tokens are skipped after layer ceil(depth * L).
       alpha: weight of confidence against change in a token's importance.
-      prompt_every: every this many tokens the canvas up to the block's end is brought up to date.
-      block_every: every this many tokens the whole block is; divides the block's length.
+      prompt_every: every this many tokens the canvas up to the block's end is refreshed.
+      block_every: every this many tokens the whole block is refreshed; divides the block's length.
       indicator: whose change is measured: a layer's output, or its queries, keys or values.
     """
 
@@ -88,7 +88,7 @@ class EarlySkip(Typed):
     # ----------------------------------------------------------------- in one model, for one block
 
     def check(self, net: CanvasModel, blocks: Blocks) -> None:
-        """Raises: InputError for what these settings do not compose with."""
+        """Raises: InputError for arguments that these settings do not compose with."""
         require(
             blocks.length % self.block_every == 0,
             f"block_every={self.block_every} must divide block_length={blocks.length}",
@@ -105,7 +105,7 @@ class EarlySkip(Typed):
         )
 
     def resolve(self, num_layers: int, blocks: Blocks) -> SkipPlan:
-        """What the settings mean in a model of `num_layers` layers."""
+        """The plan of these settings in a model of `num_layers` layers."""
         quota = np.int64(blocks.max_quota or 1)
         kept = tuple(int(num_kept(p, blocks.length, quota)) for p in self.proportions)
         layers = tuple(self.skip_layers(num_layers))

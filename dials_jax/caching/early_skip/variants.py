@@ -84,7 +84,7 @@ class EarlySkipVariants:
         return ForwardVariant(due, forward, self.work(self.net.length, self.net.prompt_length))
 
     def up_to(self, num_blocks: int, refresh_due: Due) -> ForwardVariant:
-        """Brings everything up to the block's end up to date.
+        """Refreshes everything up to the block's end.
 
         Args:
           num_blocks: the window's size, which may reach beyond the block's end.
@@ -115,7 +115,7 @@ class EarlySkipVariants:
         return ForwardVariant(at_block_start, forward, self.work(size))
 
     def block(self, due: Due) -> ForwardVariant:
-        """Brings the block up to date."""
+        """Refreshes the block."""
 
         def forward(inputs: ForwardInputs, state: EarlySkipState) -> ForwardOutputs:
             index = self.net.positions(self.first(inputs.block), self.blocks.length)
@@ -124,7 +124,7 @@ class EarlySkipVariants:
         return ForwardVariant(due, forward, self.work(self.blocks.length))
 
     def skips(self) -> list[ForwardVariant]:
-        """Runs the block and skips tokens; where any number may be revealed there are two variants.
+        """Runs the block and skips tokens; if any number may be revealed there are two variants.
 
         The first runs smaller windows, of `plan.kept` tokens. The second is due when a sequence
         revealed more tokens than that leaves room for.
@@ -172,11 +172,11 @@ class EarlySkipVariants:
         tokens: ActiveTokens,
         change: Float[Array, "R W"],
     ) -> tuple[Int[Array, "R w"], Bool[Array, "R w"] | None]:
-        """The most important tokens of the window, the first before, and which are active.
+        """The most important tokens of the window, most important first, and which are active.
 
         Args:
-          revealed: by the last step, where their number says how many tokens go on; None: the
-            plan says it.
+          revealed: tokens that the last step revealed, if their number decides how many tokens
+            are kept; None: the plan decides.
         """
         plan, length, active = self.plan, self.blocks.length, tokens.window.slots.active
         score = importance(tokens.confidence, change, tokens.bonus, plan.alpha, active)

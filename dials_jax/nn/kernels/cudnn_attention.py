@@ -14,7 +14,7 @@ from dials_jax.nn.mask import Mask
 
 
 def cudnn_fits(q: Float[Array, "B T N H"]) -> bool:
-    """Whether cuDNN's fused kernel is there, and for these queries."""
+    """Whether cuDNN's fused kernel exists here and takes these queries."""
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     return jax.default_backend() == "gpu" and half and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
 
@@ -26,10 +26,10 @@ def cudnn_refusal(q: Float[Array, "B T N H"], kv: KV, mask: Mask) -> str | None:
 
 
 def run_cudnn(q: Float[Array, "B T N H"], kv: KV, mask: Mask) -> Float[Array, "B T N H"]:
-    """Every mask goes as an array, but for the plain causal one; without a mask there is none."""
+    """Masks are passed as arrays, except the plain causal one, which has a flag."""
     num_queries, num_keys = q.shape[1], kv.k.shape[1]
     causal, attn_mask = mask.flag_and_array(num_queries, num_keys)
-    if attn_mask is not None:  # cuDNN wants the query axis spelled out
+    if attn_mask is not None:  # cuDNN needs an explicit query axis
         attn_mask = jnp.broadcast_to(attn_mask, (q.shape[0], 1, num_queries, num_keys))
     attention = partial(cudnn_attention, causal=causal)
     if splits_itself(q, kv):
@@ -40,7 +40,7 @@ def run_cudnn(q: Float[Array, "B T N H"], kv: KV, mask: Mask) -> Float[Array, "B
 def cudnn_attention(
     q: Float[Array, "B T N H"], kv: KV, attn_mask: Bool[Array, "B 1 T S"] | None, causal: bool
 ) -> Float[Array, "B T N H"]:
-    """cuDNN's kernel, where it `splits_itself` or is given what one device has."""
+    """cuDNN's kernel: split by its own rules (`splits_itself`), or called per device."""
     return jax.nn.dot_product_attention(
         q, *kv, mask=attn_mask, is_causal=causal, implementation="cudnn"
     )

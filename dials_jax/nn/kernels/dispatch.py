@@ -1,8 +1,8 @@
 """Which implementation of an operation runs: the first of its list that fits.
 
 `DIALS_KERNELS=xla` in the environment, or the argument `implementation`, forces one by its name.
-The environment may name several, separated by commas: each is forced where it is in the list, and
-where none is, the first that fits runs. It is read when a program is traced.
+The environment may name several, separated by commas: in each list the one that it has is forced;
+in a list without any of them, the first that fits runs. It is read when a program is traced.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Implementation(NamedTuple):
 
 
 def _none(*args: Any) -> None:
-    """What fits everywhere."""
+    """An implementation that always fits."""
 
 
 ATTENTION = (  # (q, kv, mask) -> values
@@ -47,7 +47,7 @@ ATTENTION = (  # (q, kv, mask) -> values
     Implementation("cudnn", cudnn_refusal, run_cudnn),
     Implementation("xla", _none, xla_attention),
 )
-SWIGLU = (  # (x, kernels, biases), either both apart or one of both side by side -> hidden units
+SWIGLU = (  # (x, kernels, biases), two kernels or both joined in one -> hidden units
     Implementation("hopper_swiglu", swiglu_refusal, run_swiglu),
     Implementation("xla", _none, xla_swiglu),
 )
@@ -64,7 +64,7 @@ def dispatch(
     """Runs the first implementation that fits the arguments, or the one that is forced.
 
     Args:
-      implementation: the name of the one to run; None: what the environment says.
+      implementation: the name of the one to run; None: chosen by the environment.
 
     Raises: InputError for an unknown name, and for one that is forced and does not fit.
     """

@@ -1,9 +1,8 @@
 """Attention of a short window's queries to many keys, by a kernel for Hopper.
 
-So few queries leave the time to memory, and the kernel does little but keep reads under way. On one
-H200, with 8 rows, 32 heads of 128 and 768 keys, it takes 27.4 us for 16 queries (cuDNN's kernel
-32.2) and 29.7 us for 64 (34.1). With padding among the keys it is 27.4 (47.6) and 29.5 (52.3).
-Only to read the keys and values takes 23.4 us at the speed of memory.
+With few queries the time is that of reading keys and values, so the kernel mainly keeps reads in
+flight. For 16 to 64 queries it takes 0.85 of the time of cuDNN's kernel, and 0.57 with padding
+among the keys (docs/results/decoding.md).
 """
 
 from __future__ import annotations
@@ -22,19 +21,19 @@ from dials_jax.nn.kv import KV
 from dials_jax.nn.mask import Mask
 
 HEAD_DIM = 128
-ROWS = 64  # queries of a tile: as many as the tensor cores multiply at a time
+ROWS = 64  # queries of a tile: as many as a tensor-core instruction takes
 TILE = 64  # keys of a tile
-SLOTS = 2  # tiles of keys, and as many of values, that are in use or under way
-PIECE = 8  # reads and writes are cut into pieces of so many tokens
+SLOTS = 2  # tiles of keys, and as many of values, in use or being loaded
+PIECE = 8  # reads and writes are cut into pieces of this many tokens
 SCALE = math.log2(math.e) / math.sqrt(HEAD_DIM)  # of scores; weights are powers of two
-MASKED = -1e30  # finite: a row without a valid key gets a mean of some values, and not nan
+MASKED = -1e30  # finite: a sequence without a valid key gets a mean of some values and not NaN
 
 # The weighted values so far, the maximum of the scores, and the sum of the weights.
 State = tuple[Float[Array, "R H"], Float[Array, "R"], Float[Array, "R"]]
 
 
 def window_fits(q: Float[Array, "B T N H"], kv: KV) -> bool:
-    """Whether the kernel takes these shapes and types. It says nothing of the device."""
+    """Whether the kernel takes these shapes and types, on whatever device."""
     (_, num_queries, num_heads, head_dim), (_, num_keys, num_kv_heads, _) = q.shape, kv.k.shape
     return (
         all(x.dtype == jnp.bfloat16 for x in (q, *kv))
@@ -64,7 +63,7 @@ def run_window(q: Float[Array, "B T N H"], kv: KV, mask: Mask) -> Float[Array, "
     return attention_per_device(window_attention, q, kv, mask.valid)
 
 
-@partial(jax.jit, static_argnames="interpret")  # lowered once for all layers, not once a layer
+@partial(jax.jit, static_argnames="interpret")  # lowered once for all layers, not once per layer
 def window_attention(
     q: Float[Array, "B T N H"], kv: KV, valid: Bool[Array, "B S"] | None, interpret: bool = False
 ) -> Float[Array, "B T N H"]:
@@ -73,8 +72,8 @@ def window_attention(
     Args:
       interpret: run the kernel step by step, where there is no Hopper.
 
-    It takes the rows and heads of one device, and has no gradient. A row without a valid key gets
-    a mean of some values.
+    It takes the sequences and heads of one device and has no gradient. A sequence without a valid
+    key gets a mean of some values.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -85,18 +84,21 @@ def window_attention(
     slots = plgpu.SMEM((SLOTS, TILE, HEAD_DIM), q.dtype, transforms=transforms)
     full = plgpu.Barrier(num_barriers=SLOTS)
 
-    def window_attention_kernel(*refs):  # by this name profiles know it
+    def window_attention_kernel(*refs):  # the name in profiles
         _kernel(*refs, interpret=interpret)
 
     kernel = plgpu.kernel(
         window_attention_kernel,
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
         scratch_types=[queries, plgpu.Barrier(num_arrivals=pack), slots, full, slots, full],
-        # A block is 128 threads, which issue their own reads. So two blocks share a processor, and
-        # one computes while the other waits. With 128 more for the reads they would not: each
-        # thread may take 255 of the processor's 65,536 registers.
+        # A block is 128 threads, which issue their own reads. So two blocks share a multiprocessor,
+        # and one computes while the other waits. With 128 more threads for the reads they would not
+        # fit: each thread may take 255 of the 65,536 registers.
         grid=(num_rows, num_kv_heads * num_parts),
-        grid_names=("row", "heads"),  # the last runs fastest: neighbours read what lies together
+        grid_names=(
+            "row",
+            "heads",
+        ),  # the last varies fastest, so that neighbours read adjacent memory
         # No sum crosses warps, so no shared memory is set aside for that.
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
@@ -107,7 +109,7 @@ def window_attention(
 
 
 def _bias(valid: Bool[Array, "B S"]) -> Float[Array, "B _"]:
-    """What is added to scores. It masks the rest of the last tile of keys as well."""
+    """The bias that is added to scores. It also masks the rest of the last tile of keys."""
     bias = jnp.where(valid, jnp.float32(0), jnp.float32(MASKED))
     return jnp.pad(bias, ((0, 0), (0, -valid.shape[1] % TILE)), constant_values=MASKED)
 
@@ -115,7 +117,7 @@ def _bias(valid: Bool[Array, "B S"]) -> Float[Array, "B _"]:
 def _packing(num_queries: int, group: int) -> tuple[int, int]:
     """Of a group of heads, how many share a tile of queries, and how many tiles that makes.
 
-    The heads of a group have the same keys, which a tile for each would read again.
+    The heads of a group share their keys, so sharing a tile avoids reading them again.
     """
     pack = min(group, ROWS // num_queries)
     return pack, -(-group // pack)
@@ -126,7 +128,7 @@ class _Stream(NamedTuple):
 
     source: Any  # [S, H]
     slots: Any  # [SLOTS, TILE, H], in shared memory
-    full: Any  # barriers, [SLOTS]: the tile is there
+    full: Any  # barriers, [SLOTS]: the tile has arrived
 
     @property
     def num_tiles(self) -> int:
@@ -144,7 +146,7 @@ class _Stream(NamedTuple):
             plgpu.copy_gmem_to_smem(source, self.slots.at[slot], self.full.at[slot])
 
     def wait(self, tile: Int[Array, ""]) -> Any:
-        """The slot of a tile, once the tile is there."""
+        """The slot of a tile, once the tile has arrived."""
         from jax.experimental.pallas import mosaic_gpu as plgpu
 
         slot = lax.rem(tile, jnp.int32(SLOTS))
@@ -153,7 +155,7 @@ class _Stream(NamedTuple):
 
 
 def _kernel(q, k, v, *rest, interpret: bool) -> None:
-    """What one block does: the heads of a row that share a tile of queries."""
+    """The work of one block: the heads of a sequence that share a tile of queries."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     *bias, out, queries, queries_full, k_slots, k_full, v_slots, v_full = rest
@@ -163,7 +165,7 @@ def _kernel(q, k, v, *rest, interpret: bool) -> None:
     values = _Stream(v.at[row, :, kv_head], v_slots, v_full)
     pieces = [queries.at[i * q.shape[1] : (i + 1) * q.shape[1]] for i in range(len(heads))]
 
-    keys.fetch(0)  # the first scores take these and the queries, so they go ahead
+    keys.fetch(0)  # needed first, together with the queries
     for head, piece in zip(heads, pieces, strict=True):
         plgpu.copy_gmem_to_smem(q.at[row, :, head], piece, queries_full)
     values.fetch(0)
@@ -182,12 +184,12 @@ def _kernel(q, k, v, *rest, interpret: bool) -> None:
 
 
 def _place(q, k) -> tuple[Int[Array, ""], Int[Array, ""], list[Int[Array, ""]]]:
-    """The block's row, its head of keys, and its heads of queries."""
+    """The block's sequence, its head of keys, and its heads of queries."""
     group = q.shape[2] // k.shape[2]
     pack, num_parts = _packing(q.shape[1], group)
     block = lax.axis_index("heads")
     kv_head, part = lax.div(block, jnp.int32(num_parts)), lax.rem(block, jnp.int32(num_parts))
-    # A group's last tile starts early, to be full: two blocks may write one head, and the same.
+    # A group's last tile starts early, to be full: two blocks may write the same values of a head.
     head = kv_head * group + jnp.minimum(part * pack, group - pack)
     return lax.axis_index("row"), kv_head, [head + i for i in range(pack)]
 
@@ -209,26 +211,26 @@ def _step(
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     acc, top, total = state
-    if bias is not None:  # into registers, while the keys are under way
+    if bias is not None:  # into registers, while the keys are loaded
         layout = plgpu.Layout.WGMMA.reduce(0)
         bias = plgpu.load(bias.at[pl.ds(tile * TILE, TILE)], layout=layout, optimized=False)
     scores = _product(queries, keys.wait(tile).transpose((1, 0)))
-    keys.fetch(tile + SLOTS)  # as soon as the slot is free, for memory should never idle
+    keys.fetch(tile + SLOTS)  # as soon as the slot is free, so that memory never idles
     weights, fading, top, total = _softmax(scores, bias, top, total)
     slot = values.wait(tile)
-    if interpret:  # there a product takes no operand from registers
+    if interpret:  # there a matmul takes no operand from registers
         new = jnp.dot(weights, slot[...], preferred_element_type=jnp.float32)
         plgpu.commit_smem()  # else the next read looks like a race
     else:
         new = _product(weights, slot)
     values.fetch(tile + SLOTS)
-    # Not into `acc`, for then the product would wait until that has faded. To fade and to add is
-    # one instruction, so the sum costs nothing.
+    # Not into `acc`, because the matmul would then wait until that is rescaled. To rescale and to
+    # add is one instruction, so the sum is free.
     return acc * _across(fading, acc) + new, top, total
 
 
 def _product(a, b) -> Float[Array, "R C"]:
-    """By the tensor cores, in an accumulator of its own."""
+    """A matmul on the tensor cores, with its own accumulator."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -242,7 +244,7 @@ def _product(a, b) -> Float[Array, "R C"]:
 def _softmax(
     scores: Float[Array, "R S"], bias: Float[Array, "S"] | None, top: Array, total: Array
 ) -> tuple[Float[Array, "R S"], Float[Array, "R"], Float[Array, "R"], Float[Array, "R"]]:
-    """The weights of a tile's keys, how much the earlier ones fade, and the new top and total."""
+    """The weights of a tile's keys, the factor for earlier ones, and the new maximum and sum."""
     if bias is None:
         new_top = jnp.maximum(top, scores.max(axis=1) * SCALE)
         weights = jnp.exp2(scores * SCALE - _across(new_top, scores))
@@ -252,7 +254,7 @@ def _softmax(
         weights = jnp.exp2(scores - _across(new_top, scores))
     fading = jnp.exp2(top - new_top)
     total = total * fading + weights.sum(axis=1)
-    # All this is done before the wait for the values, and not put off until after it.
+    # Keeps the compiler from moving all this behind the wait for the values.
     total, new_top, half = lax.optimization_barrier((total, new_top, weights.astype(jnp.bfloat16)))
     return half, fading, new_top, total
 

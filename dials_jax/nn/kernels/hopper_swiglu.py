@@ -1,12 +1,11 @@
 """silu(x W_gate) * (x W_up) as one kernel, for Hopper GPUs.
 
-XLA writes both products to memory and reads them again to combine them. Here they stay in
-registers. At LLaDA-8B's sizes (D 4096, F 12288), on one H200 at its power limit, 6,144 tokens take
-1,837 us (XLA's product followed by silu and product 1,934), 512 take 164 (177), 128 take 62 (64).
+XLA writes both matmuls' results to memory and reads them again to combine them. Here they stay in
+registers: 3 to 7 % faster at LLaDA-8B's sizes (docs/results/decoding.md).
 
 Every multiprocessor (SM) runs one program (CTA), which makes tile after tile of the result. Two of
-its warpgroups multiply, each half of a tile's rows. A third loads what they need and runs ahead,
-into the next tile as well, so that the end of one tile overlaps the loads of the next.
+its warpgroups multiply, each half of a tile's rows. A third loads their operands in advance, also
+for the next tile, so that the end of one tile overlaps the loads of the next.
 """
 
 from __future__ import annotations
@@ -24,16 +23,16 @@ from jaxtyping import Array, Float
 from dials_jax.nn.kernels.per_device import on_hopper, rows_per_device, splits
 from dials_jax.nn.linear import Weight, array_of
 
-TILE_M, TILE_F, TILE_K = 128, 128, 64  # rows, columns of either product, depth of a step
+TILE_M, TILE_F, TILE_K = 128, 128, 64  # rows, columns of either matmul, depth of a step
 STAGES = 4  # steps that are loaded at a time: 48 KiB each, of an SM's 227
 MULTIPLIERS = 2  # warpgroups; the one after them loads
 ROWS = TILE_M // MULTIPLIERS  # of a tile, for each of them
-PIECE = 64  # columns that are written at a time
+PIECE = 64  # columns written at a time
 SNAKE = 16  # tiles down, then one across: those made at a time share operands in the L2 cache
-# A thread's. Two float32 products take 128; 40 + 2 * 232 is within the 512 that three may share.
+# Per thread. Two float32 accumulators take 128; 40 + 2 * 232 is within the 512 for all three.
 LOADER_REGISTERS, MULTIPLIER_REGISTERS = 40, 232
 HOPPER_SMS = 132
-FULLNESS = 0.88  # of the rounds of tiles; at 0.87 (768 tokens of LLaDA-8B) it is no quicker
+FULLNESS = 0.88  # of the rounds of tiles; at 0.87 (768 tokens of LLaDA-8B) the kernel is not faster
 
 
 class Program(NamedTuple):
@@ -44,7 +43,7 @@ class Program(NamedTuple):
     out: Any
     x_slots: Any
     gate_up_slots: Any
-    places: Any  # of results on their way to `out`: two for each warpgroup
+    places: Any  # buffers of results before `out`: two for each warpgroup
     full: Any  # barriers of the slots: all loads have arrived
     free: Any  # the same: both warpgroups have read it
 
@@ -53,7 +52,7 @@ class Program(NamedTuple):
 
 
 def swiglu_fits(x: Float[Array, "*B D"], gate_up: Float[Array, "D _"]) -> bool:
-    """Whether the kernel is for these shapes and types. Which device it is, the caller knows."""
+    """Whether the kernel takes these shapes and types, on whatever device."""
     sizes = math.prod(x.shape[:-1]), gate_up.shape[1], x.shape[-1]
     units = TILE_M, 2 * TILE_F, TILE_K
     whole_tiles = all(n > 0 and n % unit == 0 for n, unit in zip(sizes, units, strict=True))
@@ -61,10 +60,10 @@ def swiglu_fits(x: Float[Array, "*B D"], gate_up: Float[Array, "D _"]) -> bool:
 
 
 def swiglu_pays(x: Float[Array, "*B D"], gate_up: Float[Array, "D _"]) -> bool:
-    """Whether the kernel is quicker than XLA, for shapes that fit.
+    """Whether the kernel is faster than XLA, for shapes that fit.
 
-    Tiles are made in rounds of one for each SM. A round that is not full takes as long as one that
-    is, unless it is the only one: then the weights are what takes time.
+    Tiles are made in rounds of one per SM. A partial round takes as long as a full one, unless it
+    is the only one: then reading the weights takes most of the time.
     """
     num_rows = math.prod(x.shape[:-1])
     num_tiles, num_sms = num_rows // TILE_M * (gate_up.shape[1] // 2 // TILE_F), _num_sms()
@@ -98,7 +97,7 @@ def run_swiglu(
 
 
 def plain(x: Float[Array, "*B D"], gate_up: Float[Array, "D _"]) -> Float[Array, "*B F"]:
-    """The same by XLA, with every result rounded."""
+    """The same by XLA, with every intermediate result rounded."""
     gate, up = jnp.split(x @ gate_up, 2, axis=-1)
     return jax.nn.silu(gate) * up
 
@@ -108,7 +107,7 @@ def swiglu(x: Float[Array, "*B D"], gate_up: Float[Array, "D _"]) -> Float[Array
     """silu(x @ gate) * (x @ up) for the two side by side: in float32, rounded once.
 
     The gradient is that of `plain`. The compiler cannot split a kernel over devices: the caller
-    splits the rows, in a `shard_map` with `check_vma=False`.
+    splits the tokens, in a `shard_map` with `check_vma=False`.
 
     Raises: ValueError unless `swiglu_fits`.
     """
@@ -123,7 +122,7 @@ swiglu.defvjp(
 )
 
 
-@jax.jit  # lowered once for all layers, not once a layer
+@jax.jit  # lowered once for all layers, not once per layer
 def _of_rows(x: Float[Array, "R D"], gate_up: Float[Array, "D _"]) -> Float[Array, "R F"]:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -132,7 +131,7 @@ def _of_rows(x: Float[Array, "R D"], gate_up: Float[Array, "D _"]) -> Float[Arra
     return plgpu.kernel(
         _swiglu_kernel,
         out_type=jax.ShapeDtypeStruct((num_rows, num_columns), x.dtype),
-        # Never more programs than tiles: one without any would wait for reads that nobody does.
+        # Never more programs than tiles: one without a tile would wait for loads that never come.
         grid=(min(_num_sms(), num_tiles),),
         grid_names=("program",),
         num_threads=MULTIPLIERS + 1,
@@ -144,7 +143,7 @@ def _of_rows(x: Float[Array, "R D"], gate_up: Float[Array, "D _"]) -> Float[Arra
 
 
 def _num_sms() -> int:
-    """Read off the mesh, for a program may be compiled for devices that are not here."""
+    """From the mesh, since a program may be compiled for devices of another machine."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is not None:
         return device.num_cores or HOPPER_SMS
@@ -160,7 +159,7 @@ def _swiglu_kernel(x, gate_up, out):
         pl.when(warpgroup == MULTIPLIERS)(partial(_load, program))
         pl.when(warpgroup != MULTIPLIERS)(partial(_multiply, program, warpgroup))
 
-    # As the tensor cores read operands: 8 x 64 values together, swizzled over 128 bytes.
+    # The layout that tensor cores read: 8 x 64 values together, swizzled over 128 bytes.
     layout = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     memory = partial(plgpu.SMEM, dtype=x.dtype, transforms=layout)
     num_slots = min(STAGES, x.shape[1] // TILE_K)
@@ -178,8 +177,8 @@ def _swiglu_kernel(x, gate_up, out):
 def _for_each_tile(program: Program, body: Callable[[Array, Array, Array, int], None]):
     """Calls `body` with each tile's first step, row and column, and its number of steps.
 
-    Steps are counted on across the program's tiles: slots are used in turn without a break, while
-    the loader may be a tile ahead of the others.
+    Steps are numbered across the program's tiles: slots are used in turn without a break, and the
+    loader may be a tile ahead of the others.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -215,7 +214,7 @@ def _load(program: Program):
         lax.fori_loop(0, num_steps, load, None)
 
     _for_each_tile(program, tile)
-    # Nothing has waited for the last reads: no barrier may end with an arrival that was not seen.
+    # Nothing has waited for the last loads: no barrier may end with an arrival not awaited.
     pl.loop(0, num_slots)(lambda slot: plgpu.barrier_wait(program.free.at[slot]))
 
 
@@ -239,7 +238,7 @@ def _multiply(program: Program, warpgroup: Array):
 
 
 def _accumulate(program: Program, gate, up, rows, first: Array, num_steps: int):
-    """Adds up all steps of a tile. A step's products run while the next ones are issued."""
+    """Adds up all steps of a tile. A step's matmuls run while the next ones are issued."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     def multiply(step):
@@ -262,14 +261,14 @@ def _accumulate(program: Program, gate, up, rows, first: Array, num_steps: int):
 
 
 def _write(program: Program, gate: Array, up: Array, target, warpgroup: Array):
-    """Combines the products and sends them to memory, through two places in turn."""
+    """Combines both matmuls and copies the result to memory, through two buffers in turn."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     for i in range(TILE_F // PIECE):
         columns, place = slice(i * PIECE, (i + 1) * PIECE), program.places.at[warpgroup, i % 2]
         g = gate[:, columns]
         y = (g * lax.logistic(g) * up[:, columns]).astype(target.dtype)
-        plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # only the other place may be in use
+        plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # only the other buffer may be in use
         place[...] = y
         plgpu.commit_smem()  # makes it visible to the copy
         plgpu.copy_smem_to_gmem(place, target.at[:, columns])

@@ -1,4 +1,4 @@
-"""Where hand-written kernels run, and how on a mesh: the compiler cannot split one over devices."""
+"""Where hand-written kernels run, and how on a mesh: the compiler cannot split them itself."""
 
 from __future__ import annotations
 
@@ -17,39 +17,39 @@ from dials_jax.sharding import AXES, BATCH_AXES
 
 @lru_cache
 def on_hopper() -> bool:
-    """Whether this process computes on Hopper GPUs, with a JAX that knows all the kernels use."""
+    """Whether this process computes on Hopper GPUs, with a JAX that has all that kernels need."""
     if jax.default_backend() != "gpu" or jax.__version_info__ < (0, 11):
         return False
     return all(device.compute_capability == "9.0" for device in jax.local_devices())
 
 
 def free_axes() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The axes that split rows, and heads: those that no `shard_map` around has split already."""
+    """The axes for sequences and heads that no enclosing `shard_map` has split already."""
     mesh = jax.sharding.get_abstract_mesh()
     free = [] if mesh.empty else [a for a in AXES if a not in mesh.manual_axes]
     return tuple(a for a in free if a in BATCH_AXES), tuple(a for a in free if a not in BATCH_AXES)
 
 
 def splits() -> tuple[int, int]:
-    """Over how many devices rows, and heads, are yet to be split."""
+    """Over how many devices sequences and heads are still to be split."""
     mesh = jax.sharding.get_abstract_mesh()
     rows, heads = (math.prod(mesh.shape[a] for a in axes) for axes in free_axes())
     return rows, heads
 
 
 def divides(q: Float[Array, "B T N H"], kv: KV) -> bool:
-    """Whether every device gets equally many rows, and whole groups of heads."""
+    """Whether every device gets equally many sequences, and whole groups of heads."""
     rows, heads = splits()
     return q.shape[0] % rows == kv.k.shape[2] % heads == 0
 
 
 def splits_itself(q: Float[Array, "B T N H"], kv: KV) -> bool:
-    """Whether a call with its own rules for splitting (`custom_partitioning`) may stand here.
+    """Whether a call with its own partitioning rules (`custom_partitioning`) compiles here.
 
-    Where a `shard_map` around has split some axes of the mesh and left others, such a call does not
-    compile: JAX gives the compiler the axes that are left, and those of size 1 have no names by
-    then. And cuDNN's rules want keys and values split as queries are, which heads in groups that
-    do not divide are not. There, `attention_per_device` leaves nothing to split.
+    Inside a `shard_map` over some axes of the mesh it does not: JAX passes the other axes to the
+    compiler, and those of size 1 have lost their names. And cuDNN's rules split keys and values as
+    queries, which is impossible for grouped heads that do not divide. In both cases
+    `attention_per_device` leaves nothing to partition.
     """
     mesh = jax.sharding.get_abstract_mesh()
     partly_manual = not mesh.empty and 0 < len(mesh.manual_axes) < len(mesh.axis_names)
@@ -62,7 +62,7 @@ def attention_per_device(
     kv: KV,
     mask: Bool[Array, "B *_"] | None,
 ) -> Float[Array, "B T N H"]:
-    """Each device attends in its own rows and heads; in all of those that do not divide evenly."""
+    """Each device attends in its sequences and heads; in all of them if they do not divide."""
     (row_axes, head_axes), (num_rows, num_heads) = free_axes(), splits()
     rows = row_axes if q.shape[0] % num_rows == 0 else None
     heads = head_axes if kv.k.shape[2] % num_heads == 0 else None
@@ -73,7 +73,7 @@ def attention_per_device(
 def rows_per_device(
     fn: Callable[[Array, Array], Array], x: Float[Array, "B *T D"], weights: Float[Array, "..."]
 ) -> Float[Array, "B *T F"]:
-    """Each device computes its own rows, with all of the weights."""
+    """Each device computes its own tokens, with all of the weights."""
     rows = P(free_axes()[0])
     return _per_device(fn, (x, weights), (rows, P()), rows)
 

@@ -26,14 +26,13 @@ def sharded_lookup(
 ) -> Float[Array, "B T D"]:
     """`table[tokens]`, rounded to `dtype`, for a table that the mesh splits.
 
-    The compiler by itself gathers on every device either the hidden states of the whole batch, with
-    gradients in float32, or the whole table, whatever is smaller. Here nothing grows with the
-    number of devices: the tokens of an `fsdp` group, which are small, come together on each of its
-    devices. Each looks up its share of the hidden units, and the devices then exchange rows for
-    hidden units. Along `tensor`, each device knows a part of the vocabulary, and one has the row.
+    XLA would all-gather either the hidden states of the batch or the table. Here the devices of an
+    `fsdp` group all-gather their token ids, which are small. Each looks up its slice of the hidden
+    units; an all-to-all then exchanges hidden units against sequences, and a psum runs over
+    `tensor`, where exactly one device holds each id. Nothing grows with the number of devices.
 
-    Looked up first and rounded after: half of all training tokens are [MASK], and their gradients
-    are summed into one row. In bfloat16 that sum is both wrong and, by contended atomics, slow.
+    Rows are rounded after the lookup: half of all training tokens are [MASK], and their gradients
+    are summed into one row. In bfloat16 that sum is inexact, and slow by contended atomics.
     """
     mesh = jax.sharding.get_abstract_mesh()
     vocabulary, hidden = spec = partition_spec("embed/table", table.shape, mesh)
@@ -53,7 +52,7 @@ def sharded_lookup(
 
 
 def _rows(table: Array, tokens: Array, vocabulary: str | None) -> Array:
-    """The rows that are here, and zeros for others."""
+    """The rows that this device holds, and zeros for others."""
     if not vocabulary:
         return table[tokens]
     here = tokens - lax.axis_index(vocabulary) * table.shape[0]

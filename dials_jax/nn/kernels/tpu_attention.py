@@ -1,4 +1,4 @@
-"""Attention on TPU by JAX's splash kernel: long rows never hold all scores at once."""
+"""Attention on TPU by JAX's splash kernel, which never holds all scores of a long sequence."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from dials_jax.nn.kv import KV
 from dials_jax.nn.mask import Mask
 
 BLOCKS = 512, 256, 128  # queries and keys at a time: the most that divide the length
-SHORTEST = 1024  # keys; the scores of fewer are small
+SHORTEST = 1024  # keys; fewer have few scores
 
 
 def splash_fits(q: Float[Array, "B T N H"], kv: KV) -> bool:
-    """Whether the kernel is for these shapes, and the mesh in context is of TPUs.
+    """Whether the kernel takes these shapes, and the mesh in context is of TPUs.
 
-    float32 goes another way, for the kernel multiplies in bfloat16.
+    float32 is refused, because the kernel multiplies in bfloat16.
     """
     num_queries, num_keys = q.shape[1], kv.k.shape[1]
     whole_blocks = num_queries % BLOCKS[-1] == num_keys % BLOCKS[-1] == 0
@@ -45,7 +45,7 @@ def run_splash(q: Float[Array, "B T N H"], kv: KV, mask: Mask) -> Float[Array, "
 
 
 def _on_tpu() -> bool:
-    """Read off the mesh, for a program may be compiled for devices that are not here."""
+    """From the mesh, since a program may be compiled for devices of another machine."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device is not None and device.platform == "tpu"
 
@@ -60,7 +60,7 @@ def splash_attention(
     """As `attend`, for shapes that `splash_fits`.
 
     Args:
-      interpret: run the kernel step by step, where there is no TPU.
+      interpret: run the kernel step by step, without a TPU.
 
     A query that sees no key gets a mean of some values.
     """
@@ -93,7 +93,7 @@ def _local(
         interpret=interpret,
     )
     segments = None
-    if valid is not None:  # a query sees the keys of its own segment
+    if valid is not None:  # a query attends to the keys of its segment
         ones = jnp.ones((q.shape[0], num_queries), jnp.int32)
         segments = kernels.SegmentIds(ones, valid.astype(jnp.int32))
     by_head = [jnp.swapaxes(x, 1, 2) for x in (q / math.sqrt(q.shape[-1]), kv.k, kv.v)]
