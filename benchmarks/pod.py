@@ -5,7 +5,7 @@ python -m benchmarks.pod --config configs/llada/router_gsm8k.py --topology v5e:4
     --backbone llada_8b --length 1024 --mesh.data 1 --mesh.fsdp 16
 
 Fields of the configuration are options, as in train.py. Nothing runs and no data or weights are
-read; the compiler of the `tpu` extra (libtpu) says what the step takes. Topologies are named as in
+read; the compiler of the `tpu` extra (libtpu) tells what the step needs. Topologies are named as in
 v5e:16x16, v5p:4x4x4 or v6e:16x16; --slices takes several of one.
 """
 
@@ -44,7 +44,7 @@ COLUMNS = {
     "batch": ">5d", "length": ">6d", "microbatches": ">12d", "kept_gb": ">7.2f",
     "peak_gb": ">7.2f", "chip_gb": ">7d", "largest_collective_gb": ">21.2f", "compile_s": ">9.1f",
 }  # fmt: skip
-# Memory of a chip (Google Cloud's TPU documentation); the compiler keeps a part of it.
+# Memory of a chip (Google Cloud's TPU documentation); the compiler reserves a part of it.
 CHIP_GB = {"TPU v5 lite": 16, "TPU v5": 95, "TPU v6 lite": 32}
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 OUT_OF_MEMORY = r"Ran out of memory.*?([\d.]+)G.*?([\d.]+)G"
@@ -52,7 +52,7 @@ COLLECTIVES = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permut
 
 
 class Footprint(NamedTuple):
-    """What a step takes on one device, in bytes."""
+    """The memory of a step on one device, in bytes."""
 
     kept: int  # between steps: parameters, optimiser, average
     peak: int
@@ -71,7 +71,7 @@ def footprint(
     kept, peak = memory_of(compiled)
     try:
         program = compiled.as_text()
-    except jax.errors.JaxRuntimeError:  # libtpu may be newer than what reads its programs
+    except jax.errors.JaxRuntimeError:  # libtpu may be newer than JAX
         return Footprint(kept, peak, None)
     return Footprint(kept, peak, largest_collective(program))
 
@@ -136,7 +136,7 @@ def memory_of(compiled: jax.stages.Compiled) -> tuple[int, int]:
 
 
 def missing_memory(error: jax.errors.JaxRuntimeError) -> str:
-    """What a program needs that does not fit, in words.
+    """Describes the memory of a program that does not fit.
 
     Raises: the error, if it is about something else.
     """
@@ -147,7 +147,7 @@ def missing_memory(error: jax.errors.JaxRuntimeError) -> str:
 
 
 def devices_of(topology: str, num_slices: int = 1) -> list[Any]:
-    """The chips of pods that exist for the compiler only.
+    """The chips of pods, which exist only for the compiler.
 
     Raises: InputError without the compiler, or for a name that it does not know.
     """
@@ -157,7 +157,7 @@ def devices_of(topology: str, num_slices: int = 1) -> list[Any]:
     )
     from jax.experimental import topologies
 
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # this need not be a machine with a TPU
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # also on machines without a TPU
     several = {"num_slices": num_slices} if num_slices > 1 else {}
     try:
         return list(topologies.get_topology_desc(topology, platform="tpu", **several).devices)
@@ -171,9 +171,11 @@ def devices_of(topology: str, num_slices: int = 1) -> list[Any]:
 
 
 def compile_only() -> None:
-    """For a process whose programs run nowhere."""
-    jax.config.update("jax_platforms", "cpu")  # the chips are the compiler's
-    jax.config.update("jax_enable_compilation_cache", False)  # it can keep but not load these
+    """Settings of a process that compiles programs but runs none."""
+    jax.config.update("jax_platforms", "cpu")  # the chips belong to the compiler
+    jax.config.update(
+        "jax_enable_compilation_cache", False
+    )  # it can store but not load these programs
 
 
 def run(options: argparse.Namespace, fields: list[str]) -> None:
@@ -223,7 +225,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--config", required=True, help="a configuration of train.py")
     parser.add_argument("--topology", nargs="+", default=["v5e:4x4"], help="pods to compile for")
     parser.add_argument("--slices", type=int, default=1, help="as many pods, which data spans")
-    parser.add_argument("--length", type=int, help="tokens of a row, where the data has none")
+    parser.add_argument(
+        "--length", type=int, help="tokens per sequence, if the data has no fixed length"
+    )
     parser.add_argument("--model", help="train this shape instead, from scratch: llada_8b")
     parser.add_argument("--backbone", help="the model whose routers are trained: llada_8b")
     parser.add_argument("--out", metavar="FILE", help="write the figures as JSON")

@@ -4,7 +4,7 @@ Random tokens and random weights, made on the device, in the loop's own step: lo
 AdamW and the moving average. Steps are started one after another, as in training, and the clock
 stops when the last of them is done.
 
-`compile_s` is short for a program that an earlier run has left in JAX's compilation cache;
+`compile_s` is short for a program that is in JAX's compilation cache already;
 JAX_ENABLE_COMPILATION_CACHE=false compiles all of them.
 """
 
@@ -57,7 +57,7 @@ MODELS = {
 
 
 def random_batch(cfg: ModelConfig, batch: int, length: int, seed: int = 0) -> Batch:
-    """Whole rows of tokens below [MASK]."""
+    """Whole sequences of tokens below [MASK]."""
     shape, rng = (batch, length), np.random.default_rng(seed)
     tokens = rng.integers(0, (cfg.mask_id or cfg.vocab_size) - 1, shape, dtype=np.int32)
     return Batch(tokens, np.ones(shape, bool), None, np.arange(batch, dtype=np.int32))
@@ -103,7 +103,7 @@ class Case:
         self.compile_seconds = time.perf_counter() - start
 
     def seconds(self, steps: int) -> float:
-        """Of one step, with the others waiting behind it."""
+        """Seconds of one step, with the others queued behind it."""
         jax.block_until_ready(self._state)
         start = time.perf_counter()
         for _ in range(steps):
@@ -157,8 +157,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", default="mdlm", help=f"one of {', '.join(MODELS)}")
     parser.add_argument("--blocks", type=int, nargs="+", default=[12])
     parser.add_argument("--objective", default="mdlm", choices=["llada", "mdlm", "causal"])
-    parser.add_argument("--batch", type=int, default=32, help="rows a step, over all devices")
-    parser.add_argument("--length", type=int, default=1024, help="tokens of a row")
+    parser.add_argument(
+        "--batch", type=int, default=32, help="sequences per step, over all devices"
+    )
+    parser.add_argument("--length", type=int, default=1024, help="tokens per sequence")
     parser.add_argument("--microbatches", type=int, default=1)
     parser.add_argument("--remat", action="store_true", help="recompute blocks: less memory")
     parser.add_argument("--dropout", type=float, default=0.0, help="published MDLMs: 0.1")

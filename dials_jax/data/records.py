@@ -124,7 +124,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     raise InputError(f"a line of more than {size}; write such a text to a .txt")
                 if line.strip():
                     record = json.loads(line.removeprefix(BOM_UTF8).decode())
-                    require(isinstance(record, dict), "expected one JSON object a line")
+                    require(isinstance(record, dict), "expected one JSON object per line")
                     yield line_number, record
     # InputError and JSONDecodeError are ValueErrors too, but the consumer's own errors never
     # arrive here: a generator sees only what its own body raises.
