@@ -1,4 +1,4 @@
-"""What `train.py` and `eval.py` share: the command line and one-line errors."""
+"""The command line of `train.py` and `eval.py`, and errors in one line."""
 
 from __future__ import annotations
 
@@ -76,12 +76,12 @@ def parse(
 def _join() -> None:
     try:
         jax.distributed.initialize()
-    except ValueError as error:  # nothing says where the others are
+    except ValueError as error:  # nothing names the other hosts
         raise InputError(
             f"--distributed finds no other hosts ({error}); leave it out on a single one, or start "
             "the command on every host of a pod"
         ) from error
-    obey_sigterm()  # JAX sets a handler of its own, which nothing here looks at
+    obey_sigterm()  # JAX sets its own handler, which nothing here uses
 
 
 def load_config(path: str, config_class: type[C] | UnionType) -> C:
@@ -114,7 +114,7 @@ def _line(file: str, error: BaseException, make: Any) -> str:
         return f", line {error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == file]
-    if not lines and inspect.isfunction(make):  # it wants an argument
+    if not lines and inspect.isfunction(make):  # it needs an argument
         lines = [make.__code__.co_firstlineno]
     return f", line {lines[-1]}" if lines else ""
 
@@ -132,7 +132,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _field_hint(message: str) -> str:
-    """What to do about a field that a class of `dials_jax.config` does not have, or misses."""
+    """The remedy for a field that a class of `dials_jax.config` does not have, or lacks."""
     match = re.match(r"(\w+)\.__init__\(\) (?:.*unexpected.*'(\w+)'|missing)", message)
     config_class = match and getattr(dials_jax.config, match[1], None)
     if not config_class:
@@ -183,7 +183,7 @@ def _require_current_name(config: Any, argument: str) -> None:
 
 
 def _unframed(message: str) -> str:
-    """One line of what tyro frames, with or without Unicode: a title, the message, a hint."""
+    """One line from tyro's framed error, with or without Unicode: a title, the message, a hint."""
     words = " ".join(re.sub("[│╭╮╰╯]", " ", message).split())
     title, *blocks = re.split(r" ?[─-]{3,} ?", words)
     close = re.search(r"Perhaps you meant: (--[\w.-]+)", words)
@@ -192,10 +192,10 @@ def _unframed(message: str) -> str:
 
 
 def keep_programs() -> None:
-    """Keeps on disk what takes a second or more to compile, for the next run of the same program.
+    """Stores programs that take a second or more to compile on disk, for the next run.
 
-    Call it before anything is compiled. The variables of JAX win: JAX_COMPILATION_CACHE_DIR names
-    another folder, JAX_ENABLE_COMPILATION_CACHE=false keeps nothing.
+    Call it before anything is compiled. JAX's variables take precedence: JAX_COMPILATION_CACHE_DIR
+    names another folder, JAX_ENABLE_COMPILATION_CACHE=false stores nothing.
     """
     if not jax.config.jax_compilation_cache_dir:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -203,10 +203,10 @@ def keep_programs() -> None:
 
 
 def main(command: Callable[[], Any]) -> None:
-    """Runs a command; what the user got wrong becomes one line and exit status 2.
+    """Runs a command; errors of the user become one line and exit status 2.
 
-    Ctrl-C and SIGTERM become a line that says what is kept, and status 130 and 143; a file that
-    cannot be read or written, on a full disk say, becomes one and status 1.
+    Ctrl-C and SIGTERM become a line that says what is saved, and status 130 and 143. A file that
+    cannot be read or written, for example on a full disk, becomes a line and status 1.
     """
     obey_sigterm()
     try:
