@@ -15,7 +15,7 @@ def command() -> None:
     config, workdir = parse(EvalConfig | StudyConfig, __doc__)
     keep_programs()
     run = sweep if isinstance(config, EvalConfig) else run_study
-    kept = f"what was measured is kept in {workdir}; the same command goes on with the rest"
+    kept = f"results are saved in {workdir}; the same command continues with the rest"
     with keeping(lambda: kept):
         run(config, workdir)
 

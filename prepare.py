@@ -16,7 +16,7 @@ def command() -> None:
     config, _ = parse(TrainConfig, __doc__, needs_workdir=False)
     require(isinstance(config.data, CorpusData), "the configuration's data is no CorpusData")
     require(config.model is not None, "the configuration has no model=; its ids are needed")
-    kept = f"finished parts are kept in {config.data.folder}; the same command goes on after them"
+    kept = f"finished parts stay in {config.data.folder}; the same command continues after them"
     with keeping(lambda: kept):
         manifest = prepare(config.data, config.model)
     for name, split in manifest["splits"].items():

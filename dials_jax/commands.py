@@ -44,7 +44,7 @@ def parse(
         add_help=False,
         allow_abbrev=False,
         epilog="Every field of the configuration is an option; --config FILE --help lists them.\n"
-        "Compiled programs are kept in ~/.cache/dials_jax/xla, or in $JAX_COMPILATION_CACHE_DIR;\n"
+        "Compiled programs are in ~/.cache/dials_jax/xla, or in $JAX_COMPILATION_CACHE_DIR;\n"
         "JAX_ENABLE_COMPILATION_CACHE=false keeps none.",
     )
     parser.add_argument("--config", metavar="FILE", help="a file of configs/, with get_config()")

@@ -166,7 +166,9 @@ def _saved(checkpoints: Checkpoints) -> str:
     steps = checkpoints.steps()
     if not steps:
         return "no step is saved yet; the same command starts again"
-    return f"step {steps[-1]} is saved in {checkpoints.folder}; the same command goes on from there"
+    return (
+        f"step {steps[-1]} is saved in {checkpoints.folder}; the same command continues from there"
+    )
 
 
 class Clock:

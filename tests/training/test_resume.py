@@ -130,7 +130,7 @@ def test_a_run_that_is_asked_to_end_saves_its_step(signum, train_config, tmp_pat
             signal.raise_signal(signum)
 
     monkeypatch.setattr(MetricsWriter, "write", write_then_stop)
-    message = "step 3 is saved in .*; the same command goes on from there"
+    message = "step 3 is saved in .*; the same command continues from there"
     with pytest.raises(Stopped, match=message) as stop:
         train(cfg, tmp_path / "run")
     assert stop.value.status == 128 + signum
