@@ -22,11 +22,11 @@ demo: $(VENV)/.installed
 		--objective.skip-weight 2
 	$(BIN)/python eval.py --config configs/demo/sweep.py --workdir $(DEMO)/sweep
 
-# A module's tests stay in one process: they share compiled programs and fixtures.
+# Compiled programs are kept in .cache/tests: workers share them, and so does the next run.
 test: $(VENV)/.installed
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
-	$(BIN)/python -m pytest -n 2 --dist loadscope
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.installed
 	$(BIN)/python -m ruff check .
@@ -36,4 +36,4 @@ format: $(VENV)/.installed
 	$(BIN)/python -m ruff check --fix .
 
 clean:
-	rm -rf $(DEMO) .pytest_cache .ruff_cache
+	rm -rf $(DEMO) .pytest_cache .ruff_cache .cache

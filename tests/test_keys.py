@@ -33,7 +33,7 @@ def test_a_seed_is_one_key_whatever_the_default(kind):
 
 
 def test_every_key_made_from_a_seed_names_its_kind():
-    folders = ("dials_jax", "convert", "benchmarks")
+    folders = ("dials_jax", "benchmarks")
     files = [path for name in folders for path in (ROOT / name).rglob("*.py")]
     files += ROOT.glob("*.py")
     for path in files:

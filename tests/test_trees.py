@@ -1,4 +1,4 @@
-import jax
+import chex
 import jax.numpy as jnp
 import numpy as np
 
@@ -29,4 +29,4 @@ def test_unstacking_and_stacking_return_the_same():
     assert trees.is_unrolled(layers) and not trees.is_unrolled(TREE)
     assert trees.num_layers(layers) == trees.num_layers(TREE) == 2
     np.testing.assert_array_equal(layers[1]["a"], [3, 4, 5])
-    jax.tree.map(np.testing.assert_array_equal, trees.stack(layers), TREE)
+    chex.assert_trees_all_equal(trees.stack(layers), TREE)

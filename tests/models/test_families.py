@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,16 +79,16 @@ def test_layouts_agree(model, layout):
 def test_a_fused_layer_comes_apart_again(model):
     layer = trees.layer_slice(model.params["layers"], 1)
     again = fusing.unfuse(fusing.fuse(layer), model.config)
-    jax.tree.map(np.testing.assert_array_equal, again, layer)
+    chex.assert_trees_all_equal(again, layer)
 
 
 def test_a_saved_model_is_loaded_bitwise(model, tmp_path):
     save_model(tmp_path / "model", model.config, model.params)
     loaded = load(tmp_path / "model")
     assert loaded.config == model.config
-    jax.tree.map(np.testing.assert_array_equal, loaded.params, model.params)
+    chex.assert_trees_all_equal(loaded.params, model.params)
     save_model(tmp_path / "fused", model.config, load(tmp_path / "model", layout="fused").params)
-    jax.tree.map(np.testing.assert_array_equal, load(tmp_path / "fused").params, model.params)
+    chex.assert_trees_all_equal(load(tmp_path / "fused").params, model.params)
 
 
 def test_what_is_worked_out_beforehand_changes_no_result(model):
@@ -102,7 +103,7 @@ def test_what_is_worked_out_beforehand_changes_no_result(model):
     np.testing.assert_allclose(logits(ready), logits(model.params), atol=1e-4)
     assert ready["head"]["padded"].shape[1] == block.VOCABULARY_UNIT  # and not 63
     again = transformer.prepare_for_inference(cfg, ready)
-    jax.tree.map(np.testing.assert_array_equal, again, ready)
+    chex.assert_trees_all_equal(again, ready)
 
 
 # ------------------------------------------------------------------------------------ policies

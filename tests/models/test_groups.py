@@ -1,5 +1,6 @@
 """Fused layers are the same model: weights, results, names and files."""
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -43,7 +44,7 @@ def test_layers_come_apart_as_they_were(params, biased):
     assert not {"q", "k", "v"} & fused["attention"].keys() and "gate" not in fused["mlp"]
     back = fusing.unfuse(fused, CFG)
     assert jax.tree.structure(back) == jax.tree.structure(layer)
-    jax.tree.map(np.testing.assert_array_equal, back, layer)
+    chex.assert_trees_all_equal(back, layer)
 
 
 def test_all_layouts_give_the_same_logits_and_tokens(models):
@@ -74,9 +75,9 @@ def test_all_layouts_save_the_same_folder(models, tmp_path):
     for layout in ("unrolled", "fused"):
         assert folders.read_info(tmp_path / layout) == folders.read_info(tmp_path / "stacked")
         again = load_model(tmp_path / layout, layout="stacked").params
-        jax.tree.map(np.testing.assert_array_equal, again, stacked)
+        chex.assert_trees_all_equal(again, stacked)
     fused = load_model(tmp_path / "stacked", layout="fused").params
-    jax.tree.map(np.testing.assert_array_equal, fused, models["fused"].params)
+    chex.assert_trees_all_equal(fused, models["fused"].params)
 
 
 def test_split_heads_are_not_fused(params):

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -93,7 +94,7 @@ def test_a_state_goes_from_span_to_span(unrolled):
     second = stack((first.h, *rows[1:]), "compact", unrolled, first.policy_state, span=(2, L))
     np.testing.assert_array_equal(np.concatenate([first.gates, second.gates]), whole.gates)
     np.testing.assert_allclose(second.h, whole.h, atol=1e-6)
-    jax.tree.map(np.testing.assert_array_equal, second.policy_state, whole.policy_state)
+    chex.assert_trees_all_equal(second.policy_state, whole.policy_state)
 
 
 def test_static_gates_are_known_before_a_program_runs():

@@ -3,6 +3,7 @@
 import re
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -187,7 +188,7 @@ def test_layers_that_must_run_do(executor, unrolled):
             np.testing.assert_allclose(actual, of_all, atol=1e-5)
         free = run_outputs(policy, rows, executor, unrolled)
         out = run_outputs(policy, rows, executor, unrolled, force_execute=jnp.array(False))
-        jax.tree.map(np.testing.assert_array_equal, out, free)
+        chex.assert_trees_all_equal(out, free)
         assert not free[1].all()
     _, gates, _ = run_outputs(
         Static((1, 3)), rows, executor, unrolled, force_execute=jnp.array(True)

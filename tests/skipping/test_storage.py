@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,7 +41,7 @@ def workdir(tmp_path, router_params, backbone):
 @pytest.mark.parametrize("inside", ["", "router"])  # the workdir, or the folder itself
 def test_routers_come_back_bitwise(inside, workdir, router_params, backbone):
     policy = load_router(workdir / inside, backbone)
-    jax.tree.map(np.testing.assert_array_equal, policy.router, router_params)
+    chex.assert_trees_all_equal(policy.router, router_params)
     assert policy.threshold == 0.25
     assert router_facts(workdir / inside)[1].skip_weight == 0.5
 
@@ -48,7 +49,7 @@ def test_routers_come_back_bitwise(inside, workdir, router_params, backbone):
 def test_routers_are_laid_out_as_the_layers(workdir, router_params, arithmetic_model):
     policy = load_router(workdir, load(arithmetic_model, layout="unrolled"))
     assert trees.is_unrolled(policy.router)
-    jax.tree.map(np.testing.assert_array_equal, trees.stack(policy.router), router_params)
+    chex.assert_trees_all_equal(trees.stack(policy.router), router_params)
 
 
 def test_a_router_of_a_bfloat16_model_votes_as_before(workdir, router_params, arithmetic_model):

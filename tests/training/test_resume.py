@@ -10,8 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-import jax
-import numpy as np
+import chex
 import pytest
 
 from dials_jax import trees
@@ -107,7 +106,7 @@ def test_killed_and_continued_equals_uninterrupted(kind, kills, arithmetic_model
     whole = train(cfg, tmp_path / "whole")
 
     assert int(killed.step) == 40 and killed.average is not None
-    jax.tree.map(np.testing.assert_array_equal, killed, whole)
+    chex.assert_trees_all_equal(killed, whole)
     digests = [
         json.loads((tmp_path / name / "checkpoints/00000040/digest.json").read_text())
         for name in ("killed", "whole")
@@ -137,7 +136,7 @@ def test_a_run_that_is_asked_to_end_saves_its_step(signum, train_config, tmp_pat
     assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["00000003"]
     monkeypatch.undo()
     state, whole = train(cfg, tmp_path / "run"), train(cfg, tmp_path / "whole")
-    jax.tree.map(np.testing.assert_array_equal, state, whole)
+    chex.assert_trees_all_equal(state, whole)
     assert without_times(logged(tmp_path / "run")) == without_times(logged(tmp_path / "whole"))
 
 
@@ -178,7 +177,7 @@ def test_a_run_from_before_a_setting_existed_goes_on(tmp_path, train_config):
     del old["train"]["dropout"]
     path.write_text(json.dumps(old))
     again = train(cfg, tmp_path)
-    jax.tree.map(np.testing.assert_array_equal, state, again)
+    chex.assert_trees_all_equal(state, again)
 
 
 @pytest.mark.parametrize("content", ['{"model_type": "llada"}', '{"train": {"zzz": 1}}'])
@@ -243,7 +242,7 @@ def test_other_microbatches_and_layouts_go_on_with_the_same_bits(constant, finis
         state = train(cfg, workdir)
         assert trees.is_unrolled(state.params["layers"]) == (cfg.layout == "unrolled")
         stacked = trees.relayout(state, unrolled=False)
-        jax.tree.map(np.testing.assert_array_equal, stacked, first)
+        chex.assert_trees_all_equal(stacked, first)
 
 
 def test_layers_stored_unrolled_come_back_stacked(constant, tmp_path):
@@ -251,13 +250,13 @@ def test_layers_stored_unrolled_come_back_stacked(constant, tmp_path):
     unrolled = train(dataclasses.replace(cfg, layout="unrolled"), tmp_path)
     assert trees.is_unrolled(unrolled.opt_state[1][0].mu["layers"])
     state = train(cfg, tmp_path)
-    jax.tree.map(np.testing.assert_array_equal, state, trees.relayout(unrolled, unrolled=False))
+    chex.assert_trees_all_equal(state, trees.relayout(unrolled, unrolled=False))
 
 
 def test_more_steps_at_a_constant_rate_are_the_longer_run(constant, finished, tmp_path):
     longer = with_optimizer(constant, num_steps=8)
     state = train(longer, finished(constant, tmp_path / "run"))
-    jax.tree.map(np.testing.assert_array_equal, state, train(longer, tmp_path / "whole"))
+    chex.assert_trees_all_equal(state, train(longer, tmp_path / "whole"))
     assert without_times(logged(tmp_path / "run")) == without_times(logged(tmp_path / "whole"))
 
 
@@ -363,7 +362,7 @@ def test_a_run_goes_on_where_its_data_was_moved_to(train_config, arithmetic_mode
 
     state = train(reading("here", "0123456789" * 20), tmp_path / "run")
     again = train(reading("there", "0123456789" * 20), tmp_path / "run")
-    jax.tree.map(np.testing.assert_array_equal, state, again)
+    chex.assert_trees_all_equal(state, again)
     with pytest.raises(InputError, match="holds another experiment \\(data_fingerprint"):
         train(reading("other", "9876543210" * 20), tmp_path / "run")
 

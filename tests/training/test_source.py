@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -64,7 +65,7 @@ def test_a_continued_model_resumes_and_remembers_its_source(causal, train_config
     )  # fmt: skip
     train(dataclasses.replace(cfg, max_minutes=1e-9), tmp_path / "parts")
     parts, whole = train(cfg, tmp_path / "parts"), train(cfg, tmp_path / "whole")
-    jax.tree.map(np.testing.assert_array_equal, parts, whole)
+    chex.assert_trees_all_equal(parts, whole)
     moved, other = (causal(model, 18, seed=seed) for seed in (7, 8))
     train(dataclasses.replace(cfg, init_from=str(moved)), tmp_path / "parts")
     with pytest.raises(InputError, match="holds another experiment \\(source_fingerprint"):

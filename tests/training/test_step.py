@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,7 +49,7 @@ def arithmetic_data():
 
 def assert_equal(a, b):
     assert jax.tree.structure(a) == jax.tree.structure(b)
-    jax.tree.map(np.testing.assert_array_equal, a, b)
+    chex.assert_trees_all_equal(a, b)
 
 
 @pytest.mark.parametrize("kind", ["llada", "mdlm", "dropout", "routers"])

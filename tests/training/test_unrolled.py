@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import numpy as np
 
@@ -35,4 +36,4 @@ def test_unrolled_training_equals_stacked_and_goes_on_from_its_checkpoints(tmp_p
         lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), *(m.params for m in models)
     )
     again = train(cfg, tmp_path / "unrolled")
-    jax.tree.map(np.testing.assert_array_equal, state.result, again.result)
+    chex.assert_trees_all_equal(state.result, again.result)
