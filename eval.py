@@ -5,8 +5,9 @@ python eval.py --config configs/mdlm/study_search.py --workdir runs/search
 """
 
 from dials_jax.commands import keep_programs, main, parse
-from dials_jax.config import EvalConfig, StudyConfig
+from dials_jax.config import StudyConfig
 from dials_jax.evaluation.sweep import sweep
+from dials_jax.evaluation.task import EvalConfig
 from dials_jax.stopping import keeping
 from dials_jax.studies.study import run_study
 

@@ -18,6 +18,7 @@ from typing import Any, TypeVar, get_args
 import jax
 
 import dials_jax.config
+from dials_jax.config.choices import choices, choose
 from dials_jax.errors import InputError, nearest, require
 from dials_jax.files import local_path
 from dials_jax.stopping import Stopped, obey_sigterm
@@ -134,19 +135,31 @@ def _reason(error: BaseException) -> str:
 def _field_hint(message: str) -> str:
     """The remedy for a field that a class of `dials_jax.config` does not have, or lacks."""
     match = re.match(r"(\w+)\.__init__\(\) (?:.*unexpected.*'(\w+)'|missing)", message)
-    config_class = match and getattr(dials_jax.config, match[1], None)
+    config_class = match and (
+        getattr(dials_jax.config, match[1], None) or getattr(dials_jax, match[1], None)
+    )
     if not config_class:
         return ""
-    return nearest(match[2], config_class.__dataclass_fields__) if match[2] else "; add it"
+    fields = getattr(config_class, "__dataclass_fields__", ())
+    return nearest(match[2], fields) if match[2] else "; add it"
 
 
 def override(config: C, arguments: list[str], description: str = "") -> C:
-    """The configuration with `--some.field value` applied."""
+    """The configuration with `--some.field value` applied.
+
+    A field that is one of several dataclasses is given whole, as Python writes it:
+    `--tasks.0.sampler 'Dream(max_new_tokens=64, steps=32)'`. Then its own fields are options too.
+    """
     if not arguments:
         return config
     for argument in arguments:
         _require_current_name(config, argument)
     import tyro
+
+    config, arguments = choose(config, arguments)
+    for flag, classes in choices(config):
+        names = ", ".join(cls.__name__ for cls in classes)
+        description += f"\n\n{flag} 'NAME(field=value, ...)' is one of {names}."
 
     message = io.StringIO()
     try:

@@ -227,7 +227,8 @@ def _decoding(generation: Mapping[str, Any]) -> dict[str, Any]:
     ]
     by_confidence = generation.get("threshold") is not None or generation.get("factor") is not None
     until = ["end of text", *map(repr, generation["until"])]
-    early = "sequence ends at end of text" if generation.get("stop_at_eos") else "all steps"
+    stops = generation.get("stop_at_eos") or generation["sampler"] == "autoregressive"
+    early = "sequence ends at end of text" if stops else "all steps"
     return {
         "sampler": ", ".join([generation["sampler"], *others]),
         "temperature": generation["temperature"],

@@ -65,8 +65,8 @@ def work(folder: Path, mesh: MeshConfig) -> None:
         model=str(folder / "model"),
         tasks=(task, bound),
         routers=(str(folder / "router"),),
-        static=(1,),
-        random=(),
+        num_static=(1,),
+        num_random=(),
         batch_size=4,
     )
     sweep(evaluation, folder / "sweep")

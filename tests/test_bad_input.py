@@ -39,7 +39,7 @@ from dials_jax.config import *
 def get_config():
     data = TaskData(paths=({paths!r},), prompt_length=8, answer_length=4)
     task = EvalTask(name="sums", metric="exact_match", data=data)
-    return EvalConfig(model={model!r}, tasks=(task,), static=(), random=())
+    return EvalConfig(model={model!r}, tasks=(task,), num_static=(), num_random=())
 """
 
 RECORD = {"prompt": "+12,34=", "answer": "46"}

@@ -9,9 +9,12 @@ from pathlib import Path
 import jax
 import pytest
 
+from dials_jax.caching.early_skip.settings import EarlySkip
+from dials_jax.caching.plain import DualCache
 from dials_jax.commands import keep_programs, main, parse
-from dials_jax.config import EvalConfig, TrainConfig
+from dials_jax.config import EvalConfig, TaskData, TrainConfig
 from dials_jax.errors import InputError
+from dials_jax.sampling.dream import Dream
 from dials_jax.stopping import Stopped
 
 ROOT = Path(__file__).parents[1]
@@ -42,6 +45,73 @@ def test_the_file_decides_and_flags_override(config):
     cfg, _ = parsed(config, "--batch-size", "8", "--optimizer.num-steps", "3", "--data.digits", "1")
     assert (cfg.batch_size, cfg.optimizer.num_steps, cfg.data.digits) == (8, 3, 1)
     assert cfg.backbone == "model" and cfg.optimizer.warmup_steps == 1
+
+
+EVALUATION = """
+from dials_jax.config import *
+
+def get_config():
+    task = EvalTask(name="sums", metric="exact_match", data=ArithmeticData())
+    return EvalConfig(model="model", tasks=(task,))
+"""
+
+
+@pytest.fixture
+def evaluated(tmp_path):
+    """Reads arguments for a sweep of one task, which names no sampler and no cache."""
+    path = tmp_path / "sweep.py"
+    path.write_text(EVALUATION)
+
+    def read(*arguments):
+        argv = ["--config", str(path), "--workdir", "run", *arguments]
+        return parse(EvalConfig, "Evaluates.", argv)[0]
+
+    return read
+
+
+def test_a_sampler_and_a_cache_are_chosen_by_flags(evaluated):
+    assert evaluated().tasks[0].sampler is evaluated().tasks[0].cache is None
+    chosen = ["--tasks.0.sampler", "Dream(8, alg='origin')", "--tasks.0.cache=EarlySkip(alpha=0.3)"]
+    more = ["--tasks.0.sampler.temperature", "0.5", "--tasks.0.cache.block-every", "2"]
+    task = evaluated(*chosen, *more, "--batch-size", "3").tasks[0]
+    assert task.sampler == Dream(8, alg="origin", temperature=0.5)
+    assert task.cache == EarlySkip(alpha=0.3, block_every=2)
+    assert evaluated(*chosen, "--tasks.0.cache", "None").tasks[0].cache is None
+    assert evaluated("--tasks.0.cache", "DualCache").tasks[0].cache == DualCache()
+    data = evaluated("--tasks.0.data", "TaskData(paths=('a.jsonl',))").tasks[0].data
+    assert data == TaskData(paths=("a.jsonl",))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            ["--tasks.0.sampler.steps", "3"],
+            r"--tasks.0.sampler is None; choose one of Confidence, ",
+        ),
+        (["--tasks.0.sampler", "Dreem(8)"], "'Dreem' is not known; did you mean 'Dream'"),
+        (["--tasks.0.sampler", "Dream(8, stepz=2)"], "did you mean 'steps'"),
+        (["--tasks.0.sampler", "Dream()"], "missing .*'max_new_tokens'; give each field"),
+        (["--tasks.0.sampler", "Dream(8, steps=0)"], "steps=0 must be positive"),
+        (
+            ["--tasks.0.sampler", "Dream(8"],
+            r"give Confidence\(field=value, ...\), in quotes",
+        ),
+        (["--tasks.0.sampler", "Dream(exit())"], "give Confidence"),
+        (["--tasks.0.cache"], "give PrefixCache"),
+    ],
+)
+def test_a_wrong_choice_is_refused_in_one_line(evaluated, arguments, message):
+    with pytest.raises(InputError, match=message) as error:
+        evaluated(*arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_help_lists_what_a_field_may_be(evaluated, capsys):
+    with pytest.raises(SystemExit):
+        evaluated("--help")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "--tasks.0.sampler 'NAME(field=value, ...)' is one of Confidence, Dream," in shown
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ import math
 import pytest
 
 from dials_jax import config
+from dials_jax.caching.early_skip.settings import EarlySkip
+from dials_jax.caching.plain import DualCache
 from dials_jax.config import (
     ArithmeticData,
     EvalConfig,
@@ -21,6 +23,8 @@ from dials_jax.config import (
 )
 from dials_jax.errors import InputError, nearest
 from dials_jax.files import read_json, replacing, write_json
+from dials_jax.sampling.confidence import Confidence
+from dials_jax.sampling.dream import Dream
 from tests.conftest import small_config
 
 OPTIMIZER = OptimizerConfig(num_steps=10, warmup_steps=1)
@@ -31,6 +35,13 @@ TASKS = (
         name="choice", metric="choice", data=TaskData(paths=("a.jsonl",)), choices=("{x}", "y")
     ),
     EvalTask(name="text", metric="nelbo", data=TextData(length=8), limit=3),
+    EvalTask(
+        name="own",
+        metric="exact_match",
+        data=ArithmeticData(),
+        sampler=Dream(4, top_p=0.9),
+        cache=EarlySkip((1.0, 0.5), (0.0, 0.2), alpha=0.3),
+    ),
 )
 
 
@@ -41,7 +52,7 @@ TASKS = (
         RouterConfig(skip_threshold=0.2),
         TRAIN,
         TrainConfig(backbone="model", data=TaskData(), optimizer=OPTIMIZER),
-        EvalConfig(model="model", tasks=TASKS, routers=("a", "b"), static=()),
+        EvalConfig(model="model", tasks=TASKS, routers=("a", "b"), num_static=()),
     ],
 )
 def test_json_returns_the_same_configuration(value):
@@ -93,6 +104,10 @@ def task(**changes):
     return EvalTask(name="text", metric="nelbo", data=TextData(), **changes)
 
 
+def generation(**changes):
+    return EvalTask(name="text", metric="exact_match", data=ArithmeticData(), **changes)
+
+
 @pytest.mark.parametrize(
     "make, message",
     [
@@ -123,8 +138,9 @@ def task(**changes):
         (lambda: dataclasses.replace(TRAIN, model=None), "either backbone= .* or model="),
         (lambda: task(bucket=0), "bucket=0 must be positive"),
         (lambda: task(max_programs=0), "max_programs=0 must be positive"),
-        (lambda: task(cache="dual"), "cache='dual' is for generation, but metric 'nelbo'"),
-        (lambda: task(stop_at_eos=True), "stop_at_eos=True is for generation"),
+        (lambda: task(cache=DualCache()), r"cache=DualCache\(\) is for generation, but metric 'ne"),
+        (lambda: task(sampler=Confidence(4)), r"sampler=Confidence\(.*\) is for generation"),
+        (lambda: generation(cfg_scale=0.5), "cfg_scale=0.5 is of likelihoods"),
         (lambda: dataclasses.replace(TRAIN, num_microbatches=3), "batch_size=64 must be divisible"),
     ],
 )

@@ -100,7 +100,8 @@ def test_the_numbers_of_dials_evaluation():
     for fn in (log_likelihood, EvalTask):
         assert inspect.signature(fn).parameters["num_samples"].default == 128  # Table 3
     (task,) = config_of("llada/sweep_gsm8k.py").tasks
-    assert task.metric == "exact_match" and task.gen_length == 256  # Table 3
+    assert task.metric == "exact_match"
+    assert (task.sampler.gen_length, task.sampler.block_length, task.sampler.steps) == (256,) * 3
 
 
 @pytest.mark.parametrize("blocks", [4, 6, 8, 10, 12])

@@ -11,7 +11,7 @@ def get_config() -> EvalConfig:
         model="runs/demo/model",
         routers=("runs/demo/router-low", "runs/demo/router-mid", "runs/demo/router-high"),
         tasks=(EvalTask(name="arithmetic", metric="exact_match", data=ArithmeticData()),),
-        static=(1, 2, 3),
-        random=(1, 2, 3),
+        num_static=(1, 2, 3),
+        num_random=(1, 2, 3),
         batch_size=100,
     )

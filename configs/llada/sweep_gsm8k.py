@@ -16,6 +16,7 @@ The papers do not say which of the two they report. Items longer than the length
 and counted in the results (none of the test split with GPT-2's tokenizer).
 """
 
+from dials_jax import Confidence
 from dials_jax.config import EvalConfig, EvalTask, TaskData
 
 
@@ -35,7 +36,7 @@ def get_config() -> EvalConfig:
                     answer_length=512,
                     too_long="drop",
                 ),
-                gen_length=256,
+                sampler=Confidence(gen_length=256),
                 extract=r"#### (-?[0-9.,]+)",
                 match="first",
                 until=("Question:", "</s>", "<|im_end|>"),

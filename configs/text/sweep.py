@@ -9,6 +9,7 @@ on with another question, as in lm-evaluation-harness's "strict-match". The solu
 tokens; generation makes 128.
 """
 
+from dials_jax import Confidence
 from dials_jax.config import EvalConfig, EvalTask, TaskData, TextData
 
 GSM8K = TaskData(
@@ -47,16 +48,15 @@ def get_config() -> EvalConfig:
                 name="gsm8k",
                 metric="exact_match",
                 data=GSM8K,
-                gen_length=128,
+                sampler=Confidence(gen_length=128, steps=64),
                 extract=r"#### (-?[0-9.,]+)",
                 match="first",
                 until=("Question:", "</s>", "<|im_end|>"),
                 limit=128,
-                steps=64,
                 bucket=256,
             ),
         ),
-        static=(1, 2, 4),
-        random=(1, 2, 4),
+        num_static=(1, 2, 4),
+        num_random=(1, 2, 4),
         batch_size=128,
     )

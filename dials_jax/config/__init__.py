@@ -4,8 +4,10 @@ A dataclass here is a static argument of `jax.jit`, the content of `config.json`
 the command line. A function takes the smallest of them that it needs.
 """
 
+from importlib import import_module
+from typing import Any
+
 from dials_jax.config.data import ArithmeticData, CorpusData, Data, TaskData, TextData
-from dials_jax.config.evaluation import Algorithm, EvalConfig, EvalTask
 from dials_jax.config.model import (
     DTYPES,
     Layout,
@@ -40,7 +42,6 @@ from dials_jax.config.typed import (
 __all__ = [
     "DTYPES",
     "INT32",
-    "Algorithm",
     "ArithmeticData",
     "CorpusData",
     "Count",
@@ -73,3 +74,13 @@ __all__ = [
     "to_dict",
     "typed",
 ]
+
+# What a configuration file imports from here, but what stands above: it names samplers and caches,
+# which have settings of this package.
+_ABOVE = {name: "dials_jax.evaluation.task" for name in ("EvalConfig", "EvalTask")}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ABOVE:
+        return getattr(import_module(_ABOVE[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

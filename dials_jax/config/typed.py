@@ -79,12 +79,12 @@ class Typed:
         return {cls.RENAMED.get(name, name): value for name, value in values.items()}
 
     def __post_init__(self):
-        for name, hint in _field_hints(type(self)).items():
+        for name, hint in field_hints(type(self)).items():
             object.__setattr__(self, name, as_type(hint, getattr(self, name), name))
 
 
 @functools.cache
-def _field_hints(cls: type) -> dict[str, Any]:
+def field_hints(cls: type) -> dict[str, Any]:
     hints = typing.get_type_hints(cls, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
@@ -127,7 +127,7 @@ def from_dict(cls: type[T], values: Any, where: str = "") -> T:
 
 def _from_dict(cls: type[T], values: Any) -> T:
     require(isinstance(values, dict), f"{shown(values)} is no {cls.__name__}; give its fields")
-    hints, values = _field_hints(cls), cls.upgraded(values)
+    hints, values = field_hints(cls), cls.upgraded(values)
     for name in values:
         require(name in hints, f"unknown field {name!r}{nearest(name, hints)}")
     for f in dataclasses.fields(cls):
@@ -184,7 +184,9 @@ def _as_one_of(options: tuple, value: Any, name: str, whole: Any) -> Any:
     if len(options) == 1:
         return as_type(options[0], value, name, whole)
     if isinstance(value, dict) and all(_is_typed(option) for option in options):
-        return from_dict(_of_kind(options, value, name), value, name)
+        cls = _of_kind(options, value, name)
+        fields = {key: x for key, x in value.items() if key != "kind" or key in field_hints(cls)}
+        return from_dict(cls, fields, name)
     for option in options:
         try:
             return as_type(option, value, name)
@@ -194,12 +196,26 @@ def _as_one_of(options: tuple, value: Any, name: str, whole: Any) -> Any:
 
 
 def _of_kind(classes: tuple[type, ...], value: dict, name: str) -> type:
-    """The one of several dataclasses whose field `kind` has the value's."""
-    kinds = {typing.get_args(_field_hints(cls)["kind"])[0]: cls for cls in classes}
+    """The one of several dataclasses that a value says it is of."""
+    kinds = {kind_of(cls): cls for cls in classes}
     kind = value.get("kind")
     known = isinstance(kind, str) and kind in kinds
     require(known, f"{name}: unknown kind {shown(kind)}{nearest(str(kind), kinds)}")
     return kinds[kind]
+
+
+def kind_of(cls: type) -> str:
+    """What tells a dataclass from others in JSON: its field `kind`, or its name without one."""
+    hint = field_hints(cls).get("kind")
+    return cls.__name__ if hint is None else typing.get_args(hint)[0]
+
+
+def dataclasses_of(hint: Any) -> tuple[type, ...]:
+    """The dataclasses that a hint allows, if these are several; else none."""
+    if typing.get_origin(hint) not in (Union, UnionType):
+        return ()
+    options = tuple(option for option in typing.get_args(hint) if option is not NoneType)
+    return options if len(options) > 1 and all(map(_is_typed, options)) else ()
 
 
 def _as_choice(names: tuple, value: Any, name: str, whole: Any) -> Any:
@@ -315,8 +331,20 @@ def shown(value: Any) -> str:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A dataclass as plain JSON values."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    """A dataclass as plain JSON values; one of several that a field allows says its `kind`."""
+    return json.loads(json.dumps(_plain(type(config), config)))
+
+
+def _plain(hint: Any, value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        args = typing.get_args(hint)
+        each = args[0] if len(args) == 2 and args[1] is Ellipsis else None
+        return [_plain(each, item) for item in value]
+    if not dataclasses.is_dataclass(value):
+        return value
+    hints = field_hints(type(value))
+    plain = {name: _plain(hints[name], getattr(value, name)) for name in hints}
+    return {"kind": kind_of(type(value))} | plain if dataclasses_of(hint) else plain
 
 
 def require_positive(config: Any, *names: str) -> None:

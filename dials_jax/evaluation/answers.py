@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import Literal
 
-from dials_jax.config import EvalTask
 from dials_jax.errors import InputError, require
+from dials_jax.evaluation.task import EvalTask
 
 Match = Literal["first", "last"] | None
 

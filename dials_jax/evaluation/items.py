@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dials_jax.config import ArithmeticData, CorpusData, EvalTask, ModelConfig, TaskData, TextData
+from dials_jax.config import ArithmeticData, CorpusData, ModelConfig, TaskData, TextData
 from dials_jax.data.arithmetic import ArithmeticTask
 from dials_jax.data.corpus import load_corpus
 from dials_jax.data.records import located, lookup, read_records
@@ -21,6 +21,7 @@ from dials_jax.data.tokenizer import Ids, Tokenizer, check_tokenizer, encode_pai
 from dials_jax.errors import require
 from dials_jax.evaluation.answers import check_reference, normalise_answer
 from dials_jax.evaluation.batched import request_number
+from dials_jax.evaluation.task import EvalTask
 
 NUM_ARITHMETIC = 1000  # test items of the procedural task when no limit is set
 
@@ -83,7 +84,8 @@ def load_items(task: EvalTask, tokenizer: Tokenizer | None, model_config: ModelC
     if isinstance(task.data, ArithmeticData):
         tokenizer = ArithmeticTask(task.data).tokenizer
     require(tokenizer is not None, f"task {task.name!r} needs the model's tokenizer; pass it")
-    model_config.require_mask()
+    if task.metric != "exact_match":
+        model_config.require_mask()
     check_tokenizer(tokenizer, model_config)
     if isinstance(task.data, TextData | CorpusData):
         return _text_items(task, task.data, tokenizer, model_config)
@@ -116,7 +118,7 @@ def _records(task: EvalTask) -> tuple[TaskData, Iterator[tuple[str, dict[str, An
 
 
 def _item(
-    task: EvalTask, cfg: TaskData, record: dict[str, Any], tokenizer: Tokenizer, eos_id: int
+    task: EvalTask, cfg: TaskData, record: dict[str, Any], tokenizer: Tokenizer, eos_id: int | None
 ) -> Item:
     prompt = fill(cfg.prompt, record)
     if task.metric == "choice":
@@ -129,7 +131,8 @@ def _item(
         check_reference(task, reference)
         # Generation sees the prompt alone.
         prompt_ids, answer_ids = tokenizer.encode_batch([prompt, reference])
-        return make_item(prompt_ids, [[*answer_ids, eos_id]], label, reference)
+        ends = [] if eos_id is None else [eos_id]
+        return make_item(prompt_ids, [[*answer_ids, *ends]], label, reference)
     pairs = [encode_pair(tokenizer, prompt, text) for text in texts]
     answers = [answer_ids for _, answer_ids in pairs]
     require(all(answers), f"an answer of {texts} has no tokens; correct the template")
@@ -148,9 +151,10 @@ def _longest_answer(task: EvalTask, item: Item, tokenizer: Tokenizer) -> int:
     """
     if task.metric != "exact_match":
         return max(map(len, item.answers))
-    if not task.extract:
-        return len(item.answers[0]) - 1
-    return len(tokenizer.encode(normalise_answer(item.reference, task.extract, task.match)))
+    text = item.reference
+    if task.extract:
+        text = normalise_answer(text, task.extract, task.match)
+    return len(tokenizer.encode(text))
 
 
 def _choices(task: EvalTask, record: dict[str, Any]) -> list[str]:

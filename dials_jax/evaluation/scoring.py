@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
@@ -13,12 +13,11 @@ import numpy as np
 from jaxtyping import Float
 
 from dials_jax.caching.canvas import CanvasModel
-from dials_jax.caching.parse import parse_cache
-from dials_jax.caching.plain import NoCache
-from dials_jax.config import EvalTask
+from dials_jax.caching.early_skip.settings import EarlySkip
+from dials_jax.caching.plain import DualCache, PrefixCache
 from dials_jax.data.tokenizer import Tokenizer
-from dials_jax.errors import require
-from dials_jax.evaluation.answers import is_right, normalise_answer
+from dials_jax.errors import InputError, require
+from dials_jax.evaluation.answers import is_right
 from dials_jax.evaluation.batched import (
     check_num_samples,
     generation_batches,
@@ -29,11 +28,13 @@ from dials_jax.evaluation.earned import Earned, Record, batch_record
 from dials_jax.evaluation.execution import Execution
 from dials_jax.evaluation.items import Item, item_names
 from dials_jax.evaluation.likelihood import num_copies
+from dials_jax.evaluation.task import CacheConfig, EvalTask, SamplerConfig
+from dials_jax.keys import seed_key
 from dials_jax.models import transformer
 from dials_jax.models.model import Model
+from dials_jax.models.padding import pad_prompts
 from dials_jax.nn.policy import Policy
 from dials_jax.sampling.confidence import Confidence
-from dials_jax.sampling.dream import Dream
 from dials_jax.sampling.loop import blocks_of
 from dials_jax.skipping.flops import Flops
 
@@ -127,25 +128,32 @@ def _pairs(task: EvalTask, items: Sequence[Item], policy: Policy | None) -> dict
     }
 
 
-def check_settings(task: EvalTask) -> None:
-    """Raises: InputError for settings that are wrong whatever the model and the items."""
-    parse_cache(task.cache)
-    normalise_answer("", task.extract)
-    sampler_of(replace(task, steps=None, block_length=None), length=1)
+def check_task(
+    task: EvalTask,
+    items: Sequence[Item],
+    model: Model,
+    policies: Mapping[str, Policy | None] | None = None,
+) -> None:
+    """Checks what would stop `score_task` half-way.
 
-
-def check_task(task: EvalTask, items: Sequence[Item], model: Model) -> None:
-    """Raises: InputError for settings under which `score_task` would fail half-way."""
+    Args:
+      policies: by what messages call them; None: the full model alone.
+    Raises: InputError for settings that do not fit each other, the model, a policy or the items.
+    """
     prompt_length = max(len(item.prompt) for item in items)
     if task.metric == "exact_match":
         sampler = sampler_for(task, items)
         length = sampler.gen_length
-        check_cache(task, sampler, model, prompt_length)
-        if model.config.model_type == "dream" and task.sampler != "dream":
+        for label, policy in (policies or {"full": None}).items():
+            try:
+                check_generation(sampler, task.cache, policy, items, model)
+            except InputError as error:
+                raise InputError(f"task {task.name!r}, {label}: {error}") from error
+        if model.config.model_type == "dream" and isinstance(sampler, Confidence):
             warnings.warn(
                 f"task {task.name!r}: this Dream model is sampled by LLaDA's rules, at temperature "
-                f"{task.temperature:g}; its published numbers are of sampler='dream', with alg, "
-                "temperature and top_p",
+                f"{sampler.temperature:g}; its published numbers are of sampler=Dream(...), with "
+                "alg, temperature and top_p",
                 stacklevel=1,  # one place, so that it is said once
             )
     else:
@@ -159,16 +167,26 @@ def check_task(task: EvalTask, items: Sequence[Item], model: Model) -> None:
     )
 
 
-def check_cache(
-    task: EvalTask, sampler: Confidence | Dream, model: Model, prompt_length: int
+def check_generation(
+    sampler: SamplerConfig,
+    cache: CacheConfig | None,
+    policy: Policy | None,
+    items: Sequence[Item],
+    model: Model,
 ) -> None:
-    """Raises: InputError for a cache that does not fit the sampler or the model."""
-    cfg, shape = model.config, (1, prompt_length + sampler.gen_length)
-    rows = jax.eval_shape(lambda: transformer.block_inputs(cfg, None, shape))
-    given = jnp.ones(shape, bool) if sampler.cfg_scale > 0 else None
-    net = CanvasModel(cfg, model.params, None, "auto", rows, None, given, prompt_length)
-    cache, blocks = parse_cache(task.cache) or NoCache(), blocks_of(sampler, prompt_length)
+    """Raises: InputError for a sampler that does not fit the cache, the policy or the model."""
+    cfg, prompt_length = model.config, max(len(item.prompt) for item in items)
+    _, present = pad_prompts([item.prompt for item in items], prompt_length, cfg.pad_id)
+    sampler.check(cfg, present, policy, cache)
+    if cache is None:
+        return
+    shape = (1, prompt_length + sampler.gen_length)
+    block_inputs = jax.eval_shape(lambda: transformer.block_inputs(cfg, None, shape))
+    guided = jnp.ones(shape, bool) if sampler.cfg_scale > 0 else None
+    net = CanvasModel(cfg, model.params, policy, "auto", block_inputs, None, guided, prompt_length)
+    blocks = blocks_of(sampler, prompt_length)
     jax.eval_shape(lambda: cache.init_state(net, blocks))
+    sampler.make_steps(net, prompt_length, seed_key(0)[None], cache)
 
 
 def num_rows(task: EvalTask, items: Sequence[Item], policy: Policy | None) -> int:
@@ -184,42 +202,35 @@ def item_keys(seed: int, items: Sequence[Item]) -> jax.Array:
 
 
 def generation_facts(task: EvalTask, items: Sequence[Item]) -> dict[str, Any]:
-    """How a task's texts are made and where they end, for results and reports; {} if none are."""
+    """How a task's texts are made and where they end, for results and reports; {} if none are.
+
+    It holds all settings of the sampler and of the cache, so scores depend on it.
+    """
     if task.metric != "exact_match":
         return {}
-    settings = asdict(sampler_for(task, items))
-    return {"sampler": task.sampler, **settings, "cache": task.cache, "until": list(task.until)}
+    sampler = sampler_for(task, items)
+    facts = {"sampler": type(sampler).__name__.lower(), "temperature": None, "steps": None}
+    return facts | asdict(sampler) | {"cache": cache_name(task.cache), "until": list(task.until)}
 
 
-def sampler_for(task: EvalTask, items: Sequence[Item]) -> Confidence | Dream:
-    """The task's sampler: as many tokens as it asks for, or as its answers may have."""
-    length = task.gen_length or getattr(task.data, "answer_length", None)
-    return sampler_of(task, length or max(len(item.answers[0]) for item in items))
+def sampler_for(task: EvalTask, items: Sequence[Item]) -> SamplerConfig:
+    """The task's sampler, or LLaDA's for as many tokens as its answers may have."""
+    if task.sampler is not None:
+        return task.sampler
+    length = getattr(task.data, "answer_length", None)
+    return Confidence(length or max(len(item.answers[0]) for item in items))
 
 
-def sampler_of(task: EvalTask, length: int) -> Confidence | Dream:
-    """By default one block, and one token a step."""
-    if task.sampler == "dream":
-        return Dream(
-            max_new_tokens=length,
-            steps=task.steps or length,
-            alg=task.alg or "entropy",
-            temperature=task.temperature,
-            top_p=task.top_p,
-            top_k=task.top_k,
-            alg_temp=task.alg_temp,
-        )
-    return Confidence(
-        gen_length=length,
-        block_length=task.block_length or length,
-        steps=task.steps or length,
-        temperature=task.temperature,
-        cfg_scale=task.cfg_scale,
-        threshold=task.threshold,
-        factor=task.factor,
-        delay_eos=task.delay_eos,
-        stop_at_eos=task.stop_at_eos,
-    )
+def cache_name(cache: CacheConfig | None) -> str:
+    """`none`, `prefix`, `dual`, or `es-PROMPT-BLOCK` and what else is not by default."""
+    if cache is None:
+        return "none"
+    if not isinstance(cache, EarlySkip):
+        return {PrefixCache: "prefix", DualCache: "dual"}[type(cache)]
+    named = {"prompt_every": cache.prompt_every, "block_every": cache.block_every}
+    settings, default = asdict(cache), asdict(EarlySkip(**named))
+    others = [f"{name} {x}" for name, x in settings.items() if x != default[name]]
+    return ", ".join([f"es-{cache.prompt_every}-{cache.block_every}", *others])
 
 
 def _exact_match(
@@ -233,7 +244,7 @@ def _exact_match(
         [item.prompt for item in items],
         sampler=sampler,
         policy=policy,
-        cache=parse_cache(task.cache),
+        cache=task.cache,
         keys=item_keys(seed, items),
         batch_size=batch_size,
         bucket=task.bucket,
@@ -241,9 +252,8 @@ def _exact_match(
         left=left,
     ):
         execution, scores, examples = Execution(model.num_layers), [], {}
-        # Dream's sequences never wait for others, and some of its steps reveal nothing.
-        waits = task.sampler != "dream"
-        execution.add(out.gates, waiting_as_zero(out.masked_share) if waits else out.masked_share)
+        waits, shares = sampler.reveals_every_call, out.masked_share
+        execution.add(out.gates, waiting_as_zero(shares) if waits else shares)
         for i, answer in zip(requests, answers, strict=True):
             text, correct = _score_output(task, items[i], answer.tolist(), tokenizer, model.config)
             scores.append(float(correct))

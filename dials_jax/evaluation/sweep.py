@@ -12,19 +12,20 @@ from typing import Any
 import jax
 
 from dials_jax import sharding, trees
-from dials_jax.config import EvalConfig, EvalTask
 from dials_jax.data.sources import tokenizer_of
 from dials_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dials_jax.errors import require, require_packages
+from dials_jax.evaluation.answers import normalise_answer
 from dials_jax.evaluation.items import Item, Items, load_items
 from dials_jax.evaluation.scoring import (
-    check_settings,
+    cache_name,
     check_task,
     generation_facts,
     num_rows,
     score_task,
 )
 from dials_jax.evaluation.sweep_records import SweepRecords, circumstances, sweep_identity
+from dials_jax.evaluation.task import EvalConfig, EvalTask
 from dials_jax.files import write_json
 from dials_jax.loading import load
 from dials_jax.models.model import Model
@@ -64,7 +65,7 @@ def sweep(cfg: EvalConfig, workdir: str | Path) -> dict[str, Any]:
     require_packages("eval", "matplotlib", "scipy")
     require(bool(cfg.tasks), "the sweep has no tasks; add some to the configuration")
     for task in cfg.tasks:
-        check_settings(task)
+        normalise_answer("", task.extract)
     with exclusive(workdir) as workdir:
         return _sweep(cfg, workdir)
 
@@ -78,8 +79,10 @@ def _sweep(cfg: EvalConfig, workdir: Path) -> dict[str, Any]:
         for task, tokenizer in zip(cfg.tasks, tokenizers, strict=True)
     ]
     _check(cfg, model, tasks)
-    routed, digests = _routed(cfg, model)
-    shared = [Candidate("full", None), *routed, *_random(cfg)]
+    routed, digests = routed_candidates(cfg, model)
+    shared = [Candidate("full", None), *routed, *random_candidates(cfg)]
+    for task, items in tasks:
+        check_task(task, items, model, {one.label: one.policy for one in [*shared, *_sketch(cfg)]})
     identity = sweep_identity(cfg, model, tasks, digests)
     records = SweepRecords(workdir, identity, {t.name: own for t, own in tasks}, model)
     facts = {
@@ -94,7 +97,7 @@ def _sweep(cfg: EvalConfig, workdir: Path) -> dict[str, Any]:
         "routers": digests,
     }
     for (task, items), tokenizer in zip(tasks, tokenizers, strict=True):
-        static = _static(cfg, model, task, items, records)
+        static = static_candidates(cfg, model, task, items, records)
         for candidate in [*shared[:1], *static, *shared[1:]]:
             if not records.finished(task.name, candidate.describe(), len(items)):
                 _run_once(records, cfg, model, task, items, tokenizer, candidate)
@@ -112,16 +115,19 @@ def _sweep(cfg: EvalConfig, workdir: Path) -> dict[str, Any]:
 def _check(cfg: EvalConfig, model: Model, tasks: Sequence[tuple[EvalTask, list[Item]]]) -> None:
     """Raises: InputError for what would stop the sweep half-way, or run twice under one label."""
     for task, items in tasks:
-        check_task(task, items, model)
         require(
-            not cfg.static or any(item.prompt for item in items[: cfg.num_calibration]),
+            not cfg.num_static or any(item.prompt for item in items[: cfg.num_calibration]),
             f"task {task.name!r} has empty prompts, but Algorithm 1 chooses static layers by "
-            "prompts; set static=()",
+            "prompts; set num_static=()",
         )
-    repeatable = {"tasks": [t.name for t, _ in tasks], "static": cfg.static, "random": cfg.random}
+    repeatable = {
+        "tasks": [t.name for t, _ in tasks],
+        "num_static": cfg.num_static,
+        "num_random": cfg.num_random,
+    }
     for name, values in repeatable.items():
         require(len(set(values)) == len(values), f"{name}: {values} names one twice; remove it")
-    for k in (*cfg.static, *cfg.random):
+    for k in (*cfg.num_static, *cfg.num_random):
         require(0 < k < model.num_layers, f"cannot skip {k} of {model.num_layers} layers")
 
 
@@ -155,7 +161,7 @@ def _run_once(
     run = {
         "task": task.name,
         "metric": task.metric,
-        "cache": task.cache,
+        "cache": cache_name(task.cache),
         "generation": generation_facts(task, items),
         "num_dropped": items.num_dropped,
         "policy": policy,
@@ -183,13 +189,13 @@ def _distinct(values: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 # ------------------------------------------------------------------------------------- policies
 
 
-def _routed(cfg: EvalConfig, model: Model) -> tuple[list[Candidate], dict[str, Any]]:
+def routed_candidates(cfg: EvalConfig, model: Model) -> tuple[list[Candidate], dict[str, Any]]:
     """One policy a router, by rising lambda; and the digests of the routers, by label."""
     found, digests = [], {}
     for path in cfg.routers:
         _, facts = router_facts(path)
         weight = facts.skip_weight
-        policy = load_router(path, model, cfg.threshold)
+        policy = load_router(path, model, cfg.skip_threshold)
         found.append(Candidate(f"routed λ={weight:g}", policy, {"lambda": weight}))
         digests[found[-1].label] = facts.digests
     labels = [c.label for c in found]
@@ -200,11 +206,16 @@ def _routed(cfg: EvalConfig, model: Model) -> tuple[list[Candidate], dict[str, A
     return sorted(found, key=lambda c: c.facts["lambda"]), digests
 
 
-def _random(cfg: EvalConfig) -> list[Candidate]:
-    return [Candidate(f"random k={k}", Random(k), {"num_skipped": k}) for k in cfg.random]
+def _sketch(cfg: EvalConfig) -> list[Candidate]:
+    """What stands for the static policies before their layers are chosen."""
+    return [Candidate(f"static k={k}", Static(())) for k in cfg.num_static[:1]]
 
 
-def _static(
+def random_candidates(cfg: EvalConfig) -> list[Candidate]:
+    return [Candidate(f"random k={k}", Random(k), {"num_skipped": k}) for k in cfg.num_random]
+
+
+def static_candidates(
     cfg: EvalConfig,
     model: Model,
     task: EvalTask,
@@ -215,18 +226,20 @@ def _static(
 
     What it goes by is kept: measured again in other batches, it could choose other layers.
     """
-    if not cfg.static:
+    if not cfg.num_static:
         return []
     chosen = items[: cfg.num_calibration]
     measured = task.name, len(chosen)
     if measured not in records.similarities:
-        gen_length = max(len(answer) for item in chosen for answer in item.answers)
+        # What a causal model makes of a prompt does not depend on what follows.
+        lengths = [len(answer) for item in chosen for answer in item.answers]
+        gen_length = 0 if model.config.causal else max(lengths)
         prompts = [item.prompt for item in chosen]
         found = layer_similarities(model, prompts, gen_length, cfg.batch_size)
         records.add({"task": task.name, "num_prompts": len(chosen), "similarities": found.tolist()})
     similarities = records.similarities[measured]
     found = []
-    for k in cfg.static:
+    for k in cfg.num_static:
         layers = choose_static_layers(similarities, k, cfg.similarity_threshold)
         if len(layers) < k:
             print(f"{task.name}: Algorithm 1 finds only {len(layers)} layers; no static k={k}")

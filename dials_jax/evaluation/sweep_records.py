@@ -15,12 +15,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dials_jax.config import EvalConfig, EvalTask, from_dict, to_dict
+from dials_jax.config import to_dict
 from dials_jax.errors import InputError, require
 from dials_jax.evaluation.execution import NUM_BINS
 from dials_jax.evaluation.items import Item, items_digest
+from dials_jax.evaluation.older import answer_length, length_of, task_of
 from dials_jax.evaluation.results import RECORDS, Records, differing
-from dials_jax.evaluation.scoring import RULES, generation_facts
+from dials_jax.evaluation.scoring import RULES, cache_name, generation_facts
+from dials_jax.evaluation.task import EvalConfig, EvalTask
 from dials_jax.files import read_json
 from dials_jax.models.model import Model
 from dials_jax.records import require_numbers, sound
@@ -34,6 +36,8 @@ GROUPS = ("tasks", "static", "routers")  # parts of the identity that may grow
 KINDS = ("full", "static", "routed", "random")  # of policies, in the order of the report
 # Settings of a task that decide how its sequences are padded, and so only what they cost.
 PADDING = ("bucket", "max_programs")
+GENERATING = ("sampler", "cache")  # all of them are in `generation_facts`
+CHOOSING = ("similarity_threshold", "num_calibration")  # which layers are static
 
 
 class SweepRecords:
@@ -64,7 +68,7 @@ class SweepRecords:
         self._now = environment(model, identity["seed"])
         self._measuring = False
         check = partial(check_record, num_layers=model.num_layers)
-        before = _before(workdir, identity, model.num_layers)
+        before = _before(workdir, identity, items, model.num_layers)
         agree = partial(_agree, items=items)
         self._records = Records(workdir, identity, check, SWEEP, agree, before)
         for record in self._records.all:
@@ -156,10 +160,7 @@ def sweep_identity(
     routers: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What scores depend on. Args: routers: their digests, by the label of the policy."""
-    static = {
-        "similarity_threshold": cfg.similarity_threshold,
-        "num_calibration": cfg.num_calibration,
-    }
+    static = {name: getattr(cfg, name) for name in CHOOSING}
     identity = {
         "kind": type(cfg).__name__,
         "seed": cfg.seed,
@@ -174,9 +175,9 @@ def sweep_identity(
             }
             for task, items in tasks
         },
-        "static": static if cfg.static else {},
+        "static": static if cfg.num_static else {},
         "routers": {
-            label: {"digests": digests, "threshold": cfg.threshold}
+            label: {"digests": digests, "threshold": cfg.skip_threshold}
             for label, digests in routers.items()
         },
     }
@@ -184,7 +185,8 @@ def sweep_identity(
 
 
 def _settings(task: EvalTask) -> dict[str, Any]:
-    return {name: x for name, x in to_dict(task).items() if name not in ("name", *PADDING)}
+    left_out = ("name", *PADDING, *GENERATING)
+    return {name: x for name, x in to_dict(task).items() if name not in left_out}
 
 
 def _agree(
@@ -236,7 +238,8 @@ def _completed(name: str, old: Any) -> Any:
         _require_text(digest)
         require_numbers([count])
         settings = {key: value for key, value in old.items() if key not in beside}
-        return _settings(from_dict(EvalTask, {"name": name, **settings})) | beside
+        length = length_of(beside["generation"])
+        return _settings(task_of({"name": name, **settings}, length)) | beside
     except (AttributeError, KeyError, TypeError, ValueError):
         return {}  # of a newer version, or damaged: it differs
 
@@ -245,7 +248,10 @@ def _completed(name: str, old: Any) -> Any:
 
 
 def _before(
-    workdir: Path, identity: Mapping[str, Any], num_layers: int
+    workdir: Path,
+    identity: Mapping[str, Any],
+    items: Mapping[str, Sequence[Item]],
+    num_layers: int,
 ) -> tuple[Mapping[str, Any], list[dict[str, Any]]] | None:
     """Identity and records of a sweep by a version that kept `results.json` alone, if there is one.
 
@@ -264,28 +270,34 @@ def _before(
         require_unclaimed(workdir, SWEEP, FILES)
         return None
     with sound(path, "put it back, or choose another --workdir"):
-        return _read_before(found, identity, num_layers)
+        return _read_before(found, identity, items, num_layers)
 
 
 def _read_before(
-    found: Mapping[str, Any], new: Mapping[str, Any], num_layers: int
+    found: Mapping[str, Any],
+    new: Mapping[str, Any],
+    items: Mapping[str, Sequence[Item]],
+    num_layers: int,
 ) -> tuple[Mapping[str, Any], list[dict[str, Any]]]:
-    cfg, runs, where = found["config"], found["runs"], found["environment"]
-    where_from = "results.json: config.tasks"
-    tasks = {task["name"]: from_dict(EvalTask, task, where_from) for task in cfg["tasks"]}
+    runs, where = found["runs"], found["environment"]
+    cfg = {EvalConfig.RENAMED.get(name, name): value for name, value in found["config"].items()}
+    tasks = {}
+    for stored in cfg["tasks"]:
+        name = stored["name"]
+        length = answer_length(stored, items.get(name, ()))
+        tasks[name] = task_of(stored, length, "results.json: config.tasks")
     records = [{"environment": dict(where)}]
     for run in runs:
         if run["task"] not in tasks:
             raise ValueError(f"a run of task {run['task']!r}, which config does not have")
         task = tasks[run["task"]]
-        if (run["metric"], run.get("cache", "none")) != (task.metric, task.cache):
+        if (run["metric"], run.get("cache", "none")) != (task.metric, cache_name(task.cache)):
             raise ValueError(f"a run of task {run['task']!r} with another metric or cache")
         records.append({"run": run})
         check_record(records[-1], num_layers)
-    items, digests, rules = (found.get(x, {}) for x in ("items", "routers", "rules"))
-    counts = {run["task"]: len(run["items"]) for run in runs}
+    digests, counts = found.get("items", {}), {run["task"]: len(run["items"]) for run in runs}
+    rules, routers = found.get("rules", {}), found.get("routers", {})
     routed = [run["policy"]["label"] for run in runs if run["policy"]["kind"] == "routed"]
-    static = {name: cfg[name] for name in ("similarity_threshold", "num_calibration")}
     identity = {
         "kind": new["kind"],
         "seed": cfg["seed"],
@@ -295,25 +307,20 @@ def _read_before(
             name: {
                 **_settings(task),
                 "rules": rules.get(name, 1),
-                "items": [items[name], counts[name]]
-                if name in items and name in counts
-                else _known(new, name, "items"),
-                "generation": _known(new, name, "generation"),
+                "items": [digests[name], counts[name]]
+                if name in digests and name in counts
+                else new["tasks"].get(name, {}).get("items"),
+                "generation": generation_facts(task, items[name]) if name in items else None,
             }
             for name, task in tasks.items()
         },
-        "static": static if cfg["static"] else {},
+        "static": {name: cfg[name] for name in CHOOSING} if cfg["num_static"] else {},
         "routers": {
-            label: {"digests": _digests(new, label, digests), "threshold": cfg["threshold"]}
+            label: {"digests": _digests(new, label, routers), "threshold": cfg["skip_threshold"]}
             for label in routed
         },
     }
     return identity, records
-
-
-def _known(new: Mapping[str, Any], task: str, name: str) -> Any:
-    """What a sweep says now of a task, for results of versions that did not say it."""
-    return new["tasks"].get(task, {}).get(name)
 
 
 def _digests(new: Mapping[str, Any], label: str, kept: Mapping[str, Any]) -> Any:
@@ -358,7 +365,6 @@ def _check_run(run: Mapping[str, Any], num_layers: int) -> None:
     if run.get("generation"):
         _require_text(run["generation"]["sampler"], *run["generation"]["until"])
         require_numbers([run["generation"][name] for name in ("temperature", "steps")])
-        float(run["generation"]["temperature"])
     for example in run.get("examples", []):
         _require_text(*(example[name] for name in ("prompt", "output", "reference")))
         bool(example["correct"])

@@ -159,7 +159,8 @@ def _how(row: Row) -> str:
     parts = [row.metric]
     if row.sampler is not None:
         steps = "" if row.steps is None else f", {row.steps} steps"
-        parts += [f"sampler {row.sampler}, temperature {row.temperature:g}{steps}"]
+        drawn = "" if row.temperature is None else f", temperature {row.temperature:g}"
+        parts += [f"sampler {row.sampler}{drawn}{steps}"]
     if row.sampler is not None or row.cache != "none":
         parts += [f"cache {row.cache}"]
     if row.stop is not None:

@@ -7,6 +7,7 @@ published checkpoints, whose behaviour this follows token for token.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,12 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from dials_jax.config import Algorithm, ModelConfig, Typed, require_positive
+from dials_jax.config import ModelConfig, Typed, require_positive
 from dials_jax.errors import require
 from dials_jax.sampling.confidence import gumbel_like, ranks
 from dials_jax.sampling.loop import BlockSampler, StepInfo
+
+Algorithm = Literal["origin", "maskgit_plus", "topk_margin", "entropy"]
 
 TOKEN, ORDER = 0, 1  # folded into a step's key: what the noise is for
 

@@ -80,7 +80,8 @@ def layer_similarities(
 
 @timed_jit("cfg", "gen_length")
 def similarities_program(params, prompts, valid, *, cfg, gen_length) -> Float[Array, "L B"]:
-    answer = jnp.full((prompts.shape[0], gen_length), cfg.mask_id, prompts.dtype)
+    blank = cfg.pad_id if cfg.mask_id is None else cfg.mask_id
+    answer = jnp.full((prompts.shape[0], gen_length), blank, prompts.dtype)
     tokens = jnp.concatenate([prompts, answer], axis=1)
     in_prompt = jnp.concatenate([valid, jnp.zeros_like(answer, bool)], axis=1)
     present = jnp.concatenate([valid, jnp.ones_like(answer, bool)], axis=1)

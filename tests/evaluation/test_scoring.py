@@ -133,7 +133,7 @@ def test_a_stop_string_ends_a_text_whether_it_is_decoded_or_not(scorer):
     assert score_output(task, "12", "12", cfg, rest) == ("1234", False)
 
 
-DREAM = {"sampler": "dream", "alg": "maskgit_plus", "temperature": 0.1, "top_p": 0.95, "steps": 3}
+DREAM = {"alg": "maskgit_plus", "temperature": 0.1, "top_p": 0.95}
 
 
 def test_a_task_may_take_dreams_sampler(scorer, items, monkeypatch):
@@ -144,22 +144,24 @@ def test_a_task_may_take_dreams_sampler(scorer, items, monkeypatch):
         return generate(*args, **kwargs)
 
     monkeypatch.setattr(batched, "generate", spy)
-    out = run(scorer, dataclasses.replace(GENERATION, **DREAM, gen_length=6), items, batch_size=5)
-    assert asked == [Dream(6, 3, "maskgit_plus", temperature=0.1, top_p=0.95)]
+    sampler = Dream(6, 3, **DREAM)
+    out = run(scorer, dataclasses.replace(GENERATION, sampler=sampler), items, batch_size=5)
+    assert asked == [sampler]
     assert out.execution.rows.sum() == 5 * 3
     assert all(len(example["output"]) <= 6 for example in out.examples)
-    slow = dataclasses.replace(GENERATION, **DREAM | {"steps": 12}, gen_length=6)
+    slow = dataclasses.replace(GENERATION, sampler=Dream(6, 12, **DREAM))
     out = run(scorer, slow, items, batch_size=5)
     assert out.execution.rows.sum() == 5 * 12  # also steps that reveal nothing
 
 
 def test_results_say_how_texts_are_generated(mixed):
-    facts = scoring.generation_facts(dataclasses.replace(GENERATION, **DREAM), mixed)
-    assert facts == {
-        **DREAM, "max_new_tokens": 4, "top_k": None, "alg_temp": None, "eps": 1e-3,
-        "cache": "none", "until": [],
+    task = dataclasses.replace(GENERATION, sampler=Dream(4, 3, **DREAM))
+    assert scoring.generation_facts(task, mixed) == {
+        **DREAM, "sampler": "dream", "max_new_tokens": 4, "steps": 3, "top_k": None,
+        "alg_temp": None, "eps": 1e-3, "cache": "none", "until": [],
     }  # fmt: skip
-    task = dataclasses.replace(FIRST, cache="dual", until=("Q:",), stop_at_eos=True)
+    sampler = Confidence(4, 2, stop_at_eos=True)
+    task = dataclasses.replace(FIRST, sampler=sampler, cache=DualCache(), until=("Q:",))
     facts = scoring.generation_facts(task, mixed)
     assert facts["sampler"] == "confidence" and facts["temperature"] == 0.0
     assert (facts["gen_length"], facts["block_length"], facts["steps"]) == (4, 2, 4)
@@ -173,7 +175,7 @@ def test_a_dream_model_under_lladas_rules_is_said(scorer, mixed):
         scoring.check_task(GENERATION, mixed, model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        scoring.check_task(dataclasses.replace(GENERATION, **DREAM), mixed, model)
+        scoring.check_task(dataclasses.replace(GENERATION, sampler=Dream(4)), mixed, model)
         scoring.check_task(GENERATION, mixed, scorer)
 
 
@@ -187,7 +189,7 @@ def test_order_and_batches_change_no_exact_match(scorer, items):
 
 
 MIXED = ("1", "23", "456", "7", "18", "249", "0", "35", "1111111", "2222222")
-FIRST = dataclasses.replace(GENERATION, block_length=2)
+FIRST = dataclasses.replace(GENERATION, sampler=Confidence(4, 2))
 
 
 @pytest.fixture(scope="module")
@@ -218,18 +220,19 @@ def test_the_tasks_settings_reach_generation(scorer, mixed, monkeypatch):
     monkeypatch.setattr(batched, "generate", spy)
     choice = {"cfg_scale": 0.5, "threshold": 0.7, "delay_eos": True, "stop_at_eos": True}
     choice |= {"temperature": 0.3}
-    task = dataclasses.replace(FIRST, steps=2, cache="dual", **choice)
+    task = dataclasses.replace(FIRST, sampler=Confidence(4, 2, 2, **choice), cache=DualCache())
     with pytest.raises(KeyboardInterrupt):
         run(scorer, task, mixed)
     assert asked["sampler"] == Confidence(4, 2, 2, **choice)
     assert asked["cache"] == DualCache()
     with pytest.raises(KeyboardInterrupt):
-        run(scorer, dataclasses.replace(FIRST, factor=0.5), mixed)
-    assert asked["sampler"] == Confidence(4, 2, 4, factor=0.5) and asked["cache"] is None
+        run(scorer, GENERATION, mixed)
+    assert asked["sampler"] == Confidence(4, 4, 4) and asked["cache"] is None
 
 
 def test_neither_batch_nor_bucket_changes_what_a_threshold_generates(excited, mixed, monkeypatch):
-    task = dataclasses.replace(FIRST, threshold=0.8, cache="dual", bucket=1, max_programs=1)
+    sampler, sizes = Confidence(4, 2, threshold=0.8), {"bucket": 1, "max_programs": 1}
+    task = dataclasses.replace(FIRST, sampler=sampler, cache=DualCache(), **sizes)
     whole, rows = outputs(monkeypatch, excited, task, mixed, batch_size=5)
     assert len(set(map(tuple, rows.values()))) > 5
     task = dataclasses.replace(task, max_programs=2)
@@ -254,7 +257,7 @@ def test_a_shifted_model_generates_from_the_prompts_last_token(scorer):
         make_item(TOKENIZER.encode(text), [(2, 3, 4, 5)], reference=answer)
         for text, answer in (("1", "2345"), ("298", "9012"))
     ]
-    for cache in ("none", "dual"):
+    for cache in (None, DualCache()):
         task = dataclasses.replace(GENERATION, cache=cache)
         assert set(run(model, task, items).items.values()) == {1.0}
 
@@ -268,9 +271,8 @@ def test_a_row_that_waits_for_its_batch_counts_in_no_call():
 
 @pytest.mark.parametrize("max_programs", [1, 3])
 def test_mixed_lengths_compile_few_programs(max_programs, scorer, mixed):
-    task = dataclasses.replace(
-        FIRST, bucket=1, max_programs=max_programs, cfg_scale=max_programs / 2
-    )
+    sampler = Confidence(4, 2, cfg_scale=max_programs / 2)
+    task = dataclasses.replace(FIRST, bucket=1, max_programs=max_programs, sampler=sampler)
     before = programs.generate_program.num_programs
     run(scorer, task, mixed, batch_size=2)  # batches with and without padding in each bucket
     assert programs.generate_program.num_programs - before == max_programs

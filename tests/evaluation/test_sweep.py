@@ -5,11 +5,14 @@ import dataclasses
 import json
 import shutil
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
+from dials_jax.caching.early_skip.settings import EarlySkip
+from dials_jax.caching.plain import DualCache
 from dials_jax.config import (
     ArithmeticData,
     EvalConfig,
@@ -26,12 +29,15 @@ from dials_jax.evaluation.items import load_items
 from dials_jax.evaluation.scoring import score_task
 from dials_jax.loading import load
 from dials_jax.reporting import sweep_report
+from dials_jax.sampling.confidence import Confidence
 from dials_jax.skipping.routed import init_routers
-from dials_jax.skipping.storage import save_router
+from dials_jax.skipping.storage import load_router, router_facts, save_router
 from dials_jax.workdir import exclusive
 
 ARITHMETIC = ArithmeticData(operations=("max", "add"))
 RECORDS = [{"prompt": f"+{a},{a + 7}=", "answer": str(2 * a + 7)} for a in range(11, 16)]
+SAMPLER = Confidence(gen_length=4, steps=2)
+GUIDED = Confidence(gen_length=3, cfg_scale=0.5)
 LABELS = ["full", "static k=1", "routed λ=0.5", "random k=2"]
 
 
@@ -60,11 +66,11 @@ def cfg(folder, arithmetic_model):
         model=str(arithmetic_model),
         routers=(str(folder / "a"),),
         tasks=(
-            EvalTask(name="sums", metric="exact_match", data=ARITHMETIC, limit=6, steps=2),
+            EvalTask(name="sums", metric="exact_match", data=ARITHMETIC, limit=6, sampler=SAMPLER),
             EvalTask(name="records", metric="nelbo", data=data, num_samples=4),
         ),
-        static=(1,),
-        random=(2,),
+        num_static=(1,),
+        num_random=(2,),
         num_calibration=4,
         batch_size=4,
     )
@@ -150,7 +156,7 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(
 
 
 def test_results_do_not_depend_on_the_batch_size(cfg, finished, tmp_path, without_plots):
-    sweep.sweep(dataclasses.replace(cfg, batch_size=5, static=()), tmp_path)
+    sweep.sweep(dataclasses.replace(cfg, batch_size=5, num_static=()), tmp_path)
     expected = {(r["task"], r["policy"]["label"]): r["items"] for r in runs_of(finished)}
     for run in runs_of(tmp_path):
         items = expected[run["task"], run["policy"]["label"]]
@@ -160,8 +166,8 @@ def test_results_do_not_depend_on_the_batch_size(cfg, finished, tmp_path, withou
 
 def test_the_workdir_of_another_sweep_is_refused(cfg, finished, tmp_path):
     workdir = shutil.copytree(finished, tmp_path / "sweep")
-    tasks = (dataclasses.replace(cfg.tasks[0], steps=4), cfg.tasks[1])
-    with pytest.raises(InputError, match=r"another sweep \(seed, tasks.sums.steps, tasks.sums.gen"):
+    tasks = (dataclasses.replace(cfg.tasks[0], sampler=Confidence(4, steps=4)), cfg.tasks[1])
+    with pytest.raises(InputError, match=r"\(seed, tasks.sums.generation.steps differ"):
         sweep.sweep(dataclasses.replace(cfg, seed=1, tasks=tasks), workdir)
     (workdir / "results.json").write_text('{"kind": "SearchStudy", "config": {}}')
     with pytest.raises(InputError, match=r"results.json is not of a sweep; choose another"):
@@ -258,7 +264,7 @@ def test_what_changes_no_score_may_change_on_the_way(
         "batch_size": 3,
         "layout": "unrolled",
         "mesh": MeshConfig(data=1),
-        "random": (),
+        "num_random": (),
         "tasks": tuple(dataclasses.replace(t, bucket=8, max_programs=1) for t in cfg.tasks[:1]),
     }
     with monkeypatch.context() as patch:
@@ -284,7 +290,7 @@ def test_what_changes_no_score_may_change_on_the_way(
 
 
 def test_policies_and_tasks_are_added(cfg, finished, tmp_path, monkeypatch, without_plots):
-    one = dataclasses.replace(cfg, tasks=cfg.tasks[:1], static=(), random=(), routers=())
+    one = dataclasses.replace(cfg, tasks=cfg.tasks[:1], num_static=(), num_random=(), routers=())
     sweep.sweep(one, tmp_path)
     rest = Scorer(stop=None)
     monkeypatch.setattr(sweep, "score_task", rest)
@@ -300,9 +306,9 @@ def test_policies_and_tasks_are_added(cfg, finished, tmp_path, monkeypatch, with
 def test_a_task_gets_more_items(cfg, finished, tmp_path, monkeypatch, without_plots):
     """What was scored of them stays; a run on fewer items is not compared with those on all."""
     short = dataclasses.replace(cfg.tasks[1], limit=3)
-    few = dataclasses.replace(cfg, tasks=(short,), static=())
+    few = dataclasses.replace(cfg, tasks=(short,), num_static=())
     sweep.sweep(few, tmp_path)
-    more = dataclasses.replace(few, tasks=(cfg.tasks[1],), random=())
+    more = dataclasses.replace(few, tasks=(cfg.tasks[1],), num_random=())
     with monkeypatch.context() as patch:
         counted = Batches(patch)
         sweep.sweep(more, tmp_path)
@@ -314,7 +320,7 @@ def test_a_task_gets_more_items(cfg, finished, tmp_path, monkeypatch, without_pl
         assert run == expected[run["policy"]["label"]]
     with pytest.raises(InputError, match=r"\(tasks.records.limit, tasks.records.items differ\)"):
         sweep.sweep(few, tmp_path)
-    sweep.sweep(dataclasses.replace(more, random=cfg.random), tmp_path)
+    sweep.sweep(dataclasses.replace(more, num_random=cfg.num_random), tmp_path)
     assert runs_of(tmp_path)[2] == expected["random k=2"]
 
 
@@ -325,7 +331,7 @@ def test_a_task_gets_more_items(cfg, finished, tmp_path, monkeypatch, without_pl
         ({"dtype": "bfloat16"}, "dtype"),
         ({"similarity_threshold": 0.5}, "static.similarity_threshold"),
         ({"num_calibration": 5}, "static.num_calibration"),
-        ({"threshold": 0.7}, "routers.routed λ=0.5.threshold"),
+        ({"skip_threshold": 0.7}, "routers.routed λ=0.5.threshold"),
     ],
 )
 def test_what_changes_scores_is_named(changes, named, cfg, finished, tmp_path):
@@ -395,7 +401,7 @@ def before(cfg, finished, folder, tmp_path):
     results["routers"] = {str(folder / "a"): results["routers"]["routed λ=0.5"]}
     for run in results["runs"]:
         del run["measured"]
-    results["config"]["tasks"][0].pop("gen_length")  # a setting that is newer
+    results["config"]["tasks"][0].pop("max_programs")  # a setting that is newer
 
     def change(edit=lambda results: None):
         edit(results)
@@ -466,36 +472,45 @@ def test_broken_results_are_not_overwritten(cfg, tmp_path):
 
 
 TASK = EvalTask(name="sums", metric="exact_match", data=ARITHMETIC, limit=4)
-ES = dataclasses.replace(TASK, cache="es-1-1")
+ES = dataclasses.replace(TASK, cache=EarlySkip(prompt_every=1, block_every=1))
 NELBO = EvalTask(name="nelbo", metric="nelbo", data=ARITHMETIC, limit=4, num_samples=20)
 
 
-DEFAULTS = {"threshold": 0.5, "factor": 1.0, "stop_at_eos": True, "cache": "dual"}
+OTHERS = {
+    "threshold": {"sampler": dataclasses.replace(SAMPLER, threshold=0.5)},
+    "factor": {"sampler": dataclasses.replace(SAMPLER, factor=1.0)},
+    "stop_at_eos": {"sampler": dataclasses.replace(SAMPLER, stop_at_eos=True)},
+    "cache": {"cache": DualCache()},
+}
 
 
-@pytest.mark.parametrize("name", DEFAULTS)
+@pytest.mark.parametrize("name", OTHERS)
 def test_another_way_to_generate_is_another_sweep(name, cfg, finished, tmp_path):
     workdir = shutil.copytree(finished, tmp_path / "sweep")
-    task = dataclasses.replace(cfg.tasks[0], **{name: DEFAULTS[name]})
-    with pytest.raises(InputError, match="holds another sweep"):
+    task = dataclasses.replace(cfg.tasks[0], **OTHERS[name])
+    with pytest.raises(InputError, match=rf"another sweep \(tasks.sums.generation.{name} differ"):
         sweep.sweep(dataclasses.replace(cfg, tasks=(task, *cfg.tasks[1:])), workdir)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"cache": "duel"}, "cache 'duel' is not known; did you mean 'dual'"),
-        ({"cache": "es-64"}, "give es-PROMPT-BLOCK"),
-        ({"threshold": 0.9, "factor": 1.0}, "give one of them"),
-        ({"threshold": -0.1}, "threshold=-0.1 must not be negative"),
+        ({"cache": "duel"}, "cache='duel' must be a PrefixCache or a DualCache or a EarlySkip"),
+        ({"sampler": "dream"}, "sampler='dream' must be a Confidence or a Dream or"),
+        ({"sampler": {"gen_length": 4, "threshold": 0.9, "factor": 1.0}}, "give one of them"),
+        ({"sampler": {"gen_length": 4, "threshold": -0.1}}, "threshold=-0.1 must not be negative"),
+        ({"sampler": {"gen_length": 4, "block_length": 3}}, "must be divisible"),
+        ({"extract": "("}, "correct the expression"),
     ],
 )
 def test_a_wrong_way_to_generate_is_refused_before_a_model_is_loaded(
-    changes, message, cfg, tmp_path, monkeypatch
+    changes, message, cfg, tmp_path, monkeypatch, untyped
 ):
     monkeypatch.setattr(sweep, "load", None)
-    task = dataclasses.replace(TASK, **changes)
+    if isinstance(changes.get("sampler"), dict):
+        changes = {"sampler": changes["sampler"] | {"kind": "Confidence"}}
     with pytest.raises(InputError, match=message) as error:
+        task = dataclasses.replace(TASK, **changes)
         sweep.sweep(dataclasses.replace(cfg, tasks=(task,)), tmp_path)
     assert "\n" not in str(error.value)
 
@@ -504,16 +519,18 @@ def test_a_wrong_way_to_generate_is_refused_before_a_model_is_loaded(
     ("changes", "message"),
     [
         ({"tasks": ()}, "no tasks"),
-        ({"tasks": (dataclasses.replace(TASK, cache="es-8-4", block_length=1),)}, "must divide"),
-        ({"tasks": (dataclasses.replace(ES, cfg_scale=0.5),)}, "does not compose with guidance"),
+        (
+            {"tasks": (dataclasses.replace(ES, sampler=Confidence(4, 1), cache=EarlySkip()),)},
+            "must div",
+        ),
+        ({"tasks": (dataclasses.replace(ES, sampler=GUIDED),)}, "does not compose with guidance"),
         ({"tasks": (ES,)}, "fall on layers"),
         ({"tasks": (TASK, TASK)}, "tasks: .* names one twice"),
         ({"tasks": (TASK, NELBO)}, "num_samples=20 must be a multiple of 16"),
-        ({"tasks": (dataclasses.replace(TASK, block_length=3),)}, "must be divisible"),
-        ({"random": (4,)}, "cannot skip 4 of 4 layers"),
-        ({"static": (0,)}, "cannot skip 0 of 4 layers"),
-        ({"random": (2, 2)}, "random: .* names one twice"),
-        ({"threshold": 1.0}, "threshold=1.0"),
+        ({"num_random": (4,)}, "cannot skip 4 of 4 layers"),
+        ({"num_static": (0,)}, "cannot skip 0 of 4 layers"),
+        ({"num_random": (2, 2)}, "num_random: .* names one twice"),
+        ({"skip_threshold": 1.0}, "threshold=1.0"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_the_first_run(
@@ -528,10 +545,43 @@ def test_what_does_not_fit_is_refused_before_the_first_run(
 def test_static_layers_need_prompts(cfg, tmp_path, without_plots):
     data = dataclasses.replace(cfg.tasks[1].data, prompt="")
     cfg = dataclasses.replace(cfg, tasks=(dataclasses.replace(cfg.tasks[1], data=data),))
-    with pytest.raises(InputError, match=r"task 'records' has empty prompts.*set static=\(\)"):
+    with pytest.raises(InputError, match=r"task 'records' has empty prompts.*set num_static=\(\)"):
         sweep.sweep(cfg, tmp_path)
-    sweep.sweep(dataclasses.replace(cfg, static=(), random=(), routers=()), tmp_path)
+    sweep.sweep(dataclasses.replace(cfg, num_static=(), num_random=(), routers=()), tmp_path)
     assert len(runs_of(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("threshold, chosen", [(None, [(3,), (1, 3)]), (0.95, [(3,)]), (0.999, [])])
+def test_static_layers_are_as_similar_as_asked(
+    threshold, chosen, cfg, arithmetic_model, monkeypatch, capsys, untyped
+):
+    """Layers 3 and 1 are the most similar ones that are not adjacent."""
+    monkeypatch.setattr(sweep, "layer_similarities", None)
+    task, model = cfg.tasks[1], load(arithmetic_model)
+    items = load_items(task, load_tokenizer(arithmetic_model), model.config)
+    known = {("records", cfg.num_calibration): [0.2, 0.9, 0.97, 0.99]}
+    cfg = dataclasses.replace(cfg, num_static=(1, 2), similarity_threshold=threshold)
+    records = SimpleNamespace(similarities=known)
+    found = sweep.static_candidates(cfg, model, task, items, records)
+    assert [candidate.policy.layers for candidate in found] == chosen
+    assert [candidate.facts["num_skipped"] for candidate in found] == [*map(len, chosen)]
+    assert capsys.readouterr().out.count("Algorithm 1 finds only") == 2 - len(chosen)
+
+
+@pytest.mark.parametrize("order", ["ca", "ac"])
+def test_every_router_runs_under_its_own_lambda_in_rising_order(
+    order, cfg, folder, tmp_path, arithmetic_model
+):
+    model, paths = load(arithmetic_model), {"a": folder / "a", "c": tmp_path / "c"}
+    routed = load_router(folder / "b", model)
+    save_router(paths["c"], routed.router, router_facts(folder / "b")[1].router, model, 2.0)
+    cfg = dataclasses.replace(cfg, routers=tuple(str(paths[name]) for name in order))
+    found, digests = sweep.routed_candidates(cfg, model)
+    assert [one.describe()["lambda"] for one in found] == [0.5, 2.0]
+    for candidate, name in zip(found, "ac", strict=True):
+        assert digests[candidate.label] == router_facts(paths[name])[1].digests
+        own = load_router(paths[name], model)
+        assert jax.tree.all(jax.tree.map(np.array_equal, candidate.policy.router, own.router))
 
 
 def test_two_routers_of_one_lambda_are_refused(cfg, folder, tmp_path):
@@ -553,10 +603,10 @@ def test_a_tasks_tokenizer_is_used_for_its_items_and_its_outputs(
     data = TaskData(paths=(str(path),), prompt_length=8, answer_length=4)
     named = dataclasses.replace(data, tokenizer=str(tmp_path / "other"))
     tasks = [
-        EvalTask(name=name, metric="exact_match", data=d, steps=2)
+        EvalTask(name=name, metric="exact_match", data=d, sampler=Confidence(4, steps=2))
         for name, d in (("own", data), ("other", named))
     ]
-    cfg = dataclasses.replace(cfg, tasks=tuple(tasks), routers=(), static=(), random=())
+    cfg = dataclasses.replace(cfg, tasks=tuple(tasks), routers=(), num_static=(), num_random=())
     sweep.sweep(cfg, tmp_path / "sweep")
     examples = {run["task"]: run["examples"] for run in runs_of(tmp_path / "sweep")}
     assert [e["prompt"] for e in examples["other"]] == ["1+2=", "4+5="]
