@@ -73,7 +73,7 @@ def work(folder: Path, mesh: MeshConfig) -> None:
     run_study(
         ScheduleStudy(
             models=(("H", str(folder / "model")), ("L", str(folder / "model"))),
-            static=(("L", "1"),),
+            static_layers=(("L", "1"),),
             scorer=str(folder / "causal"),
             retokenize="never",
             schedules=("H4", "L1,H3"),

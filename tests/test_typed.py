@@ -351,4 +351,5 @@ def test_from_python_the_old_name_is_refused_with_the_new_one():
 def test_every_renamed_field_has_the_new_name_and_not_the_old_one():
     for valid in VALID:
         names = {field.name for field in dataclasses.fields(valid)}
-        assert set(valid.RENAMED.values()) <= names and not valid.RENAMED.keys() & names
+        new = {name.partition(".")[0] for name in valid.RENAMED.values()}  # "sampler.steps"
+        assert new <= names and not valid.RENAMED.keys() & names
