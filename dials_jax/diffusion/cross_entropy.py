@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from dials_jax.diffusion.subs import suppress_token
+from dials_jax.nn.linear import linear
 from dials_jax.sharding import BATCH_AXES, num_batch_shards
 
 CHUNK = 2048  # tokens; their logits are 0.4 GB for GPT-2's vocabulary
@@ -175,7 +176,7 @@ def _over_chunks(
         nats, slope = _slopes(x, kernel, bias, target, weight)
         sums = sums._replace(nats=_scatter(sums.nats, at, nats))
         if sums.h is not None:
-            sums = sums._replace(h=_scatter(sums.h, at, jnp.einsum("CV,DV->CD", slope, kernel)))
+            sums = sums._replace(h=_scatter(sums.h, at, linear(slope, kernel, axes="CV,DV->CD")))
         if sums.head is not None:
             sums = sums._replace(head=_add_head_gradient(sums.head, x, slope))
         return sums
@@ -201,7 +202,7 @@ def _slopes(
     weights: Float[Array, "C"],
 ) -> tuple[Float[Array, "C"], Float[Array, "C V"]]:
     """Cross-entropies, and the gradient of their weighted sum to the logits."""
-    logits = jnp.einsum("CD,DV->CV", x, kernel, preferred_element_type=jnp.float32) + bias
+    logits = linear(x, kernel, bias, axes="CD,DV->CV", dtype=jnp.float32)
     # A comparison fuses with its neighbours; a gather of the targets' logits would not.
     is_target = jnp.arange(logits.shape[1]) == targets[:, None]
     normaliser = jax.nn.logsumexp(logits, axis=-1)

@@ -90,7 +90,7 @@ def affine(
     c: Float[Array, "*B C"], kernel: Float[Array, "*L C E D"], bias: Float[Array, "*L E D"]
 ) -> Float[Array, "*M E D"]:
     """c through the map of a module, or one c through those of all stacked layers; float32."""
-    return jnp.einsum("...C,...CED->...ED", c, kernel.astype(jnp.float32)) + bias
+    return linear(c, kernel, bias, axes="...C,...CED->...ED")
 
 
 def precompute_modulation(cfg: ModelConfig, module: Params, c: Float[Array, "C"]) -> Params:

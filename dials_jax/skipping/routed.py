@@ -24,6 +24,7 @@ from dials_jax.config import ModelConfig, RouterConfig, Typed
 from dials_jax.errors import require
 from dials_jax.keys import threefry_key
 from dials_jax.nn.initializers import normal
+from dials_jax.nn.linear import linear
 from dials_jax.nn.modules import bind, init_stacked
 from dials_jax.nn.norm import RMSNorm
 from dials_jax.nn.policy import Denoising
@@ -152,18 +153,14 @@ class Router(nnx.Module):
 
     def hidden(self, h: Float[Array, "B T D"]) -> Float[Array, "B T R"]:
         """Only this wide matmul runs in the dtype of `h`."""
-        x = jnp.einsum(
-            "BTD,DR->BTR",
-            self.norm(h),
-            self.down[...].astype(h.dtype),
-            preferred_element_type=jnp.float32,
+        return jax.nn.silu(
+            linear(self.norm(h), self.down, self.down_bias, axes="BTD,DR->BTR", dtype=jnp.float32)
         )
-        return jax.nn.silu(x + self.down_bias[...])
 
     @jax.named_scope("router")
     def __call__(self, h: Float[Array, "B T D"]) -> Float[Array, "B T 2"]:
         """Float32 logits."""
-        return jnp.einsum("BTR,RK->BTK", self.hidden(h), self.vote[...]) + self.vote_bias[...]
+        return linear(self.hidden(h), self.vote, self.vote_bias, axes="BTR,RK->BTK")
 
     @jax.named_scope("router")
     def margin(self, h: Float[Array, "B T D"]) -> Float[Array, "B T"]:
