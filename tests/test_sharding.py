@@ -17,7 +17,7 @@ MESH = AbstractMesh((2, 4, 2), sharding.AXES)  # sizes without devices
 
 
 CONFIGS = {
-    "llada": small_config(bias=True, qkv_bias=True),
+    "llada": small_config(qkv_bias=True, o_bias=True, mlp_bias=True, head_bias=True),
     "mdlm": families.mdlm_small(2, 32, 64, 63, 1, 0),
     "gpt2": families.gpt2_small(2, 32, 64, 1, 0),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from dials_jax.config.typed import Typed, require_positive
 from dials_jax.errors import require
@@ -18,7 +18,7 @@ DTYPES = get_args(Dtype)
 class ModelConfig(Typed):
     """Shape of one transformer. Numbers that change the maths have no default."""
 
-    RENAMED: ClassVar[dict[str, str]] = {"shift": "right_shift"}
+    RENAMED: ClassVar[dict[str, str]] = {"bias": "mlp_bias", "shift": "right_shift"}
 
     model_type: str = "llada"
     vocab_size: int  # rows of the embedding and of the head
@@ -32,9 +32,9 @@ class ModelConfig(Typed):
     rope_theta: float | None  # base of the rotary angles; None: learned positions, embedded
     norm_eps: float
     qkv_bias: bool = False  # biases on the query, key and value projections
-    bias: bool = False  # biases on the MLP's products, and on the two that follow
-    o_bias: bool | None = None  # a bias on the projection out of attention; None: as `bias`
-    head_bias: bool | None = None  # a bias on the head; None: as `bias`
+    o_bias: bool = False  # a bias on the projection out of attention
+    mlp_bias: bool = False  # biases on all projections of the MLP
+    head_bias: bool = False  # a bias on the head
     norm: Literal["rms", "layer"] = "rms"
     norm_bias: bool = False  # a bias in every layer norm
     mlp: Literal["swiglu", "gelu"] = "swiglu"  # gelu: its tanh approximation, without a gate
@@ -86,6 +86,16 @@ class ModelConfig(Typed):
             "right_shift=True is for models that fill in [MASK]; a causal model predicts the next "
             "token",
         )
+
+    @classmethod
+    def upgraded(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Stored settings of version 0.1, where None for o_bias and head_bias meant: as `bias`."""
+        biased = values.get("bias")
+        values = super().upgraded(values)
+        if biased is not None:
+            for name in ("o_bias", "head_bias"):
+                values[name] = biased if values.get(name) is None else values[name]
+        return values
 
     def require_mask(self) -> None:
         """Raises: InputError for a causal model, which has no [MASK] to fill in."""

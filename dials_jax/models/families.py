@@ -93,9 +93,9 @@ def mdlm_small(
     A diffusion transformer (DiT) over tokens, modulated by the time or by a constant.
     """
     values = dict(
-        model_type="mdlm", vocab_size=vocab_size, d_ff=4 * d_model, rope_theta=10000.0, bias=True,
-        o_bias=False, norm="layer", mlp="gelu", cond_dim=COND_DIM, mask_id=mask_id, eos_id=eos_id,
-        pad_id=pad_id, subs=not changes.get("causal", False),
+        model_type="mdlm", vocab_size=vocab_size, d_ff=4 * d_model, rope_theta=10000.0,
+        mlp_bias=True, head_bias=True, norm="layer", mlp="gelu", cond_dim=COND_DIM,
+        mask_id=mask_id, eos_id=eos_id, pad_id=pad_id, subs=not changes.get("causal", False),
     )  # fmt: skip
     return _of_any_size(num_blocks, d_model, values, changes)
 
@@ -128,7 +128,7 @@ def gpt2_small(
     """
     values = dict(
         model_type="gpt2", vocab_size=vocab_size, d_ff=4 * d_model, rope_theta=None, qkv_bias=True,
-        bias=True, head_bias=False, norm="layer", norm_bias=True, mlp="gelu", causal=True,
+        o_bias=True, mlp_bias=True, norm="layer", norm_bias=True, mlp="gelu", causal=True,
         mask_id=mask_id, eos_id=eos_id, pad_id=pad_id,
     )  # fmt: skip
     return _of_any_size(num_layers, d_model, values, changes)

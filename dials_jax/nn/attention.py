@@ -31,7 +31,7 @@ class Attention(nnx.Module):
             setattr(self, name, nnx.Param(normal(rngs, (d, heads, h))))
             setattr(self, f"{name}_bias", zeros_if(cfg.qkv_bias, (heads, h)))
         self.o = nnx.Param(normal(rngs, (n, h, d), depth=residual_depth(cfg)))
-        self.o_bias = zeros_if(cfg.bias if cfg.o_bias is None else cfg.o_bias, (d,))
+        self.o_bias = zeros_if(cfg.o_bias, (d,))
 
     def rotated(
         self, x: Float[Array, "B T D"], sin_cos: Float[Array, "B T 2 _"] | None

@@ -136,8 +136,7 @@ class Head(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs, form: Form = PLAIN):
         self.kernel = nnx.Param(normal(rngs, (cfg.d_model, cfg.vocab_size)))
-        biased = cfg.bias if cfg.head_bias is None else cfg.head_bias
-        self.bias = zeros_if(biased, (cfg.vocab_size,))
+        self.bias = zeros_if(cfg.head_bias, (cfg.vocab_size,))
         self.padded = nnx.Param(pad_vocabulary(self.kernel[...])) if form.padded_head else None
         self.vocab_size = cfg.vocab_size
 

@@ -61,8 +61,9 @@ class Mask:
 
     def array(self, num_queries: int, num_keys: int) -> Bool[Array, "_ 1 _ _"] | None:
         """True where query t of sequence b sees key s; axes [B or 1, 1, T or 1, S]; None: all."""
-        keys, parts = jnp.arange(num_keys), []
+        parts = []
         if self.ordered:
+            keys = jnp.arange(num_keys)
             own = jnp.arange(num_queries)[None] if self.positions is None else self.positions
             queries = own[:, None, :, None]
             if self.causal:
@@ -70,7 +71,7 @@ class Mask:
             else:
                 parts.append(queries // self.block_length >= keys // self.block_length)
         if self.written is not None:
-            parts.append(keys < self.written[:, None, None, None])
+            parts.append(jnp.arange(num_keys) < self.written[:, None, None, None])
         if self.valid is not None:
             parts.append(self.valid[:, None, None, :])
         return reduce(and_, parts) if parts else None

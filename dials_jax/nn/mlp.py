@@ -25,9 +25,9 @@ class MLP(nnx.Module):
             del sizes["gate"]
         for name, size in sizes.items():
             setattr(self, name, nnx.Param(normal(rngs, (cfg.d_model, size))))
-            setattr(self, f"{name}_bias", zeros_if(cfg.bias, (size,)))
+            setattr(self, f"{name}_bias", zeros_if(cfg.mlp_bias, (size,)))
         self.down = nnx.Param(normal(rngs, (cfg.d_ff, cfg.d_model), depth=residual_depth(cfg)))
-        self.down_bias = zeros_if(cfg.bias, (cfg.d_model,))
+        self.down_bias = zeros_if(cfg.mlp_bias, (cfg.d_model,))
 
     @jax.named_scope("mlp")
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:

@@ -196,7 +196,8 @@ def test_tensors_both_plain_and_wrapped_are_refused(write_folder, tiny_tensors):
 def test_settings_follow_upstream_where_they_are_absent(write_folder):
     cfg, _ = open_folder(write_folder())
     assert (cfg.vocab_size, cfg.num_kv_heads, cfg.pad_id) == (41, 2, 1)
-    assert (cfg.bias, cfg.qkv_bias, cfg.eot_id, cfg.dtype) == (True, True, None, "bfloat16")
+    assert (cfg.qkv_bias, cfg.o_bias, cfg.mlp_bias, cfg.head_bias) == (True,) * 4
+    assert (cfg.eot_id, cfg.dtype) == (None, "bfloat16")
 
 
 def test_queries_keys_and_values_may_be_all_that_has_biases(write_folder, tiny_tensors):
@@ -207,7 +208,7 @@ def test_queries_keys_and_values_may_be_all_that_has_biases(write_folder, tiny_t
         or name.endswith(("q_proj.bias", "k_proj.bias", "v_proj.bias"))
     }
     cfg, params = open_folder(write_folder(kept, include_bias=False))
-    assert cfg.qkv_bias and not cfg.bias
+    assert cfg.qkv_bias and not (cfg.o_bias or cfg.mlp_bias or cfg.head_bias)
     expected = kept["model.transformer.blocks.1.k_proj.bias"].reshape(2, 8)
     np.testing.assert_array_equal(params["layers"][1]["attention"]["k_bias"], expected)
 

@@ -103,9 +103,10 @@ def test_text_after_the_end_does_not_count(scorer, items):
     cfg = scorer.config
     bias = jnp.zeros(cfg.vocab_size).at[cfg.eos_id].set(1e4)
     silent = Model(
-        dataclasses.replace(cfg, bias=True),
+        dataclasses.replace(cfg, head_bias=True),
         jax.tree.map(
-            jnp.zeros_like, transformer.init(dataclasses.replace(cfg, bias=True), jax.random.key(0))
+            jnp.zeros_like,
+            transformer.init(dataclasses.replace(cfg, head_bias=True), jax.random.key(0)),
         )
         | {"head": {"kernel": jnp.zeros((32, cfg.vocab_size)), "bias": bias}},
     )

@@ -20,7 +20,16 @@ from dials_jax.models.folders import load_model, save_model
 from dials_jax.models.model import Model
 
 CFG = families.llada_small(
-    2, 32, vocab_size=40, mask_id=39, eos_id=0, pad_id=1, bias=True, qkv_bias=True
+    2,
+    32,
+    vocab_size=40,
+    mask_id=39,
+    eos_id=0,
+    pad_id=1,
+    qkv_bias=True,
+    o_bias=True,
+    mlp_bias=True,
+    head_bias=True,
 )
 
 

@@ -19,7 +19,9 @@ from tests.conftest import small_config
 
 LAYOUTS = ["stacked", "unrolled", "fused"]
 # Two query heads share a key head, and every product has a bias.
-CFG = small_config(num_layers=2, num_kv_heads=2, bias=True, qkv_bias=True)
+CFG = small_config(
+    num_layers=2, num_kv_heads=2, qkv_bias=True, o_bias=True, mlp_bias=True, head_bias=True
+)
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ TOKENS = np.random.default_rng(0).integers(2, 60, (2, 8))
 OTHER = {
     "vocab_size": 65, "d_model": 48, "num_layers": 3, "num_heads": 8, "num_kv_heads": 2,
     "head_dim": 10, "d_ff": 96, "rope_theta": 100.0, "norm_eps": 1e-2, "qkv_bias": True,
-    "bias": True, "o_bias": True, "head_bias": True, "norm": "layer", "mlp": "gelu",
+    "o_bias": True, "mlp_bias": True, "head_bias": True, "norm": "layer", "mlp": "gelu",
     "norm_bias": True, "cond_dim": 8, "time_conditioning": True,
     "causal": True, "right_shift": True, "dtype": "bfloat16",
 }  # fmt: skip

@@ -137,7 +137,7 @@ def test_what_does_not_fit_says_why(name, reason, monkeypatch):
 def test_swiglu_that_cannot_be_forced_says_why(fused, biased, monkeypatch):
     monkeypatch.setattr(hopper_swiglu, "on_hopper", lambda: True)
     monkeypatch.setenv("DIALS_KERNELS", "hopper_swiglu")
-    module = mlp.MLP(small_config(d_model=64, d_ff=128, bias=biased), nnx.Rngs(0), fused)
+    module = mlp.MLP(small_config(d_model=64, d_ff=128, mlp_bias=biased), nnx.Rngs(0), fused)
     with pytest.raises(InputError, match="fused kernels of gate and up, and no biases"):
         module(jnp.ones((4, 32, 64)))
 

@@ -127,7 +127,7 @@ def test_grouped_heads_equal_repeated_heads():
 
 @pytest.mark.parametrize("name", ["q_bias", "k_bias", "v_bias", "o_bias"])
 def test_attention_uses_its_biases(name):
-    attention = Attention(small_config(bias=True, qkv_bias=True), nnx.Rngs(0))
+    attention = Attention(small_config(o_bias=True, qkv_bias=True), nnx.Rngs(0))
     x, sin_cos = normal(1, 4, 32), rope_angles(jnp.arange(4)[None], 8, 1e4)
 
     def run():
@@ -142,7 +142,7 @@ def test_attention_uses_its_biases(name):
 
 @pytest.mark.parametrize("name", ["gate_bias", "up_bias", "down_bias"])
 def test_swiglu_uses_its_biases(name):
-    mlp = MLP(small_config(bias=True), nnx.Rngs(0))
+    mlp = MLP(small_config(mlp_bias=True), nnx.Rngs(0))
     x = normal(1, 4, 32)
     before = mlp(x)
     bias = getattr(mlp, name)
