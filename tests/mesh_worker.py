@@ -36,7 +36,7 @@ from dials_jax.models import transformer
 from dials_jax.models.model import Model, sequence_keys
 from dials_jax.nn.kernels import cudnn_attention as cudnn
 from dials_jax.nn.kernels.dispatch import LOOKUP, dispatch
-from dials_jax.nn.kernels.per_device import rows_per_device
+from dials_jax.nn.kernels.per_device import sequences_per_device
 from dials_jax.nn.kernels.tpu_attention import splash_attention
 from dials_jax.nn.kv import KV
 from dials_jax.sampling.confidence import Confidence
@@ -209,7 +209,7 @@ def multiply(mesh):
         return jnp.concatenate([x @ weights, jnp.full((len(x), 1), len(x))], axis=1)
 
     with jax.set_mesh(mesh):
-        out = jax.jit(partial(rows_per_device, own))(x, weights)
+        out = jax.jit(partial(sequences_per_device, own))(x, weights)
     splits = sharding.num_batch_shards(mesh)
     assert (out[:, -1] == 8 // splits).all()
     return {"out": out[:, :-1]}

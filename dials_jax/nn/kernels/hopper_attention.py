@@ -77,7 +77,7 @@ def window_attention(
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    (num_rows, num_queries, num_heads, _), (_, num_keys, num_kv_heads, _) = q.shape, kv.k.shape
+    (num_sequences, num_queries, num_heads, _), (_, num_keys, num_kv_heads, _) = q.shape, kv.k.shape
     pack, num_parts = _packing(num_queries, num_heads // num_kv_heads)
     transforms = plgpu.TilingTransform((PIECE, 64)), plgpu.SwizzleTransform(128)
     queries = plgpu.SMEM((ROWS, HEAD_DIM), q.dtype, transforms=transforms)
@@ -94,9 +94,9 @@ def window_attention(
         # A block is 128 threads, which issue their own reads. So two blocks share a multiprocessor,
         # and one computes while the other waits. With 128 more threads for the reads they would not
         # fit: each thread may take 255 of the 65,536 registers.
-        grid=(num_rows, num_kv_heads * num_parts),
+        grid=(num_sequences, num_kv_heads * num_parts),
         grid_names=(
-            "row",
+            "sequence",
             "heads",
         ),  # the last varies fastest, so that neighbours read adjacent memory
         # No sum crosses warps, so no shared memory is set aside for that.
@@ -104,7 +104,7 @@ def window_attention(
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )
     if valid is None and num_keys % TILE:
-        valid = jnp.ones((num_rows, num_keys), bool)
+        valid = jnp.ones((num_sequences, num_keys), bool)
     return kernel(q, *kv, *([] if valid is None else [_bias(valid)]))
 
 
@@ -159,15 +159,15 @@ def _kernel(q, k, v, *rest, interpret: bool) -> None:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     *bias, out, queries, queries_full, k_slots, k_full, v_slots, v_full = rest
-    row, kv_head, heads = _place(q, k)
-    bias = bias[0].at[row] if bias else None
-    keys = _Stream(k.at[row, :, kv_head], k_slots, k_full)
-    values = _Stream(v.at[row, :, kv_head], v_slots, v_full)
+    sequence, kv_head, heads = _place_of_block(q, k)
+    bias = bias[0].at[sequence] if bias else None
+    keys = _Stream(k.at[sequence, :, kv_head], k_slots, k_full)
+    values = _Stream(v.at[sequence, :, kv_head], v_slots, v_full)
     pieces = [queries.at[i * q.shape[1] : (i + 1) * q.shape[1]] for i in range(len(heads))]
 
     keys.fetch(0)  # needed first, together with the queries
     for head, piece in zip(heads, pieces, strict=True):
-        plgpu.copy_gmem_to_smem(q.at[row, :, head], piece, queries_full)
+        plgpu.copy_gmem_to_smem(q.at[sequence, :, head], piece, queries_full)
     values.fetch(0)
     for tile in range(1, SLOTS):
         keys.fetch(tile)
@@ -179,11 +179,11 @@ def _kernel(q, k, v, *rest, interpret: bool) -> None:
     queries[...] = (acc * _across(1 / total, acc)).astype(queries.dtype)  # the tile is free by now
     plgpu.commit_smem()
     for head, piece in zip(heads, pieces, strict=True):
-        plgpu.copy_smem_to_gmem(piece, out.at[row, :, head])
+        plgpu.copy_smem_to_gmem(piece, out.at[sequence, :, head])
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def _place(q, k) -> tuple[Int[Array, ""], Int[Array, ""], list[Int[Array, ""]]]:
+def _place_of_block(q, k) -> tuple[Int[Array, ""], Int[Array, ""], list[Int[Array, ""]]]:
     """The block's sequence, its head of keys, and its heads of queries."""
     group = q.shape[2] // k.shape[2]
     pack, num_parts = _packing(q.shape[1], group)
@@ -191,7 +191,7 @@ def _place(q, k) -> tuple[Int[Array, ""], Int[Array, ""], list[Int[Array, ""]]]:
     kv_head, part = lax.div(block, jnp.int32(num_parts)), lax.rem(block, jnp.int32(num_parts))
     # A group's last tile starts early, to be full: two blocks may write the same values of a head.
     head = kv_head * group + jnp.minimum(part * pack, group - pack)
-    return lax.axis_index("row"), kv_head, [head + i for i in range(pack)]
+    return lax.axis_index("sequence"), kv_head, [head + i for i in range(pack)]
 
 
 def _start() -> State:
@@ -214,7 +214,7 @@ def _step(
     if bias is not None:  # into registers, while the keys are loaded
         layout = plgpu.Layout.WGMMA.reduce(0)
         bias = plgpu.load(bias.at[pl.ds(tile * TILE, TILE)], layout=layout, optimized=False)
-    scores = _product(queries, keys.wait(tile).transpose((1, 0)))
+    scores = _matmul(queries, keys.wait(tile).transpose((1, 0)))
     keys.fetch(tile + SLOTS)  # as soon as the slot is free, so that memory never idles
     weights, fading, top, total = _softmax(scores, bias, top, total)
     slot = values.wait(tile)
@@ -222,14 +222,14 @@ def _step(
         new = jnp.dot(weights, slot[...], preferred_element_type=jnp.float32)
         plgpu.commit_smem()  # else the next read looks like a race
     else:
-        new = _product(weights, slot)
+        new = _matmul(weights, slot)
     values.fetch(tile + SLOTS)
     # Not into `acc`, because the matmul would then wait until that is rescaled. To rescale and to
     # add is one instruction, so the sum is free.
     return acc * _across(fading, acc) + new, top, total
 
 
-def _product(a, b) -> Float[Array, "R C"]:
+def _matmul(a, b) -> Float[Array, "R C"]:
     """A matmul on the tensor cores, with its own accumulator."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from dials_jax.nn.kernels.per_device import on_hopper, rows_per_device, splits
+from dials_jax.nn.kernels.per_device import on_hopper, sequences_per_device, splits
 from dials_jax.nn.linear import Weight, array_of
 
 TILE_M, TILE_F, TILE_K = 128, 128, 64  # rows, columns of either matmul, depth of a step
@@ -43,7 +43,7 @@ class Program(NamedTuple):
     out: Any
     x_slots: Any
     gate_up_slots: Any
-    places: Any  # buffers of results before `out`: two for each warpgroup
+    out_slots: Any  # buffers of results before `out`: two for each warpgroup
     full: Any  # barriers of the slots: all loads have arrived
     free: Any  # the same: both warpgroups have read it
 
@@ -93,7 +93,7 @@ def swiglu_refusal(
 def run_swiglu(
     x: Float[Array, "B T D"], kernels: tuple[Weight, ...], biases: tuple[Weight | None, ...]
 ) -> Float[Array, "B T F"]:
-    return rows_per_device(swiglu, x, array_of(kernels[0]))
+    return sequences_per_device(swiglu, x, array_of(kernels[0]))
 
 
 def plain(x: Float[Array, "*B D"], gate_up: Float[Array, "D _"]) -> Float[Array, "*B F"]:
@@ -265,10 +265,13 @@ def _write(program: Program, gate: Array, up: Array, target, warpgroup: Array):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     for i in range(TILE_F // PIECE):
-        columns, place = slice(i * PIECE, (i + 1) * PIECE), program.places.at[warpgroup, i % 2]
+        columns, out_slot = (
+            slice(i * PIECE, (i + 1) * PIECE),
+            program.out_slots.at[warpgroup, i % 2],
+        )
         g = gate[:, columns]
         y = (g * lax.logistic(g) * up[:, columns]).astype(target.dtype)
         plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # only the other buffer may be in use
-        place[...] = y
+        out_slot[...] = y
         plgpu.commit_smem()  # makes it visible to the copy
-        plgpu.copy_smem_to_gmem(place, target.at[:, columns])
+        plgpu.copy_smem_to_gmem(out_slot, target.at[:, columns])

@@ -33,14 +33,14 @@ def free_axes() -> tuple[tuple[str, ...], tuple[str, ...]]:
 def splits() -> tuple[int, int]:
     """Over how many devices sequences and heads are still to be split."""
     mesh = jax.sharding.get_abstract_mesh()
-    rows, heads = (math.prod(mesh.shape[a] for a in axes) for axes in free_axes())
-    return rows, heads
+    sequences, heads = (math.prod(mesh.shape[a] for a in axes) for axes in free_axes())
+    return sequences, heads
 
 
 def divides(q: Float[Array, "B T N H"], kv: KV) -> bool:
     """Whether every device gets equally many sequences, and whole groups of heads."""
-    rows, heads = splits()
-    return q.shape[0] % rows == kv.k.shape[2] % heads == 0
+    sequences, heads = splits()
+    return q.shape[0] % sequences == kv.k.shape[2] % heads == 0
 
 
 def splits_itself(q: Float[Array, "B T N H"], kv: KV) -> bool:
@@ -63,19 +63,19 @@ def attention_per_device(
     mask: Bool[Array, "B *_"] | None,
 ) -> Float[Array, "B T N H"]:
     """Each device attends in its sequences and heads; in all of them if they do not divide."""
-    (row_axes, head_axes), (num_rows, num_heads) = free_axes(), splits()
-    rows = row_axes if q.shape[0] % num_rows == 0 else None
+    (batch_axes, head_axes), (num_sequences, num_heads) = free_axes(), splits()
+    sequences = batch_axes if q.shape[0] % num_sequences == 0 else None
     heads = head_axes if kv.k.shape[2] % num_heads == 0 else None
-    spec = P(rows, None, heads)
-    return _per_device(attention, (q, kv, mask), (spec, spec, P(rows)), spec)
+    spec = P(sequences, None, heads)
+    return _per_device(attention, (q, kv, mask), (spec, spec, P(sequences)), spec)
 
 
-def rows_per_device(
+def sequences_per_device(
     fn: Callable[[Array, Array], Array], x: Float[Array, "B *T D"], weights: Float[Array, "..."]
 ) -> Float[Array, "B *T F"]:
     """Each device computes its own tokens, with all of the weights."""
-    rows = P(free_axes()[0])
-    return _per_device(fn, (x, weights), (rows, P()), rows)
+    sequences = P(free_axes()[0])
+    return _per_device(fn, (x, weights), (sequences, P()), sequences)
 
 
 def _per_device(fn: Callable[..., Array], args: tuple[Any, ...], in_specs: Any, out_specs: Any):
