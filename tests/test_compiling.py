@@ -10,7 +10,7 @@ import pytest
 from dials_jax import compiling
 from dials_jax.compiling import Timed, compiler_options, timed_jit, total_compile_seconds
 from dials_jax.skipping.policies import Static
-from dials_jax.training import loop
+from dials_jax.training import loop, step
 
 UNKNOWN = "xla_no_such_option"
 
@@ -38,7 +38,7 @@ def test_timed_functions_are_compiled_with_them(monkeypatch):
 
 
 def test_training_is_compiled_with_them(monkeypatch, train_config, tmp_path):
-    monkeypatch.setattr(loop, "compiler_options", lambda: {UNKNOWN: True})
+    monkeypatch.setattr(step, "compiler_options", lambda: {UNKNOWN: True})
     with refused():
         loop.train(train_config(), tmp_path)
 
