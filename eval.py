@@ -4,7 +4,7 @@ python eval.py --config configs/demo/sweep.py --workdir runs/sweep [--batch-size
 python eval.py --config configs/mdlm/study_search.py --workdir runs/search
 """
 
-from dials_jax.commands import keep_programs, main, parse
+from dials_jax.commands import keep_programs, parse, run_command
 from dials_jax.config import StudyConfig
 from dials_jax.evaluation.sweep import sweep
 from dials_jax.evaluation.task import EvalConfig
@@ -22,4 +22,4 @@ def command() -> None:
 
 
 if __name__ == "__main__":
-    main(command)
+    run_command(command)

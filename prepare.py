@@ -5,7 +5,7 @@ python prepare.py --config configs/mdlm/blocks_12.py [--data.folder data/openweb
 Stopped, it continues with the same command. With all done, it verifies the folder.
 """
 
-from dials_jax.commands import main, parse
+from dials_jax.commands import parse, run_command
 from dials_jax.config import CorpusData, TrainConfig
 from dials_jax.data.prepare import prepare
 from dials_jax.errors import require
@@ -26,4 +26,4 @@ def command() -> None:
 
 
 if __name__ == "__main__":
-    main(command)
+    run_command(command)

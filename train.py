@@ -6,7 +6,7 @@ python train.py --config configs/demo/model.py --workdir runs/model [--optimizer
 from importlib.util import find_spec
 from pathlib import Path
 
-from dials_jax.commands import keep_programs, main, parse
+from dials_jax.commands import keep_programs, parse, run_command
 from dials_jax.config import TrainConfig
 from dials_jax.reporting.training_plots import training_curves
 from dials_jax.sharding import on_first_process
@@ -30,4 +30,4 @@ def draw(workdir: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(command)
+    run_command(command)

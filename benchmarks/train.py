@@ -37,7 +37,7 @@ from dials_jax.models import families
 from dials_jax.skipping.flops import head_flops, layer_flops
 from dials_jax.training.optimizer import make_optimizer
 from dials_jax.training.run import make_trainee
-from dials_jax.training.step import init_state, jit_train_step, make_train_step
+from dials_jax.training.step import init_train_state, jit_train_step, make_train_step
 
 COLUMNS = {
     "model": "<6", "objective": "<9", "blocks": ">6d", "batch": ">5d", "microbatches": ">12d",
@@ -90,7 +90,7 @@ class Case:
             layout="unrolled" if options.unrolled else "stacked",
         )  # fmt: skip
         trainee, optimizer = make_trainee(train), make_optimizer(train.optimizer, 1)
-        self._state = init_state(trainee.init, optimizer, mesh, ema=options.ema)
+        self._state = init_train_state(trainee.init, optimizer, mesh, ema=options.ema)
         self.parameters = trees.count_parameters(self._state.params)
         self._batch = sharding.place_batch(random_batch(cfg, options.batch, options.length), mesh)
         step = make_train_step(

@@ -215,7 +215,7 @@ def keep_programs() -> None:
         jax.config.update("jax_compilation_cache_dir", str(Path(home) / "dials_jax" / "xla"))
 
 
-def main(command: Callable[[], Any]) -> None:
+def run_command(command: Callable[[], Any]) -> None:
     """Runs a command; errors of the user become one line and exit status 2.
 
     Ctrl-C and SIGTERM become a line that says what is saved, and status 130 and 143. A file that

@@ -45,7 +45,7 @@ from dials_jax.skipping.policies import Random
 from dials_jax.skipping.routed import Routed
 from dials_jax.training.losses import model_loss, router_loss
 from dials_jax.training.optimizer import make_optimizer
-from dials_jax.training.step import init_state, make_train_step, shardings_of
+from dials_jax.training.step import init_train_state, make_train_step, shardings_of
 
 MESHES = {
     "one": (MeshConfig(), 1),
@@ -64,7 +64,7 @@ OPTIMIZER = make_optimizer(OptimizerConfig(num_steps=10, warmup_steps=1, learnin
 def train_step(mesh, loss_fn, init, frozen, prefix):
     """Two steps of training: metrics of the second, and the parameters after it."""
     task = ArithmeticTask(ArithmeticData(num_items=400))
-    state = init_state(init, OPTIMIZER, mesh, prefix)
+    state = init_train_state(init, OPTIMIZER, mesh, prefix)
     step = jax.jit(
         make_train_step(loss_fn, OPTIMIZER, seed=0, num_microbatches=MICROBATCHES),
         out_shardings=(shardings_of(state, mesh, prefix), None),

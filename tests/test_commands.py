@@ -11,7 +11,7 @@ import pytest
 
 from dials_jax.caching.early_skip.settings import EarlySkip
 from dials_jax.caching.plain import DualCache
-from dials_jax.commands import keep_programs, main, parse
+from dials_jax.commands import keep_programs, parse, run_command
 from dials_jax.config import EvalConfig, TaskData, TrainConfig
 from dials_jax.errors import InputError
 from dials_jax.sampling.dream import Dream
@@ -240,14 +240,14 @@ def test_a_command_ends_with_one_line_and_no_traceback(capsys, problem, code, li
         raise problem
 
     with pytest.raises(SystemExit) as stop:
-        main(command)
+        run_command(command)
     assert stop.value.code == code and stop.value.__suppress_context__
     assert capsys.readouterr().err == line
 
 
 def test_other_errors_keep_their_traceback():
     with pytest.raises(ZeroDivisionError):
-        main(lambda: 1 / 0)
+        run_command(lambda: 1 / 0)
 
 
 RUN = """

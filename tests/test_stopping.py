@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dials_jax import stopping
-from dials_jax.commands import main
+from dials_jax.commands import run_command
 from dials_jax.stopping import Request, Stopped, keeping
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -32,7 +32,7 @@ def test_a_command_that_is_stopped_says_what_is_kept(signum, status, capsys):
             signal.raise_signal(signum)
 
     with pytest.raises(SystemExit) as end:
-        main(command)
+        run_command(command)
     assert end.value.code == status
     assert capsys.readouterr().err == "stopped: step 3 is saved\n"
 

@@ -13,7 +13,7 @@ from dials_jax.convert import lightning
 from dials_jax.convert.hugging_face import MODEL_TYPES, convert, write
 from dials_jax.errors import InputError, require
 from dials_jax.files import local_path
-from dials_jax.models.folders import DTYPES
+from dials_jax.models.folders import WEIGHT_DTYPES
 from dials_jax.stopping import Stopped, keeping, obey_sigterm
 
 DESCRIPTION = """Convert a Hugging Face folder (config.json and safetensors) to a dials_jax model
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("target", metavar="DST", help="folder to write; it must not exist")
     parser.add_argument(
         "--dtype",
-        choices=DTYPES,
+        choices=WEIGHT_DTYPES,
         help="of the written weights; default: bfloat16 if all of SRC is, otherwise float32",
     )
     parser.add_argument(

@@ -22,7 +22,7 @@ ARCHITECTURES = ("DreamModel",)
 USABLE_POSITIONS = 2048
 
 # The published tokenizer's [MASK] and end-of-turn token; the configuration names the first only.
-PUBLISHED_MASK_ID, PUBLISHED_EOT_ID = 151666, 151645
+DREAM_MASK_ID, DREAM_EOT_ID = 151666, 151645
 
 
 def translate(values: dict[str, Any], dtype: str) -> ModelConfig:
@@ -40,5 +40,5 @@ def translate(values: dict[str, Any], dtype: str) -> ModelConfig:
         right_shift=True,
         mask_id=mask_id,
         eos_id=integer(values, "eos_token_id"),
-        eot_id=PUBLISHED_EOT_ID if mask_id == PUBLISHED_MASK_ID else None,
+        eot_id=DREAM_EOT_ID if mask_id == DREAM_MASK_ID else None,
     )

@@ -19,33 +19,33 @@ from dials_jax.convert.settings import (
     token_id,
     width_of_heads,
 )
-from dials_jax.convert.table import Row, split
+from dials_jax.convert.table import TensorEntry, split
 from dials_jax.models import families
 
 _BLOCK = "h.{i}"
 
 TABLE = (
-    Row("wte.weight", "embed/table"),
-    Row("wpe.weight", "embed/positions"),
-    Row(f"{_BLOCK}.ln_1.weight", "layers/attention_norm/scale"),
-    Row(f"{_BLOCK}.ln_1.bias", "layers/attention_norm/bias"),
-    Row(f"{_BLOCK}.attn.c_attn.q.weight", "layers/attention/q", 1),
-    Row(f"{_BLOCK}.attn.c_attn.k.weight", "layers/attention/k", 1),
-    Row(f"{_BLOCK}.attn.c_attn.v.weight", "layers/attention/v", 1),
-    Row(f"{_BLOCK}.attn.c_attn.q.bias", "layers/attention/q_bias", 0),
-    Row(f"{_BLOCK}.attn.c_attn.k.bias", "layers/attention/k_bias", 0),
-    Row(f"{_BLOCK}.attn.c_attn.v.bias", "layers/attention/v_bias", 0),
-    Row(f"{_BLOCK}.attn.c_proj.weight", "layers/attention/o", 2),
-    Row(f"{_BLOCK}.attn.c_proj.bias", "layers/attention/o_bias", 0),
-    Row(f"{_BLOCK}.ln_2.weight", "layers/mlp_norm/scale"),
-    Row(f"{_BLOCK}.ln_2.bias", "layers/mlp_norm/bias"),
-    Row(f"{_BLOCK}.mlp.c_fc.weight", "layers/mlp/up", 1),
-    Row(f"{_BLOCK}.mlp.c_fc.bias", "layers/mlp/up_bias", 0),
-    Row(f"{_BLOCK}.mlp.c_proj.weight", "layers/mlp/down", 1),
-    Row(f"{_BLOCK}.mlp.c_proj.bias", "layers/mlp/down_bias", 0),
-    Row("ln_f.weight", "final_norm/scale"),
-    Row("ln_f.bias", "final_norm/bias"),
-    Row("lm_head.weight", "head/kernel", 1),
+    TensorEntry("wte.weight", "embed/table"),
+    TensorEntry("wpe.weight", "embed/positions"),
+    TensorEntry(f"{_BLOCK}.ln_1.weight", "layers/attention_norm/scale"),
+    TensorEntry(f"{_BLOCK}.ln_1.bias", "layers/attention_norm/bias"),
+    TensorEntry(f"{_BLOCK}.attn.c_attn.q.weight", "layers/attention/q", 1),
+    TensorEntry(f"{_BLOCK}.attn.c_attn.k.weight", "layers/attention/k", 1),
+    TensorEntry(f"{_BLOCK}.attn.c_attn.v.weight", "layers/attention/v", 1),
+    TensorEntry(f"{_BLOCK}.attn.c_attn.q.bias", "layers/attention/q_bias", 0),
+    TensorEntry(f"{_BLOCK}.attn.c_attn.k.bias", "layers/attention/k_bias", 0),
+    TensorEntry(f"{_BLOCK}.attn.c_attn.v.bias", "layers/attention/v_bias", 0),
+    TensorEntry(f"{_BLOCK}.attn.c_proj.weight", "layers/attention/o", 2),
+    TensorEntry(f"{_BLOCK}.attn.c_proj.bias", "layers/attention/o_bias", 0),
+    TensorEntry(f"{_BLOCK}.ln_2.weight", "layers/mlp_norm/scale"),
+    TensorEntry(f"{_BLOCK}.ln_2.bias", "layers/mlp_norm/bias"),
+    TensorEntry(f"{_BLOCK}.mlp.c_fc.weight", "layers/mlp/up", 1),
+    TensorEntry(f"{_BLOCK}.mlp.c_fc.bias", "layers/mlp/up_bias", 0),
+    TensorEntry(f"{_BLOCK}.mlp.c_proj.weight", "layers/mlp/down", 1),
+    TensorEntry(f"{_BLOCK}.mlp.c_proj.bias", "layers/mlp/down_bias", 0),
+    TensorEntry("ln_f.weight", "final_norm/scale"),
+    TensorEntry("ln_f.bias", "final_norm/bias"),
+    TensorEntry("lm_head.weight", "head/kernel", 1),
 )
 
 ARCHITECTURES = ("GPT2LMHeadModel", "GPT2Model")

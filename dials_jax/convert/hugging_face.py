@@ -21,7 +21,7 @@ from dials_jax.config import ModelConfig
 from dials_jax.convert import dream, gpt2, llada, mdlm, qwen2
 from dials_jax.convert.safetensors_reader import open_tensors
 from dials_jax.convert.settings import flag
-from dials_jax.convert.table import fill, is_buffer, unwrapped
+from dials_jax.convert.table import fill_params, is_buffer, unwrapped
 from dials_jax.data.tokenizer import has_tokenizer, load_tokenizer
 from dials_jax.errors import InputError, nearest, require
 from dials_jax.files import read_json
@@ -117,7 +117,7 @@ def from_tensors(
         raise InputError(f"{source}: {error}") from error
     if hasattr(family, "arrange"):
         tensors = family.arrange(values, tensors)
-    return cfg, fill(family.TABLE, abstract_params(cfg), tensors, source, tied)
+    return cfg, fill_params(family.TABLE, abstract_params(cfg), tensors, source, tied)
 
 
 def convert(source: str | Path, target: str | Path, dtype: Any = None) -> ModelConfig:

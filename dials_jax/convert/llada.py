@@ -9,33 +9,33 @@ from typing import Any
 
 from dials_jax.config import ModelConfig
 from dials_jax.convert.settings import flag, integer, number, require_options, width_of_heads
-from dials_jax.convert.table import Row
+from dials_jax.convert.table import TensorEntry
 
 _BLOCK = "model.transformer.blocks.{i}"
 
 # In a block `ff_proj` is the SwiGLU's gate and `ff_out` its way down; outside, `ff_out` is the
 # head. Rows of biases count only where the configuration asks for them.
 TABLE = (
-    Row("model.transformer.wte.weight", "embed/table"),
-    Row(f"{_BLOCK}.attn_norm.weight", "layers/attention_norm/scale"),
-    Row(f"{_BLOCK}.q_proj.weight", "layers/attention/q", 1),
-    Row(f"{_BLOCK}.k_proj.weight", "layers/attention/k", 1),
-    Row(f"{_BLOCK}.v_proj.weight", "layers/attention/v", 1),
-    Row(f"{_BLOCK}.attn_out.weight", "layers/attention/o", 2),
-    Row(f"{_BLOCK}.q_proj.bias", "layers/attention/q_bias", 0),
-    Row(f"{_BLOCK}.k_proj.bias", "layers/attention/k_bias", 0),
-    Row(f"{_BLOCK}.v_proj.bias", "layers/attention/v_bias", 0),
-    Row(f"{_BLOCK}.attn_out.bias", "layers/attention/o_bias", 0),
-    Row(f"{_BLOCK}.ff_norm.weight", "layers/mlp_norm/scale"),
-    Row(f"{_BLOCK}.ff_proj.weight", "layers/mlp/gate", 1),
-    Row(f"{_BLOCK}.up_proj.weight", "layers/mlp/up", 1),
-    Row(f"{_BLOCK}.ff_out.weight", "layers/mlp/down", 1),
-    Row(f"{_BLOCK}.ff_proj.bias", "layers/mlp/gate_bias", 0),
-    Row(f"{_BLOCK}.up_proj.bias", "layers/mlp/up_bias", 0),
-    Row(f"{_BLOCK}.ff_out.bias", "layers/mlp/down_bias", 0),
-    Row("model.transformer.ln_f.weight", "final_norm/scale"),
-    Row("model.transformer.ff_out.weight", "head/kernel", 1),
-    Row("model.transformer.ff_out.bias", "head/bias", 0),
+    TensorEntry("model.transformer.wte.weight", "embed/table"),
+    TensorEntry(f"{_BLOCK}.attn_norm.weight", "layers/attention_norm/scale"),
+    TensorEntry(f"{_BLOCK}.q_proj.weight", "layers/attention/q", 1),
+    TensorEntry(f"{_BLOCK}.k_proj.weight", "layers/attention/k", 1),
+    TensorEntry(f"{_BLOCK}.v_proj.weight", "layers/attention/v", 1),
+    TensorEntry(f"{_BLOCK}.attn_out.weight", "layers/attention/o", 2),
+    TensorEntry(f"{_BLOCK}.q_proj.bias", "layers/attention/q_bias", 0),
+    TensorEntry(f"{_BLOCK}.k_proj.bias", "layers/attention/k_bias", 0),
+    TensorEntry(f"{_BLOCK}.v_proj.bias", "layers/attention/v_bias", 0),
+    TensorEntry(f"{_BLOCK}.attn_out.bias", "layers/attention/o_bias", 0),
+    TensorEntry(f"{_BLOCK}.ff_norm.weight", "layers/mlp_norm/scale"),
+    TensorEntry(f"{_BLOCK}.ff_proj.weight", "layers/mlp/gate", 1),
+    TensorEntry(f"{_BLOCK}.up_proj.weight", "layers/mlp/up", 1),
+    TensorEntry(f"{_BLOCK}.ff_out.weight", "layers/mlp/down", 1),
+    TensorEntry(f"{_BLOCK}.ff_proj.bias", "layers/mlp/gate_bias", 0),
+    TensorEntry(f"{_BLOCK}.up_proj.bias", "layers/mlp/up_bias", 0),
+    TensorEntry(f"{_BLOCK}.ff_out.bias", "layers/mlp/down_bias", 0),
+    TensorEntry("model.transformer.ln_f.weight", "final_norm/scale"),
+    TensorEntry("model.transformer.ff_out.weight", "head/kernel", 1),
+    TensorEntry("model.transformer.ff_out.bias", "head/bias", 0),
 )
 
 ARCHITECTURES = ("LLaDAModelLM",)  # of config.json: others of this model type are other models
@@ -55,7 +55,7 @@ REQUIRED = {
 }
 
 # The published tokenizer's [MASK] and end-of-turn token; the configuration names the first only.
-PUBLISHED_MASK_ID, PUBLISHED_EOT_ID = 126336, 126348
+LLADA_MASK_ID, LLADA_EOT_ID = 126336, 126348
 
 
 def translate(values: dict[str, Any], dtype: str) -> ModelConfig:
@@ -69,7 +69,7 @@ def translate(values: dict[str, Any], dtype: str) -> ModelConfig:
     mask_id, eos_id = integer(values, "mask_token_id"), integer(values, "eos_token_id")
     num_kv_heads = 1 if flag(values, "multi_query_attention") else num_heads
     bias = flag(values, "include_bias")
-    has_eot = mask_id == PUBLISHED_MASK_ID and vocab_size > PUBLISHED_EOT_ID
+    has_eot = mask_id == LLADA_MASK_ID and vocab_size > LLADA_EOT_ID
     return ModelConfig(
         model_type="llada",
         vocab_size=vocab_size,
@@ -89,6 +89,6 @@ def translate(values: dict[str, Any], dtype: str) -> ModelConfig:
         mask_id=mask_id,
         eos_id=eos_id,
         pad_id=integer(values, "pad_token_id", eos_id),
-        eot_id=PUBLISHED_EOT_ID if has_eot else None,
+        eot_id=LLADA_EOT_ID if has_eot else None,
         dtype=dtype,
     )

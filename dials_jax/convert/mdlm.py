@@ -11,7 +11,7 @@ import numpy as np
 
 from dials_jax.config import ModelConfig
 from dials_jax.convert.settings import flag, integer, token_id, width_of_heads
-from dials_jax.convert.table import Row, split
+from dials_jax.convert.table import TensorEntry, split
 from dials_jax.errors import require
 from dials_jax.models import families
 
@@ -19,28 +19,28 @@ _BLOCK = "blocks.{i}"
 _OUT = "output_layer"
 
 TABLE = (
-    Row("vocab_embed.embedding", "embed/table"),
-    Row("sigma_map.mlp.0.weight", "time/up", 1),
-    Row("sigma_map.mlp.0.bias", "time/up_bias", 0),
-    Row("sigma_map.mlp.2.weight", "time/down", 1),
-    Row("sigma_map.mlp.2.bias", "time/down_bias", 0),
-    Row(f"{_BLOCK}.norm1.weight", "layers/attention_norm/scale"),
-    Row(f"{_BLOCK}.attn_qkv.q.weight", "layers/attention/q", 1),
-    Row(f"{_BLOCK}.attn_qkv.k.weight", "layers/attention/k", 1),
-    Row(f"{_BLOCK}.attn_qkv.v.weight", "layers/attention/v", 1),
-    Row(f"{_BLOCK}.attn_out.weight", "layers/attention/o", 2),
-    Row(f"{_BLOCK}.norm2.weight", "layers/mlp_norm/scale"),
-    Row(f"{_BLOCK}.mlp.0.weight", "layers/mlp/up", 1),
-    Row(f"{_BLOCK}.mlp.0.bias", "layers/mlp/up_bias", 0),
-    Row(f"{_BLOCK}.mlp.2.weight", "layers/mlp/down", 1),
-    Row(f"{_BLOCK}.mlp.2.bias", "layers/mlp/down_bias", 0),
-    Row(f"{_BLOCK}.adaLN_modulation.weight", "layers/modulation/kernel", 1),
-    Row(f"{_BLOCK}.adaLN_modulation.bias", "layers/modulation/bias", 0),
-    Row(f"{_OUT}.norm_final.weight", "final_norm/scale"),
-    Row(f"{_OUT}.adaLN_modulation.weight", "final_norm/modulation/kernel", 1),
-    Row(f"{_OUT}.adaLN_modulation.bias", "final_norm/modulation/bias", 0),
-    Row(f"{_OUT}.linear.weight", "head/kernel", 1),
-    Row(f"{_OUT}.linear.bias", "head/bias", 0),
+    TensorEntry("vocab_embed.embedding", "embed/table"),
+    TensorEntry("sigma_map.mlp.0.weight", "time/up", 1),
+    TensorEntry("sigma_map.mlp.0.bias", "time/up_bias", 0),
+    TensorEntry("sigma_map.mlp.2.weight", "time/down", 1),
+    TensorEntry("sigma_map.mlp.2.bias", "time/down_bias", 0),
+    TensorEntry(f"{_BLOCK}.norm1.weight", "layers/attention_norm/scale"),
+    TensorEntry(f"{_BLOCK}.attn_qkv.q.weight", "layers/attention/q", 1),
+    TensorEntry(f"{_BLOCK}.attn_qkv.k.weight", "layers/attention/k", 1),
+    TensorEntry(f"{_BLOCK}.attn_qkv.v.weight", "layers/attention/v", 1),
+    TensorEntry(f"{_BLOCK}.attn_out.weight", "layers/attention/o", 2),
+    TensorEntry(f"{_BLOCK}.norm2.weight", "layers/mlp_norm/scale"),
+    TensorEntry(f"{_BLOCK}.mlp.0.weight", "layers/mlp/up", 1),
+    TensorEntry(f"{_BLOCK}.mlp.0.bias", "layers/mlp/up_bias", 0),
+    TensorEntry(f"{_BLOCK}.mlp.2.weight", "layers/mlp/down", 1),
+    TensorEntry(f"{_BLOCK}.mlp.2.bias", "layers/mlp/down_bias", 0),
+    TensorEntry(f"{_BLOCK}.adaLN_modulation.weight", "layers/modulation/kernel", 1),
+    TensorEntry(f"{_BLOCK}.adaLN_modulation.bias", "layers/modulation/bias", 0),
+    TensorEntry(f"{_OUT}.norm_final.weight", "final_norm/scale"),
+    TensorEntry(f"{_OUT}.adaLN_modulation.weight", "final_norm/modulation/kernel", 1),
+    TensorEntry(f"{_OUT}.adaLN_modulation.bias", "final_norm/modulation/bias", 0),
+    TensorEntry(f"{_OUT}.linear.weight", "head/kernel", 1),
+    TensorEntry(f"{_OUT}.linear.bias", "head/bias", 0),
 )
 
 ARCHITECTURES = ("MDLM",)

@@ -16,28 +16,28 @@ from dials_jax.convert.settings import (
     token_id,
     width_of_heads,
 )
-from dials_jax.convert.table import Row
+from dials_jax.convert.table import TensorEntry
 from dials_jax.errors import require
 
 _BLOCK = "model.layers.{i}"
 
 # Of the projections only queries, keys and values have biases.
 TABLE = (
-    Row("model.embed_tokens.weight", "embed/table"),
-    Row(f"{_BLOCK}.input_layernorm.weight", "layers/attention_norm/scale"),
-    Row(f"{_BLOCK}.self_attn.q_proj.weight", "layers/attention/q", 1),
-    Row(f"{_BLOCK}.self_attn.k_proj.weight", "layers/attention/k", 1),
-    Row(f"{_BLOCK}.self_attn.v_proj.weight", "layers/attention/v", 1),
-    Row(f"{_BLOCK}.self_attn.o_proj.weight", "layers/attention/o", 2),
-    Row(f"{_BLOCK}.self_attn.q_proj.bias", "layers/attention/q_bias", 0),
-    Row(f"{_BLOCK}.self_attn.k_proj.bias", "layers/attention/k_bias", 0),
-    Row(f"{_BLOCK}.self_attn.v_proj.bias", "layers/attention/v_bias", 0),
-    Row(f"{_BLOCK}.post_attention_layernorm.weight", "layers/mlp_norm/scale"),
-    Row(f"{_BLOCK}.mlp.gate_proj.weight", "layers/mlp/gate", 1),
-    Row(f"{_BLOCK}.mlp.up_proj.weight", "layers/mlp/up", 1),
-    Row(f"{_BLOCK}.mlp.down_proj.weight", "layers/mlp/down", 1),
-    Row("model.norm.weight", "final_norm/scale"),
-    Row("lm_head.weight", "head/kernel", 1, tied="model.embed_tokens.weight"),
+    TensorEntry("model.embed_tokens.weight", "embed/table"),
+    TensorEntry(f"{_BLOCK}.input_layernorm.weight", "layers/attention_norm/scale"),
+    TensorEntry(f"{_BLOCK}.self_attn.q_proj.weight", "layers/attention/q", 1),
+    TensorEntry(f"{_BLOCK}.self_attn.k_proj.weight", "layers/attention/k", 1),
+    TensorEntry(f"{_BLOCK}.self_attn.v_proj.weight", "layers/attention/v", 1),
+    TensorEntry(f"{_BLOCK}.self_attn.o_proj.weight", "layers/attention/o", 2),
+    TensorEntry(f"{_BLOCK}.self_attn.q_proj.bias", "layers/attention/q_bias", 0),
+    TensorEntry(f"{_BLOCK}.self_attn.k_proj.bias", "layers/attention/k_bias", 0),
+    TensorEntry(f"{_BLOCK}.self_attn.v_proj.bias", "layers/attention/v_bias", 0),
+    TensorEntry(f"{_BLOCK}.post_attention_layernorm.weight", "layers/mlp_norm/scale"),
+    TensorEntry(f"{_BLOCK}.mlp.gate_proj.weight", "layers/mlp/gate", 1),
+    TensorEntry(f"{_BLOCK}.mlp.up_proj.weight", "layers/mlp/up", 1),
+    TensorEntry(f"{_BLOCK}.mlp.down_proj.weight", "layers/mlp/down", 1),
+    TensorEntry("model.norm.weight", "final_norm/scale"),
+    TensorEntry("lm_head.weight", "head/kernel", 1, tied="model.embed_tokens.weight"),
 )
 
 ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen2Model")

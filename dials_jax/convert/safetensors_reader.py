@@ -23,7 +23,8 @@ from dials_jax.files import read_json
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PLAIN_NAME = re.compile(r"[^/\\\0]{1,200}\.safetensors")
-DTYPES = {  # of weights and of buffers; the other dtypes of the format are smaller than a byte
+# Of weights and of buffers; the other dtypes of the format are smaller than a byte.
+SAFETENSORS_DTYPES = {
     "F64": np.float64,
     "F32": np.float32,
     "F16": np.float16,
@@ -133,7 +134,7 @@ def _reason(path: Path, error: Exception) -> str:
 def _view(path: Path, name: str, entry: dict[str, Any], data: np.ndarray) -> np.ndarray:
     dtype, (begin, end) = entry["dtype"], entry["data_offsets"]
     require(
-        dtype in DTYPES,
+        dtype in SAFETENSORS_DTYPES,
         f"{path}: {name!r} is {dtype}, which is not supported; take a checkpoint in BF16 or F32",
     )
-    return data[begin:end].view(DTYPES[dtype]).reshape(entry["shape"])
+    return data[begin:end].view(SAFETENSORS_DTYPES[dtype]).reshape(entry["shape"])

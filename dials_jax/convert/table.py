@@ -16,7 +16,7 @@ from dials_jax.errors import require
 T = TypeVar("T")
 
 
-class Row(NamedTuple):
+class TensorEntry(NamedTuple):
     """One tensor upstream and its path in our tree.
 
     A torch Linear stores [out, in]; we store [in..., out...]. `inputs` is the number of our leading
@@ -29,8 +29,8 @@ class Row(NamedTuple):
     tied: str = ""  # the tensor that replaces it if config.json ties the two
 
 
-def fill(
-    table: Iterable[Row],
+def fill_params(
+    table: Iterable[TensorEntry],
     shapes: trees.Params,
     tensors: dict[str, np.ndarray],
     source: Path,
@@ -84,7 +84,7 @@ WRAPPERS = (
     "_checkpoint_wrapped_module",
 )
 # What torch saves beside weights: angles and positions, which we compute.
-BUFFERS = r"(.+\.)?(rotary_emb\.\w*(inv_freq|cached)|position_ids)"
+COMMON_BUFFERS = r"(.+\.)?(rotary_emb\.\w*(inv_freq|cached)|position_ids)"
 
 
 def unwrapped(tensors: dict[str, T], source: Path) -> dict[str, T]:
@@ -103,7 +103,7 @@ def unwrapped(tensors: dict[str, T], source: Path) -> dict[str, T]:
 
 def is_buffer(name: str, also: str = "") -> bool:
     """Whether a tensor is computed, not learned; `also`: a pattern of more buffers."""
-    return bool(re.fullmatch(BUFFERS, name) or (also and re.fullmatch(also, name)))
+    return bool(re.fullmatch(COMMON_BUFFERS, name) or (also and re.fullmatch(also, name)))
 
 
 def split(

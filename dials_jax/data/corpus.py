@@ -29,8 +29,8 @@ from dials_jax.data.tokenizer import Tokenizer
 from dials_jax.errors import InputError, nearest, require
 from dials_jax.files import read_json, write_json
 
-MANIFEST, PARTS, RECORDS = "manifest.json", "parts", "array_record"
-FILES = "files.json"  # what is known of files as long as their size, date and inode stay
+MANIFEST, PARTS, ARRAY_RECORD = "manifest.json", "parts", "array_record"
+FILE_NOTES = "files.json"  # what is known of files as long as their size, date and inode stay
 
 
 class PartRows:
@@ -132,8 +132,10 @@ def load_corpus(cfg: CorpusData, eos_id: int | None, tokenizer: Tokenizer) -> Pa
     )
     rows: RowStore
     if _reader(cfg) == "grain":
-        rows = RecordRows(folder / RECORDS, cfg.split)
-        require(len(rows) == split["rows"], f"{folder / RECORDS} is incomplete; prepare it again")
+        rows = RecordRows(folder / ARRAY_RECORD, cfg.split)
+        require(
+            len(rows) == split["rows"], f"{folder / ARRAY_RECORD} is incomplete; prepare it again"
+        )
     else:
         verify_parts(folder, split)
         rows = part_rows(folder, split, cfg.length)
@@ -151,7 +153,7 @@ def load_corpus(cfg: CorpusData, eos_id: int | None, tokenizer: Tokenizer) -> Pa
 def read_notes(folder: Path) -> dict[str, dict[str, Any]]:
     """The facts about files, by their paths; none if they were edited or half written."""
     with contextlib.suppress(InputError):
-        notes = read_json(folder / FILES)
+        notes = read_json(folder / FILE_NOTES)
         return {path: note for path, note in notes.items() if isinstance(note, dict)}
     return {}
 
@@ -190,7 +192,7 @@ def verify_parts(folder: Path, split: dict[str, Any], again: bool = False) -> No
     if fresh:
         verified |= fresh
         with contextlib.suppress(OSError):  # a read-only folder
-            write_json(folder / FILES, notes)
+            write_json(folder / FILE_NOTES, notes)
 
 
 def part_rows(folder: Path, split: dict[str, Any], length: int) -> PartRows:
@@ -208,16 +210,16 @@ def part_rows(folder: Path, split: dict[str, Any], length: int) -> PartRows:
 
 def _reader(cfg: CorpusData) -> str:
     """The configured reader; for "auto" Grain if it is installed and the folder has ArrayRecord."""
-    missing, records = missing_packages(), Path(cfg.folder) / RECORDS
+    missing, records = missing_packages(), Path(cfg.folder) / ARRAY_RECORD
     if cfg.reader == "auto":
         return "numpy" if missing or not records.is_dir() else "grain"
     if cfg.reader == "grain":
-        require_packages(missing)
+        require_corpus_packages(missing)
         require(records.is_dir(), f"{records} is missing; run prepare.py again, it adds it")
     return cfg.reader
 
 
-def require_packages(missing: Sequence[str]) -> None:
+def require_corpus_packages(missing: Sequence[str]) -> None:
     require(
         not missing,
         f"reader='grain' needs {', '.join(missing)}; pip install 'dials_jax[data]', or set "

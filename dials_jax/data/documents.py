@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dials_jax.config import CorpusData
-from dials_jax.data.corpus import FILES, PARTS, read_notes
+from dials_jax.data.corpus import FILE_NOTES, PARTS, read_notes
 from dials_jax.data.records import (
     JSON_LINES,
     TEXT,
@@ -112,7 +112,9 @@ def _survey(cfg: CorpusData, paths: list[Path]) -> dict[str, dict[str, Any]]:
         unchanged = entry.get("stamp") == stamp and entry.get("error") == ""
         found[str(path)] = entry if unchanged else {"stamp": stamp, **_look_at(path, field)}
     parts = f"{PARTS}/"  # what `corpus.verify_parts` notes there
-    write_json(Path(cfg.folder) / FILES, ({parts: known[parts]} if parts in known else {}) | found)
+    write_json(
+        Path(cfg.folder) / FILE_NOTES, ({parts: known[parts]} if parts in known else {}) | found
+    )
     return found
 
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-from dials_jax.data.records import PIECE, Document
+from dials_jax.data.records import PIECE_CHARACTERS, Document
 from dials_jax.data.tokenizer import Tokenizer
 from dials_jax.errors import InputError
 
@@ -70,10 +70,14 @@ def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
 
 
 def _pieces(documents: Iterable[Document], boundary: Boundary) -> Iterator[_Piece]:
-    """Short documents as they are, long ones in pieces of about `PIECE` characters."""
+    """Short documents as they are, long ones in pieces of about `PIECE_CHARACTERS`."""
     for where, chunks in documents:
         held: list[str] = []
-        parts = (chunk[i : i + PIECE] for chunk in chunks for i in range(0, len(chunk), PIECE))
+        parts = (
+            chunk[i : i + PIECE_CHARACTERS]
+            for chunk in chunks
+            for i in range(0, len(chunk), PIECE_CHARACTERS)
+        )
         for part in parts:
             end = boundary(part) if held else 0
             if end:

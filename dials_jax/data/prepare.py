@@ -23,12 +23,12 @@ from dials_jax.data.arrayrecord import (
     write_records,
 )
 from dials_jax.data.corpus import (
+    ARRAY_RECORD,
     MANIFEST,
     PARTS,
-    RECORDS,
     is_part,
     part_rows,
-    require_packages,
+    require_corpus_packages,
     verify_parts,
 )
 from dials_jax.data.documents import Documents, open_documents
@@ -66,7 +66,7 @@ def _prepare(cfg: CorpusData, model_config: ModelConfig, folder: Path) -> dict[s
     check_tokenizer(tokenizer, model_config)
     require(model_config.eos_id is not None, "the model has no eos_id; packing needs one")
     if cfg.reader == "grain":
-        require_packages(missing_packages())
+        require_corpus_packages(missing_packages())
     documents = open_documents(cfg)
     require(
         cfg.num_validation < documents.count,
@@ -74,7 +74,7 @@ def _prepare(cfg: CorpusData, model_config: ModelConfig, folder: Path) -> dict[s
         "lower it",
     )
     settings = _settings(cfg, model_config, tokenizer, documents)
-    names = (MANIFEST, PARTS, RECORDS, "tokenizer.json")
+    names = (MANIFEST, PARTS, ARRAY_RECORD, "tokenizer.json")
     require_unclaimed(folder, SETTINGS, names, reads=cfg.tokenizer)
     also = {"tokenizer": tokenizer.fingerprints, "source": (documents.former_digest,)}
     _claim(folder, settings, also)
@@ -247,8 +247,10 @@ def _add_records(cfg: CorpusData, folder: Path, splits: dict[str, dict[str, Any]
         print(f"no ArrayRecord, for {', '.join(missing)} is not installed; the .npy parts serve")
         return
     rows = {name: part_rows(folder, split, cfg.length) for name, split in splits.items()}
-    if (folder / RECORDS).is_dir():
+    if (folder / ARRAY_RECORD).is_dir():
         for name, wanted in rows.items():
-            require_equal_ends(RecordRows(folder / RECORDS, name), wanted, f"{folder / RECORDS}")
+            require_equal_ends(
+                RecordRows(folder / ARRAY_RECORD, name), wanted, f"{folder / ARRAY_RECORD}"
+            )
     else:
-        write_records(rows, cfg.length, folder / RECORDS)
+        write_records(rows, cfg.length, folder / ARRAY_RECORD)

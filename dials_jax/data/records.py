@@ -21,7 +21,7 @@ from dials_jax.files import local_path
 
 TEXT = (".txt",)
 JSON_LINES = (".jsonl", ".jsonl.xz", ".jsonl.gz")
-PIECE = 1 << 16  # characters of a text that are read at a time
+PIECE_CHARACTERS = 1 << 16  # characters of a text that are read at a time
 LONGEST_LINE = 1 << 28  # bytes; a line of JSON is held in memory as a whole
 # Where a document stands, for messages, and its text in pieces of any size.
 Document = tuple[str, Iterable[str]]
@@ -169,7 +169,7 @@ def _read_text(path: Path) -> Iterator[str]:
         with path.open("rb") as file:
             require_utf8(file.read(4))
         with path.open(encoding="utf-8-sig") as file:
-            while piece := file.read(PIECE):
+            while piece := file.read(PIECE_CHARACTERS):
                 yield piece
     except UnicodeDecodeError as error:
         odd = error.object[error.start]
@@ -199,7 +199,7 @@ def _require_unicode(text: str, field: str) -> None:
         ) from error
 
 
-def read_records(paths: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_json_records(paths: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields ("path:line", record) over all JSON-lines files of `paths`."""
     for path in expand_paths(paths):
         for line_number, record in read_jsonl(path):

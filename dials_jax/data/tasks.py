@@ -18,16 +18,16 @@ import numpy as np
 
 from dials_jax.config import ModelConfig, TaskData
 from dials_jax.data.batches import Indices, RowArrays
-from dials_jax.data.records import located, lookup, read_records
+from dials_jax.data.records import located, lookup, read_json_records
 from dials_jax.data.tokenizer import Ids, Tokenizer, check_tokenizer, load_tokenizer
 from dials_jax.errors import require
 
-Pair = tuple[Ids, Ids]  # prompt and answer, without padding or EOS
+Pair = tuple[Ids, Ids]  # token ids of a prompt and its answer
 
 _FIELD = re.compile(r"\{\{|\}\}|\{([A-Za-z_][\w.]*)\}")
 
 
-def fill(template: str, record: dict[str, Any]) -> str:
+def fill_template(template: str, record: dict[str, Any]) -> str:
     """Replaces every `{name}` by a field; `{{` and `}}` are braces, any other brace is itself.
 
     Raises: InputError if a field is unknown (naming the nearest), or is not text or a number.
@@ -104,9 +104,9 @@ def load_task(
     tokenizer = tokenizer or load_tokenizer(cfg.tokenizer)
     check_tokenizer(tokenizer, model_config)
     places, texts = [], []
-    for where, record in read_records(cfg.paths):
+    for where, record in read_json_records(cfg.paths):
         with located(where):
-            texts += [fill(cfg.prompt, record), fill(cfg.answer, record)]
+            texts += [fill_template(cfg.prompt, record), fill_template(cfg.answer, record)]
         places.append(where)
     ids = [np.asarray(i, np.int32) for i in tokenizer.encode_batch(texts)]
     pairs = list(zip(ids[::2], ids[1::2], strict=True))

@@ -26,9 +26,10 @@ from jaxtyping import Float, Int
 
 from dials_jax.caching.cache import Cache
 from dials_jax.data.buckets import batches, buckets, pair_buckets
+from dials_jax.data.tasks import Pair
 from dials_jax.data.tokenizer import Ids
 from dials_jax.errors import require
-from dials_jax.evaluation.likelihood import Scores, num_copies, pad_pairs, score_pairs
+from dials_jax.evaluation.likelihood import CopyScores, num_copies, pad_pairs, score_pairs
 from dials_jax.keys import seed_key
 from dials_jax.models.model import Model
 from dials_jax.models.padding import pad_prompts
@@ -38,8 +39,6 @@ from dials_jax.sampling.sampler import Sampler
 from dials_jax.skipping.flops import Flops
 
 STRATUM = 16  # masked copies per round, over which their numbers of masks are spread
-
-Pair = tuple[Ids, Ids]  # prompt and answer
 
 
 def request_number(request: Any) -> int:
@@ -129,7 +128,7 @@ def generate_all(
 class LikelihoodBatch(NamedTuple):
     requests: Int[np.ndarray, "B"]  # numbers of the pairs
     copies: Int[np.ndarray, "B"]  # which masked copy of its pair a sequence is
-    scores: Scores
+    scores: CopyScores
     flops: Flops
 
 

@@ -14,8 +14,8 @@ import numpy as np
 from dials_jax.config import ArithmeticData, CorpusData, ModelConfig, TaskData, TextData
 from dials_jax.data.arithmetic import ArithmeticTask
 from dials_jax.data.corpus import load_corpus
-from dials_jax.data.records import located, lookup, read_records
-from dials_jax.data.tasks import fill, fits, require_unmasked, warn_dropped
+from dials_jax.data.records import located, lookup, read_json_records
+from dials_jax.data.tasks import fill_template, fits, require_unmasked, warn_dropped
 from dials_jax.data.text import pack_text
 from dials_jax.data.tokenizer import Ids, Tokenizer, check_tokenizer, encode_pair
 from dials_jax.errors import require
@@ -109,7 +109,7 @@ def load_items(task: EvalTask, tokenizer: Tokenizer | None, model_config: ModelC
 def _records(task: EvalTask) -> tuple[TaskData, Iterator[tuple[str, dict[str, Any]]]]:
     """Templates, and (where, record) pairs to fill them with."""
     if isinstance(task.data, TaskData):
-        return task.data, read_records(task.data.paths)
+        return task.data, read_json_records(task.data.paths)
     procedural = ArithmeticTask(task.data)
     limit = NUM_ARITHMETIC if task.limit is None else task.limit
     records = islice(procedural.records(held_out=True), limit)
@@ -120,12 +120,12 @@ def _records(task: EvalTask) -> tuple[TaskData, Iterator[tuple[str, dict[str, An
 def _item(
     task: EvalTask, cfg: TaskData, record: dict[str, Any], tokenizer: Tokenizer, eos_id: int | None
 ) -> Item:
-    prompt = fill(cfg.prompt, record)
+    prompt = fill_template(cfg.prompt, record)
     if task.metric == "choice":
         texts = _choices(task, record)
         label, reference = _label(task, record, len(texts)), ""
     else:
-        texts, label = [fill(cfg.answer, record)], 0
+        texts, label = [fill_template(cfg.answer, record)], 0
         reference = texts[0]
     if task.metric == "exact_match":
         check_reference(task, reference)
@@ -163,7 +163,7 @@ def _choices(task: EvalTask, record: dict[str, Any]) -> list[str]:
         f"task {task.name!r}: give either choices= (templates) or choice_list= (a field)",
     )
     if task.choices:
-        return [fill(template, record) for template in task.choices]
+        return [fill_template(template, record) for template in task.choices]
     texts = lookup(record, task.choice_list)
     require(
         isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts),

@@ -30,7 +30,7 @@ from dials_jax.nn.policy import Policy, check_policy, uses_keys
 from dials_jax.nn.stack import Executor
 from dials_jax.skipping.flops import Flops, count_flops
 
-POSITIONS = 128  # of the answer, scored together; bounds the memory that logits take
+ANSWER_CHUNK = 128  # of the answer, scored together; bounds the memory that logits take
 
 
 class Pairs(NamedTuple):
@@ -42,7 +42,7 @@ class Pairs(NamedTuple):
     answer_valid: Bool[ArrayLike, "B A"]
 
 
-class Scores(NamedTuple):
+class CopyScores(NamedTuple):
     """One entry per masked copy: its estimate of the log-likelihood in nats."""
 
     log_likelihood: Float[Array, "R"]
@@ -191,7 +191,7 @@ def score_pairs(
     policy: Policy | None = None,
     executor: Executor = "auto",
     fill_to: int = 1,
-) -> tuple[Scores, Flops]:
+) -> tuple[CopyScores, Flops]:
     """Scores one masked copy of each pair.
 
     Args:
@@ -208,7 +208,7 @@ def score_pairs(
     )
     host = sharding.to_host(scores)
     keep = np.arange(host.gates.shape[-1]) % len(host.log_likelihood) < num_rows
-    scores = Scores(
+    scores = CopyScores(
         host.log_likelihood[:num_rows], host.gates[:, keep], host.masked_share[:num_rows]
     )
     flops = count_flops(
@@ -324,7 +324,7 @@ def answer_log_probs(
         logits = guide(logits, cfg_scale) if cfg_scale > 0 else logits
         return masked_log_probs(transformer.apply_subs(cfg, logits), answers, masked)
 
-    return over_positions(log_probs, POSITIONS, h, answers, masked), out.gates
+    return over_positions(log_probs, ANSWER_CHUNK, h, answers, masked), out.gates
 
 
 @timed_jit("cfg", "stratum", "cfg_scale", "executor")
@@ -340,7 +340,7 @@ def score_pairs_program(params, pairs, keys, samples, policy, *, cfg, stratum, c
         cfg, params, tokens, valid, share, pairs.answers, masked, cfg_scale, policy, gate_keys,
         executor,
     )  # fmt: skip
-    return Scores(jnp.sum(log_probs, axis=1) / share, gates, share)
+    return CopyScores(jnp.sum(log_probs, axis=1) / share, gates, share)
 
 
 @timed_jit("cfg", "prompt_len", "cfg_scale", "executor")

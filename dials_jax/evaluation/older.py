@@ -54,7 +54,7 @@ def length_of(generation: Mapping[str, Any]) -> int | None:
     return generation.get(_LENGTH.get(generation.get("sampler"), ""))
 
 
-def answer_length(stored: Mapping[str, Any], items: Sequence[Item]) -> int | None:
+def stored_answer_length(stored: Mapping[str, Any], items: Sequence[Item]) -> int | None:
     """What a task generates by default. Args: items: those of the task; empty where unknown."""
     longest = max((len(item.answers[0]) for item in items), default=None)
     return stored.get("data", {}).get("answer_length") or longest

@@ -29,10 +29,10 @@ from dials_jax.statistics import mean_interval
 
 Aggregate = Literal["mean", "corpus"]
 
-POSITIONS = 128  # scored together; bounds the memory that logits take
+SAMPLE_CHUNK = 128  # scored together; bounds the memory that logits take
 
 
-class Scores(NamedTuple):
+class SampleScores(NamedTuple):
     """The scorer's log-likelihood of each sample."""
 
     nll: Float[np.ndarray, "N"]  # nats, summed over the tokens that count
@@ -47,7 +47,9 @@ class Estimate(NamedTuple):
     high: float
 
 
-def score_samples(scorer: Model, samples: Int[np.ndarray, "N T"], batch_size: int = 16) -> Scores:
+def score_samples(
+    scorer: Model, samples: Int[np.ndarray, "N T"], batch_size: int = 16
+) -> SampleScores:
     """Scores samples of the scorer's own tokens, in float32.
 
     Raises: InputError for a scorer that is not causal, too short, or of a smaller vocabulary.
@@ -66,7 +68,7 @@ def score_samples(scorer: Model, samples: Int[np.ndarray, "N T"], batch_size: in
         placed = scorer.place_sequences((samples[rows].astype(np.int32), counted[rows]), batch_size)
         nll, _ = scorer.run(nll_program, *placed)
         found.append(sharding.to_host(nll).astype(np.float64)[: len(samples[rows])])
-    return Scores(np.concatenate(found), counted[:, 1:].sum(axis=1).astype(np.float64))
+    return SampleScores(np.concatenate(found), counted[:, 1:].sum(axis=1).astype(np.float64))
 
 
 def check_scorer(cfg: ModelConfig, length: int) -> None:
@@ -129,7 +131,7 @@ def unigram_entropy(samples: Int[np.ndarray, "N T"]) -> Float[np.ndarray, "N"]:
     return np.array([one(sample) for sample in samples])
 
 
-def perplexities(scores: Scores, aggregate: Aggregate) -> Float[np.ndarray, "N"]:
+def perplexities(scores: SampleScores, aggregate: Aggregate) -> Float[np.ndarray, "N"]:
     """One number for each sample, whose mean is the perplexity.
 
     "mean": the samples' own perplexities. "corpus": the mean is exp(sum of nll / sum of weights),
@@ -162,5 +164,5 @@ def nll_program(
             return -masked_log_probs(transformer.head_logits(cfg, params, h), targets, counted)
 
         return jnp.sum(
-            over_positions(nll, POSITIONS, h[:, :-1], tokens[:, 1:], counted[:, 1:]), axis=1
+            over_positions(nll, SAMPLE_CHUNK, h[:, :-1], tokens[:, 1:], counted[:, 1:]), axis=1
         )

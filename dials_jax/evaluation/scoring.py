@@ -40,7 +40,7 @@ from dials_jax.skipping.flops import Flops
 
 NUM_EXAMPLES = 5
 # Raised where a metric's scores change their meaning: kept ones are then not continued.
-RULES = {"exact_match": 2, "choice": 1, "nelbo": 1}
+METRIC_RULES = {"exact_match": 2, "choice": 1, "nelbo": 1}
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from dials_jax.config import to_dict
 from dials_jax.errors import InputError, require
 from dials_jax.evaluation.execution import NUM_BINS
 from dials_jax.evaluation.items import Item, items_digest
-from dials_jax.evaluation.older import answer_length, length_of, task_of
+from dials_jax.evaluation.older import length_of, stored_answer_length, task_of
 from dials_jax.evaluation.results import RECORDS, Records, differing
-from dials_jax.evaluation.scoring import RULES, cache_name, generation_facts
+from dials_jax.evaluation.scoring import METRIC_RULES, cache_name, generation_facts
 from dials_jax.evaluation.task import EvalConfig, EvalTask
 from dials_jax.files import read_json
 from dials_jax.models.model import Model
@@ -32,7 +32,7 @@ from dials_jax.workdir import require_unclaimed
 
 SWEEP = "sweep.json"  # what the records depend on
 FILES = (RECORDS, "results.json", "results.csv", "report.html", "plots")
-GROUPS = ("tasks", "static", "routers")  # parts of the identity that may grow
+GROWING_GROUPS = ("tasks", "static", "routers")  # parts of the identity that may grow
 KINDS = ("full", "static", "routed", "random")  # of policies, in the order of the report
 # Settings of a task that decide how its sequences are padded, and so only what they cost.
 PADDING = ("bucket", "max_programs")
@@ -169,7 +169,7 @@ def sweep_identity(
         "tasks": {
             task.name: {
                 **_settings(task),
-                "rules": RULES[task.metric],
+                "rules": METRIC_RULES[task.metric],
                 "items": [items_digest(items), len(items)],
                 "generation": generation_facts(task, items),
             }
@@ -202,7 +202,7 @@ def _agree(
     Raises: InputError naming the settings that differ and would change scores.
     """
     require(
-        old.get("kind") == new["kind"] and all(type(old.get(x)) is dict for x in GROUPS),
+        old.get("kind") == new["kind"] and all(type(old.get(x)) is dict for x in GROWING_GROUPS),
         f"{workdir / SWEEP} is of no sweep, or damaged; put it back, or choose another --workdir",
     )
     tasks = {name: _completed(name, task) for name, task in old["tasks"].items()}
@@ -213,7 +213,7 @@ def _agree(
     old = {**old, "tasks": tasks}
     before, now = (
         {**one, **{group: {n: x for n, x in one[group].items() if n in other[group]}
-                   for group in GROUPS}}
+                   for group in GROWING_GROUPS}}
         for one, other in ((old, new), (new, old))
     )  # fmt: skip
     for name, task in now["tasks"].items():
@@ -227,7 +227,7 @@ def _agree(
         not others,
         f"{workdir} holds another sweep ({', '.join(others)} differ); choose another --workdir",
     )
-    return {**new, **{group: {**old[group], **new[group]} for group in GROUPS}}
+    return {**new, **{group: {**old[group], **new[group]} for group in GROWING_GROUPS}}
 
 
 def _completed(name: str, old: Any) -> Any:
@@ -284,7 +284,7 @@ def _read_before(
     tasks = {}
     for stored in cfg["tasks"]:
         name = stored["name"]
-        length = answer_length(stored, items.get(name, ()))
+        length = stored_answer_length(stored, items.get(name, ()))
         tasks[name] = task_of(stored, length, "results.json: config.tasks")
     records = [{"environment": dict(where)}]
     for run in runs:

@@ -50,10 +50,10 @@ from dials_jax.models import groups
 from dials_jax.models.model import Model
 from dials_jax.workdir import writing
 
-FORMAT = "dials_jax model"
+MODEL_FORMAT = "dials_jax model"
 VERSION = 1
-DTYPES = get_args(WeightDtype)
-GROUPS = ("embed", "time", "layers", "final_norm", "head")
+WEIGHT_DTYPES = get_args(WeightDtype)
+GROUP_NAMES = ("embed", "time", "layers", "final_norm", "head")
 MARK = "UNFINISHED"  # a file in a folder that is being written
 CHUNK_BYTES = 2**26  # small enough that a device reads little more than its own slice
 
@@ -62,7 +62,7 @@ CHUNK_BYTES = 2**26  # small enough that a device reads little more than its own
 class ModelInfo(Typed):
     """The content of a model folder's `config.json`."""
 
-    format: str = FORMAT
+    format: str = MODEL_FORMAT
     version: int = VERSION
     model: ModelConfig
     dtype: WeightDtype  # of the stored weights; training keeps float32 under bfloat16 activations
@@ -98,7 +98,7 @@ def save_model(
     dtype = dtype_name(dtype) or jnp.result_type(*leaves).name
     num_parameters = trees.count_parameters(params)
     require(overwrite or not folder.exists(), f"{folder} exists; name another folder")
-    require_replaceable(folder)
+    require_replaceable_model(folder)
     _require_space(folder, num_parameters * jnp.dtype(dtype).itemsize)
     unfinished = _unfinished(folder)
     again = "make room and run the command again"
@@ -140,12 +140,12 @@ def save_model(
         sharding.on_first_process(finish)
 
 
-def require_replaceable(folder: Path) -> None:
+def require_replaceable_model(folder: Path) -> None:
     """Raises: InputError where `save_model` would remove a folder that it did not make."""
     unfinished = _unfinished(folder)
     require(
         not os.path.lexists(folder) or _is_empty(folder) or _says_model(folder),
-        f"{folder} is no {FORMAT} and would be overwritten; move it away",
+        f"{folder} is no {MODEL_FORMAT} and would be overwritten; move it away",
     )
     require(
         not os.path.lexists(unfinished) or _is_empty(unfinished) or _is_unfinished(unfinished),
@@ -173,7 +173,7 @@ def _is_unfinished(folder: Path) -> bool:
         return True
     groups_there = {path.name.partition(".")[0] for path in (folder / "params").glob("*")}
     others = [path for path in folder.iterdir() if path.is_dir() and path.name != "params"]
-    return not others and 0 < len(groups_there) and groups_there <= set(GROUPS)
+    return not others and 0 < len(groups_there) and groups_there <= set(GROUP_NAMES)
 
 
 def _is_empty(folder: Path) -> bool:
@@ -203,14 +203,14 @@ def _begin(unfinished: Path) -> None:
 def is_model_folder(folder: str | Path) -> bool:
     """Whether the folder's `config.json` says that it holds a model of this library."""
     file = Path(folder) / "config.json"
-    return file.is_file() and read_json(file).get("format") == FORMAT
+    return file.is_file() and read_json(file).get("format") == MODEL_FORMAT
 
 
 def read_info(folder: str | Path) -> ModelInfo:
     """Reads `config.json`. Raises: InputError if it is not a model folder's."""
     file = Path(folder) / "config.json"
     values = read_json(file)
-    require(values.get("format") == FORMAT, f"{file} does not describe a {FORMAT}")
+    require(values.get("format") == MODEL_FORMAT, f"{file} does not describe a {MODEL_FORMAT}")
     require(
         values.get("version") == VERSION,
         f"{file} has version {values.get('version')} and this library reads {VERSION}; "

@@ -12,14 +12,14 @@ import numpy as np
 from dials_jax.config import ModelConfig
 from dials_jax.trees import Params
 
-PARTS = {"attention": {"qkv": ("q", "k", "v")}, "mlp": {"gate_up": ("gate", "up")}}
+FUSED_PARTS = {"attention": {"qkv": ("q", "k", "v")}, "mlp": {"gate_up": ("gate", "up")}}
 SUFFIXES = {"": 1, "_bias": 0}  # of a name, and the axis along which its arrays are joined
 
 
 def fuse(layer: Params) -> Params:
     """One layer with its matmuls joined."""
     out = {module: dict(arrays) for module, arrays in layer.items()}
-    for module, joined in PARTS.items():
+    for module, joined in FUSED_PARTS.items():
         for name, parts in joined.items():
             for suffix, axis in SUFFIXES.items():
                 if parts[0] + suffix in out[module]:
@@ -32,7 +32,7 @@ def unfuse(layer: Params, cfg: ModelConfig) -> Params:
     """The inverse."""
     sizes = {"qkv": (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads), "gate_up": (cfg.d_ff,) * 2}
     out = {module: dict(arrays) for module, arrays in layer.items()}
-    for module, joined in PARTS.items():
+    for module, joined in FUSED_PARTS.items():
         for name, parts in joined.items():
             for suffix, axis in SUFFIXES.items():
                 whole = out[module].pop(name + suffix, None)

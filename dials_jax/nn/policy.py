@@ -95,7 +95,9 @@ def static_gates(policy: Policy | None, num_layers: int) -> Bool[np.ndarray, "L"
     return None if known is None else known(num_layers)
 
 
-def init_state(policy: Policy | None, h: Float[Array, "B T D"], denoising: Denoising) -> PyTree:
+def init_policy_state(
+    policy: Policy | None, h: Float[Array, "B T D"], denoising: Denoising
+) -> PyTree:
     """What a policy carries into the first layer; None where it carries nothing."""
     init = getattr(policy, "init_state", None)
     return None if init is None else init(h, denoising)

@@ -27,7 +27,7 @@ from dials_jax import trees
 from dials_jax.errors import nearest, require
 from dials_jax.nn.gates import MAX_BRANCHES, Compaction, Gate, Slice, apply_gate
 from dials_jax.nn.kv import gather
-from dials_jax.nn.policy import Denoising, Policy, decide_gate, init_state, static_gates
+from dials_jax.nn.policy import Denoising, Policy, decide_gate, init_policy_state, static_gates
 from dials_jax.sharding import BATCH_AXES, constrain_batch, num_batch_shards
 
 Executor = Literal["auto", "select", "cond", "compact"]
@@ -124,7 +124,7 @@ def run_stack(
         return (new, state), (jnp.broadcast_to(gate, h.shape[:1]), cache_state, seen)
 
     h = constrain_batch(h)
-    carry = h, init_state(policy, h, denoising) if policy_state is None else policy_state
+    carry = h, init_policy_state(policy, h, denoising) if policy_state is None else policy_state
     if trees.is_unrolled(layers):
         outputs = []
         for i in range(first, last):

@@ -46,7 +46,7 @@ MASK_RATIO_CAPTION = (
     "from right to left, and a flat line is a policy that does not react to it."
 )
 
-LEGEND = (
+SWEEP_LEGEND = (
     ("value", "The mean over items: accuracy for exact_match and choice (higher is better), nats "
      "per token for nelbo (lower is better). ± is one standard error, the sample standard "
      "deviation / √n. It covers the choice of items, not the seeds of training or of random "
@@ -92,7 +92,7 @@ def sweep_report(results: Mapping[str, Any], rows: Sequence[Row]) -> Report:
         columns=[field.name for field in dataclasses.fields(Row)],  # also without any rows
         rows=as_dicts(rows),
         tables={"Results": _table(rows)},
-        legend=LEGEND,
+        legend=SWEEP_LEGEND,
         figures=_figures(results["runs"], rows) if rows else [],
         text=format_table(rows),
         above={"Model and environment": html.pairs(facts, "facts")},

@@ -21,7 +21,7 @@ from dials_jax.keys import seed_key
 from dials_jax.skipping.routed import Routed, init_routers, rounded
 from dials_jax.workdir import writing
 
-FORMAT = "dials_jax router"
+ROUTER_FORMAT = "dials_jax router"
 AGAIN = "run its training command again, which writes it from the last checkpoint"
 
 
@@ -29,7 +29,7 @@ AGAIN = "run its training command again, which writes it from the last checkpoin
 class RouterInfo(Typed):
     """The content of a router folder's `config.json`."""
 
-    format: str = FORMAT
+    format: str = ROUTER_FORMAT
     version: int = 1
     router: RouterConfig
     num_layers: int
@@ -61,7 +61,7 @@ def save_router(
     Raises: InputError if the folder is something else than a router, or cannot be written.
     """
     folder = local_path(folder, "the router's folder")
-    require_replaceable(folder)
+    require_replaceable_router(folder)
     with writing(folder, AGAIN):
         ocp.save(folder / "params", routers, overwrite=True)
     info = RouterInfo(
@@ -76,7 +76,7 @@ def save_router(
         sharding.on_first_process(lambda: write_json(folder / "config.json", to_dict(info)))
 
 
-def require_replaceable(folder: Path) -> None:
+def require_replaceable_router(folder: Path) -> None:
     """Raises: InputError if `save_router` would overwrite files that it did not make.
 
     Its own are a router, or the arrays that a stopped save has left.
@@ -87,9 +87,11 @@ def require_replaceable(folder: Path) -> None:
     if folder.is_dir() and not folder.is_symlink():
         names = [path.name for path in folder.iterdir()]
         with contextlib.suppress(InputError):  # an unreadable config.json
-            own = not names or (config.exists() and read_json(config).get("format") == FORMAT)
+            own = not names or (
+                config.exists() and read_json(config).get("format") == ROUTER_FORMAT
+            )
         own = own or all(name.startswith("params") for name in names)
-    require(own, f"{folder} is no {FORMAT} and would be overwritten; move it away")
+    require(own, f"{folder} is no {ROUTER_FORMAT} and would be overwritten; move it away")
 
 
 def router_facts(path: str | Path) -> tuple[Path, RouterInfo]:
@@ -105,7 +107,7 @@ def router_facts(path: str | Path) -> tuple[Path, RouterInfo]:
     )
     facts = read_json(folder / "config.json")
     require(
-        facts.get("format") == FORMAT,
+        facts.get("format") == ROUTER_FORMAT,
         f"{folder} is not a router but {shown(facts.get('format', 'something else'))}; "
         "give the workdir of a finished router training",
     )

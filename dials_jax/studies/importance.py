@@ -35,7 +35,7 @@ from dials_jax.studies.predictions import predict_losses, prediction_figures, pr
 from dials_jax.studies.report import study_report
 from dials_jax.studies.samples import require_known_letters
 
-LEGEND = (
+IMPORTANCE_LEGEND = (
     ("loss", "Mean absolute difference in cross-entropy to the heavy model, nats: Sedykh (6)."),
     ("gap", "Cross-entropy above the heavy model's, nats: below 0 the model is the better one."),
     ("kl", "KL divergence of the model from the heavy one, nats: Sedykh (7)."),
@@ -88,7 +88,7 @@ def run_importance(cfg: ImportanceStudy, workdir: Path) -> Report:
         results,
         curve_rows(results["curves"]),
         tables,
-        LEGEND,
+        IMPORTANCE_LEGEND,
         figures,
         "\n".join(table.text() for table in tables.values()),
     )
@@ -186,7 +186,7 @@ def importance_figures(results: Mapping[str, Any], cfg: ImportanceStudy) -> list
             "labels": {letter: _label(letter, cfg, depths) for letter in by_letter},
             "ylabel": plots.CURVE_LABELS[quantity],
         }
-        caption = f"{dict(LEGEND)[quantity]} Bands are 95 % intervals over sequences."
+        caption = f"{dict(IMPORTANCE_LEGEND)[quantity]} Bands are 95 % intervals over sequences."
         figures.append(Figure(quantity, caption, plots.importance_curves, data))
     return figures
 

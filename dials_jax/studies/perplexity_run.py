@@ -15,7 +15,7 @@ from dials_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dials_jax.errors import require
 from dials_jax.evaluation.perplexity import (
     Aggregate,
-    Scores,
+    SampleScores,
     check_scorer,
     perplexities,
     retokenise,
@@ -39,7 +39,7 @@ from dials_jax.studies.samples import (
 class ScoredSamples(NamedTuple):
     """The samples of one schedule: their scores, and what drawing them cost."""
 
-    scores: Scores
+    scores: SampleScores
     entropy: Float[np.ndarray, "N"]  # nats
     seconds: float  # of sampling, without compilation
     flops: float  # of sampling, everything counted
@@ -146,7 +146,7 @@ def join_batches(batches: Batches) -> ScoredSamples:
         return np.concatenate([record[name] for record in records]).astype(float)
 
     return ScoredSamples(
-        Scores(joined("nll"), joined("weight")),
+        SampleScores(joined("nll"), joined("weight")),
         joined("entropy"),
         sum(record["seconds"] for record in records),
         sum(record["flops"] for record in records),

@@ -31,7 +31,7 @@ REGRET_CAPTION = (
     "the samples and are judged on the other. Below 0 the method chose better."
 )
 SCATTER_CAPTION = "One point for each schedule: its perplexity against the harm predicted."
-LEGEND = (
+PROPOSALS_LEGEND = (
     ("Regret", REGRET_CAPTION),
     ("Spearman", "Of the predicted harm and the perplexity of all schedules."),
     ("Chosen with all samples", "Against the best of the search, on the same samples that chose "
@@ -97,7 +97,7 @@ def run_proposals(cfg: ProposeStudy, workdir: Path) -> Report:
         results,
         as_dicts(chosen),
         {heading: table for heading, table in tables.items() if table.lines},
-        LEGEND,
+        PROPOSALS_LEGEND,
         proposal_figures(regrets, budgets, light, values, harms, correlations),
         "\n".join(tables[x].text() for x in ("Regret", "Predicted harm and perplexity")),
     )

@@ -125,7 +125,7 @@ def _schedule_report(
         results,
         as_dicts(rows),
         {"Schedules": table},
-        tables.LEGEND,
+        tables.STUDY_LEGEND,
         figures,
         table.text(ends),
     )

@@ -28,7 +28,7 @@ INFLUENCE_CAPTION = (
 )
 PLACEMENTS_CAPTION = "Which segments the light model takes in the best and the worst schedules."
 FREQUENCIES_CAPTION = "How often a segment is light among the best and the worst."
-LEGEND = (
+STUDY_LEGEND = (
     ("gen. PPL", "The mean of the samples' perplexities under the scorer, or that of all tokens "
      "together where aggregate is corpus. ± is half the 95 % interval."),
     ("change", "To the first schedule, sample by sample, and its 95 % interval in perplexity."),

@@ -30,7 +30,7 @@ from dials_jax.training.run import (
 )
 from dials_jax.training.step import (
     TrainState,
-    init_state,
+    init_train_state,
     jit_train_step,
     make_train_step,
     restore_state,
@@ -82,7 +82,7 @@ def _train(cfg: TrainConfig, workdir: Path, checkpoints: Checkpoints) -> TrainSt
     shapes = state_shapes(*how, ema=ema, source=run.source)
     state = restore_state(checkpoints.restore, shapes, mesh, run.prefix)
     if state is None:
-        state = init_state(*how, ema=ema, source=run.source)
+        state = init_train_state(*how, ema=ema, source=run.source)
     same(step=int(state.step))  # an older checkpoint may have been restored
     claim_workdir(workdir, cfg, run.identity)
     run = dataclasses.replace(run, source=())  # its memory is needed

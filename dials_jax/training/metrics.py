@@ -86,13 +86,13 @@ def progress_bar(total: int, start: int, what: str):
         desc=what,
         unit="step",
         disable=jax.process_index() != 0,
-        file=sys.stderr if live else Lines(sys.stderr),
+        file=sys.stderr if live else ProgressLines(sys.stderr),
         mininterval=0.5 if live else LINE_SECONDS,
         miniters=1,  # read the clock after every step
     )
 
 
-class Lines:
+class ProgressLines:
     """A file for tqdm that ends every state of the bar with a newline, as logs need."""
 
     def __init__(self, file: Any):

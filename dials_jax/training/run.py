@@ -177,9 +177,9 @@ def require_own(workdir: Path, cfg: TrainConfig) -> None:
     made = ("router",) if cfg.backbone else ("model", "model.unfinished", "tokenizer.json")
     require_unclaimed(workdir, "config.json", (*OUTPUTS, *made), reads=tokenizer)
     if cfg.backbone:
-        storage.require_replaceable(workdir / "router")
+        storage.require_replaceable_router(workdir / "router")
     else:
-        folders.require_replaceable(workdir / "model")
+        folders.require_replaceable_model(workdir / "model")
 
 
 def require_same_experiment(

@@ -47,7 +47,7 @@ TrainStep = Callable[
 ]
 
 
-def init_state(
+def init_train_state(
     init: Callable[..., trees.Params],
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
@@ -78,7 +78,7 @@ def state_shapes(
     ema: float | None = None,
     source: tuple = (),
 ) -> TrainState:
-    """What `init_state` makes, as shapes, dtypes and shardings, without allocating memory."""
+    """What `init_train_state` makes, as shapes, dtypes and shardings, without allocating memory."""
     return placed_shapes(
         jax.eval_shape(partial(_fresh, init, optimizer, ema), *source), mesh, prefix
     )

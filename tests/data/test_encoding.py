@@ -80,7 +80,7 @@ def ids_in_pieces(text, plain, chunk):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_pieces_have_the_tokens_of_the_whole(kind, monkeypatch):
-    monkeypatch.setattr(encoding, "PIECE", 7)
+    monkeypatch.setattr(encoding, "PIECE_CHARACTERS", 7)
     plain = KINDS[kind]()
     cut = 0
     for text in nasty_texts():
@@ -106,7 +106,7 @@ def test_a_cut_at_any_boundary_is_exact(kind):
 def test_other_tokenizers_take_documents_whole(monkeypatch):
     from tokenizers import normalizers, pre_tokenizers
 
-    monkeypatch.setattr(encoding, "PIECE", 7)
+    monkeypatch.setattr(encoding, "PIECE_CHARACTERS", 7)
     ten_characters = byte_level(".{10}")
     lowercase = byte_level(QWEN2, normalizers.Lowercase())
     spaced = byte_level(QWEN2, None, ["\t"], rstrip=True)  # takes spaces that follow
@@ -133,7 +133,7 @@ def test_no_canonical_composition_makes_or_meets_white_space():
 
 def test_long_texts_pass_in_pieces_and_short_ones_in_batches(monkeypatch):
     plain = KINDS["gpt2"]()
-    monkeypatch.setattr(encoding, "PIECE", 50)
+    monkeypatch.setattr(encoding, "PIECE_CHARACTERS", 50)
     monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 200)
     sizes = []
     encode = Tokenizer.encode_batch

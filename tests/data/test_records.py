@@ -12,8 +12,8 @@ from dials_jax.data.records import (
     file_sha256,
     lookup,
     read_documents,
+    read_json_records,
     read_jsonl,
-    read_records,
 )
 from dials_jax.errors import InputError
 
@@ -90,7 +90,7 @@ def test_other_encodings_are_named(tmp_path, name, encoding):
 
 
 def test_a_text_is_read_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "PIECE", 4)
+    monkeypatch.setattr(records, "PIECE_CHARACTERS", 4)
     (tmp_path / "a.txt").write_bytes("ab\r\ncdäé\rfg\n".encode())
     [(where, chunks)] = read_documents(tmp_path / "a.txt")
     assert list(chunks) == ["ab\nc", "däé\n", "fg\n"] and where == f"{tmp_path}/a.txt"
@@ -140,7 +140,7 @@ def test_folders_expand_to_sorted_files_of_the_wanted_kind(tmp_path):
         found = expand_paths([str(tmp_path)])
     names = [p.relative_to(tmp_path).as_posix() for p in found]
     assert names == ["a.jsonl", "b.jsonl", "deep/c.jsonl"]
-    places = [where for where, _ in read_records([str(tmp_path / "b.jsonl")])]
+    places = [where for where, _ in read_json_records([str(tmp_path / "b.jsonl")])]
     assert places == [f"{tmp_path}/b.jsonl:1", f"{tmp_path}/b.jsonl:3"]
 
 

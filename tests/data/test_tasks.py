@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dials_jax.config import TaskData
-from dials_jax.data.tasks import fill, load_task
+from dials_jax.data.tasks import fill_template, load_task
 from dials_jax.errors import InputError
 
 EOS, PAD = 1, 0
@@ -18,18 +18,18 @@ def cfg(write_jsonl):
 
 def test_templates_take_nested_fields_numbers_and_braces():
     record = {"q": "why", "tests": ["t0", "t1"], "n": 3, "inner": {"x": 0.5}}
-    assert fill("{q}? {tests.1} {n} {inner.x}", record) == "why? t1 3 0.5"
-    assert fill("{{q}} {} { q } {", record) == "{q} {} { q } {"
-    assert fill("{q}", {"q": "{n}"}) == "{n}"  # values are not templates
+    assert fill_template("{q}? {tests.1} {n} {inner.x}", record) == "why? t1 3 0.5"
+    assert fill_template("{{q}} {} { q } {", record) == "{q} {} { q } {"
+    assert fill_template("{q}", {"q": "{n}"}) == "{n}"  # values are not templates
 
 
 def test_templates_refuse_unknown_and_structured_fields():
     with pytest.raises(InputError, match="did you mean 'question'"):
-        fill("{questoin}", {"question": "x", "answer": "y"})
+        fill_template("{questoin}", {"question": "x", "answer": "y"})
     with pytest.raises(InputError, match="'tests' is list"):
-        fill("{tests}", {"tests": []})
+        fill_template("{tests}", {"tests": []})
     with pytest.raises(InputError, match="'q' is NoneType"):
-        fill("{q}", {"q": None})
+        fill_template("{q}", {"q": None})
 
 
 def test_a_row_is_padding_prompt_answer_eos_and_fill(cfg, model_config, tokenizer):

@@ -167,7 +167,7 @@ def test_costs_count_the_padded_length(model):
 def test_logits_are_held_of_a_few_positions_at_a_time(model, cfg_scale, monkeypatch):
     pairs, samples = PAIRS[:2], np.array([0, 1])
     expected, _ = scores_of(model, pairs, samples, cfg_scale=cfg_scale)
-    monkeypatch.setattr(likelihood, "POSITIONS", 2)  # of an answer of 5
+    monkeypatch.setattr(likelihood, "ANSWER_CHUNK", 2)  # of an answer of 5
     # Traced again, for the number of positions is read while tracing.
     program = likelihood.score_pairs_program.traced_anew()
     monkeypatch.setattr(likelihood, "score_pairs_program", program)

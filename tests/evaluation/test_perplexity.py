@@ -9,7 +9,7 @@ from dials_jax.data.tokenizer import character_tokenizer
 from dials_jax.errors import InputError
 from dials_jax.evaluation import perplexity
 from dials_jax.evaluation.perplexity import (
-    Scores,
+    SampleScores,
     counts,
     estimate,
     perplexities,
@@ -21,7 +21,7 @@ from dials_jax.models import families, transformer
 from dials_jax.models.model import Model
 
 EOS = 1
-SCORES = Scores(np.array([10.0, 4.0, 30.0, 2.0]), np.array([5.0, 4.0, 10.0, 2.0]))
+SCORES = SampleScores(np.array([10.0, 4.0, 30.0, 2.0]), np.array([5.0, 4.0, 10.0, 2.0]))
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_scores_are_those_of_a_plain_loop(scorer, samples):
 
 def test_neither_batches_nor_slices_of_positions_matter(scorer, samples, monkeypatch):
     expected = score_samples(scorer, samples, batch_size=7)
-    monkeypatch.setattr(perplexity, "POSITIONS", 5)  # 11 positions: the last slice is shorter
+    monkeypatch.setattr(perplexity, "SAMPLE_CHUNK", 5)  # 11 positions: the last slice is shorter
     # A program of its own, for the number of positions is read while tracing.
     monkeypatch.setattr(perplexity, "nll_program", perplexity.nll_program.traced_anew())
     for batch_size in (1, 3):
@@ -104,7 +104,7 @@ def test_the_interval_of_the_corpus_perplexity_covers_its_spread():
 
     def draw():
         weight = rng.integers(20, 60, 200).astype(float)
-        return Scores(weight * rng.normal(3, 0.3, 200), weight)
+        return SampleScores(weight * rng.normal(3, 0.3, 200), weight)
 
     found = [estimate(perplexities(draw(), "corpus")) for _ in range(300)]
     spread = np.std([e.value for e in found])

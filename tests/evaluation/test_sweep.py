@@ -435,7 +435,7 @@ def test_scores_by_other_rules_are_not_continued(before, cfg, finished, tmp_path
     with pytest.raises(InputError, match="scores of sums by another version's rules"):
         sweep.sweep(cfg, workdir)
     workdir = shutil.copytree(finished, tmp_path / "sweep")
-    monkeypatch.setitem(sweep_records.RULES, "nelbo", 7)
+    monkeypatch.setitem(sweep_records.METRIC_RULES, "nelbo", 7)
     with pytest.raises(InputError, match="scores of records by another version's rules"):
         sweep.sweep(cfg, workdir)
 

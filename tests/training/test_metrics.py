@@ -6,7 +6,7 @@ import json
 import pytest
 
 from dials_jax.training import metrics
-from dials_jax.training.metrics import Lines, MetricsWriter, progress_bar
+from dials_jax.training.metrics import MetricsWriter, ProgressLines, progress_bar
 
 
 def write(workdir, start, values):
@@ -104,7 +104,7 @@ def test_a_terminal_gets_a_live_bar(run_bar):
 
 def test_lines_leave_out_blanks():
     stream = io.StringIO()
-    lines = Lines(stream)
+    lines = ProgressLines(stream)
     for text in ("\r1/3  ", "", "\n", "\r2/3"):
         lines.write(text)
     assert stream.getvalue() == "1/3\n2/3\n"

@@ -157,7 +157,7 @@ def test_before_a_step_is_saved_that_is_what_is_said(train_config, tmp_path, mon
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "init_state", interrupt)
+    monkeypatch.setattr(loop, "init_train_state", interrupt)
     with pytest.raises(Stopped, match="no step is saved yet; the same command starts again"):
         train(train_config(), tmp_path)
 

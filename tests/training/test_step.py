@@ -27,7 +27,7 @@ from dials_jax.skipping.routed import init_routers
 from dials_jax.training import loop
 from dials_jax.training.losses import Draws, Mean, model_loss, router_loss
 from dials_jax.training.optimizer import make_optimizer
-from dials_jax.training.step import TrainState, init_state, make_train_step
+from dials_jax.training.step import TrainState, init_train_state, make_train_step
 
 ROUTER = RouterConfig(d_hidden=8)
 
@@ -92,7 +92,7 @@ def test_a_step_has_randomness_of_its_own(backbone, batch):
 def test_only_routers_have_optimiser_state(backbone):
     cfg = backbone.config
     optimizer = make_optimizer(OptimizerConfig(num_steps=9, warmup_steps=0), 1)
-    state = init_state(
+    state = init_train_state(
         lambda: init_routers(cfg.d_model, cfg.num_layers, ROUTER, jax.random.key(0)),
         optimizer,
         sharding.make_mesh(),
@@ -123,7 +123,7 @@ def test_the_moving_average_follows_the_parameters_with_the_published_ramp():
 
     optimizer, ema = optax.sgd(1.0), 0.3
     start = {"norm": {"scale": jnp.full(1, 10.0)}}
-    state = init_state(lambda: start, optimizer, sharding.make_mesh(), ema=ema)
+    state = init_train_state(lambda: start, optimizer, sharding.make_mesh(), ema=ema)
     step = jax.jit(make_train_step(loss_fn, optimizer, seed=0, ema=ema))
     rows = np.zeros((1, 2), np.int32), np.ones((1, 2), bool), None, np.arange(1, dtype=np.int32)
     average, decays = 10.0, []

@@ -21,10 +21,10 @@ from dials_jax.nn.kv import KV
 from dials_jax.nn.mask import Mask
 
 HEAD_DIM = 128
-ROWS = 64  # queries of a tile: as many as a tensor-core instruction takes
+TILE_QUERIES = 64  # queries of a tile: as many as a tensor-core instruction takes
 TILE = 64  # keys of a tile
 SLOTS = 2  # tiles of keys, and as many of values, in use or being loaded
-PIECE = 8  # reads and writes are cut into pieces of this many tokens
+PIECE_TOKENS = 8  # reads and writes are cut into pieces of this many tokens
 SCALE = math.log2(math.e) / math.sqrt(HEAD_DIM)  # of scores; weights are powers of two
 MASKED = -1e30  # finite: a sequence without a valid key gets a mean of some values and not NaN
 
@@ -38,10 +38,10 @@ def window_fits(q: Float[Array, "B T N H"], kv: KV) -> bool:
     return (
         all(x.dtype == jnp.bfloat16 for x in (q, *kv))
         and head_dim == HEAD_DIM
-        and num_queries <= ROWS
+        and num_queries <= TILE_QUERIES
         and num_keys >= TILE
         and num_queries < num_keys
-        and num_queries % PIECE == num_keys % PIECE == num_heads % num_kv_heads == 0
+        and num_queries % PIECE_TOKENS == num_keys % PIECE_TOKENS == num_heads % num_kv_heads == 0
     )
 
 
@@ -53,8 +53,9 @@ def window_refusal(q: Float[Array, "B T N H"], kv: KV, mask: Mask) -> str | None
         return unknown
     if not (divides(q, kv) and window_fits(q, kv)):
         return (
-            f"it needs bfloat16, heads of {HEAD_DIM}, at most {ROWS} queries and more keys, both "
-            f"in multiples of {PIECE}, and sequences and heads that the mesh divides"
+            f"it needs bfloat16, heads of {HEAD_DIM}, at most {TILE_QUERIES} queries and more "
+            f"keys, both in multiples of {PIECE_TOKENS}, and sequences and heads that the mesh "
+            "divides"
         )
     return None
 
@@ -79,8 +80,8 @@ def window_attention(
 
     (num_sequences, num_queries, num_heads, _), (_, num_keys, num_kv_heads, _) = q.shape, kv.k.shape
     pack, num_parts = _packing(num_queries, num_heads // num_kv_heads)
-    transforms = plgpu.TilingTransform((PIECE, 64)), plgpu.SwizzleTransform(128)
-    queries = plgpu.SMEM((ROWS, HEAD_DIM), q.dtype, transforms=transforms)
+    transforms = plgpu.TilingTransform((PIECE_TOKENS, 64)), plgpu.SwizzleTransform(128)
+    queries = plgpu.SMEM((TILE_QUERIES, HEAD_DIM), q.dtype, transforms=transforms)
     slots = plgpu.SMEM((SLOTS, TILE, HEAD_DIM), q.dtype, transforms=transforms)
     full = plgpu.Barrier(num_barriers=SLOTS)
 
@@ -119,7 +120,7 @@ def _packing(num_queries: int, group: int) -> tuple[int, int]:
 
     The heads of a group share their keys, so sharing a tile avoids reading them again.
     """
-    pack = min(group, ROWS // num_queries)
+    pack = min(group, TILE_QUERIES // num_queries)
     return pack, -(-group // pack)
 
 
@@ -197,9 +198,9 @@ def _place_of_block(q, k) -> tuple[Int[Array, ""], Int[Array, ""], list[Int[Arra
 def _start() -> State:
     from jax.experimental.pallas.mosaic_gpu import Layout, layout_cast
 
-    acc = layout_cast(jnp.zeros((ROWS, HEAD_DIM), jnp.float32), Layout.WGMMA)
-    top = layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), Layout.WGMMA.reduce(1))
-    total = layout_cast(jnp.zeros((ROWS,), jnp.float32), Layout.WGMMA.reduce(1))
+    acc = layout_cast(jnp.zeros((TILE_QUERIES, HEAD_DIM), jnp.float32), Layout.WGMMA)
+    top = layout_cast(jnp.full((TILE_QUERIES,), -jnp.inf, jnp.float32), Layout.WGMMA.reduce(1))
+    total = layout_cast(jnp.zeros((TILE_QUERIES,), jnp.float32), Layout.WGMMA.reduce(1))
     return acc, top, total
 
 

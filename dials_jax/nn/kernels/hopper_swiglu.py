@@ -26,8 +26,8 @@ from dials_jax.nn.linear import Weight, array_of
 TILE_M, TILE_F, TILE_K = 128, 128, 64  # rows, columns of either matmul, depth of a step
 STAGES = 4  # steps that are loaded at a time: 48 KiB each, of an SM's 227
 MULTIPLIERS = 2  # warpgroups; the one after them loads
-ROWS = TILE_M // MULTIPLIERS  # of a tile, for each of them
-PIECE = 64  # columns written at a time
+MULTIPLIER_ROWS = TILE_M // MULTIPLIERS  # of a tile, for each of them
+PIECE_COLUMNS = 64  # columns written at a time
 SNAKE = 16  # tiles down, then one across: those made at a time share operands in the L2 cache
 # Per thread. Two float32 accumulators take 128; 40 + 2 * 232 is within the 512 for all three.
 LOADER_REGISTERS, MULTIPLIER_REGISTERS = 40, 232
@@ -167,7 +167,7 @@ def _swiglu_kernel(x, gate_up, out):
         run,
         memory((num_slots, TILE_M, TILE_K)),
         memory((num_slots, 2, TILE_K, TILE_F)),
-        memory((MULTIPLIERS, 2, ROWS, PIECE)),
+        memory((MULTIPLIERS, 2, MULTIPLIER_ROWS, PIECE_COLUMNS)),
         plgpu.Barrier(num_arrivals=3, num_barriers=num_slots),  # of x, gate and up
         plgpu.Barrier(num_arrivals=MULTIPLIERS, num_barriers=num_slots),
         collective_axes="warpgroup",
@@ -227,11 +227,21 @@ def _multiply(program: Program, warpgroup: Array):
 
     def tile(first, row, column, num_steps):
         def make(gate, up):
-            _accumulate(program, gate, up, pl.ds(warpgroup * ROWS, ROWS), first, num_steps)
-            rows, columns = pl.ds(row + warpgroup * ROWS, ROWS), pl.ds(column, TILE_F)
+            _accumulate(
+                program,
+                gate,
+                up,
+                pl.ds(warpgroup * MULTIPLIER_ROWS, MULTIPLIER_ROWS),
+                first,
+                num_steps,
+            )
+            rows, columns = (
+                pl.ds(row + warpgroup * MULTIPLIER_ROWS, MULTIPLIER_ROWS),
+                pl.ds(column, TILE_F),
+            )
             _write(program, gate[...], up[...], program.out.at[rows, columns], warpgroup)
 
-        pl.run_scoped(make, *[plgpu.ACC((ROWS, TILE_F), jnp.float32)] * 2)
+        pl.run_scoped(make, *[plgpu.ACC((MULTIPLIER_ROWS, TILE_F), jnp.float32)] * 2)
 
     _for_each_tile(program, tile)
     plgpu.wait_smem_to_gmem(0)  # shared memory must outlive the copies that read it
@@ -264,9 +274,9 @@ def _write(program: Program, gate: Array, up: Array, target, warpgroup: Array):
     """Combines both matmuls and copies the result to memory, through two buffers in turn."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    for i in range(TILE_F // PIECE):
+    for i in range(TILE_F // PIECE_COLUMNS):
         columns, out_slot = (
-            slice(i * PIECE, (i + 1) * PIECE),
+            slice(i * PIECE_COLUMNS, (i + 1) * PIECE_COLUMNS),
             program.out_slots.at[warpgroup, i % 2],
         )
         g = gate[:, columns]
