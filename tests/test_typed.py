@@ -38,6 +38,7 @@ from dials_jax.config import (
     as_type,
     from_dict,
     to_dict,
+    typed,
 )
 from dials_jax.data.tokenizer import load_tokenizer
 from dials_jax.errors import InputError
@@ -47,6 +48,7 @@ from dials_jax.loading import load
 from dials_jax.sampling.ancestral import Ancestral
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.dream import Dream
+from dials_jax.sampling.generate import generate
 from dials_jax.sampling.model_schedule import Schedule
 from dials_jax.skipping.routed import Routed, check_router
 from tests.conftest import small_config
@@ -353,3 +355,14 @@ def test_every_renamed_field_has_the_new_name_and_not_the_old_one():
         names = {field.name for field in dataclasses.fields(valid)}
         new = {name.partition(".")[0] for name in valid.RENAMED.values()}  # "sampler.steps"
         assert new <= names and not valid.RENAMED.keys() & names
+
+
+def test_an_argument_of_an_unknown_name_is_one_line_with_the_nearest():
+    with pytest.raises(InputError, match=r"^generate takes no argument 'num_rows'; .*num_sequence"):
+        generate(None, num_rows=3, sampler=None)
+    with pytest.raises(InputError, match=r"'num_sequencs'; did you mean 'num_sequences'\?$"):
+        generate(None, num_sequencs=3, sampler=None)
+
+
+def test_a_typed_function_that_takes_any_name_still_does():
+    assert typed(lambda size=0, **rest: (size, rest))(size=1, other=2) == (1, {"other": 2})

@@ -90,8 +90,14 @@ def field_hints(cls: type) -> dict[str, Any]:
 
 
 def typed(function: F) -> F:
-    """A function whose arguments are compared with their hints, as the fields of `Typed` are."""
+    """A function whose arguments are compared with their hints, as the fields of `Typed` are.
+
+    Raises: InputError for an argument of an unknown name, too, naming the nearest valid one.
+    """
     signature = inspect.signature(function)
+    named = signature.parameters.keys() - {"self", "cls"}
+    kinds = {parameter.kind for parameter in signature.parameters.values()}
+    takes_any = inspect.Parameter.VAR_KEYWORD in kinds
 
     @functools.cache
     def hints() -> dict[str, Any]:
@@ -99,6 +105,10 @@ def typed(function: F) -> F:
 
     @functools.wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Any:
+        for name in kwargs if not takes_any else ():
+            if name not in signature.parameters:
+                hint = nearest(name, named)
+                raise InputError(f"{function.__name__} takes no argument {name!r}{hint}")
         bound = signature.bind(*args, **kwargs)
         for name, value in bound.arguments.items():
             if name in hints():
