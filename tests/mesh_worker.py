@@ -35,8 +35,8 @@ from dials_jax.evaluation.likelihood import pad_pairs, score_pairs
 from dials_jax.models import transformer
 from dials_jax.models.model import Model, sequence_keys
 from dials_jax.nn.kernels import cudnn_attention as cudnn
+from dials_jax.nn.kernels import per_device
 from dials_jax.nn.kernels.dispatch import LOOKUP, dispatch
-from dials_jax.nn.kernels.per_device import sequences_per_device
 from dials_jax.nn.kernels.tpu_attention import splash_attention
 from dials_jax.nn.kv import KV
 from dials_jax.sampling.confidence import Confidence
@@ -181,8 +181,9 @@ def generate_as_on_gpus(mesh, cfg, params, routers):
             attn_mask = jnp.ones((q.shape[0], 1, q.shape[1], kv.k.shape[1]), bool)
         return partitioned_attention(q, *kv, attn_mask, causal)
 
-    plain = cudnn.cudnn_fits, cudnn.cudnn_attention
-    cudnn.cudnn_fits, cudnn.cudnn_attention = lambda q: True, cudnn_attention
+    plain = per_device.on_gpu, cudnn.cudnn_fits, cudnn.cudnn_attention
+    per_device.on_gpu, cudnn.cudnn_fits = lambda: True, lambda q: True
+    cudnn.cudnn_attention = cudnn_attention
     prompts = np.asarray(jax.random.randint(jax.random.key(6), (8, 6), 2, 60))
     valid = np.arange(6) >= np.arange(8)[:, None] % 3
     policies = {"routed": Routed(routers, 0.3), "random": Random(1), "full": None}
@@ -196,7 +197,7 @@ def generate_as_on_gpus(mesh, cfg, params, routers):
             executor="auto" if policy == "full" or mesh.size > 1 else "select",
         )  # fmt: skip
         found[policy] = {"tokens": out.tokens, "gates": out.gates}
-    cudnn.cudnn_fits, cudnn.cudnn_attention = plain
+    per_device.on_gpu, cudnn.cudnn_fits, cudnn.cudnn_attention = plain
     assert calls
     return found
 
@@ -209,7 +210,7 @@ def multiply(mesh):
         return jnp.concatenate([x @ weights, jnp.full((len(x), 1), len(x))], axis=1)
 
     with jax.set_mesh(mesh):
-        out = jax.jit(partial(sequences_per_device, own))(x, weights)
+        out = jax.jit(partial(per_device.sequences_per_device, own))(x, weights)
     splits = sharding.num_batch_shards(mesh)
     assert (out[:, -1] == 8 // splits).all()
     return {"out": out[:, :-1]}

@@ -14,8 +14,8 @@ from dials_jax.config import ModelConfig
 from dials_jax.diffusion.guidance import with_unconditional
 from dials_jax.models import transformer
 from dials_jax.nn.block import BlockInputs
-from dials_jax.nn.form import form_of
 from dials_jax.nn.kv import KV, Slots, gather
+from dials_jax.nn.modules import form_of
 from dials_jax.nn.policy import Denoising, Policy
 from dials_jax.nn.stack import Executor, StackOutput, run_stack
 from dials_jax.sharding import constrain_batch

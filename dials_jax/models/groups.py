@@ -23,7 +23,7 @@ from dials_jax.errors import require
 from dials_jax.keys import seed_key
 from dials_jax.models import transformer
 from dials_jax.nn import fusing
-from dials_jax.nn.form import Form, form_of
+from dials_jax.nn.modules import Form, form_of
 
 ReadGroup = Callable[[str, PyTree], PyTree]  # a group's name, its shardings -> its placed arrays
 

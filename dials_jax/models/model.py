@@ -20,7 +20,7 @@ from dials_jax.errors import InputError, require
 from dials_jax.keys import seed_key, threefry_key
 from dials_jax.models import transformer
 from dials_jax.nn import fusing
-from dials_jax.nn.form import form_of
+from dials_jax.nn.modules import form_of
 from dials_jax.nn.policy import Policy, check_policy
 from dials_jax.nn.stack import Executor
 

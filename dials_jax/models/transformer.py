@@ -16,11 +16,10 @@ from dials_jax.diffusion.subs import suppress_token
 from dials_jax.keys import threefry_key
 from dials_jax.nn.block import VOCABULARY_UNIT, Block, BlockInputs, Embed, Head, pad_vocabulary
 from dials_jax.nn.dropout import Dropout, numbered
-from dials_jax.nn.form import Form, form_of
 from dials_jax.nn.kv import Slots, gather, write_slots
 from dials_jax.nn.mask import Mask
 from dials_jax.nn.modulation import TimeEmbed, make_final_norm, precompute_modulation
-from dials_jax.nn.modules import bind, init_module, init_stacked
+from dials_jax.nn.modules import Form, bind, form_of, init_module, init_stacked
 from dials_jax.nn.policy import Denoising, Policy
 from dials_jax.nn.rope import positions_of, rope_angles
 from dials_jax.nn.stack import Executor, Layer, StackOutput, run_stack

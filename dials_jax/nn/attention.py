@@ -10,11 +10,11 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dials_jax.config import ModelConfig
-from dials_jax.nn.initializers import normal, residual_depth, zeros_if
 from dials_jax.nn.kernels.dispatch import ATTENTION, dispatch
 from dials_jax.nn.kv import KV
 from dials_jax.nn.linear import linear
 from dials_jax.nn.mask import Mask
+from dials_jax.nn.modules import normal, residual_depth, zeros_if
 from dials_jax.nn.rope import apply_rope
 
 

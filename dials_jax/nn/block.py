@@ -13,14 +13,13 @@ from dials_jax.config import ModelConfig
 from dials_jax.nn.attention import Attention, attend
 from dials_jax.nn.broadcast import scaled, shifted
 from dials_jax.nn.dropout import AFTER_ATTENTION, AFTER_MLP, Dropout, dropped
-from dials_jax.nn.form import PLAIN, Form
-from dials_jax.nn.initializers import normal, zeros_if
 from dials_jax.nn.kernels.dispatch import LOOKUP, dispatch
 from dials_jax.nn.kv import KV, Slots, gather
 from dials_jax.nn.linear import linear
 from dials_jax.nn.mask import Mask
 from dials_jax.nn.mlp import MLP
 from dials_jax.nn.modulation import IN_BLOCK, Modulation
+from dials_jax.nn.modules import PLAIN, Form, normal, zeros_if
 from dials_jax.nn.norm import make_norm
 
 VOCABULARY_UNIT = 128  # matmuls with the vocabulary run several times as fast on whole tiles

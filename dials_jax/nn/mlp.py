@@ -7,9 +7,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dials_jax.config import ModelConfig
-from dials_jax.nn.initializers import normal, residual_depth, zeros_if
 from dials_jax.nn.kernels.dispatch import SWIGLU, dispatch
 from dials_jax.nn.linear import linear
+from dials_jax.nn.modules import normal, residual_depth, zeros_if
 
 
 class MLP(nnx.Module):

@@ -17,9 +17,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dials_jax.config import ModelConfig
-from dials_jax.nn.form import PLAIN, Form
-from dials_jax.nn.initializers import normal, zeros_if
 from dials_jax.nn.linear import linear
+from dials_jax.nn.modules import PLAIN, Form, normal, zeros_if
 from dials_jax.nn.norm import LayerNorm, make_norm
 from dials_jax.trees import Params
 

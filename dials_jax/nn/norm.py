@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from dials_jax.config import ModelConfig
 from dials_jax.nn.broadcast import scaled
-from dials_jax.nn.initializers import zeros_if
+from dials_jax.nn.modules import zeros_if
 
 
 class RMSNorm(nnx.Module):

@@ -23,9 +23,8 @@ from dials_jax import trees
 from dials_jax.config import ModelConfig, RouterConfig, Typed
 from dials_jax.errors import require
 from dials_jax.keys import threefry_key
-from dials_jax.nn.initializers import normal
 from dials_jax.nn.linear import linear
-from dials_jax.nn.modules import bind, init_stacked
+from dials_jax.nn.modules import bind, init_stacked, normal
 from dials_jax.nn.norm import RMSNorm
 from dials_jax.nn.policy import Denoising
 from dials_jax.skipping.flops import router_flops

@@ -12,7 +12,7 @@ from dials_jax.models import folders, groups
 from dials_jax.models.folders import load_model, save_model
 from dials_jax.models.model import Model
 from dials_jax.nn import fusing
-from dials_jax.nn.form import form_of
+from dials_jax.nn.modules import form_of
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.generate import generate
 from tests.conftest import small_config

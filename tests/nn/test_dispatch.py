@@ -28,8 +28,7 @@ def taken(monkeypatch):
         names.append("swiglu")
         return jnp.zeros((*x.shape[:-1], gate_up.shape[1] // 2), x.dtype)
 
-    monkeypatch.setattr(hopper_attention, "on_hopper", lambda: True)
-    monkeypatch.setattr(hopper_swiglu, "on_hopper", lambda: True)
+    monkeypatch.setattr(per_device, "on_hopper", lambda: True)
     monkeypatch.setattr(hopper_attention, "window_attention", window_attention)
     monkeypatch.setattr(hopper_swiglu, "swiglu", swiglu)
     return names
@@ -106,7 +105,7 @@ def test_xla_forces_every_operation(taken, monkeypatch):
 
 
 def test_each_operation_is_forced_by_its_own_name(monkeypatch):
-    monkeypatch.setattr(hopper_swiglu, "on_hopper", lambda: True)
+    monkeypatch.setattr(per_device, "on_hopper", lambda: True)
     monkeypatch.setenv("DIALS_KERNELS", "xla,hopper_swiglu")
     x, gate_up = jnp.ones((4, 32, 64), "bfloat16"), jnp.ones((64, 256), "bfloat16")
     assert dispatch.pick(dispatch.SWIGLU, x, (gate_up,), (None,)).name == "xla"  # named first
@@ -135,7 +134,7 @@ def test_what_does_not_fit_says_why(name, reason, monkeypatch):
 
 @pytest.mark.parametrize("fused, biased", [(False, False), (True, True)])
 def test_swiglu_that_cannot_be_forced_says_why(fused, biased, monkeypatch):
-    monkeypatch.setattr(hopper_swiglu, "on_hopper", lambda: True)
+    monkeypatch.setattr(per_device, "on_hopper", lambda: True)
     monkeypatch.setenv("DIALS_KERNELS", "hopper_swiglu")
     module = mlp.MLP(small_config(d_model=64, d_ff=128, mlp_bias=biased), nnx.Rngs(0), fused)
     with pytest.raises(InputError, match="fused kernels of gate and up, and no biases"):

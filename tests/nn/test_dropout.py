@@ -8,7 +8,7 @@ import pytest
 from dials_jax import trees
 from dials_jax.models import transformer
 from dials_jax.nn.dropout import AFTER_ATTENTION, AFTER_MLP, Dropout, numbered
-from dials_jax.nn.form import PLAIN
+from dials_jax.nn.modules import PLAIN
 
 RATE = 0.3
 KEYS = jax.random.split(jax.random.key(4), 3)

@@ -86,15 +86,17 @@ def test_positions_matter_to_ordered_masks_only():
 @pytest.mark.parametrize("implementation", ATTENTION[:2], ids=lambda x: x.name)
 def test_a_kernel_refuses_a_mask_that_it_does_not_know(implementation, name, monkeypatch):
     """On what passes for its device, and for shapes that it takes."""
-    from dials_jax.nn.kernels import hopper_attention, tpu_attention
+    from dials_jax.nn.kernels import per_device
 
-    monkeypatch.setattr(hopper_attention, "on_hopper", lambda: True)
-    monkeypatch.setattr(tpu_attention, "_on_tpu", lambda: True)
+    monkeypatch.setattr(per_device, "on_hopper", lambda: True)
+    monkeypatch.setattr(per_device, "on_tpu", lambda: True)
     num_queries = {"tpu_splash": 1024, "hopper_window": 16}[implementation.name]
     q = jnp.ones((2, num_queries, 1, 128), "bfloat16")
     kv = KV(*jnp.ones((2, 2, 1024, 1, 128), "bfloat16"))
     valid = jnp.ones((2, 1024), bool)
-    assert implementation.fits(q, kv, Mask()) and implementation.fits(q, kv, Mask(valid))
+    assert implementation.refusal(q, kv, Mask()) is None
+    assert implementation.refusal(q, kv, Mask(valid)) is None
     _, mask = chosen([name])
     assert f"no mask with {name}" in implementation.refusal(q, kv, mask)
-    assert implementation.fits(q, kv, Mask(causal=True)) == (implementation.name == "tpu_splash")
+    takes_causal = implementation.refusal(q, kv, Mask(causal=True)) is None
+    assert takes_causal == (implementation.name == "tpu_splash")

@@ -9,7 +9,8 @@ import pytest
 
 from dials_jax import sharding
 from dials_jax.nn.attention import attend
-from dials_jax.nn.kernels import tpu_attention
+from dials_jax.nn.kernels import per_device, tpu_attention
+from dials_jax.nn.kernels.dispatch import ATTENTION
 from dials_jax.nn.kv import KV
 from dials_jax.nn.mask import Mask
 
@@ -49,16 +50,21 @@ def test_it_equals_attend(num_queries, num_keys, causal, padded):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_it_is_taken_for_long_rows_in_half_precision_on_tpu(monkeypatch):
-    assert not tpu_attention.splash_fits(*make(1024, 1024, "bfloat16"))
-    monkeypatch.setattr(tpu_attention, "_on_tpu", lambda: True)
+def test_it_is_taken_for_long_sequences_in_half_precision_on_tpu(monkeypatch):
+    splash = ATTENTION[0]
+
+    def fits(*sizes):
+        return splash.refusal(*make(*sizes), Mask()) is None
+
+    assert splash.name == "tpu_splash" and not fits(1024, 1024, "bfloat16")
+    monkeypatch.setattr(per_device, "on_tpu", lambda: True)
     with jax.set_mesh(sharding.make_mesh(devices=jax.devices()[:1])):
-        assert tpu_attention.splash_fits(*make(1024, 1024, "bfloat16"))
-        assert tpu_attention.splash_fits(*make(128, 1024, "bfloat16"))
-        assert not tpu_attention.splash_fits(*make(1024, 1024, "float32"))
-        assert not tpu_attention.splash_fits(*make(512, 512, "bfloat16"))
-        assert not tpu_attention.splash_fits(*make(1000, 1024, "bfloat16"))
-        assert not tpu_attention.splash_fits(*make(1024, 1100, "bfloat16"))
+        assert fits(1024, 1024, "bfloat16")
+        assert fits(128, 1024, "bfloat16")
+        assert not fits(1024, 1024, "float32")
+        assert not fits(512, 512, "bfloat16")
+        assert not fits(1000, 1024, "bfloat16")
+        assert not fits(1024, 1100, "bfloat16")
 
 
 def test_attend_takes_it(monkeypatch):
@@ -70,7 +76,7 @@ def test_attend_takes_it(monkeypatch):
         calls.append(args)
         return kernel(*args, interpret=True)
 
-    monkeypatch.setattr(tpu_attention, "_on_tpu", lambda: True)
+    monkeypatch.setattr(per_device, "on_tpu", lambda: True)
     monkeypatch.setattr(tpu_attention, "splash_attention", interpreted)
     q, kv = make(128, 1024, "bfloat16", num_rows=1)
     valid = jnp.arange(1024)[None] >= 10

@@ -27,8 +27,8 @@ from dials_jax.caching.canvas import CanvasModel
 from dials_jax.caching.early_skip.importance import fixed_bonus, indicator_change
 from dials_jax.models import transformer
 from dials_jax.nn.block import BlockInputs
-from dials_jax.nn.form import form_of
 from dials_jax.nn.kv import KV, Slots, gather, write_slots
+from dials_jax.nn.modules import form_of
 
 Indicator = Literal["hidden", "query", "key", "value"]
 

@@ -15,6 +15,7 @@ from dials_jax.errors import nearest, require
 from dials_jax.nn.kernels.cudnn_attention import cudnn_refusal, run_cudnn
 from dials_jax.nn.kernels.hopper_attention import run_window, window_refusal
 from dials_jax.nn.kernels.hopper_swiglu import run_swiglu, swiglu_refusal
+from dials_jax.nn.kernels.per_device import ANY, GPU, HOPPER, TPU, Device
 from dials_jax.nn.kernels.sharded_lookup import lookup_refusal, sharded_lookup
 from dials_jax.nn.kernels.tpu_attention import run_splash, splash_refusal
 from dials_jax.nn.kernels.xla import xla_attention, xla_lookup, xla_swiglu
@@ -26,34 +27,39 @@ class Implementation(NamedTuple):
     """One way to compute an operation.
 
     Attributes:
-      refusal: of the same arguments as `run`: why it cannot run here; None: it fits.
+      device: that it is written for.
+      limits: of the same arguments as `run`: why it cannot take them on its device; None: it can.
     """
 
     name: str
-    refusal: Callable[..., str | None]
+    device: Device
+    limits: Callable[..., str | None]
     run: Callable[..., Any]
 
-    def fits(self, *args: Any) -> bool:
-        return self.refusal(*args) is None
+    def refusal(self, *args: Any) -> str | None:
+        """Why it cannot run here; None: it fits."""
+        if not self.device.is_here():
+            return f"it needs {self.device.name}"
+        return self.limits(*args)
 
 
 def _none(*args: Any) -> None:
-    """An implementation that always fits."""
+    """No limits."""
 
 
 ATTENTION = (  # (q, kv, mask) -> values
-    Implementation("tpu_splash", splash_refusal, run_splash),
-    Implementation("hopper_window", window_refusal, run_window),
-    Implementation("cudnn", cudnn_refusal, run_cudnn),
-    Implementation("xla", _none, xla_attention),
+    Implementation("tpu_splash", TPU, splash_refusal, run_splash),
+    Implementation("hopper_window", HOPPER, window_refusal, run_window),
+    Implementation("cudnn", GPU, cudnn_refusal, run_cudnn),
+    Implementation("xla", ANY, _none, xla_attention),
 )
 SWIGLU = (  # (x, kernels, biases), two kernels or both joined in one -> hidden units
-    Implementation("hopper_swiglu", swiglu_refusal, run_swiglu),
-    Implementation("xla", _none, xla_swiglu),
+    Implementation("hopper_swiglu", HOPPER, swiglu_refusal, run_swiglu),
+    Implementation("xla", ANY, _none, xla_swiglu),
 )
 LOOKUP = (  # (table, tokens, dtype) -> embeddings
-    Implementation("sharded", lookup_refusal, sharded_lookup),
-    Implementation("xla", _none, xla_lookup),
+    Implementation("sharded", ANY, lookup_refusal, sharded_lookup),
+    Implementation("xla", ANY, _none, xla_lookup),
 )
 NAMES = tuple(dict.fromkeys(x.name for x in (*ATTENTION, *SWIGLU, *LOOKUP)))
 
@@ -83,7 +89,7 @@ def pick(
         name, where = implementation, f"implementation={implementation!r}"
         require(name in by_name, f"{where} is unknown{nearest(name, by_name)}")
     if name is None:
-        return next(x for x in implementations if x.fits(*args))
+        return next(x for x in implementations if x.refusal(*args) is None)
     why = by_name[name].refusal(*args)
     require(why is None, f"{where} does not fit: {why}; 'xla' always does")
     return by_name[name]

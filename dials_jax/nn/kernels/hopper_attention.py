@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from dials_jax.nn.kernels.per_device import attention_per_device, divides, on_hopper
+from dials_jax.nn.kernels.per_device import attention_per_device, divides
 from dials_jax.nn.kv import KV
 from dials_jax.nn.mask import Mask
 
@@ -46,9 +46,7 @@ def window_fits(q: Float[Array, "B T N H"], kv: KV) -> bool:
 
 
 def window_refusal(q: Float[Array, "B T N H"], kv: KV, mask: Mask) -> str | None:
-    """Why the kernel cannot run here; None: it can."""
-    if not on_hopper():
-        return "it needs Hopper GPUs and JAX 0.11"
+    """Why the kernel cannot take these; None: it can."""
     if unknown := mask.refusal("valid"):
         return unknown
     if not (divides(q, kv) and window_fits(q, kv)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import PartitionSpec as P
@@ -15,12 +15,40 @@ from dials_jax.nn.kv import KV
 from dials_jax.sharding import AXES, BATCH_AXES
 
 
+class Device(NamedTuple):
+    """A kind of device that kernels are written for.
+
+    Attributes:
+      name: for messages.
+      is_here: whether programs are compiled for it.
+    """
+
+    name: str
+    is_here: Callable[[], bool]
+
+
+def on_tpu() -> bool:
+    """From the mesh in context: a program may be compiled for TPUs of another machine."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device is not None and device.platform == "tpu"
+
+
+def on_gpu() -> bool:
+    return jax.default_backend() == "gpu"
+
+
 @lru_cache
 def on_hopper() -> bool:
-    """Whether this process computes on Hopper GPUs, with a JAX that has all that kernels need."""
-    if jax.default_backend() != "gpu" or jax.__version_info__ < (0, 11):
+    """Whether all GPUs are Hopper's, with a JAX that has all that kernels need."""
+    if not on_gpu() or jax.__version_info__ < (0, 11):
         return False
     return all(device.compute_capability == "9.0" for device in jax.local_devices())
+
+
+ANY = Device("any device", lambda: True)
+TPU = Device("a mesh of TPUs", lambda: on_tpu())
+GPU = Device("a GPU", lambda: on_gpu())
+HOPPER = Device("Hopper GPUs and JAX 0.11", lambda: on_hopper())
 
 
 def free_axes() -> tuple[tuple[str, ...], tuple[str, ...]]:

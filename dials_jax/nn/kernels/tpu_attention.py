@@ -16,25 +16,18 @@ BLOCKS = 512, 256, 128  # queries and keys at a time: the most that divide the l
 SHORTEST = 1024  # keys; fewer have few scores
 
 
-def splash_fits(q: Float[Array, "B T N H"], kv: KV) -> bool:
-    """Whether the kernel takes these shapes, and the mesh in context is of TPUs.
+def splash_refusal(q: Float[Array, "B T N H"], kv: KV, mask: Mask) -> str | None:
+    """Why the kernel cannot take these; None: it can.
 
     float32 is refused, because the kernel multiplies in bfloat16.
     """
-    num_queries, num_keys = q.shape[1], kv.k.shape[1]
-    whole_blocks = num_queries % BLOCKS[-1] == num_keys % BLOCKS[-1] == 0
-    if not _on_tpu() or q.dtype != jnp.bfloat16 or num_keys < SHORTEST or not whole_blocks:
-        return False
-    return divides(q, kv)
-
-
-def splash_refusal(q: Float[Array, "B T N H"], kv: KV, mask: Mask) -> str | None:
-    """Why the kernel cannot run here; None: it can."""
     if unknown := mask.refusal("valid", "causal"):
         return unknown
-    if not splash_fits(q, kv):
+    num_queries, num_keys = q.shape[1], kv.k.shape[1]
+    whole_blocks = num_queries % BLOCKS[-1] == num_keys % BLOCKS[-1] == 0
+    if q.dtype != jnp.bfloat16 or num_keys < SHORTEST or not whole_blocks or not divides(q, kv):
         return (
-            "it needs a mesh of TPUs that divides sequences and heads, bfloat16, at least "
+            "it needs a mesh that divides sequences and heads, bfloat16, at least "
             f"{SHORTEST} keys, and queries and keys in multiples of {BLOCKS[-1]}"
         )
     return None
@@ -44,12 +37,6 @@ def run_splash(q: Float[Array, "B T N H"], kv: KV, mask: Mask) -> Float[Array, "
     return splash_attention(q, kv, mask.valid, mask.causal)
 
 
-def _on_tpu() -> bool:
-    """From the mesh, since a program may be compiled for devices of another machine."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device is not None and device.platform == "tpu"
-
-
 def splash_attention(
     q: Float[Array, "B T N H"],
     kv: KV,
@@ -57,7 +44,7 @@ def splash_attention(
     causal: bool,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
-    """As `attend`, for shapes that `splash_fits`.
+    """As `attend`, for what `splash_refusal` lets pass.
 
     Args:
       interpret: run the kernel step by step, without a TPU.
