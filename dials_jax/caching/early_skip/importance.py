@@ -7,7 +7,8 @@
 
 The confidence is that of the token last proposed at a position, and 0 where none can be revealed.
 The change is that of an indicator (a layer's output, or its queries, keys or values) since it was
-last cached at that position. The most important tokens are kept for the next layers.
+last cached at that position. The most important tokens are kept for the next layers: `num_kept`
+says how many, `keep_top_tokens` which.
 
 Source: ES-dLLM, token importance. The constants are those of its published code.
 """
@@ -20,6 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+
+from dials_jax.nn.kv import gather
 
 MOST_CONFIDENT, LEFTMOST_MASKED, JUST_REVEALED = 2.0, 5.0, 3.0
 NumTokens = TypeVar("NumTokens", np.int64, Array)
@@ -77,6 +80,26 @@ def num_kept(proportion: float, block_length: int, num_revealed: NumTokens) -> N
     Its share of the block, or two more tokens than were revealed, but no more than the block.
     """
     return (num_revealed + 2).clip(int(proportion * block_length), block_length)
+
+
+def keep_top_tokens(
+    score: Float[Array, "R W"],
+    active: Bool[Array, "R W"] | None,
+    size: int,
+    count: Int[Array, "R 1"] | None = None,
+) -> tuple[Int[Array, "R {size}"], Bool[Array, "R {size}"] | None]:
+    """The tokens of highest importance per sequence, the highest first, and which are active.
+
+    Args:
+      size: tokens that stay in the window.
+      count: how many of these stay active in each sequence; None: all that were.
+    """
+    chosen = top(score, size)
+    kept = None if active is None else gather(active, chosen)
+    if count is None:
+        return chosen, kept
+    first = jnp.arange(size) < count
+    return chosen, first if kept is None else kept & first
 
 
 def top(score: Float[Array, "R W"], count: int) -> Int[Array, "R {count}"]:

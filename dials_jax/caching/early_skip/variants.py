@@ -24,7 +24,7 @@ from dials_jax.caching.cache import (
     window_sizes,
 )
 from dials_jax.caching.canvas import CanvasModel
-from dials_jax.caching.early_skip.importance import importance, num_kept, top
+from dials_jax.caching.early_skip.importance import importance, keep_top_tokens, num_kept
 from dials_jax.caching.early_skip.layers import (
     ActiveTokens,
     EarlySkipState,
@@ -32,7 +32,6 @@ from dials_jax.caching.early_skip.layers import (
     enter_window,
     run_spans,
 )
-from dials_jax.nn.kv import gather
 
 
 def leftmost(revealed: Bool[Array, "R S"]) -> Int[Array, "R 1"]:
@@ -152,7 +151,7 @@ class EarlySkipVariants:
             active = self.writing_sequences(inputs)
             tokens = enter_window(self.plan, self.net, inputs, state, index, active)
             revealed = state.revealed if whole_window else None
-            keep = partial(self.keep_top_tokens, revealed)
+            keep = partial(self.keep, revealed)
             tokens, gates, state = run_spans(self.plan, self.net, inputs, state, tokens, keep)
             slots = tokens.window.slots
             return ForwardOutputs(
@@ -165,7 +164,7 @@ class EarlySkipVariants:
 
     # ------------------------------------------------------------------------------ their parts
 
-    def keep_top_tokens(
+    def keep(
         self,
         revealed: Bool[Array, "R S"] | None,
         depth: int,
@@ -181,12 +180,10 @@ class EarlySkipVariants:
         plan, length, active = self.plan, self.blocks.length, tokens.window.slots.active
         score = importance(tokens.confidence, change, tokens.bonus, plan.alpha, active)
         if revealed is None:
-            chosen = top(score, plan.kept[depth])
-            return chosen, None if active is None else gather(active, chosen)
-        chosen = top(score, length)
+            return keep_top_tokens(score, active, plan.kept[depth])
         num_revealed = jnp.sum(revealed, axis=1, keepdims=True)
         count = num_kept(plan.proportions[depth], length, num_revealed)
-        return chosen, gather(active, chosen) & (jnp.arange(length) < count)
+        return keep_top_tokens(score, active, length, count)
 
     def refresh(
         self,
