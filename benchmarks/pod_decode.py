@@ -36,7 +36,7 @@ from dials_jax.keys import seed_key
 from dials_jax.models import transformer
 from dials_jax.nn.policy import Policy
 from dials_jax.sampling.confidence import Confidence
-from dials_jax.sampling.programs import generate_program
+from dials_jax.sampling.generate import generate_program
 from dials_jax.skipping.routed import Routed, init_routers, rounded
 
 COLUMNS = {

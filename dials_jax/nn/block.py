@@ -11,11 +11,10 @@ from jaxtyping import Array, Float, Int
 
 from dials_jax.config import ModelConfig
 from dials_jax.nn.attention import Attention, attend
-from dials_jax.nn.broadcast import scaled, shifted
 from dials_jax.nn.dropout import AFTER_ATTENTION, AFTER_MLP, Dropout, dropped
 from dials_jax.nn.kernels.dispatch import LOOKUP, dispatch
 from dials_jax.nn.kv import KV, Slots, gather
-from dials_jax.nn.linear import linear
+from dials_jax.nn.linear import linear, scaled, shifted
 from dials_jax.nn.mask import Mask
 from dials_jax.nn.mlp import MLP
 from dials_jax.nn.modulation import IN_BLOCK, Modulation

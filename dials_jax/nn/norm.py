@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dials_jax.config import ModelConfig
-from dials_jax.nn.broadcast import scaled
+from dials_jax.nn.linear import scaled
 from dials_jax.nn.modules import zeros_if
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -14,10 +15,16 @@ from dials_jax.errors import InputError, nearest, require
 from dials_jax.models.model import Model, check_shapes, check_vocabulary
 from dials_jax.nn.policy import Policy, check_policy
 from dials_jax.sampling.model_schedule import Schedule
-from dials_jax.sampling.programs import Role
 from dials_jax.sampling.sampler import Sampler
 
 ALONE = "M"  # the letter of a model that takes all steps
+
+
+class Role(NamedTuple):
+    """A model that takes some of the steps, and what it leaves out in them."""
+
+    model: Model
+    policy: Policy | None
 
 
 def empty_prompts(num_sequences: int | None) -> Int[np.ndarray, "B 0"]:

@@ -12,7 +12,7 @@ from dials_jax.caching.plain import DualCache, NoCache, PrefixCache
 from dials_jax.errors import InputError
 from dials_jax.models.model import Model
 from dials_jax.reference import Decoder
-from dials_jax.sampling import programs
+from dials_jax.sampling import generate as generating
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.generate import generate
 from dials_jax.skipping.policies import Random
@@ -80,10 +80,10 @@ def run_quota(models, prompts, policies, name, **changes):
 @pytest.mark.parametrize("cache", CACHED)
 def test_one_program_serves_one_shape(models, prompts, policies, cache):
     out = run_quota(models, prompts, policies, cache)
-    before = programs.generate_program.num_programs
+    before = generating.generate_program.num_programs
     turned = [x[::-1].copy() for x in prompts]
     other = run_quota(models, turned, policies, cache)
-    assert programs.generate_program.num_programs == before
+    assert generating.generate_program.num_programs == before
     np.testing.assert_array_equal(other.tokens, out.tokens[::-1])
     np.testing.assert_array_equal(other.gates, out.gates[..., ::-1])
 
@@ -96,7 +96,7 @@ def test_nothing_is_fetched_while_it_runs(models, prompts, policies, cache):
     executor = "compact" if cache == "dual" else "select"
     static = {"sampler": QUOTA, "cache": CACHES[cache], "executor": executor}
     with jax.transfer_guard("disallow"):
-        (out, _), _ = model.run(programs.generate_program, *rows, policies["routed"], **static)
+        (out, _), _ = model.run(generating.generate_program, *rows, policies["routed"], **static)
     np.testing.assert_array_equal(out, expected)
 
 

@@ -12,7 +12,7 @@ from dials_jax.caching.early_skip import importance, variants
 from dials_jax.caching.early_skip.settings import EarlySkip
 from dials_jax.caching.plain import DualCache, NoCache, PrefixCache
 from dials_jax.loading import load
-from dials_jax.sampling import programs
+from dials_jax.sampling import generate as generating
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.generate import generate
 
@@ -83,7 +83,7 @@ def published_order(monkeypatch):
     monkeypatch.setattr(variants, "leftmost", leftmost)
 
     # programs of the patched code stay in this test
-    anew = programs.generate_program.traced_anew()
+    anew = generating.generate_program.traced_anew()
     monkeypatch.setattr(programs, "generate_program", anew)
 
 

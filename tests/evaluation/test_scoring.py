@@ -22,7 +22,7 @@ from dials_jax.evaluation.scoring import item_keys, num_rows, score_task
 from dials_jax.files import finite
 from dials_jax.models import transformer
 from dials_jax.models.model import Model
-from dials_jax.sampling import programs
+from dials_jax.sampling import generate as generating
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.dream import Dream
 from dials_jax.skipping.policies import Random, Static
@@ -274,9 +274,9 @@ def test_a_row_that_waits_for_its_batch_counts_in_no_call():
 def test_mixed_lengths_compile_few_programs(max_programs, scorer, mixed):
     sampler = Confidence(4, 2, cfg_scale=max_programs / 2)
     task = dataclasses.replace(FIRST, bucket=1, max_programs=max_programs, sampler=sampler)
-    before = programs.generate_program.num_programs
+    before = generating.generate_program.num_programs
     run(scorer, task, mixed, batch_size=2)  # batches with and without padding in each bucket
-    assert programs.generate_program.num_programs - before == max_programs
+    assert generating.generate_program.num_programs - before == max_programs
 
 
 # ------------------------------------------------------------------------------------ likelihood

@@ -11,7 +11,7 @@ from dials_jax.caching.plain import DualCache
 from dials_jax.errors import InputError
 from dials_jax.loading import load
 from dials_jax.models.model import Model
-from dials_jax.sampling import programs
+from dials_jax.sampling import generate as generating
 from dials_jax.sampling.autoregressive import Autoregressive, choose_tokens
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.generate import generate
@@ -124,10 +124,10 @@ def test_gates_and_costs(causal, prompts):
 def test_one_program_serves_one_shape_and_every_end(causal, prompts):
     tokens, valid = prompts
     generate(causal, tokens, valid, sampler=WARM)
-    before = programs.generate_program.num_programs
+    before = generating.generate_program.num_programs
     generate(causal, tokens[::-1].copy(), valid[::-1].copy(), sampler=WARM, key=jax.random.key(3))
     part = generate(causal, tokens[:2], valid[:2], sampler=WARM, fill_to=3)
-    assert programs.generate_program.num_programs == before
+    assert generating.generate_program.num_programs == before
     assert part.tokens.shape == (2, P + G) and part.gates.shape == (G, 4, 2)
 
 

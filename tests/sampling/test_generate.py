@@ -12,7 +12,7 @@ from dials_jax.caching.plain import NoCache
 from dials_jax.diffusion.guidance import guide
 from dials_jax.errors import InputError
 from dials_jax.loading import load
-from dials_jax.sampling import programs
+from dials_jax.sampling import generate as generating
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.generate import generate
 from dials_jax.skipping.policies import Random, Static
@@ -131,12 +131,12 @@ def test_random_layers_change_from_step_to_step(lively, prompts):
 def test_one_program_serves_one_shape(lively, prompts):
     tokens, valid = prompts
     generate(lively, tokens, valid, sampler=SAMPLER)
-    before = programs.generate_program.num_programs
+    before = generating.generate_program.num_programs
     other = tokens[::-1].copy(), valid[::-1].copy()
     generate(lively, *other, sampler=SAMPLER, key=jax.random.key(3))
-    assert programs.generate_program.num_programs == before
+    assert generating.generate_program.num_programs == before
     generate(lively, tokens[:2], valid[:2], sampler=SAMPLER, fill_to=3)
-    assert programs.generate_program.num_programs == before
+    assert generating.generate_program.num_programs == before
 
 
 @pytest.mark.parametrize("sampler", [SAMPLER, GUIDED])
@@ -154,7 +154,7 @@ def test_filling_up_a_batch_changes_no_row(lively, prompts, sampler):
 def test_nothing_is_fetched_while_it_runs(lively, prompts):
     tokens, valid = prompts
     rows = lively.place_sequences((jnp.asarray(tokens, jnp.int32), jnp.asarray(valid), keys_of(3)))
-    program = programs.generate_program
+    program = generating.generate_program
     static = {"sampler": SAMPLER, "cache": NoCache(), "executor": "auto"}
     lively.run(program, *rows, None, **static)  # compiles
     with jax.transfer_guard("disallow"):

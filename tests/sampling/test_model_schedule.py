@@ -12,7 +12,7 @@ from dials_jax.caching.plain import DualCache, NoCache
 from dials_jax.errors import InputError
 from dials_jax.models import transformer
 from dials_jax.models.model import Model
-from dials_jax.sampling import programs
+from dials_jax.sampling import generate as generating
 from dials_jax.sampling.ancestral import Ancestral
 from dials_jax.sampling.autoregressive import Autoregressive
 from dials_jax.sampling.confidence import Confidence
@@ -156,16 +156,16 @@ def test_each_model_takes_its_own_steps(models):
 
 def test_schedules_share_programs_and_fetch_nothing(models):
     run(models, "L3,H6,L3")
-    before = programs.segment_program.num_programs
+    before = generating.segment_program.num_programs
     with jax.transfer_guard_device_to_host("disallow"):
         rows = models["H"].place_sequences(
             (jnp.zeros((3, 0), jnp.int32), None, jax.random.split(jax.random.key(0), 3))
         )
-        roles = {letter: programs.Role(model, None) for letter, model in models.items()}
+        roles = {letter: generating.Role(model, None) for letter, model in models.items()}
         static = {"sampler": STEPS, "cache": NoCache(), "executor": "auto"}
         for text in ("L3,H6,L3", "H2,L5,H2,L1,H2", "H11,L1"):
-            programs.run_schedule(roles, Schedule.parse(text), rows, **static)
-    assert programs.segment_program.num_programs == before
+            generating.run_schedule(roles, Schedule.parse(text), rows, **static)
+    assert generating.segment_program.num_programs == before
 
 
 def test_costs_of_a_schedule(models):

@@ -14,8 +14,8 @@ from dials_jax.caching.early_skip.settings import EarlySkip
 from dials_jax.caching.plain import DualCache, NoCache, PrefixCache
 from dials_jax.models import transformer
 from dials_jax.models.model import Model
+from dials_jax.sampling import generate as generating
 from dials_jax.sampling import loop as denoise_module
-from dials_jax.sampling import programs
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.timetable import block_steps, run_length_encode, run_program
 from tests.conftest import MASK, small_config
@@ -124,7 +124,7 @@ def test_known_steps_are_those_that_a_search_takes(model, monkeypatch, name):
     assert denoise_module.is_fixed(sampler, CACHES[name])
 
     def run():
-        return model.run(programs.generate_program.traced_anew(), *rows, None, **settings)[0]
+        return model.run(generating.generate_program.traced_anew(), *rows, None, **settings)[0]
 
     tokens, known = run()
     monkeypatch.setattr(denoise_module, "is_fixed", lambda sampler, cache: False)

@@ -1,5 +1,6 @@
 """Which implementation of an operation runs: the first of its list that fits.
 
+The last of every list is plain JAX: it says what the operation computes, and fits always.
 `DIALS_KERNELS=xla` in the environment, or the argument `implementation`, forces one by its name.
 The environment may name several, separated by commas: in each list the one that it has is forced;
 in a list without any of them, the first that fits runs. It is read when a program is traced.
@@ -11,6 +12,10 @@ import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
 from dials_jax.errors import nearest, require
 from dials_jax.nn.kernels.cudnn_attention import cudnn_refusal, run_cudnn
 from dials_jax.nn.kernels.hopper_attention import run_window, window_refusal
@@ -18,7 +23,9 @@ from dials_jax.nn.kernels.hopper_swiglu import run_swiglu, swiglu_refusal
 from dials_jax.nn.kernels.per_device import ANY, GPU, HOPPER, TPU, Device
 from dials_jax.nn.kernels.sharded_lookup import lookup_refusal, sharded_lookup
 from dials_jax.nn.kernels.tpu_attention import run_splash, splash_refusal
-from dials_jax.nn.kernels.xla import xla_attention, xla_lookup, xla_swiglu
+from dials_jax.nn.kv import KV
+from dials_jax.nn.linear import Weight, linear
+from dials_jax.nn.mask import Mask
 
 VARIABLE = "DIALS_KERNELS"
 
@@ -41,6 +48,27 @@ class Implementation(NamedTuple):
         if not self.device.is_here():
             return f"it needs {self.device.name}"
         return self.limits(*args)
+
+
+def xla_attention(q: Float[Array, "B T N H"], kv: KV, mask: Mask) -> Float[Array, "B T N H"]:
+    causal, attn_mask = mask.flag_and_array(q.shape[1], kv.k.shape[1])
+    return jax.nn.dot_product_attention(q, *kv, mask=attn_mask, is_causal=causal)
+
+
+def xla_swiglu(
+    x: Float[Array, "B T D"], kernels: tuple[Weight, ...], biases: tuple[Weight | None, ...]
+) -> Float[Array, "B T F"]:
+    """silu(x W_gate + b_gate) * (x W_up + b_up), from both kernels or from one of both."""
+    halves = [linear(x, kernel, bias) for kernel, bias in zip(kernels, biases, strict=True)]
+    gate, up = halves if len(halves) == 2 else jnp.split(halves[0], 2, axis=-1)
+    return jax.nn.silu(gate) * up
+
+
+def xla_lookup(
+    table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: str
+) -> Float[Array, "B T D"]:
+    """`table[tokens]`, looked up first and rounded after: see `nn.kernels.sharded_lookup`."""
+    return table[tokens].astype(dtype)
 
 
 def _none(*args: Any) -> None:

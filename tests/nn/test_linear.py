@@ -7,8 +7,8 @@ import pytest
 from flax import nnx
 
 from dials_jax.nn.block import gated
-from dials_jax.nn.broadcast import scaled, shifted
 from dials_jax.nn.gates import apply_gate
+from dials_jax.nn.linear import scaled, shifted
 from dials_jax.nn.mlp import linear
 from dials_jax.nn.norm import RMSNorm
 
