@@ -7,7 +7,7 @@ Stopped, it continues with the same command. With all done, it verifies the fold
 
 from dials_jax.commands import parse, run_command
 from dials_jax.config import CorpusData, TrainConfig
-from dials_jax.data.prepare import prepare
+from dials_jax.data.prepare import prepare_corpus
 from dials_jax.errors import require
 from dials_jax.stopping import keeping
 
@@ -18,7 +18,7 @@ def command() -> None:
     require(config.model is not None, "the configuration has no model=; its ids are needed")
     kept = f"finished parts stay in {config.data.folder}; the same command continues after them"
     with keeping(lambda: kept):
-        manifest = prepare(config.data, config.model)
+        manifest = prepare_corpus(config.data, config.model)
     for name, split in manifest["splits"].items():
         counts = ", ".join(f"{split[what]:,} {what}" for what in ("documents", "tokens", "rows"))
         print(f"{name}: {counts}")

@@ -18,7 +18,7 @@ from typing import Any, TypeVar, get_args
 import jax
 
 import dials_jax.config
-from dials_jax.config.choices import choices, choose
+from dials_jax.config.choices import apply_choices, choice_flags
 from dials_jax.errors import InputError, nearest, require
 from dials_jax.files import local_path
 from dials_jax.stopping import Stopped, obey_sigterm
@@ -156,8 +156,8 @@ def override(config: C, arguments: list[str], description: str = "") -> C:
         _require_current_name(config, argument)
     import tyro
 
-    config, arguments = choose(config, arguments)
-    for flag, classes in choices(config):
+    config, arguments = apply_choices(config, arguments)
+    for flag, classes in choice_flags(config):
         names = ", ".join(cls.__name__ for cls in classes)
         description += f"\n\n{flag} 'NAME(field=value, ...)' is one of {names}."
 

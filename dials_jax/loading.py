@@ -44,8 +44,8 @@ def load(
 
 def _load_hugging_face(folder: Path, dtype: Any, mesh: Mesh | None, layout: Layout) -> Model:
     from dials_jax.convert.hugging_face import (
-        open_folder,  # names of other libraries stay out of this one
+        open_hugging_face,  # names of other libraries stay out of this one
     )
 
-    cfg, params = open_folder(folder, dtype)
+    cfg, params = open_hugging_face(folder, dtype)
     return Model(cfg, groups.place(cfg, params, mesh, layout), mesh, str(folder.absolute()))

@@ -45,7 +45,7 @@ from dials_jax.skipping.policies import Random
 from dials_jax.skipping.routed import Routed
 from dials_jax.training.losses import model_loss, router_loss
 from dials_jax.training.optimizer import make_optimizer
-from dials_jax.training.step import init_train_state, make_train_step, shardings_of
+from dials_jax.training.step import init_train_state, make_train_step, train_state_shardings
 
 MESHES = {
     "one": (MeshConfig(), 1),
@@ -67,7 +67,7 @@ def train_step(mesh, loss_fn, init, frozen, prefix):
     state = init_train_state(init, OPTIMIZER, mesh, prefix)
     step = jax.jit(
         make_train_step(loss_fn, OPTIMIZER, seed=0, num_microbatches=MICROBATCHES),
-        out_shardings=(shardings_of(state, mesh, prefix), None),
+        out_shardings=(train_state_shardings(state, mesh, prefix), None),
     )
     with jax.set_mesh(mesh):
         batches = [sharding.place_batch(batch_at(task.train, 0, i, 16), mesh) for i in range(2)]

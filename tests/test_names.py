@@ -14,8 +14,8 @@ ALLOWED = {
     "ARCHITECTURES": "a kind of checkpoint: the classes that its config.json may name",
     "TABLE": "a kind of checkpoint: its tensors and ours",
     "REQUIRED": "a kind of checkpoint: options with the one value that is implemented",
-    "translate": "a kind of checkpoint: its config.json as a ModelConfig",
-    "arrange": "a kind of checkpoint: its tensors as the table has them",
+    "translate_config": "a kind of checkpoint: its config.json as a ModelConfig",
+    "rename_tensors": "a kind of checkpoint: its tensors as the table has them",
 }
 
 

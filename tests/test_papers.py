@@ -15,7 +15,7 @@ from dials_jax.config import EvalTask, ObjectiveConfig, OptimizerConfig, RouterC
 from dials_jax.evaluation.likelihood import log_likelihood
 from dials_jax.skipping.routed import Routed
 from dials_jax.skipping.similarity import choose_static_layers
-from dials_jax.training.optimizer import move_average
+from dials_jax.training.optimizer import update_moving_average
 
 ROOT = Path(__file__).parents[1]
 LINES = [
@@ -118,7 +118,9 @@ def test_the_numbers_of_sedykh(blocks):
 def test_the_moving_average_of_mdlm_has_a_ramp():
     """Its decay is min(decay, (1 + n) / (10 + n)) after n updates."""
     for n, decay in ((1, 2 / 11), (90, 91 / 100), (10**6, 0.9999)):
-        found = move_average({"x": jnp.array(1.0)}, {"x": jnp.array(0.0)}, jnp.array(n), 0.9999)
+        found = update_moving_average(
+            {"x": jnp.array(1.0)}, {"x": jnp.array(0.0)}, jnp.array(n), 0.9999
+        )
         assert float(found["x"]) == pytest.approx(decay, abs=1e-6)
 
 

@@ -16,26 +16,26 @@ from dials_jax.errors import InputError, nearest, require
 C = TypeVar("C")
 
 
-def choices(config: Any, flag: str = "--") -> Iterator[tuple[str, tuple[type, ...]]]:
+def choice_flags(config: Any, flag: str = "--") -> Iterator[tuple[str, tuple[type, ...]]]:
     """Flags of the fields that are one of several dataclasses, and these."""
     if isinstance(config, tuple):
         for i, item in enumerate(config):
-            yield from choices(item, f"{flag}{i}.")
+            yield from choice_flags(item, f"{flag}{i}.")
     elif isinstance(config, Typed):
         for name in field_hints(type(config)):
             flag_of = f"{flag}{name.replace('_', '-')}"
             classes = dataclasses_of(field_hints(type(config))[name])
             if classes:
                 yield flag_of, classes
-            yield from choices(getattr(config, name), f"{flag_of}.")
+            yield from choice_flags(getattr(config, name), f"{flag_of}.")
 
 
-def choose(config: C, arguments: list[str]) -> tuple[C, list[str]]:
+def apply_choices(config: C, arguments: list[str]) -> tuple[C, list[str]]:
     """Applies what chooses a dataclass; the other arguments are left."""
     left, given = [], iter(arguments)
     for argument in given:
         flag, equals, text = argument.partition("=")
-        known, parent = dict(choices(config)), flag.rpartition(".")[0]
+        known, parent = dict(choice_flags(config)), flag.rpartition(".")[0]
         if (classes := known.get(flag.replace("_", "-"))) is not None:
             value = _parse_choice(text if equals else next(given, ""), classes, flag)
             config = _replaced(config, flag[2:].replace("-", "_").split("."), value)

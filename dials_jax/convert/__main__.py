@@ -10,7 +10,7 @@ import jax
 
 from dials_jax.config import ModelConfig
 from dials_jax.convert import lightning
-from dials_jax.convert.hugging_face import MODEL_TYPES, convert, write
+from dials_jax.convert.hugging_face import MODEL_TYPES, convert_folder, write_model_folder
 from dials_jax.errors import InputError, require
 from dials_jax.files import local_path
 from dials_jax.models.folders import WEIGHT_DTYPES
@@ -84,8 +84,8 @@ def run(options: argparse.Namespace) -> ModelConfig:
             options.mask_id is None and options.eos_id is None,
             "--mask-id and --eos-id are for a .ckpt; write mask_token_id into config.json",
         )
-        return convert(source, options.target, options.dtype)
-    opened = lightning.open_checkpoint(
+        return convert_folder(source, options.target, options.dtype)
+    opened = lightning.open_lightning(
         source,
         options.dtype,
         allow_pickle=options.allow_pickle,
@@ -93,7 +93,7 @@ def run(options: argparse.Namespace) -> ModelConfig:
         mask_id=options.mask_id,
         eos_id=options.eos_id,
     )
-    return write(options.target, *opened, source.parent)
+    return write_model_folder(options.target, *opened, source.parent)
 
 
 if __name__ == "__main__":

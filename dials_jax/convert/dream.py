@@ -25,12 +25,12 @@ USABLE_POSITIONS = 2048
 DREAM_MASK_ID, DREAM_EOT_ID = 151666, 151645
 
 
-def translate(values: dict[str, Any], dtype: str) -> ModelConfig:
+def translate_config(values: dict[str, Any], dtype: str) -> ModelConfig:
     """A published `config.json` as ours.
 
     Raises: InputError for an option that is not implemented and for a missing number.
     """
-    cfg = qwen2.translate(values, dtype)
+    cfg = qwen2.translate_config(values, dtype)
     mask_id = integer(values, "mask_token_id")
     return dataclasses.replace(
         cfg,

@@ -12,14 +12,14 @@ import numpy as np
 
 from dials_jax.config import ModelConfig
 from dials_jax.convert.settings import (
+    derive_head_dim,
     flag,
     integer,
     number,
     require_options,
     token_id,
-    width_of_heads,
 )
-from dials_jax.convert.table import TensorEntry, split
+from dials_jax.convert.table import TensorEntry, split_projections
 from dials_jax.models import families
 
 _BLOCK = "h.{i}"
@@ -62,7 +62,7 @@ CONV1D = re.compile(r"h\.\d+\.(attn|mlp)\.c_\w+\.weight")  # stored [in, out], u
 BUFFERS = r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias"
 
 
-def translate(values: dict[str, Any], dtype: str) -> ModelConfig:
+def translate_config(values: dict[str, Any], dtype: str) -> ModelConfig:
     """A published `config.json` as ours.
 
     Raises: InputError for an option that is not implemented and for a missing number.
@@ -81,7 +81,7 @@ def translate(values: dict[str, Any], dtype: str) -> ModelConfig:
         vocab_size,
         eos_id,
         pad_id,
-        head_dim=width_of_heads(values, "n_embd", "n_head"),
+        head_dim=derive_head_dim(values, "n_embd", "n_head"),
         d_ff=integer(values, "n_inner", 4 * d_model),
         max_length=integer(values, "n_positions"),
         norm_eps=number(values, "layer_norm_epsilon"),
@@ -89,10 +89,10 @@ def translate(values: dict[str, Any], dtype: str) -> ModelConfig:
     )
 
 
-def arrange(values: dict[str, Any], tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def rename_tensors(values: dict[str, Any], tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The tensors under the names of the table: without prefix, projections split."""
     plain = {name.removeprefix("transformer."): x for name, x in tensors.items()}
     plain = {name: x.T if CONV1D.fullmatch(name) else x for name, x in plain.items()}
     if flag(values, "tie_word_embeddings", True) and "wte.weight" in plain:
         plain.setdefault("lm_head.weight", plain["wte.weight"])
-    return split(plain, r"h\.\d+\.attn\.c_attn", ("q", "k", "v"), axis=0)
+    return split_projections(plain, r"h\.\d+\.attn\.c_attn", ("q", "k", "v"), axis=0)

@@ -1,9 +1,14 @@
 """Opens a Hugging Face folder as a configuration and a tree of parameters.
 
-To add a kind of model, write a module and list it in `MODEL_TYPES`. It has `ARCHITECTURES`, `TABLE`
-and `translate(values, dtype) -> ModelConfig` (see `llada.py`; `settings.py` reads numbers). If
-its tensors need more than new names, it has `arrange(values, tensors) -> tensors` too, which is
-called first. `BUFFERS` is a pattern of the names of saved tensors that are not weights.
+To add a kind of model, write a module and list it in `MODEL_TYPES`. The module has
+
+    ARCHITECTURES                       the classes that its config.json may name
+    TABLE                               the names of its tensors and ours
+    translate_config(values, dtype)     its config.json as a ModelConfig
+    rename_tensors(values, tensors)     optional: its tensors under the names of TABLE
+    BUFFERS                             optional: a pattern of names of tensors that are no weights
+
+`llada.py` is an example; `settings.py` reads numbers from a config.json.
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ from dials_jax.config import ModelConfig
 from dials_jax.convert import dream, gpt2, llada, mdlm, qwen2
 from dials_jax.convert.safetensors_reader import open_tensors
 from dials_jax.convert.settings import flag
-from dials_jax.convert.table import fill_params, is_buffer, unwrapped
+from dials_jax.convert.table import fill_params, is_buffer, strip_wrappers
 from dials_jax.data.tokenizer import has_tokenizer, load_tokenizer
 from dials_jax.errors import InputError, nearest, require
 from dials_jax.files import read_json
@@ -37,8 +42,8 @@ MODEL_TYPES = {  # the `model_type` of config.json
 }
 
 # Options of config.json that only a mixture of experts has.
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "expert_intermediate_size")
-WEIGHTS = tuple(np.dtype(x) for x in (ml_dtypes.bfloat16, np.float32, np.float16))
+MOE_OPTIONS = ("num_experts", "num_local_experts", "n_routed_experts", "expert_intermediate_size")
+FLOAT_DTYPES = tuple(np.dtype(x) for x in (ml_dtypes.bfloat16, np.float32, np.float16))
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -51,7 +56,7 @@ TOKENIZER_FILES = (
 )
 
 
-def open_folder(source: str | Path, dtype: Any = None) -> tuple[ModelConfig, trees.Params]:
+def open_hugging_face(source: str | Path, dtype: Any = None) -> tuple[ModelConfig, trees.Params]:
     """The configuration, and the parameters as views of the mapped files, layers unrolled.
 
     Args:
@@ -63,17 +68,17 @@ def open_folder(source: str | Path, dtype: Any = None) -> tuple[ModelConfig, tre
     source = Path(source).expanduser()
     require(source.is_dir(), f"{source} is not a folder; give a downloaded checkpoint")
     values = read_json(source / "config.json")
-    check_kind(values, source)
-    return from_tensors(values, open_tensors(source), source, dtype)
+    require_known_model_type(values, source)
+    return translate_checkpoint(values, open_tensors(source), source, dtype)
 
 
-def check_kind(values: dict[str, Any], source: Path) -> None:
+def require_known_model_type(values: dict[str, Any], source: Path) -> None:
     """Raises: InputError for a model type that is not in `MODEL_TYPES`, naming it."""
     kind, found = values.get("model_type"), values.get("architectures")
     names = found if isinstance(found, list) else []
     names = [name for name in names if isinstance(name, str)]
     what = names[0] if names else f"model type {kind!r}"
-    for option in EXPERTS:
+    for option in MOE_OPTIONS:
         experts = values.get(option)
         require(not experts, f"{source}: a mixture of experts ({what}) is not supported")
     require(
@@ -95,45 +100,47 @@ def check_kind(values: dict[str, Any], source: Path) -> None:
     )
 
 
-def from_tensors(
+def translate_checkpoint(
     values: dict[str, Any], tensors: dict[str, np.ndarray], source: Path, dtype: Any = None
 ) -> tuple[ModelConfig, trees.Params]:
-    """As `open_folder`, from the content of config.json and the tensors."""
+    """As `open_hugging_face`, from the content of config.json and the tensors."""
     family = MODEL_TYPES[values["model_type"]]
     own_buffers = getattr(family, "BUFFERS", "")
-    tensors = unwrapped(tensors, source)
+    tensors = strip_wrappers(tensors, source)
     tensors = {name: x for name, x in tensors.items() if not is_buffer(name, own_buffers)}
     for name, x in tensors.items():
         require(
-            x.dtype in WEIGHTS,
-            f"{source}: {name!r} is {x.dtype}; weights must be {', '.join(map(str, WEIGHTS))}",
+            x.dtype in FLOAT_DTYPES,
+            f"{source}: {name!r} is {x.dtype}; weights must be {', '.join(map(str, FLOAT_DTYPES))}",
         )
     all_bfloat16 = all(x.dtype == ml_dtypes.bfloat16 for x in tensors.values())
     dtype = dtype_name(dtype) or ("bfloat16" if all_bfloat16 else "float32")
     try:
-        cfg = family.translate(values, dtype)
+        cfg = family.translate_config(values, dtype)
         tied = flag(values, "tie_word_embeddings")
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
-    if hasattr(family, "arrange"):
-        tensors = family.arrange(values, tensors)
+    if hasattr(family, "rename_tensors"):
+        tensors = family.rename_tensors(values, tensors)
     return cfg, fill_params(family.TABLE, abstract_params(cfg), tensors, source, tied)
 
 
-def convert(source: str | Path, target: str | Path, dtype: Any = None) -> ModelConfig:
+def convert_folder(source: str | Path, target: str | Path, dtype: Any = None) -> ModelConfig:
     """Writes a Hugging Face folder as a model folder, one layer at a time in memory."""
-    return write(target, *open_folder(source, dtype), Path(source).expanduser())
+    return write_model_folder(target, *open_hugging_face(source, dtype), Path(source).expanduser())
 
 
-def write(target: str | Path, cfg: ModelConfig, params: trees.Params, beside: Path) -> ModelConfig:
+def write_model_folder(
+    target: str | Path, cfg: ModelConfig, params: trees.Params, beside: Path
+) -> ModelConfig:
     """Writes a model folder, with the tokenizer of the folder `beside`."""
     with tempfile.TemporaryDirectory() as made:
-        files = tokenizer_files(beside, Path(made))
+        files = collect_tokenizer_files(beside, Path(made))
         save_model(target, cfg, params, dtype=cfg.dtype, tokenizer_files=files)
     return cfg
 
 
-def tokenizer_files(source: Path, made: Path) -> list[Path]:
+def collect_tokenizer_files(source: Path, made: Path) -> list[Path]:
     """The files to copy, and a tokenizer.json in the folder `made` if they are not enough.
 
     A published folder's tokenizer may depend on its config.json, which the model folder replaces.

@@ -16,8 +16,8 @@ import numpy as np
 from dials_jax import trees
 from dials_jax.config import ModelConfig
 from dials_jax.convert import mdlm
-from dials_jax.convert.hugging_face import from_tensors
-from dials_jax.convert.table import is_buffer, unwrapped
+from dials_jax.convert.hugging_face import translate_checkpoint
+from dials_jax.convert.table import is_buffer, strip_wrappers
 from dials_jax.errors import InputError, require
 from dials_jax.files import read_json
 
@@ -43,7 +43,7 @@ class Ignored:
         self.state = state
 
 
-def open_checkpoint(
+def open_lightning(
     source: str | Path,
     dtype: Any = None,
     *,
@@ -79,7 +79,8 @@ def open_checkpoint(
     require(isinstance(state, dict), f"{path} has no state_dict; give a Lightning checkpoint")
     saved = _saved_settings(content)
     _require_mdlm(path, saved)
-    state = unwrapped({name: x for name, x in state.items() if _is_named_tensor(name, x)}, path)
+    named = {name: x for name, x in state.items() if _is_named_tensor(name, x)}
+    state = strip_wrappers(named, path)
     tensors = {k.removeprefix(PREFIX): x for k, x in state.items() if k.startswith(PREFIX)}
     require(bool(tensors), f"{path}: no tensor of its state_dict starts with {PREFIX!r} (MDLM)")
     if ema:
@@ -90,7 +91,7 @@ def open_checkpoint(
         given = {"mask_token_id": mask_id, "eos_token_id": eos_id, "pad_token_id": eos_id}
     else:
         given = _special_tokens(path, saved, values)
-    return from_tensors(values | given, arrays, path, dtype)
+    return translate_checkpoint(values | given, arrays, path, dtype)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -227,11 +228,11 @@ def _special_tokens(path: Path, saved: dict, values: dict[str, Any]) -> dict[str
     vocab_size = values.get("vocab_size")
     named = _section(saved, "data").get("tokenizer_name_or_path")
     name = str(named).rstrip("/").rpartition("/")[2]
-    known = mdlm.TOKENIZERS.get(name)
+    known = mdlm.KNOWN_TOKENIZERS.get(name)
     if known and known.vocab_size == vocab_size:
         ids = known._asdict()
         return {f"{key.removesuffix('_id')}_token_id": ids[key] for key in ids if "_id" in key}
-    like = mdlm.known_by_size(vocab_size)
+    like = mdlm.tokenizer_of_size(vocab_size)
     require(
         name in mdlm.LAST_ID_IS_MASK or (named is None and like is None),
         f"{path}: the special tokens of {named or like!r} with {vocab_size} tokens are not known; "

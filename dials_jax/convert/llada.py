@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from dials_jax.config import ModelConfig
-from dials_jax.convert.settings import flag, integer, number, require_options, width_of_heads
+from dials_jax.convert.settings import derive_head_dim, flag, integer, number, require_options
 from dials_jax.convert.table import TensorEntry
 
 _BLOCK = "model.transformer.blocks.{i}"
@@ -58,13 +58,13 @@ REQUIRED = {
 LLADA_MASK_ID, LLADA_EOT_ID = 126336, 126348
 
 
-def translate(values: dict[str, Any], dtype: str) -> ModelConfig:
+def translate_config(values: dict[str, Any], dtype: str) -> ModelConfig:
     """A published `config.json` as ours.
 
     Raises: InputError for an option that is not implemented and for a missing number.
     """
     require_options(values, REQUIRED)
-    num_heads, head_dim = integer(values, "n_heads"), width_of_heads(values, "d_model", "n_heads")
+    num_heads, head_dim = integer(values, "n_heads"), derive_head_dim(values, "d_model", "n_heads")
     vocab_size = integer(values, "embedding_size", values.get("vocab_size"))
     mask_id, eos_id = integer(values, "mask_token_id"), integer(values, "eos_token_id")
     num_kv_heads = 1 if flag(values, "multi_query_attention") else num_heads

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dials_jax.config import ModelConfig
-from dials_jax.convert.settings import flag, integer, token_id, width_of_heads
-from dials_jax.convert.table import TensorEntry, split
+from dials_jax.convert.settings import derive_head_dim, flag, integer, token_id
+from dials_jax.convert.table import TensorEntry, split_projections
 from dials_jax.errors import require
 from dials_jax.models import families
 
@@ -46,7 +46,7 @@ TABLE = (
 ARCHITECTURES = ("MDLM",)
 
 
-class Tokens(NamedTuple):
+class KnownTokenizer(NamedTuple):
     """A tokenizer that has a [MASK], and its special tokens."""
 
     vocab_size: int
@@ -57,18 +57,18 @@ class Tokens(NamedTuple):
 
 # By the names in the authors' settings. GPT-2's has no [MASK], so training adds one, the last id.
 LAST_ID_IS_MASK = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
-TOKENIZERS = {
-    "text8": Tokens(35, mask_id=4, eos_id=3, pad_id=5),
-    "bert-base-uncased": Tokens(30522, mask_id=103, eos_id=102, pad_id=0),
+KNOWN_TOKENIZERS = {
+    "text8": KnownTokenizer(35, mask_id=4, eos_id=3, pad_id=5),
+    "bert-base-uncased": KnownTokenizer(30522, mask_id=103, eos_id=102, pad_id=0),
 }
 
 
-def known_by_size(vocab_size: int) -> str | None:
+def tokenizer_of_size(vocab_size: int) -> str | None:
     """The tokenizer of this vocabulary size that has a [MASK]."""
-    return next((name for name, t in TOKENIZERS.items() if t.vocab_size == vocab_size), None)
+    return next((name for name, t in KNOWN_TOKENIZERS.items() if t.vocab_size == vocab_size), None)
 
 
-def translate(values: dict[str, Any], dtype: str) -> ModelConfig:
+def translate_config(values: dict[str, Any], dtype: str) -> ModelConfig:
     """A published `config.json` as ours.
 
     If it names no [MASK], the vocabulary is GPT-2's, whose last token is the end of text; [MASK] is
@@ -77,7 +77,7 @@ def translate(values: dict[str, Any], dtype: str) -> ModelConfig:
     Raises: InputError for another vocabulary size without the id of [MASK].
     """
     d_model, vocab_size = integer(values, "hidden_dim"), integer(values, "vocab_size")
-    mask_id, name = token_id(values, "mask_token_id"), known_by_size(vocab_size)
+    mask_id, name = token_id(values, "mask_token_id"), tokenizer_of_size(vocab_size)
     if mask_id is None:
         require(
             name is None,
@@ -94,7 +94,7 @@ def translate(values: dict[str, Any], dtype: str) -> ModelConfig:
         mask_id,
         eos_id,
         integer(values, "pad_token_id", eos_id),
-        head_dim=width_of_heads(values, "hidden_dim", "n_heads"),
+        head_dim=derive_head_dim(values, "hidden_dim", "n_heads"),
         cond_dim=integer(values, "cond_dim"),
         max_length=integer(values, "model_length"),
         time_conditioning=flag(values, "time_conditioning"),
@@ -102,7 +102,7 @@ def translate(values: dict[str, Any], dtype: str) -> ModelConfig:
     )
 
 
-def arrange(values: dict[str, Any], tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def rename_tensors(values: dict[str, Any], tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The tensors under the names of the table: without prefix, projections split."""
     plain = {name.removeprefix("backbone."): x for name, x in tensors.items()}
-    return split(plain, r"blocks\.\d+\.attn_qkv", ("q", "k", "v"), axis=0)
+    return split_projections(plain, r"blocks\.\d+\.attn_qkv", ("q", "k", "v"), axis=0)

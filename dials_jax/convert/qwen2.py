@@ -9,12 +9,12 @@ from typing import Any
 
 from dials_jax.config import ModelConfig
 from dials_jax.convert.settings import (
+    derive_head_dim,
     integer,
     number,
     require_options,
     section,
     token_id,
-    width_of_heads,
 )
 from dials_jax.convert.table import TensorEntry
 from dials_jax.errors import require
@@ -45,7 +45,7 @@ ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen2Model")
 REQUIRED = {"hidden_act": "silu", "use_sliding_window": False}
 
 
-def translate(values: dict[str, Any], dtype: str) -> ModelConfig:
+def translate_config(values: dict[str, Any], dtype: str) -> ModelConfig:
     """A published `config.json` as ours.
 
     Raises: InputError for an option that is not implemented and for a missing number.
@@ -56,7 +56,7 @@ def translate(values: dict[str, Any], dtype: str) -> ModelConfig:
         isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds),
         f"config.json: layer_types={kinds!r} are not implemented; only 'full_attention' is",
     )
-    head_dim = width_of_heads(values, "hidden_size", "num_attention_heads")
+    head_dim = derive_head_dim(values, "hidden_size", "num_attention_heads")
     eos_id = token_id(values, "eos_token_id")
     return ModelConfig(
         model_type="qwen2",

@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from dials_jax.errors import InputError, require
 from dials_jax.files import read_json
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
 PLAIN_NAME = re.compile(r"[^/\\\0]{1,200}\.safetensors")
 # Of weights and of buffers; the other dtypes of the format are smaller than a byte.
 SAFETENSORS_DTYPES = {
@@ -48,10 +48,10 @@ def open_tensors(folder: Path) -> dict[str, np.ndarray]:
 
     Raises: InputError if a shard is missing, damaged or differs from the index.
     """
-    index = folder / INDEX
+    index = folder / INDEX_FILE
     if not index.is_file():
         _require_single(folder)
-        return open_file(folder / SINGLE)
+        return open_safetensors(folder / SINGLE_FILE)
     weight_map = read_json(index).get("weight_map")
     require(isinstance(weight_map, dict), f"{index} has no weight_map; download it again")
     for name, shard in weight_map.items():
@@ -62,33 +62,37 @@ def open_tensors(folder: Path) -> dict[str, np.ndarray]:
         )
     tensors: dict[str, np.ndarray] = {}
     for shard in sorted(set(weight_map.values())):
-        opened = open_file(folder / shard)
+        opened = open_safetensors(folder / shard)
         for name in opened:
             require(
                 weight_map.get(name) == shard,
-                f"{folder / shard} holds {name!r}, which {INDEX} does not place there; "
+                f"{folder / shard} holds {name!r}, which {INDEX_FILE} does not place there; "
                 "download the checkpoint again",
             )
         tensors |= opened
     for name, shard in weight_map.items():
-        require(name in tensors, f"{folder / shard} lacks {name!r}, which {INDEX} places there")
+        require(
+            name in tensors, f"{folder / shard} lacks {name!r}, which {INDEX_FILE} places there"
+        )
     return tensors
 
 
 def _require_single(folder: Path) -> None:
     """Raises: InputError for a folder with neither an index nor the single file of small models."""
-    if (folder / SINGLE).is_file():
+    if (folder / SINGLE_FILE).is_file():
         return
     shards = sorted(file.name for file in folder.glob("*.safetensors"))
     require(
         not shards,
-        f"{folder} holds {', '.join(shards[:1])} but no {INDEX}, which says what each file holds; "
-        "download it, too",
+        f"{folder} holds {', '.join(shards[:1])} but no {INDEX_FILE}, which says what each "
+        "file holds; download it, too",
     )
-    raise InputError(f"{folder} holds neither {SINGLE} nor {INDEX}; only safetensors can be read")
+    raise InputError(
+        f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}; only safetensors can be read"
+    )
 
 
-def open_file(path: Path) -> dict[str, np.ndarray]:
+def open_safetensors(path: Path) -> dict[str, np.ndarray]:
     """Views of the tensors in one file.
 
     Raises: InputError if the file is missing or breaks the format: too short or too long, tensors

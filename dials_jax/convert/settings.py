@@ -58,7 +58,7 @@ def token_id(values: dict[str, Any], name: str) -> int | None:
     return None if values.get(name) is None else integer(values, name)
 
 
-def width_of_heads(values: dict[str, Any], width: str, heads: str) -> int:
+def derive_head_dim(values: dict[str, Any], width: str, heads: str) -> int:
     """The model's width over the number of heads; `width` and `heads` are their names upstream."""
     d_model, num_heads = integer(values, width), integer(values, heads)
     require(

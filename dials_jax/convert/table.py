@@ -87,7 +87,7 @@ WRAPPERS = (
 COMMON_BUFFERS = r"(.+\.)?(rotary_emb\.\w*(inv_freq|cached)|position_ids)"
 
 
-def unwrapped(tensors: dict[str, T], source: Path) -> dict[str, T]:
+def strip_wrappers(tensors: dict[str, T], source: Path) -> dict[str, T]:
     """The tensors, in their order, under their names in a module without wrappers."""
 
     def plain(name: str) -> str:
@@ -106,7 +106,7 @@ def is_buffer(name: str, also: str = "") -> bool:
     return bool(re.fullmatch(COMMON_BUFFERS, name) or (also and re.fullmatch(also, name)))
 
 
-def split(
+def split_projections(
     tensors: dict[str, np.ndarray], module: str, parts: tuple[str, ...], axis: int
 ) -> dict[str, np.ndarray]:
     """Tensors that hold several projections, cut into equal parts: `x.weight` to `x.q.weight`.

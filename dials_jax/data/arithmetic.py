@@ -18,13 +18,13 @@ from collections.abc import Iterator
 from itertools import chain, islice
 
 from dials_jax.config import ArithmeticData
-from dials_jax.data.batches import generator
+from dials_jax.data.batches import random_generator
 from dials_jax.data.tasks import TaskRows
 from dials_jax.data.tokenizer import Tokenizer, character_tokenizer
 from dials_jax.errors import nearest, require
 
 SYMBOLS = {"add": "+", "reverse": "r", "max": ">", "sort": "s"}
-HELD_OUT = 10  # one of this many prompts is for testing
+HELD_OUT_ONE_IN = 10  # one of this many prompts is for testing
 
 
 def solve(operation: str, a: str, b: str) -> str:
@@ -106,7 +106,7 @@ class ArithmeticTask:
     def _side(self, operation: str, held_out: bool) -> Iterator[dict[str, str]]:
         """All items of one operation and side, in an order drawn from `split_seed`."""
         digits = self.cfg.digits
-        random = generator(f"arithmetic {operation}", self.cfg.split_seed)
+        random = random_generator(f"arithmetic {operation}", self.cfg.split_seed)
         for number in random.permutation(10 ** (2 * digits)):
             a, b = (f"{n:0{digits}d}" for n in divmod(number, 10**digits))
             prompt = f"{SYMBOLS[operation]}{a},{b}="
@@ -117,4 +117,4 @@ class ArithmeticTask:
 
 def _is_held_out(prompt: str, split_seed: int) -> bool:
     digest = hashlib.sha256(f"{split_seed}:{prompt}".encode()).digest()
-    return int.from_bytes(digest[:4], "big") % HELD_OUT == 0
+    return int.from_bytes(digest[:4], "big") % HELD_OUT_ONE_IN == 0

@@ -23,15 +23,15 @@ from dials_jax.errors import InputError, require
 from dials_jax.files import read_json
 
 # The last is a dependency of tensorflow-datasets that it does not declare.
-PACKAGES = ("array_record", "grain", "tensorflow_datasets", "importlib_resources")
+GRAIN_PACKAGES = ("array_record", "grain", "tensorflow_datasets", "importlib_resources")
 
 
-def missing_packages() -> list[str]:
-    return [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+def missing_grain_packages() -> list[str]:
+    return [name for name in GRAIN_PACKAGES if importlib.util.find_spec(name) is None]
 
 
-class RecordRows:
-    """The rows of one split of a folder that `write_records` made, by number (RowStore)."""
+class ArrayRecordRows:
+    """The rows of one split of a folder that `write_array_record` made, by number (RowStore)."""
 
     def __init__(self, folder: Path, split: str):
         import grain
@@ -63,7 +63,7 @@ class RecordRows:
 
 
 def _require_known_features(folder: Path) -> None:
-    """Raises: InputError for kinds of features that `write_records` does not write.
+    """Raises: InputError for kinds of features that `write_array_record` does not write.
 
     tensorflow-datasets imports whatever module their names begin with.
     """
@@ -86,7 +86,7 @@ def _class_names(features: Any) -> Iterator[Any]:
             yield from _class_names(value)
 
 
-def write_records(splits: Mapping[str, RowStore], length: int, folder: Path) -> None:
+def write_array_record(splits: Mapping[str, RowStore], length: int, folder: Path) -> None:
     """Writes the rows of every split into `folder`, or nothing at all.
 
     Raises: InputError if what is read back has another number of rows or another last row.
@@ -100,7 +100,7 @@ def write_records(splits: Mapping[str, RowStore], length: int, folder: Path) -> 
         builder.download_and_prepare()
     written = Path(builder.data_path)
     for split, rows in splits.items():
-        require_equal_ends(RecordRows(written, split), rows, f"{written}, {split}")
+        require_equal_ends(ArrayRecordRows(written, split), rows, f"{written}, {split}")
     shutil.rmtree(folder, ignore_errors=True)
     written.rename(folder)
     shutil.rmtree(temporary)

@@ -23,7 +23,8 @@ class Batch(NamedTuple):
     tokens: Int[np.ndarray, "B T"]  # int32
     answer: Bool[np.ndarray, "B T"]  # positions that may be masked
     valid: Bool[np.ndarray, "B T"] | None  # not padding; None: no padding, and faster attention
-    row: Int[np.ndarray, "B"]  # number in the global batch; the sequence's keys are folded from it
+    # Number of each sequence in the global batch, from which its random keys are folded.
+    sequence_index: Int[np.ndarray, "B"]
 
 
 Indices = Sequence[int] | Int[np.ndarray, "B"]
@@ -34,8 +35,8 @@ RowArrays = tuple[Int[np.ndarray, "B T"], Bool[np.ndarray, "B T"], Bool[np.ndarr
 class TrainingData(Protocol):
     """A finite set of rows of one shape.
 
-    A data set may also have `finish(batch, seed, step) -> Batch`, a pure function that changes a
-    whole batch; `batch_at` calls it last.
+    A data set may also have a pure function `finish_batch(batch, seed, step) -> Batch`, which changes
+    a whole batch; `batch_at` calls it last.
     """
 
     @property
@@ -51,14 +52,14 @@ class TrainingData(Protocol):
         ...
 
 
-def generator(purpose: str, *numbers: int) -> np.random.Generator:
+def random_generator(purpose: str, *numbers: int) -> np.random.Generator:
     """A random generator for one purpose; other purposes with the same numbers are independent."""
     return np.random.default_rng([zlib.crc32(purpose.encode()), *(n % 2**32 for n in numbers)])
 
 
 @functools.lru_cache(maxsize=2)  # a batch may straddle two epochs
 def _epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
-    order = generator("epoch order", seed, epoch).permutation(num_rows)
+    order = random_generator("epoch order", seed, epoch).permutation(num_rows)
     order.flags.writeable = False
     return order
 
@@ -84,15 +85,15 @@ def batch_at(
         f"batch_size={batch_size} must be divisible by the number of processes, {process_count}",
     )
     share = batch_size // process_count
-    row = np.arange(process_index * share, (process_index + 1) * share)
-    epochs, offsets = np.divmod(step * batch_size + row, data.num_rows)
+    sequence_index = np.arange(process_index * share, (process_index + 1) * share)
+    epochs, offsets = np.divmod(step * batch_size + sequence_index, data.num_rows)
     indices = np.empty(share, np.int64)
     for epoch in np.unique(epochs):
         chosen = epochs == epoch
         indices[chosen] = _epoch_order(data.num_rows, seed, int(epoch))[offsets[chosen]]
-    batch = Batch(*data.rows(indices), row=row.astype(np.int32))
-    finish = getattr(data, "finish", None)
-    return finish(batch, seed, step) if finish else batch
+    batch = Batch(*data.rows(indices), sequence_index=sequence_index.astype(np.int32))
+    finish_batch = getattr(data, "finish_batch", None)
+    return finish_batch(batch, seed, step) if finish_batch else batch
 
 
 def steps_per_epoch(data: TrainingData, batch_size: int) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 
-def buckets(
+def padded_lengths(
     lengths: Sequence[int], multiple: int, max_sizes: int, batch_size: int = 1
 ) -> list[int]:
     """The length that every item is padded to, so that the device computes the fewest tokens.
@@ -28,7 +28,7 @@ def buckets(
     return chosen[np.searchsorted(chosen, rounded)].tolist()
 
 
-def pair_buckets(
+def padded_pair_lengths(
     pairs: Sequence[tuple[int, int]], multiple: int, max_shapes: int
 ) -> list[tuple[int, int]]:
     """The (prompt, answer) lengths that every pair is padded to, at most `max_shapes` of them.
@@ -37,7 +37,7 @@ def pair_buckets(
     shapes, the one with the fewest tokens is taken.
     """
     prompts, answers = (
-        [buckets(lengths, multiple, most) for most in range(1, max_shapes + 1)]
+        [padded_lengths(lengths, multiple, most) for most in range(1, max_shapes + 1)]
         for lengths in zip(*pairs, strict=True)
     )
     few = [
@@ -46,7 +46,7 @@ def pair_buckets(
     return list(zip(*min(few, key=lambda way: sum(map(sum, way))), strict=True))
 
 
-def batches(sizes: Sequence, batch_size: int) -> Iterator[list[int]]:
+def batches_by_length(sizes: Sequence, batch_size: int) -> Iterator[list[int]]:
     """Yields indices of at most `batch_size` items of one size, the largest size first.
 
     Largest first, so that a batch that does not fit in memory fails at once. The caller puts

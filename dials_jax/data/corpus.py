@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Int, Integer
 
 from dials_jax.config import CorpusData
-from dials_jax.data.arrayrecord import RecordRows, missing_packages
+from dials_jax.data.arrayrecord import ArrayRecordRows, missing_grain_packages
 from dials_jax.data.records import file_sha256
 from dials_jax.data.text import PackedText, RowStore
 from dials_jax.data.tokenizer import Tokenizer
@@ -30,7 +30,7 @@ from dials_jax.errors import InputError, nearest, require
 from dials_jax.files import read_json, write_json
 
 MANIFEST, PARTS, ARRAY_RECORD = "manifest.json", "parts", "array_record"
-FILE_NOTES = "files.json"  # what is known of files as long as their size, date and inode stay
+FILE_FACTS = "files.json"  # what is known of files as long as their size, date and inode stay
 
 
 class PartRows:
@@ -89,7 +89,7 @@ def _is_manifest(manifest: dict[str, Any]) -> bool:
     try:
         known = {"tokenizer", "eos_id"} <= manifest["settings"].keys()
         return known and all(
-            all(map(is_part, split["parts"]))
+            all(map(is_part_entry, split["parts"]))
             and 0 < split["rows"] == sum(part["rows"] for part in split["parts"])
             for split in manifest["splits"].values()
         )
@@ -97,7 +97,7 @@ def _is_manifest(manifest: dict[str, Any]) -> bool:
         return False
 
 
-def is_part(note: Any) -> bool:
+def is_part_entry(note: Any) -> bool:
     """Whether it names a file of the folder and its number of rows."""
     return (
         isinstance(note, dict)
@@ -132,13 +132,13 @@ def load_corpus(cfg: CorpusData, eos_id: int | None, tokenizer: Tokenizer) -> Pa
     )
     rows: RowStore
     if _reader(cfg) == "grain":
-        rows = RecordRows(folder / ARRAY_RECORD, cfg.split)
+        rows = ArrayRecordRows(folder / ARRAY_RECORD, cfg.split)
         require(
             len(rows) == split["rows"], f"{folder / ARRAY_RECORD} is incomplete; prepare it again"
         )
     else:
         verify_parts(folder, split)
-        rows = part_rows(folder, split, cfg.length)
+        rows = open_part_rows(folder, split, cfg.length)
     digests = "".join(part["sha256"] for part in split["parts"])
     return PackedText(
         tokens=rows,
@@ -146,14 +146,14 @@ def load_corpus(cfg: CorpusData, eos_id: int | None, tokenizer: Tokenizer) -> Pa
         prompt_length=cfg.prompt_length,
         random_length_prob=cfg.random_length_prob,
         fill_id=eos_id,
-        num_ids=tokenizer.vocab_size,
+        vocab_size=tokenizer.vocab_size,
     )
 
 
-def read_notes(folder: Path) -> dict[str, dict[str, Any]]:
+def read_file_facts(folder: Path) -> dict[str, dict[str, Any]]:
     """The facts about files, by their paths; none if they were edited or half written."""
     with contextlib.suppress(InputError):
-        notes = read_json(folder / FILE_NOTES)
+        notes = read_json(folder / FILE_FACTS)
         return {path: note for path, note in notes.items() if isinstance(note, dict)}
     return {}
 
@@ -171,7 +171,7 @@ def verify_parts(folder: Path, split: dict[str, Any], again: bool = False) -> No
     """
     from tqdm import tqdm
 
-    notes = read_notes(folder)
+    notes = read_file_facts(folder)
     # No path ends with a slash, so this key differs from those of the corpus's files.
     verified = notes.setdefault(f"{PARTS}/", {})
     fresh = {}
@@ -192,10 +192,10 @@ def verify_parts(folder: Path, split: dict[str, Any], again: bool = False) -> No
     if fresh:
         verified |= fresh
         with contextlib.suppress(OSError):  # a read-only folder
-            write_json(folder / FILE_NOTES, notes)
+            write_json(folder / FILE_FACTS, notes)
 
 
-def part_rows(folder: Path, split: dict[str, Any], length: int) -> PartRows:
+def open_part_rows(folder: Path, split: dict[str, Any], length: int) -> PartRows:
     """The .npy rows of one split of the manifest. Raises: InputError if some are missing."""
     files = [folder / PARTS / part["file"] for part in split["parts"]]
     rows = PartRows(files)
@@ -210,16 +210,16 @@ def part_rows(folder: Path, split: dict[str, Any], length: int) -> PartRows:
 
 def _reader(cfg: CorpusData) -> str:
     """The configured reader; for "auto" Grain if it is installed and the folder has ArrayRecord."""
-    missing, records = missing_packages(), Path(cfg.folder) / ARRAY_RECORD
+    missing, records = missing_grain_packages(), Path(cfg.folder) / ARRAY_RECORD
     if cfg.reader == "auto":
         return "numpy" if missing or not records.is_dir() else "grain"
     if cfg.reader == "grain":
-        require_corpus_packages(missing)
+        require_grain(missing)
         require(records.is_dir(), f"{records} is missing; run prepare.py again, it adds it")
     return cfg.reader
 
 
-def require_corpus_packages(missing: Sequence[str]) -> None:
+def require_grain(missing: Sequence[str]) -> None:
     require(
         not missing,
         f"reader='grain' needs {', '.join(missing)}; pip install 'dials_jax[data]', or set "

@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from dials_jax.config import CorpusData
-from dials_jax.data.corpus import FILE_NOTES, PARTS, read_notes
+from dials_jax.data.corpus import FILE_FACTS, PARTS, read_file_facts
 from dials_jax.data.records import (
-    JSON_LINES,
-    TEXT,
+    JSON_LINES_SUFFIXES,
+    TEXT_SUFFIXES,
     Document,
     content_sha256,
     expand_paths,
-    located,
+    prefix_errors,
     read_documents,
     require_text,
-    warn_unread,
+    warn_unread_files,
 )
 from dials_jax.errors import InputError, nearest, require, require_packages
 from dials_jax.files import write_json
@@ -64,7 +64,7 @@ def open_documents(cfg: CorpusData) -> Documents:
         "give either dataset= (a Hugging Face data set) or paths= (files), not both or neither",
     )
     if cfg.paths:
-        return _file_documents(cfg, expand_paths(cfg.paths, TEXT + JSON_LINES))
+        return _file_documents(cfg, expand_paths(cfg.paths, TEXT_SUFFIXES + JSON_LINES_SUFFIXES))
     require_packages("data", "datasets")
     if Path(cfg.dataset).is_dir():
         return _local_documents(cfg)
@@ -103,7 +103,7 @@ def _survey(cfg: CorpusData, paths: list[Path]) -> dict[str, dict[str, Any]]:
     """The facts about every file: its documents, its digest, and why it cannot be read."""
     from tqdm import tqdm
 
-    known = read_notes(Path(cfg.folder))
+    known = read_file_facts(Path(cfg.folder))
     field, found = cfg.text_field, {}
     # disable=None: no bar where stderr is a file.
     for path in tqdm(paths, "reading", unit=" files", disable=None):
@@ -113,7 +113,7 @@ def _survey(cfg: CorpusData, paths: list[Path]) -> dict[str, dict[str, Any]]:
         found[str(path)] = entry if unchanged else {"stamp": stamp, **_look_at(path, field)}
     parts = f"{PARTS}/"  # what `corpus.verify_parts` notes there
     write_json(
-        Path(cfg.folder) / FILE_NOTES, ({parts: known[parts]} if parts in known else {}) | found
+        Path(cfg.folder) / FILE_FACTS, ({parts: known[parts]} if parts in known else {}) | found
     )
     return found
 
@@ -143,7 +143,7 @@ def _local_documents(cfg: CorpusData) -> Documents:
         files = {str(split): list(of) for split, of in (config.data_files or {}).items()}
         split = cfg.dataset_split.partition("[")[0]  # "train[:10%]" takes some of its documents
     chosen = files.get(split, [])
-    known = TEXT + JSON_LINES
+    known = TEXT_SUFFIXES + JSON_LINES_SUFFIXES
     readable = chosen and all(file.endswith(known) for file in chosen)
     if not readable or split != cfg.dataset_split:
         digests = [[Path(file).name, content_sha256(Path(file))] for file in sorted(chosen)]
@@ -151,7 +151,7 @@ def _local_documents(cfg: CorpusData) -> Documents:
     named = _matching_files(cfg.dataset, split)
     # A README.md may choose other files than names do.
     paths = [Path(file) for file in (named if set(chosen) <= set(named) else chosen)]
-    warn_unread(Path(cfg.dataset), paths, known)
+    warn_unread_files(Path(cfg.dataset), paths, known)
     documents = _file_documents(cfg, sorted(p for p in paths if p.name.endswith(known)))
     return dataclasses.replace(documents, digest=f"files:{documents.digest}")
 
@@ -212,7 +212,7 @@ def _hub_documents(cfg: CorpusData, files: list[list[str]] | None = None) -> Doc
             texts = found[first : min(first + READ_AHEAD, stop)][field]
             for i, text in enumerate(texts):
                 where = f"{name}[{first + i}]"
-                with located(where):
+                with prefix_errors(where):
                     require_text(text, field)
                 yield where, (text,)
 

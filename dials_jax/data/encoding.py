@@ -19,7 +19,7 @@ from dials_jax.errors import InputError
 BATCH_CHARACTERS = 1_000_000  # tokenised together; bounds the memory that packing takes
 
 
-class Encoded(NamedTuple):
+class EncodedPiece(NamedTuple):
     """Tokens of a document, or of a piece of a long one."""
 
     ids: list[int]
@@ -29,21 +29,21 @@ class Encoded(NamedTuple):
 
 _Piece = tuple[str, str, bool]  # where, text, whether the document ends here
 # The number of characters up to the last place in a text where a word must end; 0: none.
-Boundary = Callable[[str], int]
+FindWordEnd = Callable[[str], int]
 
 
 def encode_documents(
     documents: Iterable[Document], plain: Tokenizer, eos_id: int, mask_id: int | None
-) -> Iterator[list[Encoded]]:
+) -> Iterator[list[EncodedPiece]]:
     """Yields the tokens of a few documents or pieces at a time, EOS at the end of each document.
 
     Args:
-      plain: `Tokenizer.plain()`, so that names of special tokens are ordinary text.
+      plain: `Tokenizer.for_documents()`, so that names of special tokens are ordinary text.
 
     Raises: InputError, naming the document, if it contains the mask token.
     """
     begun = False  # tokens of this document were yielded before
-    for batch in _batches(_pieces(documents, word_boundary(plain))):
+    for batch in _batches(_pieces(documents, word_end_finder(plain))):
         encoded = []
         ids_of = plain.encode_batch([text for _, text, _ in batch])
         for (where, _, ends), ids in zip(batch, ids_of, strict=True):
@@ -52,7 +52,7 @@ def encode_documents(
             begun = begun or bool(ids)
             if ends:
                 ids.append(eos_id)
-            encoded.append(Encoded(ids, ends, ends and not begun))
+            encoded.append(EncodedPiece(ids, ends, ends and not begun))
             begun = begun and not ends
         yield encoded
 
@@ -69,7 +69,7 @@ def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
         yield batch
 
 
-def _pieces(documents: Iterable[Document], boundary: Boundary) -> Iterator[_Piece]:
+def _pieces(documents: Iterable[Document], boundary: FindWordEnd) -> Iterator[_Piece]:
     """Short documents as they are, long ones in pieces of about `PIECE_CHARACTERS`."""
     for where, chunks in documents:
         held: list[str] = []
@@ -107,7 +107,7 @@ _WORD_END = re.compile(
 )
 
 
-def word_boundary(plain: Tokenizer) -> Boundary:
+def word_end_finder(plain: Tokenizer) -> FindWordEnd:
     """Where texts may be cut so that the pieces have the tokens of the whole."""
     backend = plain.backend
     normalizer, pattern = _settings(backend.normalizer), _first_pattern(backend.pre_tokenizer)

@@ -17,7 +17,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from jaxtyping import Integer
 
-from dials_jax.data.encoding import Encoded
+from dials_jax.data.encoding import EncodedPiece
 
 BATCH_DOCUMENTS = 1000  # what `datasets.map` hands to the reference's packing at a time
 
@@ -29,8 +29,8 @@ def token_dtype(*largest: int) -> np.dtype:
     return np.dtype("<u2" if max(largest) < 2**16 else "<u4")
 
 
-def stream_rows(
-    pieces: Sequence[Encoded], rest: list[int], length: int, eos_id: int, dtype: np.dtype
+def pack_stream(
+    pieces: Sequence[EncodedPiece], rest: list[int], length: int, eos_id: int, dtype: np.dtype
 ) -> tuple[PackedRows, list[int]]:
     """Rows of the tokens of `rest` and the documents, and the tokens left for the next call.
 
@@ -39,8 +39,8 @@ def stream_rows(
     return _cut([rest, *(piece.ids for piece in pieces if not piece.empty)], length, dtype)
 
 
-def mdlm_rows(
-    pieces: Sequence[Encoded], rest: list[int], length: int, eos_id: int, dtype: np.dtype
+def pack_mdlm(
+    pieces: Sequence[EncodedPiece], rest: list[int], length: int, eos_id: int, dtype: np.dtype
 ) -> tuple[PackedRows, list[int]]:
     """Rows of a part of a thousand documents, and the tokens left for the next part."""
     texts, rest = _cut([rest, *(piece.ids for piece in pieces)], length - 2, dtype)
@@ -57,11 +57,13 @@ def _cut(
 
 
 class Packing(NamedTuple):
-    rows: Callable[[Sequence[Encoded], list[int], int, int, np.dtype], tuple[PackedRows, list[int]]]
+    rows: Callable[
+        [Sequence[EncodedPiece], list[int], int, int, np.dtype], tuple[PackedRows, list[int]]
+    ]
     keeps_rest: bool  # from one thousand documents to the next
 
 
-PACKINGS = {"mdlm": Packing(mdlm_rows, False), "stream": Packing(stream_rows, True)}
+PACKINGS = {"mdlm": Packing(pack_mdlm, False), "stream": Packing(pack_stream, True)}
 
 
 def write_rows(

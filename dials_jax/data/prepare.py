@@ -17,18 +17,18 @@ import numpy as np
 
 from dials_jax.config import CorpusData, ModelConfig
 from dials_jax.data.arrayrecord import (
-    RecordRows,
-    missing_packages,
+    ArrayRecordRows,
+    missing_grain_packages,
     require_equal_ends,
-    write_records,
+    write_array_record,
 )
 from dials_jax.data.corpus import (
     ARRAY_RECORD,
     MANIFEST,
     PARTS,
-    is_part,
-    part_rows,
-    require_corpus_packages,
+    is_part_entry,
+    open_part_rows,
+    require_grain,
     verify_parts,
 )
 from dials_jax.data.documents import Documents, open_documents
@@ -44,7 +44,7 @@ SETTINGS = "settings.json"  # the settings that a folder was started with
 PART_BATCHES = 20  # batches of documents per part: a stop loses at most a minute's work
 
 
-def prepare(cfg: CorpusData, model_config: ModelConfig) -> dict[str, Any]:
+def prepare_corpus(cfg: CorpusData, model_config: ModelConfig) -> dict[str, Any]:
     """Tokenises and packs the corpus into `cfg.folder`, or continues, or verifies what is there.
 
     Returns: the manifest, with the counts and digests of every split.
@@ -66,7 +66,7 @@ def _prepare(cfg: CorpusData, model_config: ModelConfig, folder: Path) -> dict[s
     check_tokenizer(tokenizer, model_config)
     require(model_config.eos_id is not None, "the model has no eos_id; packing needs one")
     if cfg.reader == "grain":
-        require_corpus_packages(missing_packages())
+        require_grain(missing_grain_packages())
     documents = open_documents(cfg)
     require(
         cfg.num_validation < documents.count,
@@ -79,7 +79,7 @@ def _prepare(cfg: CorpusData, model_config: ModelConfig, folder: Path) -> dict[s
     also = {"tokenizer": tokenizer.fingerprints, "source": (documents.former_digest,)}
     _claim(folder, settings, also)
     tokenizer.save(folder)
-    packer = _Packer(cfg, model_config, tokenizer.plain(), documents, folder / PARTS)
+    packer = _Packer(cfg, model_config, tokenizer.for_documents(), documents, folder / PARTS)
     border = documents.count - cfg.num_validation
     # The small split first: if it fills no row, that should show before hours of work.
     ranges = {"validation": range(border, documents.count), "train": range(border)}
@@ -233,7 +233,7 @@ def _read_note(path: Path) -> dict[str, Any]:
     note = read_json(path)
     counts = all(type(note.get(name)) is int for name in ("documents", "tokens"))
     require(
-        counts and is_part(note) and isinstance(note.get("rest"), list),
+        counts and is_part_entry(note) and isinstance(note.get("rest"), list),
         f"{path} is damaged; delete it and run prepare.py again",
     )
     return note
@@ -243,14 +243,14 @@ def _add_records(cfg: CorpusData, folder: Path, splits: dict[str, dict[str, Any]
     """Writes the rows as ArrayRecord too, if the packages are installed and the settings ask."""
     if cfg.reader == "numpy":
         return
-    if missing := missing_packages():
+    if missing := missing_grain_packages():
         print(f"no ArrayRecord, for {', '.join(missing)} is not installed; the .npy parts serve")
         return
-    rows = {name: part_rows(folder, split, cfg.length) for name, split in splits.items()}
+    rows = {name: open_part_rows(folder, split, cfg.length) for name, split in splits.items()}
     if (folder / ARRAY_RECORD).is_dir():
         for name, wanted in rows.items():
             require_equal_ends(
-                RecordRows(folder / ARRAY_RECORD, name), wanted, f"{folder / ARRAY_RECORD}"
+                ArrayRecordRows(folder / ARRAY_RECORD, name), wanted, f"{folder / ARRAY_RECORD}"
             )
     else:
-        write_records(rows, cfg.length, folder / ARRAY_RECORD)
+        write_array_record(rows, cfg.length, folder / ARRAY_RECORD)

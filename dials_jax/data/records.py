@@ -19,8 +19,8 @@ from typing import Any
 from dials_jax.errors import InputError, nearest, require
 from dials_jax.files import local_path
 
-TEXT = (".txt",)
-JSON_LINES = (".jsonl", ".jsonl.xz", ".jsonl.gz")
+TEXT_SUFFIXES = (".txt",)
+JSON_LINES_SUFFIXES = (".jsonl", ".jsonl.xz", ".jsonl.gz")
 PIECE_CHARACTERS = 1 << 16  # characters of a text that are read at a time
 LONGEST_LINE = 1 << 28  # bytes; a line of JSON is held in memory as a whole
 # Where a document stands, for messages, and its text in pieces of any size.
@@ -31,7 +31,7 @@ _BROKEN = (EOFError, OSError, lzma.LZMAError, zlib.error)
 
 
 @contextlib.contextmanager
-def located(where: str) -> Iterator[None]:
+def prefix_errors(where: str) -> Iterator[None]:
     """Puts `where`, such as "train.jsonl:12", in front of an InputError's message."""
     try:
         yield
@@ -39,7 +39,9 @@ def located(where: str) -> Iterator[None]:
         raise InputError(f"{where}: {error}") from error
 
 
-def expand_paths(paths: Iterable[str], suffixes: tuple[str, ...] = JSON_LINES) -> list[Path]:
+def expand_paths(
+    paths: Iterable[str], suffixes: tuple[str, ...] = JSON_LINES_SUFFIXES
+) -> list[Path]:
     """The files that `paths` name, folders replaced by their sorted contents.
 
     Hidden files and folders (`.git`, the copies in `.ipynb_checkpoints`) are left out. Files of
@@ -60,11 +62,11 @@ def expand_paths(paths: Iterable[str], suffixes: tuple[str, ...] = JSON_LINES) -
         found = [p for p in there if p.is_file() and p.name.endswith(suffixes)]
         require(bool(found), f"{path} is not, and does not hold, a file of type {wanted}")
         files += found
-        warn_unread(path, there, suffixes)
+        warn_unread_files(path, there, suffixes)
     return files
 
 
-def warn_unread(folder: Path, files: list[Path], suffixes: tuple[str, ...]) -> None:
+def warn_unread_files(folder: Path, files: list[Path], suffixes: tuple[str, ...]) -> None:
     """Names and counts those of `files` that have other suffixes, in a warning."""
     unread = [path.name for path in files if not path.name.endswith(suffixes)]
     if unread:
@@ -99,7 +101,7 @@ def content_sha256(path: Path) -> str:
     """
     try:
         with path.open("rb") as file:
-            marked = path.suffix in TEXT and file.read(len(BOM_UTF8)) == BOM_UTF8
+            marked = path.suffix in TEXT_SUFFIXES and file.read(len(BOM_UTF8)) == BOM_UTF8
             file.seek(len(BOM_UTF8) if marked else 0)
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
@@ -153,13 +155,13 @@ def read_documents(path: Path, field: str = "text") -> Iterator[Document]:
 
     Raises: InputError for a file that cannot be read, or a line without such a text.
     """
-    if path.suffix in TEXT:
+    if path.suffix in TEXT_SUFFIXES:
         yield str(path), _read_text(path)
         return
     for line_number, record in read_jsonl(path):
         where = f"{path}:{line_number}"
-        with located(where):
-            text = lookup(record, field)
+        with prefix_errors(where):
+            text = get_field(record, field)
             require_text(text, field)
         yield where, (text,)
 
@@ -206,7 +208,7 @@ def read_json_records(paths: Iterable[str]) -> Iterator[tuple[str, dict[str, Any
             yield f"{path}:{line_number}", record
 
 
-def lookup(record: dict[str, Any], name: str) -> Any:
+def get_field(record: dict[str, Any], name: str) -> Any:
     """The field `name`, dots stepping into inner objects and lists: "choices.text", "tests.0".
 
     Raises: InputError naming the nearest field that exists, or for text that is not Unicode.

@@ -8,13 +8,13 @@ from dials_jax.config import ArithmeticData, CorpusData, Data, ModelConfig, Text
 from dials_jax.data.arithmetic import ArithmeticTask
 from dials_jax.data.batches import TrainingData
 from dials_jax.data.corpus import load_corpus, read_manifest
-from dials_jax.data.tasks import load_task
+from dials_jax.data.tasks import load_task_rows
 from dials_jax.data.text import pack_text
 from dials_jax.data.tokenizer import Tokenizer, check_tokenizer, has_tokenizer, load_tokenizer
 from dials_jax.errors import require
 
 
-def training_data(
+def load_training_data(
     cfg: Data, model_config: ModelConfig, model_folder: str = ""
 ) -> tuple[TrainingData, Tokenizer]:
     """Rows for training a model or its routers.
@@ -24,7 +24,7 @@ def training_data(
 
     Raises: InputError for data that does not fit the model.
     """
-    tokenizer = tokenizer_of(cfg, model_folder)
+    tokenizer = load_data_tokenizer(cfg, model_folder)
     task = ArithmeticTask(cfg) if isinstance(cfg, ArithmeticData) else cfg
     check_tokenizer(tokenizer, model_config)
     text = isinstance(task, TextData | CorpusData)
@@ -37,7 +37,7 @@ def training_data(
     return _rows(task, model_config, tokenizer), tokenizer
 
 
-def tokenizer_of(
+def load_data_tokenizer(
     cfg: Data, model_folder: str = "", load: Callable[[str], Tokenizer] = load_tokenizer
 ) -> Tokenizer:
     """The tokenizer that the data names, else the model's, else that of a prepared corpus.
@@ -66,4 +66,4 @@ def _rows(
         return load_corpus(task, model_config.eos_id, tokenizer)
     if isinstance(task, TextData):
         return pack_text(task, model_config.eos_id, model_config.mask_id, tokenizer)
-    return load_task(task, model_config, tokenizer)
+    return load_task_rows(task, model_config, tokenizer)

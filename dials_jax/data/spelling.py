@@ -9,14 +9,14 @@ from typing import Any
 from dials_jax.errors import InputError
 
 
-def cannot_spell(characters: Iterable[str], reason: str) -> InputError:
+def spelling_error(characters: Iterable[str], reason: str) -> InputError:
     return InputError(
         f"the tokenizer cannot encode {''.join(characters)[:40]!r} ({reason}); change the text or "
         "take another tokenizer"
     )
 
 
-def incomplete_spelling(backend: Any) -> Spelling | None:
+def make_spelling_checker(backend: Any) -> SpellingChecker | None:
     """None for a tokenizer that encodes every text, or marks what it cannot.
 
     Those are all but a BPE without an unknown token. A byte-level BPE encodes every text if it has
@@ -33,10 +33,10 @@ def incomplete_spelling(backend: Any) -> Spelling | None:
         return None
     if model.byte_fallback and all(f"<0x{byte:02X}>" in vocab for byte in range(256)):
         return None
-    return Spelling(backend, vocab)
+    return SpellingChecker(backend, vocab)
 
 
-class Spelling:
+class SpellingChecker:
     """Checks every character once."""
 
     def __init__(self, backend: Any, vocab: dict[str, int]):
@@ -60,7 +60,7 @@ class Spelling:
         new = found - self.spelt
         lost = sorted(c for c in new if not _symbols(self.backend, c) <= self.symbols)
         if lost:
-            raise cannot_spell(lost, "its BPE has no symbol for them")
+            raise spelling_error(lost, "its BPE has no symbol for them")
         self.spelt |= new
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from dials_jax.config import ModelConfig, TaskData
 from dials_jax.data.batches import Indices, RowArrays
-from dials_jax.data.records import located, lookup, read_json_records
+from dials_jax.data.records import get_field, prefix_errors, read_json_records
 from dials_jax.data.tokenizer import Ids, Tokenizer, check_tokenizer, load_tokenizer
 from dials_jax.errors import require
 
@@ -37,7 +37,7 @@ def fill_template(template: str, record: dict[str, Any]) -> str:
         name = match.group(1)
         if name is None:
             return match.group(0)[0]
-        value = lookup(record, name)
+        value = get_field(record, name)
         require(
             isinstance(value, str | int | float),
             f"field {name!r} is {type(value).__name__}, not text; name a field inside it",
@@ -88,7 +88,7 @@ class TaskRows:
         return tokens, valid & (np.arange(shape[1]) >= self.prompt_length), valid
 
 
-def load_task(
+def load_task_rows(
     cfg: TaskData, model_config: ModelConfig, tokenizer: Tokenizer | None = None
 ) -> TaskRows:
     """Reads the pairs of `cfg.paths` for training.
@@ -105,19 +105,19 @@ def load_task(
     check_tokenizer(tokenizer, model_config)
     places, texts = [], []
     for where, record in read_json_records(cfg.paths):
-        with located(where):
+        with prefix_errors(where):
             texts += [fill_template(cfg.prompt, record), fill_template(cfg.answer, record)]
         places.append(where)
     ids = [np.asarray(i, np.int32) for i in tokenizer.encode_batch(texts)]
     pairs = list(zip(ids[::2], ids[1::2], strict=True))
     for where, pair in zip(places, pairs, strict=True):
         for what, part in zip(("prompt", "answer"), pair, strict=True):
-            require_unmasked(where, what, part, model_config.mask_id)
+            require_no_mask_token(where, what, part, model_config.mask_id)
     kept = [
         (prompt, answer)
         for where, (prompt, answer) in zip(places, pairs, strict=True)
-        if fits(cfg, where, "prompt", len(prompt))
-        and fits(cfg, where, "answer", len(answer) + 1)  # its EOS counts
+        if part_fits(cfg, where, "prompt", len(prompt))
+        and part_fits(cfg, where, "answer", len(answer) + 1)  # its EOS counts
     ]
     warn_dropped(len(pairs) - len(kept), len(pairs))
     require(bool(kept), f"{', '.join(cfg.paths)}: no prompt/answer pair; add records")
@@ -131,7 +131,7 @@ def load_task(
     )
 
 
-def require_unmasked(where: str, what: str, ids: Ids, mask_id: int | None) -> None:
+def require_no_mask_token(where: str, what: str, ids: Ids, mask_id: int | None) -> None:
     """Refuses a mask token in the data, which would be read as a position to denoise."""
     require(
         mask_id is None or mask_id not in ids,
@@ -139,7 +139,7 @@ def require_unmasked(where: str, what: str, ids: Ids, mask_id: int | None) -> No
     )
 
 
-def fits(cfg: TaskData, where: str, what: str, num_tokens: int) -> bool:
+def part_fits(cfg: TaskData, where: str, what: str, num_tokens: int) -> bool:
     """Whether a "prompt" or an "answer" is short enough. Raises: InputError if it had to be."""
     longest = {"prompt": cfg.prompt_length, "answer": cfg.answer_length}[what]
     require(

@@ -24,20 +24,20 @@ import numpy as np
 from jaxtyping import Int, Integer
 
 from dials_jax.config import TextData
-from dials_jax.data.batches import Batch, Indices, RowArrays, generator
-from dials_jax.data.encoding import Encoded, encode_documents
+from dials_jax.data.batches import Batch, Indices, RowArrays, random_generator
+from dials_jax.data.encoding import EncodedPiece, encode_documents
 from dials_jax.data.packing import PackedRows as Packed
-from dials_jax.data.packing import stream_rows, token_dtype, write_rows
+from dials_jax.data.packing import pack_stream, token_dtype, write_rows
 from dials_jax.data.records import (
-    JSON_LINES,
-    TEXT,
+    JSON_LINES_SUFFIXES,
+    TEXT_SUFFIXES,
     content_sha256,
     expand_paths,
     file_sha256,
-    located,
+    prefix_errors,
     read_documents,
 )
-from dials_jax.data.tokenizer import Tokenizer, check_ids, load_tokenizer
+from dials_jax.data.tokenizer import Tokenizer, check_token_ids, load_tokenizer
 from dials_jax.errors import InputError, require
 from dials_jax.files import local_path, read_json, write_json
 
@@ -62,7 +62,7 @@ class PackedText:
     prompt_length: int
     random_length_prob: float
     fill_id: int  # fills a row that was cut; never valid
-    num_ids: int  # of the vocabulary
+    vocab_size: int  # of the vocabulary
 
     @property
     def num_rows(self) -> int:
@@ -72,16 +72,16 @@ class PackedText:
         """Raises: InputError for a token that is not in the vocabulary."""
         stored = self.tokens[np.asarray(indices)]
         largest = stored.max(initial=0)
-        if largest >= self.num_ids:
+        if largest >= self.vocab_size:
             raise InputError(
-                f"packed rows hold token {largest}, but the tokenizer has {self.num_ids} ids; "
+                f"packed rows hold token {largest}, but the tokenizer has {self.vocab_size} ids; "
                 "they are damaged or of another tokenizer: delete and pack them again"
             )
         tokens = np.asarray(stored, np.int32)
         answer = np.broadcast_to(np.arange(tokens.shape[1]) >= self.prompt_length, tokens.shape)
         return tokens, answer.copy(), None
 
-    def finish(self, batch: Batch, seed: int, step: int) -> Batch:
+    def finish_batch(self, batch: Batch, seed: int, step: int) -> Batch:
         """With probability `random_length_prob`, cuts the whole batch to a random length.
 
         The length is uniform on {prompt_length + 1 .. T}; the shape stays, and positions beyond it
@@ -89,7 +89,7 @@ class PackedText:
 
         Source: LLaDA, appendix B.1.
         """
-        random = generator("random length", seed, step)
+        random = random_generator("random length", seed, step)
         if random.random() >= self.random_length_prob:
             return batch
         num_tokens = batch.tokens.shape[1]
@@ -118,9 +118,9 @@ def pack_text(
         0 <= cfg.prompt_length < cfg.length,
         f"prompt_length={cfg.prompt_length} must lie in [0, length={cfg.length})",
     )
-    files = expand_paths(cfg.paths, TEXT + JSON_LINES)
+    files = expand_paths(cfg.paths, TEXT_SUFFIXES + JSON_LINES_SUFFIXES)
     tokenizer = tokenizer or load_tokenizer(cfg.tokenizer)
-    check_ids(tokenizer, mask_id, eos_id)
+    check_token_ids(tokenizer, mask_id, eos_id)
     packed, is_there = _find_packed(cfg, files, tokenizer, eos_id)
     if is_there:
         _check_spelling(files, tokenizer)
@@ -132,7 +132,7 @@ def pack_text(
         prompt_length=cfg.prompt_length,
         random_length_prob=cfg.random_length_prob,
         fill_id=eos_id,
-        num_ids=tokenizer.vocab_size,
+        vocab_size=tokenizer.vocab_size,
     )
 
 
@@ -161,7 +161,7 @@ def _find_packed(
         return now, True
     wrong = [place(tokenizer.misread)] if tokenizer.misread else []
     for packed in filter(_is_whole, earlier):
-        if not np.isin(np.load(packed, mmap_mode="r"), tokenizer.name_ids(but=eos_id)).any():
+        if not np.isin(np.load(packed, mmap_mode="r"), tokenizer.named_token_ids(but=eos_id)).any():
             return packed, True
         wrong.append(packed)
     for packed in wrong:
@@ -178,9 +178,9 @@ def _check_spelling(files: list[Path], tokenizer: Tokenizer) -> None:
     """Raises: InputError for text whose rows lack characters: version 0.1 left them out."""
     if tokenizer.spells_all:
         return
-    plain = tokenizer.plain()
+    plain = tokenizer.for_documents()
     for where, chunks in chain.from_iterable(map(read_documents, files)):
-        with located(where):
+        with prefix_errors(where):
             for chunk in chunks:
                 plain.check_spelling([chunk])
 
@@ -198,13 +198,13 @@ def _is_whole(packed: Path) -> bool:
 
 def _tokenised(
     files: list[Path], tokenizer: Tokenizer, eos_id: int, mask_id: int | None
-) -> Iterator[list[Encoded]]:
+) -> Iterator[list[EncodedPiece]]:
     from tqdm import tqdm
 
     documents = chain.from_iterable(map(read_documents, files))
     # disable=None: no bar where stderr is a file.
     with tqdm(desc="tokenising", unit=" documents", disable=None) as progress:
-        for pieces in encode_documents(documents, tokenizer.plain(), eos_id, mask_id):
+        for pieces in encode_documents(documents, tokenizer.for_documents(), eos_id, mask_id):
             yield pieces
             progress.update(sum(piece.ends for piece in pieces))
 
@@ -279,7 +279,7 @@ def _remove_dead(cache: Path) -> None:
 
 
 def _stream(
-    batches: Iterator[list[Encoded]],
+    batches: Iterator[list[EncodedPiece]],
     eos_id: int,
     length: int,
     dtype: np.dtype,
@@ -288,7 +288,7 @@ def _stream(
     """Yields the rows of a few documents at a time; adds to `counts`, without empty documents."""
     rest: list[int] = []  # less than a row, between batches
     for pieces in batches:
-        rows, rest = stream_rows(pieces, rest, length, eos_id, dtype)
+        rows, rest = pack_stream(pieces, rest, length, eos_id, dtype)
         kept = [piece for piece in pieces if not piece.empty]
         counts["documents"] += sum(piece.ends for piece in kept)
         counts["tokens"] += sum(len(piece.ids) for piece in kept)

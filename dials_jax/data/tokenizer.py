@@ -13,8 +13,12 @@ import numpy as np
 from jaxtyping import Int
 
 from dials_jax.config import ModelConfig, typed
-from dials_jax.data.spelling import Spelling, cannot_spell, incomplete_spelling
-from dials_jax.data.tokenizer_files import fingerprint_of, read_file, read_folder
+from dials_jax.data.spelling import SpellingChecker, make_spelling_checker, spelling_error
+from dials_jax.data.tokenizer_files import (
+    backend_fingerprint,
+    read_tokenizer_file,
+    read_tokenizer_folder,
+)
 from dials_jax.errors import InputError, require
 from dials_jax.files import local_path
 
@@ -47,7 +51,7 @@ class Tokenizer:
         except Exception as error:  # the package raises nothing more precise
             known = self.backend.get_vocab()
             odd = sorted({c for text in texts for c in text if c not in known})
-            raise cannot_spell(odd, str(error)) from error
+            raise spelling_error(odd, str(error)) from error
         return [encoding.ids for encoding in encodings]
 
     @property
@@ -61,8 +65,8 @@ class Tokenizer:
             self._spelling.check(texts)
 
     @functools.cached_property
-    def _spelling(self) -> Spelling | None:
-        return incomplete_spelling(self.backend)
+    def _spelling(self) -> SpellingChecker | None:
+        return make_spelling_checker(self.backend)
 
     def decode(self, ids: Ids) -> str:
         """The text of `ids`, special tokens dropped."""
@@ -89,12 +93,12 @@ class Tokenizer:
         """True for tokens that are control symbols and not pieces of text."""
         return token_id in self.backend.get_added_tokens_decoder()
 
-    def name_ids(self, but: int) -> list[int]:
+    def named_token_ids(self, but: int) -> list[int]:
         """Ids of the added tokens that have names, except `but`."""
         added = self.backend.get_added_tokens_decoder().items()
         return [i for i, token in added if is_name(token.content) and i != but]
 
-    def plain(self) -> Tokenizer:
+    def for_documents(self) -> Tokenizer:
         """A copy that reads the names of added tokens as ordinary text.
 
         In documents such names are content: a web page about BERT may say "[MASK]". Added tokens of
@@ -130,7 +134,7 @@ class Tokenizer:
         That version read the names of added tokens that are not special as tokens in documents,
         so tokenizers with such tokens had another fingerprint.
         """
-        found = fingerprint_of(self.backend)
+        found = backend_fingerprint(self.backend)
         added = self.backend.get_added_tokens_decoder().values()
         if any(is_name(token.content) and not token.special for token in added):
             now = hashlib.sha256(f"{found}, names are text".encode()).hexdigest()[:16]
@@ -162,7 +166,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     require(bool(path), "no tokenizer is given; set tokenizer= to a file or a folder")
     path = local_path(path, "tokenizer")
     try:
-        found = read_folder(path) if path.is_dir() else read_file(path) if path.is_file() else None
+        found = None
+        if path.is_dir():
+            found = read_tokenizer_folder(path)
+        elif path.is_file():
+            found = read_tokenizer_file(path)
     except InputError:
         raise
     except Exception as error:  # the packages raise nothing more precise
@@ -189,7 +197,7 @@ def character_tokenizer(characters: str) -> Tokenizer:
     return Tokenizer(backend)
 
 
-def check_ids(tokenizer: Tokenizer, mask_id: int | None, eos_id: int | None) -> None:
+def check_token_ids(tokenizer: Tokenizer, mask_id: int | None, eos_id: int | None) -> None:
     """Raises: InputError if the tokenizer has no such tokens, or spells text with the mask."""
     for name, token_id in (("mask_id", mask_id), ("eos_id", eos_id)):
         require(
@@ -206,7 +214,7 @@ def check_ids(tokenizer: Tokenizer, mask_id: int | None, eos_id: int | None) -> 
 
 def check_tokenizer(tokenizer: Tokenizer, model_config: ModelConfig) -> None:
     """Raises: InputError if model and tokenizer do not belong together."""
-    check_ids(tokenizer, model_config.mask_id, model_config.eos_id)
+    check_token_ids(tokenizer, model_config.mask_id, model_config.eos_id)
     # Text never becomes added tokens, so a model without [MASK] needs no ids for them.
     size = tokenizer.vocab_size if model_config.mask_id is not None else tokenizer.num_text_ids
     require(

@@ -29,7 +29,7 @@ GPT2_TYPES = (None, "gpt2", "mdlm")  # models whose vocab.json and merges.txt ar
 
 
 @dataclass(frozen=True)
-class Reading:
+class FoundTokenizer:
     """A folder's tokenizer (`tokenizers.Tokenizer`).
 
     Attributes:
@@ -42,7 +42,7 @@ class Reading:
     misread: str | None = None
 
 
-def read_folder(folder: Path) -> Reading | None:
+def read_tokenizer_folder(folder: Path) -> FoundTokenizer | None:
     """None for a folder without a tokenizer.
 
     If GPT-2's rules, or tokenizer.json, give the same ids as transformers, the tokenizer made from
@@ -58,27 +58,27 @@ def read_folder(folder: Path) -> Reading | None:
     else:
         return None
     backend = next((x for x in own if x is wanted or encode_alike(x, wanted)), wanted)
-    check_ids_of_added(backend, _declared_ids(folder), folder)
+    check_added_token_ids(backend, _declared_ids(folder), folder)
     before = own[-1] if own else backend  # what version 0.1 read
     same = encode_alike(before, backend, but=("special",))
     if not (folder / "tokenizer.json").is_file() and own:
-        before = with_mask(before)
-    found = fingerprint_of(before)
+        before = add_mask_token(before)
+    found = backend_fingerprint(before)
     if is_gpt2:
-        backend = with_mask(backend)
-    return Reading(backend, (found,)) if same else Reading(backend, misread=found)
+        backend = add_mask_token(backend)
+    return FoundTokenizer(backend, (found,)) if same else FoundTokenizer(backend, misread=found)
 
 
-def read_file(file: Path) -> Reading:
+def read_tokenizer_file(file: Path) -> FoundTokenizer:
     """A tokenizer.json. Raises: InputError if its ids contradict each other."""
     from tokenizers import Tokenizer
 
     backend = Tokenizer.from_file(str(file))
-    check_ids_of_added(backend, _ids_in_file(file), file)
-    return Reading(backend)
+    check_added_token_ids(backend, _ids_in_file(file), file)
+    return FoundTokenizer(backend)
 
 
-def fingerprint_of(backend: Any) -> str:
+def backend_fingerprint(backend: Any) -> str:
     return hashlib.sha256(backend.to_str().encode()).hexdigest()[:16]
 
 
@@ -89,20 +89,20 @@ def _own_readings(folder: Path) -> list[Any]:
     readings = []
     vocab, merges = folder / "vocab.json", folder / "merges.txt"
     if vocab.is_file() and merges.is_file():
-        readings.append(gpt2_bpe(vocab, merges))
+        readings.append(build_gpt2_bpe(vocab, merges))
     if (folder / "tokenizer.json").is_file():
         readings.append(Tokenizer.from_file(str(folder / "tokenizer.json")))
     return readings
 
 
-def gpt2_bpe(vocab: Path, merges: Path) -> Any:
+def build_gpt2_bpe(vocab: Path, merges: Path) -> Any:
     """GPT-2's byte-level BPE; <|endoftext|> is its only special token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     backend = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    return add_special(backend, "<|endoftext|>")
+    return add_special_token(backend, "<|endoftext|>")
 
 
 def follows_gpt2(backend: Any) -> bool:
@@ -118,14 +118,14 @@ def follows_gpt2(backend: Any) -> bool:
     )
 
 
-def with_mask(backend: Any) -> Any:
+def add_mask_token(backend: Any) -> Any:
     """Adds [MASK] with the next free id (50257, as in MDLM) to a tokenizer without a mask token."""
     added = backend.get_added_tokens_decoder().values()
     has_one = any("mask" in token.content.lower() for token in added)
-    return backend if has_one else add_special(backend, "[MASK]")
+    return backend if has_one else add_special_token(backend, "[MASK]")
 
 
-def add_special(backend: Any, token: str) -> Any:
+def add_special_token(backend: Any, token: str) -> Any:
     """Adds a token with the id after the highest.
 
     The package would use the number of tokens as the id, which is taken if ids have holes.
@@ -142,7 +142,7 @@ def add_special(backend: Any, token: str) -> Any:
     return backend
 
 
-def check_ids_of_added(backend: Any, declared: Sequence[tuple[str, int]], where: Path) -> None:
+def check_added_token_ids(backend: Any, declared: Sequence[tuple[str, int]], where: Path) -> None:
     """Raises: InputError if two tokens share an id, or an added one differs from `declared`.
 
     The package numbers added tokens itself, so they get other ids if the ids have holes.

@@ -25,7 +25,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from dials_jax.caching.cache import Cache
-from dials_jax.data.buckets import batches, buckets, pair_buckets
+from dials_jax.data.buckets import batches_by_length, padded_lengths, padded_pair_lengths
 from dials_jax.data.tasks import Pair
 from dials_jax.data.tokenizer import Ids
 from dials_jax.errors import require
@@ -92,10 +92,10 @@ def generation_batches(
     if keys is None:
         keys = request_keys(0, [request_number(_plain(prompt)) for prompt in prompts])
     lengths = [len(prompt) for prompt in prompts]
-    sizes = buckets(lengths, bucket, max_programs, batch_size)
+    sizes = padded_lengths(lengths, bucket, max_programs, batch_size)
     padded = {size for length, size in zip(lengths, sizes, strict=True) if length < size}
     numbers = np.arange(len(prompts)) if left is None else np.asarray(left, int)
-    for chosen in batches([sizes[i] for i in numbers], batch_size):
+    for chosen in batches_by_length([sizes[i] for i in numbers], batch_size):
         group = numbers[chosen]
         size = sizes[group[0]]
         tokens, valid = pad_prompts([prompts[i] for i in group], size, model.config.pad_id)
@@ -171,8 +171,8 @@ def likelihood_batches(
         )
     numbers, copies = np.asarray(left[0], int), np.asarray(left[1], int)
     lengths = [(len(prompt), len(answer)) for prompt, answer in pairs]
-    shapes = pair_buckets(lengths, bucket, max_programs)
-    for members in batches(shapes, len(pairs)):  # all of one shape
+    shapes = padded_pair_lengths(lengths, bucket, max_programs)
+    for members in batches_by_length(shapes, len(pairs)):  # all of one shape
         here = np.flatnonzero(np.isin(numbers, members))
         for first in range(0, len(here), batch_size):
             chosen = here[first : first + batch_size]

@@ -14,8 +14,8 @@ import numpy as np
 from dials_jax.config import ArithmeticData, CorpusData, ModelConfig, TaskData, TextData
 from dials_jax.data.arithmetic import ArithmeticTask
 from dials_jax.data.corpus import load_corpus
-from dials_jax.data.records import located, lookup, read_json_records
-from dials_jax.data.tasks import fill_template, fits, require_unmasked, warn_dropped
+from dials_jax.data.records import get_field, prefix_errors, read_json_records
+from dials_jax.data.tasks import fill_template, part_fits, require_no_mask_token, warn_dropped
 from dials_jax.data.text import pack_text
 from dials_jax.data.tokenizer import Ids, Tokenizer, check_tokenizer, encode_pair
 from dials_jax.errors import require
@@ -74,8 +74,8 @@ def load_items(task: EvalTask, tokenizer: Tokenizer | None, model_config: ModelC
     """Reads the items of one task, at most `task.limit` of them.
 
     Args:
-      tokenizer: `sources.tokenizer_of` finds it. The procedural task brings its own, so it may be
-        None there.
+      tokenizer: `sources.load_data_tokenizer` finds it. The procedural task brings its own, so it
+        may be None there.
 
     Raises: InputError, with file and line, for a missing field, a label that names no choice,
       choices that are equal or only one, a prompt or an answer that is too long (unless
@@ -92,12 +92,14 @@ def load_items(task: EvalTask, tokenizer: Tokenizer | None, model_config: ModelC
     cfg, records = _records(task)
     items = Items()
     for where, record in islice(records, task.limit):
-        with located(where):
+        with prefix_errors(where):
             item = _item(task, cfg, record, tokenizer, model_config.eos_id)
         for what, ids in (("prompt", item.prompt), *(("answer", a) for a in item.answers)):
-            require_unmasked(where, what, ids, model_config.mask_id)
+            require_no_mask_token(where, what, ids, model_config.mask_id)
         longest = _longest_answer(task, item, tokenizer)
-        if fits(cfg, where, "prompt", len(item.prompt)) and fits(cfg, where, "answer", longest):
+        if part_fits(cfg, where, "prompt", len(item.prompt)) and part_fits(
+            cfg, where, "answer", longest
+        ):
             items.append(item)
         else:
             items.num_dropped += 1
@@ -164,7 +166,7 @@ def _choices(task: EvalTask, record: dict[str, Any]) -> list[str]:
     )
     if task.choices:
         return [fill_template(template, record) for template in task.choices]
-    texts = lookup(record, task.choice_list)
+    texts = get_field(record, task.choice_list)
     require(
         isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts),
         f"field {task.choice_list!r} is {texts!r}; it must be a list of strings",
@@ -174,9 +176,9 @@ def _choices(task: EvalTask, record: dict[str, Any]) -> list[str]:
 
 def _label(task: EvalTask, record: dict[str, Any], num_choices: int) -> int:
     """Index of the right choice. Names go first: ARC calls some of its choices 1, 2, 3, 4."""
-    label = lookup(record, task.label)
+    label = get_field(record, task.label)
     if task.label_names:
-        names = lookup(record, task.label_names)
+        names = get_field(record, task.label_names)
         require(
             isinstance(names, list) and names.count(label) == 1,
             f"field {task.label!r} is {label!r}; {task.label_names!r} must list it once, but lists "

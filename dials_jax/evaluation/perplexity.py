@@ -109,7 +109,7 @@ def retokenise(
     the other's end of text.
     """
     out = np.full((len(samples), length), target_eos, np.int32)
-    plain = target.plain()
+    plain = target.for_documents()
     for row, sample in zip(out, samples, strict=True):
         ends = np.flatnonzero(sample == source_eos)
         pieces = [piece[piece != source_eos] for piece in np.split(sample, ends)]

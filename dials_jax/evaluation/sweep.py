@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from dials_jax import sharding, trees
-from dials_jax.data.sources import tokenizer_of
+from dials_jax.data.sources import load_data_tokenizer
 from dials_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dials_jax.errors import require, require_packages
 from dials_jax.evaluation.answers import normalise_answer
@@ -73,7 +73,7 @@ def sweep(cfg: EvalConfig, workdir: str | Path) -> dict[str, Any]:
 def _sweep(cfg: EvalConfig, workdir: Path) -> dict[str, Any]:
     model = load(cfg.model, cfg.dtype, sharding.make_mesh(cfg.mesh), cfg.layout)
     load_once = functools.cache(load_tokenizer)
-    tokenizers = [tokenizer_of(task.data, model.path, load_once) for task in cfg.tasks]
+    tokenizers = [load_data_tokenizer(task.data, model.path, load_once) for task in cfg.tasks]
     tasks = [
         (task, load_items(task, tokenizer, model.config))
         for task, tokenizer in zip(cfg.tasks, tokenizers, strict=True)

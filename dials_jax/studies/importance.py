@@ -13,8 +13,8 @@ from jaxtyping import Int
 
 from dials_jax import sharding
 from dials_jax.config import ImportanceStudy, to_dict
-from dials_jax.data.batches import generator
-from dials_jax.data.sources import training_data
+from dials_jax.data.batches import random_generator
+from dials_jax.data.sources import load_training_data
 from dials_jax.errors import require
 from dials_jax.evaluation.results import Records, identity
 from dials_jax.loading import load
@@ -96,13 +96,13 @@ def run_importance(cfg: ImportanceStudy, workdir: Path) -> Report:
 
 def clean_sequences(cfg: ImportanceStudy, heavy: Model) -> tuple[Int[np.ndarray, "N T"], str]:
     """Sequences of the data, chosen by the seed, and the data's fingerprint."""
-    data, _ = training_data(cfg.data, heavy.config, heavy.path)
+    data, _ = load_training_data(cfg.data, heavy.config, heavy.path)
     require(
         data.num_rows >= cfg.num_sequences,
         f"the data has {data.num_rows} rows, fewer than num_sequences={cfg.num_sequences}; "
         "lower it or add text",
     )
-    random = generator("step importance", cfg.seed)
+    random = random_generator("step importance", cfg.seed)
     chosen = np.sort(random.choice(data.num_rows, cfg.num_sequences, replace=False))
     tokens, answer, valid = data.rows(chosen)
     require(

@@ -20,7 +20,7 @@ from dials_jax.errors import InputError, require
 from dials_jax.stopping import Request, Stopped, keeping
 from dials_jax.training.checkpoint import Checkpoints
 from dials_jax.training.metrics import MetricsWriter, progress_bar
-from dials_jax.training.optimizer import make_optimizer, make_schedule, num_steps
+from dials_jax.training.optimizer import make_lr_schedule, make_optimizer, num_steps
 from dials_jax.training.run import (
     Run,
     claim_workdir,
@@ -109,7 +109,7 @@ def _steps(
     """Runs the remaining steps. The host waits for results only when it logs or saves."""
     start = int(state.step)
     mesh = jax.sharding.get_mesh()
-    schedule = make_schedule(cfg.optimizer, epoch)
+    schedule = make_lr_schedule(cfg.optimizer, epoch)
     window: list[dict] = []
     since = time.perf_counter()
     clock = Clock(cfg.max_minutes)

@@ -213,7 +213,7 @@ def _predictions(
 def _metrics(total: Array, nats: Float[Array, "B T"], batch: Batch, view: _View) -> Metrics:
     """The loss, the cross-entropy per predicted token in nats, and the masked share of answers."""
     count = jnp.sum(view.weights != 0, dtype=jnp.float32)
-    loss = {"loss": Mean(total, jnp.float32(batch.row.shape[0]))}
+    loss = {"loss": Mean(total, jnp.float32(batch.sequence_index.shape[0]))}
     if view.noise is None:
         return loss | {"token_ce": Mean(jnp.sum(nats), count)}
     share = Mean(count, jnp.sum(batch.answer, dtype=jnp.float32))

@@ -24,7 +24,7 @@ def _in_steps(steps: int | None, epochs: float | None, steps_per_epoch: int) -> 
     return steps if steps is not None else round(epochs * steps_per_epoch)
 
 
-def make_schedule(cfg: OptimizerConfig, steps_per_epoch: int) -> optax.Schedule:
+def make_lr_schedule(cfg: OptimizerConfig, steps_per_epoch: int) -> optax.Schedule:
     """Learning rate by step: 0 to the peak over the warm-up, then as `cfg.lr_schedule` says.
 
     Raises: InputError if the warm-up does not end before training does.
@@ -53,7 +53,7 @@ def make_optimizer(cfg: OptimizerConfig, steps_per_epoch: int) -> optax.Gradient
     return optax.chain(
         optax.clip_by_global_norm(cfg.clip_norm),
         optax.adamw(
-            make_schedule(cfg, steps_per_epoch),
+            make_lr_schedule(cfg, steps_per_epoch),
             b1=cfg.b1,
             b2=cfg.b2,
             eps=cfg.eps,
@@ -62,7 +62,7 @@ def make_optimizer(cfg: OptimizerConfig, steps_per_epoch: int) -> optax.Gradient
     )
 
 
-def move_average(
+def update_moving_average(
     average: trees.Params, params: trees.Params, num_updates: Int[Array, ""], decay: float
 ) -> trees.Params:
     """The moving average after one more update of the parameters, the n-th.

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from dials_jax import digests, trees
 from dials_jax.config import ModelConfig, OptimizerConfig, TrainConfig, from_dict, to_dict
 from dials_jax.data.batches import TrainingData
-from dials_jax.data.sources import training_data
+from dials_jax.data.sources import load_training_data
 from dials_jax.errors import InputError, require
 from dials_jax.files import read_json, write_json
 from dials_jax.keys import seed_key
@@ -27,7 +27,7 @@ from dials_jax.skipping import storage
 from dials_jax.skipping.routed import init_routers
 from dials_jax.skipping.storage import save_router
 from dials_jax.training.losses import LossFn, check_objective, model_loss, router_loss
-from dials_jax.training.optimizer import make_schedule, num_steps
+from dials_jax.training.optimizer import make_lr_schedule, num_steps
 from dials_jax.training.source import grow_vocabulary, load_source
 from dials_jax.workdir import require_unclaimed, writing
 
@@ -119,7 +119,7 @@ def prepare_run(cfg: TrainConfig, mesh: Mesh) -> Run:
 
 def _model_run(cfg: TrainConfig, mesh: Mesh) -> Run:
     trainee = make_trainee(cfg)
-    data, tokenizer = training_data(cfg.data, cfg.model)
+    data, tokenizer = load_training_data(cfg.data, cfg.model)
     identity, source = {"data_fingerprint": data.fingerprint}, ()
     if cfg.init_from:
         model = load_source(cfg.init_from, cfg.model, mesh)
@@ -153,7 +153,7 @@ def unroll(params: trees.Params) -> trees.Params:
 def _router_run(cfg: TrainConfig, mesh: Mesh) -> Run:
     backbone: Model = load(cfg.backbone, mesh=mesh, layout="stacked")
     trainee = make_trainee(cfg, backbone.config)
-    data, _ = training_data(cfg.data, backbone.config, backbone.path)
+    data, _ = load_training_data(cfg.data, backbone.config, backbone.path)
 
     def export(workdir: Path, routers: trees.Params) -> None:
         folder = workdir / "router"
@@ -228,7 +228,7 @@ def _require_same_rates(
     # One step more than both have: a cosine would jump where the old run ends.
     steps = jnp.arange(step, min(total, num_steps(old, steps_per_epoch)) + 1)
     before, now = (
-        jax.vmap(make_schedule(optimizer, steps_per_epoch))(steps)
+        jax.vmap(make_lr_schedule(optimizer, steps_per_epoch))(steps)
         for optimizer in (old, cfg.optimizer)
     )
     advice = f"train on with --init-from {workdir / 'model'} in" if cfg.model else "choose"

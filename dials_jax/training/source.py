@@ -14,7 +14,7 @@ from dials_jax.models import groups
 from dials_jax.models.model import Model
 
 VOCABULARY_AXIS = {"embed/table": 0, "head/kernel": 1, "head/bias": 0}
-SAME_MATHS = ("rope_theta", "norm", "norm_eps")  # how weights are used; no shape shows it
+SAME_SETTINGS = ("rope_theta", "norm", "norm_eps")  # how weights are used; no shape shows it
 
 
 def load_source(path: str, cfg: ModelConfig, mesh: Mesh) -> Model:
@@ -32,7 +32,7 @@ def load_source(path: str, cfg: ModelConfig, mesh: Mesh) -> Model:
         f"init_from={path} has {old_size} tokens and this model {new_size}; "
         "a vocabulary may grow, not shrink",
     )
-    for name in SAME_MATHS:
+    for name in SAME_SETTINGS:
         there, here = getattr(source.config, name), getattr(cfg, name)
         require(
             there == here,

@@ -17,7 +17,7 @@ from dials_jax.compiling import compiler_options
 from dials_jax.data.batches import Batch
 from dials_jax.keys import seed_key
 from dials_jax.training.losses import Draws, LossFn
-from dials_jax.training.optimizer import move_average
+from dials_jax.training.optimizer import update_moving_average
 
 
 class TrainState(NamedTuple):
@@ -63,8 +63,8 @@ def init_train_state(
       ema: keep a moving average; it starts as the parameters do.
       source: arrays that `init` makes the parameters from.
     """
-    make = partial(_fresh, init, optimizer, ema)
-    shardings = shardings_of(jax.eval_shape(make, *source), mesh, prefix)
+    make = partial(_new_state, init, optimizer, ema)
+    shardings = train_state_shardings(jax.eval_shape(make, *source), mesh, prefix)
     with jax.set_mesh(mesh):
         return jax.jit(make, out_shardings=shardings)(*source)
 
@@ -79,21 +79,21 @@ def state_shapes(
     source: tuple = (),
 ) -> TrainState:
     """What `init_train_state` makes, as shapes, dtypes and shardings, without allocating memory."""
-    return placed_shapes(
-        jax.eval_shape(partial(_fresh, init, optimizer, ema), *source), mesh, prefix
+    return with_shardings(
+        jax.eval_shape(partial(_new_state, init, optimizer, ema), *source), mesh, prefix
     )
 
 
-def placed_shapes(state: TrainState, mesh: Mesh, prefix: str = "") -> TrainState:
+def with_shardings(state: TrainState, mesh: Mesh, prefix: str = "") -> TrainState:
     """The shapes and dtypes of a state with the shardings of the table."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         state,
-        shardings_of(state, mesh, prefix),
+        train_state_shardings(state, mesh, prefix),
     )
 
 
-def _fresh(
+def _new_state(
     init: Callable[..., trees.Params],
     optimizer: optax.GradientTransformation,
     ema: float | None,
@@ -117,14 +117,14 @@ def restore_state(
         return restore(shapes)
     unrolled = trees.is_unrolled(layers)
     stored = jax.eval_shape(partial(trees.relayout, unrolled=not unrolled), shapes)
-    state = restore(shapes, placed_shapes(stored, mesh, prefix))
+    state = restore(shapes, with_shardings(stored, mesh, prefix))
     if state is None or trees.is_unrolled(state.params["layers"]) == unrolled:
         return state
     change = partial(trees.relayout, unrolled=unrolled)
-    return jax.jit(change, out_shardings=shardings_of(shapes, mesh, prefix))(state)
+    return jax.jit(change, out_shardings=train_state_shardings(shapes, mesh, prefix))(state)
 
 
-def shardings_of(state: TrainState, mesh: Mesh, prefix: str = "") -> TrainState:
+def train_state_shardings(state: TrainState, mesh: Mesh, prefix: str = "") -> TrainState:
     return TrainState(
         step=sharding.replicated(mesh),
         params=sharding.param_shardings(state.params, mesh, prefix),
@@ -154,17 +154,19 @@ def make_train_step(
         step_key = jax.random.fold_in(seed_key(seed), state.step)
 
         def gradients(microbatch):
-            draws = Draws.of(step_key, microbatch.row, batch.row.shape[0])
+            draws = Draws.of(step_key, microbatch.sequence_index, batch.sequence_index.shape[0])
             grad_fn = jax.grad(loss_fn, has_aux=True)
             return grad_fn(state.params, frozen, microbatch, draws)
 
-        grads, metrics = sum_over(gradients, split_microbatches(batch, num_microbatches))
+        grads, metrics = sum_over_microbatches(
+            gradients, split_microbatches(batch, num_microbatches)
+        )
         # Divided once, by all sequences of the batch.
-        grads = jax.tree.map(lambda g: g / batch.row.shape[0], grads)
+        grads = jax.tree.map(lambda g: g / batch.sequence_index.shape[0], grads)
         values = {name: mean.value for name, mean in metrics.items()}
         values["grad_norm"] = optax.tree.norm(grads)
         good = jnp.isfinite(values["loss"]) & jnp.isfinite(values["grad_norm"])
-        return update(optimizer, state, grads, good, ema), values
+        return update_state(optimizer, state, grads, good, ema), values
 
     return step
 
@@ -178,12 +180,12 @@ def jit_train_step(step: TrainStep, state: TrainState, mesh: Mesh, prefix: str =
     return jax.jit(
         step,
         donate_argnums=0,
-        out_shardings=(shardings_of(state, mesh, prefix), None),
+        out_shardings=(train_state_shardings(state, mesh, prefix), None),
         compiler_options=compiler_options(),
     )
 
 
-def update(
+def update_state(
     optimizer: optax.GradientTransformation,
     state: TrainState,
     grads: trees.Params,
@@ -196,16 +198,16 @@ def update(
     params = optax.apply_updates(state.params, updates)
     average = state.average
     if average is not None:
-        average = move_average(average, params, state.step + 1, ema)
+        average = update_moving_average(average, params, state.step + 1, ema)
     new = TrainState(state.step + 1, params, opt_state, state.bad_step, average)
     old = state._replace(bad_step=jnp.where(state.bad_step < 0, state.step, state.bad_step))
     return jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
 
 
-def sum_over(fn: Callable[[Batch], PyTree], batches: Batch) -> PyTree:
+def sum_over_microbatches(fn: Callable[[Batch], PyTree], batches: Batch) -> PyTree:
     """Sum of `fn` over the leading axis, in order; no loop for a single entry."""
     first = jax.tree.map(lambda x: x[0], batches)
-    if batches.row.shape[0] == 1:
+    if batches.sequence_index.shape[0] == 1:
         return fn(first)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(fn, first))
     return jax.lax.scan(lambda t, b: (jax.tree.map(jnp.add, t, fn(b)), None), zeros, batches)[0]

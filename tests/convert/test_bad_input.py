@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dials_jax.convert.__main__ import main
-from dials_jax.convert.safetensors_reader import open_file
+from dials_jax.convert.safetensors_reader import open_safetensors
 from dials_jax.errors import InputError
 from dials_jax.loading import load
 
@@ -134,7 +134,7 @@ def test_what_the_format_forbids_is_one_line(tmp_path, name):
     file = tmp_path / "x.safetensors"
     file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(size))
     with pytest.raises(InputError) as caught:
-        open_file(file)
+        open_safetensors(file)
     assert str(file) in str(caught.value) and "\n" not in str(caught.value)
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from dials_jax import trees
 from dials_jax.convert.__main__ import main
-from dials_jax.convert.hugging_face import convert, open_folder, write
+from dials_jax.convert.hugging_face import convert_folder, open_hugging_face, write_model_folder
 from dials_jax.data.tokenizer import character_tokenizer, load_tokenizer
 from dials_jax.errors import InputError
 from dials_jax.loading import load
@@ -115,7 +115,7 @@ def test_a_fingerprint_is_that_of_before_and_of_every_element(converted, layout,
 
 
 def test_conversion_with_a_dtype_stores_that_dtype(tmp_path):
-    convert(GOLDEN, tmp_path / "half", "bfloat16")
+    convert_folder(GOLDEN, tmp_path / "half", "bfloat16")
     half = load(tmp_path / "half")
     assert half.config.dtype == "bfloat16"
     assert_same_bits(half.params, load(GOLDEN, "bfloat16").params)
@@ -145,14 +145,14 @@ def test_heads_and_biases_compute_what_torch_linear_layers_compute(write_folder,
 
 
 def test_parameters_stay_on_disk_until_they_are_read(sharded):
-    _, params = open_folder(sharded)
+    _, params = open_hugging_face(sharded)
     for name, x in trees.named_leaves(params):
         assert x.base is not None and not x.flags.owndata, name
 
 
 def test_names_without_the_leading_model_are_accepted(write_folder, tiny_tensors):
     short = {name.removeprefix("model."): x for name, x in tiny_tensors.items()}
-    _, params = open_folder(write_folder(short))
+    _, params = open_hugging_face(write_folder(short))
     np.testing.assert_array_equal(params["embed"]["table"], short["transformer.wte.weight"])
 
 
@@ -160,7 +160,7 @@ def test_names_without_the_leading_model_are_accepted(write_folder, tiny_tensors
 def test_buffers_are_left_out_whatever_they_are(write_folder, tiny_tensors, dtype):
     name = "model.transformer.blocks.0.rotary_emb.inv_freq"
     buffers = {name: np.ones(4, dtype), "model.position_ids": np.ones(4, dtype)}
-    cfg, params = open_folder(write_folder(tiny_tensors | buffers))
+    cfg, params = open_hugging_face(write_folder(tiny_tensors | buffers))
     assert cfg.dtype == "bfloat16"  # of the weights alone
     scale = tiny_tensors["model.transformer.ln_f.weight"]
     np.testing.assert_array_equal(params["final_norm"]["scale"], scale)
@@ -171,14 +171,14 @@ def test_weights_of_another_dtype_are_refused(write_folder, tiny_tensors, dtype)
     name = "model.transformer.ln_f.weight"
     source = write_folder(tiny_tensors | {name: np.ones(32, dtype)})
     with pytest.raises(InputError, match=f"{name}' is {dtype}; weights must be"):
-        open_folder(source)
+        open_hugging_face(source)
 
 
 def test_names_of_a_compiled_or_wrapped_model_are_those_inside(write_folder, tiny_tensors):
     wrapped = {
         n.replace("model.", "module._orig_mod.model.", 1): x for n, x in tiny_tensors.items()
     }
-    _, params = open_folder(write_folder(wrapped))
+    _, params = open_hugging_face(write_folder(wrapped))
     np.testing.assert_array_equal(
         params["embed"]["table"], tiny_tensors["model.transformer.wte.weight"]
     )
@@ -187,14 +187,14 @@ def test_names_of_a_compiled_or_wrapped_model_are_those_inside(write_folder, tin
 def test_tensors_both_plain_and_wrapped_are_refused(write_folder, tiny_tensors):
     name = "model.transformer.ln_f.weight"
     with pytest.raises(InputError, match="twice"):
-        open_folder(write_folder(tiny_tensors | {f"_orig_mod.{name}": tiny_tensors[name]}))
+        open_hugging_face(write_folder(tiny_tensors | {f"_orig_mod.{name}": tiny_tensors[name]}))
 
 
 # ------------------------------------------------------------------------------- settings
 
 
 def test_settings_follow_upstream_where_they_are_absent(write_folder):
-    cfg, _ = open_folder(write_folder())
+    cfg, _ = open_hugging_face(write_folder())
     assert (cfg.vocab_size, cfg.num_kv_heads, cfg.pad_id) == (41, 2, 1)
     assert (cfg.qkv_bias, cfg.o_bias, cfg.mlp_bias, cfg.head_bias) == (True,) * 4
     assert (cfg.eot_id, cfg.dtype) == (None, "bfloat16")
@@ -207,23 +207,23 @@ def test_queries_keys_and_values_may_be_all_that_has_biases(write_folder, tiny_t
         if not name.endswith(".bias")
         or name.endswith(("q_proj.bias", "k_proj.bias", "v_proj.bias"))
     }
-    cfg, params = open_folder(write_folder(kept, include_bias=False))
+    cfg, params = open_hugging_face(write_folder(kept, include_bias=False))
     assert cfg.qkv_bias and not (cfg.o_bias or cfg.mlp_bias or cfg.head_bias)
     expected = kept["model.transformer.blocks.1.k_proj.bias"].reshape(2, 8)
     np.testing.assert_array_equal(params["layers"][1]["attention"]["k_bias"], expected)
 
 
 def test_multi_query_attention_means_one_key_head():
-    from dials_jax.convert.llada import translate
+    from dials_jax.convert.llada import translate_config
     from dials_jax.files import read_json
 
     values = read_json(GOLDEN / "config.json") | {"n_kv_heads": None}
-    assert translate(values, "float32").num_kv_heads == 4
-    assert translate(values | {"multi_query_attention": True}, "float32").num_kv_heads == 1
+    assert translate_config(values, "float32").num_kv_heads == 4
+    assert translate_config(values | {"multi_query_attention": True}, "float32").num_kv_heads == 1
 
 
 def test_the_published_configuration_becomes_the_preset():
-    from dials_jax.convert.llada import translate
+    from dials_jax.convert.llada import translate_config
     from dials_jax.files import read_json
 
     published = dict(
@@ -232,7 +232,7 @@ def test_the_published_configuration_becomes_the_preset():
         mask_token_id=126336, eos_token_id=126081, pad_token_id=126081,
     )  # fmt: skip
     values = read_json(GOLDEN / "config.json") | published
-    assert translate(values, "bfloat16") == families.llada_8b()
+    assert translate_config(values, "bfloat16") == families.llada_8b()
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
@@ -252,7 +252,7 @@ def test_tokenizer_files_come_along(write_folder, tmp_path):
     (source / "tokenizer.json").write_text("{}")
     (source / "README.md").write_text("not a tokenizer")
     with pytest.warns(UserWarning, match=r"copied as they are: .*source is not a tokenizer"):
-        convert(source, tmp_path / "target")
+        convert_folder(source, tmp_path / "target")
     assert (tmp_path / "target" / "tokenizer.json").read_text() == "{}"
     assert not (tmp_path / "target" / "README.md").exists()
 
@@ -271,8 +271,8 @@ def test_a_converted_folder_has_the_ids_of_its_source(kind, write_folder, tmp_pa
     source = lay_out(kind, tmp_path / "tokenizer")
     expected = load_tokenizer(source)
     target = tmp_path / "target"
-    cfg, params = open_folder(write_folder())
-    write(target, cfg, params, source)
+    cfg, params = open_hugging_face(write_folder())
+    write_model_folder(target, cfg, params, source)
     monkeypatch.setitem(sys.modules, "transformers", None)  # what is converted needs it no more
     found = load_tokenizer(target)
     assert found.fingerprint == expected.fingerprint
@@ -287,8 +287,8 @@ def test_links_of_the_cache_are_followed_and_others_named(write_folder, tmp_path
     source.mkdir(parents=True)
     character_tokenizer("abc").save(cache)
     (source / "tokenizer.json").symlink_to("../../blobs/tokenizer.json")
-    cfg, params = open_folder(write_folder())
-    write(tmp_path / "target", cfg, params, source)
+    cfg, params = open_hugging_face(write_folder())
+    write_model_folder(tmp_path / "target", cfg, params, source)
     assert not [w for w in recwarn if "link" in str(w.message)]
     copy = tmp_path / "target" / "tokenizer.json"
     assert not copy.is_symlink() and copy.read_bytes() == (cache / copy.name).read_bytes()
@@ -299,4 +299,4 @@ def test_links_of_the_cache_are_followed_and_others_named(write_folder, tmp_path
     with pytest.warns(
         UserWarning, match=r"tokenizer.json is a link; .*far/tokenizer.json is copied"
     ):
-        write(tmp_path / "again", cfg, params, source)
+        write_model_folder(tmp_path / "again", cfg, params, source)

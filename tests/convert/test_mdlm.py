@@ -12,8 +12,8 @@ import pytest
 
 from dials_jax.convert import gpt2, mdlm
 from dials_jax.convert.__main__ import main
-from dials_jax.convert.hugging_face import open_folder
-from dials_jax.convert.lightning import open_checkpoint
+from dials_jax.convert.hugging_face import open_hugging_face
+from dials_jax.convert.lightning import open_lightning
 from dials_jax.convert.safetensors_reader import open_tensors
 from dials_jax.diffusion.subs import subs_log_probs
 from dials_jax.errors import InputError
@@ -87,8 +87,8 @@ def test_a_converted_folder_loads_the_same_model_as_its_source(name, tmp_path):
 
 def test_other_prefixes_and_buffers_change_nothing(edited):
     tensors = {f"backbone.{n}": x for n, x in open_tensors(GOLDEN / "mdlm_tiny").items()}
-    _, params = open_folder(edited("mdlm_tiny", tensors))
-    assert_same_bits(params, open_folder(GOLDEN / "mdlm_tiny")[1])
+    _, params = open_hugging_face(edited("mdlm_tiny", tensors))
+    assert_same_bits(params, open_hugging_face(GOLDEN / "mdlm_tiny")[1])
 
 
 def test_gpt2_without_a_prefix_and_with_the_causal_pattern(edited):
@@ -97,14 +97,14 @@ def test_gpt2_without_a_prefix_and_with_the_causal_pattern(edited):
     for layer, dtype in enumerate((np.float32, np.uint8, np.bool_)):
         tensors[f"h.{layer}.attn.bias"] = np.tri(64, dtype=dtype)[None, None]
         tensors[f"h.{layer}.attn.masked_bias"] = np.array(-10000.0).astype(dtype)
-    _, params = open_folder(edited("gpt2_tiny", tensors))
-    assert_same_bits(params, open_folder(GOLDEN / "gpt2_tiny")[1])
+    _, params = open_hugging_face(edited("gpt2_tiny", tensors))
+    assert_same_bits(params, open_hugging_face(GOLDEN / "gpt2_tiny")[1])
     np.testing.assert_array_equal(params["head"]["kernel"].T, params["embed"]["table"])
 
 
 def test_an_untied_head_must_be_there(edited):
     with pytest.raises(InputError, match=r"lacks tensor 'lm_head\.weight'"):
-        open_folder(edited("gpt2_tiny", tie_word_embeddings=False))
+        open_hugging_face(edited("gpt2_tiny", tie_word_embeddings=False))
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_an_untied_head_must_be_there(edited):
 )
 def test_an_option_that_is_not_implemented_is_named(edited, option):
     with pytest.raises(InputError, match=next(iter(option))):
-        open_folder(edited("gpt2_tiny", **option))
+        open_hugging_face(edited("gpt2_tiny", **option))
 
 
 def test_the_published_configurations_become_the_presets():
@@ -126,15 +126,15 @@ def test_the_published_configurations_become_the_presets():
         hidden_dim=768, cond_dim=128, n_blocks=12, n_heads=12, vocab_size=50258,
         model_length=1024, time_conditioning=False,
     )  # fmt: skip
-    assert mdlm.translate(values, "bfloat16") == families.mdlm()
-    assert mdlm.translate(values | {"time_conditioning": True}, "bfloat16").time_conditioning
+    assert mdlm.translate_config(values, "bfloat16") == families.mdlm()
+    assert mdlm.translate_config(values | {"time_conditioning": True}, "bfloat16").time_conditioning
     values = dict(
         n_embd=768, n_head=12, n_layer=12, n_positions=1024, vocab_size=50257,
         layer_norm_epsilon=1e-5, eos_token_id=50256,
     )  # fmt: skip
-    assert gpt2.translate(values, "bfloat16") == families.gpt2()
+    assert gpt2.translate_config(values, "bfloat16") == families.gpt2()
     large = values | dict(n_embd=1280, n_head=20, n_layer=36)
-    assert gpt2.translate(large, "bfloat16") == families.gpt2_large()
+    assert gpt2.translate_config(large, "bfloat16") == families.gpt2_large()
 
 
 # ------------------------------------------------------------------------------- checkpoints
@@ -206,7 +206,7 @@ class Container:
 def test_the_settings_in_a_checkpoint_count_in_the_containers_of_the_authors_too(checkpoint):
     saved = Container({"time_conditioning": True, "model": {"length": 48}})
     rewrite(checkpoint, lambda content: content.update(hyper_parameters={"config": saved}))
-    cfg, _ = open_checkpoint(checkpoint, allow_pickle=True)
+    cfg, _ = open_lightning(checkpoint, allow_pickle=True)
     assert cfg.time_conditioning and cfg.max_length == 48
 
 
@@ -262,7 +262,7 @@ def test_special_tokens_are_those_of_the_tokenizer_trained_with(
     wrap = {"dict": lambda x: x, "containers": Container}.get(kept_by)
     wrap = wrap or pytest.importorskip("omegaconf").OmegaConf.create
     with_settings(checkpoint, vocab_size, wrap, data=tokenizer(name))
-    cfg, _ = open_checkpoint(checkpoint, allow_pickle=True)
+    cfg, _ = open_lightning(checkpoint, allow_pickle=True)
     assert (cfg.mask_id, cfg.eos_id, cfg.pad_id) == ids
     assert cfg.max_length == 48
 
@@ -279,20 +279,22 @@ def test_special_tokens_are_those_of_the_tokenizer_trained_with(
 def test_an_unknown_tokenizer_asks_for_its_ids(checkpoint, vocab_size, changes):
     with_settings(checkpoint, vocab_size, **changes)
     with pytest.raises(InputError, match="--mask-id and --eos-id"):
-        open_checkpoint(checkpoint, allow_pickle=True)
+        open_lightning(checkpoint, allow_pickle=True)
     with pytest.raises(InputError, match="give both"):
-        open_checkpoint(checkpoint, allow_pickle=True, mask_id=7)
-    cfg, _ = open_checkpoint(checkpoint, allow_pickle=True, mask_id=7, eos_id=8)
+        open_lightning(checkpoint, allow_pickle=True, mask_id=7)
+    cfg, _ = open_lightning(checkpoint, allow_pickle=True, mask_id=7, eos_id=8)
     assert (cfg.mask_id, cfg.eos_id, cfg.pad_id) == (7, 8, 8)
 
 
 def test_a_folder_of_another_vocabulary_needs_the_id_of_its_mask():
     values = read_json(GOLDEN / "mdlm_tiny" / "config.json") | {"vocab_size": 30522}
     with pytest.raises(InputError, match="mask_token_id is missing"):
-        mdlm.translate(values, "float32")
+        mdlm.translate_config(values, "float32")
     with pytest.raises(InputError, match="eos_token_id is missing"):
-        mdlm.translate(values | {"mask_token_id": 103}, "float32")
-    assert mdlm.translate(values | {"mask_token_id": 103, "eos_token_id": 102}, "float32").subs
+        mdlm.translate_config(values | {"mask_token_id": 103}, "float32")
+    assert mdlm.translate_config(
+        values | {"mask_token_id": 103, "eos_token_id": 102}, "float32"
+    ).subs
 
 
 @pytest.mark.parametrize(
@@ -313,7 +315,7 @@ def test_a_folder_of_another_vocabulary_needs_the_id_of_its_mask():
 def test_a_model_of_another_kind_is_refused_by_name(checkpoint, changes, words):
     with_settings(checkpoint, **changes)
     with pytest.raises(InputError, match=re.escape(words)):
-        open_checkpoint(checkpoint, allow_pickle=True)
+        open_lightning(checkpoint, allow_pickle=True)
 
 
 @pytest.mark.parametrize("ema", [True, False])
@@ -321,7 +323,7 @@ def test_a_model_of_another_kind_is_refused_by_name(checkpoint, changes, words):
 @pytest.mark.parametrize("place", ["outside", "inside", "block"])
 def test_a_compiled_or_wrapped_model_gives_the_same_weights(checkpoint, place, wrapper, ema):
     pytest.importorskip("torch")
-    _, expected = open_checkpoint(checkpoint, allow_pickle=True, ema=ema)
+    _, expected = open_lightning(checkpoint, allow_pickle=True, ema=ema)
 
     def wrap(name):
         if place == "outside":
@@ -334,7 +336,7 @@ def test_a_compiled_or_wrapped_model_gives_the_same_weights(checkpoint, place, w
         content["state_dict"] = {wrap(k): x for k, x in content["state_dict"].items()}
 
     rewrite(checkpoint, change)
-    assert_same_bits(open_checkpoint(checkpoint, allow_pickle=True, ema=ema)[1], expected)
+    assert_same_bits(open_lightning(checkpoint, allow_pickle=True, ema=ema)[1], expected)
 
 
 def test_the_number_of_heads_is_read_where_no_angles_are_kept(checkpoint):
@@ -343,10 +345,10 @@ def test_the_number_of_heads_is_read_where_no_angles_are_kept(checkpoint):
         content["hyper_parameters"] = {"config": SAVED}
 
     rewrite(checkpoint, change)
-    assert open_checkpoint(checkpoint, allow_pickle=True)[0].num_heads == 4
+    assert open_lightning(checkpoint, allow_pickle=True)[0].num_heads == 4
     rewrite(checkpoint, lambda content: content.pop("hyper_parameters"))
     with pytest.raises(InputError, match="number of heads"):
-        open_checkpoint(checkpoint, allow_pickle=True)
+        open_lightning(checkpoint, allow_pickle=True)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 
 from dials_jax.convert import dream, qwen2
 from dials_jax.convert.__main__ import main
-from dials_jax.convert.hugging_face import convert, open_folder
+from dials_jax.convert.hugging_face import convert_folder, open_hugging_face
 from dials_jax.convert.safetensors_reader import open_tensors
 from dials_jax.errors import InputError
 from dials_jax.evaluation.likelihood import log_likelihood
@@ -103,13 +103,13 @@ def test_a_tied_head_is_the_embedding(edited, tmp_path):
     for file in source.glob("*.safetensors*"):
         file.unlink()
     write_safetensors(source / "model.safetensors", tensors)
-    convert(source, tmp_path / "target")
+    convert_folder(source, tmp_path / "target")
     params = load(tmp_path / "target").params
     np.testing.assert_array_equal(params["head"]["kernel"].T, params["embed"]["table"])
     values = read_json(source / "config.json") | {"tie_word_embeddings": False}
     (source / "config.json").write_text(json.dumps(values))
     with pytest.raises(InputError, match=r"lacks tensor 'lm_head\.weight'"):
-        open_folder(source)
+        open_hugging_face(source)
 
 
 # ------------------------------------------------------------------------------- settings
@@ -123,16 +123,16 @@ PUBLISHED = dict(
 
 
 def test_the_published_configurations_become_the_presets():
-    assert qwen2.translate(PUBLISHED, "bfloat16") == qwen2_5_7b()
+    assert qwen2.translate_config(PUBLISHED, "bfloat16") == qwen2_5_7b()
     values = PUBLISHED | {"mask_token_id": 151666, "pad_token_id": 151643}
-    assert dream.translate(values, "bfloat16") == dream_7b()
+    assert dream.translate_config(values, "bfloat16") == dream_7b()
 
 
 def test_the_base_of_the_angles_is_found_where_either_transformers_puts_it(edited):
-    old, _ = open_folder(edited("qwen2_tiny", rope_parameters="absent", rope_theta=5e4))
+    old, _ = open_hugging_face(edited("qwen2_tiny", rope_parameters="absent", rope_theta=5e4))
     assert old.rope_theta == 5e4
     new = PUBLISHED | {"rope_parameters": {"rope_type": "default", "rope_theta": 7e4}}
-    assert qwen2.translate(new, "float32").rope_theta == 7e4
+    assert qwen2.translate_config(new, "float32").rope_theta == 7e4
 
 
 @pytest.mark.parametrize(
@@ -151,14 +151,14 @@ def test_the_base_of_the_angles_is_found_where_either_transformers_puts_it(edite
 def test_an_option_that_is_not_implemented_is_named(edited, option):
     names = {*option, "rope_type"} if "rope" in next(iter(option)) else option
     with pytest.raises(InputError) as caught:
-        open_folder(edited("qwen2_tiny", **option))
+        open_hugging_face(edited("qwen2_tiny", **option))
     assert any(name in str(caught.value) for name in names) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["mask_token_id", "eos_token_id"])
 def test_dream_needs_its_special_tokens(edited, name):
     with pytest.raises(InputError, match=r"(mask|eos)_(token_)?id is missing"):
-        open_folder(edited("dream_tiny", **{name: None}))
+        open_hugging_face(edited("dream_tiny", **{name: None}))
 
 
 def test_a_model_without_a_mask_scores_no_masked_copies():

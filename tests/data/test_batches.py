@@ -4,7 +4,7 @@ import time
 import numpy as np
 import pytest
 
-from dials_jax.data.batches import batch_at, generator, prefetch, steps_per_epoch
+from dials_jax.data.batches import batch_at, prefetch, random_generator, steps_per_epoch
 from dials_jax.errors import InputError
 
 
@@ -49,7 +49,7 @@ def test_processes_share_the_batch_that_one_process_would_see():
     shares = [batch_at(Numbers(10), 0, 1, 8, p, 4) for p in range(4)]
     for field, parts in zip(whole, zip(*shares, strict=True), strict=True):
         np.testing.assert_array_equal(field, np.concatenate(parts))
-    np.testing.assert_array_equal(whole.row, np.arange(8))
+    np.testing.assert_array_equal(whole.sequence_index, np.arange(8))
     assert [field.dtype for field in whole] == [np.int32, bool, bool, np.int32]
     with pytest.raises(InputError, match="batch_size=8"):
         batch_at(Numbers(10), 0, 1, 8, 0, 3)
@@ -57,16 +57,18 @@ def test_processes_share_the_batch_that_one_process_would_see():
 
 def test_a_data_set_may_finish_its_batches():
     class Marked(Numbers):
-        def finish(self, batch, seed, step):
+        def finish_batch(self, batch, seed, step):
             return batch._replace(tokens=batch.tokens * 0 + 100 * seed + step)
 
     assert (batch_at(Marked(10), 3, 4, 2).tokens == 304).all()
 
 
 def test_generators_of_two_purposes_or_numbers_are_independent():
-    draws = [generator(*a).random() for a in [("a", 1, 2), ("b", 1, 2), ("a", 2, 1), ("a", -1, 2)]]
+    draws = [
+        random_generator(*a).random() for a in [("a", 1, 2), ("b", 1, 2), ("a", 2, 1), ("a", -1, 2)]
+    ]
     assert len(set(draws)) == 4
-    assert generator("a", 1, 2).random() == draws[0]
+    assert random_generator("a", 1, 2).random() == draws[0]
 
 
 def test_steps_per_epoch_is_the_nearest_whole_number_and_never_none():

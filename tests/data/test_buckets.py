@@ -6,7 +6,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from dials_jax.data.buckets import batches, buckets, pair_buckets
+from dials_jax.data.buckets import batches_by_length, padded_lengths, padded_pair_lengths
 
 
 def cheapest(lengths, multiple, max_sizes, batch_size):
@@ -29,7 +29,7 @@ def cheapest(lengths, multiple, max_sizes, batch_size):
 def test_no_choice_of_sizes_computes_fewer_tokens(seed, max_sizes, batch_size):
     rng = np.random.default_rng(seed)
     lengths, multiple = rng.integers(0, 40, rng.integers(1, 25)).tolist(), int(rng.integers(1, 6))
-    sizes = buckets(lengths, multiple, max_sizes, batch_size)
+    sizes = padded_lengths(lengths, multiple, max_sizes, batch_size)
     assert all(size >= length for size, length in zip(sizes, lengths, strict=True))
     assert len(set(sizes)) <= max_sizes and max(sizes) == max(lengths)
     assert all(size % multiple == 0 or size == max(lengths) for size in sizes)
@@ -38,7 +38,7 @@ def test_no_choice_of_sizes_computes_fewer_tokens(seed, max_sizes, batch_size):
 
 
 def full_batches(sizes, batch_size):
-    for group in batches(sizes, batch_size):
+    for group in batches_by_length(sizes, batch_size):
         yield group + [None] * (batch_size - len(group)), sizes[group[0]]
 
 
@@ -46,44 +46,44 @@ def test_order_changes_no_items_size():
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, 90, 50)
     order = rng.permutation(50)
-    sizes = np.array(buckets(lengths.tolist(), 8, 3))
-    np.testing.assert_array_equal(buckets(lengths[order].tolist(), 8, 3), sizes[order])
+    sizes = np.array(padded_lengths(lengths.tolist(), 8, 3))
+    np.testing.assert_array_equal(padded_lengths(lengths[order].tolist(), 8, 3), sizes[order])
 
 
 def test_sizes_by_hand():
-    assert buckets([1, 32, 33, 64, 0], 32, 9) == [32, 32, 64, 64, 0]
-    assert buckets([5, 9], 4, 2) == [8, 9], "never longer than the longest"
-    assert buckets([2, 3, 90, 100], 1, 2) == [3, 3, 100, 100]
+    assert padded_lengths([1, 32, 33, 64, 0], 32, 9) == [32, 32, 64, 64, 0]
+    assert padded_lengths([5, 9], 4, 2) == [8, 9], "never longer than the longest"
+    assert padded_lengths([2, 3, 90, 100], 1, 2) == [3, 3, 100, 100]
     # One batch of both costs 2 x 4 tokens, two batches would cost 2 x 2 + 2 x 4.
-    assert buckets([2, 4], 1, 2, batch_size=2) == [4, 4]
+    assert padded_lengths([2, 4], 1, 2, batch_size=2) == [4, 4]
 
 
 def test_shapes_of_pairs_spend_their_number_where_lengths_differ():
     prompts, answers = [10, 20, 30, 40], [3, 4]
     pairs = [(p, a) for p in prompts for a in answers]
-    assert pair_buckets(pairs, 1, 4) == [(p, 4) for p, _ in pairs]
-    assert pair_buckets([pair[::-1] for pair in pairs], 1, 4) == [(4, p) for p, _ in pairs]
-    assert pair_buckets(pairs, 1, 8) == pairs
+    assert padded_pair_lengths(pairs, 1, 4) == [(p, 4) for p, _ in pairs]
+    assert padded_pair_lengths([pair[::-1] for pair in pairs], 1, 4) == [(4, p) for p, _ in pairs]
+    assert padded_pair_lengths(pairs, 1, 8) == pairs
     both = [(p, a) for p in (10, 40) for a in (10, 40)]
-    assert pair_buckets(both, 1, 4) == both
+    assert padded_pair_lengths(both, 1, 4) == both
     alike = [(n, n) for n in prompts]
-    assert pair_buckets(alike, 1, 4) == alike
-    assert pair_buckets(both, 1, 1) == [(40, 40)] * 4
+    assert padded_pair_lengths(alike, 1, 4) == alike
+    assert padded_pair_lengths(both, 1, 1) == [(40, 40)] * 4
 
 
 @pytest.mark.parametrize("max_shapes", [1, 2, 3, 4, 5, 7])
 def test_shapes_of_pairs_are_at_most_so_many(max_shapes):
     rng = np.random.default_rng(max_shapes)
     pairs = [tuple(pair) for pair in rng.integers(1, 50, (60, 2)).tolist()]
-    shapes = pair_buckets(pairs, 4, max_shapes)
+    shapes = padded_pair_lengths(pairs, 4, max_shapes)
     assert len(set(shapes)) <= max_shapes
     assert all(p <= q and a <= b for (p, a), (q, b) in zip(pairs, shapes, strict=True))
 
 
 def test_batches_cover_every_item_once_and_never_mix_buckets():
     lengths = np.random.default_rng(0).permutation(np.arange(1, 100)).tolist()
-    sizes = buckets(lengths, 32, 4)
-    groups = list(batches(sizes, batch_size=7))
+    sizes = padded_lengths(lengths, 32, 4)
+    groups = list(batches_by_length(sizes, batch_size=7))
     assert sorted(i for group in groups for i in group) == list(range(99))
     assert all(len(group) <= 7 for group in groups)
     assert all(len({sizes[i] for i in group}) == 1 for group in groups)
@@ -98,14 +98,14 @@ def test_shapes_of_pairs_are_the_cheapest_way_of_few_enough(seed):
     pairs = [tuple(pair) for pair in rng.integers(0, 30, (rng.integers(1, 40), 2)).tolist()]
     multiple, most = int(rng.integers(1, 6)), int(rng.integers(1, 6))
     ways = [
-        list(zip(buckets([p for p, _ in pairs], multiple, i),
-                 buckets([a for _, a in pairs], multiple, j), strict=True))
+        list(zip(padded_lengths([p for p, _ in pairs], multiple, i),
+                 padded_lengths([a for _, a in pairs], multiple, j), strict=True))
         for i in range(1, most + 1)
         for j in range(1, most + 1)
     ]  # fmt: skip
     few = [way for way in ways if len(set(way)) <= most]
     expected = min(few, key=lambda way: sum(p + a for p, a in way))  # the first among equals
-    assert pair_buckets(pairs, multiple, most) == expected
+    assert padded_pair_lengths(pairs, multiple, most) == expected
 
 
 class Counted(Sequence):
@@ -142,10 +142,10 @@ def pairs_of(num_pairs):
 @pytest.mark.parametrize("num_items", [500, 1000])
 def test_every_item_is_looked_at_a_few_times_however_many_there_are(num_items):
     lengths = Counted([i % 50 for i in range(num_items)])
-    buckets(lengths, 8, 4)
+    padded_lengths(lengths, 8, 4)
     assert num_items <= lengths.steps <= 4 * num_items
-    list(batches(lengths, 16))
+    list(batches_by_length(lengths, 16))
     assert lengths.steps <= 8 * num_items
     pairs = pairs_of(num_items)
-    pair_buckets(pairs, 8, 3)
+    padded_pair_lengths(pairs, 8, 3)
     assert num_items <= pairs.steps <= 20 * num_items

@@ -7,7 +7,7 @@ import unicodedata
 import pytest
 
 from dials_jax.data import encoding
-from dials_jax.data.encoding import encode_documents, word_boundary
+from dials_jax.data.encoding import encode_documents, word_end_finder
 from dials_jax.data.tokenizer import Tokenizer, character_tokenizer
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -45,7 +45,7 @@ def byte_level(pattern=None, normalizer=None, added=(), rstrip=False):
     rng = random.Random(0)
     backend.train_from_iterator(("".join(rng.choices(ODD, k=30)) for _ in range(300)), trainer)
     backend.add_tokens([AddedToken(text, normalized=False, rstrip=rstrip) for text in added])
-    return Tokenizer(backend).plain()
+    return Tokenizer(backend).for_documents()
 
 
 KINDS = {
@@ -54,7 +54,9 @@ KINDS = {
     "qwen2": lambda: byte_level(QWEN2, tokenizers.normalizers.NFC(), ["<tool>"]),
     "llama3": lambda: byte_level(QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")),
     "gpt-neox": lambda: byte_level(None, tokenizers.normalizers.NFC(), ["  ", "   ", "\n\n"]),
-    "characters": lambda: character_tokenizer("".join(sorted(set("".join(ODD) + "b我们")))).plain(),
+    "characters": lambda: character_tokenizer(
+        "".join(sorted(set("".join(ODD) + "b我们")))
+    ).for_documents(),
 }
 
 
@@ -95,7 +97,7 @@ def test_pieces_have_the_tokens_of_the_whole(kind, monkeypatch):
 def test_a_cut_at_any_boundary_is_exact(kind):
     """Not only at those that the size of the pieces happens to meet."""
     plain = KINDS[kind]()
-    boundary = word_boundary(plain)
+    boundary = word_end_finder(plain)
     for text in itertools.islice(nasty_texts(), 20):
         whole = plain.encode(text)
         ends = {boundary(text[:i]) for i in range(len(text) + 1)}

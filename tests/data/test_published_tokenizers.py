@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as Backend
 from dials_jax.config import TextData
 from dials_jax.data.text import pack_text
 from dials_jax.data.tokenizer import Tokenizer, load_tokenizer
-from dials_jax.data.tokenizer_files import fingerprint_of
+from dials_jax.data.tokenizer_files import backend_fingerprint
 from dials_jax.errors import InputError
 from tests.data import published
 
@@ -78,7 +78,7 @@ def test_dreams_own_class_is_qwen2s_and_its_code_is_not_run(folders):
 def test_the_copy_for_documents_differs_in_names_only(folders):
     for name in ("gpt2", "dream", "llada"):
         tokenizer = load_tokenizer(folders / name)
-        plain, added = tokenizer.plain(), set(tokenizer.backend.get_added_tokens_decoder())
+        plain, added = tokenizer.for_documents(), set(tokenizer.backend.get_added_tokens_decoder())
         assert plain.fingerprint == tokenizer.fingerprint
         for text, ids in zip(TEXTS, plain.encode_batch(TEXTS), strict=True):
             assert not added & set(ids)
@@ -192,7 +192,7 @@ def test_fingerprints_of_right_ids_stay(folders, tmp_path):
         assert load_tokenizer(folder).misread is None
     for name in ("gpt2", "qwen2"):
         assert (
-            fingerprint_of(before(folders / name).backend)
+            backend_fingerprint(before(folders / name).backend)
             in load_tokenizer(folders / name).fingerprints
         )
     dream = load_tokenizer(folders / "dream")
@@ -210,8 +210,8 @@ def text(tmp_path):
 def old_rows(cfg, folder, eos_id):
     """Packs as version 0.1 did."""
     old = before(folder)
-    old.fingerprints = (fingerprint_of(old.backend),)
-    found = old.plain()  # special names are text, others are not
+    old.fingerprints = (backend_fingerprint(old.backend),)
+    found = old.for_documents()  # special names are text, others are not
     found.backend = Backend.from_str(old.backend.to_str())
     found.backend.encode_special_tokens = True
     found.fingerprints = old.fingerprints

@@ -10,7 +10,7 @@ from dials_jax.data.records import (
     content_sha256,
     expand_paths,
     file_sha256,
-    lookup,
+    get_field,
     read_documents,
     read_json_records,
     read_jsonl,
@@ -121,7 +121,7 @@ def test_half_a_surrogate_pair_is_named_where_it_is_used(tmp_path):
         next(documents)
     for value in ("\ud800", ["fine", "\ud800"]):
         with pytest.raises(InputError, match=r"field 'a' holds half"):
-            lookup({"a": value}, "a")
+            get_field({"a": value}, "a")
 
 
 def test_an_error_of_the_consumer_is_not_blamed_on_the_file(tmp_path):
@@ -178,8 +178,8 @@ def test_paths_that_name_nothing_are_input_errors(tmp_path):
 
 def test_lookup_steps_into_objects_and_lists():
     record = {"choices": {"text": ["x", "y"]}}
-    assert lookup(record, "choices.text") == ["x", "y"]
-    assert lookup(record, "choices.text.1") == "y"
+    assert get_field(record, "choices.text") == ["x", "y"]
+    assert get_field(record, "choices.text.1") == "y"
 
 
 @pytest.mark.parametrize(
@@ -193,4 +193,4 @@ def test_lookup_steps_into_objects_and_lists():
 )
 def test_an_unknown_field_names_the_nearest(name, hint):
     with pytest.raises(InputError, match=hint):
-        lookup({"choices": {"text": ["x", "y"]}}, name)
+        get_field({"choices": {"text": ["x", "y"]}}, name)

@@ -9,7 +9,7 @@ from dials_jax.config import ArithmeticData, CorpusData, TaskData, TextData
 from dials_jax.data import sources
 from dials_jax.data.arithmetic import ArithmeticTask
 from dials_jax.data.batches import batch_at
-from dials_jax.data.sources import tokenizer_of, training_data
+from dials_jax.data.sources import load_data_tokenizer, load_training_data
 from dials_jax.data.tokenizer import character_tokenizer, load_tokenizer
 from dials_jax.errors import InputError
 from dials_jax.files import write_json
@@ -37,26 +37,26 @@ def task(write_jsonl):
 
 def test_arithmetic_brings_its_tokenizer(model_of):
     tokenizer = ArithmeticTask(ArithmeticData()).tokenizer
-    data, found = training_data(ArithmeticData(num_items=40), model_of(tokenizer))
+    data, found = load_training_data(ArithmeticData(num_items=40), model_of(tokenizer))
     assert data.num_rows == 40
     assert found.fingerprint == tokenizer.fingerprint
 
 
 def test_text_and_tasks_take_the_models_tokenizer(text, task, model_config, folder, tokenizer):
     for cfg, length in ((text, 16), (task, 10)):
-        data, found = training_data(cfg, model_config, folder)
+        data, found = load_training_data(cfg, model_config, folder)
         assert found.fingerprint == tokenizer.fingerprint
         assert batch_at(data, 0, 0, 2).tokens.shape == (2, length)
 
 
 def test_a_tokenizer_in_the_configuration_goes_first(task, model_config, folder, tmp_path):
     cfg = dataclasses.replace(task, tokenizer=folder)
-    assert training_data(cfg, model_config, str(tmp_path / "missing"))[0].num_rows == 2
+    assert load_training_data(cfg, model_config, str(tmp_path / "missing"))[0].num_rows == 2
 
 
 def test_without_any_tokenizer_the_remedy_is_named(task, model_config):
     with pytest.raises(InputError, match="set tokenizer="):
-        training_data(task, model_config)
+        load_training_data(task, model_config)
 
 
 def test_rows_that_do_not_fit_are_refused_before_text_is_packed(
@@ -66,13 +66,13 @@ def test_rows_that_do_not_fit_are_refused_before_text_is_packed(
         raise AssertionError("read the data before checking the settings")
 
     monkeypatch.setattr(sources, "pack_text", too_early)
-    monkeypatch.setattr(sources, "load_task", too_early)
+    monkeypatch.setattr(sources, "load_task_rows", too_early)
     for cfg in (
         dataclasses.replace(text, length=65),
         dataclasses.replace(task, prompt_length=61, answer_length=4),
     ):
         with pytest.raises(InputError, match="rows of 65 tokens do not fit the model's 64"):
-            training_data(cfg, model_config, folder)
+            load_training_data(cfg, model_config, folder)
 
 
 def test_a_tokenizer_without_the_mask_is_refused_before_text_is_packed(
@@ -81,7 +81,7 @@ def test_a_tokenizer_without_the_mask_is_refused_before_text_is_packed(
     monkeypatch.setattr(sources, "pack_text", None)
     character_tokenizer(string.digits).save(tmp_path / "small")
     with pytest.raises(InputError, match=f"no token mask_id={model_config.mask_id}"):
-        training_data(text, model_config, str(tmp_path / "small"))
+        load_training_data(text, model_config, str(tmp_path / "small"))
 
 
 def test_the_datas_tokenizer_goes_before_the_models_and_the_corpus_has_one_too(
@@ -105,12 +105,12 @@ def test_the_datas_tokenizer_goes_before_the_models_and_the_corpus_has_one_too(
         },
     )  # fmt: skip
     named = dataclasses.replace(task, tokenizer=str(tmp_path / "own"))
-    assert tokenizer_of(named, folder).fingerprint == own.fingerprint
-    assert tokenizer_of(task, folder).fingerprint == load_tokenizer(folder).fingerprint
+    assert load_data_tokenizer(named, folder).fingerprint == own.fingerprint
+    assert load_data_tokenizer(task, folder).fingerprint == load_tokenizer(folder).fingerprint
     corpus = CorpusData(folder=str(tmp_path / "corpus"), length=16, num_validation=0)
-    assert tokenizer_of(corpus, folder).fingerprint == load_tokenizer(folder).fingerprint
+    assert load_data_tokenizer(corpus, folder).fingerprint == load_tokenizer(folder).fingerprint
     (tmp_path / "weights").mkdir()  # a model that came without a tokenizer
     for place in ("", str(tmp_path / "weights")):
-        assert tokenizer_of(corpus, place).fingerprint == other.fingerprint
+        assert load_data_tokenizer(corpus, place).fingerprint == other.fingerprint
     with pytest.raises(InputError, match="weights has no tokenizer"):
-        tokenizer_of(task, str(tmp_path / "weights"))
+        load_data_tokenizer(task, str(tmp_path / "weights"))

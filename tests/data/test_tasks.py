@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dials_jax.config import TaskData
-from dials_jax.data.tasks import fill_template, load_task
+from dials_jax.data.tasks import fill_template, load_task_rows
 from dials_jax.errors import InputError
 
 EOS, PAD = 1, 0
@@ -33,7 +33,7 @@ def test_templates_refuse_unknown_and_structured_fields():
 
 
 def test_a_row_is_padding_prompt_answer_eos_and_fill(cfg, model_config, tokenizer):
-    data = load_task(cfg, model_config, tokenizer)
+    data = load_task_rows(cfg, model_config, tokenizer)
     tokens, answer, valid = data.rows([1, 0])
     ids = tokenizer.encode
     assert tokens.dtype == np.int32
@@ -46,7 +46,7 @@ def test_a_row_is_padding_prompt_answer_eos_and_fill(cfg, model_config, tokenize
 
 
 def test_without_pad_answer_the_fill_is_neither_valid_nor_an_answer(cfg, model_config, tokenizer):
-    data = load_task(dataclasses.replace(cfg, pad_answer=False), model_config, tokenizer)
+    data = load_task_rows(dataclasses.replace(cfg, pad_answer=False), model_config, tokenizer)
     _, answer, valid = data.rows([0])
     assert answer[0].astype(int).tolist() == [0] * 7 + [1, 1, 0, 0]  # "5" and its EOS
     assert valid[0].astype(int).tolist() == [0] * 3 + [1] * 6 + [0, 0]
@@ -54,8 +54,8 @@ def test_without_pad_answer_the_fill_is_neither_valid_nor_an_answer(cfg, model_c
 
 def test_the_tokenizer_is_loaded_from_the_settings(cfg, model_config, tokenizer, tmp_path):
     tokenizer.save(tmp_path / "tok")
-    loaded = load_task(dataclasses.replace(cfg, tokenizer=str(tmp_path / "tok")), model_config)
-    given = load_task(cfg, model_config, tokenizer)
+    loaded = load_task_rows(dataclasses.replace(cfg, tokenizer=str(tmp_path / "tok")), model_config)
+    given = load_task_rows(cfg, model_config, tokenizer)
     np.testing.assert_array_equal(loaded.rows([0, 1])[0], given.rows([0, 1])[0])
     assert loaded.fingerprint == given.fingerprint
 
@@ -67,7 +67,7 @@ def test_the_fingerprint_follows_rows_and_layout(cfg, model_config, tokenizer):
         {"answer_length": 5},
         {"answer": "{q}", "answer_length": 6},
     ]
-    data = [load_task(dataclasses.replace(cfg, **c), model_config, tokenizer) for c in changes]
+    data = [load_task_rows(dataclasses.replace(cfg, **c), model_config, tokenizer) for c in changes]
     assert len({d.fingerprint for d in data}) == len(changes)
 
 
@@ -81,9 +81,9 @@ def test_the_fingerprint_follows_rows_and_layout(cfg, model_config, tokenizer):
 def test_a_pair_that_is_too_long_is_named_or_dropped(cfg, model_config, tokenizer, change, message):
     short = dataclasses.replace(cfg, **change)
     with pytest.raises(InputError, match=message):
-        load_task(short, model_config, tokenizer)
+        load_task_rows(short, model_config, tokenizer)
     with pytest.warns(UserWarning, match="dropped 1 of 2"):
-        data = load_task(dataclasses.replace(short, too_long="drop"), model_config, tokenizer)
+        data = load_task_rows(dataclasses.replace(short, too_long="drop"), model_config, tokenizer)
     assert data.num_rows == 1
 
 
@@ -92,14 +92,14 @@ def test_a_mask_token_in_the_data_is_refused(cfg, model_config, tokenizer, write
     record = {"q": "x", "a": "y"} | {field: "[MASK]"}
     path = write_jsonl([{"q": "x", "a": "y"}, record], "mask.jsonl")
     with pytest.raises(InputError, match=r"mask\.jsonl:2: the \w+ contains \[MASK\]"):
-        load_task(dataclasses.replace(cfg, paths=(path,)), model_config, tokenizer)
+        load_task_rows(dataclasses.replace(cfg, paths=(path,)), model_config, tokenizer)
 
 
 def test_a_missing_field_and_an_empty_file_are_input_errors(
     cfg, model_config, tokenizer, write_jsonl
 ):
     with pytest.raises(InputError, match=r"records\.jsonl:1: no field 'answer'"):
-        load_task(dataclasses.replace(cfg, answer="{answer}"), model_config, tokenizer)
+        load_task_rows(dataclasses.replace(cfg, answer="{answer}"), model_config, tokenizer)
     empty = dataclasses.replace(cfg, paths=(write_jsonl([], "empty.jsonl"),))
     with pytest.raises(InputError, match=r"empty\.jsonl: no prompt/answer pair"):
-        load_task(empty, model_config, tokenizer)
+        load_task_rows(empty, model_config, tokenizer)

@@ -202,10 +202,10 @@ def test_a_cache_that_cannot_be_written_is_an_input_error(cfg, pack, tmp_path):
 
 def test_a_token_outside_of_the_vocabulary_is_not_trained_on(cfg, pack):
     data = pack(cfg)
-    bad = dataclasses.replace(data, tokens=np.full((2, 8), data.num_ids, "<u2"))
-    for rows in (data, dataclasses.replace(bad, num_ids=data.num_ids + 1)):
+    bad = dataclasses.replace(data, tokens=np.full((2, 8), data.vocab_size, "<u2"))
+    for rows in (data, dataclasses.replace(bad, vocab_size=data.vocab_size + 1)):
         rows.rows([0, 1])
-    with pytest.raises(InputError, match=f"hold token {data.num_ids}, but the tokenizer has"):
+    with pytest.raises(InputError, match=f"hold token {data.vocab_size}, but the tokenizer has"):
         bad.rows([0, 1])
 
 

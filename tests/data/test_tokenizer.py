@@ -10,7 +10,7 @@ from dials_jax.data.tokenizer import (
     encode_pair,
     load_tokenizer,
 )
-from dials_jax.data.tokenizer_files import fingerprint_of
+from dials_jax.data.tokenizer_files import backend_fingerprint
 from dials_jax.errors import InputError
 from tests.data import published
 
@@ -74,9 +74,9 @@ def test_a_plain_tokenizer_reads_names_of_special_tokens_as_text(tokenizer):
     text = "a [MASK]"
     mask_id = tokenizer.token_to_id("[MASK]")
     assert mask_id in tokenizer.encode(text)
-    assert mask_id not in tokenizer.plain().encode(text)
-    assert tokenizer.plain().decode(tokenizer.plain().encode(text)) == text
-    assert tokenizer.plain().fingerprint == tokenizer.fingerprint
+    assert mask_id not in tokenizer.for_documents().encode(text)
+    assert tokenizer.for_documents().decode(tokenizer.for_documents().encode(text)) == text
+    assert tokenizer.for_documents().fingerprint == tokenizer.fingerprint
 
 
 @pytest.mark.parametrize("content", [None, "not JSON"])
@@ -208,7 +208,7 @@ def test_what_a_bpe_cannot_spell_is_named_not_left_out(bpe):
     with pytest.raises(InputError, match="cannot encode '78c'"):
         bpe.encode_batch(["ab 7", "bc 78 ab"])
     with pytest.raises(InputError, match=r"cannot encode 'KMS\[\]'|cannot encode 'AKMS\[\]'"):
-        bpe.plain().encode("ab[MASK]")
+        bpe.for_documents().encode("ab[MASK]")
     assert bpe.encode("abb") == [3, 1]  # what was refused is not remembered as fine
     with pytest.raises(InputError, match="cannot encode '7'"):
         bpe.encode("7")
@@ -256,8 +256,12 @@ def test_added_tokens_that_are_not_special_are_text_in_documents(bpe):
     tokenizer = Tokenizer(bpe.backend)
     name, spaces = tokenizer.token_to_id("abab"), tokenizer.token_to_id("  ")
     assert tokenizer.encode("abab") == [name]
-    assert tokenizer.plain().encode("abab") == [3, 3]
-    assert tokenizer.plain().encode("ab  ab") == [3, spaces, 3]  # no name, only a run of spaces
-    assert tokenizer.plain().fingerprint == tokenizer.fingerprint
+    assert tokenizer.for_documents().encode("abab") == [3, 3]
+    assert tokenizer.for_documents().encode("ab  ab") == [
+        3,
+        spaces,
+        3,
+    ]  # no name, only a run of spaces
+    assert tokenizer.for_documents().fingerprint == tokenizer.fingerprint
     # Version 0.1 read them as tokens, so its fingerprint is an earlier one.
-    assert tokenizer.fingerprint != tokenizer.fingerprints[1] == fingerprint_of(bpe.backend)
+    assert tokenizer.fingerprint != tokenizer.fingerprints[1] == backend_fingerprint(bpe.backend)

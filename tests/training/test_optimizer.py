@@ -6,14 +6,14 @@ import pytest
 
 from dials_jax.config import ObjectiveConfig, OptimizerConfig
 from dials_jax.errors import InputError
-from dials_jax.training.optimizer import make_optimizer, make_schedule, num_steps, warmup_steps
+from dials_jax.training.optimizer import make_lr_schedule, make_optimizer, num_steps, warmup_steps
 
 EPOCH = 10  # steps
 
 
 def test_the_schedule_warms_up_and_follows_half_a_cosine():
     cfg = OptimizerConfig(learning_rate=0.4, num_steps=30, warmup_steps=10, final_scale=0.1)
-    schedule = make_schedule(cfg, EPOCH)
+    schedule = make_lr_schedule(cfg, EPOCH)
     assert schedule(0) == 0
     assert schedule(5) == pytest.approx(0.2)
     assert schedule(10) == pytest.approx(0.4)
@@ -23,7 +23,7 @@ def test_the_schedule_warms_up_and_follows_half_a_cosine():
 
 def test_without_a_final_scale_the_middle_of_the_cosine_is_half_the_peak():
     cfg = OptimizerConfig(learning_rate=0.4, num_steps=30, warmup_steps=10)
-    schedule = make_schedule(cfg, EPOCH)
+    schedule = make_lr_schedule(cfg, EPOCH)
     assert schedule(20) == pytest.approx(0.2)
     assert schedule(30) == pytest.approx(0, abs=1e-9)
 
@@ -31,14 +31,14 @@ def test_without_a_final_scale_the_middle_of_the_cosine_is_half_the_peak():
 @pytest.mark.parametrize("schedule", ["cosine", "constant"])
 def test_without_warm_up_the_first_step_has_the_peak(schedule):
     cfg = OptimizerConfig(learning_rate=0.4, num_steps=30, warmup_steps=0, lr_schedule=schedule)
-    assert make_schedule(cfg, EPOCH)(0) == pytest.approx(0.4)
+    assert make_lr_schedule(cfg, EPOCH)(0) == pytest.approx(0.4)
 
 
 def test_a_constant_rate_stays_after_the_warm_up():
     cfg = OptimizerConfig(
         learning_rate=0.4, num_steps=30, warmup_steps=10, lr_schedule="constant", final_scale=0.1
     )
-    schedule = make_schedule(cfg, EPOCH)
+    schedule = make_lr_schedule(cfg, EPOCH)
     rates = [float(schedule(step)) for step in (0, 5, 10, 20, 29)]
     assert rates == pytest.approx([0, 0.2, 0.4, 0.4, 0.4])
 
@@ -46,7 +46,7 @@ def test_a_constant_rate_stays_after_the_warm_up():
 def test_epochs_become_steps():
     cfg = OptimizerConfig(num_epochs=2.5, warmup_epochs=0.5)
     assert (num_steps(cfg, EPOCH), warmup_steps(cfg, EPOCH)) == (25, 5)
-    schedule = make_schedule(cfg, EPOCH)
+    schedule = make_lr_schedule(cfg, EPOCH)
     assert schedule(5) == pytest.approx(cfg.learning_rate)
     assert schedule(25) == pytest.approx(0, abs=1e-9)
 
@@ -55,13 +55,13 @@ def test_epochs_become_steps():
 def test_a_warm_up_that_does_not_end_or_is_negative_is_refused(warmup):
     cfg = OptimizerConfig(num_steps=30, warmup_steps=warmup)
     with pytest.raises(InputError, match=f"warm-up of {warmup} steps"):
-        make_schedule(cfg, EPOCH)
+        make_lr_schedule(cfg, EPOCH)
 
 
 def test_training_without_steps_is_refused():
     cfg = OptimizerConfig(num_steps=0, warmup_steps=0)
     with pytest.raises(InputError, match="no steps"):
-        make_schedule(cfg, EPOCH)
+        make_lr_schedule(cfg, EPOCH)
 
 
 def test_a_moving_average_that_never_moves_is_refused():
@@ -92,7 +92,7 @@ def steps(cfg, gradients, start):
 
 
 def test_two_adamw_steps_worked_out_by_hand():
-    schedule = make_schedule(CFG, EPOCH)
+    schedule = make_lr_schedule(CFG, EPOCH)
     w, m, v, expected = 2.0, 0.0, 0.0, []
     for t, g in enumerate((0.5, -0.2), start=1):
         m, v = 0.8 * m + 0.2 * g, 0.6 * v + 0.4 * g**2

@@ -110,7 +110,7 @@ def test_a_skipped_layer_passes_gradient_to_its_router(backbone, batch):
     objective = ObjectiveConfig(skip_weight=0.0)  # the skip loss would reach routers by itself
     loss_fn = router_loss(cfg, router, objective, remat=False)
     batch = jax.tree.map(jnp.asarray, batch)
-    draws = Draws.of(jax.random.key(0), batch.row, len(batch.row))
+    draws = Draws.of(jax.random.key(0), batch.sequence_index, len(batch.sequence_index))
     grads, metrics = jax.grad(loss_fn, has_aux=True)(routers, backbone.params, batch, draws)
     assert metrics["skip_rate"].value == 1
     assert np.all(np.any(grads["vote_bias"] != 0, axis=-1))  # in every layer
