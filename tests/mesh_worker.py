@@ -70,7 +70,9 @@ def train_step(mesh, loss_fn, init, frozen, prefix):
         out_shardings=(train_state_shardings(state, mesh, prefix), None),
     )
     with jax.set_mesh(mesh):
-        batches = [sharding.place_batch(batch_at(task.train, 0, i, 16), mesh) for i in range(2)]
+        batches = [
+            sharding.place_batch(batch_at(task.training_rows, 0, i, 16), mesh) for i in range(2)
+        ]
         step = step.lower(state, frozen, batches[0]).compile()
         for batch in batches:
             state, values = step(state, frozen, batch)

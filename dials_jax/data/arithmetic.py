@@ -1,12 +1,12 @@
-"""The procedural task of the demo: operations on a few digits, in characters.
+"""The procedural task of the demo: operations on two short numbers, one token per character.
 
     add      +37,58=   095    carries: a digit depends on those to its right
     reverse  r37,58=   8573   moves digits
     max      >37,58=   58     compares, then copies
     sort     s37,58=   3578   every digit depends on all
 
-All prompts have one length, and so have the answers of each operation. The operations differ in
-difficulty, so decisions per sequence make a difference. Sums take several times as long to learn
+All prompts have the same length, and so have all answers of one operation. The operations differ in
+difficulty, so it matters which layers each sequence skips. Sums take several times as long to learn
 as the others and are not in the demo.
 """
 
@@ -24,11 +24,11 @@ from dials_jax.data.tokenizer import Tokenizer, character_tokenizer
 from dials_jax.errors import nearest, require
 
 SYMBOLS = {"add": "+", "reverse": "r", "max": ">", "sort": "s"}
-HELD_OUT_ONE_IN = 10  # one of this many prompts is for testing
+HELD_OUT_ONE_IN = 10  # one of this many prompts is held out for testing
 
 
 def solve(operation: str, a: str, b: str) -> str:
-    """The answer for two operands of equally many digits."""
+    """Returns the answer. `a` and `b` are operands with the same number of digits."""
     if operation == "add":
         return f"{int(a) + int(b):0{len(a) + 1}d}"
     if operation == "max":
@@ -39,7 +39,8 @@ def solve(operation: str, a: str, b: str) -> str:
 class ArithmeticTask:
     """Items of the chosen operations, split into training and test by a hash of the prompt.
 
-    Raises: InputError for an unknown operation, or for more digits or items than exist.
+    Raises: InputError for an unknown or repeated operation, and for numbers of digits or items that
+      are out of range.
     """
 
     def __init__(self, cfg: ArithmeticData):
@@ -61,16 +62,21 @@ class ArithmeticTask:
 
     @property
     def prompt_length(self) -> int:
-        return 2 * self.cfg.digits + 3  # symbol, comma and equals sign
+        """In tokens: two operands, a symbol, a comma and an equals sign."""
+        return 2 * self.cfg.digits + 3
 
     @property
     def answer_length(self) -> int:
-        return max(2 * self.cfg.digits, self.cfg.digits + 1) + 1  # end of text included
+        """In tokens: the longest answer and the end of text."""
+        return max(2 * self.cfg.digits, self.cfg.digits + 1) + 1
 
     @functools.cached_property
-    def train(self) -> TaskRows:
-        """`num_items` distinct rows, equally many of each operation."""
-        records = self._first(self.cfg.num_items, held_out=False)
+    def training_rows(self) -> TaskRows:
+        """`num_items` distinct rows that alternate between the operations.
+
+        Raises: InputError if there are fewer training items than that.
+        """
+        records = self._first_records(self.cfg.num_items, held_out=False)
         texts = [text for r in records for text in (r["prompt"], r["answer"])]
         ids = self.tokenizer.encode_batch(texts)
         return TaskRows(
@@ -82,19 +88,21 @@ class ArithmeticTask:
         )
 
     def test_records(self, n: int = 1000) -> list[dict[str, str]]:
-        """`n` items that no training set of this `split_seed` contains: prompt, answer, operation.
+        """Returns `n` items that no training set of this `split_seed` contains.
 
-        The first n of a larger n are the same items.
+        Each has the fields prompt, answer and operation. A larger `n` begins with the same items.
+
+        Raises: InputError if there are fewer test items than that.
         """
-        return self._first(n, held_out=True)
+        return self._first_records(n, held_out=True)
 
     def records(self, held_out: bool) -> Iterator[dict[str, str]]:
-        """Every item of one side of the split, alternating between operations."""
-        sides = [self._side(operation, held_out) for operation in self.cfg.operations]
-        # Not strict: the shortest side ends them all, so that operations stay balanced.
-        return chain.from_iterable(zip(*sides, strict=False))
+        """Yields all test items (`held_out`) or training items, alternating between operations."""
+        streams = [self._operation_records(name, held_out) for name in self.cfg.operations]
+        # Not strict: the shortest stream ends them all, so that operations stay balanced.
+        return chain.from_iterable(zip(*streams, strict=False))
 
-    def _first(self, n: int, held_out: bool) -> list[dict[str, str]]:
+    def _first_records(self, n: int, held_out: bool) -> list[dict[str, str]]:
         records = list(islice(self.records(held_out), n))
         require(
             len(records) == n,
@@ -103,8 +111,8 @@ class ArithmeticTask:
         )
         return records
 
-    def _side(self, operation: str, held_out: bool) -> Iterator[dict[str, str]]:
-        """All items of one operation and side, in an order drawn from `split_seed`."""
+    def _operation_records(self, operation: str, held_out: bool) -> Iterator[dict[str, str]]:
+        """Yields the items of one operation in an order drawn from `split_seed`."""
         digits = self.cfg.digits
         random = random_generator(f"arithmetic {operation}", self.cfg.split_seed)
         for number in random.permutation(10 ** (2 * digits)):

@@ -22,16 +22,20 @@ from dials_jax.data.text import RowStore
 from dials_jax.errors import InputError, require
 from dials_jax.files import read_json
 
-# The last is a dependency of tensorflow-datasets that it does not declare.
+# importlib_resources is a dependency of tensorflow-datasets that it does not declare.
 GRAIN_PACKAGES = ("array_record", "grain", "tensorflow_datasets", "importlib_resources")
 
 
 def missing_grain_packages() -> list[str]:
+    """Returns the names of the packages for ArrayRecord that are not installed."""
     return [name for name in GRAIN_PACKAGES if importlib.util.find_spec(name) is None]
 
 
 class ArrayRecordRows:
-    """The rows of one split of a folder that `write_array_record` made, by number (RowStore)."""
+    """The rows of one split of a folder that `write_array_record` made (a RowStore).
+
+    Raises: InputError, in one line, whenever the folder cannot be read.
+    """
 
     def __init__(self, folder: Path, split: str):
         import grain
@@ -39,7 +43,7 @@ class ArrayRecordRows:
 
         _require_known_features(folder)
         self.folder = folder
-        with self._one_line():
+        with self._as_input_error():
             records = tfds.builder_from_directory(folder).as_data_source(split)
         self.records = grain.MapDataset.source(records)
 
@@ -47,11 +51,11 @@ class ArrayRecordRows:
         return len(self.records)
 
     def __getitem__(self, indices: Int[np.ndarray, "B"]) -> Integer[np.ndarray, "B T"]:
-        with self._one_line():  # the format has hashes: damaged data is never read as rows
+        with self._as_input_error():  # the format has hashes: damaged data is never read as rows
             return np.stack([self.records[int(i)]["tokens"] for i in indices])
 
     @contextlib.contextmanager
-    def _one_line(self) -> Iterator[None]:
+    def _as_input_error(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:  # the packages raise nothing more precise
@@ -63,9 +67,11 @@ class ArrayRecordRows:
 
 
 def _require_known_features(folder: Path) -> None:
-    """Raises: InputError for kinds of features that `write_array_record` does not write.
+    """Checks that features.json names only classes of tensorflow-datasets.
 
-    tensorflow-datasets imports whatever module their names begin with.
+    The package imports every module that the file names, so another name could run any code.
+
+    Raises: InputError for any other class.
     """
     path, ours = folder / "features.json", r"tensorflow_datasets\.core\.features\.\w+\.\w+"
     for name in _class_names(read_json(path)):
@@ -77,6 +83,7 @@ def _require_known_features(folder: Path) -> None:
 
 
 def _class_names(features: Any) -> Iterator[Any]:
+    """Yields the class names at any depth of a features.json."""
     if isinstance(features, list):
         features = dict(enumerate(features))
     for key, value in features.items() if isinstance(features, dict) else ():
@@ -87,9 +94,13 @@ def _class_names(features: Any) -> Iterator[Any]:
 
 
 def write_array_record(splits: Mapping[str, RowStore], length: int, folder: Path) -> None:
-    """Writes the rows of every split into `folder`, or nothing at all.
+    """Writes the rows of every split into `folder`, or leaves `folder` as it was.
 
-    Raises: InputError if what is read back has another number of rows or another last row.
+    Args:
+      length: tokens per row.
+
+    Raises: InputError if what is read back has another number of rows, or another first or last
+      row.
     """
     # Next to its final name, so that a folder of that name is always whole.
     temporary = folder.with_name(folder.name + ".tmp")
@@ -107,7 +118,13 @@ def write_array_record(splits: Mapping[str, RowStore], length: int, folder: Path
 
 
 def require_equal_ends(found: RowStore, wanted: RowStore, where: str) -> None:
-    """Raises: InputError unless both have equally many rows, and equal first and last rows."""
+    """Compares the numbers of rows, the first row and the last row.
+
+    Args:
+      where: the folder of `found`, for the message.
+
+    Raises: InputError if they differ.
+    """
     ends = np.array([0, len(wanted) - 1])
     if len(found) != len(wanted) or not np.array_equal(found[ends], wanted[ends]):
         raise InputError(
@@ -117,6 +134,7 @@ def require_equal_ends(found: RowStore, wanted: RowStore, where: str) -> None:
 
 
 def _builder(splits: Mapping[str, RowStore], length: int, folder: Path) -> Any:
+    """Makes the tensorflow-datasets builder that writes the rows into `folder`."""
     import tensorflow_datasets as tfds
     from tqdm import tqdm
 

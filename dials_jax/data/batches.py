@@ -18,11 +18,11 @@ Result = TypeVar("Result")
 
 
 class Batch(NamedTuple):
-    """Rows of one training step, or one process's share of them."""
+    """The sequences of one training step, or one process's share of them."""
 
     tokens: Int[np.ndarray, "B T"]  # int32
     answer: Bool[np.ndarray, "B T"]  # positions that may be masked
-    valid: Bool[np.ndarray, "B T"] | None  # not padding; None: no padding, and faster attention
+    valid: Bool[np.ndarray, "B T"] | None  # False: padding; None: no padding, so faster attention
     # Number of each sequence in the global batch, from which its random keys are folded.
     sequence_index: Int[np.ndarray, "B"]
 
@@ -33,9 +33,9 @@ RowArrays = tuple[Int[np.ndarray, "B T"], Bool[np.ndarray, "B T"], Bool[np.ndarr
 
 @runtime_checkable
 class TrainingData(Protocol):
-    """A finite set of rows of one shape.
+    """A finite set of rows of the same length; each becomes one sequence of a batch.
 
-    A data set may also have a pure function `finish_batch(batch, seed, step) -> Batch`, which changes
+    A data set may also have `finish_batch(batch, seed, step) -> Batch`. This pure function changes
     a whole batch; `batch_at` calls it last.
     """
 
@@ -44,21 +44,21 @@ class TrainingData(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Equal for data sets of equal rows."""
+        """A digest: equal for data sets with equal rows."""
         ...
 
     def rows(self, indices: Indices) -> RowArrays:
-        """(tokens, answer, valid) of these rows."""
+        """Returns (tokens, answer, valid) of these rows, as in `Batch`."""
         ...
 
 
 def random_generator(purpose: str, *numbers: int) -> np.random.Generator:
-    """A random generator for one purpose; other purposes with the same numbers are independent."""
+    """Returns a generator seeded by `purpose` and `numbers`; others give independent draws."""
     return np.random.default_rng([zlib.crc32(purpose.encode()), *(n % 2**32 for n in numbers)])
 
 
 @functools.lru_cache(maxsize=2)  # a batch may straddle two epochs
-def _epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
+def _epoch_order(num_rows: int, seed: int, epoch: int) -> Int[np.ndarray, "num_rows"]:
     order = random_generator("epoch order", seed, epoch).permutation(num_rows)
     order.flags.writeable = False
     return order
@@ -72,11 +72,13 @@ def batch_at(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Batch:
-    """The batch of one step. Every epoch is a new permutation; a batch may span two epochs.
+    """Returns this process's share of the batch of one step.
+
+    Every epoch is a new permutation of the rows; a batch may span two epochs.
 
     Args:
-      batch_size: rows over all processes. Process p gets the p-th contiguous share, so the global
-        batch does not depend on the number of processes.
+      batch_size: sequences over all processes. Process p gets the p-th contiguous share, so the
+        global batch does not depend on the number of processes.
 
     Raises: InputError if the processes cannot share the batch evenly.
     """
@@ -97,7 +99,7 @@ def batch_at(
 
 
 def steps_per_epoch(data: TrainingData, batch_size: int) -> int:
-    """Steps in one pass over the rows, rounded to the nearest: a batch may span two epochs."""
+    """Returns the steps of one pass over the rows, rounded: a batch may span two epochs."""
     return max(1, round(data.num_rows / batch_size))
 
 
@@ -106,7 +108,7 @@ def prefetch(
 ) -> Iterator[tuple[int, Result]]:
     """Yields (step, fn(step)) in order while one thread works up to `depth` steps ahead.
 
-    An exception of `fn` surfaces at its own step. Closing the iterator cancels what is queued.
+    An exception of `fn` is raised at its own step. Closing the iterator cancels what is queued.
     """
     pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
     ahead = deque(pool.submit(fn, step) for step in range(start, min(start + depth, stop)))

@@ -1,4 +1,4 @@
-"""Pads items of mixed lengths to few lengths, because each length is a program to compile."""
+"""Chooses few lengths to pad items of many lengths to: each length is a program to compile."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from jaxtyping import Float, Int
 def padded_lengths(
     lengths: Sequence[int], multiple: int, max_sizes: int, batch_size: int = 1
 ) -> list[int]:
-    """The length that every item is padded to, so that the device computes the fewest tokens.
+    """Returns the length to pad each item to, so that the device computes the fewest tokens.
 
-    A size is a multiple of `multiple`, or the longest length if that is less. Equal lengths get
-    equal sizes in any order of the items.
+    A padded length is a multiple of `multiple`, or the longest length if that is less. It depends
+    on the lengths of the items and not on their order.
 
     Args:
-      max_sizes: how many different sizes there may be.
+      max_sizes: the greatest number of different padded lengths.
       batch_size: a batch that is not full costs as much as a full one.
     """
     lengths = np.asarray(lengths)
@@ -31,10 +31,10 @@ def padded_lengths(
 def padded_pair_lengths(
     pairs: Sequence[tuple[int, int]], multiple: int, max_shapes: int
 ) -> list[tuple[int, int]]:
-    """The (prompt, answer) lengths that every pair is padded to, at most `max_shapes` of them.
+    """Returns the (prompt, answer) lengths to pad each pair to: at most `max_shapes` of them.
 
-    Prompts and answers have separate sizes. Of all pairs of numbers of sizes that make few enough
-    shapes, the one with the fewest tokens is taken.
+    Prompts and answers are padded separately, to i and j different lengths. Of all (i, j) that give
+    at most `max_shapes` shapes, the one with the fewest tokens is taken.
     """
     prompts, answers = (
         [padded_lengths(lengths, multiple, most) for most in range(1, max_shapes + 1)]
@@ -43,18 +43,22 @@ def padded_pair_lengths(
     few = [
         (p, a) for p in prompts for a in answers if len(set(zip(p, a, strict=True))) <= max_shapes
     ]
-    return list(zip(*min(few, key=lambda way: sum(map(sum, way))), strict=True))
+    prompt_lengths, answer_lengths = min(few, key=lambda both: sum(map(sum, both)))
+    return list(zip(prompt_lengths, answer_lengths, strict=True))
 
 
-def batches_by_length(sizes: Sequence, batch_size: int) -> Iterator[list[int]]:
-    """Yields indices of at most `batch_size` items of one size, the largest size first.
+def batches_by_length(lengths: Sequence, batch_size: int) -> Iterator[list[int]]:
+    """Yields the indices of at most `batch_size` items of one padded length, the longest first.
 
-    Largest first, so that a batch that does not fit in memory fails at once. The caller puts
+    Longest first, so that a batch that does not fit in memory fails at once. The caller puts
     results back in order by index: `results[i]` belongs to `items[i]`.
+
+    Args:
+      lengths: of each item, from `padded_lengths` or `padded_pair_lengths`.
     """
     members_of = defaultdict(list)
-    for i, size in enumerate(sizes):
-        members_of[size].append(i)
+    for i, length in enumerate(lengths):
+        members_of[length].append(i)
     for _, members in sorted(members_of.items(), reverse=True):
         for start in range(0, len(members), batch_size):
             yield members[start : start + batch_size]
@@ -63,10 +67,10 @@ def batches_by_length(sizes: Sequence, batch_size: int) -> Iterator[list[int]]:
 def _fewest_tokens(
     sizes: Int[np.ndarray, "n"], counts: Int[np.ndarray, "n"], max_sizes: int, batch_size: int
 ) -> Int[np.ndarray, "k"]:
-    """The sizes to keep, by dynamic programming; the fewest among equals.
+    """Returns the sizes to keep, by dynamic programming. Among equal costs the fewest sizes win.
 
-    least[k, j] is the cost of the j smallest sizes in k buckets: the last of them holds those from
-    some i on, padded to the largest.
+    least[k, j] is the fewest tokens for the items of the j smallest sizes in k buckets. The last
+    bucket holds the sizes first[k, j] to j - 1, padded to size j - 1.
     """
     n, max_sizes = len(sizes), min(max_sizes, len(sizes))
     before = np.append(0, np.cumsum(counts))
@@ -75,8 +79,8 @@ def _fewest_tokens(
     first = np.zeros((max_sizes + 1, n + 1), int)
     for k in range(1, max_sizes + 1):
         for j in range(1, n + 1):
-            rows = -(-(before[j] - before[:j]) // batch_size) * batch_size
-            cost: Float[np.ndarray, "j"] = least[k - 1, :j] + rows * sizes[j - 1]
+            items = -(-(before[j] - before[:j]) // batch_size) * batch_size
+            cost: Float[np.ndarray, "j"] = least[k - 1, :j] + items * sizes[j - 1]
             first[k, j] = np.argmin(cost)
             least[k, j] = cost[first[k, j]]
     k, j, kept = int(np.argmin(least[:, n])), n, []

@@ -1,12 +1,12 @@
-"""Reading a corpus that `prepare.py` has written.
+"""Reads a corpus that `prepare.py` has written.
 
-    manifest.json     settings, counts and digests; written last, so it stands for a whole folder
+    manifest.json     settings, counts and digests; written last: a folder with it is complete
     tokenizer.json    the tokenizer that made the rows
-    parts/            the rows of some thousand documents each, as .npy
+    parts/            .npy files with the rows of some thousand documents each
     array_record/     the same rows as ArrayRecord
 
-With the .npy parts preparing continues where it stopped. They stay, because machines without Grain
-read them; they take as much disk again (18 GB for OpenWebText).
+A stopped `prepare.py` continues after the last part. The parts are kept, because machines without
+Grain read them; they take as much disk space as the ArrayRecord files (18 GB for OpenWebText).
 """
 
 from __future__ import annotations
@@ -30,11 +30,14 @@ from dials_jax.errors import InputError, nearest, require
 from dials_jax.files import read_json, write_json
 
 MANIFEST, PARTS, ARRAY_RECORD = "manifest.json", "parts", "array_record"
-FILE_FACTS = "files.json"  # what is known of files as long as their size, date and inode stay
+FILE_FACTS = "files.json"  # facts about files; they hold while size, date and inode are the same
 
 
 class PartRows:
-    """The rows of several .npy files, one after the other, memory-mapped (RowStore)."""
+    """The rows of several .npy files, one file after the other, memory-mapped (a RowStore).
+
+    Raises: InputError for a file that is missing or no .npy file.
+    """
 
     def __init__(self, files: Sequence[Path]):
         try:
@@ -57,7 +60,11 @@ class PartRows:
 
 
 def read_manifest(cfg: CorpusData) -> dict[str, Any]:
-    """Raises: InputError if the folder is not prepared, or with other settings than `cfg`."""
+    """Reads manifest.json and compares it with the configuration.
+
+    Raises: InputError if the folder is not prepared or damaged, or was prepared with other
+      settings.
+    """
     folder = Path(cfg.folder)
     require(
         (folder / MANIFEST).is_file(),
@@ -85,7 +92,7 @@ def read_manifest(cfg: CorpusData) -> dict[str, Any]:
 
 
 def _is_manifest(manifest: dict[str, Any]) -> bool:
-    """Whether it has all values that reading needs, and every part is a file of this folder."""
+    """Whether it has all values that readers need, and every part is a file of this folder."""
     try:
         known = {"tokenizer", "eos_id"} <= manifest["settings"].keys()
         return known and all(
@@ -97,20 +104,20 @@ def _is_manifest(manifest: dict[str, Any]) -> bool:
         return False
 
 
-def is_part_entry(note: Any) -> bool:
-    """Whether it names a file of the folder and its number of rows."""
+def is_part_entry(entry: Any) -> bool:
+    """Whether `entry` names a file of the folder, its number of rows and its digest."""
     return (
-        isinstance(note, dict)
-        and re.fullmatch(r"[\w-]+\.npy", str(note.get("file"))) is not None
-        and type(note.get("rows")) is int
-        and isinstance(note.get("sha256"), str)
+        isinstance(entry, dict)
+        and re.fullmatch(r"[\w-]+\.npy", str(entry.get("file"))) is not None
+        and type(entry.get("rows")) is int
+        and isinstance(entry.get("sha256"), str)
     )
 
 
 def load_corpus(cfg: CorpusData, eos_id: int | None, tokenizer: Tokenizer) -> PackedText:
-    """The rows of `cfg.split` in `cfg.folder`: equal rows in equal order with either reader.
+    """Opens the rows of `cfg.split` in `cfg.folder`. Both readers give the same rows in one order.
 
-    Raises: InputError for a folder that is not prepared, damaged, or made for another length,
+    Raises: InputError for a folder that is not prepared, damaged, or made with another length,
       tokenizer or end of text.
     """
     folder, manifest = Path(cfg.folder), read_manifest(cfg)
@@ -131,7 +138,7 @@ def load_corpus(cfg: CorpusData, eos_id: int | None, tokenizer: Tokenizer) -> Pa
         "prepare another folder",
     )
     rows: RowStore
-    if _reader(cfg) == "grain":
+    if _choose_reader(cfg) == "grain":
         rows = ArrayRecordRows(folder / ARRAY_RECORD, cfg.split)
         require(
             len(rows) == split["rows"], f"{folder / ARRAY_RECORD} is incomplete; prepare it again"
@@ -151,29 +158,29 @@ def load_corpus(cfg: CorpusData, eos_id: int | None, tokenizer: Tokenizer) -> Pa
 
 
 def read_file_facts(folder: Path) -> dict[str, dict[str, Any]]:
-    """The facts about files, by their paths; none if they were edited or half written."""
+    """Reads the facts about files, by path; an empty dict if they are missing or damaged."""
     with contextlib.suppress(InputError):
-        notes = read_json(folder / FILE_FACTS)
-        return {path: note for path, note in notes.items() if isinstance(note, dict)}
+        facts = read_json(folder / FILE_FACTS)
+        return {path: fact for path, fact in facts.items() if isinstance(fact, dict)}
     return {}
 
 
 def verify_parts(folder: Path, split: dict[str, Any], again: bool = False) -> None:
-    """Compares the parts of a split of the manifest with their digests.
+    """Compares the parts of a split with the digests in its entry of the manifest.
 
-    This reads every byte. The result is recorded in the folder if that is writable; then files of
-    the same size, date and inode are not read a second time.
+    This reads every byte. The result is stored in the folder if that is writable; then files of the
+    same size, date and inode are not read a second time.
 
     Args:
-      again: read all of them, recorded or not.
+      again: read all parts, even if they were verified before.
 
-    Raises: InputError, naming the part that is missing or has changed.
+    Raises: InputError naming the part that is missing or has changed.
     """
     from tqdm import tqdm
 
-    notes = read_file_facts(folder)
+    facts = read_file_facts(folder)
     # No path ends with a slash, so this key differs from those of the corpus's files.
-    verified = notes.setdefault(f"{PARTS}/", {})
+    verified = facts.setdefault(f"{PARTS}/", {})
     fresh = {}
     for part in split["parts"]:
         path = folder / PARTS / part["file"]
@@ -192,11 +199,14 @@ def verify_parts(folder: Path, split: dict[str, Any], again: bool = False) -> No
     if fresh:
         verified |= fresh
         with contextlib.suppress(OSError):  # a read-only folder
-            write_json(folder / FILE_FACTS, notes)
+            write_json(folder / FILE_FACTS, facts)
 
 
 def open_part_rows(folder: Path, split: dict[str, Any], length: int) -> PartRows:
-    """The .npy rows of one split of the manifest. Raises: InputError if some are missing."""
+    """Opens the .npy files of one split of the manifest.
+
+    Raises: InputError if a file is missing, or its shape or dtype is not that of the manifest.
+    """
     files = [folder / PARTS / part["file"] for part in split["parts"]]
     rows = PartRows(files)
     for file, part, found in zip(files, split["parts"], rows.parts, strict=True):
@@ -208,8 +218,8 @@ def open_part_rows(folder: Path, split: dict[str, Any], length: int) -> PartRows
     return rows
 
 
-def _reader(cfg: CorpusData) -> str:
-    """The configured reader; for "auto" Grain if it is installed and the folder has ArrayRecord."""
+def _choose_reader(cfg: CorpusData) -> str:
+    """Returns "grain" or "numpy"; "auto" is Grain if it is installed and there is ArrayRecord."""
     missing, records = missing_grain_packages(), Path(cfg.folder) / ARRAY_RECORD
     if cfg.reader == "auto":
         return "numpy" if missing or not records.is_dir() else "grain"
@@ -220,6 +230,7 @@ def _reader(cfg: CorpusData) -> str:
 
 
 def require_grain(missing: Sequence[str]) -> None:
+    """Raises: InputError naming the packages in `missing`, from `missing_grain_packages`."""
     require(
         not missing,
         f"reader='grain' needs {', '.join(missing)}; pip install 'dials_jax[data]', or set "

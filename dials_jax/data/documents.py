@@ -35,13 +35,13 @@ READ_AHEAD = 1000  # documents that a Hugging Face data set hands out at a time
 
 @dataclass(frozen=True)
 class Documents:
-    """Documents 0 to `count` of a corpus.
+    """The documents of a corpus, numbered from 0 to `count` - 1.
 
     Attributes:
-      digest: equal for equal corpora.
-      former_digest: the digest of the same documents in earlier versions.
-      read: yields documents start to stop, each as (where, its text in pieces).
+      digest: equal for corpora with equal documents.
+      read: `read(start, stop)` yields these documents, each as (where, its text in pieces).
       skipped: files that were left out.
+      former_digest: the digest that earlier versions computed for the same documents.
     """
 
     count: int
@@ -52,12 +52,12 @@ class Documents:
 
 
 def open_documents(cfg: CorpusData) -> Documents:
-    """Counts the documents and reads all files once, so that broken files are found first.
+    """Counts the documents. Reads all files once, so that broken ones are found before the work.
 
     The result is stored in `cfg.folder`; files of the same size and date are not read again.
 
-    Raises: InputError for a corpus that is missing, and for files that cannot be read, named and
-      counted, unless `skip_bad_files`.
+    Raises: InputError for a corpus that is missing; unless `skip_bad_files`, also for files that
+      cannot be read, with their number and names.
     """
     require(
         bool(cfg.dataset) != bool(cfg.paths),
@@ -72,7 +72,7 @@ def open_documents(cfg: CorpusData) -> Documents:
 
 
 def _file_documents(cfg: CorpusData, paths: list[Path]) -> Documents:
-    found = _survey(cfg, paths)
+    found = _survey_files(cfg, paths)
     bad = {path: entry["error"] for path, entry in found.items() if entry["error"]}
     files = [(Path(path), entry) for path, entry in found.items() if path not in bad]
     if bad:
@@ -99,8 +99,8 @@ def _file_documents(cfg: CorpusData, paths: list[Path]) -> Documents:
     return Documents(count, digest, read, skipped=tuple(bad))
 
 
-def _survey(cfg: CorpusData, paths: list[Path]) -> dict[str, dict[str, Any]]:
-    """The facts about every file: its documents, its digest, and why it cannot be read."""
+def _survey_files(cfg: CorpusData, paths: list[Path]) -> dict[str, dict[str, Any]]:
+    """Collects facts about every file: its documents, its digest, and why it cannot be read."""
     from tqdm import tqdm
 
     known = read_file_facts(Path(cfg.folder))
@@ -110,15 +110,16 @@ def _survey(cfg: CorpusData, paths: list[Path]) -> dict[str, dict[str, Any]]:
         stamp = [path.stat().st_size, path.stat().st_mtime_ns, field]
         entry = known.get(str(path), {})
         unchanged = entry.get("stamp") == stamp and entry.get("error") == ""
-        found[str(path)] = entry if unchanged else {"stamp": stamp, **_look_at(path, field)}
-    parts = f"{PARTS}/"  # what `corpus.verify_parts` notes there
+        found[str(path)] = entry if unchanged else {"stamp": stamp, **_survey_file(path, field)}
+    parts = f"{PARTS}/"  # the key of what `corpus.verify_parts` stores
     write_json(
         Path(cfg.folder) / FILE_FACTS, ({parts: known[parts]} if parts in known else {}) | found
     )
     return found
 
 
-def _look_at(path: Path, field: str) -> dict[str, Any]:
+def _survey_file(path: Path, field: str) -> dict[str, Any]:
+    """Reads a whole file: its number of documents and SHA-256, or why it cannot be read."""
     count = 0
     try:
         digest = content_sha256(path)
@@ -131,33 +132,33 @@ def _look_at(path: Path, field: str) -> dict[str, Any]:
 
 
 def _local_documents(cfg: CorpusData) -> Documents:
-    """A local folder. Files of the formats that `paths` takes are read as `paths` reads them.
+    """Reads a data set in a local folder; files of the formats that `paths` takes as `paths` does.
 
     The package decides which files belong to a split, by their names or the folder's README.md. Its
-    own reader would leave out all but the most frequent format, and rewrite dates in JSON.
+    own reader would leave out all formats but the most frequent one, and rewrite dates in JSON.
     """
     import datasets
 
-    with _named(cfg):
+    with _naming_dataset(cfg):
         config = datasets.load_dataset_builder(cfg.dataset, cfg.dataset_config or None).config
         files = {str(split): list(of) for split, of in (config.data_files or {}).items()}
         split = cfg.dataset_split.partition("[")[0]  # "train[:10%]" takes some of its documents
     chosen = files.get(split, [])
-    known = TEXT_SUFFIXES + JSON_LINES_SUFFIXES
-    readable = chosen and all(file.endswith(known) for file in chosen)
+    suffixes = TEXT_SUFFIXES + JSON_LINES_SUFFIXES
+    readable = chosen and all(file.endswith(suffixes) for file in chosen)
     if not readable or split != cfg.dataset_split:
         digests = [[Path(file).name, content_sha256(Path(file))] for file in sorted(chosen)]
         return _hub_documents(cfg, digests)
-    named = _matching_files(cfg.dataset, split)
-    # A README.md may choose other files than names do.
-    paths = [Path(file) for file in (named if set(chosen) <= set(named) else chosen)]
-    warn_unread_files(Path(cfg.dataset), paths, known)
-    documents = _file_documents(cfg, sorted(p for p in paths if p.name.endswith(known)))
+    matching = _matching_files(cfg.dataset, split)
+    # A README.md may choose other files than their names do.
+    paths = [Path(file) for file in (matching if set(chosen) <= set(matching) else chosen)]
+    warn_unread_files(Path(cfg.dataset), paths, suffixes)
+    documents = _file_documents(cfg, sorted(p for p in paths if p.name.endswith(suffixes)))
     return dataclasses.replace(documents, digest=f"files:{documents.digest}")
 
 
 def _matching_files(folder: str, split: str) -> list[str]:
-    """All files, of any format, that the package counts to a split by their names."""
+    """Returns the files, of any format, that the package assigns to a split by their names."""
     from datasets.data_files import get_data_patterns, resolve_pattern
 
     found: set[str] = set()
@@ -169,29 +170,32 @@ def _matching_files(folder: str, split: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def _named(cfg: CorpusData) -> Iterator[None]:
-    """Turns any error of the package, from no network to a bad name, into one line."""
+def _naming_dataset(cfg: CorpusData) -> Iterator[None]:
+    """Turns any error of the package into one line that names the data set."""
     try:
         yield
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"data set {_name(cfg)}: {reason}; correct it or give paths=") from error
+        name = _dataset_name(cfg)
+        raise InputError(f"data set {name}: {reason}; correct it or give paths=") from error
 
 
-def _name(cfg: CorpusData) -> str:
+def _dataset_name(cfg: CorpusData) -> str:
     return ", ".join(filter(None, [cfg.dataset, cfg.dataset_config, cfg.dataset_split]))
 
 
 def _hub_documents(cfg: CorpusData, files: list[list[str]] | None = None) -> Documents:
-    """A data set as the package reads it.
+    """Reads a data set with the package `datasets`.
 
     Args:
       files: names and digests of its files, if they are local.
+
+    Raises: InputError for a data set that cannot be loaded, or without a text in every document.
     """
     import datasets
 
-    name = _name(cfg)
-    with _named(cfg):
+    name = _dataset_name(cfg)
+    with _naming_dataset(cfg):
         found = datasets.load_dataset(
             cfg.dataset, cfg.dataset_config or None, split=cfg.dataset_split
         )

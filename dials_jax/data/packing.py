@@ -1,11 +1,11 @@
 """From documents to rows of equal length: two ways to pack, each with EOS after every document.
 
-    stream   all documents in a line, cut into rows; what does not fill the last row is dropped
-    mdlm     a thousand documents at a time: in a line, cut to `length` - 2, every piece between two
-             EOS tokens; what does not fill a row is dropped at each thousand
+    stream   all documents one after the other, cut into rows; an incomplete last row is dropped
+    mdlm     each thousand documents one after the other, cut into pieces of `length` - 2 tokens; a
+             row is EOS, piece, EOS; an incomplete last row is dropped in each thousand
 
-Source of `mdlm`: kuleshov-group/mdlm, dataloader.py, `_group_texts`. Its map batches start again in
-every split. It drops about half a row of some 1,100 per batch.
+Source of `mdlm`: kuleshov-group/mdlm, dataloader.py, `_group_texts`. Each split begins a new
+thousand. About half a row of some 1,100 is dropped per thousand documents.
 """
 
 from __future__ import annotations
@@ -19,45 +19,52 @@ from jaxtyping import Integer
 
 from dials_jax.data.encoding import EncodedPiece
 
-BATCH_DOCUMENTS = 1000  # what `datasets.map` hands to the reference's packing at a time
+BATCH_DOCUMENTS = 1000  # that `datasets.map` gives to the reference's packing at a time
 
 PackedRows = Integer[np.ndarray, "n T"]
 
 
 def token_dtype(*largest: int) -> np.dtype:
-    """Two bytes per token where they suffice."""
+    """Returns the stored dtype for ids up to the `largest`: two bytes per token if they suffice."""
     return np.dtype("<u2" if max(largest) < 2**16 else "<u4")
 
 
 def pack_stream(
     pieces: Sequence[EncodedPiece], rest: list[int], length: int, eos_id: int, dtype: np.dtype
 ) -> tuple[PackedRows, list[int]]:
-    """Rows of the tokens of `rest` and the documents, and the tokens left for the next call.
+    """Packs `rest` and the pieces. Returns the rows, and the tokens left for the next call.
 
-    A document that is only EOS is left out.
+    A document without text, which is only EOS, is left out. `eos_id` is not used.
     """
-    return _cut([rest, *(piece.ids for piece in pieces if not piece.empty)], length, dtype)
+    texts = (piece.ids for piece in pieces if not piece.is_empty_document)
+    return _cut_rows([rest, *texts], length, dtype)
 
 
 def pack_mdlm(
     pieces: Sequence[EncodedPiece], rest: list[int], length: int, eos_id: int, dtype: np.dtype
 ) -> tuple[PackedRows, list[int]]:
-    """Rows of a part of a thousand documents, and the tokens left for the next part."""
-    texts, rest = _cut([rest, *(piece.ids for piece in pieces)], length - 2, dtype)
+    """Packs `rest` and the pieces. Returns the rows, and the tokens left for the next call.
+
+    The caller drops what is left after each thousand documents.
+    """
+    texts, rest = _cut_rows([rest, *(piece.ids for piece in pieces)], length - 2, dtype)
     ends = np.full((len(texts), 1), eos_id, dtype)
     return np.concatenate([ends, texts, ends], axis=1), rest
 
 
-def _cut(
+def _cut_rows(
     documents: Sequence[list[int]], length: int, dtype: np.dtype
 ) -> tuple[PackedRows, list[int]]:
+    """Concatenates the documents. Returns them as rows, and the tokens that do not fill a row."""
     tokens = np.fromiter(chain.from_iterable(documents), dtype)
     whole = len(tokens) // length * length
     return tokens[:whole].reshape(-1, length), tokens[whole:].tolist()
 
 
 class Packing(NamedTuple):
-    rows: Callable[
+    """A way to pack."""
+
+    pack: Callable[
         [Sequence[EncodedPiece], list[int], int, int, np.dtype], tuple[PackedRows, list[int]]
     ]
     keeps_rest: bool  # from one thousand documents to the next
@@ -69,9 +76,10 @@ PACKINGS = {"mdlm": Packing(pack_mdlm, False), "stream": Packing(pack_stream, Tr
 def write_rows(
     out: BinaryIO, batches: Iterable[Integer[np.ndarray, "_ T"]], length: int, dtype: np.dtype
 ) -> int:
-    """Writes rows batch by batch, with the bytes of `np.save` of all; returns their number.
+    """Writes rows batch by batch as one .npy file, and returns their number.
 
-    numpy leaves room in the header for the first axis to grow, so it can be written again.
+    The bytes are those of `np.save` of all rows. numpy leaves room in the header for the first axis
+    to grow, so the header can be overwritten at the end.
     """
 
     def write_header(num_rows: int) -> None:

@@ -1,8 +1,8 @@
 """Prepares a corpus once, from documents to rows on disk; it may be stopped and continued.
 
-Documents are packed part by part. A part is written under a temporary name, renamed, and recorded
-in its own .json; a recorded part is never written again. So a stopped run continues after its last
-part, and the result has the same bytes as without the stop.
+Documents are packed part by part. A part is written under a temporary name and renamed; then its
+entry is written to a .json beside it. A part with an entry is never written again. So a stopped run
+continues after its last part, and the result has the same bytes as without the stop.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ PART_BATCHES = 20  # batches of documents per part: a stop loses at most a minut
 
 
 def prepare_corpus(cfg: CorpusData, model_config: ModelConfig) -> dict[str, Any]:
-    """Tokenises and packs the corpus into `cfg.folder`, or continues, or verifies what is there.
+    """Tokenises and packs the corpus into `cfg.folder`; continues or verifies what is there.
 
     Returns: the manifest, with the counts and digests of every split.
     Raises: InputError for a corpus, tokenizer or folder that does not fit, before work begins.
@@ -76,19 +76,19 @@ def _prepare(cfg: CorpusData, model_config: ModelConfig, folder: Path) -> dict[s
     settings = _settings(cfg, model_config, tokenizer, documents)
     names = (MANIFEST, PARTS, ARRAY_RECORD, "tokenizer.json")
     require_unclaimed(folder, SETTINGS, names, reads=cfg.tokenizer)
-    also = {"tokenizer": tokenizer.fingerprints, "source": (documents.former_digest,)}
-    _claim(folder, settings, also)
+    former = {"tokenizer": tokenizer.fingerprints, "source": (documents.former_digest,)}
+    _claim_folder(folder, settings, former)
     tokenizer.save(folder)
     packer = _Packer(cfg, model_config, tokenizer.for_documents(), documents, folder / PARTS)
-    border = documents.count - cfg.num_validation
+    num_train = documents.count - cfg.num_validation
     # The small split first: if it fills no row, that should show before hours of work.
-    ranges = {"validation": range(border, documents.count), "train": range(border)}
+    ranges = {"validation": range(num_train, documents.count), "train": range(num_train)}
     splits = {}
     for name, numbers in ranges.items():
         if numbers:
-            splits[name] = packer.pack(name, numbers)
-            _verify(folder, name, splits[name], len(numbers), cfg.length)
-    _add_records(cfg, folder, splits)
+            splits[name] = packer.pack_split(name, numbers)
+            _verify_split(folder, name, splits[name], len(numbers), cfg.length)
+    _add_array_record(cfg, folder, splits)
     manifest = {"settings": settings, "splits": splits, "skipped": documents.skipped}
     write_json(folder / MANIFEST, manifest)
     return manifest
@@ -97,7 +97,7 @@ def _prepare(cfg: CorpusData, model_config: ModelConfig, folder: Path) -> dict[s
 def _settings(
     cfg: CorpusData, model_config: ModelConfig, tokenizer: Tokenizer, documents: Documents
 ) -> dict[str, Any]:
-    """Everything that the rows depend on."""
+    """Returns everything that the rows depend on."""
     return {
         "documents": documents.count,
         "source": documents.digest,
@@ -111,13 +111,15 @@ def _settings(
     }
 
 
-def _claim(folder: Path, settings: dict[str, Any], also: Mapping[str, Collection[str]]) -> None:
-    """Records what the folder is for.
+def _claim_folder(
+    folder: Path, settings: dict[str, Any], former: Mapping[str, Collection[str]]
+) -> None:
+    """Writes `settings` into the folder, or compares them with those that it was begun with.
 
     Args:
-      also: values that earlier versions gave the same settings.
+      former: by setting, other values that earlier versions computed for the same corpus.
 
-    Raises: InputError if it holds something else.
+    Raises: InputError naming the first setting that differs.
     """
     path = folder / SETTINGS
     begun = read_json(path) if path.exists() else {}
@@ -130,7 +132,7 @@ def _claim(folder: Path, settings: dict[str, Any], also: Mapping[str, Collection
     )
     for name, there in begun.items():
         require(
-            there in (settings.get(name), *also.get(name, ())),
+            there in (settings.get(name), *former.get(name, ())),
             f"{folder} was begun with {name}={there!r}, not {settings.get(name)!r}; choose "
             "another folder, or delete it",
         )
@@ -139,58 +141,64 @@ def _claim(folder: Path, settings: dict[str, Any], also: Mapping[str, Collection
 
 @dataclass(frozen=True)
 class _Packer:
-    """Documents to parts."""
+    """Packs documents into parts below `folder`."""
 
     cfg: CorpusData
     model_config: ModelConfig
-    plain: Tokenizer
+    tokenizer: Tokenizer  # from `Tokenizer.for_documents()`
     documents: Documents
     folder: Path
 
-    def pack(self, split: str, numbers: range) -> dict[str, Any]:
-        """Writes the missing parts of one split; returns its entry of the manifest."""
+    def pack_split(self, split: str, numbers: range) -> dict[str, Any]:
+        """Writes the missing parts of one split; returns its entry of the manifest.
+
+        Args:
+          numbers: of the split's documents in the corpus.
+        """
         from tqdm import tqdm
 
         self.folder.mkdir(parents=True, exist_ok=True)
         size, rest, parts = PART_BATCHES * BATCH_DOCUMENTS, [], []
-        documents, at = iter(()), None  # one pass over the corpus, from the first missing part on
+        # One pass over the corpus, from the first missing part on.
+        documents, next_document = iter(()), None
         # disable=None: no bar where stderr is a file.
         with tqdm(desc=split, total=len(numbers), unit=" documents", disable=None) as progress:
             for part, first in enumerate(range(0, len(numbers), size)):
-                note = self.folder / f"{split}-{part:05d}.json"
-                if not note.exists():
-                    if at != first:
+                entry_file = self.folder / f"{split}-{part:05d}.json"
+                if not entry_file.exists():
+                    if next_document != first:
                         documents = self.documents.read(numbers[first], numbers.stop)
-                    self._write(note, documents, rest, progress.update)
-                    at = first + size
-                parts.append(_read_note(note))
+                    self._write_part(entry_file, documents, rest, progress.update)
+                    next_document = first + size
+                parts.append(_read_part_entry(entry_file))
                 rest = parts[-1].pop("rest")
                 progress.update(first + parts[-1]["documents"] - progress.n)
         counts = {name: sum(p[name] for p in parts) for name in ("documents", "tokens", "rows")}
         return {**counts, "parts": parts}
 
-    def _write(
+    def _write_part(
         self,
-        note: Path,
+        entry_file: Path,
         documents: Iterator[Document],
         rest: list[int],
         advance: Callable[[int], Any],
     ) -> None:
-        """Writes the rows of `documents`, then their .json.
+        """Writes the rows of the next documents, then the part's entry, with the tokens left over.
 
         Args:
-          rest: tokens left over from the parts before; replaced by those left over from this one.
+          rest: the tokens left over from the part before.
+          advance: is told the number of documents that are done.
         """
-        dtype = token_dtype(self.plain.vocab_size - 1, self.model_config.eos_id)
+        dtype = token_dtype(self.tokenizer.vocab_size - 1, self.model_config.eos_id)
         counts, rest = {"documents": 0, "tokens": 0}, list(rest)
-        rows = self._rows(documents, rest, dtype, counts, advance)
-        data = note.with_suffix(".npy")
+        rows = self._pack_rows(documents, rest, dtype, counts, advance)
+        data = entry_file.with_suffix(".npy")
         with replacing(data) as file:
             counts["rows"] = write_rows(file, rows, self.cfg.length, dtype)
         digest = file_sha256(data)
-        write_json(note, {"file": data.name, **counts, "sha256": digest, "rest": rest})
+        write_json(entry_file, {"file": data.name, **counts, "sha256": digest, "rest": rest})
 
-    def _rows(
+    def _pack_rows(
         self,
         documents: Iterator[Document],
         rest: list[int],
@@ -203,9 +211,9 @@ class _Packer:
         eos_id, mask_id = self.model_config.eos_id, self.model_config.mask_id
         for _ in range(PART_BATCHES):
             thousand = islice(documents, BATCH_DOCUMENTS)
-            for pieces in encode_documents(thousand, self.plain, eos_id, mask_id):
-                rows, rest[:] = packing.rows(pieces, rest, length, eos_id, dtype)
-                ended = sum(piece.ends for piece in pieces)
+            for pieces in encode_documents(thousand, self.tokenizer, eos_id, mask_id):
+                rows, rest[:] = packing.pack(pieces, rest, length, eos_id, dtype)
+                ended = sum(piece.ends_document for piece in pieces)
                 counts["documents"] += ended
                 counts["tokens"] += sum(len(piece.ids) for piece in pieces)
                 advance(ended)
@@ -214,8 +222,10 @@ class _Packer:
                 rest.clear()
 
 
-def _verify(folder: Path, name: str, split: dict[str, Any], documents: int, length: int) -> None:
-    """Raises: InputError if counts do not add up, or a part has changed."""
+def _verify_split(
+    folder: Path, name: str, split: dict[str, Any], documents: int, length: int
+) -> None:
+    """Raises: InputError if the counts of a split are wrong, or a part has changed."""
     require(
         split["documents"] == documents,
         f"{folder}, {name}: {split['documents']} of {documents} documents were packed; the corpus "
@@ -229,18 +239,21 @@ def _verify(folder: Path, name: str, split: dict[str, Any], documents: int, leng
     verify_parts(folder, split, again=True)
 
 
-def _read_note(path: Path) -> dict[str, Any]:
-    note = read_json(path)
-    counts = all(type(note.get(name)) is int for name in ("documents", "tokens"))
+def _read_part_entry(path: Path) -> dict[str, Any]:
+    entry = read_json(path)
+    counts = all(type(entry.get(name)) is int for name in ("documents", "tokens"))
     require(
-        counts and is_part_entry(note) and isinstance(note.get("rest"), list),
+        counts and is_part_entry(entry) and isinstance(entry.get("rest"), list),
         f"{path} is damaged; delete it and run prepare.py again",
     )
-    return note
+    return entry
 
 
-def _add_records(cfg: CorpusData, folder: Path, splits: dict[str, dict[str, Any]]) -> None:
-    """Writes the rows as ArrayRecord too, if the packages are installed and the settings ask."""
+def _add_array_record(cfg: CorpusData, folder: Path, splits: dict[str, dict[str, Any]]) -> None:
+    """Writes the rows as ArrayRecord too, or verifies what is there.
+
+    Does nothing with reader="numpy", or if the packages are not installed.
+    """
     if cfg.reader == "numpy":
         return
     if missing := missing_grain_packages():

@@ -1,4 +1,4 @@
-"""Reads files of documents and records, with the file and line of each for messages."""
+"""Reads text files and JSON lines. Messages about what is read name the file and the line."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from dials_jax.files import local_path
 
 TEXT_SUFFIXES = (".txt",)
 JSON_LINES_SUFFIXES = (".jsonl", ".jsonl.xz", ".jsonl.gz")
-PIECE_CHARACTERS = 1 << 16  # characters of a text that are read at a time
-LONGEST_LINE = 1 << 28  # bytes; a line of JSON is held in memory as a whole
-# Where a document stands, for messages, and its text in pieces of any size.
+PIECE_CHARACTERS = 1 << 16  # of a text, read at a time
+LONGEST_LINE = 1 << 28  # in bytes; a line of JSON is held in memory as a whole
+# Its file and line, for messages, and its text in pieces of any size.
 Document = tuple[str, Iterable[str]]
 _OPEN = {".xz": lzma.open, ".gz": gzip.open}
 # What a truncated or damaged archive, or an unreadable file, raises.
@@ -32,7 +32,7 @@ _BROKEN = (EOFError, OSError, lzma.LZMAError, zlib.error)
 
 @contextlib.contextmanager
 def prefix_errors(where: str) -> Iterator[None]:
-    """Puts `where`, such as "train.jsonl:12", in front of an InputError's message."""
+    """Puts `where`, such as "train.jsonl:12", before the message of an InputError raised inside."""
     try:
         yield
     except InputError as error:
@@ -42,10 +42,10 @@ def prefix_errors(where: str) -> Iterator[None]:
 def expand_paths(
     paths: Iterable[str], suffixes: tuple[str, ...] = JSON_LINES_SUFFIXES
 ) -> list[Path]:
-    """The files that `paths` name, folders replaced by their sorted contents.
+    """Returns the files among `paths`, and for each folder the sorted files at any depth.
 
-    Hidden files and folders (`.git`, the copies in `.ipynb_checkpoints`) are left out. Files of
-    other formats are named and counted in a warning, since they may be half of the corpus.
+    Hidden files and folders (`.git`, the copies in `.ipynb_checkpoints`) are left out. A warning
+    names and counts files of other formats, since they may be half of the corpus.
 
     Raises: InputError if a path is missing, has another suffix, or is a folder without such files.
     """
@@ -67,7 +67,7 @@ def expand_paths(
 
 
 def warn_unread_files(folder: Path, files: list[Path], suffixes: tuple[str, ...]) -> None:
-    """Names and counts those of `files` that have other suffixes, in a warning."""
+    """Warns about those of `files` that have other suffixes, with their number and names."""
     unread = [path.name for path in files if not path.name.endswith(suffixes)]
     if unread:
         more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
@@ -79,7 +79,7 @@ def warn_unread_files(folder: Path, files: list[Path], suffixes: tuple[str, ...]
 
 
 def _visible_files(folder: Path) -> Iterator[Path]:
-    """All files below `folder` that are not hidden. Raises: OSError for an unreadable folder."""
+    """Yields all files below `folder` that are not hidden. Raises: OSError if it is unreadable."""
 
     def stop(error: OSError) -> None:  # os.walk would ignore it
         raise error
@@ -90,12 +90,13 @@ def _visible_files(folder: Path) -> Iterator[Path]:
 
 
 def file_sha256(path: str | Path) -> str:
+    """Returns the SHA-256 of a file's bytes, in hexadecimal."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def content_sha256(path: Path) -> str:
-    """The SHA-256 of a file of documents; of a text, without its byte order mark.
+    """Returns the SHA-256 of a file of documents; for a text without its byte order mark.
 
     Raises: InputError if it cannot be read.
     """
@@ -109,7 +110,9 @@ def content_sha256(path: Path) -> str:
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields (line number from 1, record) from a .jsonl file, compressed or not; skips blank lines.
+    """Yields (line number, record) of a .jsonl file, compressed or not. Lines count from 1.
+
+    Blank lines are skipped.
 
     Raises: InputError, "path:line: ...", at the first line that is not one JSON object.
     """
@@ -128,10 +131,10 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     record = json.loads(line.removeprefix(BOM_UTF8).decode())
                     require(isinstance(record, dict), "expected one JSON object per line")
                     yield line_number, record
-    # InputError and JSONDecodeError are ValueErrors too, but the consumer's own errors never
-    # arrive here: a generator sees only what its own body raises.
+    # InputError and JSONDecodeError are ValueErrors too. Errors of the caller never arrive here: a
+    # generator catches only what its own body raises.
     except (ValueError, RecursionError, *_BROKEN) as error:
-        # A broken archive fails before it hands out the line that follows.
+        # A damaged archive fails while the next line is read.
         broken = line_number + isinstance(error, _BROKEN)
         reason = getattr(error, "msg", error)  # without JSON's own "line 1 column 8"
         if isinstance(error, RecursionError):
@@ -140,7 +143,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def require_utf8(head: bytes) -> None:
-    """Raises: InputError if a file that begins so is UTF-16 or UTF-32, with its mark or without."""
+    """Raises: InputError if `head`, the first bytes of a file, is UTF-16 or UTF-32."""
     marked = head.startswith((BOM_UTF16_LE, BOM_UTF16_BE))
     require(
         not (marked or b"\0" in head[:4]),
@@ -149,11 +152,11 @@ def require_utf8(head: bytes) -> None:
 
 
 def read_documents(path: Path, field: str = "text") -> Iterator[Document]:
-    """Yields documents as (where, their text in pieces): a .txt file, or `field` of a JSON line.
+    """Yields documents as (where, text in pieces): a whole .txt file, or `field` of each JSON line.
 
-    Take all pieces of a document before the next document.
+    All pieces of a document have to be taken before the next document.
 
-    Raises: InputError for a file that cannot be read, or a line without such a text.
+    Raises: InputError for a file that cannot be read, and for a line whose `field` is not text.
     """
     if path.suffix in TEXT_SUFFIXES:
         yield str(path), _read_text(path)
@@ -185,7 +188,7 @@ def _read_text(path: Path) -> Iterator[str]:
 
 
 def require_text(text: Any, field: str) -> None:
-    """Raises: InputError if a document's field is not text."""
+    """Raises: InputError if `text`, from the field named `field`, is no Unicode string."""
     if not isinstance(text, str):
         raise InputError(f"field {field!r} is {reprlib.repr(text)}; it must be a string")
     _require_unicode(text, field)
@@ -202,16 +205,17 @@ def _require_unicode(text: str, field: str) -> None:
 
 
 def read_json_records(paths: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields ("path:line", record) over all JSON-lines files of `paths`."""
+    """Yields ("path:line", record) for every line of all JSON-lines files in `paths`."""
     for path in expand_paths(paths):
         for line_number, record in read_jsonl(path):
             yield f"{path}:{line_number}", record
 
 
 def get_field(record: dict[str, Any], name: str) -> Any:
-    """The field `name`, dots stepping into inner objects and lists: "choices.text", "tests.0".
+    """Returns the field `name`; a dot steps into an object or a list: "choices.text", "tests.0".
 
-    Raises: InputError naming the nearest field that exists, or for text that is not Unicode.
+    Raises: InputError for an unknown field, naming the nearest one, and for text that is no
+      Unicode.
     """
     value: Any = record
     for part in name.split("."):

@@ -1,4 +1,4 @@
-"""Training data, and its tokenizer, from a data configuration."""
+"""Opens the training data, and its tokenizer, that a data configuration describes."""
 
 from __future__ import annotations
 
@@ -17,51 +17,54 @@ from dials_jax.errors import require
 def load_training_data(
     cfg: Data, model_config: ModelConfig, model_folder: str = ""
 ) -> tuple[TrainingData, Tokenizer]:
-    """Rows for training a model or its routers.
+    """Opens the rows that train a model or its routers, and their tokenizer.
 
     Args:
-      model_folder: has the tokenizer if the configuration names none.
+      model_folder: where the tokenizer is if the configuration names none.
 
     Raises: InputError for data that does not fit the model.
     """
     tokenizer = load_data_tokenizer(cfg, model_folder)
     task = ArithmeticTask(cfg) if isinstance(cfg, ArithmeticData) else cfg
     check_tokenizer(tokenizer, model_config)
-    text = isinstance(task, TextData | CorpusData)
-    length = task.length if text else task.prompt_length + task.answer_length
+    is_text = isinstance(task, TextData | CorpusData)
+    length = task.length if is_text else task.prompt_length + task.answer_length
     require(
         length <= model_config.max_length,
         f"rows of {length} tokens do not fit the model's {model_config.max_length} positions; "
         "shorten them or raise max_length",
     )
-    return _rows(task, model_config, tokenizer), tokenizer
+    return _open_rows(task, model_config, tokenizer), tokenizer
 
 
 def load_data_tokenizer(
     cfg: Data, model_folder: str = "", load: Callable[[str], Tokenizer] = load_tokenizer
 ) -> Tokenizer:
-    """The tokenizer that the data names, else the model's, else that of a prepared corpus.
+    """Loads the tokenizer that the data names, else the model's, else that of a prepared corpus.
 
-    The procedural task has its own.
+    The procedural task has its own tokenizer.
+
+    Args:
+      load: loads a tokenizer from a file or folder.
 
     Raises: InputError if there is none, or the corpus is not prepared.
     """
     if isinstance(cfg, ArithmeticData):
         return ArithmeticTask(cfg).tokenizer
-    places = [place for place in (cfg.tokenizer, model_folder) if place]
+    paths = [path for path in (cfg.tokenizer, model_folder) if path]
     if isinstance(cfg, CorpusData):
         read_manifest(cfg)  # "not prepared" comes before "no tokenizer"
-        places.append(cfg.folder)
+        paths.append(cfg.folder)
     if not cfg.tokenizer:
-        places = [place for place in places if has_tokenizer(place)] or places
-    return load(places[0] if places else "")
+        paths = [path for path in paths if has_tokenizer(path)] or paths
+    return load(paths[0] if paths else "")
 
 
-def _rows(
+def _open_rows(
     task: ArithmeticTask | Data, model_config: ModelConfig, tokenizer: Tokenizer
 ) -> TrainingData:
     if isinstance(task, ArithmeticTask):
-        return task.train
+        return task.training_rows
     if isinstance(task, CorpusData):
         return load_corpus(task, model_config.eos_id, tokenizer)
     if isinstance(task, TextData):

@@ -1,4 +1,4 @@
-"""Finds characters that a BPE has no symbol for: the package silently leaves them out."""
+"""Finds characters that a BPE has no symbol for; the package `tokenizers` drops them silently."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dials_jax.errors import InputError
 
 
 def spelling_error(characters: Iterable[str], reason: str) -> InputError:
+    """Returns the error to raise for characters that a tokenizer cannot encode."""
     return InputError(
         f"the tokenizer cannot encode {''.join(characters)[:40]!r} ({reason}); change the text or "
         "take another tokenizer"
@@ -17,10 +18,10 @@ def spelling_error(characters: Iterable[str], reason: str) -> InputError:
 
 
 def make_spelling_checker(backend: Any) -> SpellingChecker | None:
-    """None for a tokenizer that encodes every text, or marks what it cannot.
+    """Returns a checker for a tokenizer that may drop characters silently, else None.
 
-    Those are all but a BPE without an unknown token. A byte-level BPE encodes every text if it has
-    the 256 symbols that stand for bytes.
+    Only a BPE without an unknown token can drop any; a byte-level one does not if its vocabulary
+    has the symbols of all 256 bytes.
     """
     from tokenizers import models, pre_tokenizers
 
@@ -37,7 +38,7 @@ def make_spelling_checker(backend: Any) -> SpellingChecker | None:
 
 
 class SpellingChecker:
-    """Checks every character once."""
+    """Checks texts for characters that a BPE would drop; looks at each character only once."""
 
     def __init__(self, backend: Any, vocab: dict[str, int]):
         prefix = backend.model.continuing_subword_prefix or ""
@@ -45,7 +46,7 @@ class SpellingChecker:
         bare = (token.removeprefix(prefix).removesuffix(suffix) for token in vocab)
         self.backend = backend
         self.symbols = {token for token in bare if len(token) == 1}
-        self.spelt: set[str] = set()
+        self.checked: set[str] = set()
         added = backend.get_added_tokens_decoder().values()
         named = [t.content for t in added if not (t.special and backend.encode_special_tokens)]
         longest_first = sorted(map(re.escape, named), key=len, reverse=True)
@@ -57,11 +58,11 @@ class SpellingChecker:
         for text in texts:
             rest = self.added.sub("", text) if self.added else text
             found |= set(_normalised(self.backend, rest))
-        new = found - self.spelt
+        new = found - self.checked
         lost = sorted(c for c in new if not _symbols(self.backend, c) <= self.symbols)
         if lost:
             raise spelling_error(lost, "its BPE has no symbol for them")
-        self.spelt |= new
+        self.checked |= new
 
 
 def _normalised(backend: Any, text: str) -> str:
@@ -69,7 +70,7 @@ def _normalised(backend: Any, text: str) -> str:
 
 
 def _symbols(backend: Any, text: str) -> set[str]:
-    """The symbols that the BPE starts from."""
+    """Returns the symbols that the BPE begins to merge."""
     text = _normalised(backend, text)
     if backend.pre_tokenizer is None:
         return set(text)

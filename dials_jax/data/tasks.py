@@ -1,6 +1,6 @@
-"""Prompt/answer tasks from JSON lines: templates, and the row that a pair becomes.
+"""Prompt/answer tasks from JSON lines: templates, and rows of a prompt and its answer.
 
-A row is `padding prompt | answer EOS fill`: in all rows the answer begins at the same position, and
+A row is `padding prompt | answer EOS fill`. In all rows the answer begins at the same position, and
 only positions from there on may be masked.
 """
 
@@ -28,9 +28,12 @@ _FIELD = re.compile(r"\{\{|\}\}|\{([A-Za-z_][\w.]*)\}")
 
 
 def fill_template(template: str, record: dict[str, Any]) -> str:
-    """Replaces every `{name}` by a field; `{{` and `}}` are braces, any other brace is itself.
+    """Replaces every `{name}` by a field of the record.
 
-    Raises: InputError if a field is unknown (naming the nearest), or is not text or a number.
+    `{{` and `}}` become single braces; any other brace is copied.
+
+    Raises: InputError for an unknown field, naming the nearest, and for one that is neither text
+      nor a number.
     """
 
     def value_of(match: re.Match) -> str:
@@ -49,10 +52,11 @@ def fill_template(template: str, record: dict[str, Any]) -> str:
 
 @dataclass(frozen=True, eq=False)
 class TaskRows:
-    """Prompt/answer pairs as rows of `prompt_length + answer_length` tokens (TrainingData).
+    """Prompt/answer pairs as rows of `prompt_length + answer_length` tokens (a TrainingData).
 
-    `pad_answer`: pad the answer with EOS and train on the padding, so that the model learns to stop
-    (LLaDA, section 2.3). Otherwise the padding is not valid.
+    Attributes:
+      pad_answer: pad the answer with EOS and train on the padding, so that the model learns to stop
+        (LLaDA, section 2.3). Otherwise the padding is not valid.
     """
 
     pairs: Sequence[Pair]
@@ -91,31 +95,31 @@ class TaskRows:
 def load_task_rows(
     cfg: TaskData, model_config: ModelConfig, tokenizer: Tokenizer | None = None
 ) -> TaskRows:
-    """Reads the pairs of `cfg.paths` for training.
+    """Reads and tokenises the prompt/answer pairs of `cfg.paths` for training.
 
-    Prompt and answer are tokenised separately, since generation sees the prompt alone.
+    Prompt and answer are tokenised separately, since generation has only the prompt.
 
     Args:
-      tokenizer: default: the one at `cfg.tokenizer`.
+      tokenizer: None: the one at `cfg.tokenizer`.
 
     Raises: InputError, with file and line, for a field that is missing, a pair that is too long
       (unless `too_long="drop"`) or one that contains the mask token; and if no pair is left.
     """
     tokenizer = tokenizer or load_tokenizer(cfg.tokenizer)
     check_tokenizer(tokenizer, model_config)
-    places, texts = [], []
+    locations, texts = [], []
     for where, record in read_json_records(cfg.paths):
         with prefix_errors(where):
             texts += [fill_template(cfg.prompt, record), fill_template(cfg.answer, record)]
-        places.append(where)
+        locations.append(where)
     ids = [np.asarray(i, np.int32) for i in tokenizer.encode_batch(texts)]
     pairs = list(zip(ids[::2], ids[1::2], strict=True))
-    for where, pair in zip(places, pairs, strict=True):
+    for where, pair in zip(locations, pairs, strict=True):
         for what, part in zip(("prompt", "answer"), pair, strict=True):
             require_no_mask_token(where, what, part, model_config.mask_id)
     kept = [
         (prompt, answer)
-        for where, (prompt, answer) in zip(places, pairs, strict=True)
+        for where, (prompt, answer) in zip(locations, pairs, strict=True)
         if part_fits(cfg, where, "prompt", len(prompt))
         and part_fits(cfg, where, "answer", len(answer) + 1)  # its EOS counts
     ]
@@ -132,7 +136,14 @@ def load_task_rows(
 
 
 def require_no_mask_token(where: str, what: str, ids: Ids, mask_id: int | None) -> None:
-    """Refuses a mask token in the data, which would be read as a position to denoise."""
+    """Refuses a mask token in the data; the model would take its position for a masked one.
+
+    Args:
+      where: file and line, for the message.
+      what: "prompt" or "answer".
+
+    Raises: InputError if `ids` holds `mask_id`.
+    """
     require(
         mask_id is None or mask_id not in ids,
         f"{where}: the {what} contains [MASK] (id {mask_id}); remove it from the text",
@@ -140,7 +151,10 @@ def require_no_mask_token(where: str, what: str, ids: Ids, mask_id: int | None) 
 
 
 def part_fits(cfg: TaskData, where: str, what: str, num_tokens: int) -> bool:
-    """Whether a "prompt" or an "answer" is short enough. Raises: InputError if it had to be."""
+    """Whether the "prompt" or the "answer" (`what`) of a pair is short enough.
+
+    Raises: InputError if it is not and the configuration does not allow dropping pairs.
+    """
     longest = {"prompt": cfg.prompt_length, "answer": cfg.answer_length}[what]
     require(
         num_tokens <= longest or cfg.too_long == "drop",
@@ -151,5 +165,6 @@ def part_fits(cfg: TaskData, where: str, what: str, num_tokens: int) -> bool:
 
 
 def warn_dropped(num_dropped: int, num_items: int) -> None:
+    """Warns if items were left out because they are too long."""
     if num_dropped:
         warnings.warn(f"dropped {num_dropped} of {num_items} items: too long", stacklevel=3)

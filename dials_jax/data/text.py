@@ -1,8 +1,8 @@
-"""Documents packed in a line into rows, tokenised once and then read from disk.
+"""Documents tokenised once, packed into rows one after the other, and then read from disk.
 
 The packed rows are an ordinary .npy file in `TextData.cache`. Its name is a fingerprint of the
-files' contents, the tokenizer and the row length, so a change of any of them packs again. Damage,
-which a digest in the .json beside it shows, does so too.
+files' contents, the tokenizer and the row length, so the text is packed again after a change of any
+of them. The .json beside it holds a digest; rows that were damaged are packed again, too.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ from jaxtyping import Int, Integer
 from dials_jax.config import TextData
 from dials_jax.data.batches import Batch, Indices, RowArrays, random_generator
 from dials_jax.data.encoding import EncodedPiece, encode_documents
-from dials_jax.data.packing import PackedRows as Packed
-from dials_jax.data.packing import pack_stream, token_dtype, write_rows
+from dials_jax.data.packing import PackedRows, pack_stream, token_dtype, write_rows
 from dials_jax.data.records import (
     JSON_LINES_SUFFIXES,
     TEXT_SUFFIXES,
@@ -41,12 +40,12 @@ from dials_jax.data.tokenizer import Tokenizer, check_token_ids, load_tokenizer
 from dials_jax.errors import InputError, require
 from dials_jax.files import local_path, read_json, write_json
 
-UNFINISHED = ".part"
+UNFINISHED_SUFFIX = ".part"
 
 
 @runtime_checkable
 class RowStore(Protocol):
-    """Rows on disk: the part of an array's interface that `PackedText` needs."""
+    """Rows on disk: the part of a NumPy array's interface that `PackedText` needs."""
 
     def __len__(self) -> int: ...
 
@@ -55,21 +54,21 @@ class RowStore(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class PackedText:
-    """Rows of packed text (TrainingData). The first `prompt_length` tokens are never masked."""
+    """Rows of packed text (a TrainingData). The first `prompt_length` tokens are never masked."""
 
     tokens: RowStore  # [num_rows, length], on disk
     fingerprint: str
     prompt_length: int
     random_length_prob: float
-    fill_id: int  # fills a row that was cut; never valid
-    vocab_size: int  # of the vocabulary
+    fill_id: int  # the token after a random length; never valid
+    vocab_size: int  # of the tokenizer
 
     @property
     def num_rows(self) -> int:
         return len(self.tokens)
 
     def rows(self, indices: Indices) -> RowArrays:
-        """Raises: InputError for a token that is not in the vocabulary."""
+        """Returns (tokens, answer, None). Raises: InputError for a token not in the vocabulary."""
         stored = self.tokens[np.asarray(indices)]
         largest = stored.max(initial=0)
         if largest >= self.vocab_size:
@@ -82,10 +81,10 @@ class PackedText:
         return tokens, answer.copy(), None
 
     def finish_batch(self, batch: Batch, seed: int, step: int) -> Batch:
-        """With probability `random_length_prob`, cuts the whole batch to a random length.
+        """With probability `random_length_prob`, cuts all sequences to one random length.
 
-        The length is uniform on {prompt_length + 1 .. T}; the shape stays, and positions beyond it
-        become invalid. So the model learns to work with short inputs.
+        The length is uniform on {prompt_length + 1, ..., T}. The shape stays; positions beyond the
+        length are not valid. So the model learns to work with short inputs.
 
         Source: LLaDA, appendix B.1.
         """
@@ -104,13 +103,13 @@ class PackedText:
 def pack_text(
     cfg: TextData, eos_id: int, mask_id: int | None, tokenizer: Tokenizer | None = None
 ) -> PackedText:
-    """Packs the documents of `cfg.paths` (a .txt file is one document), or finds them packed.
+    """Packs the documents of `cfg.paths`, unless the cache holds them already, and opens the rows.
 
-    Every document ends with an EOS token. What does not fill the last row is dropped. Names of
-    added tokens inside a document are ordinary text.
+    A .txt file is one document. Every document ends with EOS. An incomplete last row is dropped.
+    Names of added tokens inside a document are ordinary text.
 
     Args:
-      tokenizer: default: the one at `cfg.tokenizer`.
+      tokenizer: None: the one at `cfg.tokenizer`.
 
     Raises: InputError for bad settings, an unreadable line, or text too short for one row.
     """
@@ -137,31 +136,32 @@ def pack_text(
 
 
 def packed_summary(cfg: TextData, data: PackedText) -> dict[str, Any]:
-    """Counts (documents, tokens, rows), source files and tokenizer of packed text."""
+    """Reads the counts (documents, tokens, rows), source files and tokenizer of packed text."""
     return read_json(local_path(cfg.cache, "cache") / f"{data.fingerprint}.json")
 
 
 def _find_packed(
     cfg: TextData, files: list[Path], tokenizer: Tokenizer, eos_id: int
 ) -> tuple[Path, bool]:
-    """The path of the rows, and whether they are there already.
+    """Returns the path of the packed rows, and whether they exist.
 
-    Rows of version 0.1 are used if their ids were right.
+    Rows that version 0.1 packed are used if their ids are right; otherwise there is a warning.
     """
     contents = [[path.name, path.stat().st_size, content_sha256(path)] for path in files]
 
-    def place(fingerprint: str) -> Path:
+    def path_for(fingerprint: str) -> Path:
         digest = hashlib.sha256(json.dumps([fingerprint, eos_id, cfg.length]).encode())
         for content in contents:
             digest.update(json.dumps(content).encode())
         return local_path(cfg.cache, "cache") / f"{digest.hexdigest()[:16]}.npy"
 
-    now, *earlier = map(place, tokenizer.fingerprints)
-    if _is_whole(now):
-        return now, True
-    wrong = [place(tokenizer.misread)] if tokenizer.misread else []
-    for packed in filter(_is_whole, earlier):
-        if not np.isin(np.load(packed, mmap_mode="r"), tokenizer.named_token_ids(but=eos_id)).any():
+    current, *earlier = map(path_for, tokenizer.fingerprints)
+    if _is_intact(current):
+        return current, True
+    wrong = [path_for(tokenizer.misread)] if tokenizer.misread else []
+    named_ids = tokenizer.named_token_ids(but=eos_id)
+    for packed in filter(_is_intact, earlier):
+        if not np.isin(np.load(packed, mmap_mode="r"), named_ids).any():
             return packed, True
         wrong.append(packed)
     for packed in wrong:
@@ -171,22 +171,25 @@ def _find_packed(
                 "text is packed anew",
                 stacklevel=3,
             )
-    return now, False
+    return current, False
 
 
 def _check_spelling(files: list[Path], tokenizer: Tokenizer) -> None:
-    """Raises: InputError for text whose rows lack characters: version 0.1 left them out."""
+    """Checks text that is packed already, since version 0.1 dropped some characters silently.
+
+    Raises: InputError naming the characters that the tokenizer cannot encode.
+    """
     if tokenizer.spells_all:
         return
-    plain = tokenizer.for_documents()
+    tokenizer = tokenizer.for_documents()
     for where, chunks in chain.from_iterable(map(read_documents, files)):
         with prefix_errors(where):
             for chunk in chunks:
-                plain.check_spelling([chunk])
+                tokenizer.check_spelling([chunk])
 
 
-def _is_whole(packed: Path) -> bool:
-    """Whether the rows are there and unchanged."""
+def _is_intact(packed: Path) -> bool:
+    """Whether the packed rows exist and match their digest."""
     summary = packed.with_suffix(".json")
     if not (packed.is_file() and summary.is_file()):
         return False
@@ -196,7 +199,7 @@ def _is_whole(packed: Path) -> bool:
         return False
 
 
-def _tokenised(
+def _tokenise_files(
     files: list[Path], tokenizer: Tokenizer, eos_id: int, mask_id: int | None
 ) -> Iterator[list[EncodedPiece]]:
     from tqdm import tqdm
@@ -206,7 +209,7 @@ def _tokenised(
     with tqdm(desc="tokenising", unit=" documents", disable=None) as progress:
         for pieces in encode_documents(documents, tokenizer.for_documents(), eos_id, mask_id):
             yield pieces
-            progress.update(sum(piece.ends for piece in pieces))
+            progress.update(sum(piece.ends_document for piece in pieces))
 
 
 def _pack(
@@ -217,11 +220,12 @@ def _pack(
     length: int,
     packed: Path,
 ) -> None:
+    """Writes the rows to `packed`, and counts, sources and digest to the .json beside it."""
     dtype = token_dtype(tokenizer.vocab_size - 1, eos_id)
-    with _temporary(packed) as out:
+    with _temporary_file(packed) as out:
         counts = {"documents": 0, "tokens": 0}
-        batches = _tokenised(files, tokenizer, eos_id, mask_id)
-        rows = _stream(batches, eos_id, length, dtype, counts)
+        batches = _tokenise_files(files, tokenizer, eos_id, mask_id)
+        rows = _pack_batches(batches, eos_id, length, dtype, counts)
         counts["rows"] = write_rows(out, rows, length, dtype)
         require(
             counts["rows"] > 0,
@@ -242,18 +246,18 @@ def _pack(
 
 
 @contextlib.contextmanager
-def _temporary(packed: Path) -> Iterator[BinaryIO]:
-    """A temporary file to write; it is removed unless it was renamed.
+def _temporary_file(packed: Path) -> Iterator[BinaryIO]:
+    """Opens a temporary file beside `packed`; it is removed at the end unless it was renamed.
 
     Several processes may pack the same text at once; the last rename wins, with equal bytes. Each
-    holds a lock on its file, so that files of killed processes are recognised and removed.
+    holds a lock on its file, so files that killed processes left are recognised and removed.
 
     Raises: InputError if it cannot be written.
     """
     try:
         packed.parent.mkdir(parents=True, exist_ok=True)
-        _remove_dead(packed.parent)
-        path = packed.with_name(f"{packed.stem}.{uuid.uuid4().hex}{UNFINISHED}")
+        _remove_abandoned(packed.parent)
+        path = packed.with_name(f"{packed.stem}.{uuid.uuid4().hex}{UNFINISHED_SUFFIX}")
         with path.open("wb") as out:
             with contextlib.suppress(OSError):  # a file system without locks
                 fcntl.flock(out, fcntl.LOCK_EX)
@@ -267,9 +271,9 @@ def _temporary(packed: Path) -> Iterator[BinaryIO]:
         ) from error
 
 
-def _remove_dead(cache: Path) -> None:
-    """Removes unfinished files of killed processes: those that no process holds locked."""
-    for path in cache.glob(f"*{UNFINISHED}"):
+def _remove_abandoned(cache: Path) -> None:
+    """Removes temporary files of killed processes: those that no process has locked."""
+    for path in cache.glob(f"*{UNFINISHED_SUFFIX}"):
         if not re.fullmatch(r"[0-9a-f]{16}\.[0-9a-f]{32}", path.stem):
             continue
         with contextlib.suppress(OSError), path.open("rb") as file:
@@ -278,18 +282,21 @@ def _remove_dead(cache: Path) -> None:
             path.with_suffix(".json").unlink(missing_ok=True)
 
 
-def _stream(
+def _pack_batches(
     batches: Iterator[list[EncodedPiece]],
     eos_id: int,
     length: int,
     dtype: np.dtype,
     counts: dict[str, int],
-) -> Iterator[Packed]:
-    """Yields the rows of a few documents at a time; adds to `counts`, without empty documents."""
+) -> Iterator[PackedRows]:
+    """Yields the rows of each batch of pieces. Adds documents and tokens to `counts`.
+
+    Documents without text are left out.
+    """
     rest: list[int] = []  # less than a row, between batches
     for pieces in batches:
         rows, rest = pack_stream(pieces, rest, length, eos_id, dtype)
-        kept = [piece for piece in pieces if not piece.empty]
-        counts["documents"] += sum(piece.ends for piece in kept)
+        kept = [piece for piece in pieces if not piece.is_empty_document]
+        counts["documents"] += sum(piece.ends_document for piece in kept)
         counts["tokens"] += sum(len(piece.ids) for piece in kept)
         yield rows

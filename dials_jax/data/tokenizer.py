@@ -1,4 +1,4 @@
-"""Tokenizers: one thin wrapper, so that no other module has to know their options."""
+"""Tokenizers: a thin wrapper of `tokenizers.Tokenizer` with the options that this library needs."""
 
 from __future__ import annotations
 
@@ -26,9 +26,11 @@ Ids = Sequence[int] | Int[np.ndarray, "_"]
 
 
 class Tokenizer:
-    """A `tokenizers.Tokenizer` that adds no special tokens and neither pads nor cuts.
+    """A `tokenizers.Tokenizer` that adds no special tokens, does not pad and does not truncate.
 
-    Attributes:
+    Args:
+      backend: a `tokenizers.Tokenizer`.
+      earlier: fingerprints under which version 0.1 knew the same ids.
       misread: fingerprint of the tokenizer that version 0.1 read instead, if its ids were wrong.
     """
 
@@ -41,10 +43,14 @@ class Tokenizer:
         self._earlier = tuple(earlier)
 
     def encode(self, text: str) -> list[int]:
+        """Returns the ids of one text; errors as in `encode_batch`."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Raises: InputError if a text holds a character that the vocabulary cannot encode."""
+        """Returns the ids of each text.
+
+        Raises: InputError for a character that the vocabulary cannot encode.
+        """
         self.check_spelling(texts)
         try:
             encodings = self.backend.encode_batch(texts, add_special_tokens=False)
@@ -56,11 +62,11 @@ class Tokenizer:
 
     @property
     def spells_all(self) -> bool:
-        """False for a BPE that would leave characters out."""
+        """False for a BPE that would drop characters silently."""
         return self._spelling is None
 
     def check_spelling(self, texts: Sequence[str]) -> None:
-        """Raises: InputError naming the characters that a BPE would leave out."""
+        """Raises: InputError naming the characters that a BPE would drop silently."""
         if self._spelling is not None:
             self._spelling.check(texts)
 
@@ -69,40 +75,42 @@ class Tokenizer:
         return make_spelling_checker(self.backend)
 
     def decode(self, ids: Ids) -> str:
-        """The text of `ids`, special tokens dropped."""
+        """Returns the text of `ids` without special tokens."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
 
     @property
     def vocab_size(self) -> int:
-        """Highest id + 1, added tokens included; ids may have holes."""
+        """Highest id, also of added tokens, + 1. Some ids below may have no token."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
     @property
     def num_text_ids(self) -> int:
-        """Highest id that ordinary text can have + 1."""
+        """Highest id that ordinary text can have, + 1."""
         added = self.backend.get_added_tokens_decoder()
         return 1 + max(i for i in self.backend.get_vocab().values() if i not in added)
 
     def id_to_token(self, token_id: int) -> str | None:
+        """Returns the token with this id, or None."""
         return self.backend.id_to_token(token_id)
 
     def token_to_id(self, token: str) -> int | None:
+        """Returns the id of this token, or None."""
         return self.backend.token_to_id(token)
 
     def is_added(self, token_id: int) -> bool:
-        """True for tokens that are control symbols and not pieces of text."""
+        """Whether the token was added to the vocabulary, as [MASK] is: it is no piece of text."""
         return token_id in self.backend.get_added_tokens_decoder()
 
     def named_token_ids(self, but: int) -> list[int]:
-        """Ids of the added tokens that have names, except `but`."""
+        """Returns the ids of the added tokens that have names, except `but`."""
         added = self.backend.get_added_tokens_decoder().items()
         return [i for i, token in added if is_name(token.content) and i != but]
 
     def for_documents(self) -> Tokenizer:
-        """A copy that reads the names of added tokens as ordinary text.
+        """Returns a copy that reads the names of added tokens as ordinary text.
 
-        In documents such names are content: a web page about BERT may say "[MASK]". Added tokens of
-        white space only are not names and stay.
+        In documents such names are content: a web page about BERT may contain "[MASK]". Added
+        tokens of white space only have no name and stay tokens.
         """
         from tokenizers import Tokenizer as Backend
 
@@ -116,23 +124,23 @@ class Tokenizer:
         return plain
 
     def save(self, folder: str | Path) -> None:
-        """Writes tokenizer.json into `folder`, which is made if needed."""
+        """Writes tokenizer.json into `folder`, which is created if it is missing."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        # Not by `backend.save`, whose errors do not say that they are the disk's.
+        # Not by `backend.save`: its errors are no OSErrors.
         text = self.backend.to_str(pretty=True)
         (Path(folder) / "tokenizer.json").write_text(text, encoding="utf-8")
 
     @property
     def fingerprint(self) -> str:
-        """Equal for tokenizers that encode alike."""
+        """A digest: equal for tokenizers that give every text the same ids."""
         return self.fingerprints[0]
 
     @functools.cached_property
     def fingerprints(self) -> tuple[str, ...]:
-        """The fingerprint, and those that the same ids had in version 0.1.
+        """The fingerprint, followed by those that version 0.1 gave the same ids.
 
-        That version read the names of added tokens that are not special as tokens in documents,
-        so tokenizers with such tokens had another fingerprint.
+        In documents, that version read the names of added tokens that are not special as tokens. So
+        the fingerprint of a tokenizer with such tokens has changed since.
         """
         found = backend_fingerprint(self.backend)
         added = self.backend.get_added_tokens_decoder().values()
@@ -143,12 +151,12 @@ class Tokenizer:
 
 
 def is_name(added_token: str) -> bool:
-    """False for runs of spaces, which some tokenizers add to spell text with."""
+    """False for runs of spaces, which some tokenizers add as tokens of ordinary text."""
     return bool(added_token.strip())
 
 
 def has_tokenizer(folder: str | Path) -> bool:
-    """Whether the folder holds files of a tokenizer."""
+    """Whether the folder contains files of a tokenizer."""
     names = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
     return any((Path(folder).expanduser() / name).is_file() for name in names)
 
@@ -157,11 +165,11 @@ def has_tokenizer(folder: str | Path) -> bool:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Loads the tokenizer of a folder, or a tokenizer.json.
 
-    A published folder (with tokenizer_config.json) is read by transformers. A folder with only
-    vocab.json and merges.txt is GPT-2's byte-level BPE. GPT-2 has no mask token, so [MASK] gets the
-    next free id (50257), as in MDLM, from any of these files.
+    transformers reads a published folder (with tokenizer_config.json). A folder with only
+    vocab.json and merges.txt is GPT-2's byte-level BPE. GPT-2 has no mask token, so [MASK] is added
+    with the next free id (50257), as in MDLM, from whichever of these files GPT-2 is read.
 
-    Raises: InputError if there is no tokenizer at `path`, or if it does not parse.
+    Raises: InputError if there is no tokenizer at `path`, or if it cannot be parsed.
     """
     require(bool(path), "no tokenizer is given; set tokenizer= to a file or a folder")
     path = local_path(path, "tokenizer")
@@ -185,7 +193,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def character_tokenizer(characters: str) -> Tokenizer:
-    """One id per character, between [PAD] = 0, [EOS] = 1 and [MASK], the last id."""
+    """Makes a tokenizer with an id per character, after [PAD] = 0 and [EOS] = 1, before [MASK]."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers
 
@@ -198,7 +206,7 @@ def character_tokenizer(characters: str) -> Tokenizer:
 
 
 def check_token_ids(tokenizer: Tokenizer, mask_id: int | None, eos_id: int | None) -> None:
-    """Raises: InputError if the tokenizer has no such tokens, or spells text with the mask."""
+    """Raises: InputError if the tokenizer lacks an id, or uses `mask_id` for ordinary text."""
     for name, token_id in (("mask_id", mask_id), ("eos_id", eos_id)):
         require(
             token_id is None or tokenizer.id_to_token(token_id) is not None,
@@ -213,9 +221,9 @@ def check_token_ids(tokenizer: Tokenizer, mask_id: int | None, eos_id: int | Non
 
 
 def check_tokenizer(tokenizer: Tokenizer, model_config: ModelConfig) -> None:
-    """Raises: InputError if model and tokenizer do not belong together."""
+    """Raises: InputError if the tokenizer does not fit the model's vocabulary and special ids."""
     check_token_ids(tokenizer, model_config.mask_id, model_config.eos_id)
-    # Text never becomes added tokens, so a model without [MASK] needs no ids for them.
+    # Ordinary text has no added tokens, so a model without [MASK] needs no ids for them.
     size = tokenizer.vocab_size if model_config.mask_id is not None else tokenizer.num_text_ids
     require(
         size <= model_config.vocab_size,
@@ -225,28 +233,28 @@ def check_tokenizer(tokenizer: Tokenizer, model_config: ModelConfig) -> None:
 
 
 def encode_pair(tokenizer: Tokenizer, prompt: str, answer: str) -> tuple[list[int], list[int]]:
-    """Tokenises a prompt and its continuation. Together the ids decode to both texts.
+    """Tokenises a prompt and its continuation, so that both together decode to the whole text.
 
     Trailing spaces of the prompt move to the answer, since byte-level BPE joins them to the next
-    word. Where the tokens of the whole text do not begin with the prompt's, a token spans the cut
-    ("=-" of "=" and "-5"). Then the answer is tokenised separately: all choices of an item share
-    one prompt, which is tokenised as in generation and training.
+    word. If the tokens of the whole text do not begin with those of the prompt, a token spans the
+    border ("=-" of "=" and "-5"). Then the answer is tokenised separately: all choices of an item
+    share one prompt, which is tokenised as in generation and training.
 
-    Raises: InputError if the separate answer does not continue the prompt's text, as with
-      tokenizers that begin every text with a space.
+    Raises: InputError if prompt and answer, tokenised separately, do not decode to the whole text,
+      as with tokenizers that begin every text with a space.
     Source: LLaDA, eval_llada.py, `_encode_pair`, which follows lm-evaluation-harness. Both lose
-      text where a token spans the cut.
+      text where a token spans the border.
     """
     stripped = prompt.rstrip()
     answer = prompt[len(stripped) :] + answer
     whole, prompt_ids = tokenizer.encode_batch([stripped + answer, stripped])
     if whole[: len(prompt_ids)] == prompt_ids:
         return prompt_ids, whole[len(prompt_ids) :]
-    apart = tokenizer.encode(answer)
+    answer_ids = tokenizer.encode(answer)
     require(
-        tokenizer.decode(prompt_ids + apart)
-        == tokenizer.decode(prompt_ids) + tokenizer.decode(apart),
+        tokenizer.decode(prompt_ids + answer_ids)
+        == tokenizer.decode(prompt_ids) + tokenizer.decode(answer_ids),
         f"a token spans the end of the prompt {stripped[-20:]!r} and the answer {answer[:20]!r}, "
         "which this tokenizer cannot cut; begin the answer with a space or a line break",
     )
-    return prompt_ids, apart
+    return prompt_ids, answer_ids

@@ -22,17 +22,18 @@ from typing import Any
 from dials_jax.errors import InputError, require, require_packages
 from dials_jax.files import read_json
 
-# Tokenizer classes that a folder has as code, and model types, with the class of transformers that
-# does the same. Dream's is Qwen2's with other special tokens.
+# Tokenizer classes that a folder defines in its own code, and model types: the type in transformers
+# that does the same. Dream's tokenizer is Qwen2's with other special tokens.
 KNOWN_TYPES = {"DreamTokenizer": "qwen2", "Dream": "qwen2"}
 GPT2_TYPES = (None, "gpt2", "mdlm")  # models whose vocab.json and merges.txt are GPT-2's
 
 
 @dataclass(frozen=True)
 class FoundTokenizer:
-    """A folder's tokenizer (`tokenizers.Tokenizer`).
+    """The tokenizer that was read from a folder or file.
 
     Attributes:
+      backend: a `tokenizers.Tokenizer`.
       earlier: fingerprints under which version 0.1 knew the same ids.
       misread: fingerprint of the tokenizer that version 0.1 read instead, if its ids were wrong.
     """
@@ -43,24 +44,25 @@ class FoundTokenizer:
 
 
 def read_tokenizer_folder(folder: Path) -> FoundTokenizer | None:
-    """None for a folder without a tokenizer.
+    """Reads the tokenizer of a folder; None if the folder has none.
 
-    If GPT-2's rules, or tokenizer.json, give the same ids as transformers, the tokenizer made from
-    them is returned: then the fingerprint does not depend on the version of transformers.
+    If tokenizer.json, or vocab.json and merges.txt by GPT-2's rules, give the same ids as
+    transformers, the tokenizer made from them is returned. So the fingerprint does not depend on
+    the version of transformers.
 
     Raises: InputError for files that contradict each other, or that transformers cannot read.
     """
-    own = _own_readings(folder)
+    own = _own_backends(folder)
     if _is_published(folder):
         wanted, is_gpt2 = _read_published(folder)
     elif own:
         wanted, is_gpt2 = own[-1], (folder / "vocab.json").is_file() and follows_gpt2(own[-1])
     else:
         return None
-    backend = next((x for x in own if x is wanted or encode_alike(x, wanted)), wanted)
+    backend = next((x for x in own if x is wanted or have_same_ids(x, wanted)), wanted)
     check_added_token_ids(backend, _declared_ids(folder), folder)
     before = own[-1] if own else backend  # what version 0.1 read
-    same = encode_alike(before, backend, but=("special",))
+    same = have_same_ids(before, backend, but=("special",))
     if not (folder / "tokenizer.json").is_file() and own:
         before = add_mask_token(before)
     found = backend_fingerprint(before)
@@ -70,7 +72,7 @@ def read_tokenizer_folder(folder: Path) -> FoundTokenizer | None:
 
 
 def read_tokenizer_file(file: Path) -> FoundTokenizer:
-    """A tokenizer.json. Raises: InputError if its ids contradict each other."""
+    """Reads a tokenizer.json. Raises: InputError if its ids contradict each other."""
     from tokenizers import Tokenizer
 
     backend = Tokenizer.from_file(str(file))
@@ -79,24 +81,25 @@ def read_tokenizer_file(file: Path) -> FoundTokenizer:
 
 
 def backend_fingerprint(backend: Any) -> str:
+    """Returns a digest of everything in the tokenizer, 16 hexadecimal digits."""
     return hashlib.sha256(backend.to_str().encode()).hexdigest()[:16]
 
 
-def _own_readings(folder: Path) -> list[Any]:
-    """The tokenizers of GPT-2's two files and of tokenizer.json, if they exist."""
+def _own_backends(folder: Path) -> list[Any]:
+    """Reads GPT-2's two files, and tokenizer.json, as far as they exist; without transformers."""
     from tokenizers import Tokenizer
 
-    readings = []
+    backends = []
     vocab, merges = folder / "vocab.json", folder / "merges.txt"
     if vocab.is_file() and merges.is_file():
-        readings.append(build_gpt2_bpe(vocab, merges))
+        backends.append(build_gpt2_bpe(vocab, merges))
     if (folder / "tokenizer.json").is_file():
-        readings.append(Tokenizer.from_file(str(folder / "tokenizer.json")))
-    return readings
+        backends.append(Tokenizer.from_file(str(folder / "tokenizer.json")))
+    return backends
 
 
 def build_gpt2_bpe(vocab: Path, merges: Path) -> Any:
-    """GPT-2's byte-level BPE; <|endoftext|> is its only special token."""
+    """Makes GPT-2's byte-level BPE; <|endoftext|> is its only special token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     backend = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
@@ -106,7 +109,7 @@ def build_gpt2_bpe(vocab: Path, merges: Path) -> Any:
 
 
 def follows_gpt2(backend: Any) -> bool:
-    """Whether text is split by GPT-2's rules."""
+    """Whether the tokenizer splits text by GPT-2's rules."""
     from tokenizers import models, pre_tokenizers
 
     split = backend.pre_tokenizer
@@ -119,7 +122,7 @@ def follows_gpt2(backend: Any) -> bool:
 
 
 def add_mask_token(backend: Any) -> Any:
-    """Adds [MASK] with the next free id (50257, as in MDLM) to a tokenizer without a mask token."""
+    """Adds [MASK] with the next free id (50257, as in MDLM), unless there is a mask token."""
     added = backend.get_added_tokens_decoder().values()
     has_one = any("mask" in token.content.lower() for token in added)
     return backend if has_one else add_special_token(backend, "[MASK]")
@@ -128,7 +131,8 @@ def add_mask_token(backend: Any) -> Any:
 def add_special_token(backend: Any, token: str) -> Any:
     """Adds a token with the id after the highest.
 
-    The package would use the number of tokens as the id, which is taken if ids have holes.
+    The package itself would take the number of tokens as the id, which is in use if some lower id
+    is not.
     """
     from tokenizers import Tokenizer
 
@@ -143,9 +147,15 @@ def add_special_token(backend: Any, token: str) -> Any:
 
 
 def check_added_token_ids(backend: Any, declared: Sequence[tuple[str, int]], where: Path) -> None:
-    """Raises: InputError if two tokens share an id, or an added one differs from `declared`.
+    """Checks the ids of added tokens, since the package numbers these itself.
 
-    The package numbers added tokens itself, so they get other ids if the ids have holes.
+    If some lower id is not in use, they get other ids than their files say.
+
+    Args:
+      declared: (token, id) as the files say.
+      where: the folder or file, for messages.
+
+    Raises: InputError if two tokens share an id, or a token has another id than `declared`.
     """
     ids = backend.get_vocab(with_added_tokens=True)
     id_, times = Counter(ids.values()).most_common(1)[0] if ids else (0, 0)
@@ -164,11 +174,11 @@ def check_added_token_ids(backend: Any, declared: Sequence[tuple[str, int]], whe
 
 
 def _declared_ids(folder: Path) -> list[tuple[str, int]]:
-    """The ids of added tokens in every file that states them."""
+    """Returns (token, id) of the added tokens in every file that states them."""
     declared = list(_ids_in_file(folder / "tokenizer.json"))
     if (folder / "added_tokens.json").is_file():
         declared += read_json(folder / "added_tokens.json").items()
-    for i, token in _settings(folder).get("added_tokens_decoder", {}).items():
+    for i, token in _tokenizer_config(folder).get("added_tokens_decoder", {}).items():
         declared.append((token["content"], int(i)))
     return declared
 
@@ -181,17 +191,17 @@ def _ids_in_file(file: Path) -> list[tuple[str, int]]:
 # ------------------------------------------------------------------------------------ comparing
 
 
-def encode_alike(a: Any, b: Any, but: Sequence[str] = ()) -> bool:
+def have_same_ids(a: Any, b: Any, but: Sequence[str] = ()) -> bool:
     """Whether two tokenizers give the same ids for every text.
 
     Args:
-      but: settings that may differ. Documents, for example, never hold special tokens.
+      but: settings of added tokens that may differ, such as "special".
     """
     return a is b or _without(_rules(a), *but) == _without(_rules(b), *but)
 
 
 def _rules(backend: Any) -> dict[str, Any]:
-    """Everything that ids depend on."""
+    """Returns all settings that ids depend on."""
     values = json.loads(backend.to_str())
     model = {name: value for name, value in values["model"].items() if value not in ("", None)}
     if not values["normalizer"]:
@@ -207,12 +217,13 @@ def _rules(backend: Any) -> dict[str, Any]:
 
 
 def _without(rules: dict[str, Any], *names: str) -> dict[str, Any]:
+    """Removes settings of added tokens."""
     added = [{k: v for k, v in token.items() if k not in names} for token in rules["added_tokens"]]
     return rules | {"added_tokens": added}
 
 
 def _pre_tokenizer(values: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Without settings that only concern offsets."""
+    """Removes settings that only concern offsets."""
     if values is None:
         return None
     if values["type"] == "Sequence":
@@ -223,24 +234,24 @@ def _pre_tokenizer(values: dict[str, Any] | None) -> dict[str, Any] | None:
 # ------------------------------------------------------------------------------------ published
 
 
-def _settings(folder: Path) -> dict[str, Any]:
+def _tokenizer_config(folder: Path) -> dict[str, Any]:
     file = folder / "tokenizer_config.json"
     return read_json(file) if file.is_file() else {}
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def _model_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     return read_json(file) if file.is_file() else {}
 
 
 def _is_published(folder: Path) -> bool:
     """Whether transformers is needed to read the files."""
-    complete, config = (folder / "tokenizer.json").is_file(), _config(folder)
+    complete, config = (folder / "tokenizer.json").is_file(), _model_config(folder)
     if "format" in config and complete:
         return False  # a model folder of this library; conversion completed tokenizer.json
     if (folder / "tokenizer_config.json").is_file():
         # Without any of these, transformers has no more information than the other files.
-        return bool({"tokenizer_class", "auto_map"} & _settings(folder).keys()) or (
+        return bool({"tokenizer_class", "auto_map"} & _tokenizer_config(folder).keys()) or (
             "model_type" in config
         )
     # If neither it nor tokenizer.json says how to read the two files, the kind of model does.
@@ -249,15 +260,15 @@ def _is_published(folder: Path) -> bool:
 
 
 def _read_published(folder: Path) -> tuple[Any, bool]:
-    """The fast tokenizer that transformers makes of the files; whether it is plain GPT-2's."""
+    """Reads a fast tokenizer by transformers; returns whether it is GPT-2's without a mask, too."""
     require_packages("data", "transformers", "tokenizers")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found"
     from transformers import AutoTokenizer, PreTrainedTokenizerFast, logging
     from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
-    settings, complete = _settings(folder), (folder / "tokenizer.json").is_file()
+    settings, complete = _tokenizer_config(folder), (folder / "tokenizer.json").is_file()
     name = settings.get("tokenizer_class") or ""
-    kind = KNOWN_TYPES.get(name or _config(folder).get("model_type"))
+    kind = KNOWN_TYPES.get(name or _model_config(folder).get("model_type"))
     foreign = not (tokenizer_class_from_name(name) if name else "auto_map" not in settings)
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     reader: Any = AutoTokenizer

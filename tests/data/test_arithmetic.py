@@ -14,7 +14,7 @@ CFG = ArithmeticData(operations=tuple(SYMBOLS), num_items=400)
 
 def training_texts(task):
     """(prompt, answer) of every training row."""
-    tokens, _, _ = task.train.rows(range(task.train.num_rows))
+    tokens, _, _ = task.training_rows.rows(range(task.training_rows.num_rows))
     cut = task.prompt_length
     return [(task.tokenizer.decode(t[:cut]), task.tokenizer.decode(t[cut:])) for t in tokens]
 
@@ -63,13 +63,16 @@ def test_the_split_depends_on_split_seed_only():
     other = ArithmeticTask(dataclasses.replace(CFG, split_seed=1))
     tests = {r["prompt"] for r in other.test_records(50)}
     assert tests & {r["prompt"] for r in task.records(held_out=False)}  # others are held out
-    assert other.train.fingerprint != ArithmeticTask(CFG).train.fingerprint
-    assert ArithmeticTask(CFG).train.fingerprint == ArithmeticTask(CFG).train.fingerprint
+    assert other.training_rows.fingerprint != ArithmeticTask(CFG).training_rows.fingerprint
+    assert (
+        ArithmeticTask(CFG).training_rows.fingerprint
+        == ArithmeticTask(CFG).training_rows.fingerprint
+    )
 
 
 def test_training_rows_are_whole_and_the_fill_is_trained_on():
     task = ArithmeticTask(CFG)
-    batch = batch_at(task.train, 0, 0, 64)
+    batch = batch_at(task.training_rows, 0, 0, 64)
     assert batch.tokens.shape == (64, task.prompt_length + task.answer_length)
     assert batch.valid.all()
     assert (batch.answer == (np.arange(batch.tokens.shape[1]) >= task.prompt_length)).all()
@@ -101,6 +104,6 @@ def test_bad_settings_are_input_errors(change, message):
 def test_more_items_than_there_are_is_an_input_error():
     task = ArithmeticTask(ArithmeticData(digits=1, num_items=401))
     with pytest.raises(InputError, match="401 training items are asked for, but digits=1 gives"):
-        _ = task.train
+        _ = task.training_rows
     with pytest.raises(InputError, match="400 test items"):
         task.test_records(400)

@@ -73,7 +73,7 @@ def expected_mdlm(tokenizer, texts, length):
 
 
 def encoded(*documents):
-    return [EncodedPiece(ids, True, empty=len(ids) == 1) for ids in documents]
+    return [EncodedPiece(ids, True, is_empty_document=len(ids) == 1) for ids in documents]
 
 
 def test_rows_by_hand():

@@ -75,8 +75,8 @@ def nasty_texts():
 def ids_in_pieces(text, plain, chunk):
     chunks = (text[i : i + chunk] for i in range(0, len(text), chunk))
     pieces = list(itertools.chain(*encode_documents([("here", chunks)], plain, EOS, None)))
-    assert [piece.ends for piece in pieces] == [False] * (len(pieces) - 1) + [True]
-    assert pieces[-1].empty == (not text)
+    assert [piece.ends_document for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+    assert pieces[-1].is_empty_document == (not text)
     return [i for piece in pieces for i in piece.ids], len(pieces)
 
 
@@ -144,5 +144,5 @@ def test_long_texts_pass_in_pieces_and_short_ones_in_batches(monkeypatch):
     )
     documents = [("long", ("word " * 1000,)), *(("short", ("a b",)) for _ in range(500))]
     batches = list(encode_documents(documents, plain, EOS, None))
-    assert sum(piece.ends for batch in batches for piece in batch) == 501
+    assert sum(piece.ends_document for batch in batches for piece in batch) == 501
     assert max(sizes) <= 200 + 2 * 50

@@ -44,7 +44,7 @@ def batch(arithmetic_data):
 
 @pytest.fixture(scope="module")
 def arithmetic_data():
-    return ArithmeticTask(ArithmeticData(num_items=100)).train
+    return ArithmeticTask(ArithmeticData(num_items=100)).training_rows
 
 
 def assert_equal(a, b):
