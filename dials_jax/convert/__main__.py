@@ -22,9 +22,9 @@ at a time is in memory. A Lightning checkpoint of MDLM (*.ckpt) needs PyTorch an
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, or 2 after one line about the wrong input.
+    """Runs the command. Returns its exit status.
 
-    After Ctrl-C and SIGTERM it is 130 and 143.
+    0: done. 2: wrong input, after one line about it. 130 and 143: Ctrl-C and SIGTERM.
     """
     parser = argparse.ArgumentParser(prog="python -m convert", description=DESCRIPTION)
     parser.add_argument(
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     obey_sigterm()
     try:
         with keeping(lambda: "what is not whole is not kept; the same command starts again"):
-            cfg = run(options)
+            cfg = convert_source(options)
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -76,7 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run(options: argparse.Namespace) -> ModelConfig:
+def convert_source(options: argparse.Namespace) -> ModelConfig:
+    """Converts a Hugging Face folder or a Lightning checkpoint, as the options ask."""
     source = local_path(options.source, "SRC")
     local_path(options.target, "DST")
     if source.suffix != lightning.SUFFIX:

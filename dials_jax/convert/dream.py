@@ -18,15 +18,15 @@ TABLE = qwen2.TABLE
 
 ARCHITECTURES = ("DreamModel",)
 
-# The configuration repeats Qwen's positions; by its README Dream is good for these.
+# The configuration states Qwen's number of positions; Dream's README states this one.
 USABLE_POSITIONS = 2048
 
-# The published tokenizer's [MASK] and end-of-turn token; the configuration names the first only.
+# The published tokenizer's [MASK] and end-of-turn token; the configuration names only the first.
 DREAM_MASK_ID, DREAM_EOT_ID = 151666, 151645
 
 
 def translate_config(values: dict[str, Any], dtype: str) -> ModelConfig:
-    """A published `config.json` as ours.
+    """Translates a published `config.json` into a `ModelConfig`.
 
     Raises: InputError for an option that is not implemented and for a missing number.
     """

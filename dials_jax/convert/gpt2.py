@@ -63,18 +63,18 @@ BUFFERS = r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias"
 
 
 def translate_config(values: dict[str, Any], dtype: str) -> ModelConfig:
-    """A published `config.json` as ours.
+    """Translates a published `config.json` into a `ModelConfig`.
 
     Raises: InputError for an option that is not implemented and for a missing number.
     """
     require_options(DEFAULTS | values, REQUIRED)
     vocab_size, d_model = integer(values, "vocab_size"), integer(values, "n_embd")
     eos_id = token_id(values, "eos_token_id")
-    if (
-        eos_id is not None and eos_id >= vocab_size
-    ):  # the default value, in a model with other tokens
+    # transformers writes its default id, even for a vocabulary without it.
+    if eos_id is not None and eos_id >= vocab_size:
         eos_id = None
-    pad_id = integer(values, "pad_token_id", eos_id or 0)  # padding is masked, so any id will do
+    # Padding is never attended to, so any id serves.
+    pad_id = integer(values, "pad_token_id", eos_id or 0)
     return families.gpt2_small(
         integer(values, "n_layer"),
         d_model,
@@ -90,7 +90,7 @@ def translate_config(values: dict[str, Any], dtype: str) -> ModelConfig:
 
 
 def rename_tensors(values: dict[str, Any], tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The tensors under the names of the table: without prefix, projections split."""
+    """Names tensors as the table does: without prefix, projections split, tied head filled in."""
     plain = {name.removeprefix("transformer."): x for name, x in tensors.items()}
     plain = {name: x.T if CONV1D.fullmatch(name) else x for name, x in plain.items()}
     if flag(values, "tie_word_embeddings", True) and "wte.weight" in plain:

@@ -1,4 +1,4 @@
-"""Opens a Hugging Face folder as a configuration and a tree of parameters.
+"""Opens a Hugging Face folder as a `ModelConfig` and a tree of parameters.
 
 To add a kind of model, write a module and list it in `MODEL_TYPES`. The module has
 
@@ -41,7 +41,7 @@ MODEL_TYPES = {  # the `model_type` of config.json
     "gpt2": gpt2,
 }
 
-# Options of config.json that only a mixture of experts has.
+# Only a mixture of experts has one of these options.
 MOE_OPTIONS = ("num_experts", "num_local_experts", "n_routed_experts", "expert_intermediate_size")
 FLOAT_DTYPES = tuple(np.dtype(x) for x in (ml_dtypes.bfloat16, np.float32, np.float16))
 
@@ -57,12 +57,14 @@ TOKENIZER_FILES = (
 
 
 def open_hugging_face(source: str | Path, dtype: Any = None) -> tuple[ModelConfig, trees.Params]:
-    """The configuration, and the parameters as views of the mapped files, layers unrolled.
+    """Opens a folder with config.json and safetensors.
 
     Args:
-      dtype: of the configuration; the views keep their own. None: bfloat16 if the whole checkpoint
-        is bfloat16, otherwise float32, which holds every value exactly.
+      dtype: of the configuration. None: bfloat16 if all tensors are bfloat16, otherwise float32,
+        which holds every value exactly.
 
+    Returns: the configuration, and the parameters, layers unrolled. These are views of the mapped
+      files, in their own dtype; nothing is read yet.
     Raises: InputError for anything wrong with the folder.
     """
     source = Path(source).expanduser()
@@ -73,7 +75,7 @@ def open_hugging_face(source: str | Path, dtype: Any = None) -> tuple[ModelConfi
 
 
 def require_known_model_type(values: dict[str, Any], source: Path) -> None:
-    """Raises: InputError for a model type that is not in `MODEL_TYPES`, naming it."""
+    """Raises: InputError for a model type that is not in `MODEL_TYPES`, naming the nearest."""
     kind, found = values.get("model_type"), values.get("architectures")
     names = found if isinstance(found, list) else []
     names = [name for name in names if isinstance(name, str)]
@@ -103,7 +105,11 @@ def require_known_model_type(values: dict[str, Any], source: Path) -> None:
 def translate_checkpoint(
     values: dict[str, Any], tensors: dict[str, np.ndarray], source: Path, dtype: Any = None
 ) -> tuple[ModelConfig, trees.Params]:
-    """As `open_hugging_face`, from the content of config.json and the tensors."""
+    """As `open_hugging_face`, from the content of config.json and the tensors.
+
+    Args:
+      source: where they come from, for messages.
+    """
     family = MODEL_TYPES[values["model_type"]]
     own_buffers = getattr(family, "BUFFERS", "")
     tensors = strip_wrappers(tensors, source)
@@ -126,26 +132,27 @@ def translate_checkpoint(
 
 
 def convert_folder(source: str | Path, target: str | Path, dtype: Any = None) -> ModelConfig:
-    """Writes a Hugging Face folder as a model folder, one layer at a time in memory."""
+    """Converts a Hugging Face folder to a model folder, with one layer at a time in memory."""
     return write_model_folder(target, *open_hugging_face(source, dtype), Path(source).expanduser())
 
 
 def write_model_folder(
     target: str | Path, cfg: ModelConfig, params: trees.Params, beside: Path
 ) -> ModelConfig:
-    """Writes a model folder, with the tokenizer of the folder `beside`."""
-    with tempfile.TemporaryDirectory() as made:
-        files = collect_tokenizer_files(beside, Path(made))
+    """Writes a model folder, and into it the files of the tokenizer in the folder `beside`."""
+    with tempfile.TemporaryDirectory() as temporary:
+        files = collect_tokenizer_files(beside, Path(temporary))
         save_model(target, cfg, params, dtype=cfg.dtype, tokenizer_files=files)
     return cfg
 
 
-def collect_tokenizer_files(source: Path, made: Path) -> list[Path]:
-    """The files to copy, and a tokenizer.json in the folder `made` if they are not enough.
+def collect_tokenizer_files(source: Path, temporary: Path) -> list[Path]:
+    """Returns the tokenizer's files to copy into a model folder.
 
     A published folder's tokenizer may depend on its config.json, which the model folder replaces.
-    Links are followed: Hugging Face's cache consists of them. Any other link that leads out of the
-    folder is named in a warning, since its target is copied.
+    If the copied files would not give the same tokenizer, a tokenizer.json is written into the
+    folder `temporary` and returned with them. Links are followed, since Hugging Face's cache
+    consists of them; a warning names any other link that leads out of the folder.
     """
     files = {name: source / name for name in TOKENIZER_FILES if (source / name).is_file()}
     root = source.resolve()
@@ -158,8 +165,8 @@ def collect_tokenizer_files(source: Path, made: Path) -> list[Path]:
     try:
         tokenizer, complete = load_tokenizer(source), files.get("tokenizer.json")
         if not complete or load_tokenizer(complete).fingerprint != tokenizer.fingerprint:
-            tokenizer.save(made)
-            files["tokenizer.json"] = made / "tokenizer.json"
+            tokenizer.save(temporary)
+            files["tokenizer.json"] = temporary / "tokenizer.json"
     except (ImportError, InputError) as error:
         warnings.warn(f"the tokenizer's files are copied as they are: {error}", stacklevel=3)
     return list(files.values())

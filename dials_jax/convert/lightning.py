@@ -1,8 +1,8 @@
 """Opens a checkpoint of the MDLM authors' training code: a PyTorch Lightning `.ckpt`.
 
-Such a file is a pickle. torch reads it with `weights_only=True`, which runs no code from it, and
-only if the user allows a pickle at all. Beside weights it holds the settings and the tokenizer as
-objects of classes that are not needed here; plain objects replace them.
+Such a file is a pickle, which is read only if the user allows it, by torch with
+`weights_only=True`: no code of the file is run. It also holds the settings and the tokenizer, as
+objects of classes that are not needed here; objects of `Ignored` replace them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ REQUIRED = {"parameterization": "subs", "backbone": "dit", "diffusion": "absorbi
 
 
 class Ignored:
-    """Replaces an object of any other class: keeps its state and runs no code."""
+    """Replaces an object of any class in the file: keeps its state and runs no code."""
 
     state: Any = None
 
@@ -52,17 +52,18 @@ def open_lightning(
     mask_id: int | None = None,
     eos_id: int | None = None,
 ) -> tuple[ModelConfig, trees.Params]:
-    """The configuration and the parameters of a checkpoint, layers unrolled.
+    """Reads the configuration and the parameters of a checkpoint, layers unrolled.
 
-    Sizes come from the tensors. The length, and whether the model uses the time, come from a
-    `config.json` beside the file, else from the settings saved in it, else they are those of the
-    published model: 1024, and no. Special tokens are those of the tokenizer that the settings name.
+    Sizes come from the tensors. The length, and whether the model is conditioned on time, come from
+    a `config.json` beside the file, else from the settings saved in it, else from the published
+    model: 1024, and no. Special tokens are those of the tokenizer that the settings name.
 
     Args:
+      dtype: of the configuration; None: float32.
       allow_pickle: the user's consent to read a pickle.
-      ema: take the averaged weights, which the authors evaluate, instead of the last step's.
-      mask_id: of [MASK], if the tokenizer is unknown.
-      eos_id: of the end of text, likewise; also used for padding.
+      ema: take the averaged weights, which the authors evaluate, and not those of the last step.
+      mask_id: the id of [MASK], if the tokenizer is unknown.
+      eos_id: the id of the end of text, likewise; also used for padding.
 
     Raises: InputError without consent or PyTorch, if the file is not such a checkpoint, if it was
       trained as another kind of model, and for an unknown tokenizer without `mask_id`.
@@ -74,7 +75,7 @@ def open_lightning(
         f"{path} is a pickle; if you trust where it comes from, add --allow-pickle",
     )
     require((mask_id is None) == (eos_id is None), "--mask-id and --eos-id go together; give both")
-    content = _read(path)
+    content = _read_pickle(path)
     state = content.get("state_dict")
     require(isinstance(state, dict), f"{path} has no state_dict; give a Lightning checkpoint")
     saved = _saved_settings(content)
@@ -84,9 +85,9 @@ def open_lightning(
     tensors = {k.removeprefix(PREFIX): x for k, x in state.items() if k.startswith(PREFIX)}
     require(bool(tensors), f"{path}: no tensor of its state_dict starts with {PREFIX!r} (MDLM)")
     if ema:
-        tensors |= _averaged(path, content, tensors)
-    arrays = {name: _array(path, name, x) for name, x in tensors.items() if _counts(name, x)}
-    values = _settings(path, saved, arrays)
+        tensors |= _averaged_weights(path, content, tensors)
+    arrays = {name: _to_array(path, name, x) for name, x in tensors.items() if _is_read(name, x)}
+    values = _config_values(path, saved, arrays)
     if mask_id is not None:
         given = {"mask_token_id": mask_id, "eos_token_id": eos_id, "pad_token_id": eos_id}
     else:
@@ -94,7 +95,7 @@ def open_lightning(
     return translate_checkpoint(values | given, arrays, path, dtype)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_pickle(path: Path) -> dict[str, Any]:
     try:
         import torch
     except ImportError as error:
@@ -114,12 +115,12 @@ def _is_named_tensor(name: Any, x: Any) -> bool:
     return isinstance(name, str) and hasattr(x, "detach")
 
 
-def _counts(name: str, x: Any) -> bool:
-    """Positions that a module stores as integers are computed, as all buffers are."""
+def _is_read(name: str, x: Any) -> bool:
+    """False for buffers of integers. Rotary angles are read: they tell the number of heads."""
     return x.is_floating_point() or not is_buffer(name)
 
 
-def _array(path: Path, name: str, x: Any) -> np.ndarray:
+def _to_array(path: Path, name: str, x: Any) -> np.ndarray:
     dense = str(x.layout) == "torch.strided" and x.device.type == "cpu"
     require(
         dense and x.is_floating_point(),
@@ -129,8 +130,11 @@ def _array(path: Path, name: str, x: Any) -> np.ndarray:
     return x.detach().float().numpy()
 
 
-def _averaged(path: Path, content: dict, tensors: dict[str, Any]) -> dict[str, Any]:
-    """The averages by name; they are saved without names, in the order of the parameters."""
+def _averaged_weights(path: Path, content: dict, tensors: dict[str, Any]) -> dict[str, Any]:
+    """Returns the averages by name; they are saved without names, in the order of the parameters.
+
+    Raises: InputError if there are none, or if they are not in that order.
+    """
     average = content.get("ema")
     shadow = average.get("shadow_params") if isinstance(average, dict) else None
     require(
@@ -147,8 +151,8 @@ def _averaged(path: Path, content: dict, tensors: dict[str, Any]) -> dict[str, A
 
 
 def _saved_settings(content: dict[str, Any]) -> dict[str, Any]:
-    """The settings of the training, with those of its algorithm; empty if there are none."""
-    saved = _plain(content.get("hyper_parameters"))
+    """Returns the settings of the training, with those of its algorithm; {} if there are none."""
+    saved = _plain_values(content.get("hyper_parameters"))
     saved = saved.get("config", saved) if isinstance(saved, dict) else {}
     saved = saved if isinstance(saved, dict) else {}
     return saved | _section(saved, "algo")  # where newer code of the authors has them
@@ -177,8 +181,10 @@ def _require_mdlm(path: Path, saved: dict[str, Any]) -> None:
     )
 
 
-def _settings(path: Path, saved: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-    """The content of the `config.json` of a published folder."""
+def _config_values(
+    path: Path, saved: dict[str, Any], arrays: dict[str, np.ndarray]
+) -> dict[str, Any]:
+    """Returns what the `config.json` of a published folder would hold."""
     beside = path.with_name("config.json")
     if beside.is_file():
         return read_json(beside) | {"model_type": "mdlm"}
@@ -205,7 +211,7 @@ def _settings(path: Path, saved: dict[str, Any], arrays: dict[str, np.ndarray]) 
 
 
 def _num_heads(path: Path, saved: dict, arrays: dict[str, np.ndarray], width: int) -> int:
-    """The number of heads, from the rotary angles (two numbers of a head each) or the settings."""
+    """Returns the number of heads, from the rotary angles (two units of a head each) or settings."""
     angles = arrays.get("rotary_emb.inv_freq")
     if angles is not None and angles.size:
         return width // (2 * angles.size)
@@ -219,7 +225,7 @@ def _num_heads(path: Path, saved: dict, arrays: dict[str, np.ndarray], width: in
 
 
 def _special_tokens(path: Path, saved: dict, values: dict[str, Any]) -> dict[str, int]:
-    """Special ids of the tokenizer of the training; none if they are the published model's.
+    """Returns the special ids of the training's tokenizer; {} if `translate_config` finds them.
 
     Raises: InputError for an unknown tokenizer.
     """
@@ -241,13 +247,13 @@ def _special_tokens(path: Path, saved: dict, values: dict[str, Any]) -> dict[str
     return {}
 
 
-def _plain(settings: Any) -> Any:
-    """Settings as plain values: the authors' code stores nested containers of OmegaConf."""
+def _plain_values(settings: Any) -> Any:
+    """Turns the authors' settings, nested containers of OmegaConf, into plain values."""
     if isinstance(settings, Ignored) and isinstance(settings.state, dict):
         settings = settings.state.get("_content", settings.state.get("_val", settings))
     if isinstance(settings, dict):
-        return {name: _plain(value) for name, value in settings.items()}
+        return {name: _plain_values(value) for name, value in settings.items()}
     if isinstance(settings, list):
-        return [_plain(value) for value in settings]
+        return [_plain_values(value) for value in settings]
     known = settings is None or isinstance(settings, str | int | float)
     return settings if known else f"<{type(settings).__name__}>"

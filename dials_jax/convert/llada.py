@@ -13,8 +13,8 @@ from dials_jax.convert.table import TensorEntry
 
 _BLOCK = "model.transformer.blocks.{i}"
 
-# In a block `ff_proj` is the SwiGLU's gate and `ff_out` its way down; outside, `ff_out` is the
-# head. Rows of biases count only where the configuration asks for them.
+# In a block `ff_proj` is the gate of SwiGLU and `ff_out` its down projection; outside, `ff_out` is
+# the head. The entries of biases are used only if the configuration asks for biases.
 TABLE = (
     TensorEntry("model.transformer.wte.weight", "embed/table"),
     TensorEntry(f"{_BLOCK}.attn_norm.weight", "layers/attention_norm/scale"),
@@ -38,9 +38,9 @@ TABLE = (
     TensorEntry("model.transformer.ff_out.bias", "head/bias", 0),
 )
 
-ARCHITECTURES = ("LLaDAModelLM",)  # of config.json: others of this model type are other models
+ARCHITECTURES = ("LLaDAModelLM",)  # other classes with this model type are other models
 
-# Options that change the maths, and the only value implemented. null counts as false.
+# Options that change what the model computes, and the only value implemented. null counts as false.
 REQUIRED = {
     "activation_type": "silu",
     "block_type": "llama",
@@ -54,12 +54,12 @@ REQUIRED = {
     "weight_tying": False,
 }
 
-# The published tokenizer's [MASK] and end-of-turn token; the configuration names the first only.
+# The published tokenizer's [MASK] and end-of-turn token; the configuration names only the first.
 LLADA_MASK_ID, LLADA_EOT_ID = 126336, 126348
 
 
 def translate_config(values: dict[str, Any], dtype: str) -> ModelConfig:
-    """A published `config.json` as ours.
+    """Translates a published `config.json` into a `ModelConfig`.
 
     Raises: InputError for an option that is not implemented and for a missing number.
     """

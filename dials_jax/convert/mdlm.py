@@ -47,7 +47,7 @@ ARCHITECTURES = ("MDLM",)
 
 
 class KnownTokenizer(NamedTuple):
-    """A tokenizer that has a [MASK], and its special tokens."""
+    """The size and the special ids of a tokenizer that has a [MASK]."""
 
     vocab_size: int
     mask_id: int
@@ -55,7 +55,7 @@ class KnownTokenizer(NamedTuple):
     pad_id: int
 
 
-# By the names in the authors' settings. GPT-2's has no [MASK], so training adds one, the last id.
+# Names of tokenizers in the authors' settings. GPT-2's have no [MASK]; training adds it as last id.
 LAST_ID_IS_MASK = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
 KNOWN_TOKENIZERS = {
     "text8": KnownTokenizer(35, mask_id=4, eos_id=3, pad_id=5),
@@ -64,17 +64,17 @@ KNOWN_TOKENIZERS = {
 
 
 def tokenizer_of_size(vocab_size: int) -> str | None:
-    """The tokenizer of this vocabulary size that has a [MASK]."""
+    """Returns the name of the known tokenizer with this vocabulary size, or None."""
     return next((name for name, t in KNOWN_TOKENIZERS.items() if t.vocab_size == vocab_size), None)
 
 
 def translate_config(values: dict[str, Any], dtype: str) -> ModelConfig:
-    """A published `config.json` as ours.
+    """Translates a published `config.json` into a `ModelConfig`.
 
-    If it names no [MASK], the vocabulary is GPT-2's, whose last token is the end of text; [MASK] is
-    the id after it.
+    Without `mask_token_id` the vocabulary is taken for GPT-2's: the last token is the end of text,
+    and [MASK] is the id after it.
 
-    Raises: InputError for another vocabulary size without the id of [MASK].
+    Raises: InputError if the size is that of another tokenizer, whose [MASK] has to be given.
     """
     d_model, vocab_size = integer(values, "hidden_dim"), integer(values, "vocab_size")
     mask_id, name = token_id(values, "mask_token_id"), tokenizer_of_size(vocab_size)
@@ -103,6 +103,6 @@ def translate_config(values: dict[str, Any], dtype: str) -> ModelConfig:
 
 
 def rename_tensors(values: dict[str, Any], tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The tensors under the names of the table: without prefix, projections split."""
+    """Names tensors as the table does: without prefix, projections split."""
     plain = {name.removeprefix("backbone."): x for name, x in tensors.items()}
     return split_projections(plain, r"blocks\.\d+\.attn_qkv", ("q", "k", "v"), axis=0)

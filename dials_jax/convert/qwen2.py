@@ -21,7 +21,7 @@ from dials_jax.errors import require
 
 _BLOCK = "model.layers.{i}"
 
-# Of the projections only queries, keys and values have biases.
+# Only the projections of queries, keys and values have biases.
 TABLE = (
     TensorEntry("model.embed_tokens.weight", "embed/table"),
     TensorEntry(f"{_BLOCK}.input_layernorm.weight", "layers/attention_norm/scale"),
@@ -46,7 +46,7 @@ REQUIRED = {"hidden_act": "silu", "use_sliding_window": False}
 
 
 def translate_config(values: dict[str, Any], dtype: str) -> ModelConfig:
-    """A published `config.json` as ours.
+    """Translates a published `config.json` into a `ModelConfig`.
 
     Raises: InputError for an option that is not implemented and for a missing number.
     """
@@ -74,14 +74,17 @@ def translate_config(values: dict[str, Any], dtype: str) -> ModelConfig:
         causal=True,
         mask_id=None,
         eos_id=eos_id,
-        # Padding is masked, so any id will do.
+        # Padding is never attended to, so any id serves.
         pad_id=integer(values, "pad_token_id", eos_id or 0),
         dtype=dtype,
     )
 
 
 def rope_theta(values: dict[str, Any]) -> float:
-    """The base of the angles, which transformers 5 moved into `rope_parameters`."""
+    """Reads the base of the rotary angles, which transformers 5 moved into `rope_parameters`.
+
+    Raises: InputError for scaled angles, which are not implemented.
+    """
     rope = section(values, "rope_parameters")
     for options in (rope, section(values, "rope_scaling")):
         kind = options.get("rope_type", options.get("type", "default"))

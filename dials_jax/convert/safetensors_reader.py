@@ -1,6 +1,6 @@
 """Reads safetensors files as memory-mapped arrays.
 
-The `safetensors` package checks that a file follows the format. But its arrays are copies; here a
+The package `safetensors` checks that a file follows the format, but its arrays are copies. Here a
 tensor is a view of the mapped file, which needs no memory until it is read.
 
 Format: 8 bytes with the length of the header (little endian), the header as JSON, the data.
@@ -23,7 +23,7 @@ from dials_jax.files import read_json
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 PLAIN_NAME = re.compile(r"[^/\\\0]{1,200}\.safetensors")
-# Of weights and of buffers; the other dtypes of the format are smaller than a byte.
+# The other dtypes of the format are smaller than a byte.
 SAFETENSORS_DTYPES = {
     "F64": np.float64,
     "F32": np.float32,
@@ -44,7 +44,7 @@ SAFETENSORS_DTYPES = {
 
 
 def open_tensors(folder: Path) -> dict[str, np.ndarray]:
-    """Every tensor of a checkpoint, under its name. All headers are checked, no data is read.
+    """Returns every tensor of a checkpoint by name. All headers are checked, no data is read.
 
     Raises: InputError if a shard is missing, damaged or differs from the index.
     """
@@ -93,10 +93,10 @@ def _require_single(folder: Path) -> None:
 
 
 def open_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """Views of the tensors in one file.
+    """Returns views of the tensors in one file, by name.
 
     Raises: InputError if the file is missing or breaks the format: too short or too long, tensors
-      that overlap or leave holes, an entry without dtype, shape or offsets.
+      that overlap or leave gaps, an entry without dtype, shape or offsets.
     """
     require(path.is_file(), f"{path} is missing; download it again")
     try:
@@ -106,11 +106,11 @@ def open_safetensors(path: Path) -> dict[str, np.ndarray]:
     except (SafetensorError, ValueError) as error:
         raise InputError(f"{path} {_reason(path, error)}; download it again") from error
     data = np.asarray(np.memmap(path, np.uint8, mode="r"))[start:]
-    return {name: _view(path, name, entry, data) for name, entry in header.items()}
+    return {name: _tensor_view(path, name, entry, data) for name, entry in header.items()}
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The entries by name, and the byte where the data begins, of a checked file."""
+    """Returns the entries by name, and the byte where the data begins."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)
@@ -135,7 +135,7 @@ def _reason(path: Path, error: Exception) -> str:
     return f"has {path.stat().st_size} bytes and its header promises {end}"
 
 
-def _view(path: Path, name: str, entry: dict[str, Any], data: np.ndarray) -> np.ndarray:
+def _tensor_view(path: Path, name: str, entry: dict[str, Any], data: np.ndarray) -> np.ndarray:
     dtype, (begin, end) = entry["dtype"], entry["data_offsets"]
     require(
         dtype in SAFETENSORS_DTYPES,

@@ -1,4 +1,7 @@
-"""Reads numbers and options from a published `config.json`; null counts as absent."""
+"""Reads numbers and options from a published `config.json`; null counts as absent.
+
+Every function raises InputError, naming the option, for a value of another kind.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from dials_jax.errors import require
 
 
 def require_options(values: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raises: InputError for an option that changes the model and is not the value implemented."""
+    """Raises: InputError unless every option has its `wanted` value, the only one implemented."""
     for name, only in wanted.items():
         given = values.get(name)
         require(
@@ -22,6 +25,7 @@ def require_options(values: dict[str, Any], wanted: dict[str, Any]) -> None:
 
 
 def integer(values: dict[str, Any], name: str, default: int | None = None) -> int:
+    """Reads an integer; without it or a `default`, raises InputError."""
     value = default if values.get(name) is None else values[name]
     require(value is not None, f"config.json: {name} is missing; add it")
     whole = isinstance(value, int) and not isinstance(value, bool)
@@ -31,6 +35,7 @@ def integer(values: dict[str, Any], name: str, default: int | None = None) -> in
 
 
 def number(values: dict[str, Any], name: str) -> float:
+    """Reads a finite number."""
     value = values.get(name)
     real = isinstance(value, int | float) and not isinstance(value, bool)
     require(
@@ -41,25 +46,31 @@ def number(values: dict[str, Any], name: str) -> float:
 
 
 def flag(values: dict[str, Any], name: str, default: bool = False) -> bool:
+    """Reads true or false."""
     value = default if values.get(name) is None else values[name]
     require(isinstance(value, bool), f"config.json: {name}={value!r} must be true or false")
     return value
 
 
 def section(values: dict[str, Any], name: str) -> dict[str, Any]:
-    """An object inside the configuration; empty where it is absent."""
+    """Reads an object inside the configuration; an empty dict if it is absent."""
     value = {} if values.get(name) is None else values[name]
     require(isinstance(value, dict), f"config.json: {name}={value!r} must be an object")
     return value
 
 
 def token_id(values: dict[str, Any], name: str) -> int | None:
-    """The id of a special token, or None for a model that has none."""
+    """Reads the id of a special token; None if it is absent."""
     return None if values.get(name) is None else integer(values, name)
 
 
 def derive_head_dim(values: dict[str, Any], width: str, heads: str) -> int:
-    """The model's width over the number of heads; `width` and `heads` are their names upstream."""
+    """Divides the model's width by the number of heads.
+
+    Args:
+      width: the option with the width of the model.
+      heads: the option with the number of heads.
+    """
     d_model, num_heads = integer(values, width), integer(values, heads)
     require(
         d_model > 0 and num_heads > 0 and d_model % num_heads == 0,

@@ -1,4 +1,4 @@
-"""Fills a parameter tree from tensors with upstream names, by one table per kind of model."""
+"""Fills a parameter tree from the tensors of a published checkpoint, by a table of names."""
 
 from __future__ import annotations
 
@@ -17,16 +17,22 @@ T = TypeVar("T")
 
 
 class TensorEntry(NamedTuple):
-    """One tensor upstream and its path in our tree.
+    """The name of one published tensor and its path in our tree.
 
-    A torch Linear stores [out, in]; we store [in..., out...]. `inputs` is the number of our leading
-    axes that are inputs: 1 or 2 for a Linear, 0 for its bias, None for a tensor of the same shape.
+    A torch Linear stores [out, in]; our kernel is [in..., out...].
+
+    Attributes:
+      upstream: the published name; `{i}` is the number of the layer.
+      ours: the path in our tree, without the number of the layer.
+      num_inputs: how many leading axes of ours are inputs: 1 or 2 for the kernel of a Linear, 0 for
+        its bias, None for a tensor of the same shape.
+      tied: the published tensor that replaces it if config.json ties the two.
     """
 
-    upstream: str  # `{i}` is the number of the layer
-    ours: str  # a path below the parameters, without the number of the layer
-    inputs: int | None = None
-    tied: str = ""  # the tensor that replaces it if config.json ties the two
+    upstream: str
+    ours: str
+    num_inputs: int | None = None
+    tied: str = ""
 
 
 def fill_params(
@@ -36,35 +42,35 @@ def fill_params(
     source: Path,
     tied: bool = False,
 ) -> trees.Params:
-    """Our tree, layers unrolled, as views of the tensors: nothing is read or copied.
+    """Returns our tree, layers unrolled, as views of the tensors: nothing is read or copied.
 
     Args:
       shapes: the tree to fill, layers stacked.
-      tensors: names with or without the leading `model.`.
+      tensors: by published name, with or without the leading `model.`.
       source: where the tensors come from, for messages.
-      tied: a missing tensor is replaced by the one that its row of the table is tied to.
+      tied: fill a missing tensor with the one that its entry is tied to.
 
     Raises: InputError for a tensor that is missing, unknown or of another shape.
     """
-    rows = {row.ours: row for row in table}
+    entries = {entry.ours: entry for entry in table}
     unused = set(tensors)
 
-    def take(name: str, shape: tuple[int, ...], layer: int | None = None) -> np.ndarray:
-        row = rows[name]
-        key = row.upstream.format(i=layer)
-        keys = (key, row.tied) if tied else (key,)
+    def take_tensor(name: str, shape: tuple[int, ...], layer: int | None = None) -> np.ndarray:
+        entry = entries[name]
+        key = entry.upstream.format(i=layer)
+        keys = (key, entry.tied) if tied else (key,)
         found = next((n for k in keys for n in (k, k.removeprefix("model.")) if n in tensors), None)
         require(found is not None, f"{source} lacks tensor {key!r}, which fills {name}")
         unused.discard(found)
-        return _view(found, tensors[found], shape, row.inputs)
+        return _reshaped_view(found, tensors[found], shape, entry.num_inputs)
 
     def take_layer(layer: int) -> trees.Params:
         return trees.map_named(
-            lambda name, x: take(f"layers/{name}", x.shape[1:], layer), shapes["layers"]
+            lambda name, x: take_tensor(f"layers/{name}", x.shape[1:], layer), shapes["layers"]
         )
 
     rest = {k: v for k, v in shapes.items() if k != "layers"}
-    params = trees.map_named(lambda name, x: take(name, x.shape), rest)
+    params = trees.map_named(lambda name, x: take_tensor(name, x.shape), rest)
     params["layers"] = tuple(map(take_layer, range(trees.num_layers(shapes["layers"]))))
     require(
         not unused,
@@ -74,7 +80,7 @@ def fill_params(
     return params
 
 
-# Wrappers of a module add their name to those of the tensors inside: torch.compile, data
+# A wrapper of a module adds its name to those of the tensors inside: torch.compile, data
 # parallelism, sharding, checkpointing of activations.
 WRAPPERS = (
     "_orig_mod",
@@ -83,12 +89,15 @@ WRAPPERS = (
     "_fsdp_wrapped_module",
     "_checkpoint_wrapped_module",
 )
-# What torch saves beside weights: angles and positions, which we compute.
+# Rotary angles and positions, which torch saves with the weights; we compute them.
 COMMON_BUFFERS = r"(.+\.)?(rotary_emb\.\w*(inv_freq|cached)|position_ids)"
 
 
 def strip_wrappers(tensors: dict[str, T], source: Path) -> dict[str, T]:
-    """The tensors, in their order, under their names in a module without wrappers."""
+    """Renames tensors as in a module without wrappers, and keeps their order.
+
+    Raises: InputError if two tensors get the same name.
+    """
 
     def plain(name: str) -> str:
         return ".".join(part for part in name.split(".") if part not in WRAPPERS)
@@ -102,17 +111,24 @@ def strip_wrappers(tensors: dict[str, T], source: Path) -> dict[str, T]:
 
 
 def is_buffer(name: str, also: str = "") -> bool:
-    """Whether a tensor is computed, not learned; `also`: a pattern of more buffers."""
+    """Whether a tensor is computed and not learned.
+
+    Args:
+      also: a pattern of names of more buffers.
+    """
     return bool(re.fullmatch(COMMON_BUFFERS, name) or (also and re.fullmatch(also, name)))
 
 
 def split_projections(
     tensors: dict[str, np.ndarray], module: str, parts: tuple[str, ...], axis: int
 ) -> dict[str, np.ndarray]:
-    """Tensors that hold several projections, cut into equal parts: `x.weight` to `x.q.weight`.
+    """Splits tensors that hold several projections into equal parts, as `x.weight` to `x.q.weight`.
 
     Args:
-      module: a pattern of the names that are cut, without `.weight` or `.bias`.
+      module: a pattern of the names to split, without `.weight` or `.bias`.
+      parts: the names of the projections, in their order along `axis`.
+
+    Raises: InputError for a tensor that does not divide into these parts.
     """
     out = {}
     for name, x in tensors.items():
@@ -129,16 +145,22 @@ def split_projections(
     return out
 
 
-def _view(key: str, tensor: np.ndarray, shape: tuple[int, ...], inputs: int | None) -> np.ndarray:
-    """The tensor transposed and split into our axes, as a view."""
-    expected = shape if inputs is None else _torch_shape(shape, inputs)
+def _reshaped_view(
+    key: str, tensor: np.ndarray, shape: tuple[int, ...], num_inputs: int | None
+) -> np.ndarray:
+    """Returns a view of the tensor, transposed and reshaped to our `shape`.
+
+    Raises: InputError if the tensor has another shape than the configuration says.
+    """
+    expected = shape if num_inputs is None else _torch_shape(shape, num_inputs)
     require(
         tensor.shape == expected,
         f"{key} has shape {tensor.shape}; its config.json makes that {expected}",
     )
-    return tensor.T.reshape(shape) if inputs else tensor.reshape(shape)
+    return tensor.T.reshape(shape) if num_inputs else tensor.reshape(shape)
 
 
-def _torch_shape(shape: tuple[int, ...], inputs: int) -> tuple[int, ...]:
-    out = math.prod(shape[inputs:])
-    return (out, math.prod(shape[:inputs])) if inputs else (out,)
+def _torch_shape(shape: tuple[int, ...], num_inputs: int) -> tuple[int, ...]:
+    """Returns the shape that torch gives a Linear's kernel (or its bias, without inputs)."""
+    out = math.prod(shape[num_inputs:])
+    return (out, math.prod(shape[:num_inputs])) if num_inputs else (out,)

@@ -215,7 +215,7 @@ def old_rows(cfg, folder, eos_id):
     found.backend = Backend.from_str(old.backend.to_str())
     found.backend.encode_special_tokens = True
     found.fingerprints = old.fingerprints
-    found.plain = lambda: found
+    found.for_documents = lambda: found
     return pack_text(cfg, eos_id, None, found)
 
 
