@@ -1,8 +1,8 @@
-"""Prepares the corpus that a training configuration reads: tokenised, packed and verified, once.
+"""Tokenises, packs and verifies the corpus of a training configuration, once.
 
 python prepare.py --config configs/mdlm/blocks_12.py [--data.folder data/openwebtext]
 
-Stopped, it continues with the same command. With all done, it verifies the folder.
+After a stop the same command continues. On a finished folder it verifies every part.
 """
 
 from dials_jax.commands import parse, run_command
@@ -20,7 +20,7 @@ def command() -> None:
     with keeping(lambda: kept):
         manifest = prepare_corpus(config.data, config.model)
     for name, split in manifest["splits"].items():
-        counts = ", ".join(f"{split[what]:,} {what}" for what in ("documents", "tokens", "rows"))
+        counts = ", ".join(f"{split[unit]:,} {unit}" for unit in ("documents", "tokens", "rows"))
         print(f"{name}: {counts}")
     print(f"{config.data.folder} is complete and verified")
 

@@ -19,11 +19,11 @@ def command() -> None:
     keep_programs()
     train(config, workdir)
     with keeping(lambda: f"training has ended, and its result is in {workdir}"):
-        on_first_process(lambda: draw(workdir))
+        on_first_process(lambda: draw_curves(workdir))
 
 
-def draw(workdir: Path) -> None:
-    """Curves of the training; without matplotlib, as on a pod, there are none."""
+def draw_curves(workdir: Path) -> None:
+    """Draws the training curves, if matplotlib is installed; on a pod it may be missing."""
     if find_spec("matplotlib"):
         path = training_curves(workdir / "metrics.jsonl", workdir / "training.png")
         print(f"curves: {path.absolute()}", flush=True)

@@ -1,4 +1,4 @@
-"""Options for fields that are one of several dataclasses, written as Python writes these.
+"""Reads options that choose one of several dataclasses for a field, written as in Python.
 
 --tasks.0.sampler 'Dream(max_new_tokens=64, steps=32)'
 """
@@ -17,7 +17,11 @@ C = TypeVar("C")
 
 
 def choice_flags(config: Any, flag: str = "--") -> Iterator[tuple[str, tuple[type, ...]]]:
-    """Flags of the fields that are one of several dataclasses, and these."""
+    """Yields (flag, classes) for each field, at any depth, that is one of several dataclasses.
+
+    Args:
+      flag: the beginning of every flag.
+    """
     if isinstance(config, tuple):
         for i, item in enumerate(config):
             yield from choice_flags(item, f"{flag}{i}.")
@@ -31,7 +35,10 @@ def choice_flags(config: Any, flag: str = "--") -> Iterator[tuple[str, tuple[typ
 
 
 def apply_choices(config: C, arguments: list[str]) -> tuple[C, list[str]]:
-    """Applies what chooses a dataclass; the other arguments are left."""
+    """Applies the arguments that choose a dataclass. Returns the configuration, and the others.
+
+    Raises: InputError for an unknown class or field, and for a field of a choice that is None.
+    """
     left, given = [], iter(arguments)
     for argument in given:
         flag, equals, text = argument.partition("=")
@@ -40,7 +47,7 @@ def apply_choices(config: C, arguments: list[str]) -> tuple[C, list[str]]:
             value = _parse_choice(text if equals else next(given, ""), classes, flag)
             config = _replaced(config, flag[2:].replace("-", "_").split("."), value)
             continue
-        # Of None no field can be set.
+        # No field of None can be set.
         if (classes := known.get(parent)) and _at(config, parent) is None:
             names = ", ".join(cls.__name__ for cls in classes)
             raise InputError(
@@ -52,14 +59,14 @@ def apply_choices(config: C, arguments: list[str]) -> tuple[C, list[str]]:
 
 
 def _at(config: Any, flag: str) -> Any:
-    """The value of a field that has a flag."""
+    """Returns the value of the field with this flag."""
     for name in flag[2:].replace("-", "_").split("."):
         config = config[int(name)] if isinstance(config, tuple) else getattr(config, name)
     return config
 
 
 def _parse_choice(text: str, classes: tuple[type, ...], flag: str) -> Any:
-    """`Name(field=value, ...)`, `Name` or `None`. Raises: InputError for anything else."""
+    """Parses `Name(field=value, ...)`, `Name` or `None`. Raises: InputError for anything else."""
     kinds = {cls.__name__: cls for cls in classes}
     if text == "None":
         return None
@@ -88,6 +95,7 @@ def _parse_choice(text: str, classes: tuple[type, ...], flag: str) -> Any:
 
 
 def _replaced(config: Any, path: list[str], value: Any) -> Any:
+    """Returns a copy of `config` with another value at `path`."""
     if not path:
         return value
     if isinstance(config, tuple):

@@ -1,4 +1,4 @@
-"""The data that a model is trained and evaluated on."""
+"""The settings of the data that a model is trained and evaluated on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _require_share(random_length_prob: float) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class TextData(Typed):
-    """Documents packed in a line into rows of `length` tokens."""
+    """Documents packed one after the other into rows of `length` tokens."""
 
     kind: Literal["text"] = "text"
     paths: tuple[str, ...] = ()  # .txt, .jsonl, .jsonl.gz, .jsonl.xz files, or folders of them
@@ -26,8 +26,9 @@ class TextData(Typed):
     tokenizer: str = ""
     length: int = 1024
     prompt_length: int = 0  # tokens at the front that are never masked
-    random_length_prob: float = 0.01  # rows cut to U{1..length}, as LLaDA does (appendix B.1)
-    cache: str = ".cache/dials_jax"  # packed tokens are stored here
+    # Probability that a batch is cut to a random length, as in LLaDA (appendix B.1).
+    random_length_prob: float = 0.01
+    cache: str = ".cache/dials_jax"  # the folder of the packed rows
 
     def __post_init__(self):
         super().__post_init__()
@@ -38,11 +39,11 @@ class TextData(Typed):
 class CorpusData(Typed):
     """A large corpus that `prepare.py` packs once into rows of `length` tokens, in `folder`.
 
-    It comes from a Hugging Face data set or from files. Training reads `folder` only.
+    It comes from a Hugging Face data set or from files. Training reads only `folder`.
     """
 
     kind: Literal["corpus"] = "corpus"
-    folder: str  # the rows, for all hosts of a pod
+    folder: str  # of the rows; all hosts of a pod have to read it
     dataset: str = ""  # "Skylion007/openwebtext", or a folder; see docs/data.md
     dataset_config: str = ""
     dataset_split: str = "train"
@@ -52,7 +53,7 @@ class CorpusData(Typed):
     tokenizer: str = ""  # as in TextData; if the model has none either, that of `folder`
     length: int = 1024
     packing: Literal["mdlm", "stream"] = "mdlm"  # see dials_jax/data/packing.py
-    num_validation: int = 100_000  # this many last documents are the split "validation"
+    num_validation: int = 100_000  # the last documents, this many, are the split "validation"
     split: Literal["train", "validation"] = "train"  # the split that is read
     reader: Literal["auto", "grain", "numpy"] = "auto"  # the same rows in the same order
     prompt_length: int = 0  # tokens at the front that are never masked
@@ -71,12 +72,11 @@ class CorpusData(Typed):
 
 @dataclass(frozen=True, kw_only=True)
 class TaskData(Typed):
-    """Prompt/answer pairs from JSONL. Fields enter templates as `{name}` or `{name.inner}`.
+    """Prompt/answer pairs from JSONL. `{name}` and `{name.inner}` in a template are fields.
 
-    In training and for every metric of an evaluation a pair is too long if its prompt or one of its
-    answers is; `too_long` says what happens then. If `extract` of an evaluation takes the answer
-    from a longer reference, only that answer counts. In training every answer ends with end of
-    text, which counts.
+    A pair is too long if its prompt or one of its answers is, in training and for every metric of
+    an evaluation; `too_long` decides what happens then. In training every answer ends with the end
+    of text, which counts. In an evaluation with `extract`, only the extracted answer counts.
     """
 
     kind: Literal["task"] = "task"
@@ -87,7 +87,7 @@ class TaskData(Typed):
     prompt_length: int = 512  # longest prompt in tokens; prompts are padded on the left
     answer_length: int = 256  # longest answer in tokens, in training with its end of text
     pad_answer: bool = True  # pad the answer with end of text and train on it (LLaDA SFT)
-    too_long: Literal["error", "drop"] = "error"  # "drop" leaves pairs out; results count them
+    too_long: Literal["error", "drop"] = "error"  # "drop": leave them out; results state how many
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,20 +17,20 @@ Objective = Literal["llada", "mdlm", "causal"]
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig(Typed):
-    """AdamW with a linear warm-up.
+    """AdamW with clipping and a linear warm-up of the learning rate.
 
-    After it the rate falls by half a cosine to `final_scale` (DIALS, appendix A.1), or it stays
-    ("constant": MDLM).
+    After the warm-up the rate falls by half a cosine to `final_scale` times its peak (DIALS,
+    appendix A.1), or it stays constant (MDLM).
     """
 
     RENAMED: ClassVar[dict[str, str]] = {"schedule": "lr_schedule"}
 
-    learning_rate: float = 5e-5
+    learning_rate: float = 5e-5  # at the end of the warm-up
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.02
-    clip_norm: float = 1.0  # of the whole gradient; a large one clips nothing
+    clip_norm: float = 1.0  # the largest norm of the whole gradient
     lr_schedule: RateSchedule = "cosine"
     final_scale: float = 0.0  # cosine only: last rate / learning_rate
     ema: float | None = None  # decay of a moving average, which is then the exported model
@@ -66,9 +66,9 @@ class OptimizerConfig(Typed):
 class ObjectiveConfig(Typed):
     """The loss that training minimises.
 
-    - llada: an independent mask ratio per sequence; cross-entropy / ratio / answer length.
-    - mdlm: times spread evenly over the batch, [MASK] never predicted (SUBS); else the same.
-    - causal: cross-entropy of the next token, for causal models.
+    - llada: a mask ratio per sequence, drawn alone; cross-entropy / ratio / answer length.
+    - mdlm: as llada, with ratios spread evenly over the batch and [MASK] never predicted (SUBS).
+    - causal: the cross-entropy of the next token, for causal models.
     """
 
     RENAMED: ClassVar[dict[str, str]] = {"min_ratio": "min_mask_ratio"}
@@ -93,16 +93,16 @@ class ObjectiveConfig(Typed):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Typed):
-    """One training run: `backbone` empty trains a model, otherwise routers for that backbone.
+    """One training run, of routers for the model `backbone`, or of a model.
 
-    The exported model is the moving average of the weights if `optimizer.ema` keeps one.
+    The exported weights are the moving average if `optimizer.ema` asks for one.
     """
 
     RENAMED: ClassVar[dict[str, str]] = {"unrolled": "layout"}
 
-    backbone: str = ""  # a checkpoint or Hugging Face folder; it stays frozen
-    model: ModelConfig | None = None  # the model to train
-    init_from: str = ""  # a model folder whose weights it starts from; empty: random weights
+    backbone: str = ""  # a model folder or Hugging Face folder, stays frozen; empty: train a model
+    model: ModelConfig | None = None  # the model to train, without a backbone
+    init_from: str = ""  # the folder of a model whose weights it starts from; empty: random weights
     router: RouterConfig = RouterConfig()
     data: Data
     optimizer: OptimizerConfig
@@ -110,14 +110,14 @@ class TrainConfig(Typed):
     mesh: MeshConfig = MeshConfig()
     batch_size: int = 64  # sequences per step over all devices and microbatches
     num_microbatches: int = 1
-    dropout: float = 0.0  # rate, on what attention and MLPs add to the stream; model only
+    dropout: float = 0.0  # rate, on what attention and MLPs add to the residual stream; model only
     remat: bool = False  # recompute blocks in the backward pass: less memory, a third more work
-    layout: Literal["stacked", "unrolled"] = "stacked"  # unrolled: faster steps, compiles slower
+    layout: Literal["stacked", "unrolled"] = "stacked"  # unrolled: faster steps, slower to compile
     seed: Seed = 0
     log_every: int = 10
     save_every: int = 1000
     keep_checkpoints: int = 2
-    max_minutes: float | None = None  # stop cleanly after this long, without compilation
+    max_minutes: float | None = None  # save and stop after this time; compilation does not count
 
     def __post_init__(self):
         super().__post_init__()

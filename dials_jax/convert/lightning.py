@@ -211,7 +211,7 @@ def _config_values(
 
 
 def _num_heads(path: Path, saved: dict, arrays: dict[str, np.ndarray], width: int) -> int:
-    """Returns the number of heads, from the rotary angles (two units of a head each) or settings."""
+    """Finds the number of heads, by the rotary angles (one per two units of a head) or settings."""
     angles = arrays.get("rotary_emb.inv_freq")
     if angles is not None and angles.size:
         return width // (2 * angles.size)

@@ -76,8 +76,8 @@ def _prepare(cfg: CorpusData, model_config: ModelConfig, folder: Path) -> dict[s
     settings = _settings(cfg, model_config, tokenizer, documents)
     names = (MANIFEST, PARTS, ARRAY_RECORD, "tokenizer.json")
     require_unclaimed(folder, SETTINGS, names, reads=cfg.tokenizer)
-    former = {"tokenizer": tokenizer.fingerprints, "source": (documents.former_digest,)}
-    _claim_folder(folder, settings, former)
+    also = {"tokenizer": tokenizer.fingerprints, "source": (documents.former_digest,)}
+    _claim(folder, settings, also)
     tokenizer.save(folder)
     packer = _Packer(cfg, model_config, tokenizer.for_documents(), documents, folder / PARTS)
     num_train = documents.count - cfg.num_validation
@@ -111,15 +111,13 @@ def _settings(
     }
 
 
-def _claim_folder(
-    folder: Path, settings: dict[str, Any], former: Mapping[str, Collection[str]]
-) -> None:
-    """Writes `settings` into the folder, or compares them with those that it was begun with.
+def _claim(folder: Path, settings: dict[str, Any], also: Mapping[str, Collection[str]]) -> None:
+    """Records what the folder is for.
 
     Args:
-      former: by setting, other values that earlier versions computed for the same corpus.
+      also: values that earlier versions gave the same settings.
 
-    Raises: InputError naming the first setting that differs.
+    Raises: InputError if it holds something else.
     """
     path = folder / SETTINGS
     begun = read_json(path) if path.exists() else {}
@@ -132,7 +130,7 @@ def _claim_folder(
     )
     for name, there in begun.items():
         require(
-            there in (settings.get(name), *former.get(name, ())),
+            there in (settings.get(name), *also.get(name, ())),
             f"{folder} was begun with {name}={there!r}, not {settings.get(name)!r}; choose "
             "another folder, or delete it",
         )

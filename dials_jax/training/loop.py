@@ -44,59 +44,59 @@ class NonFiniteLoss(InputError):
 
 
 def train(cfg: TrainConfig, workdir: str | Path) -> TrainState:
-    """Trains to the end, from the newest intact checkpoint if there is one.
+    """Trains to the last step, or for `max_minutes` per call, and exports the result.
 
-    Stopping anywhere and calling this again gives bitwise the same result as a run that was not
-    stopped. The end is the last step, or the step after `max_minutes`; calling this again then
-    trains for as long again. Ctrl-C and SIGTERM end the run with a checkpoint of the current step.
+    It starts from the newest intact checkpoint in `workdir` if there is one. A run that was stopped
+    anywhere and continued by another call ends bitwise as a run that was not stopped. Ctrl-C and
+    SIGTERM end the call with a checkpoint of the current step.
 
     Raises:
       InputError: for settings or data that do not fit, before any expensive work.
       NonFiniteLoss: naming the step; the last good checkpoint stays.
-      Stopped: after Ctrl-C or SIGTERM, saying what is saved.
+      Stopped: after Ctrl-C or SIGTERM, with the step that is saved.
     """
     with exclusive(workdir) as workdir:
         checkpoints = Checkpoints(workdir / "checkpoints", cfg.keep_checkpoints)
-        with keeping(lambda: _saved(checkpoints)):
+        with keeping(lambda: _saved_message(checkpoints)):
             return _train(cfg, workdir, checkpoints)
 
 
 def _train(cfg: TrainConfig, workdir: Path, checkpoints: Checkpoints) -> TrainState:
     mesh = sharding.make_mesh(cfg.mesh)
     shards = sharding.num_batch_shards(mesh)
-    rows = cfg.batch_size // cfg.num_microbatches
+    sequences = cfg.batch_size // cfg.num_microbatches
     require(
-        rows % shards == 0,
-        f"{rows} rows a microbatch do not divide over {shards} batch shards; change batch_size, "
-        "num_microbatches or mesh",
+        sequences % shards == 0,
+        f"{sequences} sequences per microbatch do not divide over {shards} batch shards; change "
+        "batch_size, num_microbatches or mesh",
     )
     require_own(workdir, cfg)
     checkpoints.require_own()
     run = prepare_run(cfg, mesh)
     epoch = steps_per_epoch(run.data, cfg.batch_size)
     optimizer, total = make_optimizer(cfg.optimizer, epoch), num_steps(cfg.optimizer, epoch)
-    same = partial(require_same_experiment, workdir, cfg, run.identity, epoch)
-    same(step=max(checkpoints.steps(), default=0))
+    require_same = partial(require_same_experiment, workdir, cfg, run.identity, epoch)
+    require_same(step=max(checkpoints.steps(), default=0))
     ema = cfg.optimizer.ema
-    how = (run.init, optimizer, mesh, run.prefix)
-    shapes = state_shapes(*how, ema=ema, source=run.source)
+    start = (run.init, optimizer, mesh, run.prefix)
+    shapes = state_shapes(*start, ema=ema, source=run.source)
     state = restore_state(checkpoints.restore, shapes, mesh, run.prefix)
     if state is None:
-        state = init_train_state(*how, ema=ema, source=run.source)
-    same(step=int(state.step))  # an older checkpoint may have been restored
+        state = init_train_state(*start, ema=ema, source=run.source)
+    require_same(step=int(state.step))  # an older checkpoint may have been restored
     claim_workdir(workdir, cfg, run.identity)
     run = dataclasses.replace(run, source=())  # its memory is needed
-    _describe(cfg, run, state, total, epoch)
+    _print_start(cfg, run, state, total, epoch)
 
     step = make_train_step(run.loss_fn, optimizer, cfg.seed, cfg.num_microbatches, ema)
     step_fn = jit_train_step(step, state, mesh, run.prefix)
     with jax.set_mesh(mesh):
-        state = _steps(cfg, run, state, step_fn, total, epoch, checkpoints, workdir)
+        state = _run_steps(cfg, run, state, step_fn, total, epoch, checkpoints, workdir)
     run.export(workdir, state.result)
     return state
 
 
-def _steps(
+def _run_steps(
     cfg: TrainConfig,
     run: Run,
     state: TrainState,
@@ -106,14 +106,18 @@ def _steps(
     checkpoints: Checkpoints,
     workdir: Path,
 ) -> TrainState:
-    """Runs the remaining steps. The host waits for results only when it logs or saves."""
+    """Runs the steps up to `total`. The host waits for the device only when it logs or saves.
+
+    Args:
+      epoch: steps per epoch.
+    """
     start = int(state.step)
     mesh = jax.sharding.get_mesh()
     schedule = make_lr_schedule(cfg.optimizer, epoch)
     window: list[dict] = []
     since = time.perf_counter()
     clock = Clock(cfg.max_minutes)
-    what = "routers" if cfg.backbone else "model"
+    trained = "routers" if cfg.backbone else "model"
 
     def load_batch(step: int) -> Batch:
         batch = batch_at(
@@ -123,7 +127,7 @@ def _steps(
 
     with (
         contextlib.closing(MetricsWriter(workdir, start)) as writer,
-        progress_bar(total, start, what) as bar,
+        progress_bar(total, start, trained) as bar,
         Request() as request,
     ):
         for step, batch in prefetch(load_batch, start, total):
@@ -134,11 +138,11 @@ def _steps(
             done = step + 1
             bar.update()
             saving = done % cfg.save_every == 0 or done == total
-            # A save also ends a window of means, so that a continued run logs the same values.
+            # A save also ends a window of means: so a continued run logs the same values.
             window_ends = saving or done % cfg.log_every == 0
             stop = clock.is_over(window_ends) or request.came(window_ends)
             if window_ends or stop:
-                means = _means(window)
+                means = _mean_metrics(window)
                 _check_finite(state, workdir)
                 saving = saving or stop
                 seconds = time.perf_counter() - since
@@ -157,12 +161,12 @@ def _steps(
                 if stop or (saving and request.came(True)):
                     break
         if request.came(True):
-            raise Stopped(_saved(checkpoints), request.signum)
+            raise Stopped(_saved_message(checkpoints), request.signum)
     return state
 
 
-def _saved(checkpoints: Checkpoints) -> str:
-    """Says which step is saved, and how to continue."""
+def _saved_message(checkpoints: Checkpoints) -> str:
+    """Returns a line about the step that is saved and how to continue."""
     steps = checkpoints.steps()
     if not steps:
         return "no step is saved yet; the same command starts again"
@@ -172,7 +176,11 @@ def _saved(checkpoints: Checkpoints) -> str:
 
 
 class Clock:
-    """Tells when the time for training is over, the same on every host."""
+    """Measures the time for training; all hosts agree on its end.
+
+    Args:
+      minutes: the time for training; None: no limit.
+    """
 
     def __init__(self, minutes: float | None):
         self._minutes = minutes
@@ -184,7 +192,11 @@ class Clock:
             self._start = self.now()
 
     def is_over(self, meeting: bool) -> bool:
-        """Several hosts agree on the time only when they synchronise anyway."""
+        """Whether the time is over.
+
+        Args:
+          meeting: the hosts synchronise now. Without that, several hosts cannot agree: False.
+        """
         if self._minutes is None or (jax.process_count() > 1 and not meeting):
             return False
         over = np.array(self.now() - self._start >= 60 * self._minutes)
@@ -193,10 +205,12 @@ class Clock:
         return bool(over)
 
     def now(self) -> float:
+        """In seconds."""
         return time.perf_counter()
 
 
-def _means(window: list[dict]) -> dict[str, float]:
+def _mean_metrics(window: list[dict]) -> dict[str, float]:
+    """Fetches the metrics of several steps from the device and returns their means."""
     host = jax.device_get(window)
     return {name: float(np.mean([values[name] for values in host])) for name in host[0]}
 
@@ -212,6 +226,7 @@ def _check_finite(state: TrainState, workdir: Path) -> None:
 
 
 def _summary(means: dict[str, float]) -> str:
+    """Returns the text beside the progress bar."""
     parts = [f"loss {means['loss']:.3f}"]
     parts += [f"ce {means[name]:.3f}" for name in ("masked_ce", "token_ce") if name in means]
     if "skip_rate" in means:
@@ -219,13 +234,13 @@ def _summary(means: dict[str, float]) -> str:
     return ", ".join([*parts, f"{means['tokens_per_second']:,.0f} tokens/s"])
 
 
-def _describe(cfg: TrainConfig, run: Run, state: TrainState, total: int, epoch: int) -> None:
+def _print_start(cfg: TrainConfig, run: Run, state: TrainState, total: int, epoch: int) -> None:
     if jax.process_index():
         return
     trained, frozen = (trees.count_parameters(t) for t in (state.params, run.frozen))
     print(
         f"training {trained:,} parameters ({frozen:,} frozen) on {jax.device_count()} "
         f"{jax.devices()[0].device_kind} device(s): {run.data.num_rows:,} rows, "
-        f"{epoch:,} steps an epoch, {total:,} steps in all, from step {int(state.step):,}",
+        f"{epoch:,} steps per epoch, {total:,} steps in all, from step {int(state.step):,}",
         flush=True,
     )

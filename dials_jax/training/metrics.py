@@ -1,4 +1,4 @@
-"""Where training metrics go: `metrics.jsonl`, TensorBoard and a progress bar."""
+"""Writes training metrics to `metrics.jsonl` and TensorBoard, and draws a progress bar."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from dials_jax.files import json_lines, named, replacing
 
 log = logging.getLogger(__name__)
 
-LINE_SECONDS = 15  # between two lines of progress in a log
+LINE_SECONDS = 15  # between two lines of progress in a log file
 
 
 class MetricsWriter:
-    """Writes one JSON object per line; continuing at a step drops the lines of later steps.
+    """Writes the metrics of a step as one line of JSON, and to TensorBoard if that is installed.
 
-    A line that is not the record of a step goes to `metrics.odd.jsonl`, with a warning. TensorBoard
-    files are written too if tensorboardX is installed. Only process 0 writes.
+    Lines of steps after `step`, where the run continues, are removed first. A line that is not the
+    record of a step is moved to `metrics.odd.jsonl`, with a warning. Only process 0 writes.
     """
 
     def __init__(self, workdir: Path, step: int):
@@ -29,11 +29,12 @@ class MetricsWriter:
         if not self._active:
             return
         path = workdir / "metrics.jsonl"
-        _drop_later(path, step)
+        _drop_later_steps(path, step)
         self._file = path.open("a", encoding="utf-8")
-        self._board = _tensorboard(workdir / "tensorboard", step)
+        self._board = _open_tensorboard(workdir / "tensorboard", step)
 
     def write(self, step: int, values: dict[str, float]) -> None:
+        """Appends the metrics of one step."""
         if not self._active:
             return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
@@ -49,8 +50,8 @@ class MetricsWriter:
                 self._board.close()
 
 
-def _drop_later(path: Path, step: int) -> None:
-    """Keeps the records up to a step; lines that are not records are set aside."""
+def _drop_later_steps(path: Path, step: int) -> None:
+    """Keeps the records of steps up to `step`; moves lines that are no records to another file."""
     aside = path.with_name("metrics.odd.jsonl")
     odd = []
     with replacing(path) as kept:
@@ -67,7 +68,8 @@ def _drop_later(path: Path, step: int) -> None:
                 file.writelines(line for _, line in odd)
 
 
-def _tensorboard(folder: Path, step: int):
+def _open_tensorboard(folder: Path, step: int):
+    """Returns a writer that drops what was written after `step`; None without tensorboardX."""
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
@@ -76,7 +78,11 @@ def _tensorboard(folder: Path, step: int):
 
 
 def progress_bar(total: int, start: int, what: str):
-    """A progress bar on standard error; without a terminal, a line now and then."""
+    """Returns a tqdm bar on standard error; in a log file it is a line every `LINE_SECONDS`.
+
+    Args:
+      what: is trained; the text before the bar.
+    """
     from tqdm import tqdm
 
     live = sys.stderr.isatty()
@@ -93,7 +99,7 @@ def progress_bar(total: int, start: int, what: str):
 
 
 class ProgressLines:
-    """A file for tqdm that ends every state of the bar with a newline, as logs need."""
+    """A file for tqdm that writes every state of the bar as a line of its own."""
 
     def __init__(self, file: Any):
         self._file = file

@@ -14,14 +14,14 @@ from dials_jax.models import groups
 from dials_jax.models.model import Model
 
 VOCABULARY_AXIS = {"embed/table": 0, "head/kernel": 1, "head/bias": 0}
-SAME_SETTINGS = ("rope_theta", "norm", "norm_eps")  # how weights are used; no shape shows it
+SAME_SETTINGS = ("rope_theta", "norm", "norm_eps")  # of computations with weights of equal shapes
 
 
 def load_source(path: str, cfg: ModelConfig, mesh: Mesh) -> Model:
-    """The model to start from, its weights float32.
+    """Loads the model that training starts from, in float32.
 
     Shapes, rotary angles and norms have to agree. Attention may become bidirectional, predictions
-    may shift, and the vocabulary may gain tokens such as [MASK].
+    may be shifted, and the vocabulary may gain tokens such as [MASK].
 
     Raises: InputError naming the first setting or array that does not fit.
     """
@@ -55,9 +55,9 @@ def load_source(path: str, cfg: ModelConfig, mesh: Mesh) -> Model:
 
 
 def grow_vocabulary(params: trees.Params, vocab_size: int) -> trees.Params:
-    """The same weights over a larger vocabulary. A new token starts as the mean of the old."""
+    """Adds tokens up to `vocab_size`; each starts as the mean of the old ones."""
 
-    def one(name: str, x: Array) -> Array:
+    def grow(name: str, x: Array) -> Array:
         axis = VOCABULARY_AXIS.get(name)
         if axis is None or x.shape[axis] == vocab_size:
             return x
@@ -65,4 +65,4 @@ def grow_vocabulary(params: trees.Params, vocab_size: int) -> trees.Params:
         new = jnp.repeat(mean, vocab_size - x.shape[axis], axis=axis)
         return jnp.concatenate([x, new], axis=axis)
 
-    return trees.map_named(one, params)
+    return trees.map_named(grow, params)

@@ -63,7 +63,7 @@ def init_train_state(
       ema: keep a moving average; it starts as the parameters do.
       source: arrays that `init` makes the parameters from.
     """
-    make = partial(_new_state, init, optimizer, ema)
+    make = partial(_fresh, init, optimizer, ema)
     shardings = train_state_shardings(jax.eval_shape(make, *source), mesh, prefix)
     with jax.set_mesh(mesh):
         return jax.jit(make, out_shardings=shardings)(*source)
@@ -80,7 +80,7 @@ def state_shapes(
 ) -> TrainState:
     """What `init_train_state` makes, as shapes, dtypes and shardings, without allocating memory."""
     return with_shardings(
-        jax.eval_shape(partial(_new_state, init, optimizer, ema), *source), mesh, prefix
+        jax.eval_shape(partial(_fresh, init, optimizer, ema), *source), mesh, prefix
     )
 
 
@@ -93,7 +93,7 @@ def with_shardings(state: TrainState, mesh: Mesh, prefix: str = "") -> TrainStat
     )
 
 
-def _new_state(
+def _fresh(
     init: Callable[..., trees.Params],
     optimizer: optax.GradientTransformation,
     ema: float | None,
