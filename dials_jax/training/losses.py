@@ -1,4 +1,4 @@
-"""What a training step minimises: a whole model, or the routers of a frozen one."""
+"""The losses that training minimises: of a whole model, or of the routers of a frozen one."""
 
 from __future__ import annotations
 
@@ -41,13 +41,14 @@ from dials_jax.skipping.routed import StochasticRouted
 
 
 class Mean(NamedTuple):
-    """A mean that can be summed over microbatches before it is divided."""
+    """A weighted mean, kept as a sum and its weight so that microbatches can be added."""
 
     total: Float[Array, ""]
     count: Float[Array, ""]
 
     @classmethod
     def of(cls, values: Array, weights: Array | float = 1.0) -> Mean:
+        """Makes the mean of `values`; `weights` are broadcast to their shape."""
         weights = jnp.broadcast_to(weights, values.shape)
         return cls(jnp.sum(values * weights), jnp.sum(weights, dtype=jnp.float32))
 
@@ -57,20 +58,21 @@ class Mean(NamedTuple):
 
 
 class Draws(NamedTuple):
-    """The randomness of each sequence, from the step and its number in the whole batch."""
+    """Random keys and numbers per sequence, from the step and its index in the whole batch."""
 
     key: jax.Array
-    stratum: Float[Array, "B"]  # in [0, 1), spread evenly over the whole batch
+    stratum: Float[Array, "B"]  # in [0, 1), evenly spread over the whole batch
 
     @classmethod
-    def of(cls, step_key: jax.Array, sequence: Int[Array, "B"], num_sequences: int) -> Draws:
-        """
+    def of(cls, step_key: jax.Array, sequence_index: Int[Array, "B"], num_sequences: int) -> Draws:
+        """Draws for the sequences of a microbatch, or of the whole batch.
+
         Args:
-          sequence: numbers in the whole batch, of a microbatch or of all.
+          sequence_index: in the whole batch.
           num_sequences: of the whole batch.
         """
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, sequence)
-        return cls(keys, stratified(step_key, sequence, num_sequences))
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, sequence_index)
+        return cls(keys, stratified(step_key, sequence_index, num_sequences))
 
 
 Metrics = dict[str, Mean]
@@ -81,20 +83,20 @@ LossFn = Callable[[trees.Params, trees.Params, Batch, Draws], tuple[Array, Metri
 def model_loss(
     cfg: ModelConfig, objective: ObjectiveConfig, remat: bool, dropout: float = 0.0
 ) -> LossFn:
-    """The loss of all parameters; `frozen` is unused."""
+    """Returns the loss of all parameters of a model; its argument `frozen` is unused."""
 
     def loss(params, frozen, batch, draws):
         del frozen
-        view = _view(cfg, objective, batch, draws)
-        drop = Dropout(view.layer_keys, dropout) if dropout else None
-        out = _run(cfg, params, batch, view, remat, dropout=drop)
+        inputs = _draw_inputs(cfg, objective, batch, draws)
+        drop = Dropout(inputs.layer_keys, dropout) if dropout else None
+        out = _run_model(cfg, params, batch, inputs, remat, dropout=drop)
         total, nats = weighted_cross_entropy(
-            *_predictions(cfg, params, out, batch, view),
-            view.weights,
+            *_predictions(cfg, params, out, batch, inputs),
+            inputs.weights,
             # [MASK] is never predicted under SUBS.
             suppressed_id=cfg.mask_id if objective.kind == "mdlm" else None,
         )
-        return total, _metrics(total, nats, batch, view)
+        return total, _metrics(total, nats, batch, inputs)
 
     return loss
 
@@ -102,18 +104,18 @@ def model_loss(
 def router_loss(
     cfg: ModelConfig, router: RouterConfig, objective: ObjectiveConfig, remat: bool
 ) -> LossFn:
-    """The loss of the routers, DIALS (10); `frozen` holds the backbone, which gets no gradient."""
+    """Returns the loss of the routers, DIALS (10); `frozen` is the backbone."""
 
     def loss(routers, backbone, batch, draws):
-        view = _view(cfg, objective, batch, draws)
+        inputs = _draw_inputs(cfg, objective, batch, draws)
         policy = StochasticRouted(routers, router.skip_threshold, router.temperature)
-        out = _run(cfg, backbone, batch, view, remat, policy)
-        masked, p_mask = view.weights != 0, view.noise.ratio
+        out = _run_model(cfg, backbone, batch, inputs, remat, policy)
+        masked, p_mask = inputs.weights != 0, inputs.noise.ratio
         cross_entropy, nats = sequence_cross_entropy(
-            *_predictions(cfg, backbone, out, batch, view),
-            # 1, but for MDLM's noise, whose weight is not quite 1 / p.
-            masked * (view.noise.weight * p_mask)[:, None],
-            # A frozen model is scored with the predictions that it makes.
+            *_predictions(cfg, backbone, out, batch, inputs),
+            # Ones, except with MDLM's noise, whose weight is not exactly 1 / p.
+            masked * (inputs.noise.weight * p_mask)[:, None],
+            # A frozen model is scored by the predictions that it makes in generation.
             suppressed_id=cfg.mask_id if objective.kind == "mdlm" or cfg.subs else None,
         )
         num_masked, alpha = jnp.sum(masked, axis=1), skip_rate(out.gates)
@@ -121,7 +123,7 @@ def router_loss(
         losses = dials_loss(cross_entropy, num_answer, num_masked, alpha, p_mask, objective)
         total = jnp.sum(losses)
         rates = Mean.of(alpha, (num_masked > 0).astype(jnp.float32))
-        return total, _metrics(total, nats, batch, view) | {"skip_rate": rates}
+        return total, _metrics(total, nats, batch, inputs) | {"skip_rate": rates}
 
     return loss
 
@@ -144,32 +146,35 @@ def check_objective(cfg: ModelConfig, objective: ObjectiveConfig, routers: bool 
 # ---------------------------------------------------------------------------------- inside
 
 
-class _View(NamedTuple):
-    """A batch as an objective sees it."""
+class _Inputs(NamedTuple):
+    """The inputs and targets that an objective makes of a batch."""
 
-    tokens: Int[Array, "B T"]  # what the model reads
-    targets: Int[Array, "B T"]  # what each position is to predict
-    weights: Float[Array, "B T"]  # of each prediction in the sum over sequences; 0: it has no loss
-    layer_keys: jax.Array  # of what is drawn inside the layers: gates, or dropout
-    noise: Noise | None = None  # None: a causal model's
+    tokens: Int[Array, "B T"]  # the model's input
+    targets: Int[Array, "B T"]  # the token that each position has to predict
+    weights: Float[Array, "B T"]  # of each prediction in the sum over sequences; 0: no loss
+    layer_keys: jax.Array  # per sequence, for what is drawn inside layers: gates or dropout
+    noise: Noise | None = None  # None for a causal model
 
     @property
     def time(self) -> Float[Array, "B"] | None:
         return None if self.noise is None else self.noise.time
 
 
-def _view(cfg: ModelConfig, objective: ObjectiveConfig, batch: Batch, draws: Draws) -> _View:
+def _draw_inputs(
+    cfg: ModelConfig, objective: ObjectiveConfig, batch: Batch, draws: Draws
+) -> _Inputs:
+    """Masks tokens at random; for a causal model, shifts the targets."""
     mask_keys, layer_keys = jax.vmap(jax.random.split)(draws.key).T
     if objective.kind == "causal":
         targets, counted = next_tokens(batch.tokens, batch.answer, batch.valid)
-        return _View(batch.tokens, targets, causal_weights(counted), layer_keys)
+        return _Inputs(batch.tokens, targets, causal_weights(counted), layer_keys)
     ratio_keys, position_keys = jax.vmap(jax.random.split)(mask_keys).T
     if objective.kind == "mdlm":
         noise = stratified_noise(draws.stratum, objective.min_mask_ratio)
     else:
         noise = uniform_noise(ratio_keys, objective.min_mask_ratio)
     masked = corrupt(position_keys, batch.answer, noise.ratio)
-    return _View(
+    return _Inputs(
         tokens=jnp.where(masked, cfg.mask_id, batch.tokens),
         targets=batch.tokens,
         weights=diffusion_weights(masked, batch.answer, noise.weight),
@@ -178,11 +183,11 @@ def _view(cfg: ModelConfig, objective: ObjectiveConfig, batch: Batch, draws: Dra
     )
 
 
-def _run(
+def _run_model(
     cfg: ModelConfig,
     params: trees.Params,
     batch: Batch,
-    view: _View,
+    inputs: _Inputs,
     remat: bool,
     policy: Policy | None = None,
     dropout: Dropout | None = None,
@@ -190,11 +195,11 @@ def _run(
     return transformer.run_layers(
         cfg,
         params,
-        view.tokens,
+        inputs.tokens,
         batch.valid,
         policy,
-        time=view.time,
-        sequence_keys=view.layer_keys,
+        time=inputs.time,
+        sequence_keys=inputs.layer_keys,
         executor="select",
         remat=remat,
         dropout=dropout,
@@ -202,19 +207,19 @@ def _run(
 
 
 def _predictions(
-    cfg: ModelConfig, params: trees.Params, out: StackOutput, batch: Batch, view: _View
+    cfg: ModelConfig, params: trees.Params, out: StackOutput, batch: Batch, inputs: _Inputs
 ) -> tuple[Float[Array, "B T D"], HeadWeights, Int[Array, "B T"]]:
-    """What a cross-entropy compares: the states that predict, the head, and the targets."""
+    """Returns the first arguments of a cross-entropy: hidden states, the head, and the targets."""
     h = transformer.shift_to_predicted(cfg, out.h, batch.valid)
-    h = transformer.apply_final_norm(cfg, params, h, view.time)
-    return h, HeadWeights(params["head"]["kernel"], params["head"].get("bias")), view.targets
+    h = transformer.apply_final_norm(cfg, params, h, inputs.time)
+    return h, HeadWeights(params["head"]["kernel"], params["head"].get("bias")), inputs.targets
 
 
-def _metrics(total: Array, nats: Float[Array, "B T"], batch: Batch, view: _View) -> Metrics:
-    """The loss, the cross-entropy per predicted token in nats, and the masked share of answers."""
-    count = jnp.sum(view.weights != 0, dtype=jnp.float32)
+def _metrics(total: Array, nats: Float[Array, "B T"], batch: Batch, inputs: _Inputs) -> Metrics:
+    """Returns the loss, the cross-entropy in nats per predicted token, and the masked share."""
+    count = jnp.sum(inputs.weights != 0, dtype=jnp.float32)
     loss = {"loss": Mean(total, jnp.float32(batch.sequence_index.shape[0]))}
-    if view.noise is None:
+    if inputs.noise is None:
         return loss | {"token_ce": Mean(jnp.sum(nats), count)}
     share = Mean(count, jnp.sum(batch.answer, dtype=jnp.float32))
     return loss | {"masked_ce": Mean(jnp.sum(nats), count), "masked_share": share}

@@ -13,10 +13,12 @@ from dials_jax.errors import require
 
 
 def num_steps(cfg: OptimizerConfig, steps_per_epoch: int) -> int:
+    """Returns the steps of the whole training."""
     return _in_steps(cfg.num_steps, cfg.num_epochs, steps_per_epoch)
 
 
 def warmup_steps(cfg: OptimizerConfig, steps_per_epoch: int) -> int:
+    """Returns the steps of the warm-up."""
     return _in_steps(cfg.warmup_steps, cfg.warmup_epochs, steps_per_epoch)
 
 
@@ -25,7 +27,7 @@ def _in_steps(steps: int | None, epochs: float | None, steps_per_epoch: int) -> 
 
 
 def make_lr_schedule(cfg: OptimizerConfig, steps_per_epoch: int) -> optax.Schedule:
-    """Learning rate by step: 0 to the peak over the warm-up, then as `cfg.lr_schedule` says.
+    """Returns the learning rate by step: from 0 to its peak in the warm-up, then `cfg.lr_schedule`.
 
     Raises: InputError if the warm-up does not end before training does.
     """
@@ -65,10 +67,11 @@ def make_optimizer(cfg: OptimizerConfig, steps_per_epoch: int) -> optax.Gradient
 def update_moving_average(
     average: trees.Params, params: trees.Params, num_updates: Int[Array, ""], decay: float
 ) -> trees.Params:
-    """The moving average after one more update of the parameters, the n-th.
+    """Returns the moving average after update n = `num_updates` of the parameters.
 
-    Its decay is min(decay, (1 + n) / (10 + n)), so that the random start is soon forgotten
-    (MDLM's `ema.py`).
+    The decay is min(decay, (1 + n) / (10 + n)), so that the random start is soon forgotten.
+
+    Source: MDLM, `ema.py`.
     """
     rest = jnp.maximum(1 - decay, 9 / (10 + num_updates))
     return jax.tree.map(lambda a, p: a + rest * (p - a), average, params)

@@ -25,9 +25,9 @@ class TrainState(NamedTuple):
 
     Attributes:
       step: steps taken.
-      bad_step: the first step whose loss or gradient was not finite, else -1. From then on
-        the state stays the last good one, until the host checks.
-      average: the moving average of the parameters, if there is one.
+      bad_step: the first step whose loss or gradient was not finite, else -1. After it no step
+        changes the state, until the host looks.
+      average: the moving average of the parameters, or None.
     """
 
     step: Int[Array, ""]
@@ -56,12 +56,12 @@ def init_train_state(
     ema: float | None = None,
     source: tuple = (),
 ) -> TrainState:
-    """A new state, each array made on its own devices.
+    """Makes a new state; each array is computed on the devices that will hold it.
 
     Args:
-      prefix: put before parameter names when the sharding table is asked (`routers/`).
-      ema: keep a moving average; it starts as the parameters do.
-      source: arrays that `init` makes the parameters from.
+      prefix: is put before names of parameters to look them up in the sharding table (`routers/`).
+      ema: the decay of a moving average of the parameters, which starts equal to them; None: none.
+      source: the arguments of `init`: other parameters that it makes these from.
     """
     make = partial(_fresh, init, optimizer, ema)
     shardings = train_state_shardings(jax.eval_shape(make, *source), mesh, prefix)
@@ -107,10 +107,12 @@ def _fresh(
 def restore_state(
     restore: Callable[..., TrainState | None], shapes: TrainState, mesh: Mesh, prefix: str = ""
 ) -> TrainState | None:
-    """The restored state, laid out as `shapes`, whether its layers were stored stacked or not.
+    """Restores a state and lays it out as `shapes`, whether its layers are stored stacked or not.
 
     Args:
       restore: `Checkpoints.restore`.
+
+    Returns: None if there is no checkpoint.
     """
     layers = shapes.params.get("layers")
     if layers is None:  # routers
@@ -120,11 +122,12 @@ def restore_state(
     state = restore(shapes, with_shardings(stored, mesh, prefix))
     if state is None or trees.is_unrolled(state.params["layers"]) == unrolled:
         return state
-    change = partial(trees.relayout, unrolled=unrolled)
-    return jax.jit(change, out_shardings=train_state_shardings(shapes, mesh, prefix))(state)
+    relayout = partial(trees.relayout, unrolled=unrolled)
+    return jax.jit(relayout, out_shardings=train_state_shardings(shapes, mesh, prefix))(state)
 
 
 def train_state_shardings(state: TrainState, mesh: Mesh, prefix: str = "") -> TrainState:
+    """Returns the sharding of every array of a state."""
     return TrainState(
         step=sharding.replicated(mesh),
         params=sharding.param_shardings(state.params, mesh, prefix),
@@ -172,10 +175,10 @@ def make_train_step(
 
 
 def jit_train_step(step: TrainStep, state: TrainState, mesh: Mesh, prefix: str = "") -> Callable:
-    """The step as a program that writes the next state over the last one.
+    """Returns the step as a program that reuses the memory of its argument `state`.
 
     Args:
-      state: the one to begin with, or its shapes and dtypes.
+      state: the first state, or its shapes and dtypes.
     """
     return jax.jit(
         step,
@@ -192,7 +195,7 @@ def update_state(
     good: Bool[Array, ""],
     ema: float | None = None,
 ) -> TrainState:
-    """The next state; after a step that was not finite, the same state for ever."""
+    """Returns the next state. From the first step that is not `good` (finite), it stays the same."""
     good = good & (state.bad_step < 0)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -205,7 +208,7 @@ def update_state(
 
 
 def sum_over_microbatches(fn: Callable[[Batch], PyTree], batches: Batch) -> PyTree:
-    """Sum of `fn` over the leading axis, in order; no loop for a single entry."""
+    """Adds `fn(microbatch)` over the leading axis, in order; a single microbatch needs no loop."""
     first = jax.tree.map(lambda x: x[0], batches)
     if batches.sequence_index.shape[0] == 1:
         return fn(first)
@@ -214,9 +217,9 @@ def sum_over_microbatches(fn: Callable[[Batch], PyTree], batches: Batch) -> PyTr
 
 
 def split_microbatches(batch: Batch, parts: int) -> Batch:
-    """[B, ...] to [parts, B / parts, ...] with sequence i in part i mod parts.
+    """Reshapes [B, ...] to [parts, B / parts, ...], with sequence i in part i mod `parts`.
 
-    Neighbouring sequences go to different parts, so every device keeps its own sequences.
+    So each part has sequences of every device, and none moves to another device.
     """
     return jax.tree.map(
         lambda x: jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0), batch
