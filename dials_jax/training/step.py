@@ -195,7 +195,7 @@ def update_state(
     good: Bool[Array, ""],
     ema: float | None = None,
 ) -> TrainState:
-    """Returns the next state. From the first step that is not `good` (finite), it stays the same."""
+    """Returns the next state. From the first step that is not `good` (finite) it stays as it is."""
     good = good & (state.bad_step < 0)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
