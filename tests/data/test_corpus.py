@@ -471,7 +471,7 @@ def test_without_the_packages_numpy_serves_and_grain_is_refused(
     prepare_corpus(auto, model_config)
     assert "grain is not installed; the .npy parts serve" in capsys.readouterr().out
     assert type(load_training_data(auto, model_config)[0].tokens) is corpus.PartRows
-    for command in (prepare, load_training_data):
+    for command in (prepare_corpus, load_training_data):
         with pytest.raises(InputError, match=r"needs grain; pip install 'dials_jax\[data\]'"):
             command(dataclasses.replace(cfg, reader="grain"), model_config)
 
