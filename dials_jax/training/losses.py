@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import jax
@@ -80,6 +81,7 @@ Metrics = dict[str, Mean]
 LossFn = Callable[[trees.Params, trees.Params, Batch, Draws], tuple[Array, Metrics]]
 
 
+@lru_cache(maxsize=16)  # as `make_train_step`
 def model_loss(
     cfg: ModelConfig, objective: ObjectiveConfig, remat: bool, dropout: float = 0.0
 ) -> LossFn:
@@ -101,6 +103,7 @@ def model_loss(
     return loss
 
 
+@lru_cache(maxsize=16)
 def router_loss(
     cfg: ModelConfig, router: RouterConfig, objective: ObjectiveConfig, remat: bool
 ) -> LossFn:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -51,6 +53,7 @@ def make_lr_schedule(cfg: OptimizerConfig, steps_per_epoch: int) -> optax.Schedu
     )
 
 
+@lru_cache(maxsize=16)  # as `make_train_step`
 def make_optimizer(cfg: OptimizerConfig, steps_per_epoch: int) -> optax.GradientTransformation:
     return optax.chain(
         optax.clip_by_global_norm(cfg.clip_norm),

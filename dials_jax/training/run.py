@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dials_jax import digests, trees
-from dials_jax.config import ModelConfig, OptimizerConfig, TrainConfig, from_dict, to_dict
+from dials_jax.config import (
+    ModelConfig,
+    OptimizerConfig,
+    RouterConfig,
+    TrainConfig,
+    from_dict,
+    to_dict,
+)
 from dials_jax.data.batches import TrainingData
 from dials_jax.data.sources import load_training_data
 from dials_jax.errors import InputError, require
@@ -97,19 +105,34 @@ def make_trainee(cfg: TrainConfig, backbone: ModelConfig | None = None) -> Train
         shape = backbone.d_model, backbone.num_layers
         return Trainee(
             router_loss(backbone, cfg.router, cfg.objective, cfg.remat),
-            lambda: init_routers(*shape, cfg.router, seed_key(cfg.seed)),
+            router_init(*shape, cfg.router, cfg.seed),
             "routers/",
         )
     check_objective(cfg.model, cfg.objective)
+    return Trainee(
+        model_loss(cfg.model, cfg.objective, cfg.remat, cfg.dropout),
+        model_init(cfg.model, cfg.seed, cfg.layout),
+        "",
+    )
 
+
+@lru_cache(maxsize=16)  # as `make_train_step`
+def router_init(
+    d_model: int, num_layers: int, cfg: RouterConfig, seed: int
+) -> Callable[[], trees.Params]:
+    return lambda: init_routers(d_model, num_layers, cfg, seed_key(seed))
+
+
+@lru_cache(maxsize=16)
+def model_init(cfg: ModelConfig, seed: int, layout: str) -> Callable[..., trees.Params]:
     def init(*source: trees.Params) -> trees.Params:
         if source:
-            params = grow_vocabulary(*source, cfg.model.vocab_size)
+            params = grow_vocabulary(*source, cfg.vocab_size)
         else:
-            params = transformer.init(cfg.model, seed_key(cfg.seed))
-        return unroll(params) if cfg.layout == "unrolled" else params
+            params = transformer.init(cfg, seed_key(seed))
+        return unroll(params) if layout == "unrolled" else params
 
-    return Trainee(model_loss(cfg.model, cfg.objective, cfg.remat, cfg.dropout), init, "")
+    return init
 
 
 def prepare_run(cfg: TrainConfig, mesh: Mesh) -> Run:

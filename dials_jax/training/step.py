@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import jax
@@ -63,7 +63,7 @@ def init_train_state(
       ema: the decay of a moving average of the parameters, which starts equal to them; None: none.
       source: the arguments of `init`: other parameters that it makes these from.
     """
-    make = partial(_fresh, init, optimizer, ema)
+    make = _make_fresh(init, optimizer, ema)
     shardings = train_state_shardings(jax.eval_shape(make, *source), mesh, prefix)
     with jax.set_mesh(mesh):
         return jax.jit(make, out_shardings=shardings)(*source)
@@ -80,7 +80,7 @@ def state_shapes(
 ) -> TrainState:
     """What `init_train_state` makes, as shapes, dtypes and shardings, without allocating memory."""
     return with_shardings(
-        jax.eval_shape(partial(_fresh, init, optimizer, ema), *source), mesh, prefix
+        jax.eval_shape(_make_fresh(init, optimizer, ema), *source), mesh, prefix
     )
 
 
@@ -93,15 +93,16 @@ def with_shardings(state: TrainState, mesh: Mesh, prefix: str = "") -> TrainStat
     )
 
 
-def _fresh(
-    init: Callable[..., trees.Params],
-    optimizer: optax.GradientTransformation,
-    ema: float | None,
-    *source: trees.Params,
-) -> TrainState:
-    params = init(*source)
-    average = None if ema is None else params
-    return TrainState(jnp.int32(0), params, optimizer.init(params), jnp.int32(-1), average)
+@lru_cache(maxsize=16)
+def _make_fresh(
+    init: Callable[..., trees.Params], optimizer: optax.GradientTransformation, ema: float | None
+) -> Callable[..., TrainState]:
+    def fresh(*source: trees.Params) -> TrainState:
+        params = init(*source)
+        average = None if ema is None else params
+        return TrainState(jnp.int32(0), params, optimizer.init(params), jnp.int32(-1), average)
+
+    return fresh
 
 
 def restore_state(
@@ -137,6 +138,7 @@ def train_state_shardings(state: TrainState, mesh: Mesh, prefix: str = "") -> Tr
     )
 
 
+@lru_cache(maxsize=16)
 def make_train_step(
     loss_fn: LossFn,
     optimizer: optax.GradientTransformation,
@@ -147,7 +149,8 @@ def make_train_step(
     """`step(state, frozen, batch) -> (state, metrics)`, a pure function of its arguments.
 
     Every random number is folded from the seed, the step and the sequence's number in its batch. So
-    the numbers of microbatches and devices change the result only by rounding.
+    the numbers of microbatches and devices change the result only by rounding. Equal arguments give
+    the same function, so that another run in this process finds its program.
 
     Args:
       ema: the decay of the moving average, if the state has one.
