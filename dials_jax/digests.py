@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -141,35 +140,39 @@ class _Piece(NamedTuple):
 
 def _pieces(tree: PyTree, layer: int | None) -> list[_Piece]:
     """Args: layer: of a stacked tree, the one that counts."""
-    digests = jax.device_get(dict(named_leaves(_digest_mixed(tree, layer))))
+    found = jax.device_get(_first_and_every(tree, layer))
+    first, every = (dict(named_leaves(part)) for part in found)
     pieces = []
     for name, x in named_leaves(tree):
         shape = tuple(x.shape if layer is None else x.shape[1:])
-        size = math.prod(shape)
-        first = first_elements(x, size * (layer or 0), min(FINGERPRINT_ELEMENTS, size))
         pieces.append(
             _Piece(
                 name,
                 f"{name}{shape}".encode(),
-                np.asarray(first, dtype=jnp.bfloat16).tobytes(),
-                np.asarray(digests[name], "<u4").tobytes(),
+                np.asarray(first[name], dtype=jnp.bfloat16).tobytes(),
+                np.asarray(every[name], "<u4").tobytes(),
             )
         )
     return pieces
 
 
 @jax.jit
-def _digest_mixed(tree: PyTree, layer: int | Int[Array, ""] | None) -> PyTree:
-    """`digest` of every element as bfloat16, its bits mixed with its index.
+def _first_and_every(tree: PyTree, layer: int | Int[Array, ""] | None) -> tuple[PyTree, PyTree]:
+    """The first elements of each array, and a digest of all.
 
-    Plain sums of bits miss, for example, two elements that exchange their signs.
+    The digest is that of every element as bfloat16, its bits mixed with its index. Plain sums of
+    bits miss, for example, two elements that exchange their signs.
     """
 
     def one(x):
         bits = lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
         return mixed(bits ^ (flat_index(x.shape) * jnp.uint32(2654435761)))
 
-    return digest(jax.tree.map(one, tree if layer is None else layer_slice(tree, layer)))
+    def first(x):
+        return first_elements(x, 0, min(FINGERPRINT_ELEMENTS, x.size))
+
+    tree = tree if layer is None else layer_slice(tree, layer)
+    return jax.tree.map(first, tree), digest(jax.tree.map(one, tree))
 
 
 def mixed(x: Array) -> Array:
@@ -179,7 +182,7 @@ def mixed(x: Array) -> Array:
     return x ^ (x >> 16)
 
 
-def first_elements(x: Any, start: int, count: int) -> np.ndarray:
+def first_elements(x: Any, start: int, count: int) -> Any:
     """`count` elements from flat index `start` on, reading no more of the array than needed."""
     index = np.unravel_index(np.arange(start, start + count), x.shape)
-    return np.asarray(x[index])
+    return x[index]

@@ -23,6 +23,12 @@ def seed_key(seed: int) -> jax.Array:
     return jax.random.key(as_type(Seed, seed, "seed"), impl=KIND)
 
 
+@jax.jit
+def fold_in_each(key: jax.Array, numbers: jax.Array) -> jax.Array:
+    """One key per number."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
+
+
 def threefry_key(key: jax.Array) -> jax.Array:
     """The key, or array of keys, as threefry keys; equal keys stay equal.
 

@@ -17,6 +17,7 @@ import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
 from dials_jax import trees
@@ -136,7 +137,7 @@ def place_batch(batch: PyTree, mesh: Mesh) -> PyTree:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
-def place_sequences(x: jax.Array, mesh: Mesh) -> jax.Array:
+def place_sequences(x: ArrayLike, mesh: Mesh) -> jax.Array:
     """A whole batch, the same on every process, to a global array split over sequences."""
     sharding = batch_sharding(mesh)
     if jax.process_count() == 1:
@@ -144,6 +145,7 @@ def place_sequences(x: jax.Array, mesh: Mesh) -> jax.Array:
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         data = place_sequences(jax.random.key_data(x), mesh)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+    x = x if isinstance(x, jax.Array) else np.asarray(x, jax.dtypes.canonicalize_dtype(x.dtype))
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 

@@ -20,7 +20,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
@@ -30,7 +29,7 @@ from dials_jax.data.tasks import Pair
 from dials_jax.data.tokenizer import Ids
 from dials_jax.errors import require
 from dials_jax.evaluation.likelihood import CopyScores, num_copies, pad_pairs, score_pairs
-from dials_jax.keys import seed_key
+from dials_jax.keys import fold_in_each, seed_key
 from dials_jax.models.model import Model
 from dials_jax.models.padding import pad_prompts
 from dials_jax.nn.policy import Policy
@@ -49,8 +48,7 @@ def request_number(request: Any) -> int:
 
 def request_keys(seed: int, numbers: Sequence[int]) -> jax.Array:
     """One key per request, by seed and `request_number`."""
-    folded = jnp.asarray(numbers, jnp.uint32)
-    return jax.vmap(jax.random.fold_in, (None, 0))(seed_key(seed), folded)
+    return fold_in_each(seed_key(seed), np.asarray(numbers, np.uint32))
 
 
 def _plain(ids: Ids) -> tuple[int, ...]:

@@ -202,7 +202,7 @@ def score_pairs(
       fill_to: run the program of this batch size, or of a multiple, also for fewer copies.
     """
     num_rows = len(samples)
-    rows = model.place_sequences((pairs, threefry_key(keys), jnp.asarray(samples)), fill_to)
+    rows = model.place_sequences((pairs, threefry_key(keys), np.asarray(samples)), fill_to)
     scores, seconds = model.run(
         score_pairs_program, *rows, policy, stratum=stratum, cfg_scale=cfg_scale, executor=executor
     )

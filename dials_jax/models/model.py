@@ -17,7 +17,7 @@ from dials_jax import digests, sharding, trees
 from dials_jax.compiling import Timed, timed_jit
 from dials_jax.config import ModelConfig, shown, typed
 from dials_jax.errors import InputError, require
-from dials_jax.keys import seed_key, threefry_key
+from dials_jax.keys import fold_in_each, seed_key, threefry_key
 from dials_jax.models import transformer
 from dials_jax.nn import fusing
 from dials_jax.nn.modules import form_of
@@ -107,11 +107,10 @@ class Model:
         if not isinstance(tokens, jax.Array) and not isinstance(valid, jax.Array):
             check_vocabulary(self.config, tokens, valid, "sequence")
         num_sequences = np.shape(tokens)[0]
-        valid = None if valid is None else jnp.asarray(valid, bool)
         keys = sequence_keys(key, num_sequences)
         if time is not None:
             time = jnp.broadcast_to(as_time(time, num_sequences), num_sequences)
-        batch = self.place_sequences((jnp.asarray(tokens, jnp.int32), valid, time, keys))
+        batch = self.place_sequences((tokens.astype(jnp.int32), valid, time, keys))
         out, _ = self.run(forward_program, *batch, jnp.asarray(step), policy, executor=executor)
         return Output(out.logits[:num_sequences], out.gates[:, :num_sequences])
 
@@ -130,10 +129,11 @@ class Model:
         multiple = math.lcm(multiple, sharding.num_batch_shards(self.mesh))
 
         def one(x):
-            x = jnp.asarray(x)
+            numpy = jnp if isinstance(x, jax.Array) else np  # on the host it compiles nothing
+            x = numpy.asarray(x)
             extra = -x.shape[0] % multiple
             if extra:
-                x = jnp.concatenate([x, jnp.broadcast_to(x[-1:], (extra, *x.shape[1:]))])
+                x = numpy.concatenate([x, numpy.broadcast_to(x[-1:], (extra, *x.shape[1:]))])
             return sharding.place_sequences(x, self.mesh)
 
         return jax.tree.map(one, batch)
@@ -253,7 +253,7 @@ def sequence_keys(key: jax.Array | None, num_sequences: int) -> jax.Array:
             )
         return threefry_key(key)
     key = threefry_key(key)
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(num_sequences))
+    return fold_in_each(key, np.arange(num_sequences))
 
 
 @timed_jit("cfg", "executor")

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
@@ -125,7 +124,7 @@ def generate(
     if schedule:
         check_schedule(roles, turns, sampler, cache)
     first, num_sequences = next(iter(roles.values())), len(prompts)
-    batch = (jnp.asarray(prompts, jnp.int32), valid, sequence_keys(key, num_sequences))
+    batch = (prompts.astype(np.int32), valid, sequence_keys(key, num_sequences))
     batch = first.model.place_sequences(batch, fill_to)
     static = {"sampler": sampler, "cache": cache, "executor": executor}
     if schedule or not sampler.one_program:

@@ -23,7 +23,7 @@ from dials_jax.config import ModelConfig
 from dials_jax.diffusion.subs import subs_log_probs
 from dials_jax.errors import require
 from dials_jax.evaluation.positions import over_positions
-from dials_jax.keys import seed_key
+from dials_jax.keys import fold_in_each, seed_key
 from dials_jax.models import transformer
 from dials_jax.models.model import Model
 
@@ -55,7 +55,7 @@ def divergences(
     check_family(heavy.config, {letter: other.config for letter, other in others.items()})
     # Keys fold the time itself, so that a finer grid keeps what was measured on a coarser one.
     time_key = jax.random.fold_in(seed_key(seed), round(time * 1e6))
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(time_key, jnp.arange(len(tokens)))
+    keys = fold_in_each(time_key, np.arange(len(tokens)))
     params = tuple(other.params for other in others.values())
     configs = tuple(other.config for other in others.values())
     found = []

@@ -11,8 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
@@ -23,7 +21,7 @@ from dials_jax.errors import InputError, nearest, require
 from dials_jax.evaluation.perplexity import unigram_entropy
 from dials_jax.evaluation.results import RECORDS
 from dials_jax.files import read_json, replacing, write_json
-from dials_jax.keys import seed_key
+from dials_jax.keys import fold_in_each, seed_key
 from dials_jax.loading import load
 from dials_jax.models.model import Model
 from dials_jax.records import read_records, require_numbers, sound
@@ -98,8 +96,8 @@ class SampledSource:
     def batch(self, schedule: Schedule, first: int) -> SampleBatch:
         """Draws at most `batch_size` samples, from number `first` on."""
         cfg = self.cfg
-        numbers = jnp.arange(first, min(first + cfg.batch_size, cfg.num_samples))
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(seed_key(cfg.seed), numbers)
+        numbers = np.arange(first, min(first + cfg.batch_size, cfg.num_samples))
+        keys = fold_in_each(seed_key(cfg.seed), numbers)
         out = generate(
             self.models,
             None,
