@@ -12,8 +12,13 @@ class InputError(ValueError):
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """A hint such as `; did you mean 'd_model'?`, or the list of valid names."""
+    """A hint such as `; did you mean 'd_model'?`, or the list of valid names; none for one of them.
+
+    So a message may be made before it is known whether it is needed.
+    """
     valid = sorted(valid)
+    if name in valid:
+        return ""
     close = difflib.get_close_matches(name, valid, n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; valid names: {', '.join(valid)}"
 

@@ -7,7 +7,7 @@ than the model and one layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -30,6 +30,11 @@ ReadGroup = Callable[[str, PyTree], PyTree]  # a group's name, its shardings -> 
 
 def abstract_params(cfg: ModelConfig) -> trees.Params:
     """Shapes of all parameters, layers stacked."""
+    return jax.tree.map(lambda x: x, _abstract_params(cfg))
+
+
+@lru_cache(maxsize=16)  # flax traces an initialisation slowly
+def _abstract_params(cfg: ModelConfig) -> trees.Params:
     return jax.eval_shape(lambda: transformer.init(cfg, seed_key(0)))
 
 
@@ -118,11 +123,16 @@ _fuse = jax.jit(fusing.fuse)
 
 
 def _empty_stack(layer: PyTree, num_layers: int, mesh: Mesh) -> PyTree:
-    def zeros():
-        return jax.tree.map(lambda x: jnp.zeros((num_layers, *x.shape), x.dtype), layer)
+    leaves, structure = jax.tree.flatten(layer)
+    shapes = [jax.ShapeDtypeStruct((num_layers, *x.shape), x.dtype) for x in leaves]
+    stack = jax.tree.unflatten(structure, shapes)
+    shardings = sharding.param_shardings(stack, mesh, "layers/")
+    return jax.jit(_make_zeros(structure, tuple(shapes)), out_shardings=shardings)()
 
-    shardings = sharding.param_shardings(jax.eval_shape(zeros), mesh, "layers/")
-    return jax.jit(zeros, out_shardings=shardings)()
+
+@lru_cache(maxsize=16)  # so that the next model of this shape finds the program
+def _make_zeros(structure: Any, shapes: tuple) -> Callable[[], PyTree]:
+    return lambda: jax.tree.unflatten(structure, [jnp.zeros(x.shape, x.dtype) for x in shapes])
 
 
 @partial(jax.jit, donate_argnums=0)
