@@ -77,9 +77,13 @@ class Timed:
         """Drops the compiled programs and the memory they take."""
         self._programs.clear()
 
-    def traced_anew(self) -> Timed:
-        """The same function without any program or trace, for tests that patch what it calls."""
-        fn = self.__wrapped__
+    def traced_anew(self, wrap: Callable[[Callable], Callable] = lambda fn: fn) -> Timed:
+        """The same function without any program or trace, for tests that patch what it calls.
+
+        Args:
+          wrap: put around the function that is traced.
+        """
+        fn = wrap(self.__wrapped__)
         return Timed(lambda *args, **kwargs: fn(*args, **kwargs), self._static)
 
 

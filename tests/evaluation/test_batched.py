@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from dials_jax.errors import InputError
+from dials_jax.evaluation import likelihood
 from dials_jax.evaluation.batched import (
     generate_all,
     generation_batches,
@@ -15,6 +16,7 @@ from dials_jax.evaluation.batched import (
 )
 from dials_jax.evaluation.likelihood import log_likelihood
 from dials_jax.models.model import Model
+from dials_jax.sampling import programs
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.generate import generate
 from dials_jax.skipping.policies import Random
@@ -82,6 +84,24 @@ def test_likelihoods_go_on_with_what_is_left(lively):
     assert len(values[1]) == len(values[0]) - 3
     for name, value in values[1].items():
         assert value == pytest.approx(values[0][name], rel=1e-4)
+
+
+def test_prompts_of_one_bucket_share_a_program(lively, traced_once):
+    """Whatever their lengths, and how many are in the last batch or left."""
+    traced_once(programs, "generate_program")
+    prompts = [[5], [6, 7], [8, 9, 10], [11, 12, 13, 14], [15, 16, 17]]
+    settings = {"sampler": SAMPLER, "batch_size": 2, "bucket": 4}
+    answers = generate_all(lively, prompts, **settings)
+    [last] = generation_batches(lively, prompts, left=[3], **settings)
+    np.testing.assert_array_equal(last.answers, answers[[3]])
+
+
+def test_pairs_of_one_bucket_share_a_program(lively, traced_once):
+    traced_once(likelihood, "score_pairs_program")
+    settings = {"num_samples": 4, "batch_size": 3, "bucket": 4}
+    assert len(list(likelihood_batches(lively, PAIRS, **settings))) == 5  # the last is of one copy
+    [last] = likelihood_batches(lively, PAIRS, left=([1], [2]), **settings)
+    assert last.scores.log_likelihood.shape == (1,)
 
 
 def test_no_requests_have_no_results(lively):

@@ -116,6 +116,21 @@ def test_guidance_doubles_the_rows_and_each_half_decides_alone(lively, prompts, 
     assert (out.gates[..., :3] != out.gates[..., 3:]).any()
 
 
+def test_padding_never_votes(lively, routers):
+    """Not even as [MASK], which all of the prompt is to the half that does not see it."""
+    tokens = np.random.default_rng(0).integers(2, 60, (8, 4))
+    padded = np.concatenate([np.zeros((8, 4), int), tokens], axis=1)
+    settings = {
+        "sampler": Confidence(2, 2, 1, cfg_scale=1.0), "policy": Routed(routers, 0.4),
+        "key": keys_of(8), "executor": "select",
+    }  # fmt: skip
+    alone = generate(lively, tokens, np.ones((8, 4), bool), **settings)
+    found = generate(lively, padded, np.tile(np.arange(8) >= 4, (8, 1)), **settings)
+    np.testing.assert_array_equal(found.gates, alone.gates)
+    np.testing.assert_array_equal(found.tokens[:, 4:], alone.tokens)
+    assert alone.gates.any() and not alone.gates.all()
+
+
 def test_guidance_by_hand():
     # u + (w + 1)(c - u) with c = 2, u = 1, w = 0.5: 1 + 1.5 = 2.5.
     logits = jnp.array([[[2.0]], [[1.0]]])

@@ -111,7 +111,8 @@ def test_a_skipped_layer_passes_gradient_to_its_router(backbone, batch):
     loss_fn = router_loss(cfg, router, objective, remat=False)
     batch = jax.tree.map(jnp.asarray, batch)
     draws = Draws.of(jax.random.key(0), batch.sequence_index, len(batch.sequence_index))
-    grads, metrics = jax.grad(loss_fn, has_aux=True)(routers, backbone.params, batch, draws)
+    gradient = jax.jit(jax.grad(loss_fn, has_aux=True))
+    grads, metrics = gradient(routers, backbone.params, batch, draws)
     assert metrics["skip_rate"].value == 1
     assert np.all(np.any(grads["vote_bias"] != 0, axis=-1))  # in every layer
 
@@ -200,6 +201,20 @@ def test_router_training_leaves_the_backbone_bitwise_alone(
     assert_equal(before, jax.device_get(after))
     assert files_digest(arithmetic_model) == on_disk
     assert np.any(state.params["vote"])  # which starts at zero
+
+
+@pytest.mark.parametrize("kind", ["model", "routers"])
+def test_all_steps_are_one_program(kind, train_config, arithmetic_model, tmp_path, monkeypatch):
+    """The first, those of later epochs, and those after a save."""
+
+    def make_once(*args):
+        return chex.assert_max_traces(make_train_step(*args), n=1)
+
+    chex.clear_trace_counter()
+    monkeypatch.setattr(loop, "make_train_step", make_once)
+    data = ArithmeticData(num_items=20)  # two steps an epoch
+    loop.train(train_config(arithmetic_model if kind == "routers" else "", data=data), tmp_path)
+    assert logged(tmp_path)[-1]["epoch"] == 3
 
 
 def logged(workdir):
