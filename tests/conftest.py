@@ -26,7 +26,9 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
+import chex  # noqa: E402
 import jax  # noqa: E402
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 from dials_jax import trees  # noqa: E402
@@ -50,7 +52,7 @@ gates.FEWEST_TOKENS = 1  # rows of tests are short, and would all be computed to
 MASK, EOS, PAD = 63, 1, 0
 # Every compiled program takes some of the 65,530 regions of memory that Linux gives a process;
 # without any left, the compiler crashes.
-MAX_REGIONS = 20_000
+MAX_REGIONS = 40_000
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -93,10 +95,32 @@ def small_config(**changes):
     return families.llada_small(**(values | changes))
 
 
+jitted_init = jax.jit(transformer.init, static_argnums=0)
+jitted_init_routers = jax.jit(init_routers, static_argnums=(0, 1, 2))
+
+
+def init_params(cfg, seed=0):
+    """Random parameters as NumPy arrays, which tests change without compiling anything."""
+    return jax.device_get(jitted_init(cfg, jax.random.key(seed)))
+
+
+def amplify(params, factor):
+    """Weights so large that sequences, tokens and layers differ; those of norms stay."""
+    params = jax.device_get(params)
+    return trees.map_named(lambda name, x: x if "norm" in name else factor * x, params)
+
+
+def silence(params, *ids):
+    """The same parameters, whose head has logit 0 for these tokens."""
+    kernel = np.array(params["head"]["kernel"])
+    kernel[:, list(ids)] = 0.0
+    return {**params, "head": {**params["head"], "kernel": kernel}}
+
+
 def random_routers(cfg, seed=0, d_hidden=8):
     """Routers whose tokens really disagree: a random vote layer, not the zero it starts from."""
     router = RouterConfig(d_hidden=d_hidden, execute_bias=0.0)
-    routers = init_routers(cfg.d_model, cfg.num_layers, router, jax.random.key(seed))
+    routers = jitted_init_routers(cfg.d_model, cfg.num_layers, router, jax.random.key(seed))
     noise = jax.random.normal(jax.random.key(seed + 1), routers["vote"].shape)
     return {**routers, "vote": 20.0 * noise}
 
@@ -109,6 +133,18 @@ def untyped():
     jaxtyping_config.update("jaxtyping_disable", False)
 
 
+@pytest.fixture
+def traced_once(monkeypatch):
+    """`traced_once(module, name)`: from here on that function is traced for one program only."""
+    chex.clear_trace_counter()
+
+    def limit(module, name):
+        once = getattr(module, name).traced_anew(chex.assert_max_traces(n=1))
+        monkeypatch.setattr(module, name, once)
+
+    return limit
+
+
 @pytest.fixture(scope="session")
 def cfg():
     return small_config()
@@ -116,15 +152,13 @@ def cfg():
 
 @pytest.fixture(scope="session")
 def model(cfg):
-    return Model(cfg, transformer.init(cfg, jax.random.key(0)))
+    return Model(cfg, init_params(cfg))
 
 
 @pytest.fixture(scope="session")
 def lively(model):
-    """The same with weights so large that rows, tokens and layers differ. It never says [MASK]."""
-    params = trees.map_named(lambda name, x: x if "norm" in name else 8 * x, model.params)
-    kernel = params["head"]["kernel"].at[:, MASK].set(0.0)
-    return Model(model.config, {**params, "head": {"kernel": kernel}})
+    """The same with larger weights. It never says [MASK]."""
+    return Model(model.config, silence(amplify(model.params, 8), MASK))
 
 
 @pytest.fixture(scope="session")
@@ -137,7 +171,7 @@ def save_arithmetic_model(folder, seed=0):
     tokenizer = ArithmeticTask(ArithmeticData()).tokenizer
     tokenizer.save(folder)
     cfg = small_config(vocab_size=19, mask_id=18, max_length=32)
-    params = transformer.init(cfg, jax.random.key(seed))
+    params = init_params(cfg, seed)
     save_model(folder / "model", cfg, params, tokenizer_files=[folder / "tokenizer.json"])
     return folder
 

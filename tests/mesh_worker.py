@@ -191,7 +191,7 @@ def generate_as_on_gpus(mesh, cfg, params, routers):
     policies = {"routed": Routed(routers, 0.3), "random": Random(1), "full": None}
     model, found = Model(cfg, params, mesh), {}
     grouped_cfg = conftest.small_config(num_kv_heads=1)  # no axis splits its keys and values
-    grouped = Model(grouped_cfg, transformer.init(grouped_cfg, jax.random.key(0)), mesh)
+    grouped = Model(grouped_cfg, conftest.init_params(grouped_cfg), mesh)
     for policy, cache in (("routed", None), ("random", DualCache()), ("full", None)):
         out = generate(
             grouped if policy == "full" else model, prompts, valid, sampler=Confidence(4, 4, 2),
@@ -221,9 +221,7 @@ def multiply(mesh):
 def run(mesh):
     cfg, objective = conftest.small_config(), ObjectiveConfig()
     # Weights so large that rows differ, and routers that skip some layers for some of them.
-    params = trees.map_named(
-        lambda name, x: x if "norm" in name else 8 * x, transformer.init(cfg, jax.random.key(0))
-    )
+    params = conftest.amplify(conftest.init_params(cfg), 8)
     routers = conftest.random_routers(cfg)
     router_cfg = RouterConfig(d_hidden=8, skip_threshold=0.3)
     model = Model(cfg, params, mesh)

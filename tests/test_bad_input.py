@@ -13,9 +13,9 @@ import pytest
 from dials_jax.config import RouterConfig
 from dials_jax.data.tokenizer import character_tokenizer
 from dials_jax.loading import load
-from dials_jax.skipping.routed import init_routers
 from dials_jax.skipping.storage import save_router
 from dials_jax.training.loop import train
+from tests.conftest import jitted_init_routers
 
 ROOT = Path(__file__).parents[1]
 
@@ -183,7 +183,7 @@ def test_the_workdir_of_another_experiment(train_file, train_config, error_of, t
 
 def test_the_router_of_another_backbone(eval_file, other_model, error_of, tmp_path):
     other, cfg = load(other_model), RouterConfig(d_hidden=8)
-    routers = init_routers(other.config.d_model, other.num_layers, cfg, jax.random.key(0))
+    routers = jitted_init_routers(other.config.d_model, other.num_layers, cfg, jax.random.key(0))
     save_router(tmp_path / "trained" / "router", routers, cfg, other, skip_weight=1.0)
     config = eval_file(json.dumps(RECORD))
     error = error_of("eval.py", config, "--routers", str(tmp_path / "trained"))

@@ -10,8 +10,8 @@ from jax.sharding import PartitionSpec as P
 from dials_jax import sharding, trees
 from dials_jax.config import MeshConfig
 from dials_jax.errors import InputError
-from dials_jax.models import families, transformer
-from tests.conftest import random_routers, small_config
+from dials_jax.models import families
+from tests.conftest import init_params, random_routers, small_config
 
 MESH = AbstractMesh((2, 4, 2), sharding.AXES)  # sizes without devices
 
@@ -25,7 +25,7 @@ CONFIGS = {
 
 def named_parameters(family="llada", unrolled=False):
     cfg = CONFIGS[family]
-    params = transformer.init(cfg, jax.random.key(0))
+    params = init_params(cfg)
     if unrolled:
         params = {**params, "layers": trees.unstack(params["layers"])}
     yield from trees.named_leaves({**params, "routers": random_routers(cfg)})

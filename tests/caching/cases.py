@@ -7,15 +7,13 @@ ranges of layers. So there are two blocks, and several layers that skip tokens o
 
 import jax
 
-from dials_jax import trees
 from dials_jax.caching.early_skip.settings import EarlySkip
 from dials_jax.caching.plain import DualCache, NoCache, PrefixCache
-from dials_jax.models import transformer
 from dials_jax.models.model import Model
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.skipping.policies import Random, Static
 from dials_jax.skipping.routed import Routed
-from tests.conftest import MASK, random_routers
+from tests.conftest import MASK, amplify, init_params, random_routers, silence
 
 P = 5
 PLACES = {"proportions": (1.0, 0.5, 0.25), "depths": (0.0, 0.25, 0.5)}  # behind layers 1 and 2
@@ -40,10 +38,8 @@ THRESHOLD = Confidence(gen_length=G, block_length=8, steps=G, threshold=0.5)
 
 def make_lively(cfg, seed):
     """A model that never says [MASK], whose sequences, tokens, layers and confidences differ."""
-    params = transformer.init(cfg, jax.random.key(seed))
-    params = trees.map_named(lambda name, x: x if "norm" in name else 8 * x, params)
-    kernel = 3 * params["head"]["kernel"].at[:, MASK].set(0.0)
-    return Model(cfg, {**params, "head": {"kernel": kernel}})
+    params = silence(amplify(init_params(cfg, seed), 8), MASK)
+    return Model(cfg, {**params, "head": {"kernel": 3 * params["head"]["kernel"]}})
 
 
 def policies_of(cfg):

@@ -1,3 +1,4 @@
+import jax
 import numpy as np
 import pytest
 
@@ -11,7 +12,7 @@ from tests.conftest import small_config
 def models():
     """In a Dream token i is predicted at position i - 1; here two heads share keys, too."""
     dream = make_lively(small_config(num_layers=3, right_shift=True, num_kv_heads=2), 4)
-    layers = trees.unstack(dream.params["layers"])
+    layers = trees.unstack(jax.device_get(dream.params["layers"]))
     return {
         "llada": make_lively(small_config(), 0),
         "dream": dream,

@@ -8,10 +8,11 @@ import pytest
 from dials_jax.diffusion.subs import subs_log_probs
 from dials_jax.errors import InputError
 from dials_jax.evaluation.likelihood import estimate_log_likelihood
-from dials_jax.models import families, transformer
+from dials_jax.models import families
 from dials_jax.models.model import Model
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.generate import generate
+from tests.conftest import init_params
 
 MASK, PROMPT = 18, 2
 TOKENS = np.array([[3, 4, 5, 6, 7, 8]])
@@ -27,7 +28,7 @@ def make(time_conditioning=False, loud_mask=0.0):
     keys = iter(jax.random.split(jax.random.key(0), 100))
     params = jax.tree.map(
         lambda x: x + 0.3 * jax.random.normal(next(keys), x.shape),
-        transformer.init(cfg, jax.random.key(1)),
+        init_params(cfg, 1),
     )
     bias = params["head"]["bias"].at[MASK].add(loud_mask)
     return Model(cfg, {**params, "head": {**params["head"], "bias": bias}})

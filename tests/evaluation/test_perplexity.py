@@ -17,8 +17,9 @@ from dials_jax.evaluation.perplexity import (
     score_samples,
     unigram_entropy,
 )
-from dials_jax.models import families, transformer
+from dials_jax.models import families
 from dials_jax.models.model import Model
+from tests.conftest import init_params
 
 EOS = 1
 SCORES = SampleScores(np.array([10.0, 4.0, 30.0, 2.0]), np.array([5.0, 4.0, 10.0, 2.0]))
@@ -29,8 +30,7 @@ def scorer():
     cfg = families.llada_small(
         2, 32, 24, 23, EOS, 0, causal=True, head_dim=8, max_length=32, dtype="float32"
     )
-    params = transformer.init(cfg, jax.random.key(0))
-    return Model(cfg, jax.tree.map(lambda x: 4 * x, params))
+    return Model(cfg, jax.tree.map(lambda x: 4 * x, init_params(cfg)))
 
 
 @pytest.fixture(scope="module")

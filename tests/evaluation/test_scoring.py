@@ -20,13 +20,12 @@ from dials_jax.evaluation.items import load_items, make_item
 from dials_jax.evaluation.likelihood import log_likelihood
 from dials_jax.evaluation.scoring import item_keys, num_rows, score_task
 from dials_jax.files import finite
-from dials_jax.models import transformer
 from dials_jax.models.model import Model
 from dials_jax.sampling import generate as generating
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.dream import Dream
 from dials_jax.skipping.policies import Random, Static
-from tests.conftest import small_config
+from tests.conftest import amplify, init_params, silence, small_config
 
 DATA = ArithmeticData(digits=1)
 TOKENIZER = ArithmeticTask(DATA).tokenizer
@@ -41,22 +40,20 @@ def scorer():
     names = ("mask", "eos", "pad")
     ids = {f"{name}_id": TOKENIZER.token_to_id(f"[{name.upper()}]") for name in names}
     cfg = small_config(vocab_size=TOKENIZER.vocab_size, num_layers=2, **ids)
-    params = transformer.init(cfg, jax.random.key(0))
-    kernel = 60 * params["head"]["kernel"]
-    kernel = kernel.at[:, jnp.array([cfg.mask_id, cfg.pad_id, cfg.eos_id])].set(0.0)
-    return Model(cfg, {**params, "head": {"kernel": kernel}})
+    params = silence(init_params(cfg), cfg.mask_id, cfg.pad_id, cfg.eos_id)
+    return Model(cfg, {**params, "head": {"kernel": 60 * params["head"]["kernel"]}})
 
 
 @pytest.fixture(scope="module")
 def excited(scorer):
     """The same with weights so large that what it says depends on the prompt."""
-    params = trees.map_named(lambda name, x: x if "norm" in name else 8 * x, scorer.params)
+    params = amplify(scorer.params, 8)
     return Model(scorer.config, {**params, "head": scorer.params["head"]})
 
 
 @pytest.fixture(scope="module")
 def uniform(scorer):
-    head = jax.tree.map(jnp.zeros_like, scorer.params["head"])
+    head = jax.tree.map(np.zeros_like, scorer.params["head"])
     return Model(scorer.config, {**scorer.params, "head": head})
 
 
@@ -101,14 +98,14 @@ def test_exact_match_compares_what_was_generated(scorer, items):
 
 def test_text_after_the_end_does_not_count(scorer, items):
     cfg = scorer.config
-    bias = jnp.zeros(cfg.vocab_size).at[cfg.eos_id].set(1e4)
+    bias = np.where(np.arange(cfg.vocab_size) == cfg.eos_id, np.float32(1e4), 0)
     silent = Model(
         dataclasses.replace(cfg, head_bias=True),
         jax.tree.map(
-            jnp.zeros_like,
-            transformer.init(dataclasses.replace(cfg, head_bias=True), jax.random.key(0)),
+            np.zeros_like,
+            init_params(dataclasses.replace(cfg, head_bias=True)),
         )
-        | {"head": {"kernel": jnp.zeros((32, cfg.vocab_size)), "bias": bias}},
+        | {"head": {"kernel": np.zeros((32, cfg.vocab_size), np.float32), "bias": bias}},
     )
     empty = [dataclasses.replace(item, reference="") for item in items]
     assert set(run(silent, GENERATION, empty).items.values()) == {1.0}

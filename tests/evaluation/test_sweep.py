@@ -30,9 +30,9 @@ from dials_jax.evaluation.scoring import score_task
 from dials_jax.loading import load
 from dials_jax.reporting import sweep_report
 from dials_jax.sampling.confidence import Confidence
-from dials_jax.skipping.routed import init_routers
 from dials_jax.skipping.storage import load_router, router_facts, save_router
 from dials_jax.workdir import exclusive
+from tests.conftest import jitted_init_routers
 
 ARITHMETIC = ArithmeticData(operations=("max", "add"))
 RECORDS = [{"prompt": f"+{a},{a + 7}=", "answer": str(2 * a + 7)} for a in range(11, 16)]
@@ -51,7 +51,7 @@ def folder(tmp_path_factory, arithmetic_model):
     )
     for seed, name in enumerate("ab"):
         key = jax.random.key(seed)
-        routers = init_routers(model.config.d_model, model.num_layers, cfg, key)
+        routers = jitted_init_routers(model.config.d_model, model.num_layers, cfg, key)
         routers["vote"] = 20 * jax.random.normal(key, routers["vote"].shape)
         save_router(folder / name / "router", routers, cfg, model, skip_weight=0.5)
     lines = "".join(json.dumps(record) + "\n" for record in RECORDS)

@@ -11,7 +11,7 @@ from dials_jax.errors import InputError
 from dials_jax.models import families, transformer
 from dials_jax.models.model import Model, sequence_keys
 from dials_jax.nn.policy import Denoising
-from tests.conftest import small_config
+from tests.conftest import init_params, small_config
 
 BASE = small_config()
 TOKENS = np.random.default_rng(0).integers(2, 60, (2, 8))
@@ -237,7 +237,7 @@ def test_keys_of_the_old_kind_are_refused():
 
 
 def test_rows_fill_up_to_a_multiple(cfg):
-    model = Model(cfg, transformer.init(cfg, jax.random.key(0)))
+    model = Model(cfg, init_params(cfg))
     rows = model.place_sequences((np.arange(5), np.eye(5)), 4)
     np.testing.assert_array_equal(rows[0], [0, 1, 2, 3, 4, 4, 4, 4])
     assert rows[1].shape == (8, 5)
@@ -262,7 +262,7 @@ def test_rows_that_are_none_are_refused(model, tokens, valid, words, untyped):
 
 def test_more_tokens_than_learned_positions_are_refused():
     cfg = families.gpt2_small(1, 32, 64, 1, 0, max_length=4, dtype="float32")
-    model = Model(cfg, transformer.init(cfg, jax.random.key(0)))
+    model = Model(cfg, init_params(cfg))
     with pytest.raises(InputError, match="5 tokens are more than the model's 4 positions"):
         model.apply(jnp.full((1, 5), 3))
     model.apply(jnp.full((1, 4), 3))

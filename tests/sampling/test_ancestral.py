@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dials_jax import trees
+from dials_jax import compiling
 from dials_jax.caching.plain import DualCache
 from dials_jax.errors import InputError
-from dials_jax.models import families, transformer
+from dials_jax.models import families
 from dials_jax.models.model import Model
 from dials_jax.sampling import ancestral
 from dials_jax.sampling.ancestral import Ancestral
@@ -19,6 +19,7 @@ from dials_jax.sampling.generate import generate
 from dials_jax.sampling.model_schedule import Schedule
 from dials_jax.skipping.policies import Random
 from dials_jax.skipping.routed import Routed
+from tests.conftest import amplify, init_params
 
 NUM_SAMPLES, ROWS = 1 << 17, 1 << 14
 V, G, TOY_MASK = 3, 3, 3  # tokens, places and [MASK] of the toy model
@@ -26,9 +27,7 @@ V, G, TOY_MASK = 3, 3, 3  # tokens, places and [MASK] of the toy model
 
 def loud(cfg, factor, seed=0):
     """A random model whose weights are so large that tokens matter to each other."""
-    params = transformer.init(cfg, jax.random.key(seed))
-    grow = trees.map_named(lambda name, x: x if "norm" in name else factor * x, params)
-    return Model(cfg, grow)
+    return Model(cfg, amplify(init_params(cfg, seed), factor))
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +49,13 @@ def timed():
     noise = jax.random.normal(jax.random.key(5), layers["modulation"]["kernel"].shape)
     modulation = {**layers["modulation"], "kernel": noise}
     return Model(cfg, {**model.params, "layers": {**layers, "modulation": modulation}})
+
+
+@pytest.fixture
+def optimized(monkeypatch):
+    """Programs that run for seconds are worth optimising, unlike those of other tests."""
+    options = {"xla_backend_optimization_level": 3}
+    monkeypatch.setattr(compiling, "compiler_options", lambda: options)
 
 
 def chain(model, steps):
@@ -107,6 +113,7 @@ def sampling_error(law, num_samples):
 
 
 @pytest.mark.parametrize("steps", [4, 16, 1000])
+@pytest.mark.usefixtures("optimized")
 def test_samples_follow_the_enumerated_chain(toy, steps):
     law = chain(toy, steps)
     assert distance(law, chain(toy, 1)) > 0.1  # else any order of revealing would pass
@@ -114,12 +121,14 @@ def test_samples_follow_the_enumerated_chain(toy, steps):
     assert distance(histogram(toy, Ancestral(G, steps)), law) < error
 
 
+@pytest.mark.usefixtures("optimized")
 def test_first_hitting_is_the_limit_of_many_steps(toy):
     law = chain(toy, 4000)
     sampler = Ancestral(G, G, first_hitting=True)
     assert distance(histogram(toy, sampler), law) < sampling_error(law, NUM_SAMPLES)
 
 
+@pytest.mark.usefixtures("optimized")
 def test_the_published_sampler_follows_the_chain_where_its_grid_is_fine(toy):
     num_samples, law = 1 << 15, chain(toy, 4)
     samples = histogram(toy, Ancestral(G, 4, precision="float32"), num_samples)
@@ -140,11 +149,11 @@ def zipf_model(num_tokens):
     cfg = families.mdlm_small(
         1, 8, num_tokens + 1, num_tokens, 0, 0, head_dim=4, max_length=64, dtype="float32"
     )
-    params = transformer.init(cfg, jax.random.key(0))
+    params = init_params(cfg)
     p = 1 / np.arange(1, num_tokens + 1)
     p /= p.sum()
-    bias = jnp.append(jnp.log(p), 0.0).astype(jnp.float32)
-    head = {"kernel": jnp.zeros_like(params["head"]["kernel"]), "bias": bias}
+    bias = np.append(np.log(p), 0.0).astype(np.float32)
+    head = {"kernel": np.zeros_like(params["head"]["kernel"]), "bias": bias}
     return Model(cfg, {**params, "head": head}), p
 
 

@@ -7,10 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dials_jax import trees
 from dials_jax.caching.plain import DualCache, NoCache
 from dials_jax.errors import InputError
-from dials_jax.models import transformer
 from dials_jax.models.model import Model
 from dials_jax.sampling import generate as generating
 from dials_jax.sampling.ancestral import Ancestral
@@ -20,6 +18,7 @@ from dials_jax.sampling.dream import Dream
 from dials_jax.sampling.generate import generate
 from dials_jax.sampling.model_schedule import Schedule
 from dials_jax.skipping.policies import Static
+from tests.conftest import amplify, init_params
 
 STEPS = Ancestral(16, 12)
 BLOCKS = Confidence(gen_length=16, block_length=8, steps=8)
@@ -33,9 +32,7 @@ PROMPTS = np.random.default_rng(5).integers(2, 60, (3, 5), dtype=np.int32)
 def models(lively):
     """A heavy model of four layers and a light one of two."""
     cfg = dataclasses.replace(lively.config, num_layers=2)
-    params = transformer.init(cfg, jax.random.key(9))
-    params = trees.map_named(lambda name, x: x if "norm" in name else 8 * x, params)
-    return {"L": Model(cfg, params), "H": lively}
+    return {"L": Model(cfg, amplify(init_params(cfg, 9), 8)), "H": lively}
 
 
 def run(models, schedule, sampler=STEPS, prompts=None, **changes):
@@ -203,7 +200,7 @@ def test_a_cache_may_serve_one_model_of_several(models):
 
 def changed(model, **changes):
     cfg = dataclasses.replace(model.config, **changes)
-    return Model(cfg, transformer.init(cfg, jax.random.key(0)))
+    return Model(cfg, init_params(cfg))
 
 
 @pytest.mark.parametrize(

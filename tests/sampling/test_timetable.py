@@ -18,7 +18,7 @@ from dials_jax.sampling import generate as generating
 from dials_jax.sampling import loop as denoise_module
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.timetable import block_steps, run_length_encode, run_program
-from tests.conftest import MASK, small_config
+from tests.conftest import MASK, init_params, silence, small_config
 
 EVERYONE = {"proportions": (1.0,), "depths": (0.0,)}  # no token is skipped: little to compile
 # A refresh within a block, at every block's start, within and at a start, and beyond the blocks.
@@ -105,9 +105,8 @@ def test_the_program_has_the_variant_of_every_step(name):
 def model():
     """Of two layers, and lively enough that tokens differ."""
     cfg = small_config(num_layers=2)
-    params = jax.tree.map(lambda x: 8 * x, transformer.init(cfg, jax.random.key(3)))
-    kernel = params["head"]["kernel"].at[:, MASK].set(0.0)
-    return Model(cfg, {**params, "head": {"kernel": kernel}})
+    params = jax.tree.map(lambda x: 8 * x, init_params(cfg, 3))
+    return Model(cfg, silence(params, MASK))
 
 
 @pytest.mark.parametrize("name", ["dual", "prefix", "skip 2", "skip 4", "skip 6", "skip 5"])

@@ -14,8 +14,9 @@ from dials_jax.config import RouterConfig
 from dials_jax.errors import InputError
 from dials_jax.loading import load
 from dials_jax.models.model import Model
-from dials_jax.skipping.routed import apply_router, init_routers
+from dials_jax.skipping.routed import apply_router
 from dials_jax.skipping.storage import load_router, router_facts, save_router
+from tests.conftest import jitted_init_routers
 
 CFG = RouterConfig(d_hidden=8, skip_threshold=0.25, execute_bias=0.0)
 
@@ -28,7 +29,7 @@ def backbone(arithmetic_model):
 @pytest.fixture(scope="module")
 def router_params(backbone):
     cfg = backbone.config
-    routers = init_routers(cfg.d_model, cfg.num_layers, CFG, jax.random.key(0))
+    routers = jitted_init_routers(cfg.d_model, cfg.num_layers, CFG, jax.random.key(0))
     return {**routers, "vote": jax.random.normal(jax.random.key(1), routers["vote"].shape)}
 
 

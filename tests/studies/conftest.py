@@ -2,11 +2,9 @@
 
 import dataclasses
 
-import jax
 import numpy as np
 import pytest
 
-from dials_jax import trees
 from dials_jax.config import (
     ArithmeticData,
     ImportanceStudy,
@@ -15,12 +13,11 @@ from dials_jax.config import (
     TextData,
 )
 from dials_jax.data.arithmetic import ArithmeticTask
-from dials_jax.models import transformer
 from dials_jax.models.folders import save_model
 from dials_jax.reporting.publish import publish
 from dials_jax.studies import study
 from dials_jax.studies.study import run_study
-from tests.conftest import small_config
+from tests.conftest import amplify, init_params, small_config
 from tests.studies.workdirs import LENGTH, STEPS
 
 
@@ -47,8 +44,7 @@ def study_models(quick_plots, tmp_path_factory):
         cfg = small_config(
             num_layers=num_layers, vocab_size=19, mask_id=18, max_length=32, causal=causal
         )
-        params = transformer.init(cfg, jax.random.key(seed))
-        lively = trees.map_named(lambda path, x: x if "norm" in path else 8 * x, params)
+        lively = amplify(init_params(cfg, seed), 8)
         save_model(folder / name, cfg, lively, tokenizer_files=[folder / "tokenizer.json"])
     digits = np.random.default_rng(0).integers(0, 10, 4000)
     (folder / "text.txt").write_text("".join(map(str, digits)))

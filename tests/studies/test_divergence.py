@@ -9,11 +9,11 @@ import pytest
 
 from dials_jax import trees
 from dials_jax.errors import InputError
-from dials_jax.models import families, transformer
+from dials_jax.models import families
 from dials_jax.models.model import Model
 from dials_jax.studies import divergence
 from dials_jax.studies.divergence import Divergence, compute_curve, compute_curves, divergences
-from tests.conftest import MASK, small_config
+from tests.conftest import MASK, init_params, small_config
 
 TIME = 0.4
 
@@ -21,7 +21,7 @@ TIME = 0.4
 @pytest.fixture(scope="module")
 def light():
     cfg = small_config(num_layers=1)
-    return Model(cfg, jax.tree.map(lambda x: 4 * x, transformer.init(cfg, jax.random.key(5))))
+    return Model(cfg, jax.tree.map(lambda x: 4 * x, init_params(cfg, 5)))
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_time_conditioned_models_are_told_the_time(tokens, time_conditioning):
             key = jax.random.fold_in(jax.random.key(seed), len(name))
             return x + 0.1 * jax.random.normal(key, x.shape)
 
-        return Model(cfg, trees.map_named(noise, transformer.init(cfg, jax.random.key(0))))
+        return Model(cfg, trees.map_named(noise, init_params(cfg)))
 
     heavy, light = noisy_model(1), noisy_model(2)
     masked = masks_of(tokens, 0, TIME)

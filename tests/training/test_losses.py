@@ -18,6 +18,7 @@ from dials_jax.nn.mask import Mask
 from dials_jax.nn.modules import bind
 from dials_jax.nn.rope import positions_of, rope_angles
 from dials_jax.training.losses import Draws, check_objective, model_loss, router_loss
+from tests.conftest import init_params
 
 ROWS, LENGTH, PROMPT, LAYERS = 4, 10, 4, 2
 ROUTER = RouterConfig(d_hidden=8, skip_threshold=0.4, temperature=0.7)
@@ -67,10 +68,13 @@ def reference(cfg, params, routers, batch, draws, objective):
     """The mean of these is the loss; also each row's skip rate, or None, and its masks."""
     losses, rates, counts = [], [], []
     for row in range(ROWS):
-        mask_key, gate_key = jax.random.split(draws.key[row])
-        ratio_key, position_key = jax.random.split(mask_key)
-        p, weight = noise_of(objective, ratio_key, draws.stratum[row])
-        masked = (jax.random.uniform(position_key, (LENGTH,)) < p) & batch.answer[row]
+        with jax.ensure_compile_time_eval():  # hangs on no parameter
+            mask_key, gate_key = jax.random.split(draws.key[row])
+            ratio_key, position_key = jax.random.split(mask_key)
+            p, weight = noise_of(objective, ratio_key, draws.stratum[row])
+            masked = (jax.random.uniform(position_key, (LENGTH,)) < p) & batch.answer[row]
+            count, length = int(masked.sum()), int(batch.answer[row].sum())
+        masked = np.asarray(masked)
         tokens = jnp.where(masked, cfg.mask_id, batch.tokens[row])[None]
         valid = jnp.asarray(batch.valid[row])[None]
         angles = rope_angles(positions_of(valid), cfg.head_dim, cfg.rope_theta)
@@ -87,7 +91,6 @@ def reference(cfg, params, routers, batch, draws, objective):
             skip = skip_gate(router, h[0], noise, masked)
             h = h + (1 - skip) * (new - h)
             skips.append(skip)
-        count, length = int(masked.sum()), int(batch.answer[row].sum())
         counts.append(count)
         logits = transformer.head_logits(cfg, params, h)[0]
         if objective.kind == "mdlm":
@@ -116,6 +119,11 @@ def skip_gate(router, h, noise, masked):
     return share + jax.lax.stop_gradient((share > ROUTER.skip_threshold) - share)
 
 
+def with_gradient(fn):
+    """The value of `fn`, what it returns beside, and the gradient, as one program."""
+    return jax.jit(jax.value_and_grad(fn, has_aux=True))
+
+
 def assert_trees_close(a, b):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-5), a, b)
 
@@ -132,10 +140,9 @@ def test_the_router_loss_and_its_gradient_are_the_papers(cut, batch, draws, scal
         return sum(losses), (rates, counts)
 
     loss_fn = router_loss(cfg, ROUTER, objective, remat=False)
-    grads, metrics = jax.grad(loss_fn, has_aux=True)(routers, params, batch, draws)
-    slow_grads, (rates, counts) = jax.grad(slow, has_aux=True)(routers)
-    total, _ = loss_fn(routers, params, batch, draws)
-    np.testing.assert_allclose(total, slow(routers)[0], rtol=1e-5)
+    (total, metrics), grads = with_gradient(loss_fn)(routers, params, batch, draws)
+    (expected, (rates, counts)), slow_grads = with_gradient(slow)(routers)
+    np.testing.assert_allclose(total, expected, rtol=1e-5)
     np.testing.assert_allclose(metrics["loss"].value, total / ROWS, rtol=1e-6)
     assert_trees_close(grads, slow_grads)
     seen = [float(rate) for rate, count in zip(rates, counts, strict=True) if count]
@@ -149,6 +156,7 @@ def test_routers_never_see_the_mask_logit_of_a_backbone_that_never_says_it(cut, 
     loud = params["head"]["kernel"].at[:, cfg.mask_id].multiply(50.0)
     for subs in (True, False):
         loss_fn = router_loss(dataclasses.replace(cfg, subs=subs), ROUTER, OBJECTIVE, remat=False)
+        loss_fn = jax.jit(loss_fn)
         one, other = (
             loss_fn(routers, {**params, "head": {"kernel": kernel}}, batch, draws)[0]
             for kernel in (params["head"]["kernel"], loud)
@@ -163,34 +171,35 @@ def test_the_model_loss_and_its_gradient_are_the_papers(cut, batch, draws, kind,
     objective = dataclasses.replace(OBJECTIVE, kind=kind)
 
     def slow(params):
-        return sum(reference(cfg, params, None, batch, draws, objective)[0])
+        return sum(reference(cfg, params, None, batch, draws, objective)[0]), None
 
     loss_fn = model_loss(cfg, objective, remat=False)
-    grads, metrics = jax.grad(loss_fn, has_aux=True)(params, {}, batch, draws)
-    total, _ = loss_fn(params, {}, batch, draws)
-    np.testing.assert_allclose(total, slow(params), rtol=1e-5)
+    (total, metrics), grads = with_gradient(loss_fn)(params, {}, batch, draws)
+    (expected, _), slow_grads = with_gradient(slow)(params)
+    np.testing.assert_allclose(total, expected, rtol=1e-5)
     np.testing.assert_allclose(metrics["loss"].value, total / ROWS, rtol=1e-6)
-    assert_trees_close(grads, jax.grad(slow)(params))
+    assert_trees_close(grads, slow_grads)
 
 
 def test_the_causal_loss_is_the_mean_of_the_next_tokens(cut, batch, draws):
     cfg, params, _ = cut
     cfg = dataclasses.replace(cfg, causal=True, mask_id=None)
-    objective = ObjectiveConfig(kind="causal")
+    objective, answer = ObjectiveConfig(kind="causal"), np.asarray(batch.answer)
 
     def slow(params):
         h = transformer.run_layers(cfg, params, batch.tokens, batch.valid).h
         log_p = jax.nn.log_softmax(transformer.head_logits(cfg, params, h))
         rows = []
         for row in range(ROWS):
-            places = [t for t in range(1, LENGTH) if batch.answer[row, t]]  # prompts come before
+            places = [t for t in range(1, LENGTH) if answer[row, t]]  # prompts come before
             rows.append(-sum(log_p[row, t - 1, batch.tokens[row, t]] for t in places) / len(places))
-        return sum(rows)
+        return sum(rows), None
 
     loss_fn = model_loss(cfg, objective, remat=False)
-    grads, metrics = jax.grad(loss_fn, has_aux=True)(params, {}, batch, draws)
-    np.testing.assert_allclose(metrics["loss"].value, slow(params) / ROWS, rtol=1e-5)
-    assert_trees_close(grads, jax.grad(slow)(params))
+    (_, metrics), grads = with_gradient(loss_fn)(params, {}, batch, draws)
+    (expected, _), slow_grads = with_gradient(slow)(params)
+    np.testing.assert_allclose(metrics["loss"].value, expected / ROWS, rtol=1e-5)
+    assert_trees_close(grads, slow_grads)
 
 
 @pytest.mark.parametrize("part", ["layers", "final_norm"])
@@ -200,12 +209,12 @@ def test_a_model_with_time_conditioning_is_told_the_time(part, batch, draws):
     # Modulations start at zero, where no time can show.
     params = trees.map_named(
         lambda name, x: x + 0.1 if name.startswith(part) and "modulation" in name else x,
-        transformer.init(cfg, jax.random.key(0)),
+        init_params(cfg),
     )
 
     def loss(time_conditioning):
         changed = dataclasses.replace(cfg, time_conditioning=time_conditioning)
-        loss_fn = model_loss(changed, ObjectiveConfig(kind="mdlm"), remat=False)
+        loss_fn = jax.jit(model_loss(changed, ObjectiveConfig(kind="mdlm"), remat=False))
         return loss_fn(params, {}, batch, draws)[0]
 
     assert loss(True) != loss(False)
@@ -229,7 +238,7 @@ def test_recomputing_blocks_changes_no_gradient(cut, batch, draws):
 
     def grads(remat):
         loss_fn = router_loss(cfg, ROUTER, OBJECTIVE, remat)
-        return jax.grad(loss_fn, has_aux=True)(routers, params, batch, draws)[0]
+        return with_gradient(loss_fn)(routers, params, batch, draws)[1]
 
     assert_trees_close(grads(True), grads(False))
 
@@ -238,7 +247,7 @@ def test_a_row_without_masked_tokens_contributes_nothing(cut, batch, draws):
     cfg, params, routers = cut
     nothing = batch._replace(answer=jnp.zeros_like(batch.answer))
     loss_fn = router_loss(cfg, ROUTER, OBJECTIVE, remat=False)
-    grads, metrics = jax.grad(loss_fn, has_aux=True)(routers, params, nothing, draws)
+    (_, metrics), grads = with_gradient(loss_fn)(routers, params, nothing, draws)
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(grads))
     assert metrics["loss"].value == 0
     assert metrics["skip_rate"].count == 0  # nor does it dilute the mean
@@ -249,7 +258,7 @@ def test_lambda_weighs_the_skip_loss_alone(cut, batch, draws):
 
     def loss(skip_weight):
         objective = ObjectiveConfig(min_mask_ratio=0.2, skip_weight=skip_weight)
-        loss_fn = router_loss(cfg, ROUTER, objective, remat=False)
+        loss_fn = jax.jit(router_loss(cfg, ROUTER, objective, remat=False))
         return float(loss_fn(routers, params, batch, draws)[0])
 
     none, one, three = loss(0.0), loss(1.0), loss(3.0)

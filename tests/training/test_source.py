@@ -3,7 +3,6 @@
 import dataclasses
 
 import chex
-import jax
 import numpy as np
 import pytest
 
@@ -11,9 +10,9 @@ from dials_jax import trees
 from dials_jax.config import ObjectiveConfig, OptimizerConfig
 from dials_jax.errors import InputError
 from dials_jax.loading import load
-from dials_jax.models import transformer
 from dials_jax.models.folders import save_model
 from dials_jax.training.loop import train
+from tests.conftest import init_params
 
 # The characters of the arithmetic task are 18, and its [MASK] is the last.
 AT_REST = OptimizerConfig(learning_rate=1e-9, num_steps=1, warmup_steps=0, weight_decay=0.0)
@@ -32,7 +31,7 @@ def causal(tmp_path_factory):
             "mask_id": None,
         } | changes
         cfg = dataclasses.replace(cfg, **values)
-        save_model(folder / "model", cfg, transformer.init(cfg, jax.random.key(seed)))
+        save_model(folder / "model", cfg, init_params(cfg, seed))
         return folder
 
     return make
