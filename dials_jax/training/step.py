@@ -79,9 +79,7 @@ def state_shapes(
     source: tuple = (),
 ) -> TrainState:
     """What `init_train_state` makes, as shapes, dtypes and shardings, without allocating memory."""
-    return with_shardings(
-        jax.eval_shape(_make_fresh(init, optimizer, ema), *source), mesh, prefix
-    )
+    return with_shardings(jax.eval_shape(_make_fresh(init, optimizer, ema), *source), mesh, prefix)
 
 
 def with_shardings(state: TrainState, mesh: Mesh, prefix: str = "") -> TrainState:

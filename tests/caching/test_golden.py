@@ -84,7 +84,7 @@ def published_order(monkeypatch):
 
     # programs of the patched code stay in this test
     anew = generating.generate_program.traced_anew()
-    monkeypatch.setattr(programs, "generate_program", anew)
+    monkeypatch.setattr(generating, "generate_program", anew)
 
 
 @pytest.mark.parametrize("name", ["0", "1"])

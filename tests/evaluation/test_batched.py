@@ -16,7 +16,7 @@ from dials_jax.evaluation.batched import (
 )
 from dials_jax.evaluation.likelihood import log_likelihood
 from dials_jax.models.model import Model
-from dials_jax.sampling import programs
+from dials_jax.sampling import generate as generating
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.generate import generate
 from dials_jax.skipping.policies import Random
@@ -88,7 +88,7 @@ def test_likelihoods_go_on_with_what_is_left(lively):
 
 def test_prompts_of_one_bucket_share_a_program(lively, traced_once):
     """Whatever their lengths, and how many are in the last batch or left."""
-    traced_once(programs, "generate_program")
+    traced_once(generating, "generate_program")
     prompts = [[5], [6, 7], [8, 9, 10], [11, 12, 13, 14], [15, 16, 17]]
     settings = {"sampler": SAMPLER, "batch_size": 2, "bucket": 4}
     answers = generate_all(lively, prompts, **settings)
