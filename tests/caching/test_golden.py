@@ -78,7 +78,6 @@ def published_order(monkeypatch):
     def leftmost(revealed):
         return jnp.broadcast_to(jnp.min(jnp.argmax(revealed, axis=1)), (revealed.shape[0], 1))
 
-    monkeypatch.setattr(variants, "top", top)
     monkeypatch.setattr(importance, "top", top)
     monkeypatch.setattr(variants, "leftmost", leftmost)
 
