@@ -1,7 +1,7 @@
-"""Standard errors, intervals, paired tests, and the one table that every report shares.
+"""Standard errors, intervals and paired tests.
 
-Everything here is classical and exact where it can be; nothing is resampled. A score belongs to an
-item, so two policies are compared item by item: most of the noise is the items', and it cancels.
+All methods are classical, exact where possible, and resample nothing. Two policies are compared
+item by item: most of the noise comes from the items, so it cancels in the differences.
 """
 
 from __future__ import annotations
@@ -9,18 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from dials_jax.errors import InputError, require
 
-ACCURACIES = ("exact_match", "choice")  # metrics scored 0 or 1 an item; others are real numbers
-
 
 @dataclass(frozen=True)
 class Paired:
-    """A policy against a baseline on the same items. Units are those of the scores."""
+    """Compares a policy with a baseline on the same items, in the units of the scores."""
 
     difference: float  # mean of score - baseline
     stderr: float  # of that mean
@@ -29,38 +26,10 @@ class Paired:
     test: str  # "McNemar" or "paired t"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One policy on one task. A comparison that cannot be made is None."""
-
-    task: str
-    metric: str
-    cache: str  # "none" without, as in runs that name none
-    policy: str  # its label
-    kind: str  # full, static, random or routed
-    value: float  # mean over items
-    stderr: float
-    low: float  # 95 % interval of the value
-    high: float
-    difference: float | None  # to the full model on this task, as are the next two
-    difference_stderr: float | None
-    p_value: float | None
-    layers_run: float  # share of full execution
-    model: float  # share of full execution, the whole model counted
-    seconds: float  # measured, compilation apart
-    speedup: float | None  # seconds of the full model / seconds, if they compare
-    num_items: int
-    num_dropped: int | None  # items left out of all the above: too long; None: not recorded
-    sampler: str | None  # and its settings; None: nothing is generated, or older results
-    temperature: float | None
-    steps: int | None  # denoising steps; None where confidence decides
-    stop: str | None  # what ends a generation, and the text that counts
-
-
 def mean_and_stderr(scores: Sequence[int | float] | np.ndarray) -> tuple[float, float]:
-    """The mean and its standard error, sample standard deviation / sqrt(n).
+    """Computes the mean and its standard error: the sample standard deviation / sqrt(n).
 
-    The error of a single score is unknown: NaN.
+    The standard error of a single score is unknown: NaN.
     """
     require(len(scores) > 0, "no scores: a mean needs at least one item")
     mean = float(np.mean(scores))
@@ -70,7 +39,7 @@ def mean_and_stderr(scores: Sequence[int | float] | np.ndarray) -> tuple[float, 
 
 
 def mean_interval(scores: Sequence[int | float] | np.ndarray) -> tuple[float, float]:
-    """Student's 95 % interval of the mean; NaN for a single score."""
+    """Computes Student's 95 % interval of the mean; NaN for a single score."""
     import scipy.stats
 
     mean, stderr = mean_and_stderr(scores)
@@ -81,11 +50,13 @@ def mean_interval(scores: Sequence[int | float] | np.ndarray) -> tuple[float, fl
 def mean_at_zero(
     values: Sequence[float] | np.ndarray, covariate: Sequence[float] | np.ndarray
 ) -> tuple[float, float, float]:
-    """What the mean of `values` is where `covariate` is 0, by least squares: value, low, high.
+    """Estimates the mean of `values` where `covariate` is 0, by least squares.
 
-    Of differences between two policies, item by item, it is the difference with the covariate held
-    equal. A covariate that never changes explains nothing: the plain mean. The interval is
-    Student's, of 95 %, and NaN for fewer than 3 items.
+    If both are differences between two policies, item by item, this is the difference at equal
+    covariate. A constant covariate explains nothing; the result is then the plain mean.
+
+    Returns: the value and its 95 % interval (Student's): value, low, high. The interval is NaN for
+      fewer than 3 items.
     """
     import scipy.stats
 
@@ -101,7 +72,8 @@ def mean_at_zero(
 
 
 def wilson_interval(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Interval of a proportion. It stays within [0, 1], and is not empty at 0 or n successes.
+    """Computes the interval of a proportion. It stays in [0, 1], and at 0 or n successes it is not
+    empty.
 
     Source: Wilson (1927), without continuity correction.
     """
@@ -116,7 +88,7 @@ def wilson_interval(successes: int, n: int, level: float = 0.95) -> tuple[float,
 def paired_test(scores: Mapping[str, int | float], baseline: Mapping[str, int | float]) -> Paired:
     """Compares two policies on the same items, matched by key.
 
-    Scores that are all 0 or 1 take the exact McNemar test, others a paired t-test.
+    The test is the exact McNemar test if all scores are 0 or 1, otherwise a paired t-test.
 
     Raises: InputError if the two do not score the same items.
     Source: McNemar (1947), in the exact binomial form over discordant pairs.
@@ -138,7 +110,7 @@ def paired_test(scores: Mapping[str, int | float], baseline: Mapping[str, int | 
 
 
 def _mcnemar(deltas: np.ndarray) -> float:
-    """Items that both policies get right, or both wrong, say nothing about which is better."""
+    """The exact McNemar test: only items that one policy gets right and the other wrong count."""
     import scipy.stats
 
     won, lost = int((deltas > 0).sum()), int((deltas < 0).sum())
@@ -146,7 +118,7 @@ def _mcnemar(deltas: np.ndarray) -> float:
 
 
 def _paired_t(deltas: np.ndarray) -> float:
-    """Equals scipy.stats.ttest_rel, and says 1 (not NaN) when no item differs."""
+    """Equals scipy.stats.ttest_rel, but returns 1 (not NaN) when no item differs."""
     import scipy.stats
 
     if not deltas.any():
@@ -154,100 +126,3 @@ def _paired_t(deltas: np.ndarray) -> float:
     mean, stderr = mean_and_stderr(deltas)
     t = abs(mean) / stderr if stderr else math.inf
     return float(2 * scipy.stats.t.sf(t, len(deltas) - 1))
-
-
-def by_task(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    """The runs of each task, in order of its first run."""
-    groups: dict[str, list] = {}
-    for run in runs:
-        groups.setdefault(run["task"], []).append(run)
-    return groups
-
-
-def summarise(results: Mapping[str, Any]) -> list[Row]:
-    """One row a run, in the order of `by_task`.
-
-    The paired columns and the speed-up are None where the task has no full run (yet). The full run
-    is not compared with itself.
-
-    Raises: InputError if a run has no items, or not those of the full run of its task.
-    """
-    rows = []
-    for runs in by_task(results["runs"]).values():
-        full = next((run for run in runs if run["policy"]["kind"] == "full"), None)
-        rows += [_row(run, full) for run in runs]
-    return rows
-
-
-def _row(run: Mapping[str, Any], full: Mapping[str, Any] | None) -> Row:
-    scores = list(run["items"].values())
-    label, seconds = run["policy"]["label"], run["flops"]["seconds"]
-    try:
-        value, stderr = mean_and_stderr(scores)
-        compare = full is not None and full is not run
-        paired = paired_test(run["items"], full["items"]) if compare else None
-        low, high = _interval(run["metric"], scores)
-    except InputError as error:
-        raise InputError(f"task {run['task']!r}, policy {label!r}: {error}") from error
-    return Row(
-        task=run["task"],
-        metric=run["metric"],
-        cache=run.get("cache", "none"),
-        policy=label,
-        kind=run["policy"]["kind"],
-        value=value,
-        stderr=stderr,
-        low=low,
-        high=high,
-        difference=paired and paired.difference,
-        difference_stderr=paired and paired.stderr,
-        p_value=paired and paired.p_value,
-        layers_run=run["flops"]["layers_run"],
-        model=run["flops"]["model"],
-        seconds=seconds,
-        speedup=full["flops"]["seconds"] / seconds if seconds and _as_timed(run, full) else None,
-        num_items=len(scores),
-        num_dropped=run.get("num_dropped"),
-        **_decoding(run.get("generation") or {}),
-    )
-
-
-# Settings with a column of their own.
-_NAMED = ("sampler", "temperature", "steps", "cache", "until", "stop_at_eos")
-
-
-def _decoding(generation: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns of a row that say how texts were generated."""
-    if not generation:
-        return dict.fromkeys(("sampler", "temperature", "steps", "stop"))
-    others = [
-        f"{name} {value}"
-        for name, value in generation.items()
-        if name not in _NAMED and value is not None and value is not False
-    ]
-    by_confidence = generation.get("threshold") is not None or generation.get("factor") is not None
-    until = ["end of text", *map(repr, generation["until"])]
-    stops = generation.get("stop_at_eos") or generation["sampler"] == "autoregressive"
-    early = "sequence ends at end of text" if stops else "all steps"
-    return {
-        "sampler": ", ".join([generation["sampler"], *others]),
-        "temperature": generation["temperature"],
-        "steps": None if by_confidence else generation["steps"],
-        "stop": f"{early}; text up to {' or '.join(until)}",
-    }
-
-
-def _as_timed(run: Mapping[str, Any], full: Mapping[str, Any] | None) -> bool:
-    """Whether both took their time under the same circumstances: device, mesh, batch size..."""
-    if full is None:
-        return False
-    measured = run.get("measured", [])
-    return len(measured) <= 1 and measured == full.get("measured", [])
-
-
-def _interval(metric: str, scores: Sequence[int | float]) -> tuple[float, float]:
-    """95 % interval of the mean: Wilson's for an accuracy, Student's t otherwise."""
-    if metric in ACCURACIES:
-        require(set(scores) <= {0, 1}, f"metric {metric!r}: scores must be 0 or 1")
-        return wilson_interval(int(sum(scores)), len(scores))
-    return mean_interval(scores)

@@ -30,7 +30,8 @@ from dials_jax.files import write_json
 from dials_jax.loading import load
 from dials_jax.models.model import Model
 from dials_jax.nn.policy import Policy, policy_name
-from dials_jax.reporting.sweep_report import format_table, write_report
+from dials_jax.reporting.sweep_report import write_report
+from dials_jax.reporting.sweep_table import format_table
 from dials_jax.skipping.policies import Random, Static
 from dials_jax.skipping.similarity import choose_static_layers, layer_similarities
 from dials_jax.skipping.storage import load_router, router_facts

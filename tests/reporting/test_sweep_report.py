@@ -9,8 +9,8 @@ import pytest
 from dials_jax.errors import InputError
 from dials_jax.reporting import sweep_report
 from dials_jax.reporting.figure import COLORS, kind_color
-from dials_jax.reporting.sweep_report import WIDTH, format_table, write_report
-from dials_jax.statistics import summarise
+from dials_jax.reporting.sweep_report import write_report
+from dials_jax.reporting.sweep_table import WIDTH, compute_sweep_rows, format_table
 from tests.reporting.pages import HOSTILE, read_page
 from tests.reporting.sweep_results import make_results
 
@@ -42,7 +42,7 @@ def test_csv_html_and_terminal_show_the_same_rows(tmp_path):
 
 def test_figures_hold_the_shares_of_each_policy():
     results = make_results(tasks=("piqa", "text"), kinds=("full", "static", "routed"))
-    rows = summarise(results)
+    rows = compute_sweep_rows(results)
     report = sweep_report.sweep_report(results, rows)
     data = {figure.name: figure.data for figure in report.figures}
 
@@ -128,7 +128,7 @@ def test_the_terminal_table_is_aligned_and_fits():
     results["runs"][1]["flops"]["seconds"] = 123456.7
     for run in results["runs"]:
         run["cache"] = "es-64-4" if run["task"] == "sums" else "none"
-    lines = format_table(summarise(results)).splitlines()
+    lines = format_table(compute_sweep_rows(results)).splitlines()
     cells = [line for line in lines if line.startswith("  ")]
     assert {len(line) for line in cells} == {WIDTH}
     assert all(len(line) <= WIDTH for line in lines)
@@ -191,7 +191,7 @@ def test_report_and_csv_say_how_texts_are_made_and_how_many_items_are_left_out(
 
 
 def test_results_without_these_facts_are_still_shown():
-    (row,) = summarise(make_results(tasks=("sums",), kinds=("full",)))
+    (row,) = compute_sweep_rows(make_results(tasks=("sums",), kinds=("full",)))
     assert (row.sampler, row.temperature, row.steps, row.stop, row.num_dropped) == (None,) * 5
     assert "sums (exact_match)\n" in format_table([row])
 
@@ -200,4 +200,4 @@ def test_a_small_p_is_not_shown_as_zero():
     results = make_results(tasks=("text",), kinds=("full", "static"))
     for run in results["runs"][1:]:
         run["items"] = {key: score + 1 for key, score in results["runs"][0]["items"].items()}
-    assert format_table(summarise(results)).count("<0.001") == 4
+    assert format_table(compute_sweep_rows(results)).count("<0.001") == 4

@@ -1,0 +1,273 @@
+"""The table of an evaluation sweep: a row per policy and task, for CSV, terminal and page.
+
+A sweep that was stopped may have few runs, or none of the full model; what cannot be compared is
+then None.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dials_jax.errors import InputError, require
+from dials_jax.reporting.figure import kind_color
+from dials_jax.reporting.publish import Table
+from dials_jax.skipping.flops import KEYS as FLOPS_KEYS
+from dials_jax.statistics import mean_and_stderr, mean_interval, paired_test, wilson_interval
+
+ACCURACIES = ("exact_match", "choice")  # metrics with scores of 0 or 1; others are real numbers
+WIDTH = 110  # columns of the terminal table
+UNKNOWN = "-"
+
+SWEEP_LEGEND = (
+    ("value", "The mean over items: accuracy for exact_match and choice (higher is better), nats "
+     "per token for nelbo (lower is better). ± is one standard error, the sample standard "
+     "deviation / √n. It covers the choice of items, not the seeds of training or of random "
+     "skipping."),
+    ("95 % interval", "Wilson's interval for accuracies, Student's t for nelbo."),
+    ("vs full", "The mean difference to the full model on the same items, ± its standard error."),
+    ("p", "Two-sided paired test against the full model: the exact McNemar test for items scored "
+     "0 or 1, a paired t-test otherwise. It is not corrected for the number of rows, and a large p "
+     "does not show that two policies are equal."),
+    ("items", "Scored items, and of how many if some were left out: their prompt or answer is "
+     "too long (too_long=\"drop\"). Published numbers count those as wrong."),
+    ("layers", "Layers run / layers, the normalised FLOPs of the papers: head, embeddings and "
+     "router are left out."),
+    ("model", "FLOPs of the whole model as a share of full execution: the head, attention by "
+     "length and the router are counted. results.json also holds the absolute number."),
+    ("seconds", "Measured time of the run on the device above, without compilation. Speed-up is "
+     "the full model's time / this time, where both were measured with the same device, mesh, "
+     "layout, batch size and padding."),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepRow:
+    """One policy on one task. A comparison that cannot be made is None."""
+
+    task: str
+    metric: str
+    cache: str  # "none" without a cache, and where the run names none
+    policy: str  # its label
+    kind: str  # full, static, random or routed
+    value: float  # mean over items
+    stderr: float
+    low: float  # 95 % interval of the value
+    high: float
+    difference: float | None  # to the full model on this task, like the next two
+    difference_stderr: float | None
+    p_value: float | None
+    layers_run: float  # share of the layers
+    flops_share: float  # share of full execution, the whole model counted; `model` in the CSV
+    seconds: float  # measured, without compilation
+    speedup: float | None  # seconds of the full model / seconds, if measured alike
+    num_items: int
+    num_dropped: int | None  # items left out of all the above (too long); None: not recorded
+    sampler: str | None  # with its settings; None: nothing is generated, or older results
+    temperature: float | None
+    steps: int | None  # denoising steps; None where confidence decides
+    stop: str | None  # what ends a generation, and which text counts
+
+
+def group_runs_by_task(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Groups runs by task; tasks are in the order of their first run."""
+    groups: dict[str, list] = {}
+    for run in runs:
+        groups.setdefault(run["task"], []).append(run)
+    return groups
+
+
+def compute_sweep_rows(results: Mapping[str, Any]) -> list[SweepRow]:
+    """Computes one row per run, in the order of `group_runs_by_task`.
+
+    The paired columns and the speed-up are None where the task has no full run (yet). The full run
+    is not compared with itself.
+
+    Args:
+      results: of a sweep, as in its results.json.
+
+    Raises: InputError if a run has no items, or other items than the full run of its task.
+    """
+    rows = []
+    for runs in group_runs_by_task(results["runs"]).values():
+        full = next((run for run in runs if run["policy"]["kind"] == "full"), None)
+        rows += [_row(run, full) for run in runs]
+    return rows
+
+
+def _row(run: Mapping[str, Any], full: Mapping[str, Any] | None) -> SweepRow:
+    scores = list(run["items"].values())
+    label, seconds = run["policy"]["label"], run["flops"]["seconds"]
+    try:
+        value, stderr = mean_and_stderr(scores)
+        compare = full is not None and full is not run
+        paired = paired_test(run["items"], full["items"]) if compare else None
+        low, high = _interval(run["metric"], scores)
+    except InputError as error:
+        raise InputError(f"task {run['task']!r}, policy {label!r}: {error}") from error
+    return SweepRow(
+        task=run["task"],
+        metric=run["metric"],
+        cache=run.get("cache", "none"),
+        policy=label,
+        kind=run["policy"]["kind"],
+        value=value,
+        stderr=stderr,
+        low=low,
+        high=high,
+        difference=paired and paired.difference,
+        difference_stderr=paired and paired.stderr,
+        p_value=paired and paired.p_value,
+        layers_run=run["flops"]["layers_run"],
+        flops_share=run["flops"][FLOPS_KEYS["flops_share"]],
+        seconds=seconds,
+        speedup=full["flops"]["seconds"] / seconds if seconds and _timed_alike(run, full) else None,
+        num_items=len(scores),
+        num_dropped=run.get("num_dropped"),
+        **_generation_columns(run.get("generation") or {}),
+    )
+
+
+# Settings of a generation that have a column of their own.
+_OWN_COLUMN = ("sampler", "temperature", "steps", "cache", "until", "stop_at_eos")
+
+
+def _generation_columns(generation: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns that tell how texts were generated."""
+    if not generation:
+        return dict.fromkeys(("sampler", "temperature", "steps", "stop"))
+    settings = [
+        f"{name} {value}"
+        for name, value in generation.items()
+        if name not in _OWN_COLUMN and value is not None and value is not False
+    ]
+    by_confidence = generation.get("threshold") is not None or generation.get("factor") is not None
+    until = ["end of text", *map(repr, generation["until"])]
+    stops = generation.get("stop_at_eos") or generation["sampler"] == "autoregressive"
+    early = "sequence ends at end of text" if stops else "all steps"
+    return {
+        "sampler": ", ".join([generation["sampler"], *settings]),
+        "temperature": generation["temperature"],
+        "steps": None if by_confidence else generation["steps"],
+        "stop": f"{early}; text up to {' or '.join(until)}",
+    }
+
+
+def _timed_alike(run: Mapping[str, Any], full: Mapping[str, Any] | None) -> bool:
+    """Whether both were timed under the same conditions: device, mesh, batch size, ..."""
+    if full is None:
+        return False
+    measured = run.get("measured", [])
+    return len(measured) <= 1 and measured == full.get("measured", [])
+
+
+def _interval(metric: str, scores: Sequence[int | float]) -> tuple[float, float]:
+    """95 % interval of the mean: Wilson's for an accuracy, Student's t otherwise."""
+    if metric in ACCURACIES:
+        require(set(scores) <= {0, 1}, f"metric {metric!r}: scores must be 0 or 1")
+        return wilson_interval(int(sum(scores)), len(scores))
+    return mean_interval(scores)
+
+
+def csv_columns() -> list[str]:
+    """The columns of results.csv, under the names that every version wrote."""
+    return [FLOPS_KEYS.get(field.name, field.name) for field in dataclasses.fields(SweepRow)]
+
+
+def csv_rows(rows: Sequence[SweepRow]) -> list[dict[str, Any]]:
+    """The rows of results.csv."""
+    return [dict(zip(csv_columns(), dataclasses.astuple(row), strict=True)) for row in rows]
+
+
+# ----------------------------------------------------------------------------------------- cells
+
+
+def _text(value: float | None, spec: str, unit: str = "") -> str:
+    return UNKNOWN if value is None or math.isnan(value) else f"{value:{spec}}{unit}"
+
+
+def _with_error(value: float | None, stderr: float | None, sign: str = "") -> str:
+    mean, error = _text(value, f"{sign}.4f"), _text(stderr, ".4f")
+    return mean if error == UNKNOWN else f"{mean} ±{error}"
+
+
+def _p_text(p_value: float | None) -> str:
+    return "<0.001" if p_value is not None and p_value < 0.001 else _text(p_value, ".3f")
+
+
+# How each column writes its cell, on the terminal and on the page.
+COLUMNS: dict[str, Callable[[SweepRow], str]] = {
+    "policy": lambda r: r.policy,
+    "value": lambda r: _with_error(r.value, r.stderr),
+    "vs full": lambda r: _with_error(r.difference, r.difference_stderr, "+"),
+    "p": lambda r: _p_text(r.p_value),
+    "layers": lambda r: _text(r.layers_run, ".4f"),
+    "model": lambda r: _text(r.flops_share, ".4f"),
+    "seconds": lambda r: _text(r.seconds, ".1f"),
+    "speed-up": lambda r: _text(r.speedup, ".2f", "x"),
+    "items": lambda r: _item_count(r),
+}
+INTERVAL = {"95 % interval": lambda r: f"{_text(r.low, '.4f')} to {_text(r.high, '.4f')}"}
+
+
+def format_table(rows: Sequence[SweepRow]) -> str:
+    """Formats the table for a terminal: a heading per task, and an aligned line per policy."""
+    cells = [[text(row) for text in COLUMNS.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(COLUMNS, *cells, strict=True)]
+    max_label = WIDTH - sum(widths[1:]) - 2 * len(widths)
+    widths[0] = min(widths[0], max(max_label, len("policy")))
+
+    def line(label: str, *numbers: str) -> str:
+        aligned = [number.rjust(width) for number, width in zip(numbers, widths[1:], strict=True)]
+        return "  " + "  ".join([_shorten(label, widths[0]).ljust(widths[0]), *aligned])
+
+    text, task = [line(*COLUMNS)], None
+    for row, row_cells in zip(rows, cells, strict=True):
+        if row.task != task:
+            task = row.task
+            text += textwrap.wrap(f"{task} ({_describe_task(row)})", WIDTH)
+        text.append(line(*row_cells))
+    return "\n".join(text)
+
+
+def _describe_task(row: SweepRow) -> str:
+    """The metric of a row's task, how its texts are generated, and how many items are left out."""
+    parts = [row.metric]
+    if row.sampler is not None:
+        steps = "" if row.steps is None else f", {row.steps} steps"
+        temperature = "" if row.temperature is None else f", temperature {row.temperature:g}"
+        parts += [f"sampler {row.sampler}{temperature}{steps}"]
+    if row.sampler is not None or row.cache != "none":
+        parts += [f"cache {row.cache}"]
+    if row.stop is not None:
+        parts += [row.stop]
+    if row.num_dropped:
+        total = row.num_items + row.num_dropped
+        parts += [f"{row.num_dropped} of {total} items left out: too long"]
+    return ", ".join(parts)
+
+
+def _item_count(row: SweepRow) -> str:
+    """Scored items; where some were left out, also of how many."""
+    total = row.num_items + (row.num_dropped or 0)
+    return f"{row.num_items} of {total}" if row.num_dropped else str(total)
+
+
+def _shorten(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def page_table(rows: Sequence[SweepRow]) -> Table:
+    """Makes the table of the page: a heading per task, and a line per policy."""
+    columns = COLUMNS | INTERVAL
+    starts = [i for i, row in enumerate(rows) if i == 0 or row.task != rows[i - 1].task]
+    return Table(
+        tuple(columns),
+        [[text(row) for text in columns.values()] for row in rows],
+        groups={i: (rows[i].task, _describe_task(rows[i])) for i in starts},
+        colors=[kind_color(row.kind) for row in rows],
+    )
