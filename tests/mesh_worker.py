@@ -31,7 +31,8 @@ from dials_jax.config import (
 )
 from dials_jax.data.arithmetic import ArithmeticTask
 from dials_jax.data.batches import batch_at
-from dials_jax.evaluation.likelihood import pad_pairs, score_pairs
+from dials_jax.evaluation.likelihood import score_pairs
+from dials_jax.evaluation.pairs import pad_pairs
 from dials_jax.models import transformer
 from dials_jax.models.model import Model, sequence_keys
 from dials_jax.nn.kernels import cudnn_attention as cudnn

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dials_jax.evaluation.likelihood import pad_pairs, score_pairs
+from dials_jax.evaluation.likelihood import score_pairs
+from dials_jax.evaluation.pairs import pad_pairs
 from dials_jax.keys import KIND, seed_key, threefry_key
 from dials_jax.models import transformer
 from dials_jax.sampling.confidence import Confidence

@@ -42,7 +42,7 @@ from dials_jax.config import (
 )
 from dials_jax.data.tokenizer import load_tokenizer
 from dials_jax.errors import InputError
-from dials_jax.evaluation.likelihood import pad_pairs
+from dials_jax.evaluation.pairs import pad_pairs
 from dials_jax.files import parse_json, read_json
 from dials_jax.loading import load
 from dials_jax.sampling.ancestral import Ancestral

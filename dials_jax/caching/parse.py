@@ -1,6 +1,8 @@
-"""Caches by name, as command lines of benchmarks and stored tasks of older versions give them."""
+"""Caches by name, as in reports, on command lines of benchmarks, and in tasks of older versions."""
 
 from __future__ import annotations
+
+from dataclasses import asdict
 
 from dials_jax.caching.cache import Cache
 from dials_jax.caching.early_skip.settings import EarlySkip
@@ -24,3 +26,15 @@ def parse_cache(text: str) -> Cache | None:
         text in caches, f"cache {shown(text)} is not known{nearest(text, [*caches, 'es-64-4'])}"
     )
     return caches[text]
+
+
+def cache_name(cache: Cache | None) -> str:
+    """`none`, `prefix`, `dual`, or `es-PROMPT-BLOCK` and the other settings that are no default."""
+    if cache is None:
+        return "none"
+    if not isinstance(cache, EarlySkip):
+        return {PrefixCache: "prefix", DualCache: "dual"}[type(cache)]
+    frequencies = {"prompt_every": cache.prompt_every, "block_every": cache.block_every}
+    settings, default = asdict(cache), asdict(EarlySkip(**frequencies))
+    others = [f"{name} {x}" for name, x in settings.items() if x != default[name]]
+    return ", ".join([f"es-{cache.prompt_every}-{cache.block_every}", *others])

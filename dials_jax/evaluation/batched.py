@@ -1,15 +1,15 @@
-"""Requests of mixed lengths in few compiled programs: texts generated, and likelihoods of answers.
+"""Generates texts, and scores answers, for requests of mixed lengths with few compiled programs.
 
-Nothing here knows of tasks or metrics, so a script or another harness may call it:
+Nothing here depends on tasks or metrics, so a script or another harness can call it:
 
 prompts = [tokenizer.encode(text) for text in ("1+1=", "How many is 20+22?")]
 answers = generate_all(model, prompts, sampler=dj.Confidence(gen_length=8), policy=router)
 values = log_likelihoods(model, [(prompt, tokenizer.encode("42")) for prompt in prompts])
 
-Both return results in the order of the requests. `generation_batches` and `likelihood_batches` give
-them batch by batch, with the cost of each, and leave out requests that the caller has already: a
-caller that stores every batch can be killed and continued. A request's random numbers do not depend
-on its batch.
+Both return results in the order of the requests. `generation_batches` and `likelihood_batches`
+yield them batch by batch, each with its cost, and take the requests that remain: a caller that
+stores every batch can be killed and continued. The random numbers of a request do not depend on its
+batch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from dials_jax.data.buckets import batches_by_length, padded_lengths, padded_pai
 from dials_jax.data.tasks import Pair
 from dials_jax.data.tokenizer import Ids
 from dials_jax.errors import require
-from dials_jax.evaluation.likelihood import CopyScores, num_copies, pad_pairs, score_pairs
+from dials_jax.evaluation.likelihood import CopyScores, num_copies, score_pairs
+from dials_jax.evaluation.pairs import pad_pairs
 from dials_jax.keys import fold_in_each, seed_key
 from dials_jax.models.model import Model
 from dials_jax.models.padding import pad_prompts
@@ -37,21 +38,21 @@ from dials_jax.sampling.generate import Generation, generate
 from dials_jax.sampling.sampler import Sampler
 from dials_jax.skipping.flops import Flops
 
-STRATUM = 16  # masked copies per round, over which their numbers of masks are spread
+STRATUM = 16  # masked copies per round; see `draw_masked`
 
 
-def request_number(request: Any) -> int:
-    """31 bits of a hash of a request's token ids (tuples of Python's integers), for its key."""
+def request_hash(request: Any) -> int:
+    """Hashes a request's token ids (tuples of Python's integers) to 31 bits, for its random key."""
     digest = hashlib.sha256(repr(request).encode()).digest()
     return int.from_bytes(digest[:4], "big") >> 1
 
 
-def request_keys(seed: int, numbers: Sequence[int]) -> jax.Array:
-    """One key per request, by seed and `request_number`."""
-    return fold_in_each(seed_key(seed), np.asarray(numbers, np.uint32))
+def request_keys(seed: int, hashes: Sequence[int]) -> jax.Array:
+    """One random key per request, from the seed and its `request_hash`."""
+    return fold_in_each(seed_key(seed), np.asarray(hashes, np.uint32))
 
 
-def _plain(ids: Ids) -> tuple[int, ...]:
+def _as_tuple(ids: Ids) -> tuple[int, ...]:
     return tuple(map(int, ids))
 
 
@@ -59,7 +60,9 @@ def _plain(ids: Ids) -> tuple[int, ...]:
 
 
 class GenerationBatch(NamedTuple):
-    requests: list[int]  # numbers of the prompts
+    """The texts of some of the prompts."""
+
+    requests: list[int]  # indices of the prompts
     answers: Int[np.ndarray, "B G"]
     out: Generation
 
@@ -75,26 +78,27 @@ def generation_batches(
     batch_size: int = 32,
     bucket: int = 64,
     max_programs: int = 4,
-    left: Ids | None = None,
+    remaining: Ids | None = None,
 ) -> Iterator[GenerationBatch]:
-    """Yields batches of prompts of similar length, the longest first.
+    """Generates for batches of prompts of similar length, the longest first.
 
     Args:
-      keys: one per prompt; None: by seed 0 and the prompt's tokens.
+      keys: one per prompt; None: from seed 0 and the prompt's tokens.
       bucket: prompts are padded to multiples of this length.
-      max_programs: how many lengths are compiled.
-      left: numbers of the prompts that are left; None: all. The programs are those of all.
+      max_programs: the largest number of padded lengths, each of which is compiled.
+      remaining: indices of the prompts to generate for; None: all. The padded lengths are chosen
+        for all prompts, so they do not depend on it.
     """
     if not len(prompts):
         return
     if keys is None:
-        keys = request_keys(0, [request_number(_plain(prompt)) for prompt in prompts])
+        keys = request_keys(0, [request_hash(_as_tuple(prompt)) for prompt in prompts])
     lengths = [len(prompt) for prompt in prompts]
     sizes = padded_lengths(lengths, bucket, max_programs, batch_size)
     padded = {size for length, size in zip(lengths, sizes, strict=True) if length < size}
-    numbers = np.arange(len(prompts)) if left is None else np.asarray(left, int)
-    for chosen in batches_by_length([sizes[i] for i in numbers], batch_size):
-        group = numbers[chosen]
+    indices = np.arange(len(prompts)) if remaining is None else np.asarray(remaining, int)
+    for chosen in batches_by_length([sizes[i] for i in indices], batch_size):
+        group = indices[chosen]
         size = sizes[group[0]]
         tokens, valid = pad_prompts([prompts[i] for i in group], size, model.config.pad_id)
         out = generate(
@@ -113,7 +117,11 @@ def generation_batches(
 def generate_all(
     model: Model, prompts: Sequence[Ids], *, sampler: Sampler, **settings: Any
 ) -> Int[np.ndarray, "N G"]:
-    """The generated tokens of every prompt. Args: settings: of `generation_batches`."""
+    """Generates tokens for every prompt.
+
+    Args:
+      settings: those of `generation_batches`.
+    """
     answers = np.zeros((len(prompts), sampler.gen_length), np.int32)
     for batch in generation_batches(model, prompts, sampler=sampler, **settings):
         answers[batch.requests] = batch.answers
@@ -124,8 +132,10 @@ def generate_all(
 
 
 class LikelihoodBatch(NamedTuple):
-    requests: Int[np.ndarray, "B"]  # numbers of the pairs
-    copies: Int[np.ndarray, "B"]  # which masked copy of its pair a sequence is
+    """The scores of some masked copies."""
+
+    requests: Int[np.ndarray, "B"]  # index of each copy's pair
+    copies: Int[np.ndarray, "B"]  # number of the copy within its pair
     scores: CopyScores
     flops: Flops
 
@@ -141,40 +151,41 @@ def likelihood_batches(
     batch_size: int = 32,
     bucket: int = 64,
     max_programs: int = 4,
-    left: tuple[Ids, Ids] | None = None,
+    remaining: tuple[Ids, Ids] | None = None,
 ) -> Iterator[LikelihoodBatch]:
-    """Yields batches of masked copies of pairs of similar lengths, the longest first.
+    """Scores batches of masked copies of pairs of similar lengths, the longest first.
 
     Args:
-      num_samples: masked copies per pair, a multiple of `STRATUM` or less than it. If all would be
-        equal, one is run; see `num_copies`.
-      keys: one per pair; None: by seed 0 and the prompt's tokens, so that the answers of a prompt
+      num_samples: masked copies per pair, a multiple of `STRATUM` or less than it. Only one is run
+        if all would be equal; see `num_copies`.
+      keys: one per pair; None: from seed 0 and the prompt's tokens, so that the answers of a prompt
         share their masks.
       bucket: prompts and answers are padded to multiples of this length.
-      max_programs: how many shapes of prompt and answer are compiled.
-      left: pair and copy of each sequence to score, copies of a pair next to each other; None: all.
+      max_programs: the largest number of padded shapes, each of which is compiled.
+      remaining: the copies to score: index of the pair, and number of the copy within it. Copies of
+        a pair are adjacent. None: all.
 
-    Raises: InputError if the model outputs NaN: the first choice would look like the best.
+    Raises: InputError if the model outputs NaN, because the first choice would look like the best.
     """
     check_num_samples(num_samples)
     if not len(pairs):
         return
     if keys is None:
-        keys = request_keys(0, [request_number(_plain(prompt)) for prompt, _ in pairs])
-    if left is None:
+        keys = request_keys(0, [request_hash(_as_tuple(prompt)) for prompt, _ in pairs])
+    if remaining is None:
         counts = [num_copies(len(answer), num_samples, policy) for _, answer in pairs]
-        left = (
+        remaining = (
             np.repeat(np.arange(len(pairs)), counts),
             np.concatenate(list(map(np.arange, counts))),
         )
-    numbers, copies = np.asarray(left[0], int), np.asarray(left[1], int)
+    pair_of, copies = (np.asarray(indices, int) for indices in remaining)
     lengths = [(len(prompt), len(answer)) for prompt, answer in pairs]
     shapes = padded_pair_lengths(lengths, bucket, max_programs)
     for members in batches_by_length(shapes, len(pairs)):  # all of one shape
-        here = np.flatnonzero(np.isin(numbers, members))
+        here = np.flatnonzero(np.isin(pair_of, members))
         for first in range(0, len(here), batch_size):
             chosen = here[first : first + batch_size]
-            requests = numbers[chosen]
+            requests = pair_of[chosen]
             scores, flops = score_pairs(
                 model,
                 pad_pairs([pairs[i] for i in requests], model.config, *shapes[members[0]]),
@@ -194,16 +205,20 @@ def likelihood_batches(
 
 
 def log_likelihoods(model: Model, pairs: Sequence[Pair], **settings: Any) -> Float[np.ndarray, "N"]:
-    """log p(answer | prompt) in nats of every pair. Args: settings: of `likelihood_batches`."""
+    """Estimates log p(answer | prompt) in nats of every pair.
+
+    Args:
+      settings: those of `likelihood_batches`.
+    """
     values: list[list[float]] = [[] for _ in pairs]
     for batch in likelihood_batches(model, pairs, **settings):
-        for number, value in zip(batch.requests, batch.scores.log_likelihood, strict=True):
-            values[number].append(float(value))
+        for index, value in zip(batch.requests, batch.scores.log_likelihood, strict=True):
+            values[index].append(float(value))
     return np.array([math.fsum(own) / len(own) for own in values])
 
 
 def check_num_samples(num_samples: int) -> None:
-    """Raises: InputError for a number of masked copies that cannot be spread over rounds."""
+    """Raises: InputError for a number of masked copies that does not fill whole rounds."""
     require(
         num_samples > 0 and num_samples % min(STRATUM, num_samples) == 0,
         f"num_samples={num_samples} must be a multiple of {STRATUM}",

@@ -1,4 +1,4 @@
-"""Evaluation items: a tokenised prompt and its answers, from any data set of an `EvalTask`."""
+"""Loads the items of an evaluation task: tokenised prompts with their answers."""
 
 from __future__ import annotations
 
@@ -19,43 +19,43 @@ from dials_jax.data.tasks import fill_template, part_fits, require_no_mask_token
 from dials_jax.data.text import pack_text
 from dials_jax.data.tokenizer import Ids, Tokenizer, check_tokenizer, encode_pair
 from dials_jax.errors import require
-from dials_jax.evaluation.answers import check_reference, normalise_answer
-from dials_jax.evaluation.batched import request_number
+from dials_jax.evaluation.batched import request_hash
+from dials_jax.evaluation.exact_match import check_reference, normalise_answer
 from dials_jax.evaluation.task import EvalTask
 
-NUM_ARITHMETIC = 1000  # test items of the procedural task when no limit is set
+NUM_ARITHMETIC = 1000  # test items of the procedural task if the task sets no limit
 
 
 @dataclass(frozen=True)
 class Item:
-    """One question. Generation and the NELBO have exactly one answer, a choice has several."""
+    """One question: one answer for generation and the NELBO, several for multiple choice."""
 
     prompt: tuple[int, ...]
     answers: tuple[tuple[int, ...], ...]
     label: int  # index of the right answer
     reference: str  # text that exact match compares with
-    key: int  # 31 bits for random keys; they depend on prompt and answers, never on the order
+    key: int  # `request_hash` of prompt and answers: random keys do not depend on the order
 
 
 class Items(list[Item]):
     """The items of a task.
 
     Attributes:
-      num_dropped: how many more were read, and left out because they are too long.
+      num_dropped: items that were read but left out because they are too long.
     """
 
     num_dropped: int = 0
 
 
 def make_item(prompt: Ids, answers: Sequence[Ids], label: int = 0, reference: str = "") -> Item:
-    """An `Item` with the key of its content."""
+    """Makes an item; its key is the hash of its content."""
     prompt = tuple(map(int, prompt))
     answers = tuple(tuple(map(int, answer)) for answer in answers)
-    return Item(prompt, answers, label, reference, key=request_number((prompt, answers)))
+    return Item(prompt, answers, label, reference, key=request_hash((prompt, answers)))
 
 
 def item_names(items: Sequence[Item]) -> list[str]:
-    """What scores are kept under: the key, and a number where an item repeats an earlier one."""
+    """The names that scores are stored under: the key, with a number if an item is repeated."""
     seen: Counter[int] = Counter()
     names = []
     for item in items:
@@ -65,7 +65,7 @@ def item_names(items: Sequence[Item]) -> list[str]:
 
 
 def items_digest(items: Sequence[Item]) -> str:
-    """Equal for equal items in the same order, with their labels and references."""
+    """A digest of the items, their labels and references, in their order."""
     content = [(item.prompt, item.answers, item.label, item.reference) for item in items]
     return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
@@ -74,8 +74,8 @@ def load_items(task: EvalTask, tokenizer: Tokenizer | None, model_config: ModelC
     """Reads the items of one task, at most `task.limit` of them.
 
     Args:
-      tokenizer: `sources.load_data_tokenizer` finds it. The procedural task brings its own, so it
-        may be None there.
+      tokenizer: found by `sources.load_data_tokenizer`; may be None for the procedural task, which has
+        its own.
 
     Raises: InputError, with file and line, for a missing field, a label that names no choice,
       choices that are equal or only one, a prompt or an answer that is too long (unless
@@ -89,11 +89,11 @@ def load_items(task: EvalTask, tokenizer: Tokenizer | None, model_config: ModelC
     check_tokenizer(tokenizer, model_config)
     if isinstance(task.data, TextData | CorpusData):
         return _text_items(task, task.data, tokenizer, model_config)
-    cfg, records = _records(task)
+    cfg, records = _templates_and_records(task)
     items = Items()
     for where, record in islice(records, task.limit):
         with prefix_errors(where):
-            item = _item(task, cfg, record, tokenizer, model_config.eos_id)
+            item = _fill_item(task, cfg, record, tokenizer, model_config.eos_id)
         for what, ids in (("prompt", item.prompt), *(("answer", a) for a in item.answers)):
             require_no_mask_token(where, what, ids, model_config.mask_id)
         longest = _longest_answer(task, item, tokenizer)
@@ -108,8 +108,10 @@ def load_items(task: EvalTask, tokenizer: Tokenizer | None, model_config: ModelC
     return items
 
 
-def _records(task: EvalTask) -> tuple[TaskData, Iterator[tuple[str, dict[str, Any]]]]:
-    """Templates, and (where, record) pairs to fill them with."""
+def _templates_and_records(
+    task: EvalTask,
+) -> tuple[TaskData, Iterator[tuple[str, dict[str, Any]]]]:
+    """The templates of a task, and the (where, record) pairs that fill them."""
     if isinstance(task.data, TaskData):
         return task.data, read_json_records(task.data.paths)
     procedural = ArithmeticTask(task.data)
@@ -119,19 +121,20 @@ def _records(task: EvalTask) -> tuple[TaskData, Iterator[tuple[str, dict[str, An
     return cfg, ((record["prompt"], record) for record in records)
 
 
-def _item(
+def _fill_item(
     task: EvalTask, cfg: TaskData, record: dict[str, Any], tokenizer: Tokenizer, eos_id: int | None
 ) -> Item:
+    """Fills the templates with a record, and tokenises prompt and answers."""
     prompt = fill_template(cfg.prompt, record)
     if task.metric == "choice":
-        texts = _choices(task, record)
-        label, reference = _label(task, record, len(texts)), ""
+        texts = _choice_texts(task, record)
+        label, reference = _label_index(task, record, len(texts)), ""
     else:
         texts, label = [fill_template(cfg.answer, record)], 0
         reference = texts[0]
     if task.metric == "exact_match":
         check_reference(task, reference)
-        # Generation sees the prompt alone.
+        # The model sees the prompt alone, so the two are not tokenised together.
         prompt_ids, answer_ids = tokenizer.encode_batch([prompt, reference])
         ends = [] if eos_id is None else [eos_id]
         return make_item(prompt_ids, [[*answer_ids, *ends]], label, reference)
@@ -146,10 +149,10 @@ def _item(
 
 
 def _longest_answer(task: EvalTask, item: Item, tokenizer: Tokenizer) -> int:
-    """Tokens that must have room: those that are scored, or that an output must hold to be right.
+    """The number of tokens that must fit: those that are scored, or that a right output must have.
 
-    Of a reference from which `extract` takes the answer, that part: what leads there is free. No
-    metric needs an end of text after an answer that fills its room.
+    If `extract` takes the answer from a longer reference, only that part has to fit, because the
+    model need not write the rest. No metric needs an end of text after the answer.
     """
     if task.metric != "exact_match":
         return max(map(len, item.answers))
@@ -159,7 +162,7 @@ def _longest_answer(task: EvalTask, item: Item, tokenizer: Tokenizer) -> int:
     return len(tokenizer.encode(text))
 
 
-def _choices(task: EvalTask, record: dict[str, Any]) -> list[str]:
+def _choice_texts(task: EvalTask, record: dict[str, Any]) -> list[str]:
     require(
         bool(task.choices) != bool(task.choice_list),
         f"task {task.name!r}: give either choices= (templates) or choice_list= (a field)",
@@ -174,8 +177,8 @@ def _choices(task: EvalTask, record: dict[str, Any]) -> list[str]:
     return texts
 
 
-def _label(task: EvalTask, record: dict[str, Any], num_choices: int) -> int:
-    """Index of the right choice. Names go first: ARC calls some of its choices 1, 2, 3, 4."""
+def _label_index(task: EvalTask, record: dict[str, Any], num_choices: int) -> int:
+    """The index of the right choice, by its name if there are names (ARC has names like "1")."""
     label = get_field(record, task.label)
     if task.label_names:
         names = get_field(record, task.label_names)
@@ -206,7 +209,7 @@ def _text_items(
     tokenizer: Tokenizer,
     model_config: ModelConfig,
 ) -> Items:
-    """Rows packed as in training, the first tokens being the prompt."""
+    """Makes an item of each row of text, packed as in training; its first tokens are the prompt."""
     require(
         task.metric == "nelbo",
         f"task {task.name!r}: metric {task.metric!r} needs prompts and answers; use metric "

@@ -1,8 +1,10 @@
-"""Monte-Carlo likelihood of an answer given a prompt, as LLaDA evaluates it.
+"""Monte-Carlo estimate of the log-likelihood of an answer given a prompt, as LLaDA evaluates it.
 
-Source: `get_log_likelihood.py` and `eval_llada.py` of ML-GSAI/LLaDA. An estimate averages
--CE / p over masked copies of the answer, where p is the share that a copy really masks. The
-copies of a round are stratified: their numbers of masks are spread evenly over 1..L.
+The estimate averages -CE / p over masked copies of the answer, where p is the share of the answer
+that is masked in the copy. Copies are stratified in rounds: within a round, the numbers of masked
+tokens are spread evenly over 1..L.
+
+Source: `get_log_likelihood.py` and `eval_llada.py` of ML-GSAI/LLaDA.
 """
 
 from __future__ import annotations
@@ -18,11 +20,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dials_jax import sharding
 from dials_jax.compiling import timed_jit
-from dials_jax.config import ModelConfig, shown, typed
+from dials_jax.config import ModelConfig, typed
 from dials_jax.diffusion.guidance import guide, repeat_batch, with_unconditional
 from dials_jax.diffusion.objectives import masked_log_probs
 from dials_jax.errors import InputError, require
-from dials_jax.evaluation.positions import over_positions
+from dials_jax.evaluation.pairs import Pairs, pad_pairs
+from dials_jax.evaluation.position_chunks import map_position_chunks
 from dials_jax.keys import threefry_key
 from dials_jax.models import transformer
 from dials_jax.models.model import Model, as_ids, check_shapes, check_vocabulary, sequence_keys
@@ -30,24 +33,15 @@ from dials_jax.nn.policy import Policy, check_policy, uses_keys
 from dials_jax.nn.stack import Executor
 from dials_jax.skipping.flops import Flops, count_flops
 
-ANSWER_CHUNK = 128  # of the answer, scored together; bounds the memory that logits take
-
-
-class Pairs(NamedTuple):
-    """Prompts padded on the left and answers padded on the right, so that answers line up."""
-
-    prompts: Int[ArrayLike, "B P"]
-    answers: Int[ArrayLike, "B A"]
-    prompt_valid: Bool[ArrayLike, "B P"]
-    answer_valid: Bool[ArrayLike, "B A"]
+ANSWER_CHUNK = 128  # positions whose logits are in memory at a time
 
 
 class CopyScores(NamedTuple):
-    """One entry per masked copy: its estimate of the log-likelihood in nats."""
+    """The estimate of each masked copy; under guidance R = 2 B, otherwise R = B."""
 
-    log_likelihood: Float[Array, "R"]
+    log_likelihood: Float[Array, "B"]  # nats
     gates: Bool[Array, "L R"]
-    masked_share: Float[Array, "R"]  # masked share of the answer
+    masked_share: Float[Array, "B"]  # masked share of the answer
 
 
 @typed
@@ -61,13 +55,13 @@ def log_likelihood(
     policy: Policy | None = None,
     key: jax.Array | None = None,
 ) -> float:
-    """log p(answer | prompt) in nats, a lower bound in expectation.
+    """Estimates log p(answer | prompt) in nats; its expectation is a lower bound.
 
     Args:
-      num_samples: masked copies; a multiple of `batch_size`. If all would be equal, as for an
-        answer of one token, one is run (see `num_copies`).
-      batch_size: copies per round, over which the numbers of masks are stratified.
-      key: from `jax.random.key`; None: that of seed 0.
+      num_samples: masked copies; a multiple of `batch_size`. Only one is run if all would be equal,
+        as for an answer of one token (see `num_copies`).
+      batch_size: copies per round, over which the numbers of masked tokens are stratified.
+      key: from `jax.random.key`; None: the key of seed 0.
     """
     model.config.require_mask()
     check_policy(policy)
@@ -79,24 +73,24 @@ def log_likelihood(
     )
     pairs = pad_pairs([(prompt_ids, answer_ids)], model.config)
     num_samples = num_copies(len(answer_ids), num_samples, policy)
-    num_rows = min(batch_size, num_samples)
-    rows = jax.tree.map(lambda x: np.repeat(x, num_rows, axis=0), pairs)
-    keys = jnp.broadcast_to(sequence_keys(key, 1), (num_rows,))
+    per_batch = min(batch_size, num_samples)
+    copies = jax.tree.map(lambda x: np.repeat(x, per_batch, axis=0), pairs)
+    keys = jnp.broadcast_to(sequence_keys(key, 1), (per_batch,))
     estimates = []
-    for first in range(0, num_samples, num_rows):
-        samples = np.arange(first, first + num_rows)
+    for first in range(0, num_samples, per_batch):
+        numbers = np.arange(first, first + per_batch)
         scores, _ = score_pairs(
-            model, rows, keys, samples, stratum=batch_size, cfg_scale=cfg_scale, policy=policy
+            model, copies, keys, numbers, stratum=batch_size, cfg_scale=cfg_scale, policy=policy
         )
         estimates.append(np.mean(scores.log_likelihood))
     return float(np.mean(estimates))
 
 
 def num_copies(answer_length: int, num_samples: int, policy: Policy | None) -> int:
-    """How many of `num_samples` masked copies to run for their mean.
+    """The number of masked copies to run: `num_samples`, or 1 if all copies would be equal.
 
-    An answer of one token is masked in every copy. Copies differ only under a
-    policy that uses random keys.
+    An answer of one token is masked in every copy. Its copies differ only under a policy that uses
+    random keys.
     """
     return 1 if answer_length == 1 and not uses_keys(policy) else num_samples
 
@@ -114,10 +108,10 @@ def estimate_log_likelihood(
     key: jax.Array | None = None,
     executor: Executor = "auto",
 ) -> float:
-    """The estimate in nats from given masked copies.
+    """Estimates the log-likelihood in nats from given masked copies.
 
     Args:
-      tokens: prompt and answer, one sequence or one per copy.
+      tokens: prompt and answer: one sequence, or one per copy.
       noisy: the copies, with [MASK] at some positions.
       p_mask: the probability with which each position was masked; read only at [MASK].
       prompt_len: tokens of the prompt, which guidance hides.
@@ -127,17 +121,17 @@ def estimate_log_likelihood(
     check_policy(policy)
     _require_guidance(cfg_scale)
     copies = _given_copies(model.config, tokens, noisy, p_mask, prompt_len)
-    num_rows = len(copies[0])
-    rows = model.place_sequences((*copies, sequence_keys(key, num_rows)))
+    count = len(copies[0])
+    placed = model.place_sequences((*copies, sequence_keys(key, count)))
     (values, _), _ = model.run(
         score_noisy_program,
-        *rows,
+        *placed,
         policy,
         prompt_len=prompt_len,
         cfg_scale=cfg_scale,
         executor=executor,
     )
-    return float(jnp.mean(values[:num_rows]))
+    return float(jnp.mean(values[:count]))
 
 
 def _require_guidance(cfg_scale: float) -> None:
@@ -147,13 +141,13 @@ def _require_guidance(cfg_scale: float) -> None:
 def _given_copies(
     cfg: ModelConfig, tokens: ArrayLike, noisy: ArrayLike, p_mask: ArrayLike, prompt_len: int
 ) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"], Float[np.ndarray, "B T"]]:
-    """The array arguments of `estimate_log_likelihood`, checked, with one entry per copy."""
+    """Checks the array arguments of `estimate_log_likelihood`, and repeats tokens per copy."""
     cfg.require_mask()
     noisy = as_ids(noisy, "noisy sequence")
     try:
         p_mask = np.asarray(p_mask, np.float32)
     except (TypeError, ValueError) as error:
-        raise InputError("p_mask is no array of numbers; give one a token") from error
+        raise InputError("p_mask is no array of numbers; give one per token") from error
     check_shapes(cfg, noisy.shape, None)
     require(
         p_mask.shape == noisy.shape,
@@ -166,7 +160,8 @@ def _given_copies(
     tokens = as_ids(tokens, "sequence")
     require(
         tokens.shape in (noisy.shape, noisy.shape[1:], (1, noisy.shape[1])),
-        f"tokens have shape {tokens.shape} and noisy {noisy.shape}; give one row, or one a copy",
+        f"tokens have shape {tokens.shape} and noisy {noisy.shape}; give one sequence, or one per "
+        "copy",
     )
     tokens = np.broadcast_to(tokens, noisy.shape)
     check_vocabulary(cfg, tokens, None, "sequence")
@@ -192,24 +187,29 @@ def score_pairs(
     executor: Executor = "auto",
     fill_to: int = 1,
 ) -> tuple[CopyScores, Flops]:
-    """Scores one masked copy of each pair.
+    """Scores one masked copy of each pair; a pair may occur several times.
 
     Args:
-      keys: one per pair; copies of one pair share it.
-      samples: which copy of its pair each one is, from 0. With the key it decides masks and random
-        gates, in any batch and order of requests.
+      keys: one per pair; copies of a pair have the same key.
+      samples: the number of each copy within its pair, from 0. Key and number decide masks and
+        random gates, whatever the batch and the order of requests.
       stratum: copies per round.
-      fill_to: run the program of this batch size, or of a multiple, also for fewer copies.
+      fill_to: run the program for this batch size, or a multiple of it, also for fewer copies.
     """
-    num_rows = len(samples)
-    rows = model.place_sequences((pairs, threefry_key(keys), np.asarray(samples)), fill_to)
+    count = len(samples)
+    placed = model.place_sequences((pairs, threefry_key(keys), np.asarray(samples)), fill_to)
     scores, seconds = model.run(
-        score_pairs_program, *rows, policy, stratum=stratum, cfg_scale=cfg_scale, executor=executor
+        score_pairs_program,
+        *placed,
+        policy,
+        stratum=stratum,
+        cfg_scale=cfg_scale,
+        executor=executor,
     )
     host = sharding.to_host(scores)
-    keep = np.arange(host.gates.shape[-1]) % len(host.log_likelihood) < num_rows
+    wanted = np.arange(host.gates.shape[-1]) % len(host.log_likelihood) < count
     scores = CopyScores(
-        host.log_likelihood[:num_rows], host.gates[:, keep], host.masked_share[:num_rows]
+        host.log_likelihood[:count], host.gates[:, wanted], host.masked_share[:count]
     )
     flops = count_flops(
         model.config,
@@ -222,75 +222,22 @@ def score_pairs(
     return scores, flops
 
 
-@typed
-def pad_pairs(
-    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
-    cfg: ModelConfig,
-    prompt_length: int = 0,
-    answer_length: int = 0,
-) -> Pairs:
-    """Pads to common lengths, at least those given.
-
-    Raises: InputError for an empty answer, [MASK] or an unknown token in a pair, anything but
-      integers, or more tokens than positions.
-    """
-    require(isinstance(pairs, list | tuple), f"pairs={shown(pairs)} is no list of pairs")
-    pairs = [_as_pair(pair, i) for i, pair in enumerate(pairs)]
-    for length in (prompt_length, answer_length):
-        require(
-            length <= cfg.max_length, f"{length} tokens are more than {cfg.max_length} positions"
-        )
-    prompt_length = max([prompt_length, *(len(p) for p, _ in pairs)])
-    answer_length = max([answer_length, *(len(a) for _, a in pairs)])
-    out = Pairs(
-        np.full((len(pairs), prompt_length), cfg.pad_id),
-        np.full((len(pairs), answer_length), cfg.pad_id),
-        np.zeros((len(pairs), prompt_length), bool),
-        np.zeros((len(pairs), answer_length), bool),
-    )
-    for i, (prompt, answer) in enumerate(pairs):
-        require(len(answer) > 0, f"pair {i}: the answer is empty")
-        if (prompt == cfg.mask_id).any() or (answer == cfg.mask_id).any():
-            raise InputError(f"pair {i} contains [MASK] (id {cfg.mask_id}); remove it")
-        total = len(prompt) + len(answer)
-        require(total <= cfg.max_length, f"pair {i}: {total} tokens for {cfg.max_length} positions")
-        out.prompts[i, prompt_length - len(prompt) :] = prompt
-        out.prompt_valid[i, prompt_length - len(prompt) :] = True
-        out.answers[i, : len(answer)] = answer
-        out.answer_valid[i, : len(answer)] = True
-    tokens = np.concatenate([out.prompts, out.answers], axis=1)
-    present = np.concatenate([out.prompt_valid, out.answer_valid], axis=1)
-    check_vocabulary(cfg, tokens, present, "pair")
-    return out._replace(prompts=out.prompts.astype(np.int32), answers=out.answers.astype(np.int32))
-
-
-def _as_pair(pair: object, i: int) -> tuple[np.ndarray, np.ndarray]:
-    two = isinstance(pair, tuple | list) and len(pair) == 2
-    require(two, f"pair {i} is {shown(pair)}; give the token ids of a prompt and of an answer")
-    prompt, answer = (
-        as_ids(ids, f"pair {i}: {part}")
-        for ids, part in zip(pair, ("prompt id", "answer id"), strict=True)
-    )
-    require(
-        prompt.ndim == answer.ndim == 1,
-        f"pair {i} has shapes {prompt.shape} and {answer.shape}; give one row of ids each",
-    )
-    return prompt, answer
-
-
 def draw_masked(
     key: jax.Array, sample: Int[Array, ""], answer_valid: Bool[Array, "A"], stratum: int
 ) -> Bool[Array, "A"]:
-    """The masked positions of copy number `sample` of one answer.
+    """Draws the masked positions of copy number `sample` of one answer.
 
-    A round of `stratum` copies shares one k ~ U{1..L}; its copy i masks round(k + i L / stratum)
-    random positions, wrapped into 1..L. Halves are rounded to even, as in LLaDA's
-    `get_log_likelihood`: if i L / stratum ends in a half (L = 8, 24, ... with 16 copies),
-    even numbers are masked more often than odd ones. A stratum of 1 has no such bias.
+    The copies of a round share one k ~ U{1..L}. Copy i masks round(k + i L / stratum) random
+    positions, wrapped into 1..L. Halves are rounded to even, as in LLaDA's `get_log_likelihood`:
+    if i L / stratum ends in a half (L = 8, 24, ... with 16 copies), even numbers of masked tokens
+    are more frequent than odd ones. A stratum of 1 has no such bias.
+
+    Args:
+      stratum: copies per round.
     """
     length = jnp.sum(answer_valid)
-    turn, i = jnp.divmod(sample, stratum)
-    round_key = jax.random.fold_in(key, turn)
+    round_number, i = jnp.divmod(sample, stratum)
+    round_key = jax.random.fold_in(key, round_number)
     k = jax.random.randint(round_key, (), 1, length + 1)
     count = jnp.round(k + i * (length / stratum)).astype(jnp.int32)
     count = (count - 1) % length + 1
@@ -302,11 +249,13 @@ def draw_masked(
 def answer_log_probs(
     cfg, params, tokens, valid, time, answers, masked, cfg_scale, policy, keys, executor
 ) -> tuple[Float[Array, "B A"], Bool[Array, "L R"]]:
-    """log p of the answers' tokens where masked, guided if `cfg_scale` is above 0, and the gates.
+    """Runs the model; returns log p of the answers' tokens where masked (0 elsewhere), and gates.
 
     Args:
-      tokens: prompts and answers, with [MASK] at some positions.
-      time: the masked share of each answer.
+      tokens: [B, P + A], prompts and answers, with [MASK] at some positions.
+      time: [B], the masked share of each answer.
+      answers, masked: [B, A], the true tokens, and where they are masked.
+      cfg_scale: above 0 the log-probabilities are guided, and R = 2 B.
     """
     prompt_len = tokens.shape[1] - answers.shape[1]
     if cfg_scale > 0:
@@ -324,14 +273,15 @@ def answer_log_probs(
         logits = guide(logits, cfg_scale) if cfg_scale > 0 else logits
         return masked_log_probs(transformer.apply_subs(cfg, logits), answers, masked)
 
-    return over_positions(log_probs, ANSWER_CHUNK, h, answers, masked), out.gates
+    return map_position_chunks(log_probs, ANSWER_CHUNK, h, answers, masked), out.gates
 
 
 @timed_jit("cfg", "stratum", "cfg_scale", "executor")
 def score_pairs_program(params, pairs, keys, samples, policy, *, cfg, stratum, cfg_scale, executor):
-    draw = jax.vmap(lambda key, sample, valid: draw_masked(key, sample, valid, stratum))
+    """Masks one copy of each pair and estimates its log-likelihood; see `score_pairs`."""
     mask_keys, gate_keys = jax.vmap(jax.random.split)(keys).T
-    masked = draw(mask_keys, samples, pairs.answer_valid)
+    draw = jax.vmap(draw_masked, (0, 0, 0, None))
+    masked = draw(mask_keys, samples, pairs.answer_valid, stratum)
     tokens = jnp.concatenate([pairs.prompts, jnp.where(masked, cfg.mask_id, pairs.answers)], axis=1)
     valid = jnp.concatenate([pairs.prompt_valid, pairs.answer_valid], axis=1)
     gate_keys = jax.vmap(jax.random.fold_in)(gate_keys, samples)
@@ -347,6 +297,7 @@ def score_pairs_program(params, pairs, keys, samples, policy, *, cfg, stratum, c
 def score_noisy_program(
     params, tokens, noisy, p_mask, keys, policy, *, cfg, prompt_len, cfg_scale, executor
 ):
+    """The estimate of each masked copy, and the gates; see `estimate_log_likelihood`."""
     masked, p_mask = noisy[:, prompt_len:] == cfg.mask_id, p_mask[:, prompt_len:]
     p_mask = jnp.where(masked, p_mask, 1.0)  # it may be 0 elsewhere
     time = jnp.sum(p_mask * masked, axis=1) / jnp.maximum(jnp.sum(masked, axis=1), 1)

@@ -1,4 +1,4 @@
-"""Tasks as earlier versions stored them, with the settings of sampler and cache as their fields."""
+"""Reads tasks as earlier versions stored them: with settings of sampler and cache as fields."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from dials_jax.evaluation.task import EvalTask
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.dream import Dream
 
-_LENGTH = {"confidence": "gen_length", "dream": "max_new_tokens"}  # what each calls its length
+_LENGTH_FIELD = {"confidence": "gen_length", "dream": "max_new_tokens"}  # by sampler
 
 
-def task_of(stored: Mapping[str, Any], answer_length: int | None, where: str = "") -> EvalTask:
-    """A task as any version stored it.
+def read_task(stored: Mapping[str, Any], answer_length: int | None, where: str = "") -> EvalTask:
+    """Reads a task that this or an earlier version stored.
 
     Args:
-      answer_length: tokens that a sampler without `gen_length` generates.
-      where: what messages begin with.
+      answer_length: tokens to generate if the stored sampler has no `gen_length`.
+      where: the beginning of error messages.
 
-    Raises: InputError for what no version stored.
+    Raises: InputError for settings that no version stored.
     """
     old = {name: x for name, x in stored.items() if name in EvalTask.RENAMED}
     kind, cache = stored.get("sampler"), stored.get("cache")
@@ -34,27 +34,31 @@ def task_of(stored: Mapping[str, Any], answer_length: int | None, where: str = "
         guidance = values.pop("cfg_scale", 0.0)
         length = old.pop("gen_length", None) or answer_length
         if length is None:
-            pass  # of items that are not known, nor are its texts
+            pass  # the items are not known, so no texts will be generated
         elif kind == "dream":
-            own = {name: x for name, x in old.items() if x is not None}
-            values["sampler"] = Dream(length, **_known(own, Dream))
+            given = {name: x for name, x in old.items() if x is not None}
+            values["sampler"] = Dream(length, **_fields_of(Dream, given))
         else:
-            own = _known(old, Confidence)
-            values["sampler"] = Confidence(length, cfg_scale=guidance, **own)
+            fields = _fields_of(Confidence, old)
+            values["sampler"] = Confidence(length, cfg_scale=guidance, **fields)
     return from_dict(EvalTask, values, where)
 
 
-def _known(settings: Mapping[str, Any], cls: type) -> dict[str, Any]:
-    """Of the settings that all samplers shared, those of one; the others were at their defaults."""
+def _fields_of(cls: type, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a sampler has, of those that all shared; the rest had default values."""
     return {name: x for name, x in settings.items() if name in cls.__dataclass_fields__}
 
 
-def length_of(generation: Mapping[str, Any]) -> int | None:
-    """Tokens that a sampler generates, by `generation_facts`."""
-    return generation.get(_LENGTH.get(generation.get("sampler"), ""))
+def generated_length(generation: Mapping[str, Any]) -> int | None:
+    """The number of tokens that a sampler generates, from stored `generation_facts`."""
+    return generation.get(_LENGTH_FIELD.get(generation.get("sampler"), ""))
 
 
 def stored_answer_length(stored: Mapping[str, Any], items: Sequence[Item]) -> int | None:
-    """What a task generates by default. Args: items: those of the task; empty where unknown."""
+    """The number of tokens that a stored task generates by default.
+
+    Args:
+      items: of the task; empty if they are not known.
+    """
     longest = max((len(item.answers[0]) for item in items), default=None)
     return stored.get("data", {}).get("answer_length") or longest

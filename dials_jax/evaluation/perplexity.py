@@ -1,9 +1,9 @@
-"""Generative perplexity: how likely a causal language model finds what another model sampled.
+"""Generative perplexity: the perplexity of a model's samples under a causal language model.
 
-A small value alone says little: repeating one word gives the smallest. So the entropy of the tokens
-of a sample is always reported beside it.
+Low perplexity alone means little: repetition of one word has the lowest. The entropy of the tokens
+within a sample is therefore always reported with it.
 
-Source: `_eval_generative_perplexity` of kuleshov-group/mdlm for which tokens count.
+Source: `_eval_generative_perplexity` of kuleshov-group/mdlm, for which tokens count.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from dials_jax.config import ModelConfig
 from dials_jax.data.tokenizer import Tokenizer
 from dials_jax.diffusion.objectives import masked_log_probs
 from dials_jax.errors import require
-from dials_jax.evaluation.positions import over_positions
+from dials_jax.evaluation.position_chunks import map_position_chunks
 from dials_jax.models import transformer
 from dials_jax.models.model import Model
 from dials_jax.statistics import mean_interval
 
 Aggregate = Literal["mean", "corpus"]
 
-SAMPLE_CHUNK = 128  # scored together; bounds the memory that logits take
+SAMPLE_CHUNK = 128  # positions whose logits are in memory at a time
 
 
 class SampleScores(NamedTuple):
-    """The scorer's log-likelihood of each sample."""
+    """The scorer's negative log-likelihood of each sample."""
 
     nll: Float[np.ndarray, "N"]  # nats, summed over the tokens that count
-    weight: Float[np.ndarray, "N"]  # how many count
+    weight: Float[np.ndarray, "N"]  # number of tokens that count
 
 
 class Estimate(NamedTuple):
-    """A mean over samples and its 95 % interval."""
+    """A mean over samples, and its 95 % interval."""
 
     value: float
     low: float
@@ -50,7 +50,7 @@ class Estimate(NamedTuple):
 def score_samples(
     scorer: Model, samples: Int[np.ndarray, "N T"], batch_size: int = 16
 ) -> SampleScores:
-    """Scores samples of the scorer's own tokens, in float32.
+    """Scores samples in the scorer's vocabulary, in float32.
 
     Raises: InputError for a scorer that is not causal, too short, or of a smaller vocabulary.
     """
@@ -61,14 +61,16 @@ def score_samples(
         f"samples hold token {highest}, outside the scorer's {scorer.config.vocab_size}; "
         "retokenise them",
     )
-    counted = counts(samples, scorer.config.eos_id)
-    found = []
+    counted = counted_tokens(samples, scorer.config.eos_id)
+    nll_of_batches = []
     for first in range(0, len(samples), batch_size):
-        rows = slice(first, first + batch_size)
-        placed = scorer.place_sequences((samples[rows].astype(np.int32), counted[rows]), batch_size)
+        tokens = samples[first : first + batch_size].astype(np.int32)
+        placed = scorer.place_sequences((tokens, counted[first : first + batch_size]), batch_size)
         nll, _ = scorer.run(nll_program, *placed)
-        found.append(sharding.to_host(nll).astype(np.float64)[: len(samples[rows])])
-    return SampleScores(np.concatenate(found), counted[:, 1:].sum(axis=1).astype(np.float64))
+        nll_of_batches.append(sharding.to_host(nll).astype(np.float64)[: len(tokens)])
+    return SampleScores(
+        np.concatenate(nll_of_batches), counted[:, 1:].sum(axis=1).astype(np.float64)
+    )
 
 
 def check_scorer(cfg: ModelConfig, length: int) -> None:
@@ -85,11 +87,11 @@ def check_scorer(cfg: ModelConfig, length: int) -> None:
     )
 
 
-def counts(tokens: Int[np.ndarray, "N T"], eos_id: int) -> Bool[np.ndarray, "N T"]:
-    """Which tokens count: all but end of text, and of those the first.
+def counted_tokens(tokens: Int[np.ndarray, "N T"], eos_id: int) -> Bool[np.ndarray, "N T"]:
+    """Marks the tokens that count: all but the second and later ends of text of a sample.
 
-    Text after an end of text counts, as in the reference; padding is end of text and does not.
-    The first token of a sample is predicted from nothing, so it is never scored.
+    As in the reference, text after an end of text counts, and padding, which is end of text, does
+    not. (The first token of a sample is never scored: nothing predicts it.)
     """
     ends = tokens == eos_id
     return ~ends | (ends & (np.cumsum(ends, axis=1) == 1))
@@ -103,42 +105,42 @@ def retokenise(
     target_eos: int,
     length: int,
 ) -> Int[np.ndarray, "N length"]:
-    """The text of the samples in another vocabulary, cut or padded with end of text to `length`.
+    """Decodes samples and encodes the text in another vocabulary.
 
-    Text between ends of text is decoded piece by piece, so that neither tokenizer needs to know
-    the other's end of text.
+    Results are cut, or padded with end of text, to `length`. Pieces between ends of text are
+    decoded separately, so that neither tokenizer needs to know the other's end of text.
     """
     out = np.full((len(samples), length), target_eos, np.int32)
     plain = target.for_documents()
-    for row, sample in zip(out, samples, strict=True):
+    for result, sample in zip(out, samples, strict=True):
         ends = np.flatnonzero(sample == source_eos)
         pieces = [piece[piece != source_eos] for piece in np.split(sample, ends)]
         encoded = plain.encode_batch([source.decode(piece) for piece in pieces])
         ids = [*encoded[0]]
         for piece in encoded[1:]:
             ids += [target_eos, *piece]
-        row[: len(ids)] = ids[:length]
+        result[: len(ids)] = ids[:length]
     return out
 
 
 def unigram_entropy(samples: Int[np.ndarray, "N T"]) -> Float[np.ndarray, "N"]:
-    """Entropy of the tokens within each sample, in nats; at most log T."""
+    """Computes the entropy of the tokens within each sample, in nats; at most log T."""
 
-    def one(sample):
+    def entropy(sample):
         shares = np.unique(sample, return_counts=True)[1] / len(sample)
         return -np.sum(shares * np.log(shares))
 
-    return np.array([one(sample) for sample in samples])
+    return np.array([entropy(sample) for sample in samples])
 
 
 def perplexities(scores: SampleScores, aggregate: Aggregate) -> Float[np.ndarray, "N"]:
-    """One number for each sample, whose mean is the perplexity.
+    """Computes one number per sample; their mean is the perplexity.
 
-    "mean": the samples' own perplexities. "corpus": the mean is exp(sum of nll / sum of weights),
-    and the spread that of its linearisation, so that intervals and paired comparisons hold for
-    either.
+    With "mean" they are the samples' own perplexities. With "corpus" their mean is
+    exp(sum of nll / sum of weights), and their spread is that of its linearisation. So intervals
+    and paired comparisons are valid for both.
 
-    A sample without a token that counts has perplexity 1; its entropy of 0 shows it.
+    A sample without a token that counts has perplexity 1 (and entropy 0).
     """
     if aggregate == "mean":
         return np.exp(scores.nll / np.maximum(scores.weight, 1))
@@ -147,8 +149,8 @@ def perplexities(scores: SampleScores, aggregate: Aggregate) -> Float[np.ndarray
     return np.exp(rate) * (1 + residual / max(scores.weight.mean(), 1))
 
 
-def estimate(values: Sequence[float] | Float[np.ndarray, "N"]) -> Estimate:
-    """The mean and Student's t interval."""
+def estimate_mean(values: Sequence[float] | Float[np.ndarray, "N"]) -> Estimate:
+    """Estimates the mean, with Student's 95 % interval."""
     return Estimate(float(np.mean(values)), *mean_interval(values))
 
 
@@ -156,6 +158,7 @@ def estimate(values: Sequence[float] | Float[np.ndarray, "N"]) -> Estimate:
 def nll_program(
     params, tokens: Int[Array, "B T"], counted: Bool[Array, "B T"], *, cfg: ModelConfig
 ) -> Float[Array, "B"]:
+    """The negative log-likelihood of each sequence in nats, summed over the tokens that count."""
     # By default an accelerator multiplies float32 in lower precision.
     with jax.default_matmul_precision("highest"):
         h = transformer.run_layers(cfg, params, tokens, None).h
@@ -164,5 +167,5 @@ def nll_program(
             return -masked_log_probs(transformer.head_logits(cfg, params, h), targets, counted)
 
         return jnp.sum(
-            over_positions(nll, SAMPLE_CHUNK, h[:, :-1], tokens[:, 1:], counted[:, 1:]), axis=1
+            map_position_chunks(nll, SAMPLE_CHUNK, h[:, :-1], tokens[:, 1:], counted[:, 1:]), axis=1
         )

@@ -1,4 +1,4 @@
-"""Scores of evaluation items under one policy: exact match, multiple choice, NELBO."""
+"""Scores evaluation items under one policy: exact match, multiple choice, NELBO."""
 
 from __future__ import annotations
 
@@ -13,21 +13,19 @@ import numpy as np
 from jaxtyping import Float
 
 from dials_jax.caching.canvas import CanvasModel
-from dials_jax.caching.early_skip.settings import EarlySkip
-from dials_jax.caching.plain import DualCache, PrefixCache
+from dials_jax.caching.parse import cache_name
 from dials_jax.data.tokenizer import Tokenizer
 from dials_jax.errors import InputError, require
-from dials_jax.evaluation.answers import is_right
 from dials_jax.evaluation.batched import (
     check_num_samples,
     generation_batches,
     likelihood_batches,
     request_keys,
 )
-from dials_jax.evaluation.earned import Earned, Record, batch_record
-from dials_jax.evaluation.execution import Execution
+from dials_jax.evaluation.exact_match import is_correct
 from dials_jax.evaluation.items import Item, item_names
 from dials_jax.evaluation.likelihood import num_copies
+from dials_jax.evaluation.tally import LayerCounts, Record, Tally, make_batch_record
 from dials_jax.evaluation.task import CacheConfig, EvalTask, SamplerConfig
 from dials_jax.keys import seed_key
 from dials_jax.models import transformer
@@ -39,19 +37,19 @@ from dials_jax.sampling.loop import blocks_of
 from dials_jax.skipping.flops import Flops
 
 NUM_EXAMPLES = 5
-# Raised where a metric's scores change their meaning: kept ones are then not continued.
+# Raise a metric's number when its scores change their meaning: stored ones are then refused.
 METRIC_RULES = {"exact_match": 2, "choice": 1, "nelbo": 1}
 
 
 @dataclass(frozen=True)
 class TaskScores:
-    """What one policy does on one task; `items` maps an item's key to its score."""
+    """The scores of one policy on one task, and what they cost."""
 
-    execution: Execution
+    layer_counts: LayerCounts
     flops: Flops
-    items: dict[str, float]
-    also: dict[str, float]
-    examples: list[dict[str, Any]]  # of the first items
+    items: dict[str, float]  # score by name of the item
+    other_metrics: dict[str, float]
+    examples: list[dict[str, Any]]  # generations of the first items
 
 
 def score_task(
@@ -62,48 +60,52 @@ def score_task(
     policy: Policy | None,
     batch_size: int,
     seed: int,
-    progress: Callable[[int], Any] = lambda n: None,
+    on_progress: Callable[[int], Any] = lambda num_sequences: None,
     records: Sequence[Record] = (),
-    keep: Callable[[dict[str, Any]], Any] = lambda record: None,
+    on_record: Callable[[dict[str, Any]], Any] = lambda record: None,
 ) -> TaskScores:
     """Scores every item. Keys come from seed and item, whatever the order and the batches.
 
     Args:
-      progress: told how many sequences are done.
-      records: of batches that an earlier call scored; what they hold is not scored again.
-      keep: told the record of every batch as soon as it is earned.
+      on_progress: called with the number of sequences that were scored since the last call.
+      records: of batches that an earlier call scored; their sequences are not scored again.
+      on_record: called with the record of every batch as soon as it is scored.
     """
     check_task(task, items, model)
-    earned = Earned(model.num_layers, _pairs(task, items, policy), records)
-    progress(earned.num_done)
-    score = _exact_match if task.metric == "exact_match" else _likelihoods
-    for record in score(earned, model, task, items, tokenizer, policy, batch_size, seed):
-        keep(record)
-        done = earned.num_done
-        earned.add(record)
-        progress(earned.num_done - done)
-    return _task_scores(task, items, earned)
+    tally = Tally(model.num_layers, _copies_per_pair(task, items, policy), records)
+    on_progress(tally.num_done)
+    score = _score_exact_match if task.metric == "exact_match" else _score_likelihoods
+    for record in score(tally, model, task, items, tokenizer, policy, batch_size, seed):
+        on_record(record)
+        done = tally.num_done
+        tally.add(record)
+        on_progress(tally.num_done - done)
+    return _task_scores(task, items, tally)
 
 
-def _task_scores(task: EvalTask, items: Sequence[Item], earned: Earned) -> TaskScores:
+def _task_scores(task: EvalTask, items: Sequence[Item], tally: Tally) -> TaskScores:
     names = item_names(items)
     values = [
-        np.array([earned.mean(pair) for pair in _pair_names(task, name, item)])
+        np.array([tally.mean(pair) for pair in _pair_names(task, name, item)])
         for name, item in zip(names, items, strict=True)
     ]
-    found = {
+    scores = {
         name: _item_score(task, item, own)
         for name, item, own in zip(names, items, values, strict=True)
     }
-    also = {}
+    other_metrics = {}
     if task.metric == "choice":
-        also["accuracy_per_token"] = _accuracy_per_token(items, values)
-    examples = [earned.examples[name] for name in names[:NUM_EXAMPLES] if name in earned.examples]
-    return TaskScores(earned.execution, earned.flops, found, also, examples)
+        other_metrics["accuracy_per_token"] = _accuracy_per_token(items, values)
+    examples = [tally.examples[name] for name in names[:NUM_EXAMPLES] if name in tally.examples]
+    return TaskScores(tally.layer_counts, tally.flops, scores, other_metrics, examples)
 
 
 def _item_score(task: EvalTask, item: Item, values: Float[np.ndarray, "answers"]) -> float:
-    """By the values of its answers: whether text was right, or log-likelihoods in nats."""
+    """The score of an item.
+
+    Args:
+      values: one per answer: 1 or 0 for a generated one, or a log-likelihood in nats.
+    """
     if task.metric == "exact_match":
         return float(values[0])
     if task.metric == "nelbo":
@@ -112,14 +114,16 @@ def _item_score(task: EvalTask, item: Item, values: Float[np.ndarray, "answers"]
 
 
 def _pair_names(task: EvalTask, name: str, item: Item) -> list[str]:
-    """Names of an item's pairs of prompt and answer; a generated answer is one."""
+    """The names of an item's pairs of prompt and answer; an item to generate for has one pair."""
     if task.metric == "exact_match":
         return [name]
     return [f"{name}.{number}" for number in range(len(item.answers))]
 
 
-def _pairs(task: EvalTask, items: Sequence[Item], policy: Policy | None) -> dict[str, int]:
-    """The names of all pairs, and how many copies of each are scored."""
+def _copies_per_pair(
+    task: EvalTask, items: Sequence[Item], policy: Policy | None
+) -> dict[str, int]:
+    """The number of copies to score of each pair of prompt and answer, by its name."""
     generated = task.metric == "exact_match"
     return {
         pair: 1 if generated else num_copies(len(answer), task.num_samples, policy)
@@ -134,15 +138,15 @@ def check_task(
     model: Model,
     policies: Mapping[str, Policy | None] | None = None,
 ) -> None:
-    """Checks what would stop `score_task` half-way.
+    """Checks everything that could stop `score_task` half-way.
 
     Args:
-      policies: by what messages call them; None: the full model alone.
+      policies: by label, for messages; None: the full model alone.
     Raises: InputError for settings that do not fit each other, the model, a policy or the items.
     """
     prompt_length = max(len(item.prompt) for item in items)
     if task.metric == "exact_match":
-        sampler = sampler_for(task, items)
+        sampler = task_sampler(task, items)
         length = sampler.gen_length
         for label, policy in (policies or {"full": None}).items():
             try:
@@ -154,7 +158,7 @@ def check_task(
                 f"task {task.name!r}: this Dream model is sampled by LLaDA's rules, at temperature "
                 f"{sampler.temperature:g}; its published numbers are of sampler=Dream(...), with "
                 "alg, temperature and top_p",
-                stacklevel=1,  # one place, so that it is said once
+                stacklevel=1,  # one line of code, so that Python shows the warning once
             )
     else:
         length = max(len(answer) for item in items for answer in item.answers)
@@ -174,7 +178,10 @@ def check_generation(
     items: Sequence[Item],
     model: Model,
 ) -> None:
-    """Raises: InputError for a sampler that does not fit the cache, the policy or the model."""
+    """Checks by tracing, without running the model, that a sampler composes with the rest.
+
+    Raises: InputError for a sampler that does not fit the cache, the policy or the model.
+    """
     cfg, prompt_length = model.config, max(len(item.prompt) for item in items)
     _, present = pad_prompts([item.prompt for item in items], prompt_length, cfg.pad_id)
     sampler.check(cfg, present, policy, cache)
@@ -189,12 +196,13 @@ def check_generation(
     sampler.make_steps(net, prompt_length, seed_key(0)[None], cache)
 
 
-def num_rows(task: EvalTask, items: Sequence[Item], policy: Policy | None) -> int:
-    """Rows that `score_task` runs, for its progress."""
-    return sum(_pairs(task, items, policy).values())
+def count_sequences(task: EvalTask, items: Sequence[Item], policy: Policy | None) -> int:
+    """The number of sequences that `score_task` scores, all copies counted."""
+    return sum(_copies_per_pair(task, items, policy).values())
 
 
 def item_keys(seed: int, items: Sequence[Item]) -> jax.Array:
+    """One random key per item, from the seed and the item's content."""
     return request_keys(seed, [item.key for item in items])
 
 
@@ -202,43 +210,31 @@ def item_keys(seed: int, items: Sequence[Item]) -> jax.Array:
 
 
 def generation_facts(task: EvalTask, items: Sequence[Item]) -> dict[str, Any]:
-    """How a task's texts are made and where they end, for results and reports; {} if none are.
+    """Describes how a task's texts are generated and where they end; {} if none are generated.
 
-    It holds all settings of the sampler and of the cache, so scores depend on it.
+    The description has all settings of the sampler and of the cache. Scores depend on it.
     """
     if task.metric != "exact_match":
         return {}
-    sampler = sampler_for(task, items)
+    sampler = task_sampler(task, items)
     facts = {"sampler": type(sampler).__name__.lower(), "temperature": None, "steps": None}
     return facts | asdict(sampler) | {"cache": cache_name(task.cache), "until": list(task.until)}
 
 
-def sampler_for(task: EvalTask, items: Sequence[Item]) -> SamplerConfig:
-    """The task's sampler, or LLaDA's for as many tokens as its answers may have."""
+def task_sampler(task: EvalTask, items: Sequence[Item]) -> SamplerConfig:
+    """The task's sampler; by default LLaDA's, as long as `answer_length` or the longest answer."""
     if task.sampler is not None:
         return task.sampler
     length = getattr(task.data, "answer_length", None)
     return Confidence(length or max(len(item.answers[0]) for item in items))
 
 
-def cache_name(cache: CacheConfig | None) -> str:
-    """`none`, `prefix`, `dual`, or `es-PROMPT-BLOCK` and what else is not by default."""
-    if cache is None:
-        return "none"
-    if not isinstance(cache, EarlySkip):
-        return {PrefixCache: "prefix", DualCache: "dual"}[type(cache)]
-    named = {"prompt_every": cache.prompt_every, "block_every": cache.block_every}
-    settings, default = asdict(cache), asdict(EarlySkip(**named))
-    others = [f"{name} {x}" for name, x in settings.items() if x != default[name]]
-    return ", ".join([f"es-{cache.prompt_every}-{cache.block_every}", *others])
-
-
-def _exact_match(
-    earned: Earned, model, task, items, tokenizer, policy, batch_size, seed
+def _score_exact_match(
+    tally: Tally, model, task, items, tokenizer, policy, batch_size, seed
 ) -> Iterator[dict[str, Any]]:
-    """Generates what is not scored yet; yields the record of every batch."""
-    sampler, names = sampler_for(task, items), item_names(items)
-    left, _ = earned.left(names)
+    """Generates for the items without a score, and yields the record of every batch."""
+    sampler, names = task_sampler(task, items), item_names(items)
+    unscored, _ = tally.unscored(names)
     for requests, answers, out in generation_batches(
         model,
         [item.prompt for item in items],
@@ -249,11 +245,11 @@ def _exact_match(
         batch_size=batch_size,
         bucket=task.bucket,
         max_programs=task.max_programs,
-        left=left,
+        remaining=unscored,
     ):
-        execution, scores, examples = Execution(model.num_layers), [], {}
+        layer_counts, scores, examples = LayerCounts(model.num_layers), [], {}
         waits, shares = sampler.reveals_every_call, out.masked_share
-        execution.add(out.gates, waiting_as_zero(shares) if waits else shares)
+        layer_counts.add(out.gates, waiting_as_zero(shares) if waits else shares)
         for i, answer in zip(requests, answers, strict=True):
             text, correct = _score_output(task, items[i], answer.tolist(), tokenizer, model.config)
             scores.append(float(correct))
@@ -264,56 +260,70 @@ def _exact_match(
                     "reference": items[i].reference,
                     "correct": correct,
                 }
-        where = [names[i] for i in requests], [0] * len(requests)
-        yield batch_record(*where, scores, out.flops, execution, examples)
+        yield make_batch_record(
+            [names[i] for i in requests],
+            [0] * len(requests),
+            scores,
+            out.flops,
+            layer_counts,
+            examples,
+        )
 
 
-def waiting_as_zero(masked_share: Float[np.ndarray, "S R"]) -> Float[np.ndarray, "S R"]:
-    """The shares, 0 where a call revealed nothing: the sequence waited for others of its batch."""
+def waiting_as_zero(masked_share: Float[np.ndarray, "S B"]) -> Float[np.ndarray, "S B"]:
+    """Sets the masked share to 0 where a sequence waited for others of its batch.
+
+    That is where a call revealed nothing of it. `LayerCounts` leaves out a share of 0.
+    """
     after = np.append(masked_share[1:], np.zeros_like(masked_share[:1]), axis=0)
     return np.where(after < masked_share, masked_share, 0.0)
 
 
-def _score_output(task, item: Item, row: list[int], tokenizer, cfg) -> tuple[str, bool]:
-    """The text before its first end, and whether it is right.
+def _score_output(task, item: Item, tokens: list[int], tokenizer, cfg) -> tuple[str, bool]:
+    """Decodes the tokens before the first end of text, and compares them with the reference.
 
-    Texts end at end of text, and at a stop string that is one token: it may not be decoded.
+    A stop string that is a single token ends a text, too: special tokens may not be decoded.
     """
     stops = {cfg.eos_id, cfg.eot_id, *map(tokenizer.token_to_id, task.until)}
-    ends = [i for i, token in enumerate(row) if token in stops]
-    text = tokenizer.decode(row[: ends[0]] if ends else row)
-    return text, is_right(task, text, item.reference)
+    ends = [i for i, token in enumerate(tokens) if token in stops]
+    text = tokenizer.decode(tokens[: ends[0]] if ends else tokens)
+    return text, is_correct(task, text, item.reference)
 
 
 # ----------------------------------------------------------------------------------- likelihood
 
 
-def _likelihoods(
-    earned: Earned, model, task, items, tokenizer, policy, batch_size, seed
+def _score_likelihoods(
+    tally: Tally, model, task, items, tokenizer, policy, batch_size, seed
 ) -> Iterator[dict[str, Any]]:
-    """Log-likelihoods, in nats, of copies that are not scored yet; yields every batch's record."""
-    names = list(_pairs(task, items, policy))
-    owners = [i for i, item in enumerate(items) for _ in item.answers]
+    """Estimates log p (nats) of the copies without a score, and yields the record of every batch."""
+    names = list(_copies_per_pair(task, items, policy))
+    item_of_pair = [i for i, item in enumerate(items) for _ in item.answers]
     for requests, copies, scores, flops in likelihood_batches(
         model,
         [(item.prompt, answer) for item in items for answer in item.answers],
         num_samples=task.num_samples,
         cfg_scale=task.cfg_scale,
         policy=policy,
-        keys=item_keys(seed, items)[np.asarray(owners)],  # an item's choices share their masks
+        keys=item_keys(seed, items)[np.asarray(item_of_pair)],  # choices share their masks
         batch_size=batch_size,
         bucket=task.bucket,
         max_programs=task.max_programs,
-        left=earned.left(names),
+        remaining=tally.unscored(names),
     ):
-        execution = Execution(model.num_layers)
-        execution.add(scores.gates, scores.masked_share)
-        where = [names[i] for i in requests], copies.tolist()
-        yield batch_record(*where, scores.log_likelihood.tolist(), flops, execution)
+        layer_counts = LayerCounts(model.num_layers)
+        layer_counts.add(scores.gates, scores.masked_share)
+        yield make_batch_record(
+            [names[i] for i in requests],
+            copies.tolist(),
+            scores.log_likelihood.tolist(),
+            flops,
+            layer_counts,
+        )
 
 
 def _accuracy_per_token(items: Sequence[Item], likelihoods: Sequence[np.ndarray]) -> float:
-    """Accuracy when choices are compared by log-likelihood a token, not in all."""
+    """The accuracy if choices are compared by log-likelihood per token instead of in total."""
     correct = [
         np.argmax(values / [len(a) for a in item.answers]) == item.label
         for item, values in zip(items, likelihoods, strict=True)

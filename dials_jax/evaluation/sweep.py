@@ -1,4 +1,4 @@
-"""A sweep: every policy on every task, written to disk as each batch is scored."""
+"""Runs a sweep: scores every policy on every task, and stores each batch once it is scored."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from typing import Any
 import jax
 
 from dials_jax import sharding, trees
+from dials_jax.caching.parse import cache_name
 from dials_jax.data.sources import load_data_tokenizer
 from dials_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dials_jax.errors import require, require_packages
-from dials_jax.evaluation.answers import normalise_answer
+from dials_jax.evaluation.exact_match import normalise_answer
 from dials_jax.evaluation.items import Item, Items, load_items
 from dials_jax.evaluation.scoring import (
-    cache_name,
     check_task,
+    count_sequences,
     generation_facts,
-    num_rows,
     score_task,
 )
 from dials_jax.evaluation.sweep_records import SweepRecords, circumstances, sweep_identity
@@ -40,7 +40,7 @@ from dials_jax.workdir import exclusive
 
 @dataclass(frozen=True)
 class Candidate:
-    """A policy of the sweep and how the report calls it."""
+    """A policy of the sweep, its label in the report, and facts about it such as its lambda."""
 
     label: str
     policy: Policy | None
@@ -51,17 +51,18 @@ class Candidate:
         return policy_name(self.policy)
 
     def describe(self) -> dict[str, Any]:
+        """The policy as records store it."""
         return {"kind": self.kind, "label": self.label, **self.facts}
 
 
 def sweep(cfg: EvalConfig, workdir: str | Path) -> dict[str, Any]:
-    """Scores what `workdir` does not hold yet, and writes its results and report.
+    """Scores every policy on every task, except what `workdir` holds already, and reports.
 
-    Every batch is kept as soon as it is scored, the results are written after every run, and the
-    report with its plots after every task. Runs of other calls in the same workdir stay.
+    Every batch is stored as soon as it is scored, results.json is written after every run, and the
+    report with its plots after every task. Runs of other calls in the same workdir are kept.
 
     Raises: InputError before the first run for tasks, routers or layers that do not fit, for a
-      workdir that another process works in, and for what in it depends on other settings.
+      workdir that another process uses, and for one whose results depend on other settings.
     """
     require_packages("eval", "matplotlib", "scipy")
     require(bool(cfg.tasks), "the sweep has no tasks; add some to the configuration")
@@ -79,13 +80,15 @@ def _sweep(cfg: EvalConfig, workdir: Path) -> dict[str, Any]:
         (task, load_items(task, tokenizer, model.config))
         for task, tokenizer in zip(cfg.tasks, tokenizers, strict=True)
     ]
-    _check(cfg, model, tasks)
+    _check_sweep(cfg, model, tasks)
     routed, digests = routed_candidates(cfg, model)
-    shared = [Candidate("full", None), *routed, *random_candidates(cfg)]
+    full, random = Candidate("full", None), random_candidates(cfg)
+    to_check = [full, *routed, *random, *_static_placeholder(cfg)]
     for task, items in tasks:
-        check_task(task, items, model, {one.label: one.policy for one in [*shared, *_sketch(cfg)]})
+        check_task(task, items, model, {c.label: c.policy for c in to_check})
     identity = sweep_identity(cfg, model, tasks, digests)
-    records = SweepRecords(workdir, identity, {t.name: own for t, own in tasks}, model)
+    items_of = {task.name: items for task, items in tasks}
+    records = SweepRecords(workdir, identity, items_of, model)
     facts = {
         "model": {
             "path": cfg.model,
@@ -99,9 +102,9 @@ def _sweep(cfg: EvalConfig, workdir: Path) -> dict[str, Any]:
     }
     for (task, items), tokenizer in zip(tasks, tokenizers, strict=True):
         static = static_candidates(cfg, model, task, items, records)
-        for candidate in [*shared[:1], *static, *shared[1:]]:
+        for candidate in [full, *static, *routed, *random]:
             if not records.finished(task.name, candidate.describe(), len(items)):
-                _run_once(records, cfg, model, task, items, tokenizer, candidate)
+                _score_candidate(records, cfg, model, task, items, tokenizer, candidate)
                 results = records.results(cfg, facts)
                 sharding.on_first_process(lambda r=results: write_json(workdir / "results.json", r))
         results = records.results(cfg, facts)
@@ -113,13 +116,15 @@ def _sweep(cfg: EvalConfig, workdir: Path) -> dict[str, Any]:
     return results
 
 
-def _check(cfg: EvalConfig, model: Model, tasks: Sequence[tuple[EvalTask, list[Item]]]) -> None:
-    """Raises: InputError for what would stop the sweep half-way, or run twice under one label."""
+def _check_sweep(
+    cfg: EvalConfig, model: Model, tasks: Sequence[tuple[EvalTask, list[Item]]]
+) -> None:
+    """Raises: InputError for what would stop the sweep half-way, or for two runs of one label."""
     for task, items in tasks:
         require(
             not cfg.num_static or any(item.prompt for item in items[: cfg.num_calibration]),
-            f"task {task.name!r} has empty prompts, but Algorithm 1 chooses static layers by "
-            "prompts; set num_static=()",
+            f"task {task.name!r} has empty prompts, but Goel, Algorithm 1 chooses static "
+            "layers by prompts; set num_static=()",
         )
     repeatable = {
         "tasks": [t.name for t, _ in tasks],
@@ -132,7 +137,7 @@ def _check(cfg: EvalConfig, model: Model, tasks: Sequence[tuple[EvalTask, list[I
         require(0 < k < model.num_layers, f"cannot skip {k} of {model.num_layers} layers")
 
 
-def _run_once(
+def _score_candidate(
     records: SweepRecords,
     cfg: EvalConfig,
     model: Model,
@@ -141,10 +146,10 @@ def _run_once(
     tokenizer: Tokenizer,
     candidate: Candidate,
 ) -> None:
-    """Scores what is left of one policy on one task."""
+    """Scores one policy on one task, continuing from its records, and adds the run."""
     from tqdm import tqdm
 
-    total = num_rows(task, items, candidate.policy)
+    total = count_sequences(task, items, candidate.policy)
     what = f"{task.name}, {candidate.label}"
     policy = candidate.describe()
     measured = circumstances(cfg, task, model)
@@ -152,12 +157,12 @@ def _run_once(
     earlier = list(records.batches(task.name, policy))
     if earlier and jax.process_index() == 0:
         done = sum(count for record in earlier for _, _, count, _ in record["scores"])
-        print(f"{what}: goes on after {done} of {total} rows", flush=True)
-    with tqdm(total=total, desc=what, unit="row", disable=not sys.stderr.isatty()) as bar:
+        print(f"{what}: continues after {done} of {total} sequences", flush=True)
+    with tqdm(total=total, desc=what, unit="sequence", disable=not sys.stderr.isatty()) as bar:
         scores = score_task(
             model, task, items, tokenizer, candidate.policy, cfg.batch_size, cfg.seed, bar.update,
             records=earlier,
-            keep=lambda record: records.add(about | record),
+            on_record=lambda record: records.add(about | record),
         )  # fmt: skip
     run = {
         "task": task.name,
@@ -167,11 +172,11 @@ def _run_once(
         "num_dropped": items.num_dropped,
         "policy": policy,
         "items": scores.items,
-        "also": scores.also,
+        "also": scores.other_metrics,
         "flops": scores.flops.to_dict(),
-        "execution": scores.execution.to_dict(),
+        "execution": scores.layer_counts.to_dict(),
         "examples": scores.examples,
-        "measured": _distinct(x["measured"] for x in records.batches(task.name, policy)),
+        "measured": _without_repeats(x["measured"] for x in records.batches(task.name, policy)),
     }
     records.add({"run": run})
     if jax.process_index() == 0:
@@ -179,19 +184,19 @@ def _run_once(
         print(f"{what}: {mean:.4f}, {scores.flops.layers_run:.1%} of layers", flush=True)
 
 
-def _distinct(values: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
+def _without_repeats(values: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    unique: list[dict[str, Any]] = []
     for value in values:
-        if value not in found[-1:] and value not in found:
-            found.append(value)
-    return found
+        if value not in unique[-1:] and value not in unique:
+            unique.append(value)
+    return unique
 
 
 # ------------------------------------------------------------------------------------- policies
 
 
 def routed_candidates(cfg: EvalConfig, model: Model) -> tuple[list[Candidate], dict[str, Any]]:
-    """One policy a router, by rising lambda; and the digests of the routers, by label."""
+    """Loads one policy per router, by rising lambda; also gives the routers' digests, by label."""
     found, digests = [], {}
     for path in cfg.routers:
         _, facts = router_facts(path)
@@ -207,8 +212,8 @@ def routed_candidates(cfg: EvalConfig, model: Model) -> tuple[list[Candidate], d
     return sorted(found, key=lambda c: c.facts["lambda"]), digests
 
 
-def _sketch(cfg: EvalConfig) -> list[Candidate]:
-    """What stands for the static policies before their layers are chosen."""
+def _static_placeholder(cfg: EvalConfig) -> list[Candidate]:
+    """Stands for the static policies in checks, before their layers are chosen."""
     return [Candidate(f"static k={k}", Static(())) for k in cfg.num_static[:1]]
 
 
@@ -223,27 +228,30 @@ def static_candidates(
     items: Sequence[Item],
     records: SweepRecords,
 ) -> list[Candidate]:
-    """The layers that Goel, Algorithm 1 chooses from the task's prompts, for every k it can reach.
+    """Chooses static layers by Goel, Algorithm 1, for every number of layers that it can reach.
 
-    What it goes by is kept: measured again in other batches, it could choose other layers.
+    The similarities on the task's prompts are stored: measured again in other batches, they could
+    lead to other layers.
     """
     if not cfg.num_static:
         return []
     chosen = items[: cfg.num_calibration]
-    measured = task.name, len(chosen)
-    if measured not in records.similarities:
-        # What a causal model makes of a prompt does not depend on what follows.
+    key = task.name, len(chosen)
+    if key not in records.similarities:
+        # A causal model's states of a prompt do not depend on what follows.
         lengths = [len(answer) for item in chosen for answer in item.answers]
         gen_length = 0 if model.config.causal else max(lengths)
         prompts = [item.prompt for item in chosen]
         found = layer_similarities(model, prompts, gen_length, cfg.batch_size)
         records.add({"task": task.name, "num_prompts": len(chosen), "similarities": found.tolist()})
-    similarities = records.similarities[measured]
+    similarities = records.similarities[key]
     found = []
     for k in cfg.num_static:
         layers = choose_static_layers(similarities, k, cfg.similarity_threshold)
         if len(layers) < k:
-            print(f"{task.name}: Algorithm 1 finds only {len(layers)} layers; no static k={k}")
+            print(
+                f"{task.name}: Goel, Algorithm 1 finds only {len(layers)} layers; no static k={k}"
+            )
             continue
         facts = {"layers": list(layers), "num_skipped": k}
         found.append(Candidate(f"static k={k}", Static(layers), facts))

@@ -15,13 +15,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dials_jax.caching.parse import cache_name
 from dials_jax.config import to_dict
 from dials_jax.errors import InputError, require
-from dials_jax.evaluation.execution import NUM_BINS
 from dials_jax.evaluation.items import Item, items_digest
-from dials_jax.evaluation.older import length_of, stored_answer_length, task_of
+from dials_jax.evaluation.older import generated_length, read_task, stored_answer_length
 from dials_jax.evaluation.results import RECORDS, Records, differing
-from dials_jax.evaluation.scoring import METRIC_RULES, cache_name, generation_facts
+from dials_jax.evaluation.scoring import METRIC_RULES, generation_facts
+from dials_jax.evaluation.tally import NUM_BINS
 from dials_jax.evaluation.task import EvalConfig, EvalTask
 from dials_jax.files import read_json
 from dials_jax.models.model import Model
@@ -238,8 +239,8 @@ def _completed(name: str, old: Any) -> Any:
         _require_text(digest)
         require_numbers([count])
         settings = {key: value for key, value in old.items() if key not in beside}
-        length = length_of(beside["generation"])
-        return _settings(task_of({"name": name, **settings}, length)) | beside
+        length = generated_length(beside["generation"])
+        return _settings(read_task({"name": name, **settings}, length)) | beside
     except (AttributeError, KeyError, TypeError, ValueError):
         return {}  # of a newer version, or damaged: it differs
 
@@ -285,7 +286,7 @@ def _read_before(
     for stored in cfg["tasks"]:
         name = stored["name"]
         length = stored_answer_length(stored, items.get(name, ()))
-        tasks[name] = task_of(stored, length, "results.json: config.tasks")
+        tasks[name] = read_task(stored, length, "results.json: config.tasks")
     records = [{"environment": dict(where)}]
     for run in runs:
         if run["task"] not in tasks:

@@ -1,7 +1,7 @@
-"""What a sweep evaluates: tasks, and the policies that are compared on them.
+"""Settings of an evaluation sweep: its tasks, and the policies that are compared on them.
 
-These are settings like those of `dials_jax.config`, which also gives `EvalConfig` and `EvalTask`.
-They stand here because a task holds the sampler and the cache that its texts are generated with.
+`dials_jax.config` exports `EvalConfig` and `EvalTask`, too. They are defined here because a task
+holds a sampler and a cache.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from dials_jax.sampling.dream import Dream
 SamplerConfig = Confidence | Dream | Ancestral | Autoregressive
 CacheConfig = PrefixCache | DualCache | EarlySkip
 
-# Fields that only one kind of metric reads. Elsewhere they would be settings without effect.
+# Fields that only one kind of metric reads; setting them for another is refused.
 _OF_GENERATION = ("match", "until", "sampler", "cache")
 _OF_LIKELIHOOD = ("cfg_scale",)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalTask(Typed):
-    """One evaluation task. `metric` decides how items are scored."""
+    """One evaluation task: data, the metric that scores its items, and how texts are generated."""
 
-    # What were fields of a task until samplers and caches became values of their own.
+    # Fields of earlier versions, and the sampler's fields that replace them.
     RENAMED: ClassVar[dict[str, str]] = {
         "gen_length": "sampler.gen_length",
         "block_length": "sampler.block_length",
@@ -49,22 +49,22 @@ class EvalTask(Typed):
     name: str
     metric: Literal["exact_match", "choice", "nelbo"]
     data: Data
-    choices: tuple[str, ...] = ()  # templates, one a choice ("{sol1}", "{sol2}")
+    choices: tuple[str, ...] = ()  # templates, one per choice ("{sol1}", "{sol2}")
     choice_list: str = ""  # or one field that holds a list ("choices.text")
-    label: str = "label"  # field with the index, or with the name, of the right choice
+    label: str = "label"  # field with the index or the name of the right choice
     label_names: str = ""  # field that lists the choices' names ("choices.label")
-    extract: str = ""  # regular expression of what is compared, in answer and output alike
-    match: Literal["first", "last"] | None = None  # None: the first; answers may hold one only
-    until: tuple[str, ...] = ()  # stop strings: an output counts up to the first (exact_match)
+    extract: str = ""  # regular expression that finds the answer in output and reference
+    match: Literal["first", "last"] | None = None  # None: the first; references have only one
+    until: tuple[str, ...] = ()  # stop strings: the output is cut at the first one (exact_match)
     limit: int | None = None  # first items only
-    # How texts are generated (exact_match). None: Confidence, as long as data.answer_length, in
-    # one block, one token per step.
+    # How texts are generated (exact_match). None: Confidence, for data.answer_length tokens in one
+    # block, one token per step.
     sampler: SamplerConfig | None = None
     cache: CacheConfig | None = None  # (exact_match)
     num_samples: int = 128  # Monte-Carlo masks per item (choice, nelbo)
     cfg_scale: float = 0.0  # guidance of likelihoods (choice, nelbo); samplers have their own
     bucket: int = 64  # lengths are padded to multiples of this
-    max_programs: int = 4  # lengths, or shapes of prompt and answer, that are compiled
+    max_programs: int = 4  # the largest number of padded lengths, each of which is compiled
 
     def __post_init__(self):
         super().__post_init__()

@@ -22,7 +22,7 @@ from dials_jax.compiling import timed_jit
 from dials_jax.config import ModelConfig
 from dials_jax.diffusion.subs import subs_log_probs
 from dials_jax.errors import require
-from dials_jax.evaluation.positions import over_positions
+from dials_jax.evaluation.position_chunks import map_position_chunks
 from dials_jax.keys import fold_in_each, seed_key
 from dials_jax.models import transformer
 from dials_jax.models.model import Model
@@ -117,7 +117,7 @@ def compare_program(
             ]
             return [_gap_and_kl(first, other, tokens) for other in rest]
 
-        sums = over_positions(compare, POSITIONS_AT_ONCE, streams, tokens, noisy)
+        sums = map_position_chunks(compare, POSITIONS_AT_ONCE, streams, tokens, noisy)
     count = jnp.sum(masked, axis=1)
     means = jax.tree.map(lambda x: jnp.sum(x, axis=1) / jnp.maximum(count, 1), sums)
     return tuple(means), count

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from dials_jax.config import ScheduleStudy
-from dials_jax.evaluation.perplexity import Aggregate, Estimate, estimate
+from dials_jax.evaluation.perplexity import Aggregate, Estimate, estimate_mean
 from dials_jax.reporting.publish import Figure, Table
 from dials_jax.sampling.model_schedule import Schedule
 from dials_jax.statistics import mean_at_zero, mean_interval, paired_test
@@ -81,7 +81,7 @@ def schedule_rows(
     rows = []
     for schedule, samples in found.items():
         values, base_values = samples.values(aggregate), base.values(aggregate)
-        own, entropy = estimate(values), estimate(samples.entropy)
+        own, entropy = estimate_mean(values), estimate_mean(samples.entropy)
         low, high = mean_interval(values - base_values)
         paired = paired_test(_by_number(values), _by_number(base_values))
         logs, at_equal_entropy = _changes(samples, base)
@@ -122,7 +122,7 @@ def _changes(samples: ScoredSamples, base: ScoredSamples) -> tuple[Estimate, Est
     A model that repeats itself has lower perplexity, so the second comparison is the fairer one.
     """
     nats = np.log(samples.values("mean")) - np.log(base.values("mean"))
-    return estimate(nats), Estimate(*mean_at_zero(nats, samples.entropy - base.entropy))
+    return estimate_mean(nats), Estimate(*mean_at_zero(nats, samples.entropy - base.entropy))
 
 
 def mean_depth(schedule: Schedule, depths: Mapping[str, int]) -> float:

@@ -1,4 +1,4 @@
-"""Requests of mixed lengths, without any task: order, batches and what is left change no result."""
+"""Requests of mixed lengths, without any task: order, batches and what remains change no result."""
 
 import jax
 import numpy as np
@@ -11,8 +11,8 @@ from dials_jax.evaluation.batched import (
     generation_batches,
     likelihood_batches,
     log_likelihoods,
+    request_hash,
     request_keys,
-    request_number,
 )
 from dials_jax.evaluation.likelihood import log_likelihood
 from dials_jax.models.model import Model
@@ -31,7 +31,7 @@ def test_every_prompt_gets_its_own_answer(lively):
     answers = generate_all(lively, PROMPTS, sampler=SAMPLER, policy=Random(1), **FEW)
     assert len({tuple(answer) for answer in answers.tolist()}) > 3
     for prompt, answer in list(zip(PROMPTS, answers, strict=True))[1:3]:
-        key = request_keys(0, [request_number(tuple(prompt))])
+        key = request_keys(0, [request_hash(tuple(prompt))])
         alone = generate(
             lively, np.array([prompt]), sampler=SAMPLER, policy=Random(1), key=key, fill_to=2
         )
@@ -45,8 +45,8 @@ def test_generation_goes_on_with_what_is_left(lively):
     first = next(generation_batches(lively, PROMPTS, sampler=SAMPLER, **FEW))
     assert len(first.requests) == 2 and first.out.nfe == 4
     found = dict(zip(first.requests, first.answers, strict=True))
-    left = [i for i in range(len(PROMPTS)) if i not in found]
-    for batch in generation_batches(lively, PROMPTS, sampler=SAMPLER, left=left, **FEW):
+    remaining = [i for i in range(len(PROMPTS)) if i not in found]
+    for batch in generation_batches(lively, PROMPTS, sampler=SAMPLER, remaining=remaining, **FEW):
         assert not found.keys() & set(batch.requests)
         found |= dict(zip(batch.requests, batch.answers, strict=True))
     np.testing.assert_array_equal([found[i] for i in range(len(PROMPTS))], whole)
@@ -55,7 +55,7 @@ def test_generation_goes_on_with_what_is_left(lively):
 def test_every_pair_gets_its_own_likelihood(lively):
     values = log_likelihoods(lively, PAIRS, num_samples=4, **FEW)
     for (prompt, answer), value in zip(PAIRS, values, strict=True):
-        key = request_keys(0, [request_number(prompt)])
+        key = request_keys(0, [request_hash(prompt)])
         alone = log_likelihood(lively, prompt, answer, 4, 4, key=key)
         assert value == pytest.approx(alone, rel=1e-4)
     backwards = log_likelihoods(lively, PAIRS[::-1], num_samples=4, **(FEW | {"batch_size": 3}))
@@ -71,8 +71,8 @@ def test_likelihoods_go_on_with_what_is_left(lively):
         (pair, copy) for pair in range(4) for copy in range(1 if pair == 2 else 4)
     ]  # an answer of one token is masked in every copy
     order = np.argsort(numbers[3:], kind="stable")
-    left = numbers[3:][order], copies[3:][order]
-    rest = list(likelihood_batches(lively, PAIRS, num_samples=4, left=left, **FEW))
+    remaining = numbers[3:][order], copies[3:][order]
+    rest = list(likelihood_batches(lively, PAIRS, num_samples=4, remaining=remaining, **FEW))
     values = [
         {
             (i, c): float(x)

@@ -13,9 +13,9 @@ from dials_jax.evaluation.likelihood import (
     draw_masked,
     estimate_log_likelihood,
     log_likelihood,
-    pad_pairs,
     score_pairs,
 )
+from dials_jax.evaluation.pairs import pad_pairs
 from dials_jax.loading import load
 from dials_jax.models.model import Model, sequence_keys
 from dials_jax.skipping.policies import Random, Static

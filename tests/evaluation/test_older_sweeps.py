@@ -22,7 +22,7 @@ from dials_jax.caching.plain import DualCache, PrefixCache
 from dials_jax.config import ArithmeticData
 from dials_jax.errors import InputError
 from dials_jax.evaluation import sweep
-from dials_jax.evaluation.older import task_of
+from dials_jax.evaluation.older import read_task
 from dials_jax.evaluation.task import EvalConfig, EvalTask
 from dials_jax.loading import load
 from dials_jax.reporting import sweep_report
@@ -145,8 +145,8 @@ def test_other_settings_are_named(names, changes, named, cfg, copied):
 
 def test_tasks_of_any_version_are_read():
     stored = stored_results()["config"]["tasks"]
-    tasks = tuple(task_of(task, answer_length=3) for task in stored)
+    tasks = tuple(read_task(task, answer_length=3) for task in stored)
     plain = dataclasses.replace(TASKS[0], sampler=Confidence(3))
     assert tasks == (plain, *TASKS[1:])
     old = {**stored[1], "cache": "es-8-2"}
-    assert task_of(old, None).cache == EarlySkip(prompt_every=8, block_every=2)
+    assert read_task(old, None).cache == EarlySkip(prompt_every=8, block_every=2)

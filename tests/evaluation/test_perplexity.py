@@ -10,8 +10,8 @@ from dials_jax.errors import InputError
 from dials_jax.evaluation import perplexity
 from dials_jax.evaluation.perplexity import (
     SampleScores,
-    counts,
-    estimate,
+    counted_tokens,
+    estimate_mean,
     perplexities,
     retokenise,
     score_samples,
@@ -71,7 +71,7 @@ def test_neither_batches_nor_slices_of_positions_matter(scorer, samples, monkeyp
 
 def test_which_tokens_count():
     rows = np.array([[1, 5, 1, 6, 1], [5, 6, 1, 1, 1], [5, 6, 7, 8, 9]])
-    assert counts(rows, 1).astype(int).tolist() == [
+    assert counted_tokens(rows, 1).astype(int).tolist() == [
         [1, 1, 0, 1, 0],
         [1, 1, 1, 0, 0],
         [1, 1, 1, 1, 1],
@@ -106,7 +106,7 @@ def test_the_interval_of_the_corpus_perplexity_covers_its_spread():
         weight = rng.integers(20, 60, 200).astype(float)
         return SampleScores(weight * rng.normal(3, 0.3, 200), weight)
 
-    found = [estimate(perplexities(draw(), "corpus")) for _ in range(300)]
+    found = [estimate_mean(perplexities(draw(), "corpus")) for _ in range(300)]
     spread = np.std([e.value for e in found])
     half_widths = [(e.high - e.low) / 2 / scipy.stats.t.ppf(0.975, 199) for e in found]
     assert np.isclose(np.mean(half_widths), spread, rtol=0.15)

@@ -15,10 +15,10 @@ from dials_jax.config import ArithmeticData, EvalTask
 from dials_jax.data.arithmetic import ArithmeticTask
 from dials_jax.errors import InputError
 from dials_jax.evaluation import batched, likelihood, scoring
-from dials_jax.evaluation.earned import Earned
 from dials_jax.evaluation.items import load_items, make_item
 from dials_jax.evaluation.likelihood import log_likelihood
-from dials_jax.evaluation.scoring import item_keys, num_rows, score_task
+from dials_jax.evaluation.scoring import count_sequences, item_keys, score_task
+from dials_jax.evaluation.tally import Tally
 from dials_jax.files import finite
 from dials_jax.models.model import Model
 from dials_jax.sampling import generate as generating
@@ -145,11 +145,11 @@ def test_a_task_may_take_dreams_sampler(scorer, items, monkeypatch):
     sampler = Dream(6, 3, **DREAM)
     out = run(scorer, dataclasses.replace(GENERATION, sampler=sampler), items, batch_size=5)
     assert asked == [sampler]
-    assert out.execution.rows.sum() == 5 * 3
+    assert out.layer_counts.calls.sum() == 5 * 3
     assert all(len(example["output"]) <= 6 for example in out.examples)
     slow = dataclasses.replace(GENERATION, sampler=Dream(6, 12, **DREAM))
     out = run(scorer, slow, items, batch_size=5)
-    assert out.execution.rows.sum() == 5 * 12  # also steps that reveal nothing
+    assert out.layer_counts.calls.sum() == 5 * 12  # also steps that reveal nothing
 
 
 def test_results_say_how_texts_are_generated(mixed):
@@ -181,7 +181,7 @@ def test_order_and_batches_change_no_exact_match(scorer, items):
     whole = run(scorer, GENERATION, items, batch_size=2, policy=Random(1))
     parts = run(scorer, GENERATION, items[::-1], batch_size=1, policy=Random(1))
     assert parts.items == whole.items
-    assert parts.execution.to_dict() == whole.execution.to_dict()
+    assert parts.layer_counts.to_dict() == whole.layer_counts.to_dict()
     outputs = [sorted(e["output"] for e in scores.examples) for scores in (whole, parts)]
     assert outputs[0] == outputs[1]
 
@@ -237,8 +237,8 @@ def test_neither_batch_nor_bucket_changes_what_a_threshold_generates(excited, mi
     parts, others = outputs(monkeypatch, excited, task, mixed[::-1], batch_size=1)
     assert others == rows
     # Batches take different numbers of calls; rows that wait for others count in none of them.
-    assert parts.execution.to_dict() == whole.execution.to_dict()
-    assert 10 * 2 < whole.execution.rows.sum() < 10 * 4
+    assert parts.layer_counts.to_dict() == whole.layer_counts.to_dict()
+    assert 10 * 2 < whole.layer_counts.calls.sum() < 10 * 4
     assert whole.flops.layers_run == 1 and whole.flops.model < 1
 
 
@@ -293,7 +293,7 @@ def test_order_and_batches_change_no_likelihood(scorer, items):
     whole = run(scorer, NELBO, items, batch_size=1, policy=Random(1))
     parts = run(scorer, NELBO, items[::-1], batch_size=3, policy=Random(1))
     assert_equal_scores(whole.items, parts.items)
-    assert parts.execution.to_dict() == whole.execution.to_dict()
+    assert parts.layer_counts.to_dict() == whole.layer_counts.to_dict()
 
 
 def test_mixed_pairs_take_few_programs_and_score_the_same(scorer, mixed):
@@ -314,7 +314,7 @@ def test_the_most_likely_choice_is_chosen(scorer, uniform, choices):
     # All tokens alike: the shortest answer wins in all, and by the token the first of equals.
     found = run(uniform, CHOICE, choices)
     assert set(found.items.values()) == {1.0} and len(found.items) == 3
-    assert found.also["accuracy_per_token"] == 0
+    assert found.other_metrics["accuracy_per_token"] == 0
     labels = []
     for item in choices:
         keys = item_keys(0, [item])
@@ -347,16 +347,17 @@ def test_an_item_that_repeats_another_counts_too(uniform, choices, scorer, items
 def test_execution_and_cost_cover_every_row(scorer, items, choices):
     done = []
     static = Static((0,))
-    out = run(scorer, GENERATION, items, policy=static, progress=done.append)
+    out = run(scorer, GENERATION, items, policy=static, on_progress=done.append)
     steps = max(len(item.answers[0]) for item in items)
-    assert sum(done) == num_rows(GENERATION, items, static) == 5
-    assert out.execution.rows.sum() == 5 * steps
-    np.testing.assert_array_equal(out.execution.executed.sum(axis=0), [0, 5 * steps])
+    assert sum(done) == count_sequences(GENERATION, items, static) == 5
+    assert out.layer_counts.calls.sum() == 5 * steps
+    np.testing.assert_array_equal(out.layer_counts.executed.sum(axis=0), [0, 5 * steps])
     assert out.flops.layers_run == 0.5
     done.clear()
-    out = run(scorer, CHOICE, choices, policy=static, progress=done.append)
-    rows = 3 * (2 + 1)  # two copies of the answer of two tokens, one of the other
-    assert sum(done) == num_rows(CHOICE, choices, static) == rows == out.execution.rows.sum()
+    out = run(scorer, CHOICE, choices, policy=static, on_progress=done.append)
+    count = 3 * (2 + 1)  # two copies of the answer of two tokens, one of the other
+    assert sum(done) == count_sequences(CHOICE, choices, static) == count
+    assert out.layer_counts.calls.sum() == count
 
 
 def test_copies_that_are_all_alike_are_run_once(scorer, choices):
@@ -366,10 +367,13 @@ def test_copies_that_are_all_alike_are_run_once(scorer, choices):
             run(scorer, dataclasses.replace(CHOICE, num_samples=n), sevenths, policy=policy)
             for n in (1, 4)
         ]
-        assert [out.execution.rows.sum() for out in found] == [21, 21 * copies]
+        assert [out.layer_counts.calls.sum() for out in found] == [21, 21 * copies]
         if copies == 1:
             assert found[0].flops[:3] == found[1].flops[:3]
-            assert found[0].items == found[1].items and found[0].also == found[1].also
+            assert (
+                found[0].items == found[1].items
+                and found[0].other_metrics == found[1].other_metrics
+            )
 
 
 def test_samples_must_fill_rounds(scorer, items):
@@ -391,14 +395,14 @@ def batch_by_batch(request, scorer, mixed, choices):
     task = dataclasses.replace(task, bucket=1)
     items = choices if task.metric == "choice" else mixed[:7]
     records = []
-    whole = run(scorer, task, items, batch_size, Random(1), keep=records.append)
+    whole = run(scorer, task, items, batch_size, Random(1), on_record=records.append)
     return task, items, batch_size, json.loads(json.dumps(records)), whole
 
 
 def assert_same(found, whole):
     """All but the measured time, to the last bit."""
-    assert found.items == whole.items and found.also == whole.also
-    assert found.execution.to_dict() == whole.execution.to_dict()
+    assert found.items == whole.items and found.other_metrics == whole.other_metrics
+    assert found.layer_counts.to_dict() == whole.layer_counts.to_dict()
     assert found.examples == whole.examples
     assert found.flops._replace(seconds=0) == whole.flops._replace(seconds=0)
 
@@ -410,26 +414,26 @@ def test_what_is_recorded_is_not_scored_again(scorer, batch_by_batch):
         done, new = [], []
         found = run(
             scorer, task, items, batch_size, Random(1),
-            progress=done.append, records=kept, keep=new.append,
+            on_progress=done.append, records=kept, on_record=new.append,
         )  # fmt: skip
         assert_same(found, whole)
         assert len(new) == len(records) - len({json.dumps(record) for record in kept})
-        assert sum(done) == num_rows(task, items, Random(1))
+        assert sum(done) == count_sequences(task, items, Random(1))
 
 
 def test_the_rest_may_be_scored_in_other_batches(scorer, batch_by_batch):
     task, items, batch_size, records, whole = batch_by_batch
     found = run(scorer, task, items, batch_size - 1, Random(1), records=records[1:3])
     assert_equal_scores(found.items, whole.items)
-    assert found.execution.to_dict() == whole.execution.to_dict()
+    assert found.layer_counts.to_dict() == whole.layer_counts.to_dict()
     assert found.examples == whole.examples
 
 
 def test_log_0_is_recorded_as_json_has_it(uniform, choices):
     records = []
-    run(uniform, CHOICE, choices, keep=records.append)
+    run(uniform, CHOICE, choices, on_record=records.append)
     records = finite(records)
     records[0]["scores"][0][3] = None
     name = records[0]["scores"][0][0]
     pairs = {pair: n + first for r in records for pair, first, n, _ in r["scores"]}
-    assert Earned(2, pairs, records).mean(name) == -np.inf
+    assert Tally(2, pairs, records).mean(name) == -np.inf

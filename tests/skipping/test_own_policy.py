@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import dials_jax as dj
-from dials_jax.evaluation.likelihood import num_copies, pad_pairs, score_pairs
+from dials_jax.evaluation.likelihood import num_copies, score_pairs
+from dials_jax.evaluation.pairs import pad_pairs
 from dials_jax.skipping.routed import Routed
 from tests.caching.cases import CACHES, QUOTA_4
 

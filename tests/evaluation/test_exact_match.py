@@ -6,10 +6,10 @@ import pytest
 
 from dials_jax.config import ArithmeticData, EvalTask
 from dials_jax.errors import InputError
-from dials_jax.evaluation.answers import (
-    before_stop,
+from dials_jax.evaluation.exact_match import (
     check_reference,
-    is_right,
+    cut_at_stop,
+    is_correct,
     normalise_answer,
     normalise_number,
 )
@@ -96,14 +96,14 @@ def test_numbers_are_spelt_alike(text, expected):
     ],
 )
 def test_gsm8k_is_scored_as_published(output, strict, flexible):
-    assert is_right(STRICT, output, REFERENCE) == strict
-    assert is_right(FLEXIBLE, output, REFERENCE) == flexible
+    assert is_correct(STRICT, output, REFERENCE) == strict
+    assert is_correct(FLEXIBLE, output, REFERENCE) == flexible
 
 
 def test_the_first_of_all_stop_strings_ends_the_text():
-    assert before_stop("ab cd ef", ("ef", "cd", "x")) == "ab "
-    assert before_stop("ab", ("x",)) == before_stop("ab", ()) == "ab"
-    assert before_stop("ab", ("a",)) == ""
+    assert cut_at_stop("ab cd ef", ("ef", "cd", "x")) == "ab "
+    assert cut_at_stop("ab", ("x",)) == cut_at_stop("ab", ()) == "ab"
+    assert cut_at_stop("ab", ("a",)) == ""
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,7 @@
-"""What exact match compares: the text before a stop, the answer in it, numbers spelt alike."""
+"""Exact match: cut a text at its stop string, extract the answer, and compare it as normalised.
+
+The rules are described in docs/evaluation.md.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from dials_jax.evaluation.task import EvalTask
 
 Match = Literal["first", "last"] | None
 
-# 1234, 1,234 or 12,34,567, then perhaps digits after a period. "3,4" is a pair, not a number.
+# 1234, 1,234 or 12,34,567, and maybe digits after a period. "3,4" is a pair, not a number.
 _NUMBER = re.compile(
     r"(?P<sign>[-+]?\$?|\$[-+])"
     r"(?P<digits>(?:\d+|\d{1,3}(?:,\d{2,3})*,\d{3})(?:\.\d+)?|\.\d+)"
@@ -19,16 +22,19 @@ _NUMBER = re.compile(
 )
 
 
-def is_right(task: EvalTask, output: str, reference: str) -> bool:
-    """Whether an output has the reference's answer, in the part before the first stop string."""
-    found = normalise_answer(before_stop(output, task.until), task.extract, task.match)
+def is_correct(task: EvalTask, output: str, reference: str) -> bool:
+    """Whether the output, cut at its first stop string, has the reference's answer."""
+    found = normalise_answer(cut_at_stop(output, task.until), task.extract, task.match)
     return found == normalise_answer(reference, task.extract, task.match)
 
 
 def check_reference(task: EvalTask, reference: str) -> None:
-    """Raises: InputError for a reference that no output could match, or whose answer is unclear."""
+    """Refuses a reference that no output could match, or with several answers.
+
+    Raises: InputError saying what is wrong with it.
+    """
     end = reference[-60:]
-    found = {normalise_number(text) for text in _found(reference, task.extract)}
+    found = {normalise_number(text) for text in _extract_all(reference, task.extract)}
     answer = normalise_answer(reference, task.extract, task.match)
     require(answer != "", f"extract={task.extract!r} finds nothing in the answer {end!r}")
     require(
@@ -37,33 +43,33 @@ def check_reference(task: EvalTask, reference: str) -> None:
         "match='first' or match='last'",
     )
     require(
-        is_right(task, reference, reference),
+        is_correct(task, reference, reference),
         f"a string of until={task.until!r} stands before what counts in the answer {end!r}; "
         "correct until",
     )
 
 
-def before_stop(text: str, until: Sequence[str]) -> str:
-    """The text before the first of the stop strings; all of it where there is none."""
+def cut_at_stop(text: str, until: Sequence[str]) -> str:
+    """Cuts a text before the first of the stop strings; returns all of it if there is none."""
     return text[: min((text.find(stop) for stop in until if stop in text), default=len(text))]
 
 
 def normalise_answer(text: str, extract: str, match: Match = None) -> str:
-    """What exact match compares, in reference and output alike.
+    """Extracts the answer of a text, in the form in which exact match compares it.
 
     Args:
-      extract: regular expression. Of a match the first group that took part counts, all of it
-        where the expression has no groups. "" takes all of `text`, and no match gives "".
-      match: the match that counts; None is the first.
+      extract: regular expression. The answer is the first group that took part in the match, or
+        the whole match if the expression has no groups. "" takes all of `text`.
+      match: which of several matches counts; None is the first.
 
-    Returns: the stripped answer, as `normalise_number` spells it.
+    Returns: the answer as `normalise_number` spells it; "" without a match.
     Raises: InputError if `extract` is not a regular expression.
     """
-    found = _found(text, extract)
+    found = _extract_all(text, extract)
     return normalise_number(found[-1 if match == "last" else 0]) if found else ""
 
 
-def _found(text: str, extract: str) -> list[str]:
+def _extract_all(text: str, extract: str) -> list[str]:
     if not extract:
         return [text]
     try:
@@ -74,12 +80,12 @@ def _found(text: str, extract: str) -> list[str]:
 
 
 def normalise_number(text: str) -> str:
-    """A number without dollar and percent signs, thousands separators, or a comma or period at its
-    end; any other text as it is, stripped.
+    """Strips a text. Of a number it also removes dollar and percent signs, thousands separators,
+    and a comma or period at the end.
 
-    So lm-evaluation-harness scores GSM8K: its expressions leave the percent sign out, and its
-    exact match ignores the others. It also ignores commas where they separate no thousands: there
-    "3,4" equals "34", and here it does not.
+    lm-evaluation-harness does the same for GSM8K: its expressions leave out the percent sign, and
+    its exact match ignores the rest. But it ignores every comma, so that "3,4" equals "34"; here
+    only commas between thousands are ignored.
     """
     text = text.strip()
     number = _NUMBER.fullmatch(text)
