@@ -1,11 +1,11 @@
-"""Every policy over every cache on every mesh: `python -m benchmarks.mesh --help`.
+"""Runs every policy with every cache on every mesh: `python -m benchmarks.mesh --help`.
 
-Two tables. `--part equal` compares a small model in float32 with one device: all tokens and gates
-must be the same. `--part timed` runs a model of true width in bfloat16, in turns with one device:
-`against_one` is its time over that of one device with as many sequences as each batch shard has.
-Every batch shard is given the same sequences, so that all of them run the same layers.
+Two tables. `--part equal` runs a small model in float32 on all devices and on one: all tokens and
+gates must be equal. `--part timed` runs a model of true width in bfloat16, in turns with one
+device: `against_one` is its time divided by that of one device with the sequences of one batch
+shard. All batch shards get the same sequences, so that they run the same layers.
 
-A case that fails is a line of its table, and the exit status is then 1. On a machine without
+A case that fails is a row of its table, and the exit status is then 1. On a machine without
 accelerators, XLA_FLAGS=--xla_force_host_platform_device_count=8 makes devices to try it with.
 """
 
@@ -22,12 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from benchmarks.decode import parse_policy
-from benchmarks.random_model import MODELS, make_config, make_model, make_routers
-from benchmarks.report import Table, exit_status
+from benchmarks.command import add_cases, add_generation, add_model, make_main
+from benchmarks.decode import check_cases, parse_policy
+from benchmarks.random_model import make_config, make_model, make_routers
+from benchmarks.report import LiveTable, run_and_count_compilation
 from dials_jax import sharding, trees
 from dials_jax.caching.parse import parse_cache
-from dials_jax.compiling import forget_programs, total_compile_seconds
+from dials_jax.compiling import forget_programs
 from dials_jax.config import MeshConfig, ModelConfig, RouterConfig
 from dials_jax.errors import InputError, nearest, require
 from dials_jax.keys import seed_key
@@ -47,8 +48,8 @@ CACHES = ("none", "prefix", "dual", "es-16-4")
 POLICIES = ("full", "static-2", "random-2", "routed-2")
 
 
-def meshes_of(num_devices: int) -> dict[str, MeshConfig]:
-    """All meshes of this many devices along one axis, or along two of equal size."""
+def make_meshes(num_devices: int) -> dict[str, MeshConfig]:
+    """All meshes of `num_devices` devices with one axis, or with two axes of equal size, by name."""
     found = {f"{axis} {num_devices}": {axis: num_devices} for axis in sharding.AXES}
     side = round(num_devices**0.5)
     if side > 1 and side * side == num_devices:
@@ -57,8 +58,8 @@ def meshes_of(num_devices: int) -> dict[str, MeshConfig]:
     return {name: MeshConfig(**{"data": 1, **axes}) for name, axes in found.items()}
 
 
-def undecided_routers(model: Model) -> Routed:
-    """Routers whose sequences, layers and steps really differ in what they skip."""
+def make_varied_routers(model: Model) -> Routed:
+    """Makes routers whose skips differ between sequences, layers and steps."""
     cfg = model.config
     routers = init_routers(
         cfg.d_model, cfg.num_layers, RouterConfig(d_hidden=16, execute_bias=0.0), seed_key(1)
@@ -70,11 +71,12 @@ def undecided_routers(model: Model) -> Routed:
 
 
 class Part:
-    """Models of equal weights, one per mesh, and the generations that are compared.
+    """One part of the benchmark: a model, on any mesh, and the generations to compare.
 
     Args:
-      routed: makes the routers of a model from the number of layers to skip.
-      scale: of all weights but the norms'; large ones tell sequences apart.
+      prompt: tokens per prompt.
+      make_routed: makes the routers of a model, which skip the given number of layers.
+      scale: factor of all weights but the norms'; large weights tell sequences apart.
     """
 
     def __init__(
@@ -82,13 +84,14 @@ class Part:
         cfg: ModelConfig,
         sampler: Confidence,
         prompt: int,
-        routed: Callable[[Model, int], Policy],
+        make_routed: Callable[[Model, int], Policy],
         scale: float = 1.0,
     ):
         self.cfg, self.sampler, self.prompt = cfg, sampler, prompt
-        self._routed, self._scale = routed, scale
+        self._make_routed, self._scale = make_routed, scale
 
-    def model(self, mesh: Mesh) -> Model:
+    def make_model(self, mesh: Mesh) -> Model:
+        """The model on a mesh; the weights do not depend on it."""
         model = make_model(self.cfg, mesh=mesh)
         if self._scale == 1:
             return model
@@ -101,11 +104,11 @@ class Part:
     def generate(
         self, model: Model, cache: str, policy: str, sequences: int, copies: int = 1
     ) -> tuple[Generation, float]:
-        """A generation, and the seconds that its program took to compile.
+        """Generates; also returns the seconds that the program took to compile.
 
         Args:
-          sequences: how many different ones.
-          copies: of each sequence, so that every batch shard has all of them.
+          sequences: number of different ones.
+          copies: of every sequence, one for each batch shard.
         """
         rng = np.random.default_rng(0)
         highest = min(1000, self.cfg.vocab_size // 2)
@@ -113,34 +116,34 @@ class Part:
         first = np.linspace(0, self.prompt // 2, sequences).astype(int)
         valid = np.arange(self.prompt) >= first[:, None]
         keys = sequence_keys(seed_key(3), sequences)
-        before = total_compile_seconds()
-        out = generate(
+        return run_and_count_compilation(
+            generate,
             model,
             np.tile(prompts, (copies, 1)),
             np.tile(valid, (copies, 1)),
             sampler=self.sampler,
             cache=parse_cache(cache),
-            policy=parse_policy(policy, model.num_layers, partial(self._routed, model)),
+            policy=parse_policy(policy, model.num_layers, partial(self._make_routed, model)),
             key=jnp.concatenate([keys] * copies),
         )
-        return out, total_compile_seconds() - before
 
 
-def equal_part() -> Part:
+def make_equal_part() -> Part:
     cfg = families.llada_small(
         8, 64, 512, mask_id=511, eos_id=1, pad_id=0, head_dim=16, num_kv_heads=2, dtype="float32"
     )
-    return Part(cfg, Confidence(16, 8, 16), 16, lambda m, _: undecided_routers(m), scale=4.0)
+    sampler = Confidence(gen_length=16, block_length=8, steps=16)
+    return Part(cfg, sampler, 16, lambda model, _: make_varied_routers(model), scale=4.0)
 
 
-def timed_part(options: argparse.Namespace) -> Part:
+def make_timed_part(options: argparse.Namespace) -> Part:
     cfg = make_config(options.model, options.layers)
-    sampler = Confidence(options.gen, options.block, options.gen)
+    sampler = Confidence(gen_length=options.gen, block_length=options.block, steps=options.gen)
     return Part(cfg, sampler, options.prompt, make_routers)
 
 
-def compare(part: Part, one: Model, model: Model, cache: str, policy: str) -> dict[str, Any]:
-    """The same sequences on one device and on all."""
+def compare_case(part: Part, one: Model, model: Model, cache: str, policy: str) -> dict[str, Any]:
+    """Runs the same sequences on one device and on all, and counts differences."""
     expected, _ = part.generate(one, cache, policy, 8)
     out, compile_s = part.generate(model, cache, policy, 8)
     differ = {
@@ -157,7 +160,7 @@ def compare(part: Part, one: Model, model: Model, cache: str, policy: str) -> di
 def time_case(
     part: Part, one: Model, model: Model, cache: str, policy: str, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """The same sequences on every batch shard, in turns with one device. Median times."""
+    """Times the same sequences on every batch shard, in turns with one device; medians."""
     copies = sharding.num_batch_shards(model.mesh)
 
     def on_one():
@@ -184,13 +187,13 @@ def run_table(
     measure: Callable[..., dict[str, Any]],
     meshes: dict[str, MeshConfig],
     options: argparse.Namespace,
-    table: Table,
+    table: LiveTable,
 ) -> int:
     """Fills the table; returns the number of cases that failed or differ."""
-    one = part.model(sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
+    one = part.make_model(sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
     failures = 0
     for name, mesh in meshes.items():
-        model = part.model(sharding.make_mesh(mesh))
+        model = part.make_model(sharding.make_mesh(mesh))
         for cache in options.caches:
             for policy in options.policies:
                 try:
@@ -201,13 +204,15 @@ def run_table(
                     reason = " ".join(f"{type(error).__name__}: {error}".split())
                     found = {"result": f"fails: {reason[:300]}"}
                 failures += found["result"] not in ("equal", "runs")
-                table.add(mesh=name, cache=cache, policy=policy, **found)
+                table.add_row(mesh=name, cache=cache, policy=policy, **found)
             forget_programs()
     return failures
 
 
-def chosen(names: Sequence[str] | None, known: dict[str, MeshConfig]) -> dict[str, MeshConfig]:
-    """Meshes by name, `data 2 x tensor 2` also as `data2-tensor2`."""
+def select_meshes(
+    names: Sequence[str] | None, known: dict[str, MeshConfig]
+) -> dict[str, MeshConfig]:
+    """Selects meshes by short names: `data 2 x tensor 2` is `data2-tensor2`. None selects all."""
     if names is None:
         return known
     short = {name.replace(" x ", "-").replace(" ", ""): name for name in known}
@@ -219,51 +224,35 @@ def chosen(names: Sequence[str] | None, known: dict[str, MeshConfig]) -> dict[st
 def run(options: argparse.Namespace) -> int:
     count = jax.device_count()
     require(count > 1, "one device is no mesh; run it on a machine with several")
-    meshes = chosen(options.meshes, meshes_of(count))
-    for cache in options.caches:
-        parse_cache(cache)
+    meshes = select_meshes(options.meshes, make_meshes(count))
     failures = 0
     for name in ("equal", "timed"):
         if name not in options.part:
             continue
-        part = equal_part() if name == "equal" else timed_part(options)
-        for text in options.policies:
-            parse_policy(text, part.cfg.num_layers, lambda _: None)
+        part = make_equal_part() if name == "equal" else make_timed_part(options)
+        check_cases(options, part.cfg.num_layers)
         out = options.out and f"{options.out}_{name}.json"
-        table = Table(COLUMNS, out, vars(options) | {"part": name})
-        measure = compare if name == "equal" else partial(time_case, options=options)
+        table = LiveTable(COLUMNS, out, vars(options) | {"part": name})
+        measure = compare_case if name == "equal" else partial(time_case, options=options)
         with jax.default_matmul_precision("highest" if name == "equal" else "default"):
             failures += run_table(part, measure, meshes, options, table)
     print(f"{failures} cases failed or differ")
     return failures
 
 
-def options_of(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.mesh", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--part", nargs="+", default=["equal", "timed"], choices=["equal", "timed"])
     parser.add_argument("--meshes", nargs="+", help="such as data4 data2-tensor2; default: all")
-    parser.add_argument("--caches", nargs="+", default=list(CACHES))
-    parser.add_argument("--policies", nargs="+", default=list(POLICIES))
-    parser.add_argument("--model", default="llada_8b", help=f"timed; one of {', '.join(MODELS)}")
-    parser.add_argument("--layers", type=int, default=8, help="timed; number of layers")
-    parser.add_argument("--batch", type=int, default=8, help="timed; sequences per batch shard")
-    parser.add_argument("--prompt", type=int, default=256, help="timed; tokens")
-    parser.add_argument("--gen", type=int, default=64, help="timed; tokens")
-    parser.add_argument("--block", type=int, default=32, help="timed; tokens")
-    parser.add_argument("--repeats", type=int, default=5, help="timed generations of each")
+    add_cases(parser, CACHES, POLICIES)
+    timed = parser.add_argument_group("of the timed part")
+    add_model(timed)
+    timed.add_argument("--layers", type=int, default=8, help="number of layers")
+    add_generation(timed, gen=64, block=32)
+    timed.add_argument("--repeats", type=int, default=5, help="timed generations of each")
     parser.add_argument("--out", metavar="PREFIX", help="writes PREFIX_equal.json and _timed.json")
-    return parser.parse_args(arguments)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = options_of(arguments)
-    failures = []
-    status = exit_status(lambda: failures.append(run(options)))
-    return status or min(1, sum(failures))
-
+main = make_main("mesh", __doc__, add_options, run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,12 +1,12 @@
-"""Does a training configuration fit a TPU pod? Compiles its step for one, without having one.
+"""Checks whether a training configuration fits a TPU pod, by compiling its step without TPUs.
 
 python -m benchmarks.pod --config configs/mdlm/blocks_12.py --topology v5e:4x4
 python -m benchmarks.pod --config configs/llada/router_gsm8k.py --topology v5e:4x4 \\
     --backbone llada_8b --length 1024 --mesh.data 1 --mesh.fsdp 16
 
-Fields of the configuration are options, as in train.py. Nothing runs and no data or weights are
-read; the compiler of the `tpu` extra (libtpu) tells what the step needs. Topologies are named as in
-v5e:16x16, v5p:4x4x4 or v6e:16x16; --slices takes several of one.
+Fields of the configuration are options, as in train.py. Nothing runs, and no data or weights are
+read; the compiler of the `tpu` extra (libtpu) tells what the step needs. Topologies have names such
+as v5e:16x16, v5p:4x4x4 or v6e:16x16; --slices takes several pods of one topology.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
+from benchmarks.command import add_out, make_main
 from benchmarks.random_model import make_config
-from benchmarks.report import Table, exit_status
+from benchmarks.report import LiveTable
 from dials_jax import sharding, trees
 from dials_jax.commands import load_config, override
 from dials_jax.config import ModelConfig, TrainConfig
@@ -44,7 +45,7 @@ COLUMNS = {
     "batch": ">5d", "length": ">6d", "microbatches": ">12d", "kept_gb": ">7.2f",
     "peak_gb": ">7.2f", "chip_gb": ">7d", "largest_collective_gb": ">21.2f", "compile_s": ">9.1f",
 }  # fmt: skip
-# Memory of a chip (Google Cloud's TPU documentation); the compiler reserves a part of it.
+# Memory of a chip (Google Cloud's TPU documentation); the compiler reserves part of it.
 CHIP_GB = {"TPU v5 lite": 16, "TPU v5": 95, "TPU v6 lite": 32}
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 OUT_OF_MEMORY = r"Ran out of memory.*?([\d.]+)G.*?([\d.]+)G"
@@ -56,30 +57,30 @@ class Footprint(NamedTuple):
 
     kept: int  # between steps: parameters, optimiser, average
     peak: int
-    largest_collective: int | None  # the array that it leaves on a device; None: cannot be read
+    largest_collective: int | None  # largest array that one makes; None: cannot be read
 
 
-def footprint(
+def compile_footprint(
     cfg: TrainConfig, mesh: Mesh, length: int, backbone: ModelConfig | None = None
 ) -> Footprint:
-    """Compiles the step of a configuration for the devices of a mesh.
+    """Compiles the training step for the devices of a mesh, and reads its memory.
 
     Args:
       backbone: the frozen model, where routers are trained.
     """
-    compiled = lower(cfg, mesh, length, backbone).compile()
-    kept, peak = memory_of(compiled)
+    compiled = lower_train_step(cfg, mesh, length, backbone).compile()
+    kept, peak = read_memory(compiled)
     try:
         program = compiled.as_text()
     except jax.errors.JaxRuntimeError:  # libtpu may be newer than JAX
         return Footprint(kept, peak, None)
-    return Footprint(kept, peak, largest_collective(program))
+    return Footprint(kept, peak, read_largest_collective(program))
 
 
-def lower(
+def lower_train_step(
     cfg: TrainConfig, mesh: Mesh, length: int, backbone: ModelConfig | None
 ) -> jax.stages.Lowered:
-    """The training loop's own step, of arrays that have a shape and a place only."""
+    """Lowers the training loop's own step, for arrays that have only a shape and a sharding."""
     optimizer, ema = make_optimizer(cfg.optimizer, 1), cfg.optimizer.ema
     trainee, frozen = make_trainee(cfg, backbone), {}
     if backbone is not None:
@@ -95,13 +96,13 @@ def lower(
     with jax.set_mesh(mesh):
         return step.lower(
             state,
-            placed(frozen, sharding.param_shardings(frozen, mesh)),
+            with_shardings(frozen, sharding.param_shardings(frozen, mesh)),
             _batch(cfg, mesh, length, padded=backbone is not None),
         )
 
 
-def placed(shapes: PyTree, shardings: PyTree) -> PyTree:
-    """Arrays that have a shape and a place only."""
+def with_shardings(shapes: PyTree, shardings: PyTree) -> PyTree:
+    """Gives each abstract array its sharding."""
     return jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, shardings
     )
@@ -110,15 +111,15 @@ def placed(shapes: PyTree, shardings: PyTree) -> PyTree:
 def _batch(cfg: TrainConfig, mesh: Mesh, length: int, padded: bool) -> Batch:
     place = sharding.batch_sharding(mesh)
 
-    def rows(dtype, *shape):
+    def abstract(dtype, *shape):
         return jax.ShapeDtypeStruct((cfg.batch_size, *shape), dtype, sharding=place)
 
-    valid = rows(bool, length) if padded else None
-    return Batch(rows(jnp.int32, length), rows(bool, length), valid, rows(jnp.int32))
+    valid = abstract(bool, length) if padded else None
+    return Batch(abstract(jnp.int32, length), abstract(bool, length), valid, abstract(jnp.int32))
 
 
-def largest_collective(program: str) -> int:
-    """Bytes of the largest array that a collective of a compiled program makes."""
+def read_largest_collective(program: str) -> int:
+    """Bytes of the largest array that a collective of a compiled program makes, from its text."""
     found = re.findall(rf"= (.*?) (?:{COLLECTIVES})(?:-start)?\(", program)
     arrays = [array for shapes in found for array in re.findall(r"(\w+)\[([\d,]*)\]", shapes)]
     sizes = [
@@ -128,14 +129,14 @@ def largest_collective(program: str) -> int:
     return max(sizes, default=0)
 
 
-def memory_of(compiled: jax.stages.Compiled) -> tuple[int, int]:
+def read_memory(compiled: jax.stages.Compiled) -> tuple[int, int]:
     """Bytes on one device: of the arguments, and at the peak."""
     memory = compiled.memory_analysis()
     kept = memory.argument_size_in_bytes
     return kept, getattr(memory, "peak_memory_in_bytes", 0) or kept + memory.temp_size_in_bytes
 
 
-def missing_memory(error: jax.errors.JaxRuntimeError) -> str:
+def describe_missing_memory(error: jax.errors.JaxRuntimeError) -> str:
     """Describes the memory of a program that does not fit.
 
     Raises: the error, if it is about something else.
@@ -147,9 +148,9 @@ def missing_memory(error: jax.errors.JaxRuntimeError) -> str:
 
 
 def devices_of(topology: str, num_slices: int = 1) -> list[Any]:
-    """The chips of pods, which exist only for the compiler.
+    """The chips of a topology, described for the compiler.
 
-    Raises: InputError without the compiler, or for a name that it does not know.
+    Raises: InputError if the compiler is missing, or does not know the name.
     """
     require(
         importlib.util.find_spec("libtpu") is not None,
@@ -170,16 +171,16 @@ def devices_of(topology: str, num_slices: int = 1) -> list[Any]:
         ) from error
 
 
-def compile_only() -> None:
-    """Settings of a process that compiles programs but runs none."""
+def only_compile() -> None:
+    """Sets this process up to compile programs for TPUs, and to run none."""
     jax.config.update("jax_platforms", "cpu")  # the chips belong to the compiler
     jax.config.update(
         "jax_enable_compilation_cache", False
     )  # it can store but not load these programs
 
 
-def run(options: argparse.Namespace, fields: list[str]) -> None:
-    cfg = override(load_config(options.config, TrainConfig), fields)
+def run(options: argparse.Namespace) -> None:
+    cfg = override(load_config(options.config, TrainConfig), options.fields)
     if options.model:
         cfg = dataclasses.replace(cfg, model=make_config(options.model), backbone="")
     backbone = make_config(options.backbone) if options.backbone else None
@@ -189,7 +190,7 @@ def run(options: argparse.Namespace, fields: list[str]) -> None:
     )
     length = options.length or getattr(cfg.data, "length", None)
     require(bool(length), "--length is missing: the rows of this data have no fixed one")
-    table = Table(COLUMNS, options.out, {**vars(options), "fields": fields})
+    table = LiveTable(COLUMNS, options.out, vars(options))
     for topology in options.topology:
         devices = devices_of(topology, options.slices)
         mesh, start = sharding.make_mesh(cfg.mesh, devices), time.perf_counter()
@@ -199,42 +200,37 @@ def run(options: argparse.Namespace, fields: list[str]) -> None:
             chip_gb=CHIP_GB.get(devices[0].device_kind),
         )  # fmt: skip
         try:
-            found = footprint(cfg, mesh, length, backbone)
+            found = compile_footprint(cfg, mesh, length, backbone)
         except jax.errors.JaxRuntimeError as error:
-            missing = missing_memory(error)
-            table.add(**facts, compile_s=time.perf_counter() - start)
+            missing = describe_missing_memory(error)
+            table.add_row(**facts, compile_s=time.perf_counter() - start)
             print(
                 f"does not fit: {missing}; try --remat, more --num-microbatches, or other axes of "
                 "--mesh"
             )
             continue
         largest = found.largest_collective
-        table.add(
+        table.add_row(
             **facts, kept_gb=found.kept / 1e9, peak_gb=found.peak / 1e9,
             largest_collective_gb=None if largest is None else largest / 1e9,
             compile_s=time.perf_counter() - start,
         )  # fmt: skip
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.pod",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, help="a configuration of train.py")
     parser.add_argument("--topology", nargs="+", default=["v5e:4x4"], help="pods to compile for")
-    parser.add_argument("--slices", type=int, default=1, help="as many pods, which data spans")
+    parser.add_argument("--slices", type=int, default=1, help="number of pods, which data spans")
     parser.add_argument(
         "--length", type=int, help="tokens per sequence, if the data has no fixed length"
     )
     parser.add_argument("--model", help="train this shape instead, from scratch: llada_8b")
     parser.add_argument("--backbone", help="the model whose routers are trained: llada_8b")
-    parser.add_argument("--out", metavar="FILE", help="write the figures as JSON")
-    options, fields = parser.parse_known_args(arguments)
-    return exit_status(lambda: run(options, fields))
+    add_out(parser)
 
+
+main = make_main("pod", __doc__, add_options, run, takes_fields=True)
 
 if __name__ == "__main__":
-    compile_only()
+    only_compile()
     sys.exit(main())

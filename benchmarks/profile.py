@@ -1,17 +1,18 @@
-"""The time that a traced program spent on the device, by kind of kernel."""
+"""Traces a program, and prints where its device time goes, by kind of kernel."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 
-# A kernel is of the first kind whose pattern its name matches.
+# A kernel belongs to the first kind whose pattern matches its name.
 KINDS = (
     ("attention", r"cudnn|fmha|flash|sdpa|attention"),
-    ("matrix products", r"gemm|nvjet|cutlass|cublas|xmma|wgmma|dot|swiglu"),
+    ("matmuls", r"gemm|nvjet|cutlass|cublas|xmma|wgmma|dot|swiglu"),
     ("copies to the host", r"MemcpyD2H"),
     ("copies", r"[Mm]emcpy|copy|[Mm]emset"),
     ("scatter, gather, slices", r"scatter|gather|dynamic_update|slice"),
@@ -21,10 +22,10 @@ KINDS = (
 )
 
 
-def device_events(folder: Path) -> list[tuple[str, float, float]]:
-    """(name, start, duration) of all kernels in a trace, in seconds.
+def read_device_events(folder: Path) -> list[tuple[str, float, float]]:
+    """Reads (name, start, duration) of all kernels of a trace, in seconds, by start.
 
-    Raises: FileNotFoundError without a trace in the folder.
+    Raises: FileNotFoundError if the folder holds no trace.
     """
     files = sorted(Path(folder).rglob("*.xplane.pb"))
     if not files:
@@ -39,9 +40,16 @@ def device_events(folder: Path) -> list[tuple[str, float, float]]:
     return sorted(events, key=lambda e: e[1])
 
 
-def print_profile(folder: Path, calls: int, top: int = 25) -> None:
+def profile_calls(folder: Path, run: Callable[[], int]) -> None:
+    """Traces `run` to a folder and prints the profile; `run` returns the number of model calls."""
+    with jax.profiler.trace(str(folder)):
+        num_calls = run()
+    print_profile(folder, num_calls)
+
+
+def print_profile(folder: Path, num_calls: int, top: int = 25) -> None:
     """Prints milliseconds per model call by kind, and the slowest kernels."""
-    events = device_events(folder)
+    events = read_device_events(folder)
     kinds, names, counts = Counter(), Counter(), Counter()
     for name, _, seconds in events:
         kind = next(kind for kind, pattern in KINDS if re.search(pattern, name))
@@ -53,10 +61,12 @@ def print_profile(folder: Path, calls: int, top: int = 25) -> None:
         return
     span = events[-1][1] + events[-1][2] - events[0][1]
     busy = sum(kinds.values())
-    print(f"  {1e3 * span / calls:8.3f} ms a call, of which the device was busy {busy / span:.1%}")
+    print(
+        f"  {1e3 * span / num_calls:8.3f} ms per call, of which the device was busy {busy / span:.1%}"
+    )
     for kind, seconds in kinds.most_common():
-        print(f"  {1e3 * seconds / calls:8.3f} ms  {seconds / span:6.1%}  {kind}")
+        print(f"  {1e3 * seconds / num_calls:8.3f} ms  {seconds / span:6.1%}  {kind}")
     for name, seconds in names.most_common(top):
         print(
-            f"    {1e3 * seconds / calls:8.4f} ms  {counts[name] / calls:7.1f} a call  {name[:90]}"
+            f"    {1e3 * seconds / num_calls:8.4f} ms  {counts[name] / num_calls:7.1f} per call  {name[:90]}"
         )

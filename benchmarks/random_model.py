@@ -1,4 +1,4 @@
-"""Models of a true shape with random weights, made on the device: no checkpoint, no network."""
+"""Models of published shapes with random weights, made on the device: no checkpoint, no network."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ MODELS = {
     "dream_7b": families.dream_7b,
     "qwen2_5_7b": families.qwen2_5_7b,
     "mdlm": families.mdlm,
-    # The same families on a laptop, to try a benchmark out.
+    # Tiny models of the same families, to try a benchmark on a laptop.
     "tiny": partial(families.llada_small, 8, 64, 512, mask_id=511, eos_id=1, pad_id=0),
     "tiny_mdlm": partial(families.mdlm_small, 4, 64, 512, mask_id=511, eos_id=1, pad_id=0),
 }
 
 
 def make_config(name: str, num_layers: int | None = None) -> ModelConfig:
-    """A model by name, or its first layers only."""
+    """The configuration of a model by name, with fewer layers if `num_layers` is given."""
     require(name in MODELS, f"model {name!r} is not known{nearest(name, MODELS)}")
     cfg = MODELS[name]()
     return cfg if num_layers is None else dataclasses.replace(cfg, num_layers=num_layers)
@@ -39,10 +39,10 @@ def make_config(name: str, num_layers: int | None = None) -> ModelConfig:
 def make_model(
     cfg: ModelConfig, layout: Layout = "auto", seed: int = 0, mesh: Mesh | None = None
 ) -> Model:
-    """Random weights in the configuration's dtype, one group of parameters at a time.
+    """Makes a model with random weights in the configuration's dtype, group by group.
 
     Args:
-      mesh: None is one over all devices; the weights are the same on any.
+      mesh: None: one over all devices. The weights do not depend on it.
     """
     mesh, key, made = mesh or sharding.make_mesh(), seed_key(seed), {}
 
@@ -61,13 +61,13 @@ def make_model(
     return Model(cfg, groups.assemble(cfg, read, mesh, layout), mesh)
 
 
-def make_routers(model: Model, skipped: int = 0, d_hidden: int = 512, seed: int = 1) -> Routed:
-    """Routers of the papers' size that all skip the same number of last layers."""
+def make_routers(model: Model, num_skipped: int = 0, d_hidden: int = 512, seed: int = 1) -> Routed:
+    """Makes routers of DIALS' size that skip the last `num_skipped` layers for every sequence."""
     cfg = model.config
     routers = init_routers(
         cfg.d_model, cfg.num_layers, RouterConfig(d_hidden=d_hidden), seed_key(seed)
     )
-    skip = jnp.arange(cfg.num_layers) >= cfg.num_layers - skipped
+    skip = jnp.arange(cfg.num_layers) >= cfg.num_layers - num_skipped
     routers["vote_bias"] = jnp.where(skip[:, None], jnp.array([9.0, 0.0]), jnp.array([0.0, 9.0]))
     routers = rounded(routers, cfg.dtype)
     if trees.is_unrolled(model.params["layers"]):

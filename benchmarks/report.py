@@ -1,4 +1,4 @@
-"""The tables that benchmarks print and write."""
+"""What benchmarks measure besides time, and the tables that they print and write."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
-from dials_jax.commands import keep_programs
-from dials_jax.errors import InputError, require
+from dials_jax.compiling import total_compile_seconds
+from dials_jax.errors import require
 from dials_jax.files import write_json
 
+T = TypeVar("T")
 
-def machine() -> dict[str, Any]:
+
+def describe_machine() -> dict[str, Any]:
+    """The device, JAX's version, the date and the command."""
     device = jax.devices()[0]
     return {
         "device": device.device_kind,
@@ -33,51 +36,52 @@ def _module_and_arguments() -> list[str]:
 
 
 def peak_gigabytes() -> float | None:
-    """Peak device memory since the start; None if the backend does not tell."""
+    """Peak device memory since the start; None if the backend does not report it."""
     stats = jax.devices()[0].memory_stats() or {}
     return stats["peak_bytes_in_use"] / 1e9 if "peak_bytes_in_use" in stats else None
 
 
-def exit_status(run: Callable[[], None]) -> int:
-    """Runs a benchmark; the exit status is 0, or 2 after one line about the wrong input."""
-    keep_programs()
-    try:
-        run()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+def run_and_count_compilation(
+    function: Callable[..., T], *args: Any, **kwargs: Any
+) -> tuple[T, float]:
+    """Calls a function; returns its result, and the seconds that its programs took to compile."""
+    before = total_compile_seconds()
+    result = function(*args, **kwargs)
+    return result, total_compile_seconds() - before
 
 
-class Table:
-    """Prints rows as they are measured, and writes them as JSON."""
+class LiveTable:
+    """Prints each row as soon as it is measured, and rewrites a JSON file of all rows."""
 
     def __init__(self, columns: dict[str, str], out: str | None, settings: dict[str, Any]):
-        """
+        """Prints the machine and the header.
+
         Args:
-          columns: column's name -> its format, such as `>10.2f`.
-          out: file for JSON, rewritten after every row; None writes none.
+          columns: format by name of the column, such as `>10.2f`.
+          out: the JSON file; None writes none.
+          settings: what the file says about the measurement.
 
-        Raises: InputError for a folder as `out`.
+        Raises: InputError if `out` is a folder.
         """
-        folder = out is not None and Path(out).is_dir()
-        require(not folder, f"--out {out} is a folder; name a file")
+        is_folder = out is not None and Path(out).is_dir()
+        require(not is_folder, f"--out {out} is a folder; name a file")
         self._columns, self._out = columns, out
-        self._results = {"machine": machine(), "settings": settings, "rows": []}
+        self._results = {"machine": describe_machine(), "settings": settings, "rows": []}
         print(json.dumps(self._results["machine"]))
-        self._print([name for name in columns])
+        self._print_cells(list(columns))
 
-    def add(self, **values: Any) -> None:
+    def add_row(self, **values: Any) -> None:
+        """Adds a row. Values without a column are only written; a missing one is an empty cell."""
         self._results["rows"].append(values)
         cells = []
         for name, form in self._columns.items():
             value = values.get(name)
             cells.append("" if value is None else format(value, form.lstrip("<>0123456789")))
-        self._print(cells)
+        self._print_cells(cells)
         if self._out:
             write_json(self._out, self._results)
 
-    def _print(self, cells: Sequence[str]) -> None:
+    def _print_cells(self, cells: Sequence[str]) -> None:
         widths = [
             int("".join(c for c in f.split(".")[0] if c.isdigit())) for f in self._columns.values()
         ]

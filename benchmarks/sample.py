@@ -1,13 +1,13 @@
-"""Ancestral sampling and model schedules, timed: `python -m benchmarks.sample --help`.
+"""Times ancestral sampling and model schedules: `python -m benchmarks.sample --help`.
 
-Weights are random, of the true shape and made on the device. The figures do not depend on their
+Weights are random, of the true shape, and made on the device. The figures do not depend on their
 values: which tokens a step reveals is drawn without the model. Every depth is timed alone; with
 `--light-fractions`, the shallowest then takes these shares of the deepest one's steps, at both ends
-(Sedykh et al., table 2). `saved_time` and `saved_flops` compare with the deepest model alone,
+(Sedykh, Table 2). `saved_time` and `saved_flops` compare with the deepest model alone,
 `saved_blocks` is the paper's p (B_H - B_L) / B_H.
 
-A step costs a model call only where it reveals a token. In one call, sequences may be at different
-steps, so that there are fewer calls than steps. Cases are timed in turns, and the median counts.
+A step costs a model call only if it reveals a token. Within a call, sequences may be at different
+steps, so there are fewer calls than steps. Cases are timed in turns, and the median counts.
 Compilation is timed separately; JAX_ENABLE_COMPILATION_CACHE=false compiles all programs again.
 """
 
@@ -19,13 +19,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from benchmarks.profile import print_profile
-from benchmarks.random_model import MODELS, make_config, make_model
-from benchmarks.report import Table, exit_status, peak_gigabytes
-from dials_jax.compiling import total_compile_seconds
+from benchmarks.command import add_layout, add_model, add_out, add_profile, make_main
+from benchmarks.profile import profile_calls
+from benchmarks.random_model import make_config, make_model
+from benchmarks.report import LiveTable, peak_gigabytes, run_and_count_compilation
 from dials_jax.errors import require
 from dials_jax.keys import seed_key
 from dials_jax.models.model import Model
@@ -40,8 +39,8 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def cases_of(models: dict[int, Model], options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Settings of `generate` by name: every depth alone, then the sweep."""
+def make_cases(models: dict[int, Model], options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """The arguments of `generate`, by name of the case: every depth alone, then the schedules."""
     cases = {f"{depth} blocks": {"model": model} for depth, model in models.items()}
     heavy, light = max(models), min(models)
     for fraction in options.light_fractions:
@@ -54,7 +53,7 @@ def cases_of(models: dict[int, Model], options: argparse.Namespace) -> dict[str,
 def run_in_turns(
     cases: dict[str, dict[str, Any]], options: argparse.Namespace
 ) -> dict[str, tuple[list[Generation], float]]:
-    """All generations of every case, and the seconds that its programs took to compile."""
+    """Runs all cases in turns: their generations, and the seconds that their programs compiled."""
     settings = {
         "sampler": Ancestral(
             options.length, options.steps, options.precision, options.first_hitting
@@ -63,26 +62,23 @@ def run_in_turns(
     }  # fmt: skip
     out = {}
     for name, case in cases.items():
-        before = total_compile_seconds()
-        first = generate(**case, **settings)
-        out[name] = [] if options.repeats else [first], total_compile_seconds() - before
+        first, compile_seconds = run_and_count_compilation(generate, **case, **settings)
+        out[name] = [] if options.repeats else [first], compile_seconds
     for _ in range(options.repeats):
         for name, case in cases.items():
             out[name][0].append(generate(**case, **settings))
     if options.profile:
         for name, case in cases.items():
-            folder = Path(options.profile) / name.replace(" ", "_")
-            with jax.profiler.trace(str(folder)):
-                nfe = generate(**case, **settings).nfe
             print(name)
-            print_profile(folder, nfe)
+            folder = Path(options.profile) / name.replace(" ", "_")
+            profile_calls(folder, lambda case=case: generate(**case, **settings).nfe)
     return out
 
 
-def report(
-    table: Table, results: dict[str, tuple[list[Generation], float]], depth: int, steps: int
+def add_rows(
+    table: LiveTable, results: dict[str, tuple[list[Generation], float]], depth: int, steps: int
 ) -> None:
-    """Rows of the table; `depth` is that of the deepest model, to which the others are compared."""
+    """Fills the table; `depth` is that of the deepest model, with which the others are compared."""
     deepest = f"{depth} blocks"
 
     def seconds(name):
@@ -93,7 +89,7 @@ def report(
         flops, nfe, gates = runs[0].flops, runs[0].nfe, runs[0].gates
         saved_time = 1 - seconds(name) / seconds(deepest)
         saved_flops = 1 - flops.model_total / whole
-        table.add(
+        table.add_row(
             case=name, nfe=nfe, seconds=seconds(name), ms_a_step=1e3 * seconds(name) / steps,
             ms_a_call=1e3 * seconds(name) / nfe,
             saved_blocks=1 - float(gates.sum() / (gates[:, 0].size * depth)),
@@ -104,9 +100,8 @@ def report(
         )  # fmt: skip
 
 
-def options_of(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.sample", description=__doc__)
-    parser.add_argument("--model", default="mdlm", help=f"one of {', '.join(MODELS)}")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add_model(parser, default="mdlm")
     parser.add_argument("--blocks", type=int, nargs="+", default=[12, 4], help="depths")
     parser.add_argument("--batch", type=int, default=16, help="sequences")
     parser.add_argument("--length", type=int, default=1024, help="tokens per sequence")
@@ -118,15 +113,12 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--light-fractions", type=float, nargs="+", default=[], help="as in 0 .25 .5 .75 1"
     )
-    parser.add_argument(
-        "--layout", default="auto", choices=["auto", "stacked", "unrolled", "fused"]
-    )
+    add_layout(parser)
     parser.add_argument(
         "--repeats", type=int, default=3, help="timed after a first one; 0 times the first"
     )
-    parser.add_argument("--profile", metavar="DIR", help="trace one generation per case to DIR")
-    parser.add_argument("--out", metavar="FILE", help="write the figures as JSON")
-    return parser.parse_args(arguments)
+    add_profile(parser)
+    add_out(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -136,16 +128,13 @@ def run(options: argparse.Namespace) -> None:
     )
     configs = {depth: make_config(options.model, depth) for depth in options.blocks}
     settings = vars(options) | {"config": dataclasses.asdict(configs[max(configs)])}
-    table = Table(COLUMNS, options.out, settings)
+    table = LiveTable(COLUMNS, options.out, settings)
     models = {depth: make_model(cfg, options.layout) for depth, cfg in configs.items()}
-    results = run_in_turns(cases_of(models, options), options)
-    report(table, results, max(models), options.steps)
+    results = run_in_turns(make_cases(models, options), options)
+    add_rows(table, results, max(models), options.steps)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = options_of(arguments)
-    return exit_status(lambda: run(options))
-
+main = make_main("sample", __doc__, add_options, run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,11 +1,11 @@
-"""Training steps of a model, timed: `python -m benchmarks.train --help`.
+"""Times training steps of a model: `python -m benchmarks.train --help`.
 
-Random tokens and random weights, made on the device, in the loop's own step: loss, gradients,
-AdamW and the moving average. Steps are started one after another, as in training, and the clock
-stops when the last of them is done.
+Tokens and weights are random. The step is that of the training loop: loss, gradients, AdamW and the
+moving average. Steps are started one after another, as in training, and the clock stops when the
+last one is done.
 
-`compile_s` is short for a program that is in JAX's compilation cache already;
-JAX_ENABLE_COMPILATION_CACHE=false compiles all of them.
+`compile_s` is short for a program that is already in JAX's compilation cache;
+JAX_ENABLE_COMPILATION_CACHE=false compiles all programs.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import dataclasses
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
-from benchmarks.profile import print_profile
-from benchmarks.report import Table, exit_status, peak_gigabytes
+from benchmarks.command import add_model, add_out, add_profile, make_main
+from benchmarks.profile import profile_calls
+from benchmarks.report import LiveTable, peak_gigabytes
 from dials_jax import sharding, trees
 from dials_jax.config import (
     ArithmeticData,
@@ -47,30 +47,30 @@ COLUMNS = {
 
 GPT2_IDS = {"vocab_size": 50258, "mask_id": 50257, "eos_id": 50256, "pad_id": 50256}
 TINY_IDS = {"vocab_size": 512, "mask_id": 511, "eos_id": 1, "pad_id": 0}
-# By blocks: the published width, as the families of configs/mdlm/ have it.
-MODELS = {
+# Configurations by number of blocks, of the published width, as in configs/mdlm/.
+FAMILIES = {
     "mdlm": families.mdlm,
     "llada": lambda blocks: families.llada_small(blocks, 768, **GPT2_IDS),
     "gpt2": lambda blocks: families.gpt2_small(blocks, 768, **GPT2_IDS),
-    "tiny": lambda blocks: families.mdlm_small(blocks, 64, **TINY_IDS),  # on a laptop
+    "tiny": lambda blocks: families.mdlm_small(blocks, 64, **TINY_IDS),  # for a laptop
 }
 
 
 def random_batch(cfg: ModelConfig, batch: int, length: int, seed: int = 0) -> Batch:
-    """Whole sequences of tokens below [MASK]."""
+    """A batch of whole sequences of random tokens below [MASK]."""
     shape, rng = (batch, length), np.random.default_rng(seed)
     tokens = rng.integers(0, (cfg.mask_id or cfg.vocab_size) - 1, shape, dtype=np.int32)
     return Batch(tokens, np.ones(shape, bool), None, np.arange(batch, dtype=np.int32))
 
 
 def step_flops(cfg: ModelConfig, objective: str, batch: int, length: int) -> float:
-    """Forward and backward of every layer, and of the head where tokens have a loss."""
+    """FLOPs of a step: forward and backward of all layers, and of the head where tokens have a loss."""
     share = 1.0 if objective == "causal" else 0.5
     forward = cfg.num_layers * layer_flops(cfg, length) + share * head_flops(cfg, length)
     return 3.0 * batch * forward
 
 
-class Case:
+class TimedStep:
     """A compiled training step with its state."""
 
     def __init__(self, cfg: ModelConfig, options: argparse.Namespace):
@@ -103,7 +103,7 @@ class Case:
         self.compile_seconds = time.perf_counter() - start
 
     def seconds(self, steps: int) -> float:
-        """Seconds of one step, with the others queued behind it."""
+        """Seconds per step, with the next steps queued behind it."""
         jax.block_until_ready(self._state)
         start = time.perf_counter()
         for _ in range(steps):
@@ -116,8 +116,8 @@ class Case:
 
 def run(options: argparse.Namespace) -> None:
     require(
-        options.model in MODELS,
-        f"model {options.model!r} is not known{nearest(options.model, MODELS)}",
+        options.model in FAMILIES,
+        f"model {options.model!r} is not known{nearest(options.model, FAMILIES)}",
     )
     require(
         min(options.steps, options.warm_up, options.repeats) > 0,
@@ -127,15 +127,15 @@ def run(options: argparse.Namespace) -> None:
         options.batch % options.microbatches == 0,
         f"--batch {options.batch} must be divisible by --microbatches {options.microbatches}",
     )
-    table = Table(COLUMNS, options.out, vars(options))
+    table = LiveTable(COLUMNS, options.out, vars(options))
     for blocks in options.blocks:
-        cfg = MODELS[options.model](blocks)
+        cfg = FAMILIES[options.model](blocks)
         cfg = dataclasses.replace(cfg, max_length=max(cfg.max_length, options.length))
-        case = Case(cfg, options)
+        case = TimedStep(cfg, options)
         case.seconds(options.warm_up)
         seconds = float(np.median([case.seconds(options.steps) for _ in range(options.repeats)]))
         flops = step_flops(cfg, options.objective, options.batch, options.length)
-        table.add(
+        table.add_row(
             model=options.model, objective=options.objective, blocks=blocks, batch=options.batch,
             microbatches=options.microbatches, unrolled=options.unrolled, ms=1e3 * seconds,
             tokens_a_second=options.batch * options.length / seconds,
@@ -143,18 +143,19 @@ def run(options: argparse.Namespace) -> None:
             peak_gb=peak_gigabytes(), parameters=case.parameters,
         )  # fmt: skip
         if options.profile:
-            profile(case, Path(options.profile) / f"{options.model}_{blocks}")
+            profile_steps(case, Path(options.profile) / f"{options.model}_{blocks}")
 
 
-def profile(case: Any, folder: Path, steps: int = 3) -> None:
-    with jax.profiler.trace(str(folder)):
+def profile_steps(case: TimedStep, folder: Path, steps: int = 3) -> None:
+    def run_steps() -> int:
         case.seconds(steps)
-    print_profile(folder, steps)
+        return steps
+
+    profile_calls(folder, run_steps)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.train", description=__doc__)
-    parser.add_argument("--model", default="mdlm", help=f"one of {', '.join(MODELS)}")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add_model(parser, default="mdlm", names=FAMILIES)
     parser.add_argument("--blocks", type=int, nargs="+", default=[12])
     parser.add_argument("--objective", default="mdlm", choices=["llada", "mdlm", "causal"])
     parser.add_argument(
@@ -171,11 +172,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=20, help="of one timing")
     parser.add_argument("--warm-up", type=int, default=3, help="steps before the first timing")
     parser.add_argument("--repeats", type=int, default=3, help="timings; the median counts")
-    parser.add_argument("--profile", metavar="DIR", help="write a trace and say where time goes")
-    parser.add_argument("--out", metavar="FILE", help="write the figures as JSON")
-    options = parser.parse_args(arguments)
-    return exit_status(lambda: run(options))
+    add_profile(parser)
+    add_out(parser)
 
+
+main = make_main("train", __doc__, add_options, run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -4,13 +4,13 @@ import json
 
 import pytest
 
-from benchmarks import decode, forward, report
+from benchmarks import command, decode, forward
 
 
 @pytest.fixture(autouse=True)
 def quietly(monkeypatch):
     """No compilation cache is set up in the process of the tests."""
-    monkeypatch.setattr(report, "keep_programs", lambda: None)
+    monkeypatch.setattr(command, "keep_programs", lambda: None)
 
 
 def test_decode_prints_and_writes_a_row_a_case(tmp_path, capsys):

@@ -6,7 +6,7 @@ import json
 import jax
 import pytest
 
-from benchmarks import pod, report
+from benchmarks import command, pod
 from dials_jax import sharding
 from dials_jax.config import OptimizerConfig, RouterConfig
 from dials_jax.data.batches import batch_at
@@ -28,7 +28,7 @@ def get_config():
 @pytest.fixture(autouse=True)
 def quietly(monkeypatch):
     """No compilation cache is set up in the process of the tests."""
-    monkeypatch.setattr(report, "keep_programs", lambda: None)
+    monkeypatch.setattr(command, "keep_programs", lambda: None)
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_what_is_kept_is_what_training_keeps(changes, train_config, tmp_path):
     state, mesh = train(cfg, tmp_path), sharding.make_mesh(cfg.mesh)
     data = prepare_run(cfg, mesh).data
     batch = batch_at(data, 0, 0, cfg.batch_size)
-    found = pod.footprint(cfg, mesh, batch.tokens.shape[1])
+    found = pod.compile_footprint(cfg, mesh, batch.tokens.shape[1])
     # Rows without padding bring no array that says so, and one device needs no collective.
     expected = num_bytes(state) + num_bytes(batch._replace(valid=None))
     assert found.kept == pytest.approx(expected, abs=64)
@@ -65,8 +65,8 @@ def test_routers_keep_little_beside_their_model(train_config):
     cfg = train_config(backbone="anywhere", router=RouterConfig(d_hidden=8))
     backbone = small_config(dtype="bfloat16")
     mesh = sharding.make_mesh()
-    routers = pod.footprint(cfg, mesh, 16, backbone)
-    model = pod.footprint(dataclasses.replace(cfg, model=backbone, backbone=""), mesh, 16)
+    routers = pod.compile_footprint(cfg, mesh, 16, backbone)
+    model = pod.compile_footprint(dataclasses.replace(cfg, model=backbone, backbone=""), mesh, 16)
     assert routers.kept < model.kept / 3  # two bytes a parameter, not twelve
 
 
@@ -76,8 +76,8 @@ def test_the_largest_collective_is_found():
       %b = (bf16[8,16]{1,0:T(8,128)}, f32[4,16]{1,0}) all-gather-start(%y), dimensions={0}
       ROOT %c = f32[10]{0} all-reduce(%z), to_apply=%sum
     """
-    assert pod.largest_collective(program) == 2 * 8 * 16
-    assert pod.largest_collective("%a = f32[3]{0} add(%x, %y)") == 0
+    assert pod.read_largest_collective(program) == 2 * 8 * 16
+    assert pod.read_largest_collective("%a = f32[3]{0} add(%x, %y)") == 0
 
 
 def test_it_prints_and_writes_a_row_a_topology(config, on_this_machine, tmp_path, capsys):

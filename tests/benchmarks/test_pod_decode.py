@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import pod, pod_decode, report
+from benchmarks import command, pod, pod_decode
 from benchmarks.random_model import make_config, make_model
 from dials_jax import sharding
 from dials_jax.models.model import sequence_keys
@@ -18,16 +18,18 @@ TINY = ["--model", "tiny", "--layers", "2", "--prompt", "4", "--gen", "8", "--bl
 
 @pytest.fixture(autouse=True)
 def on_this_machine(monkeypatch):
-    monkeypatch.setattr(report, "keep_programs", lambda: None)
+    monkeypatch.setattr(command, "keep_programs", lambda: None)
     monkeypatch.setattr(pod_decode, "devices_of", lambda topology: jax.devices()[:1])
 
 
 def test_the_program_is_generates_own():
-    cfg, sampler = make_config("tiny", 2), Confidence(8, 4, 8)
+    cfg, sampler = make_config("tiny", 2), Confidence(gen_length=8, block_length=4, steps=8)
     model = make_model(cfg, "stacked")
     prompts = np.arange(2, 10).reshape(2, 4)
     valid = np.array([[False, True, True, True], [True] * 4])
-    lowered = pod_decode.lower(cfg, sharding.make_mesh(), sampler, (2, 4), "dual", "full")
+    lowered = pod_decode.lower_generation(
+        cfg, sharding.make_mesh(), sampler, (2, 4), "dual", "full"
+    )
     rows = model.place_sequences((prompts.astype(np.int32), valid, sequence_keys(None, 2)))
     tokens, _ = lowered.compile()(model.inference_params, *rows, None)
     cache = pod_decode.parse_cache("dual")

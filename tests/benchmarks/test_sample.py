@@ -4,13 +4,13 @@ import json
 
 import pytest
 
-from benchmarks import report, sample
+from benchmarks import command, sample
 
 
 @pytest.fixture(autouse=True)
 def quietly(monkeypatch):
     """No compilation cache is set up in the process of the tests."""
-    monkeypatch.setattr(report, "keep_programs", lambda: None)
+    monkeypatch.setattr(command, "keep_programs", lambda: None)
 
 
 def test_it_prints_and_writes_a_row_a_case(tmp_path, capsys):
