@@ -49,7 +49,7 @@ POLICIES = ("full", "static-2", "random-2", "routed-2")
 
 
 def make_meshes(num_devices: int) -> dict[str, MeshConfig]:
-    """All meshes of `num_devices` devices with one axis, or with two axes of equal size, by name."""
+    """All meshes of the devices with one axis, or with two axes of equal size, by name."""
     found = {f"{axis} {num_devices}": {axis: num_devices} for axis in sharding.AXES}
     side = round(num_devices**0.5)
     if side > 1 and side * side == num_devices:

@@ -2,8 +2,8 @@
 
 python -m benchmarks.pod_decode --topology v5e:2x2 --tensor 4 --caches none dual --policies full
 
-Nothing runs, and no weights are read: as in benchmarks.pod, the compiler of the `tpu` extra (libtpu)
-tells what the program needs.
+Nothing runs, and no weights are read: as in benchmarks.pod, the compiler of the `tpu` extra
+(libtpu) tells what the program needs.
 """
 
 from __future__ import annotations
@@ -110,9 +110,8 @@ def measure_memory(
     try:
         kept, peak = read_memory(lowered.compile())
     except jax.errors.JaxRuntimeError as error:
-        print(
-            f"does not fit: {describe_missing_memory(error)}; try a larger --tensor or a smaller --batch"
-        )
+        missing = describe_missing_memory(error)
+        print(f"does not fit: {missing}; try a larger --tensor or a smaller --batch")
         return {"kept_gb": None, "peak_gb": None}
     return {"kept_gb": kept / 1e9, "peak_gb": peak / 1e9}
 

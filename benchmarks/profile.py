@@ -61,12 +61,10 @@ def print_profile(folder: Path, num_calls: int, top: int = 25) -> None:
         return
     span = events[-1][1] + events[-1][2] - events[0][1]
     busy = sum(kinds.values())
-    print(
-        f"  {1e3 * span / num_calls:8.3f} ms per call, of which the device was busy {busy / span:.1%}"
-    )
+    ms = 1e3 / num_calls  # milliseconds per call, of a second in all
+    print(f"  {ms * span:8.3f} ms per call, of which the device was busy {busy / span:.1%}")
     for kind, seconds in kinds.most_common():
-        print(f"  {1e3 * seconds / num_calls:8.3f} ms  {seconds / span:6.1%}  {kind}")
+        print(f"  {ms * seconds:8.3f} ms  {seconds / span:6.1%}  {kind}")
     for name, seconds in names.most_common(top):
-        print(
-            f"    {1e3 * seconds / num_calls:8.4f} ms  {counts[name] / num_calls:7.1f} per call  {name[:90]}"
-        )
+        per_call = counts[name] / num_calls
+        print(f"    {ms * seconds:8.4f} ms  {per_call:7.1f} per call  {name[:90]}")

@@ -296,7 +296,7 @@ def _score_output(task, item: Item, tokens: list[int], tokenizer, cfg) -> tuple[
 def _score_likelihoods(
     tally: Tally, model, task, items, tokenizer, policy, batch_size, seed
 ) -> Iterator[dict[str, Any]]:
-    """Estimates log p (nats) of the copies without a score, and yields the record of every batch."""
+    """Estimates log p (nats) of the copies without a score; yields the record of every batch."""
     names = list(_copies_per_pair(task, items, policy))
     item_of_pair = [i for i, item in enumerate(items) for _ in item.answers]
     for requests, copies, scores, flops in likelihood_batches(
