@@ -64,7 +64,7 @@ def random_batch(cfg: ModelConfig, batch: int, length: int, seed: int = 0) -> Ba
 
 
 def step_flops(cfg: ModelConfig, objective: str, batch: int, length: int) -> float:
-    """FLOPs of a step: forward and backward of all layers, and of the head at tokens with a loss."""
+    """FLOPs of a step, forward and backward: all layers, and the head at tokens with a loss."""
     share = 1.0 if objective == "causal" else 0.5
     forward = cfg.num_layers * layer_flops(cfg, length) + share * head_flops(cfg, length)
     return 3.0 * batch * forward

@@ -1,4 +1,4 @@
-"""The style of all figures, and how they become PNG files.
+"""The style of all figures, and their PNG files.
 
 Figures are made without pyplot: no window, no global state, and nothing to close.
 """
@@ -16,7 +16,7 @@ import numpy as np
 if TYPE_CHECKING:  # matplotlib is optional
     from matplotlib.figure import Figure
 
-# Of the kinds of policy; an unknown kind has one of the others.
+# By kind of policy; other kinds take one of OTHER_COLORS.
 COLORS = {"routed": "#1f5fa8", "static": "#e07b1a", "random": "#3a9457", "full": "#e5ac00"}
 OTHER_COLORS = ("#7b4fa3", "#b03a5b", "#1f8a8a", "#6b6f00", "#a0522d", "#4a5560")
 GREY = "#8a8f98"
@@ -36,13 +36,13 @@ STYLE = {
 
 
 def kind_color(kind: str) -> str:
-    """The colour of a kind of policy, the same in every figure and table."""
+    """The colour of a kind of policy, equal in all figures and tables."""
     return COLORS.get(kind) or OTHER_COLORS[zlib.crc32(kind.encode()) % len(OTHER_COLORS)]
 
 
 @contextlib.contextmanager
 def figure_at(path: str | Path, width: float, height: float) -> Iterator[Figure]:
-    """A figure of `width` x `height` inches, written to `path` when the block ends."""
+    """Opens a figure of `width` x `height` inches, and writes it to `path` when the block ends."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -50,10 +50,10 @@ def figure_at(path: str | Path, width: float, height: float) -> Iterator[Figure]
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)  # Agg, as for every PNG
+        figure.savefig(path, dpi=150)
 
 
-def shades(count: int) -> list:
+def blue_shades(count: int) -> list:
     """`count` blues from light to dark; a single one is the colour of routed policies."""
     from matplotlib import colormaps
 

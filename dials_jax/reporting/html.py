@@ -1,4 +1,4 @@
-"""The parts of a report's page: one HTML file with embedded images, every text escaped."""
+"""Makes the parts of a report's page: one HTML file with embedded images; all text is escaped."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 
-def render(title: str, sections: Mapping[str, str]) -> str:
-    """The whole page; sections without content are left out."""
+def render_page(title: str, sections: Mapping[str, str]) -> str:
+    """Makes the whole page; sections without content are left out."""
     body = "".join(f"<h2>{escape(name)}</h2>\n{html}\n" for name, html in sections.items() if html)
     return PAGE.format(title=escape(title), style=CSS, body=body)
 
 
-def facts(values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Names and values as texts for people."""
+def describe_values(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Turns names and values into readable text."""
 
     def text(name: str, value: Any) -> str:
         if isinstance(value, Mapping):
@@ -28,48 +28,49 @@ def facts(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(name.replace("_", " "), text(name, value)) for name, value in values.items()]
 
 
-def pairs(values: Iterable[tuple[str, str]], style: str = "") -> str:
-    """Names with their values or explanations."""
+def definition_list(values: Iterable[tuple[str, str]], style: str = "") -> str:
+    """A list of names with their values or explanations."""
     items = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>\n" for name, text in values)
     return f'<dl class="{style}">{items}</dl>' if items else ""
 
 
-def blocks(values: Mapping[str, str], style: str = "") -> str:
-    """Names with HTML that functions of this module made."""
+def html_definition_list(values: Mapping[str, str], style: str = "") -> str:
+    """A list of names with HTML from functions of this module."""
     items = "".join(f"<dt>{escape(name)}</dt><dd>{html}</dd>" for name, html in values.items())
     return f'<dl class="{style}">{items}</dl>'
 
 
-def text(content: Any) -> str:
-    """A text with its line breaks and spaces."""
+def preformatted(content: Any) -> str:
+    """A text that keeps its line breaks and spaces."""
     return f"<pre>{escape(str(content))}</pre>"
 
 
 def table(columns: Iterable[str], rows: Iterable[str]) -> str:
-    """`rows` are made by `row` and `group`. The first column is text, the others are numbers."""
+    """A table of rows made by `table_row` and `table_heading`; the first column is text, the others
+    are numbers."""
     head = "".join(f"<th>{escape(name)}</th>" for name in columns)
     inner = f"<thead><tr>{head}</tr></thead>\n<tbody>{''.join(rows)}</tbody>"
     return f'<div class="scroll"><table>{inner}</table></div>'
 
 
-def row(cells: Sequence[str], color: str = "") -> str:
-    """One line of a table; the colour marks its edge."""
+def table_row(cells: Sequence[str], color: str = "") -> str:
+    """A row of a table; the colour marks its left edge."""
     style = f' style="--kind: {color}"' if color else ""
     return f"<tr{style}>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
 
 
-def group(title: str, note: str, num_columns: int) -> str:
-    """A line that heads those below it."""
+def table_heading(title: str, note: str, num_columns: int) -> str:
+    """A row that is a heading for the rows below it."""
     heading = f"{escape(title)} <small>{escape(note)}</small>"
     return f'<tr class="task"><th colspan="{num_columns}">{heading}</th></tr>'
 
 
-def figures(captions: Mapping[Path, str]) -> str:
-    """Images with one sentence each on how to read them."""
-    return "".join(_figure(path, caption) for path, caption in captions.items())
+def images(captions: Mapping[Path, str]) -> str:
+    """Embedded images with their captions."""
+    return "".join(_embed_image(path, caption) for path, caption in captions.items())
 
 
-def _figure(path: Path, caption: str) -> str:
+def _embed_image(path: Path, caption: str) -> str:
     image = base64.b64encode(path.read_bytes()).decode()
     return (
         f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{image}">'
@@ -77,8 +78,8 @@ def _figure(path: Path, caption: str) -> str:
     )
 
 
-def folds(items: Iterable[tuple[str, str]]) -> str:
-    """Titles with content that opens on a click. The first is open, as an example."""
+def collapsible_sections(items: Iterable[tuple[str, str]]) -> str:
+    """Titles whose content opens on a click. The first one is open."""
     return "\n".join(
         f"<details{'' if i else ' open'}><summary>{escape(title)}</summary>{html}</details>"
         for i, (title, html) in enumerate(items)

@@ -1,30 +1,38 @@
-"""A report as plain values, and how it becomes files: JSON, CSV, plots and a page of HTML.
+"""A report as plain values, and its files: JSON, CSV, plots and an HTML page.
 
-Sweeps and studies report alike: they make a `Report`, and `publish` writes it.
+Sweeps and studies both make a `Report`, and `publish` writes it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import csv
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
-from dials_jax.files import write_json
+from dials_jax.files import finite, write_json
 from dials_jax.reporting import html
-from dials_jax.reporting.environment import write_csv
+
+LONGEST_STEM = 120  # characters of a file name before its ending; file systems allow 255
 
 
 class Table(NamedTuple):
-    """Cells for a terminal and for a page; the first column is text, the others are numbers."""
+    """A table for terminal and page; the first column is text, the others are numbers."""
 
     header: Sequence[str]
     lines: Sequence[Sequence[str]]
-    groups: Mapping[int, tuple[str, str]] = {}  # heading, and a note, above the line of a number
-    colors: Sequence[str] = ()  # of each line's edge on the page
+    headings: Mapping[int, tuple[str, str]] = {}  # title and note, by index of the line below
+    colors: Sequence[str] = ()  # of the edge of each line, on the page
 
     def text(self, ends: int | None = None) -> str:
-        """Aligned columns. `ends`: at most this many lines of each end."""
+        """Aligns the columns.
+
+        Args:
+          ends: show at most this many lines from the top and from the bottom; None: all.
+        """
         lines = self.lines
         if ends is not None and len(lines) > 2 * ends:
             lines = [*lines[:ends], *lines[-ends:]]
@@ -37,11 +45,12 @@ class Table(NamedTuple):
         return "\n".join(map(line, (self.header, *lines)))
 
     def html(self) -> str:
+        """The table of the page."""
         rows = []
         for number, cells in enumerate(self.lines):
-            if number in self.groups:
-                rows.append(html.group(*self.groups[number], len(self.header)))
-            rows.append(html.row(cells, self.colors[number] if self.colors else ""))
+            if number in self.headings:
+                rows.append(html.table_heading(*self.headings[number], len(self.header)))
+            rows.append(html.table_row(cells, self.colors[number] if self.colors else ""))
         return html.table(self.header, rows)
 
 
@@ -50,7 +59,7 @@ class Figure(NamedTuple):
 
     name: str  # of its PNG file, without the ending
     caption: str  # how to read it
-    plot: Callable[..., Path]  # takes the data and `path`, the file that it writes
+    plot: Callable[..., Path]  # draws `data` into the file `path`
     data: Mapping[str, Any]  # the other arguments of `plot`
 
     def draw(self, folder: Path) -> Path:
@@ -59,7 +68,7 @@ class Figure(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What was found.
+    """What a sweep or a study found.
 
     The page shows, in this order: `above`, the tables, the legend, the figures, `below`.
     """
@@ -71,7 +80,7 @@ class Report:
     tables: Mapping[str, Table]  # by heading
     legend: Sequence[tuple[str, str]]  # names in the tables, and what they mean
     figures: Sequence[Figure]
-    text: str  # what a terminal gets
+    text: str  # for a terminal
     above: Mapping[str, str]  # sections of HTML, by heading
     below: Mapping[str, str]
 
@@ -79,7 +88,7 @@ class Report:
 def publish(report: Report, workdir: Path) -> None:
     """Writes results.json, results.csv, plots/*.png and report.html.
 
-    The numbers are on disk before anything is drawn.
+    The numbers are written before anything is drawn.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     write_json(workdir / "results.json", report.results)
@@ -91,11 +100,37 @@ def publish(report: Report, workdir: Path) -> None:
 
 
 def draw_figures(figures: Sequence[Figure], folder: Path) -> dict[Path, str]:
-    """The file of each figure, and its caption."""
+    """Draws the figures; returns the caption of each file."""
     return {figure.draw(folder): figure.caption for figure in figures}
 
 
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes unrounded values; None, NaN and infinity become empty cells.
+
+    Text that a spreadsheet would run as a formula gets an apostrophe in front.
+    """
+    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({name: _cell(value) for name, value in finite(dict(row)).items()})
+
+
+def _cell(value: Any) -> Any:
+    formula = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r"))
+    return f"'{value}" if formula else value
+
+
+def file_name(text: str) -> str:
+    """Makes a file name of any text: quotes special characters, and cuts and hashes long text."""
+    quoted = quote(text, safe=",")
+    if len(quoted) <= LONGEST_STEM:
+        return quoted
+    return f"{quoted[:LONGEST_STEM]}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
 def as_dicts(rows: Sequence[Any]) -> list[dict[str, Any]]:
+    """Turns dataclasses into rows of results.json and results.csv."""
     return [asdict(row) for row in rows]
 
 
@@ -103,8 +138,8 @@ def _page(report: Report, captions: Mapping[Path, str]) -> str:
     sections = {
         **report.above,
         **{heading: table.html() for heading, table in report.tables.items()},
-        "How to read the tables": html.pairs(report.legend),
-        "Plots": html.figures(captions),
+        "How to read the tables": html.definition_list(report.legend),
+        "Plots": html.images(captions),
         **report.below,
     }
-    return html.render(report.title, sections)
+    return html.render_page(report.title, sections)

@@ -1,6 +1,6 @@
-"""The figures of an evaluation sweep, as PNG files.
+"""Draws the figures of an evaluation sweep as PNG files.
 
-Every function takes plain data and the path of the file it writes, and returns that path.
+Every function takes plain data and the path of the file to write, and returns that path.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float
 
 from dials_jax.errors import require
-from dials_jax.reporting.figure import GREY, figure_at, kind_color, shades
+from dials_jax.reporting.figure import GREY, blue_shades, figure_at, kind_color
 
 if TYPE_CHECKING:  # matplotlib is optional
     from matplotlib.axes import Axes
@@ -26,7 +26,7 @@ class Point:
     """One policy in a trade-off panel."""
 
     kind: str  # of the policy: full, static, random, routed or another
-    label: str  # written next to the point: its lambda or k
+    label: str  # lambda or k, written next to the point
     share: float  # of layers run
     value: float
     low: float  # ends of the error bar
@@ -45,7 +45,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Line:
-    """One policy against mask ratio."""
+    """The layers that one policy executes, by mask ratio."""
 
     kind: str
     label: str
@@ -56,7 +56,7 @@ class Line:
 
 
 def tradeoff_curve(panels: Sequence[Panel], path: str | Path) -> Path:
-    """Quality against the share of layers run: one panel per task, one line per kind of policy."""
+    """Draws quality against layers run: a panel per task, a line per kind of policy."""
     require(len(panels) > 0, "tradeoff_curve: no panels; give at least one task")
     columns = min(2, len(panels))
     rows = math.ceil(len(panels) / columns)
@@ -109,10 +109,13 @@ def _tradeoff_panel(ax: Axes, panel: Panel) -> None:
 
 
 def _label_point(ax: Axes, point: Point, lower_is_better: bool, high: int) -> None:
-    """Beside the curve: it rises to the right where higher is better, and falls where lower is.
+    """Writes a label beside the curve, which rises to the right if higher is better.
 
-    Routers come above, static skips below: their curves may be close. Policies of one kind lie
-    close together, so every other label of a router or of another kind is put higher.
+    Labels of routers are above, those of static skips below, because the two curves may be close.
+    Policies of one kind lie close together, so every second label of a router is higher.
+
+    Args:
+      high: 1 for a label that is higher than its neighbours, else 0.
     """
     from matplotlib.patheffects import withStroke
 
@@ -141,20 +144,24 @@ def _label_point(ax: Axes, point: Point, lower_is_better: bool, high: int) -> No
 def execution_heatmap(
     labels: Sequence[str], shares: Float[np.ndarray, "P L"], path: str | Path, title: str = ""
 ) -> Path:
-    """How often each of P policies executes each of L layers: shares of 0 to 1, NaN if unknown."""
+    """Draws how often each of P policies executes each of L layers.
+
+    Args:
+      shares: from 0 to 1; NaN if unknown.
+    """
     require(len(labels) > 0, "execution_heatmap: no policies; give at least one")
     values = np.asarray(shares, dtype=float)
     num_policies, num_layers = values.shape
-    written = num_layers <= 16 and values.size <= 200
-    width = max(5.0, 2.0 + (0.5 if written else 0.3) * num_layers)
+    show_numbers = num_layers <= 16 and values.size <= 200
+    width = max(5.0, 2.0 + (0.5 if show_numbers else 0.3) * num_layers)
     with figure_at(path, width, 1.4 + 0.32 * num_policies) as figure:
         ax = figure.subplots()
         image = ax.pcolormesh(values, cmap="Blues", vmin=0, vmax=1, edgecolors="white", linewidth=1)
-        if written:
-            for (row, layer), value in np.ndenumerate(values):
+        if show_numbers:
+            for (policy, layer), value in np.ndenumerate(values):
                 ax.text(
                     layer + 0.5,
-                    row + 0.5,
+                    policy + 0.5,
                     _share_text(value),
                     ha="center",
                     va="center",
@@ -177,22 +184,22 @@ def execution_heatmap(
 
 
 def _share_text(value: float) -> str:
-    """Two digits without the leading zero; 1 and 0 only where they are exact."""
+    """Writes a share with two digits and no leading zero; 1 and 0 only if exact."""
     if not 0 < value < 1:
         return "" if math.isnan(value) else f"{value:g}"
     return f"{min(max(value, 0.01), 0.99):.2f}".removeprefix("0")
 
 
 def executed_by_mask_ratio(lines: Sequence[Line], path: str | Path, title: str = "") -> Path:
-    """Share of layers executed against mask ratio; static and random are thin, as references.
+    """Draws the share of layers executed against the mask ratio.
 
-    Bins in which nothing ran are left out and lines join the others, because a short answer leaves
-    bins empty. Denoising moves from right (all masked) to left.
+    Lines of static and random policies are thin, as references. Denoising moves from right (all
+    masked) to left. Bins in which nothing ran are left out, because short answers leave bins empty.
     """
     require(len(lines) > 0, "executed_by_mask_ratio: no lines; give at least one policy")
     compared = [line for line in lines if line.kind not in ("random", "static")]
-    blues = iter(shades(sum(line.kind == "routed" for line in compared)))
-    # Static goes on top, in dashes: at equal k it coincides with random.
+    blues = iter(blue_shades(sum(line.kind == "routed" for line in compared)))
+    # Static lines are on top, dashed: at equal k they coincide with random ones.
     references = [line for kind in ("random", "static") for line in lines if line.kind == kind]
     with figure_at(path, 6.6, 3.8) as figure:
         ax = figure.subplots()
@@ -224,14 +231,14 @@ def executed_by_mask_ratio(lines: Sequence[Line], path: str | Path, title: str =
 
 
 def _filled_bins(line: Line) -> tuple[np.ndarray, np.ndarray]:
-    """Centres and shares of the bins in which something ran."""
+    """The centres and shares of the bins in which something ran."""
     shares = np.array(line.shares)
     filled = np.isfinite(shares)
     return ((np.arange(len(shares)) + 0.5) / len(shares))[filled], shares[filled]
 
 
 def _label_ends(ax: Axes, lines: Sequence[Line]) -> None:
-    """Writes each label once at the right edge: static and random coincide at equal k."""
+    """Writes each label once at the right edge, because static and random coincide at equal k."""
     ends = {}
     for line in lines:
         _, shares = _filled_bins(line)

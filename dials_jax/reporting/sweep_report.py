@@ -12,8 +12,7 @@ from jaxtyping import Float
 
 from dials_jax.files import write_json
 from dials_jax.reporting import html, sweep_plots
-from dials_jax.reporting.environment import file_name
-from dials_jax.reporting.publish import Figure, Report, publish
+from dials_jax.reporting.publish import Figure, Report, file_name, publish
 from dials_jax.reporting.sweep_table import (
     ACCURACIES,
     SWEEP_LEGEND,
@@ -65,7 +64,7 @@ def sweep_report(results: Mapping[str, Any], rows: Sequence[SweepRow]) -> Report
     """Makes the report of what a sweep has found so far; `rows` are those of the results."""
     environment = dict(results["environment"])
     command = environment.pop("command", "")
-    facts = html.facts(results["model"]) + html.facts(environment)
+    facts = html.describe_values(results["model"]) + html.describe_values(environment)
     return Report(
         title=f"Layer skipping on {Path(results['model'].get('path', 'a model')).name}",
         results=results,
@@ -75,10 +74,10 @@ def sweep_report(results: Mapping[str, Any], rows: Sequence[SweepRow]) -> Report
         legend=SWEEP_LEGEND,
         figures=_figures(results["runs"], rows) if rows else [],
         text=format_table(rows),
-        above={"Model and environment": html.pairs(facts, "facts")},
+        above={"Model and environment": html.definition_list(facts, "facts")},
         below={
             "Example generations": _examples_html(results["runs"]),
-            "Reproduce": html.text(command),
+            "Reproduce": html.preformatted(command),
         },
     )
 
@@ -155,7 +154,7 @@ def _divide(executed: np.ndarray, calls: np.ndarray | np.integer) -> np.ndarray:
 
 def _examples_html(runs: Sequence[Mapping]) -> str:
     shown = [run for run in runs if run.get("examples")]
-    return html.folds(
+    return html.collapsible_sections(
         (
             f"{run['task']}: {run['policy']['label']}",
             "".join(map(_example_html, run["examples"][:SHOWN_EXAMPLES])),
@@ -166,5 +165,5 @@ def _examples_html(runs: Sequence[Mapping]) -> str:
 
 def _example_html(example: Mapping[str, Any]) -> str:
     verdict = "correct" if example["correct"] else "wrong"
-    texts = {name: html.text(example[name]) for name in ("prompt", "output", "reference")}
-    return html.blocks(texts | {"verdict": verdict}, verdict)
+    texts = {name: html.preformatted(example[name]) for name in ("prompt", "output", "reference")}
+    return html.html_definition_list(texts | {"verdict": verdict}, verdict)

@@ -268,6 +268,6 @@ def page_table(rows: Sequence[SweepRow]) -> Table:
     return Table(
         tuple(columns),
         [[text(row) for text in columns.values()] for row in rows],
-        groups={i: (rows[i].task, _describe_task(rows[i])) for i in starts},
+        headings={i: (rows[i].task, _describe_task(rows[i])) for i in starts},
         colors=[kind_color(row.kind) for row in rows],
     )

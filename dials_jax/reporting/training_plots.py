@@ -1,4 +1,4 @@
-"""The figure of training runs, from their metrics.jsonl."""
+"""Draws the metrics of training runs, from their metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -13,24 +13,27 @@ from jaxtyping import Float
 
 from dials_jax.errors import require
 from dials_jax.files import json_lines, named
-from dials_jax.reporting.figure import figure_at, shades
+from dials_jax.reporting.figure import blue_shades, figure_at
 
 if TYPE_CHECKING:  # matplotlib is optional
     from matplotlib.axes import Axes
 
 log = logging.getLogger(__name__)
 
-MOST_POINTS = 2000  # a figure has fewer pixels; the cost of smoothing grows with its square
+MAX_POINTS = 2000  # more than the pixels of a figure; smoothing costs its square
 
 
 def training_curves(metrics: str | Path | Sequence[str | Path], path: str | Path) -> Path:
-    """Loss, and skip rate where there is one, against step: smoothed over the faint raw values.
+    """Draws the loss, and the skip rate of routers, against the step.
 
-    A long run is drawn with at most `MOST_POINTS` points: means of neighbours, and the range of
-    the raw values. A line that is not the record of a step is left out, with a warning.
+    Smoothed lines lie over the faint raw values. A long run is drawn with at most `MAX_POINTS`
+    points: means of neighbours, and the range of the raw values. A line of a file that is not the
+    record of a step is left out, with a warning.
 
     Args:
-      metrics: one `metrics.jsonl` or several; several are named by their folders.
+      metrics: one `metrics.jsonl`, or several, which are named by their folders.
+      path: of the PNG file to write.
+    Returns: the path.
     Raises: InputError if a file is missing or logs no loss.
     """
     files = [Path(m) for m in ([metrics] if isinstance(metrics, str | Path) else metrics)]
@@ -51,14 +54,14 @@ def training_curves(metrics: str | Path | Sequence[str | Path], path: str | Path
 
 def _training_panel(ax: Axes, runs: Mapping[Path, list[dict]], name: str) -> None:
     raw = []
-    for (file, records), color in zip(runs.items(), shades(len(runs)), strict=True):
+    for (file, records), color in zip(runs.items(), blue_shades(len(runs)), strict=True):
         points = [(r["step"], r[name]) for r in records if _is_finite(r.get(name))]
         if points:
-            steps, means, spread = _thinned(*np.array(points, dtype=float).T)
+            steps, means, spread = _thin_out(*np.array(points, dtype=float).T)
             smooth = _smooth(means)
             ax.plot(steps, smooth, color=color, linewidth=2, label=file.parent.name)
             raw.append((*spread, color))
-    # The smoothed lines set the frame: a loss weighted by 1 / p has spikes that would flatten it.
+    # The smoothed lines set the range: a loss weighted by 1 / p has spikes that would flatten them.
     ax.margins(y=0.25)
     ax.autoscale_view()
     ax.set_ylim(bottom=max(0, ax.get_ylim()[0]))  # neither is ever negative
@@ -67,18 +70,18 @@ def _training_panel(ax: Axes, runs: Mapping[Path, list[dict]], name: str) -> Non
         ax.plot(steps, values, color=color, linewidth=0.8, alpha=0.25, zorder=1)
 
 
-def _thinned(
+def _thin_out(
     steps: Float[np.ndarray, "n"], values: Float[np.ndarray, "n"]
 ) -> tuple[
     Float[np.ndarray, "m"],
     Float[np.ndarray, "m"],
     tuple[Float[np.ndarray, "k"], Float[np.ndarray, "k"]],
 ]:
-    """At most `MOST_POINTS` points of a line, each the mean of equally many neighbours.
+    """Reduces a line to at most `MAX_POINTS` points, each the mean of a group of neighbours.
 
     Returns: their steps and values, and a line through the least and greatest value of each group.
     """
-    size = -(-len(values) // MOST_POINTS)
+    size = -(-len(values) // MAX_POINTS)
     if size == 1:
         return steps, values, (steps, values)
     starts = np.arange(0, len(values), size)
@@ -89,19 +92,19 @@ def _thinned(
 
 
 def _is_finite(value: Any) -> bool:
-    """Whether it is a number that a float can hold; JSON allows others."""
+    """Whether this is a number that fits a float; JSON allows others."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return is_number and abs(value) <= sys.float_info.max
 
 
 def _smooth(values: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
-    """Centred Hann-weighted mean over a twentieth of the run, over less at its ends."""
+    """Smooths by a centred Hann-weighted mean over a twentieth of the run, less at its ends."""
     window = np.hanning(2 * (len(values) // 40) + 3)[1:-1]
     return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
 
 
 def _read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The records of one metrics.jsonl that hold a loss, one per step, in order of steps."""
+    """Reads the records of a metrics.jsonl that have a loss, one per step, in order of steps."""
     require(file.is_file(), f"{file} is missing; give the metrics.jsonl of a training run")
     by_step, odd = {}, []  # a run that was resumed may repeat steps
     for number, _, record in json_lines(file):

@@ -1,10 +1,10 @@
-"""How far a light model is from the heavy one at each noise level (Sedykh et al., section 4.1).
+"""Measures how far light models are from the heavy one at each noise level (Sedykh, section 4.1).
 
-What a light step loses can be measured without sampling. Under the linear schedule equal parts of
-the time axis reveal equally many tokens. So for long sequences a schedule's loss in likelihood
-bound is the integral of the difference in cross-entropy over the times of its light steps. The
-divergence of its samples from the heavy model's is bounded by the integral of KL(heavy || light),
-assuming that partially generated text is distributed like masked real text.
+What a light step loses can be measured without sampling. Under the linear schedule, equal parts of
+the time axis reveal equal numbers of tokens. For long sequences, a model schedule therefore loses
+the integral of the difference in cross-entropy, over the times of its light steps, in likelihood
+bound. The divergence of its samples from the heavy model's is bounded by the integral of
+KL(heavy || light), assuming that partially generated text is distributed like masked real text.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from dials_jax.keys import fold_in_each, seed_key
 from dials_jax.models import transformer
 from dials_jax.models.model import Model
 
-POSITIONS_AT_ONCE = 64  # bounds the memory that the models' logits take
+POSITION_CHUNK = 64  # positions whose logits, of all models, are in memory at a time
 
 
 class Divergence(NamedTuple):
-    """A model against the heavy one on the same masked sequences; NaN where nothing was masked."""
+    """Compares a model with the heavy one, per masked sequence; NaN where nothing was masked."""
 
     loss_gap: Float[np.ndarray, "N"]  # cross-entropy - the heavy model's; nats per masked token
     kl: Float[np.ndarray, "N"]  # KL(heavy || model); nats per masked token
@@ -48,12 +48,13 @@ def divergences(
 ) -> dict[str, Divergence]:
     """Compares models on sequences masked with probability `time`: Sedykh (5), (6) and (7).
 
-    The masks depend only on the seed, the time and the sequence's number. All models share them.
+    All models get the same masks, which depend only on the seed, the time and the index of the
+    sequence.
 
     Raises: InputError for models of different vocabularies, or whose outputs are NaN or infinite.
     """
     check_family(heavy.config, {letter: other.config for letter, other in others.items()})
-    # Keys fold the time itself, so that a finer grid keeps what was measured on a coarser one.
+    # Keys fold the time itself, so that a finer grid of times repeats those of a coarser one.
     time_key = jax.random.fold_in(seed_key(seed), round(time * 1e6))
     keys = fold_in_each(time_key, np.arange(len(tokens)))
     params = tuple(other.params for other in others.values())
@@ -100,7 +101,11 @@ def compare_program(
     cfg: ModelConfig,
     other_cfgs: tuple[ModelConfig, ...],
 ) -> tuple[tuple[tuple[Float[Array, "B"], Float[Array, "B"]], ...], Int[Array, "B"]]:
-    """Means over the masked tokens of each sequence, 0 without any, and how many were masked."""
+    """Masks sequences and runs all models on them.
+
+    Returns: for each other model the difference in cross-entropy and KL(heavy || other), as means
+      over the masked tokens of each sequence (0 without any); and the numbers of masked tokens.
+    """
     noise = jax.vmap(lambda key: jax.random.uniform(key, tokens.shape[1:]))(keys)
     masked = noise < time
     noisy = jnp.where(masked, cfg.mask_id, tokens)
@@ -108,22 +113,22 @@ def compare_program(
     models = ((cfg, params), *zip(other_cfgs, other_params, strict=True))
     # By default an accelerator multiplies float32 in lower precision.
     with jax.default_matmul_precision("highest"):
-        streams = [_stream(*model, noisy, times) for model in models]
+        hidden = [_hidden_states(*model, noisy, times) for model in models]
 
-        def compare(streams, tokens, noisy):
+        def compare(hidden, tokens, noisy):
             first, *rest = [
                 subs_log_probs(transformer.head_logits(*model, h, times), noisy, cfg.mask_id)
-                for model, h in zip(models, streams, strict=True)
+                for model, h in zip(models, hidden, strict=True)
             ]
             return [_gap_and_kl(first, other, tokens) for other in rest]
 
-        sums = map_position_chunks(compare, POSITIONS_AT_ONCE, streams, tokens, noisy)
+        sums = map_position_chunks(compare, POSITION_CHUNK, hidden, tokens, noisy)
     count = jnp.sum(masked, axis=1)
     means = jax.tree.map(lambda x: jnp.sum(x, axis=1) / jnp.maximum(count, 1), sums)
     return tuple(means), count
 
 
-def _stream(cfg, params, noisy, times) -> Float[Array, "B T D"]:
+def _hidden_states(cfg, params, noisy, times) -> Float[Array, "B T D"]:
     h = transformer.run_layers(cfg, params, noisy, None, time=times).h
     return transformer.shift_to_predicted(cfg, h)
 
@@ -131,7 +136,11 @@ def _stream(cfg, params, noisy, times) -> Float[Array, "B T D"]:
 def _gap_and_kl(
     heavy: Float[Array, "B T V"], other: Float[Array, "B T V"], tokens: Int[Array, "B T"]
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """Difference in cross-entropy, and KL(heavy || other); 0 where a token is not masked."""
+    """Difference in cross-entropy, and KL(heavy || other), per token; 0 where it is not masked.
+
+    Args:
+      heavy, other: log-probabilities.
+    """
     difference = heavy - other
     gap = jnp.take_along_axis(difference, tokens[..., None], axis=-1)[..., 0]
     return gap, jnp.sum(jnp.exp(heavy) * difference, axis=-1)
@@ -141,7 +150,7 @@ def _gap_and_kl(
 
 
 class Curve(NamedTuple):
-    """A mean over sequences at each time and its 95 % interval."""
+    """The mean over sequences at each time, and its 95 % interval."""
 
     times: Float[np.ndarray, "S"]
     value: Float[np.ndarray, "S"]
@@ -150,12 +159,16 @@ class Curve(NamedTuple):
 
 
 def compute_curve(times: Sequence[float], values: Sequence[Float[np.ndarray, "N"]]) -> Curve:
-    """One point for each time; NaN marks sequences without a masked token, which are left out."""
+    """Computes the mean and its interval per time.
+
+    Args:
+      values: per time, one value per sequence; NaN without a masked token, and then left out.
+    """
     import scipy.stats
 
     points = []
-    for row in values:
-        finite = np.asarray(row, np.float64)
+    for of_sequences in values:
+        finite = np.asarray(of_sequences, np.float64)
         finite = finite[np.isfinite(finite)]
         require(len(finite) > 1, "a time left fewer than two sequences masked; add sequences")
         half = scipy.stats.t.ppf(0.975, len(finite) - 1) * scipy.stats.sem(finite)
@@ -166,14 +179,14 @@ def compute_curve(times: Sequence[float], values: Sequence[Float[np.ndarray, "N"
 def compute_curves(
     times: Sequence[float], measured: Mapping[str, Sequence[Divergence]], second_heavy: str = ""
 ) -> dict[str, dict[str, Curve]]:
-    """Quantity -> letter -> curve.
+    """Computes the curves of all quantities: quantity -> letter of the model -> curve.
 
     Quantities: "loss" (Sedykh (6), the mean absolute difference), "gap" (the same with its sign),
-    "kl" (Sedykh (7)), and with a second heavy model "relative_kl": KL less that model's,
+    "kl" (Sedykh (7)), and with a second heavy model "relative_kl": KL minus the KL of that model,
     sequence by sequence.
     """
 
-    def all_of(value, letters) -> dict[str, Any]:
+    def curves_of(value, letters) -> dict[str, Any]:
         return {
             letter: compute_curve(times, [value(letter, i) for i in range(len(times))])
             for letter in letters
@@ -181,11 +194,11 @@ def compute_curves(
 
     light = [letter for letter in measured if letter != second_heavy]
     found = {
-        "loss": all_of(lambda letter, i: np.abs(measured[letter][i].loss_gap), measured),
-        "gap": all_of(lambda letter, i: measured[letter][i].loss_gap, measured),
-        "kl": all_of(lambda letter, i: measured[letter][i].kl, measured),
+        "loss": curves_of(lambda letter, i: np.abs(measured[letter][i].loss_gap), measured),
+        "gap": curves_of(lambda letter, i: measured[letter][i].loss_gap, measured),
+        "kl": curves_of(lambda letter, i: measured[letter][i].kl, measured),
     }
     if second_heavy:
         base = [divergence.kl for divergence in measured[second_heavy]]
-        found["relative_kl"] = all_of(lambda letter, i: measured[letter][i].kl - base[i], light)
+        found["relative_kl"] = curves_of(lambda letter, i: measured[letter][i].kl - base[i], light)
     return found

@@ -1,4 +1,4 @@
-"""What one study reads from the workdir of another that has ended."""
+"""Reads what one study needs from the workdir of another, finished one."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from dials_jax.studies.placements import Placements
 from dials_jax.studies.samples import check_batch_record, group_by_schedule
 
 RERUN = "run that study again: it writes its results again from its records"
-HARMS = ("gap", "kl", "relative_kl")  # curves of an importance study that predict harm
+HARM_CURVES = ("gap", "kl", "relative_kl")  # curves of an importance study that predict harm
 
 
 def placements_of(cfg: SearchStudy) -> Placements:
-    """All placements of the search's light segments."""
+    """All placements of a search's light segments."""
     return Placements(cfg.num_segments, cfg.num_light)
 
 
@@ -41,7 +41,7 @@ def coarse_schedules(cfg: SearchStudy) -> list[Schedule]:
 def read_harms(
     workdir: str | Path, letter: str, num_segments: int
 ) -> dict[str, Float[np.ndarray, "n"]]:
-    """The importance of each segment by each curve that an importance study holds of a model.
+    """Reads an importance study: per curve of one model, the predicted harm of each segment.
 
     Raises: InputError for a workdir without such a study, or a model that it did not measure.
     """
@@ -53,7 +53,7 @@ def read_harms(
     )
     found = {}
     with sound(path, RERUN):
-        for name in HARMS:
+        for name in HARM_CURVES:
             by_letter = results["curves"].get(name, {})
             require(
                 not by_letter or letter in by_letter,
@@ -68,9 +68,9 @@ def read_harms(
 
 
 def read_search(workdir: str | Path) -> tuple[SearchStudy, Float[np.ndarray, "S N"]]:
-    """A finished search and the values of its schedules, in the order of their placements.
+    """Reads a finished search: its settings, and the values of its schedules by placement.
 
-    Raises: InputError for a workdir without a search, or with one that has not ended.
+    Raises: InputError for a workdir without a search, or with an unfinished one.
     """
     path = Path(workdir) / "results.json"
     results = read_json(path)

@@ -1,4 +1,4 @@
-"""How far models are from a heavy one at each noise level, and what schedules would lose by it."""
+"""The study of importance: how far models are from a heavy one at each noise level."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ IMPORTANCE_LEGEND = (
     ("loss", "Mean absolute difference in cross-entropy to the heavy model, nats: Sedykh (6)."),
     ("gap", "Cross-entropy above the heavy model's, nats: below 0 the model is the better one."),
     ("kl", "KL divergence of the model from the heavy one, nats: Sedykh (7)."),
-    ("relative_kl", "The same, less that of a second heavy model, sequence by sequence."),
+    ("relative_kl", "The same, minus that of a second heavy model, sequence by sequence."),
     ("what schedules would lose", "Integrals over the steps that they give to other models, nats "
      "per token, on masked text. That later steps build on a light model's tokens is left out."),
 )  # fmt: skip
 
 
 def run_importance(cfg: ImportanceStudy, workdir: Path) -> Report:
-    """Sedykh, figures 5 and 6, and what schedules would lose by them."""
+    """Measures the curves of Sedykh, Figures 5 and 6, and predicts what schedules would lose."""
     from tqdm import tqdm
 
     schedules = [Schedule.parse(text) for text in cfg.schedules]
@@ -63,10 +63,10 @@ def run_importance(cfg: ImportanceStudy, workdir: Path) -> Report:
     quiet = not sys.stderr.isatty()
     for time in tqdm([t for t in cfg.times if t not in done], unit="time", disable=quiet):
         found = divergences(heavy, models, tokens, time, seed=cfg.seed, batch_size=cfg.batch_size)
-        records.add({"time": time, "models": {k: _plain(v) for k, v in found.items()}})
+        records.add({"time": time, "models": {k: _to_lists(v) for k, v in found.items()}})
     measured_at = {record["time"]: record["models"] for record in records.all}
     by_letter = {
-        letter: [_divergence(measured_at[t][letter]) for t in cfg.times] for letter in models
+        letter: [_from_lists(measured_at[t][letter]) for t in cfg.times] for letter in models
     }
     results = {
         "kind": type(cfg).__name__,
@@ -95,7 +95,7 @@ def run_importance(cfg: ImportanceStudy, workdir: Path) -> Report:
 
 
 def clean_sequences(cfg: ImportanceStudy, heavy: Model) -> tuple[Int[np.ndarray, "N T"], str]:
-    """Sequences of the data, chosen by the seed, and the data's fingerprint."""
+    """Draws sequences of the data by the seed; also returns the data's fingerprint."""
     data, _ = load_training_data(cfg.data, heavy.config, heavy.path)
     require(
         data.num_rows >= cfg.num_sequences,
@@ -113,7 +113,10 @@ def clean_sequences(cfg: ImportanceStudy, heavy: Model) -> tuple[Int[np.ndarray,
 
 
 def _check_time(record: Any, letters: set[str]) -> None:
-    """Raises: ValueError, TypeError or KeyError if this is not the record of a noise level."""
+    """Checks the record of a noise level.
+
+    Raises: ValueError, TypeError or KeyError for anything else.
+    """
     require_numbers([record["time"]])
     if record["models"].keys() != letters:
         raise ValueError(f"models are {sorted(record['models'])}")
@@ -122,18 +125,19 @@ def _check_time(record: Any, letters: set[str]) -> None:
             require_numbers(found[name])
 
 
-def _plain(divergence: Divergence) -> dict[str, list[float]]:
+def _to_lists(divergence: Divergence) -> dict[str, list[float]]:
     return {name: np.asarray(x, float).tolist() for name, x in divergence._asdict().items()}
 
 
-def _divergence(plain: dict[str, list[float | None]]) -> Divergence:
-    return Divergence(**{name: np.array(values, float) for name, values in plain.items()})
+def _from_lists(stored: dict[str, list[float | None]]) -> Divergence:
+    return Divergence(**{name: np.array(values, float) for name, values in stored.items()})
 
 
 # --------------------------------------------------------------------------- tables and figures
 
 
 def curve_results(curves: Mapping[str, Mapping[str, Curve]]) -> dict[str, Any]:
+    """The curves as results.json holds them."""
     return {
         quantity: {
             letter: {name: x.tolist() for name, x in curve._asdict().items()}
@@ -144,7 +148,7 @@ def curve_results(curves: Mapping[str, Mapping[str, Curve]]) -> dict[str, Any]:
 
 
 def curve_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One row for each quantity, model and time."""
+    """The rows of results.csv: one per quantity, model and time."""
     return [
         {"quantity": quantity, "model": letter, "time": t, "value": value, "low": low, "high": high}
         for quantity, by_letter in results.items()
@@ -156,7 +160,7 @@ def curve_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def curve_table(results: Mapping[str, Any]) -> Table:
-    """One line for each quantity and model: the curve's ends and its peak."""
+    """Makes a table with a line per quantity and model: the curve's ends and its peak."""
     lines = []
     for quantity, by_letter in results.items():
         for letter, curve in by_letter.items():
@@ -175,7 +179,7 @@ def curve_table(results: Mapping[str, Any]) -> Table:
 
 
 def importance_figures(results: Mapping[str, Any], cfg: ImportanceStudy) -> list[Figure]:
-    """A figure for each quantity. Sources: Sedykh, figures 5 and 6."""
+    """One figure per quantity, as in Sedykh, Figures 5 and 6."""
     depths, figures = results["num_layers"], []
     for quantity, by_letter in results["curves"].items():
         data = {
@@ -192,7 +196,7 @@ def importance_figures(results: Mapping[str, Any], cfg: ImportanceStudy) -> list
 
 
 def _label(letter: str, cfg: ImportanceStudy, depths: Mapping[str, int]) -> str:
-    """Models of equal depth are told apart by the names of their folders."""
+    """Labels a model by its depth; models of equal depth also by the names of their folders."""
     paths = dict(cfg.models)
     label = f"{letter}: {depths[letter]} blocks"
     if letter == cfg.second_heavy:

@@ -1,4 +1,4 @@
-"""Measures schedules: draws unconditional samples and scores them, batch by batch."""
+"""Measures schedules: draws unconditional samples, and scores them batch by batch."""
 
 from __future__ import annotations
 
@@ -37,41 +37,43 @@ from dials_jax.studies.samples import (
 
 
 class ScoredSamples(NamedTuple):
-    """The samples of one schedule: their scores, and what drawing them cost."""
+    """The scores of the samples of one schedule, and what sampling cost."""
 
     scores: SampleScores
     entropy: Float[np.ndarray, "N"]  # nats
     seconds: float  # of sampling, without compilation
-    flops: float  # of sampling, everything counted
+    flops: float  # of sampling, the whole model counted
 
     def values(self, aggregate: Aggregate) -> Float[np.ndarray, "N"]:
-        """One number for each sample; their mean is the perplexity of the schedule."""
+        """One number per sample; their mean is the perplexity of the schedule."""
         return perplexities(self.scores, aggregate)
 
 
 class PerplexityRun:
-    """The samples, the scorer and the records of one study; `measure` brings them together."""
+    """The samples, the scorer and the records of one study; `measure` scores a schedule."""
 
     def __init__(self, cfg: SamplingStudy, schedules: Sequence[Schedule], workdir: str | Path):
         """Loads all models, or finds the samples of an earlier study.
 
-        Raises: InputError for schedules, models or samples that would stop the study before its
-          end, and for a workdir that holds another study.
+        Raises: InputError for schedules, models or samples that would stop the study half-way, and
+          for a workdir that holds another study.
         """
         check_schedules(cfg, schedules)
         self.cfg = cfg
         self.scorer = load(cfg.scorer, "float32", sharding.make_mesh(cfg.mesh))
         self.samples = StoredSource(cfg, schedules) if cfg.samples else SampledSource(cfg, workdir)
         self.first_model = next(iter(self.samples.facts.values()))
-        self.tokenizers = self._tokenizers()
-        self._check_scorer()
-        prints = {letter: facts["fingerprint"] for letter, facts in self.samples.facts.items()}
-        weights = {"models": prints, "scorer": self.scorer.fingerprint}
+        self.tokenizers = self._load_tokenizers()
+        self._check_scorer_fits()
+        fingerprints = {
+            letter: facts["fingerprint"] for letter, facts in self.samples.facts.items()
+        }
+        weights = {"models": fingerprints, "scorer": self.scorer.fingerprint}
         self.records = Records(workdir, identity(cfg, weights), check_batch_record)
         self._batches = group_by_schedule(self.records.all)
 
-    def _tokenizers(self) -> tuple[Tokenizer, Tokenizer] | None:
-        """Those of the samples and of the scorer; None where the scorer takes the samples' ids."""
+    def _load_tokenizers(self) -> tuple[Tokenizer, Tokenizer] | None:
+        """The tokenizers of samples and scorer; None if the scorer takes the samples' ids."""
         if self.cfg.retokenize == "never":
             return None
         theirs, drawn_with = load_tokenizer(self.scorer.path), self.first_model["tokenizer"]
@@ -86,7 +88,7 @@ class PerplexityRun:
         same = self.cfg.retokenize == "auto" and ours.fingerprint == theirs.fingerprint
         return None if same else (ours, theirs)
 
-    def _check_scorer(self) -> None:
+    def _check_scorer_fits(self) -> None:
         cfg, scorer = self.cfg, self.scorer.config
         length = cfg.score_length if self.tokenizers else min(cfg.length, cfg.score_length)
         check_scorer(scorer, length)
@@ -97,7 +99,7 @@ class PerplexityRun:
         )
 
     def describe(self) -> dict[str, Any]:
-        """The models and the environment that the results depend on."""
+        """Describes the models, the scorer and the environment, for the results."""
         return {
             "models": self.samples.facts,
             "scorer": model_facts(self.scorer),
@@ -106,14 +108,18 @@ class PerplexityRun:
 
     @property
     def depths(self) -> dict[str, int]:
-        """How many layers each model runs."""
+        """The number of layers that each model runs, by letter."""
         skipped = {x: len(policy.layers) for x, policy in static_policies(self.cfg).items()}
         return {x: f["num_layers"] - skipped.get(x, 0) for x, f in self.samples.facts.items()}
 
     def measure(
-        self, schedule: Schedule, progress: Callable[[int], Any] = lambda n: None
+        self, schedule: Schedule, on_progress: Callable[[int], Any] = lambda num_samples: None
     ) -> ScoredSamples:
-        """Scores the samples of a schedule; batches that the records hold are not scored again."""
+        """Scores the samples of a schedule, except batches that the records hold already.
+
+        Args:
+          on_progress: called with the number of samples that were scored.
+        """
         done = self._batches.setdefault(str(schedule), {})
         first = 0
         while first < self.cfg.num_samples:
@@ -125,12 +131,12 @@ class PerplexityRun:
                 found = {"nll": scores.nll.tolist(), "weight": scores.weight.tolist()}
                 done[first] = batch.record | found
                 self.records.add(done[first])
-                progress(len(batch.tokens))
+                on_progress(len(batch.tokens))
             first += len(done[first]["nll"])
         return join_batches(done)
 
     def _scorer_tokens(self, samples: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B S"]:
-        """The tokens that the scorer reads."""
+        """The samples as tokens of the scorer."""
         length = self.cfg.score_length
         if self.tokenizers is None:
             return samples[:, :length]
@@ -139,15 +145,15 @@ class PerplexityRun:
 
 
 def join_batches(batches: Batches) -> ScoredSamples:
-    """All batches of one schedule as one, in the order of their samples."""
+    """Joins the batches of one schedule, in the order of their samples."""
     records = [batches[first] for first in sorted(batches)]
 
-    def joined(name):
+    def join_values(name):
         return np.concatenate([record[name] for record in records]).astype(float)
 
     return ScoredSamples(
-        SampleScores(joined("nll"), joined("weight")),
-        joined("entropy"),
+        SampleScores(join_values("nll"), join_values("weight")),
+        join_values("entropy"),
         sum(record["seconds"] for record in records),
         sum(record["flops"] for record in records),
     )

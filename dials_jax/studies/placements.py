@@ -1,4 +1,4 @@
-"""The ways to place light segments in a trajectory: numbered, and built only when needed.
+"""Enumerates the ways to place light segments in a trajectory; each is built only when needed.
 
 Their number grows fast: 11 light segments of 22 have 705,432 placements, 15 of 30 have 155 million.
 """
@@ -16,8 +16,8 @@ from math import comb, fsum
 import numpy as np
 from jaxtyping import Bool, Float
 
-LISTED = 50_000  # up to this many placements are compared all at once
-PERMUTED = 10_000_000  # up to this many numbers are shuffled in memory
+MAX_SORTED = 50_000  # up to this many placements are sorted by cost in memory
+MAX_SHUFFLED = 10_000_000  # up to this many numbers are shuffled in memory
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,12 @@ class Placements:
     num_light: int
 
     @property
-    def number(self) -> int:
+    def total(self) -> int:
+        """The number of placements."""
         return comb(self.num_segments, self.num_light)
 
     def chosen(self, number: int) -> list[int]:
-        """The light segments of one placement."""
+        """The light segments of placement `number`."""
         found, segment = [], 0
         for left in range(self.num_light - 1, -1, -1):
             while number >= (num_with_it := comb(self.num_segments - segment - 1, left)):
@@ -43,7 +44,7 @@ class Placements:
         return found
 
     def number_of(self, chosen: Sequence[int]) -> int:
-        """The inverse of `chosen`."""
+        """The number of the placement with these light segments: the inverse of `chosen`."""
         number, segment = 0, 0
         for left, light in zip(range(self.num_light - 1, -1, -1), chosen, strict=True):
             number += sum(comb(self.num_segments - i - 1, left) for i in range(segment, light))
@@ -51,40 +52,40 @@ class Placements:
         return number
 
     def light(self, number: int) -> Bool[np.ndarray, "n"]:
-        """One placement, True where a segment is light."""
+        """Placement `number` as an array, True where a segment is light."""
         found = np.zeros(self.num_segments, bool)
         found[self.chosen(number)] = True
         return found
 
     @cached_property
     def table(self) -> Bool[np.ndarray, "S n"]:
-        """`light` of all placements."""
-        found = np.zeros((self.number, self.num_segments), bool)
+        """`light` of all placements, in their order."""
+        found = np.zeros((self.total, self.num_segments), bool)
         chosen = list(combinations(range(self.num_segments), self.num_light))
         np.put_along_axis(found, np.array(chosen), True, axis=1)
         return found
 
-    def in_order_of(self, costs: Float[np.ndarray, "n"]) -> Iterator[int]:
-        """All numbers, by the sum of the costs of their light segments, the smallest first.
+    def sorted_by_cost(self, costs: Float[np.ndarray, "n"]) -> Iterator[int]:
+        """Yields all numbers by the sum of the costs of their light segments, the smallest first.
 
-        Of equal sums the lower number comes first. Among more than `LISTED` placements that holds
-        for segments of equal cost, but not for sums that are equal by chance.
+        Of equal sums the lower number comes first. With more than `MAX_SORTED` placements this
+        holds for segments of equal cost, but not for sums that are equal by chance.
         """
-        if self.number <= LISTED:
+        if self.total <= MAX_SORTED:
             return map(int, np.argsort(self.table @ costs, kind="stable"))
         return map(self.number_of, cheapest_subsets(costs, self.num_light))
 
-    def in_random_order(self, seed: int) -> Iterator[int]:
-        """All numbers, each once."""
-        if self.number <= PERMUTED:
+    def shuffled(self, seed: int) -> Iterator[int]:
+        """Yields all numbers in random order, each once."""
+        if self.total <= MAX_SHUFFLED:
             rank = np.random.default_rng(seed).permutation(self.number)
             return map(int, np.argsort(rank))
         draws = random.Random(seed)
-        return distinct(draws.randrange(self.number) for _ in count())
+        return skip_repeats(draws.randrange(self.number) for _ in count())
 
 
-def distinct(numbers: Iterator[int]) -> Iterator[int]:
-    """Leaves out numbers that came before."""
+def skip_repeats(numbers: Iterator[int]) -> Iterator[int]:
+    """Leaves out numbers that occurred before."""
     seen = set()
     for number in numbers:
         if number not in seen:
@@ -93,10 +94,11 @@ def distinct(numbers: Iterator[int]) -> Iterator[int]:
 
 
 def cheapest_subsets(costs: Float[np.ndarray, "n"], size: int) -> Iterator[list[int]]:
-    """Subsets of `size` of the numbers 0 to n - 1, each sorted, by the sum of their costs.
+    """Yields the subsets of `size` of the numbers 0 to n - 1, each sorted, by rising total cost.
 
-    Every subset but the cheapest follows from one that is not dearer, by exchanging one number for
-    the next dearer one. So only such neighbours of the subsets already given wait in the heap.
+    Every subset but the cheapest results from one that does not cost more, by exchanging a number
+    for the next more expensive one. So the heap needs only such neighbours of subsets that were
+    yielded already.
     """
     by_cost = np.argsort(costs, kind="stable").tolist()
 

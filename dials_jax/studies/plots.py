@@ -1,6 +1,6 @@
-"""The figures of studies of schedules (Sedykh et al.), as PNG files.
+"""Draws the figures of studies of model schedules (Sedykh) as PNG files.
 
-Every function takes plain data and the path of the file it writes, and returns that path.
+Every function takes plain data and the path of the file to write, and returns that path.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from dials_jax.reporting.figure import COLORS, GREY, figure_at, shades
+from dials_jax.reporting.figure import COLORS, GREY, blue_shades, figure_at
 from dials_jax.studies.divergence import Curve
 from dials_jax.studies.search import Influence, Regret
 
@@ -31,7 +31,7 @@ CURVE_LABELS = {
 }
 
 
-def schedule_points(
+def schedule_draw_points(
     labels: Sequence[str],
     values: Float[np.ndarray, "S"],
     intervals: Float[np.ndarray, "2 S"],
@@ -40,16 +40,17 @@ def schedule_points(
     label: str = "generative perplexity (lower is better)",
     changes: Mapping[str, Series] | None = None,
 ) -> Path:
-    """One number for each schedule with its interval, the lowest on top (Sedykh, figure 1).
+    """Draws one number per schedule with its interval, the lowest on top (Sedykh, Figure 1).
 
-    `changes` fill a second panel: differences to the first schedule, sample by sample. Schedules
-    share most of their noise, so only these intervals tell them apart.
+    Args:
+      changes: of a second panel: differences to the first schedule, sample by sample. Schedules
+        share most of their noise, so only these intervals tell them apart.
     """
     order = np.argsort(-values, kind="stable")
     width = 10.6 if changes else 6.6
     with figure_at(path, width, 1.3 + 0.36 * len(labels)) as figure:
         left, *right = np.atleast_1d(figure.subplots(1, 2 if changes else 1, sharey=True))
-        _points(left, values[order], intervals[:, order], COLORS["routed"])
+        _draw_points(left, values[order], intervals[:, order], COLORS["routed"])
         left.set_yticks(range(len(labels)), [labels[i] for i in order])
         left.margins(y=0.6 / len(labels))
         left.tick_params(axis="y", length=0)
@@ -57,7 +58,7 @@ def schedule_points(
         for ax in right:
             shift = 0.15
             for (name, (value, ends)), color in zip(changes.items(), COLORS.values(), strict=False):
-                _points(ax, value[order], ends[:, order], color, shift, name)
+                _draw_points(ax, value[order], ends[:, order], color, shift, name)
                 shift = -shift
             ax.axvline(0, color=GREY, linewidth=1)
             ax.tick_params(axis="y", length=0)
@@ -73,7 +74,7 @@ def fraction_curves(
     savings: Mapping[str, Float[np.ndarray, "S"]],
     path: str | Path,
 ) -> Path:
-    """Perplexity, and what is saved, against the share of light steps (Sedykh, table 2)."""
+    """Draws perplexity, and what is saved, against the share of light steps (Sedykh, Table 2)."""
     order = np.argsort(fractions)
     x = 100 * fractions[order]
     with figure_at(path, 9.6, 3.6) as figure:
@@ -94,7 +95,7 @@ def placement_rows(
     perplexities: tuple[Sequence[float], Sequence[float]],
     path: str | Path,
 ) -> Path:
-    """Where the light segments of the best and of the worst schedules lie (Sedykh, figure 2)."""
+    """Draws which segments are light in the best and the worst schedules (Sedykh, Figure 2)."""
     with figure_at(path, 9.6, 1.4 + 0.36 * len(best)) as figure:
         axes = figure.subplots(1, 2)
         names = (f"best {len(best)}", f"worst {len(worst)}")
@@ -116,28 +117,28 @@ def placement_rows(
 def segment_frequencies(
     best: Int[np.ndarray, "n"], worst: Int[np.ndarray, "n"], num_extremes: int, path: str | Path
 ) -> Path:
-    """How often a segment is light among the best and the worst (Sedykh, figures 3 and 4)."""
+    """Draws how often segments are light among the best and worst (Sedykh, Figures 3 and 4)."""
     with figure_at(path, 9.6, 3.2) as figure:
         axes = figure.subplots(1, 2, sharey=True)
         panels = ((best, f"best {num_extremes}", SAFE), (worst, f"worst {num_extremes}", HARM))
         for ax, (count, name, color) in zip(axes, panels, strict=True):
             ax.bar(range(len(count)), count, color=color, width=0.7)
-            _segment_axis(ax, len(count))
+            _label_segments(ax, len(count))
             ax.set(title=name)
         axes[0].set(ylabel="schedules in which it is light")
     return Path(path)
 
 
 def influence_bars(influence: Influence, path: str | Path) -> Path:
-    """Each segment's score (Sedykh, figure 7): above 0 a light model does harm there."""
+    """Draws the influence of segments (Sedykh, Figure 7); above 0 a light model does harm there."""
     with figure_at(path, 6.6, 3.4) as figure:
         ax = figure.subplots()
         segments = np.arange(len(influence.value))
         colors = [HARM if value > 0 else SAFE for value in influence.value]
         ax.bar(segments, influence.value, color=colors, width=0.7)
-        _whiskers(ax, segments, influence.value, np.array([influence.low, influence.high]))
+        _draw_intervals(ax, segments, influence.value, np.array([influence.low, influence.high]))
         ax.axhline(0, color=GREY, linewidth=1)
-        _segment_axis(ax, len(segments))
+        _label_segments(ax, len(segments))
         ax.set(ylabel="perplexity above the mean schedule")
     return Path(path)
 
@@ -145,11 +146,10 @@ def influence_bars(influence: Influence, path: str | Path) -> Path:
 def importance_curves(
     curves: Mapping[str, Curve], labels: Mapping[str, str], ylabel: str, path: str | Path
 ) -> Path:
-    """Light models against the heavy one by noise level (Sedykh, figures 5 and 6)."""
-
+    """Draws light models against the heavy one by noise level (Sedykh, Figures 5 and 6)."""
     with figure_at(path, 6.6, 3.8) as figure:
         ax = figure.subplots()
-        for (letter, curve), color in zip(curves.items(), shades(len(curves)), strict=True):
+        for (letter, curve), color in zip(curves.items(), blue_shades(len(curves)), strict=True):
             ax.plot(
                 curve.times, curve.value, color=color, marker="o", markersize=4, linewidth=2,
                 label=labels.get(letter, letter),
@@ -170,9 +170,9 @@ def importance_curves(
 def regret_curves(
     budgets: Sequence[int], regrets: Mapping[str, Sequence[Regret]], path: str | Path
 ) -> Path:
-    """What a method's choice loses to the exhaustive one, against schedules tried.
+    """Draws what a method's choice loses to the exhaustive one, against the number of trials.
 
-    A method `X + Y` has the colour of X, in dashes.
+    The line of a method `X + Y` has the colour of X, and is dashed.
     """
     bases = dict.fromkeys(name.split(" + ")[0] for name in regrets)
     colors = dict(zip(bases, (GREY, *COLORS.values()), strict=False))
@@ -199,7 +199,7 @@ def predicted_scatter(
     title: str,
     path: str | Path,
 ) -> Path:
-    """Each schedule's perplexity against the harm that the importance predicts."""
+    """Draws each schedule's perplexity against the harm that the importance predicts."""
     with figure_at(path, 5.2, 3.8) as figure:
         ax = figure.subplots()
         ax.scatter(predicted, measured, s=14, color=COLORS["routed"], alpha=0.6, linewidth=0)
@@ -212,7 +212,7 @@ def predicted_scatter(
     return Path(path)
 
 
-def _points(
+def _draw_points(
     ax: Axes,
     values: Float[np.ndarray, "S"],
     intervals: Float[np.ndarray, "2 S"],
@@ -222,17 +222,17 @@ def _points(
 ) -> None:
     rows = np.arange(len(values)) + shift
     ax.plot(values, rows, "o", color=color, markersize=8 if not shift else 6, zorder=3, label=label)
-    _whiskers(ax, rows, values, intervals, horizontal=True)
+    _draw_intervals(ax, rows, values, intervals, horizontal=True)
 
 
-def _segment_axis(ax: Axes, num_segments: int) -> None:
+def _label_segments(ax: Axes, num_segments: int) -> None:
     ax.set_xticks(range(num_segments))
     ax.tick_params(axis="x", length=0)
     ax.grid(axis="x", visible=False)
     ax.set_xlabel(SEGMENTS)
 
 
-def _whiskers(ax: Axes, positions, values, intervals, horizontal: bool = False) -> None:
+def _draw_intervals(ax: Axes, positions, values, intervals, horizontal: bool = False) -> None:
     errors = np.stack([values - intervals[0], intervals[1] - values])
     style = {"fmt": "none", "ecolor": "#1b2733", "elinewidth": 1.2, "capsize": 3}
     if horizontal:

@@ -1,4 +1,4 @@
-"""What schedules would lose by the measured importance of their steps, without sampling."""
+"""Predicts what schedules would lose, from the measured importance of their steps."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def predict_losses(
     times: Sequence[float],
     measured: Mapping[str, Sequence[Divergence]],
 ) -> list[Prediction]:
-    """The integrals of the differences over the times that each schedule gives to other models.
+    """Integrates the differences over the times at which each schedule runs other models.
 
     Args:
-      measured: of every letter but the heavy one's, at each time.
+      measured: by letter, of every model but the heavy one, at each time.
     """
     rows = []
     for quantity, field in {"gap": "loss_gap", "kl": "kl"}.items():
@@ -51,7 +51,7 @@ def predict_losses(
             letter: np.array([getattr(divergence, field) for divergence in found])
             for letter, found in measured.items()
         }
-        harms = [_harm(schedule, times, values) for schedule in schedules]
+        harms = [_predict_harm(schedule, times, values) for schedule in schedules]
         whole = np.isfinite(np.sum(harms, axis=0))  # sequences with a masked token at every time
         require(
             not schedules or int(whole.sum()) > 1,
@@ -77,15 +77,17 @@ def predict_losses(
     return rows
 
 
-def _harm(
+def _predict_harm(
     schedule: Schedule, times: Sequence[float], values: Mapping[str, Float[np.ndarray, "G N"]]
 ) -> Float[np.ndarray, "N"]:
+    """The integral per sequence; `values` are per time and sequence, by letter of the model."""
     letters = np.array(list(schedule.each_step))
     parts = [time_weights(np.asarray(times), letters == x) @ found for x, found in values.items()]
     return np.sum(parts, axis=0)
 
 
 def prediction_table(rows: Sequence[Prediction]) -> Table:
+    """Makes a table with a line per quantity and schedule."""
     header = ("predicted, nats per token", "value", "above the first", "95 % interval")
     lines = [
         (
@@ -100,7 +102,7 @@ def prediction_table(rows: Sequence[Prediction]) -> Table:
 
 
 def prediction_figures(rows: Sequence[Prediction]) -> list[Figure]:
-    """A figure for each quantity."""
+    """One figure per quantity."""
     figures = []
     for quantity in ("gap", "kl"):
         found = [r for r in rows if r.quantity == quantity]

@@ -1,4 +1,4 @@
-"""Methods that find a good schedule without trying all, replayed on a finished search."""
+"""Compares methods that find a good schedule with few trials, by replaying them on a search."""
 
 from __future__ import annotations
 
@@ -39,25 +39,25 @@ PROPOSALS_LEGEND = (
 )  # fmt: skip
 
 
-def methods_of(
-    light: Placements, harms: Mapping[str, Float[np.ndarray, "n"]]
+def make_methods(
+    placements: Placements, harms: Mapping[str, Float[np.ndarray, "n"]]
 ) -> dict[str, Callable[[int], Propose]]:
-    """Methods by name. Each makes, from a seed, what proposes the schedules of one search."""
+    """The methods by name. Each makes, from a seed, the function that proposes schedules."""
     methods = {
-        "chance": lambda seed: search.by_chance(light, seed),
-        "additive model": lambda seed: search.by_additive_model(light, seed),
+        "chance": lambda seed: search.propose_at_random(placements, seed),
+        "additive model": lambda seed: search.propose_by_additive_model(placements, seed),
     }
     for name, harm in harms.items():
         label = HARM_LABELS[name]
-        methods[label] = lambda seed, h=harm: search.by_importance(light, h)
-        methods[f"{label} + additive"] = lambda seed, h=harm: search.by_additive_model(
-            light, seed, h
+        methods[label] = lambda seed, h=harm: search.propose_by_importance(placements, h)
+        methods[f"{label} + additive"] = lambda seed, h=harm: search.propose_by_additive_model(
+            placements, seed, h
         )
     return methods
 
 
 def run_proposals(cfg: ProposeStudy, workdir: Path) -> Report:
-    """Replays the methods on a finished search, and compares what they find."""
+    """Replays the methods on a finished search, and compares their choices."""
     searched, values = read_search(cfg.search)
     placements = placements_of(searched)
     light = placements.table
@@ -67,7 +67,7 @@ def run_proposals(cfg: ProposeStudy, workdir: Path) -> Report:
         max(cfg.budgets) <= len(light),
         f"budgets {cfg.budgets} ask for more than the {len(light)} schedules of the search",
     )
-    methods = methods_of(placements, harms)
+    methods = make_methods(placements, harms)
     budgets = sorted(cfg.budgets)
     regrets = {
         name: [search.measure_regret(make, values, b, cfg.num_repeats, cfg.seed) for b in budgets]
@@ -108,16 +108,16 @@ def run_proposals(cfg: ProposeStudy, workdir: Path) -> Report:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What a method chose when it saw all samples, against the best of the exhaustive search.
+    """The choice of a method that saw all samples, compared with that of the exhaustive search.
 
-    Both were chosen by the numbers that compare them, which favours the exhaustive one.
+    The samples that compare them also chose both, which favours the exhaustive search.
     """
 
     method: str
     tried: int
     schedule: str
     perplexity: float
-    difference: float  # to the exhaustive best, sample by sample
+    difference: float  # to the exhaustive choice, sample by sample
     difference_low: float
     difference_high: float
 
@@ -129,7 +129,7 @@ def choose_with_all_samples(
     schedules: Sequence[Schedule],
     seed: int,
 ) -> list[Choice]:
-    """One row for each method and budget."""
+    """Lets every method choose, with every budget."""
     perplexity = values.mean(axis=1)
     best = int(np.argmin(perplexity))
     rows = []
@@ -138,7 +138,7 @@ def choose_with_all_samples(
             trials = search.try_schedules(
                 make(seed), lambda s: float(perplexity[s]), budget, len(values)
             )
-            chosen = search.best_of(trials)
+            chosen = search.best_schedule(trials)
             difference = values[chosen] - values[best]
             low, high = mean_interval(difference)
             rows.append(
@@ -156,6 +156,7 @@ def choose_with_all_samples(
 
 
 def regret_table(regrets: Mapping[str, Sequence[Regret]], budgets: Sequence[int]) -> Table:
+    """Makes a table with a line per method and a column per budget."""
     lines = [(name, *(f"{r.mean:+.3f}" for r in found)) for name, found in regrets.items()]
     return Table(("perplexity above the exhaustive choice, tried", *map(str, budgets)), lines)
 
@@ -193,7 +194,7 @@ def proposal_figures(
     harms: Mapping[str, Float[np.ndarray, "n"]],
     correlations: Mapping[str, search.Correlation],
 ) -> list[Figure]:
-    """The regret, and each prediction against what was measured."""
+    """A figure of the regret, and one per prediction against the measured perplexity."""
     data = {"budgets": budgets, "regrets": regrets}
     figures = [Figure("regret", REGRET_CAPTION, plots.regret_curves, data)]
     for name, harm in harms.items():

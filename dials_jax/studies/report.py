@@ -1,4 +1,4 @@
-"""What every study reports, whatever it measured: its settings, environment and first samples."""
+"""The parts that the reports of all studies share: settings, environment and first samples."""
 
 from __future__ import annotations
 
@@ -18,7 +18,12 @@ def study_report(
     figures: Sequence[Figure],
     text: str,
 ) -> Report:
-    """The report of a study; `results` hold its settings as `config`, `text` is for a terminal."""
+    """Makes the report of a study.
+
+    Args:
+      results: of results.json; `config` in it holds the settings.
+      text: for a terminal.
+    """
     return Report(
         title=title,
         results=results,
@@ -29,34 +34,34 @@ def study_report(
         figures=figures,
         text=text,
         above={},
-        below=_sections(results),
+        below=_shared_sections(results),
     )
 
 
-def _sections(results: Mapping[str, Any]) -> dict[str, str]:
-    """What the page shows below the figures, as HTML by heading."""
+def _shared_sections(results: Mapping[str, Any]) -> dict[str, str]:
+    """The sections of the page below the figures: HTML by heading."""
     environment = dict(results.get("environment", {}))
     command = environment.pop("command", "")
     settings = {
-        name: _plain(value)
+        name: _lists_as_text(value)
         for name, value in results["config"].items()
         if value not in (None, "", [], ()) and name != "schedules"
     }
     examples = results.get("examples", {})
     return {
-        "The first sample of each schedule": html.folds(
-            (name, html.text(example)) for name, example in examples.items()
+        "The first sample of each schedule": html.collapsible_sections(
+            (name, html.preformatted(example)) for name, example in examples.items()
         ),
-        "Settings": html.pairs(html.facts(settings), "facts"),
-        "Environment": html.pairs(html.facts(environment), "facts"),
-        "Reproduce": html.text(command) if command else "",
+        "Settings": html.definition_list(html.describe_values(settings), "facts"),
+        "Environment": html.definition_list(html.describe_values(environment), "facts"),
+        "Reproduce": html.preformatted(command) if command else "",
     }
 
 
-def _plain(value: Any) -> Any:
-    """Lists as text."""
+def _lists_as_text(value: Any) -> Any:
+    """The same value with lists joined to text."""
     if isinstance(value, Mapping):
-        return {name: _plain(inner) for name, inner in value.items()}
+        return {name: _lists_as_text(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
         return ", ".join(
             " ".join(map(str, x)) if isinstance(x, list | tuple) else str(x) for x in value

@@ -1,7 +1,7 @@
-"""Where the samples of a study come from: drawn and stored, or read back to be scored again.
+"""The sources of a study's samples: they are drawn and stored, or read to be scored again.
 
-A source tells what its models are (`facts`, by letter) and gives batches of samples. So samples may
-be drawn on one machine and scored on another, years later, without the models that drew them.
+A source describes its models (`facts`, by letter) and gives batches of samples. So samples can be
+drawn on one machine and scored on another one later, without the models that drew them.
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ from dials_jax.keys import fold_in_each, seed_key
 from dials_jax.loading import load
 from dials_jax.models.model import Model
 from dials_jax.records import read_records, require_numbers, sound
-from dials_jax.reporting.environment import command, environment, file_name
+from dials_jax.reporting.environment import command, environment
+from dials_jax.reporting.publish import file_name
 from dials_jax.sampling.ancestral import Ancestral
 from dials_jax.sampling.generate import generate
 from dials_jax.sampling.model_schedule import Schedule
 from dials_jax.skipping.policies import Static
 
-EXAMPLE_CHARACTERS = 600  # of the first sample of each schedule, to look at
-FOLDER = "samples"  # in a study's workdir: models.json, and an array for each batch
-# Settings that samples depend on; they depend on the weights as well.
+EXAMPLE_CHARACTERS = 600  # of the first sample of each schedule, for the report
+SAMPLES_FOLDER = "samples"  # in a study's workdir: models.json, and an array per batch
+# Settings that samples depend on, besides the weights.
 DRAWING_FIELDS = ("static_layers", "length", "steps", "num_samples", "precision", "dtype", "seed")
 
 
@@ -44,11 +45,14 @@ class SampleBatch(NamedTuple):
     record: dict[str, Any]  # schedule, first, entropy, nfe, flops, seconds, perhaps an example
 
 
-Batches = dict[int, dict[str, Any]]  # records of one schedule, by their first sample
+Batches = dict[int, dict[str, Any]]  # records of one schedule, by number of their first sample
 
 
 def check_batch_record(record: Any) -> None:
-    """Raises: ValueError, TypeError or KeyError if this is not the record of a batch."""
+    """Checks the record of a batch.
+
+    Raises: ValueError, TypeError or KeyError for anything else.
+    """
     if type(record["schedule"]) is not str or type(record["first"]) is not int:
         raise TypeError("schedule is no text, or first no number")
     for name in ("nll", "weight", "entropy"):
@@ -59,7 +63,7 @@ def check_batch_record(record: Any) -> None:
 
 
 def group_by_schedule(records: Iterable[dict[str, Any]]) -> dict[str, Batches]:
-    """The batches of every schedule. A batch that two processes both wrote counts once."""
+    """Groups batches by schedule. A batch that two processes both wrote counts once."""
     found: dict[str, Batches] = {}
     for record in records:
         found.setdefault(record["schedule"], {})[record["first"]] = record
@@ -67,34 +71,34 @@ def group_by_schedule(records: Iterable[dict[str, Any]]) -> dict[str, Batches]:
 
 
 class SampledSource:
-    """Draws samples when asked for them, and stores them.
+    """Draws samples when they are needed, and stores them.
 
     Attributes:
       facts: of each model, by letter: path, num_layers, parameters, fingerprint, eos_id, and its
         tokenizer's fingerprint (None where it has none).
-      environment: the device, versions and seed that the samples are drawn with.
+      environment: the device, versions and seed of the run that draws them.
     """
 
     def __init__(self, cfg: SamplingStudy, workdir: str | Path):
         """Loads all models.
 
-        Raises: InputError for models that would stop the study before its end.
+        Raises: InputError for models that would stop the study half-way.
         """
-        self.cfg, self.folder = cfg, Path(workdir) / FOLDER
+        self.cfg, self.folder = cfg, Path(workdir) / SAMPLES_FOLDER
         mesh = sharding.make_mesh(cfg.mesh)
         self.models = {x: load(path, cfg.dtype, mesh, cfg.layout) for x, path in cfg.models}
         self.policies = static_policies(cfg)
         for letter, policy in self.policies.items():
             policy.check(self.models[letter].num_layers)
         first = next(iter(self.models.values()))
-        self.tokenizer = _tokenizer(first.path, optional=cfg.retokenize == "never")
+        self.tokenizer = _load_tokenizer(first.path, optional=cfg.retokenize == "never")
         tokenizer = self.tokenizer.fingerprint if self.tokenizer else None
         self.facts = {x: model_facts(model, tokenizer) for x, model in self.models.items()}
         self.environment = environment(first, cfg.seed)
         self._described = False
 
     def batch(self, schedule: Schedule, first: int) -> SampleBatch:
-        """Draws at most `batch_size` samples, from number `first` on."""
+        """Draws at most `batch_size` samples, starting with number `first`."""
         cfg = self.cfg
         numbers = np.arange(first, min(first + cfg.batch_size, cfg.num_samples))
         keys = fold_in_each(seed_key(cfg.seed), numbers)
@@ -126,7 +130,7 @@ class SampledSource:
             facts = {"models": self.facts, "config": settings, "environment": self.environment}
             write_json(self.folder / "models.json", facts)
             self._described = True
-        path = _path(self.folder, schedule, first)
+        path = _batch_path(self.folder, schedule, first)
         vocab_size = max(model.config.vocab_size for model in self.models.values())
         with replacing(path) as file:
             np.save(file, tokens.astype(np.min_scalar_type(vocab_size)))
@@ -140,7 +144,7 @@ class SampledSource:
 class StoredSource:
     """Reads the samples of an earlier study, whose models may be gone.
 
-    Attributes: those of `SampledSource`; the environment is the one they were drawn in.
+    Attributes: as in `SampledSource`; the environment is that of the run that drew them.
     """
 
     def __init__(self, cfg: SamplingStudy, schedules: Sequence[Schedule]):
@@ -149,26 +153,26 @@ class StoredSource:
         Raises: InputError for samples that are missing, or were drawn with other settings.
         """
         workdir = Path(cfg.samples)
-        self.folder = workdir / FOLDER
+        self.folder = workdir / SAMPLES_FOLDER
         require(
             (self.folder / "models.json").is_file(),
             f"{workdir} holds no samples; give the workdir of a study that drew some",
         )
         stored = _read_facts(self.folder / "models.json")
         self.facts: dict[str, dict[str, Any]] = stored["models"]
-        _check_drawing(cfg, self.facts, stored["config"])
+        _check_same_drawing(cfg, self.facts, stored["config"])
         self.environment = stored["environment"] | {"command": command()}
         self.batches = group_by_schedule(read_records(workdir / RECORDS, check_batch_record))
         for schedule in schedules:
-            self._check(schedule, cfg.num_samples, cfg.length)
+            self._check_schedule(schedule, cfg.num_samples, cfg.length)
 
-    def _check(self, schedule: Schedule, num_samples: int, length: int) -> None:
+    def _check_schedule(self, schedule: Schedule, num_samples: int, length: int) -> None:
         found = 0
         for first, record in self.batches.get(str(schedule), {}).items():
-            path = _path(self.folder, schedule, first)
+            path = _batch_path(self.folder, schedule, first)
             if path.is_file():
                 require(
-                    _shape(path) == (len(record["entropy"]), length),
+                    _stored_shape(path) == (len(record["entropy"]), length),
                     f"{path} is damaged; copy it again, or draw the samples again",
                 )
                 found += len(record["entropy"])
@@ -179,11 +183,11 @@ class StoredSource:
         )
 
     def batch(self, schedule: Schedule, first: int) -> SampleBatch:
-        """Reads the samples that were drawn from number `first` on.
+        """Reads the batch of samples that starts with number `first`.
 
         Raises: InputError for samples that changed since they were drawn.
         """
-        old, path = self.batches[str(schedule)][first], _path(self.folder, schedule, first)
+        old, path = self.batches[str(schedule)][first], _batch_path(self.folder, schedule, first)
         tokens = np.load(path).astype(np.int32)
         require(
             old.get("tokens") in (None, _digest(tokens)),  # earlier versions stored no digest
@@ -194,7 +198,10 @@ class StoredSource:
 
 
 def _read_facts(path: Path) -> dict[str, Any]:
-    """What models.json says of the samples. Raises: InputError if something is missing."""
+    """Reads models.json.
+
+    Raises: InputError if something in it is missing.
+    """
     stored = read_json(path)
     with sound(path, "copy it again, or draw the samples again"):
         for facts in stored["models"].values():
@@ -212,7 +219,10 @@ def _digest(tokens: Int[np.ndarray, "B T"]) -> str:
     return hashlib.sha256(tokens.astype("<i4").tobytes()).hexdigest()[:16]
 
 
-def _check_drawing(cfg: SamplingStudy, facts: Mapping[str, Any], old: Mapping[str, Any]) -> None:
+def _check_same_drawing(
+    cfg: SamplingStudy, facts: Mapping[str, Any], old: Mapping[str, Any]
+) -> None:
+    """Raises: InputError for samples that were drawn by other models, or with other settings."""
     letters = {letter for letter, _ in cfg.models}
     require(
         letters == set(facts),
@@ -228,19 +238,19 @@ def _check_drawing(cfg: SamplingStudy, facts: Mapping[str, Any], old: Mapping[st
         )
 
 
-def _path(folder: Path, schedule: Schedule, first: int) -> Path:
+def _batch_path(folder: Path, schedule: Schedule, first: int) -> Path:
     return folder / f"{file_name(str(schedule))}-{first}.npy"
 
 
-def _shape(path: Path) -> tuple[int, ...]:
-    """Shape of a stored array; () if its file is incomplete."""
+def _stored_shape(path: Path) -> tuple[int, ...]:
+    """The shape of a stored array; () if its file is incomplete."""
     try:
         return np.load(path, mmap_mode="r").shape
     except (ValueError, EOFError):
         return ()
 
 
-def _tokenizer(path: str, optional: bool) -> Tokenizer | None:
+def _load_tokenizer(path: str, optional: bool) -> Tokenizer | None:
     try:
         return load_tokenizer(path)
     except InputError:
@@ -250,7 +260,11 @@ def _tokenizer(path: str, optional: bool) -> Tokenizer | None:
 
 
 def model_facts(model: Model, tokenizer: str | None = None) -> dict[str, Any]:
-    """What a study records of a model; `tokenizer`: the fingerprint of its tokenizer."""
+    """Describes a model, as studies record it.
+
+    Args:
+      tokenizer: the fingerprint of its tokenizer.
+    """
     return {
         "path": model.path,
         "num_layers": model.num_layers,
@@ -262,7 +276,7 @@ def model_facts(model: Model, tokenizer: str | None = None) -> dict[str, Any]:
 
 
 def static_policies(cfg: SamplingStudy) -> dict[str, Static]:
-    """The policies of the models that skip layers, by letter."""
+    """The policies of the models that skip layers, by letter of the model."""
     return {x: Static([int(n) for n in layers.split(",")]) for x, layers in cfg.static_layers}
 
 

@@ -1,9 +1,9 @@
-"""Which segments of a trajectory may be light: reading a search, and searching with fewer trials.
+"""Finds which segments of a trajectory may be light, by an exhaustive search or by few trials.
 
-A trajectory of `n` equal segments, counted from 0 at the fully masked end, runs the light model in
-`k` of them. `light` is [S, n], True where schedule s is light; `values` is [S, N], one number for
-each schedule and sample, whose mean over samples is the schedule's perplexity. Sample i has the
-same key under every schedule. So a mean over schedules has one value for each sample, and its
+A trajectory has `n` equal segments, counted from 0 at the fully masked end, and runs the light
+model in `k` of them. `light` is [S, n], True where schedule s is light. `values` is [S, N], one
+number per schedule and sample, whose mean over samples is the schedule's perplexity. Sample i has
+the same key under every schedule, so a mean over schedules has one value per sample, and its
 interval is exact.
 """
 
@@ -18,11 +18,11 @@ from jaxtyping import Bool, Float, Int
 from dials_jax.errors import require
 from dials_jax.studies.placements import Placements
 
-GRID = 2000  # points of an integral over the time
-RIDGE = 0.3  # squared noise over squared effect that the additive model assumes of a segment
+GRID = 2000  # points of an integral over time
+RIDGE = 0.3  # squared noise / squared effect of a segment, as the additive model assumes
 
 
-# ------------------------------------------------------------------------------- reading a search
+# ---------------------------------------------------------------------------- evaluating a search
 
 
 class Influence(NamedTuple):
@@ -36,7 +36,7 @@ class Influence(NamedTuple):
 def segment_influence(
     light: Bool[np.ndarray, "S n"], values: Float[np.ndarray, "S N"]
 ) -> Influence:
-    """Mean over the schedules that are light in a segment, less the mean over all: Sedykh (8)."""
+    """Mean over the schedules that are light in a segment, minus the mean over all: Sedykh (8)."""
     import scipy.stats
 
     weights = light / light.sum(axis=0) - 1 / len(light)
@@ -49,7 +49,7 @@ def segment_influence(
 def segment_counts(
     light: Bool[np.ndarray, "S n"], perplexity: Float[np.ndarray, "S"], num_extremes: int
 ) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"]]:
-    """How often each segment is light among the `num_extremes` best and as many worst schedules."""
+    """Counts how often each segment is light among the `num_extremes` best and worst schedules."""
     order = np.argsort(perplexity, kind="stable")
     return light[order[:num_extremes]].sum(axis=0), light[order[-num_extremes:]].sum(axis=0)
 
@@ -57,7 +57,7 @@ def segment_counts(
 def segment_harm(
     times: Float[np.ndarray, "G"], importance: Float[np.ndarray, "G"], num_segments: int
 ) -> Float[np.ndarray, "n"]:
-    """The integral of an importance over each segment's times; segment 0 ends at t = 1."""
+    """Integrates an importance over the times of each segment; segment 0 ends at t = 1."""
     alone = np.eye(num_segments, dtype=bool)
     return np.stack([time_weights(times, segment) for segment in alone]) @ np.asarray(importance)
 
@@ -65,9 +65,12 @@ def segment_harm(
 def time_weights(
     times: Float[np.ndarray, "G"], chosen: Bool[np.ndarray, "S"]
 ) -> Float[np.ndarray, "G"]:
-    """The weight of each measured time in an integral over some of S equal steps; step 0 ends at 1.
+    """The weights of the measured times in an integral over chosen steps.
 
     The integrand is linear between the measured times and constant beyond them.
+
+    Args:
+      chosen: which of S equal steps to integrate over; step 0 ends at t = 1.
     """
     order = np.argsort(times)
     points = -(-GRID // len(chosen))  # per step
@@ -80,8 +83,10 @@ def time_weights(
 
 
 class Correlation(NamedTuple):
+    """Spearman's correlation, and its 95 % interval."""
+
     value: float
-    low: float  # ends of the 95 % interval
+    low: float
     high: float
 
 
@@ -91,13 +96,13 @@ def rank_correlation(
     seed: int = 0,
     num_draws: int = 500,
 ) -> Correlation:
-    """Spearman's correlation, with a 95 % bootstrap interval over samples.
+    """Computes Spearman's correlation, with a 95 % bootstrap interval over samples.
 
     The interval is the union of the percentile and the reflected (basic) bootstrap intervals
     (Davison and Hinkley 1997, sections 5.2 and 5.3), because noise in the perplexities biases
     correlations downwards, and resampling adds as much noise again. On subsets of the two searches
-    of docs/results/scheduling.md it held the correlation of all samples in 87 to 100 of 100 draws
-    of 256 samples, but in 71 to 95 of 64 samples.
+    of docs/results/scheduling.md, intervals of 256 samples contained the correlation of all samples
+    in 87 to 100 of 100 draws, intervals of 64 samples in 71 to 95.
     """
     import scipy.stats
 
@@ -117,19 +122,19 @@ def rank_correlation(
 
 
 class Trials(NamedTuple):
-    """What has been measured so far."""
+    """The trials of a search so far."""
 
-    tried: list[int]  # schedules, in order
-    perplexity: list[float]  # theirs
+    tried: list[int]  # numbers of the schedules, in order
+    perplexity: list[float]  # one per trial
 
 
-Propose = Callable[[Trials], int]  # gives the schedule to try next; used for one search only
+Propose = Callable[[Trials], int]  # returns the schedule to try next; serves one search only
 
 
 def try_schedules(
     propose: Propose, measure: Callable[[int], float], budget: int, num_schedules: int
 ) -> Trials:
-    """Measures `budget` schedules, or all if there are fewer, as they are proposed."""
+    """Proposes and measures schedules in turn: `budget` of them, or all if there are fewer."""
     trials = Trials([], [])
     for _ in range(min(budget, num_schedules)):
         schedule = propose(trials)
@@ -138,45 +143,50 @@ def try_schedules(
     return trials
 
 
-def best_of(trials: Trials) -> int:
+def best_schedule(trials: Trials) -> int:
+    """The number of the schedule with the lowest perplexity."""
     return trials.tried[int(np.argmin(trials.perplexity))]
 
 
-def in_order(numbers: Iterable[int]) -> Propose:
-    """Proposes in a given order, whatever the trials show."""
-    left = iter(numbers)
-    return lambda trials: next(left)
+def propose_in_order(numbers: Iterable[int]) -> Propose:
+    """Proposes schedules in the given order, without looking at the trials."""
+    order = iter(numbers)
+    return lambda trials: next(order)
 
 
-def by_chance(light: Placements, seed: int) -> Propose:
-    """Proposes in random order: what a method that knows something must beat."""
-    return in_order(light.in_random_order(seed))
+def propose_at_random(placements: Placements, seed: int) -> Propose:
+    """Proposes schedules in random order: the baseline of all methods."""
+    return propose_in_order(placements.shuffled(seed))
 
 
-def by_importance(light: Placements, harm: Float[np.ndarray, "n"]) -> Propose:
-    """Proposes by the sum of the harm of the light segments: needs no trial."""
-    return in_order(light.in_order_of(harm))
+def propose_by_importance(placements: Placements, harm: Float[np.ndarray, "n"]) -> Propose:
+    """Proposes schedules by the total harm of their light segments; needs no trial."""
+    return propose_in_order(placements.sorted_by_cost(harm))
 
 
-def by_additive_model(
-    light: Placements, seed: int, harm: Float[np.ndarray, "n"] | None = None
+def propose_by_additive_model(
+    placements: Placements, seed: int, harm: Float[np.ndarray, "n"] | None = None
 ) -> Propose:
-    """Fits perplexity as a sum over segments to the trials so far; proposes the lowest prediction.
+    """Proposes the schedule of the lowest perplexity by a model fitted to the trials so far.
+
+    The model predicts perplexity as a sum of effects of the light segments.
 
     Args:
-      harm: the measured importance. The fit then shrinks to a multiple of it, and the first
-        trials are those of least harm; without it the first trials are random.
+      harm: the measured importance. The fit is then shrunk to a multiple of it, and the first
+        trials are those of least harm. Without it the first trials are random.
     """
-    start = by_chance(light, seed) if harm is None else by_importance(light, harm)
-    warm_up = light.num_segments // 2 if harm is None else 2
+    if harm is None:
+        propose_first, num_first = propose_at_random(placements, seed), placements.num_segments // 2
+    else:
+        propose_first, num_first = propose_by_importance(placements, harm), 2
     tried: dict[int, Bool[np.ndarray, "n"]] = {}
 
     def propose(trials: Trials) -> int:
-        if len(trials.tried) < warm_up:
-            return start(trials)
-        tried.update((number, light.light(number)) for number in trials.tried[len(tried) :])
+        if len(trials.tried) < num_first:
+            return propose_first(trials)
+        tried.update((number, placements.light(number)) for number in trials.tried[len(tried) :])
         effects = fit_additive(np.array([*tried.values()]), np.array(trials.perplexity), harm)
-        return next(number for number in light.in_order_of(effects) if number not in tried)
+        return next(n for n in placements.sorted_by_cost(effects) if n not in tried)
 
     return propose
 
@@ -187,10 +197,10 @@ def fit_additive(
     harm: Float[np.ndarray, "n"] | None = None,
     ridge: float = RIDGE,
 ) -> Float[np.ndarray, "n"]:
-    """Effects of light segments by ridge regression, up to a constant.
+    """Fits the effects of light segments by ridge regression.
 
-    With `harm` they are scale * harm + rest, and mainly the rest is shrunk. Effects sum to zero:
-    all schedules are light equally often, so a constant has no effect.
+    With `harm` an effect is scale * harm + rest, and mainly the rest is shrunk. Effects sum to
+    zero: all schedules have the same number of light segments, so a constant would change nothing.
     """
     centred = light - light.shape[1] ** -1.0 * light.sum(axis=1, keepdims=True)
     design, prior = centred, np.eye(light.shape[1])
@@ -210,10 +220,10 @@ def fit_additive(
 
 
 class Regret(NamedTuple):
-    """Perplexity of what a method chose, less that of the exhaustive choice.
+    """The perplexity of a method's choice, minus that of the exhaustive choice.
 
-    Both choose on one half of the samples and are measured on the other, because the lowest of many
-    noisy numbers is lower than the truth. Below 0 the method's choice was the better one.
+    Both choose on one half of the samples and are measured on the other half, because the lowest of
+    many noisy numbers is lower than its true value. Below 0 the method's choice was the better one.
     """
 
     mean: float  # over repeats
@@ -222,7 +232,7 @@ class Regret(NamedTuple):
 
 
 def measure_regret(
-    make: Callable[[int], Propose],
+    make_method: Callable[[int], Propose],
     values: Float[np.ndarray, "S N"],
     budget: int,
     num_repeats: int = 100,
@@ -231,17 +241,17 @@ def measure_regret(
     """Replays a method on a finished search.
 
     Args:
-      make: makes the method from a seed, anew for each repeat.
+      make_method: makes the method from a seed; called for each repeat.
     """
     num_schedules, num_samples = values.shape
-    require(num_samples >= 4, f"{num_samples} samples a schedule are too few to split in halves")
+    require(num_samples >= 4, f"{num_samples} samples per schedule are too few to split in halves")
     found = []
     for repeat in range(num_repeats):
         order = np.random.default_rng([seed, repeat]).permutation(num_samples)
         choose, judge = np.array_split(order, 2)
         perplexity, held_out = values[:, choose].mean(axis=1), values[:, judge].mean(axis=1)
         trials = try_schedules(
-            make(repeat), lambda s, p=perplexity: float(p[s]), budget, num_schedules
+            make_method(repeat), lambda s, p=perplexity: float(p[s]), budget, num_schedules
         )
-        found.append(held_out[best_of(trials)] - held_out[np.argmin(perplexity)])
+        found.append(held_out[best_schedule(trials)] - held_out[np.argmin(perplexity)])
     return Regret(float(np.mean(found)), *map(float, np.quantile(found, [0.025, 0.975])))

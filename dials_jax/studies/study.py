@@ -1,4 +1,4 @@
-"""Runs the studies of model schedules, from a configuration to their report (Sedykh et al.)."""
+"""Runs studies of model schedules, from the configuration to the report (Sedykh)."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ from dials_jax.studies.proposals import run_proposals
 from dials_jax.studies.report import study_report
 from dials_jax.workdir import exclusive, require_unclaimed
 
-WRITTEN = (RECORDS, "results.csv", "report.html", "plots", "samples", "sweep.json")
+WRITTEN_FILES = (RECORDS, "results.csv", "report.html", "plots", "samples", "sweep.json")
 
 
 def run_study(cfg: StudyConfig, workdir: str | Path) -> Mapping[str, Any]:
-    """Measures what the workdir does not hold yet, then writes results, plots and report.html.
+    """Runs a study, except what the workdir holds already; writes results, plots and report.html.
 
-    Raises: InputError for settings, models or data that would stop the study before its end.
+    Raises: InputError for settings, models or data that would stop the study half-way.
     """
     runners = {
         ScheduleStudy: run_schedules,
@@ -54,20 +54,20 @@ def run_study(cfg: StudyConfig, workdir: str | Path) -> Mapping[str, Any]:
     }
     require_packages("eval", "matplotlib", "scipy")
     with exclusive(workdir) as workdir:
-        _require_own(workdir, type(cfg).__name__)
+        _require_own_workdir(workdir, type(cfg).__name__)
         on_first_process(lambda: print(f"results: {workdir}", flush=True))
         report = runners[type(cfg)](cfg, workdir)
-        on_first_process(lambda: _show(report, workdir))
+        on_first_process(lambda: _publish_and_print(report, workdir))
     return report.results
 
 
-def _show(report: Report, workdir: Path) -> None:
+def _publish_and_print(report: Report, workdir: Path) -> None:
     publish(report, workdir)
     print(report.text)
     print(f"report: {workdir / 'report.html'}", flush=True)
 
 
-def _require_own(workdir: Path, kind: str) -> None:
+def _require_own_workdir(workdir: Path, kind: str) -> None:
     """Raises: InputError for files of others that this study would overwrite."""
     path, known = workdir / "results.json", (workdir / IDENTITY).exists()
     try:
@@ -76,7 +76,7 @@ def _require_own(workdir: Path, kind: str) -> None:
         require(known, f"{error}; move it away, or choose another --workdir")
         return  # results.json is written anew from the records
     if found is None and not path.exists():
-        require_unclaimed(workdir, IDENTITY, WRITTEN)
+        require_unclaimed(workdir, IDENTITY, WRITTEN_FILES)
     else:
         require(found == kind, f"{path} is not of a {kind}; choose another --workdir")
 
@@ -85,10 +85,10 @@ def _require_own(workdir: Path, kind: str) -> None:
 
 
 def run_schedules(cfg: ScheduleStudy, workdir: Path) -> Report:
-    """Measures every schedule given. Sources: Sedykh, figures 1 and 8 to 11, tables 1 and 2."""
+    """Measures given schedules, as in Sedykh, Figures 1 and 8 to 11, Tables 1 and 2."""
     schedules = [Schedule.parse(text) for text in cfg.schedules]
     run = PerplexityRun(cfg, schedules, workdir)
-    with _progress(run, len(schedules)) as bar:
+    with _progress_bar(run, len(schedules)) as bar:
         found = {}
         for schedule in schedules:
             found[schedule] = run.measure(schedule, bar.update)
@@ -100,7 +100,7 @@ def run_schedules(cfg: ScheduleStudy, workdir: Path) -> Report:
 
 
 def _results(run: PerplexityRun, rows: list[tables.ScheduleRow]) -> dict[str, Any]:
-    """What results.json holds of the schedules measured."""
+    """The contents of results.json."""
     cfg = run.cfg
     return {
         "kind": type(cfg).__name__,
@@ -118,7 +118,11 @@ def _schedule_report(
     figures: list[Figure],
     ends: int | None = None,
 ) -> Report:
-    """`ends`: a terminal gets at most this many lines of each end of the table."""
+    """Makes the report.
+
+    Args:
+      ends: a terminal shows at most this many lines from the top and the bottom of the table.
+    """
     table = tables.schedule_table(rows)
     return study_report(
         title,
@@ -131,8 +135,8 @@ def _schedule_report(
     )
 
 
-def _progress(run: PerplexityRun, num_schedules: int) -> Any:
-    """A bar over samples, with the time left, that counts what the records already hold."""
+def _progress_bar(run: PerplexityRun, num_schedules: int) -> Any:
+    """Makes a progress bar over samples, which starts with those that the records hold."""
     from tqdm import tqdm
 
     done = sum(len(record["nll"]) for record in run.records.all)
@@ -141,6 +145,7 @@ def _progress(run: PerplexityRun, num_schedules: int) -> Any:
 
 
 def _print_above(bar: Any, line: str) -> None:
+    """Prints a line above a progress bar."""
     if jax.process_index() == 0:
         bar.write(line)
 
@@ -149,15 +154,15 @@ def _print_above(bar: Any, line: str) -> None:
 
 
 def run_search(cfg: SearchStudy, workdir: Path) -> Report:
-    """Tries all schedules, or as many as the budget allows. Sources: Sedykh, figures 2 to 4, 7."""
+    """Tries all schedules, as in Sedykh, Figures 2 to 4 and 7, or only as many as the budget."""
     placements = placements_of(cfg)
-    budget = cfg.budget or placements.number
-    # All have the same steps and models, so under a budget it is enough to check one of them.
+    budget = cfg.budget or placements.total
+    # All have the same steps and models, so with a budget it is enough to check one of them.
     checked = [coarse_schedule(cfg, 0)] if cfg.budget else coarse_schedules(cfg)
-    propose = _proposals(cfg, placements)
+    propose = _choose_method(cfg, placements)
     run = PerplexityRun(cfg, checked, workdir)
     found: dict[int, tuple[Schedule, ScoredSamples]] = {}
-    with _progress(run, budget) as bar:
+    with _progress_bar(run, budget) as bar:
 
         def measure(number: int) -> float:
             schedule = coarse_schedule(cfg, number)
@@ -167,12 +172,12 @@ def run_search(cfg: SearchStudy, workdir: Path) -> Report:
             _print_above(bar, f"{len(found)}/{budget} {schedule}: {value:.3f}")
             return value
 
-        trials = search.try_schedules(propose, measure, budget, placements.number)
+        trials = search.try_schedules(propose, measure, budget, placements.total)
     best_first = [trials.tried[i] for i in np.argsort(trials.perplexity, kind="stable")]
     ranked = dict(found[number] for number in best_first)
     rows = tables.schedule_rows(ranked, run.depths, cfg.aggregate)
     results, figures = _results(run, rows), []
-    if cfg.budget is None:  # segments are compared over all schedules
+    if cfg.budget is None:  # influence compares all schedules
         light = placements.table
         values = np.stack([found[n][1].values(cfg.aggregate) for n in range(len(light))])
         results["segments"] = tables.segment_results(light, values, cfg.num_extremes)
@@ -181,10 +186,10 @@ def run_search(cfg: SearchStudy, workdir: Path) -> Report:
     return _schedule_report(title, results, rows, figures, ends=5)
 
 
-def _proposals(cfg: SearchStudy, placements: Placements) -> search.Propose:
-    """In order without a budget; with one, by the additive model and the importance if given."""
+def _choose_method(cfg: SearchStudy, placements: Placements) -> search.Propose:
+    """Without a budget, proposes all in order; with one, by the additive model (and importance)."""
     if cfg.budget is None:
-        return search.in_order(range(placements.number))
+        return search.propose_in_order(range(placements.total))
     harms = read_harms(cfg.importance, cfg.light, cfg.num_segments) if cfg.importance else {}
     harm = harms.get("relative_kl", harms.get("kl"))
-    return search.by_additive_model(placements, cfg.seed, harm)
+    return search.propose_by_additive_model(placements, cfg.seed, harm)

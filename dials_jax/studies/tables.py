@@ -1,4 +1,4 @@
-"""Tables and figures of measured schedules and of searches among them."""
+"""Makes the tables and figures of measured schedules, and of searches."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ STUDY_LEGEND = (
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleRow:
-    """One schedule. Intervals are of 95 %; the baseline is the first schedule measured."""
+    """One schedule. Intervals are 95 % intervals; the baseline is the first schedule."""
 
     schedule: str
-    perplexity: float  # by the study's aggregate, as are the next two and the differences
+    perplexity: float  # by the study's aggregate, like the next two and the differences
     low: float
     high: float
     mean_perplexity: float  # mean of the samples' own
@@ -65,7 +65,7 @@ class ScheduleRow:
     equal_entropy_low: float
     equal_entropy_high: float
     saved_blocks: float  # p (B_H - B_L) / B_H, Sedykh (3)
-    saved_flops: float | None  # everything counted; None where the baseline is not all heavy
+    saved_flops: float | None  # of the whole model; None if the baseline is not all heavy
     seconds: float  # of sampling, without compilation
     saved_time: float | None
     num_samples: int
@@ -74,7 +74,11 @@ class ScheduleRow:
 def schedule_rows(
     found: Mapping[Schedule, ScoredSamples], depths: Mapping[str, int], aggregate: Aggregate
 ) -> list[ScheduleRow]:
-    """One row for each schedule; the first is the baseline."""
+    """Computes one row per schedule; the first schedule is the baseline.
+
+    Args:
+      depths: the number of layers that each model runs, by letter.
+    """
     baseline = next(iter(found))
     base, deepest = found[baseline], max(depths.values())
     all_heavy = mean_depth(baseline, depths) == deepest
@@ -84,7 +88,7 @@ def schedule_rows(
         own, entropy = estimate_mean(values), estimate_mean(samples.entropy)
         low, high = mean_interval(values - base_values)
         paired = paired_test(_by_number(values), _by_number(base_values))
-        logs, at_equal_entropy = _changes(samples, base)
+        logs, at_equal_entropy = _log_differences(samples, base)
         rows.append(
             ScheduleRow(
                 schedule=str(schedule),
@@ -116,8 +120,8 @@ def schedule_rows(
     return rows
 
 
-def _changes(samples: ScoredSamples, base: ScoredSamples) -> tuple[Estimate, Estimate]:
-    """Nats per token above the baseline: as sampled, and between samples of equal entropy.
+def _log_differences(samples: ScoredSamples, base: ScoredSamples) -> tuple[Estimate, Estimate]:
+    """Nats per token above the baseline: as sampled, and at equal entropy.
 
     A model that repeats itself has lower perplexity, so the second comparison is the fairer one.
     """
@@ -126,7 +130,7 @@ def _changes(samples: ScoredSamples, base: ScoredSamples) -> tuple[Estimate, Est
 
 
 def mean_depth(schedule: Schedule, depths: Mapping[str, int]) -> float:
-    """How many blocks a step runs on average."""
+    """The number of layers that a step runs on average."""
     return sum(schedule.share(letter) * depths[letter] for letter in schedule.letters)
 
 
@@ -143,6 +147,7 @@ def first_examples(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def schedule_table(rows: Sequence[ScheduleRow]) -> Table:
+    """Makes a table with a line per schedule."""
     header = ("schedule", "gen. PPL", "change", "95 % interval", "p", "entropy",
               "equal entropy", "blocks saved", "FLOPs saved", "time saved", "seconds")  # fmt: skip
     base = rows[0].perplexity
@@ -155,9 +160,9 @@ def schedule_table(rows: Sequence[ScheduleRow]) -> Table:
             "<0.001" if r.p_value < 0.001 else f"{r.p_value:.3f}",
             f"{r.entropy:.3f} ±{(r.entropy_high - r.entropy_low) / 2:.3f}",
             f"{r.equal_entropy:+.3f} ±{(r.equal_entropy_high - r.equal_entropy_low) / 2:.3f}",
-            _saved(r.saved_blocks),
-            _saved(r.saved_flops),
-            _saved(r.saved_time),
+            _percent(r.saved_blocks),
+            _percent(r.saved_flops),
+            _percent(r.saved_time),
             f"{r.seconds:.1f}",
         )
         for r in rows
@@ -165,14 +170,14 @@ def schedule_table(rows: Sequence[ScheduleRow]) -> Table:
     return Table(header, lines)
 
 
-def _saved(share: float | None) -> str:
+def _percent(share: float | None) -> str:
     return "-" if share is None else f"{share:.1%}"
 
 
 def schedule_figure(
     rows: Sequence[ScheduleRow], cfg: ScheduleStudy, depths: Mapping[str, int]
 ) -> Figure:
-    """The figure that the study asks for."""
+    """Makes the figure that `cfg.figure` names: perplexity per schedule, or by light steps."""
     values = {
         "values": np.array([r.perplexity for r in rows]),
         "intervals": np.array([[r.low for r in rows], [r.high for r in rows]]),
@@ -214,7 +219,7 @@ def _series(triples: Iterable[tuple[float, float, float]]) -> plots.Series:
 def segment_results(
     light: Bool[np.ndarray, "S n"], values: Float[np.ndarray, "S N"], num_extremes: int
 ) -> dict[str, Any]:
-    """Segment influence with its interval, and how often a segment is light in the extremes."""
+    """The influence of each segment, and how often it is light in the best and worst schedules."""
     best, worst = search.segment_counts(light, values.mean(axis=1), num_extremes)
     influence = search.segment_influence(light, values)
     return {
@@ -228,7 +233,7 @@ def segment_results(
 def segment_figures(
     light: Bool[np.ndarray, "S n"], values: Float[np.ndarray, "S N"], num_extremes: int
 ) -> list[Figure]:
-    """Sedykh, figures 2, 3, 4 and 7."""
+    """The figures of Sedykh, Figures 2, 3, 4 and 7."""
     perplexity = values.mean(axis=1)
     order = np.argsort(perplexity, kind="stable")
     best, worst = order[:5], order[::-1][:5]

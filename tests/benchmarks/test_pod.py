@@ -102,7 +102,7 @@ def test_what_does_not_fit_is_a_row_too(message, config, on_this_machine, monkey
     def refuse(*args):
         raise jax.errors.JaxRuntimeError(message)
 
-    monkeypatch.setattr(pod, "footprint", refuse)
+    monkeypatch.setattr(pod, "compile_footprint", refuse)
     assert pod.main([*config, "--length", "16", "--topology", "a", "b"]) == 0
     shown = capsys.readouterr().out
     assert shown.count("does not fit: it needs 20.50 GiB and has 15.75; try --remat") == 2

@@ -2,7 +2,8 @@ import math
 import shlex
 import sys
 
-from dials_jax.reporting.environment import command, file_name, write_csv
+from dials_jax.reporting.environment import command
+from dials_jax.reporting.publish import file_name, write_csv
 
 
 def test_a_text_is_no_formula(tmp_path):

@@ -73,7 +73,7 @@ def test_drawing_takes_no_more_than_its_points_however_long_the_run(drawn, tmp_p
 
     monkeypatch.setattr(np, "convolve", counted)
     totals = []
-    for length in (plots.MOST_POINTS, 10 * plots.MOST_POINTS + 1):
+    for length in (plots.MAX_POINTS, 10 * plots.MOST_POINTS + 1):
         work.clear()
         records = [{"step": i, "loss": 1 + i % 7} for i in range(length)]
         records[length // 2]["loss"] = 50.0
@@ -81,8 +81,8 @@ def test_drawing_takes_no_more_than_its_points_however_long_the_run(drawn, tmp_p
         plots.training_curves(file, tmp_path / "t.png")
         smooth, raw = drawn[-1].axes[0].lines
         totals.append(sum(work))
-        assert len(smooth.get_xdata()) <= plots.MOST_POINTS
-        assert len(raw.get_xdata()) <= 2 * plots.MOST_POINTS
+        assert len(smooth.get_xdata()) <= plots.MAX_POINTS
+        assert len(raw.get_xdata()) <= 2 * plots.MAX_POINTS
         # What stands out is still seen, where it was.
         at = raw.get_xdata()[np.argmax(raw.get_ydata())]
         assert raw.get_ydata().max() == 50 and abs(at - length // 2) <= 11
@@ -91,7 +91,7 @@ def test_drawing_takes_no_more_than_its_points_however_long_the_run(drawn, tmp_p
 
 
 def test_thinned_points_are_means_and_ranges_of_neighbours(monkeypatch):
-    monkeypatch.setattr(plots, "MOST_POINTS", 3)
+    monkeypatch.setattr(plots, "MAX_POINTS", 3)
     steps, means, (x, y) = plots._thinned(np.arange(7.0), np.array([1.0, 2, 6, 0, 0, 3, 9]))
     assert steps.tolist() == [1, 4, 6] and means.tolist() == [3, 1, 9]
     assert x.tolist() == [1, 1, 4, 4, 6, 6] and y.tolist() == [1, 6, 0, 3, 9, 9]

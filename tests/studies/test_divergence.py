@@ -73,7 +73,7 @@ def test_a_model_does_not_differ_from_itself(found):
 def test_neither_batches_nor_slices_nor_other_models_matter(
     lively, light, tokens, found, monkeypatch
 ):
-    monkeypatch.setattr(divergence, "POSITIONS_AT_ONCE", 5)
+    monkeypatch.setattr(divergence, "POSITION_CHUNK", 5)
     again = divergences(lively, {"L": light}, tokens, TIME, seed=3, batch_size=2)
     np.testing.assert_allclose(again["L"], found["L"], rtol=1e-4, atol=1e-5)
     other = divergences(lively, {"L": light}, tokens, TIME, seed=4, batch_size=2)

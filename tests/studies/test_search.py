@@ -8,12 +8,12 @@ import pytest
 from dials_jax.studies import placements as module
 from dials_jax.studies.placements import Placements
 from dials_jax.studies.search import (
-    best_of,
-    by_additive_model,
-    by_chance,
-    by_importance,
+    best_schedule,
     fit_additive,
     measure_regret,
+    propose_at_random,
+    propose_by_additive_model,
+    propose_by_importance,
     rank_correlation,
     segment_counts,
     segment_harm,
@@ -44,29 +44,29 @@ def test_every_placement_comes_once():
 @pytest.mark.parametrize("size", [(6, 2), (7, 4), (5, 5), (9, 1)])
 def test_a_placement_is_known_by_its_number(size):
     light = Placements(*size)
-    chosen = [light.chosen(number) for number in range(light.number)]
+    chosen = [light.chosen(number) for number in range(light.total)]
     assert chosen == [list(one) for one in combinations(range(size[0]), size[1])]
-    assert [light.number_of(one) for one in chosen] == list(range(light.number))
-    np.testing.assert_array_equal([light.light(n) for n in range(light.number)], light.table)
+    assert [light.number_of(one) for one in chosen] == list(range(light.total))
+    np.testing.assert_array_equal([light.light(n) for n in range(light.total)], light.table)
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_many_placements_come_in_the_order_that_a_table_has(seed, monkeypatch):
     costs, light = np.random.default_rng(seed).normal(size=9), Placements(9, 4)
-    expected = list(light.in_order_of(costs))
-    monkeypatch.setattr(module, "LISTED", 1)
-    assert list(light.in_order_of(costs)) == expected
-    alike = list(light.in_order_of(np.round(costs)))  # many equal sums: in order of the sums
-    assert sorted(alike) == list(range(light.number))
+    expected = list(light.sorted_by_cost(costs))
+    monkeypatch.setattr(module, "MAX_SORTED", 1)
+    assert list(light.sorted_by_cost(costs)) == expected
+    alike = list(light.sorted_by_cost(np.round(costs)))  # many equal sums: in order of the sums
+    assert sorted(alike) == list(range(light.total))
     assert (np.diff(light.table[alike] @ np.round(costs)) >= 0).all()
-    assert list(Placements(6, 1).in_order_of(np.zeros(6))) == list(range(6))
+    assert list(Placements(6, 1).sorted_by_cost(np.zeros(6))) == list(range(6))
 
 
 def test_placements_come_once_in_random_order(monkeypatch):
     light = Placements(6, 3)
-    shuffled = [list(light.in_random_order(seed)) for seed in (0, 0, 1)]
-    monkeypatch.setattr(module, "PERMUTED", 1)
-    drawn = [list(islice(light.in_random_order(seed), 20)) for seed in (0, 0, 1)]
+    shuffled = [list(light.shuffled(seed)) for seed in (0, 0, 1)]
+    monkeypatch.setattr(module, "MAX_SHUFFLED", 1)
+    drawn = [list(islice(light.shuffled(seed), 20)) for seed in (0, 0, 1)]
     for first, again, other in (shuffled, drawn):
         assert sorted(first) == list(range(20)) and first == again != other
 
@@ -82,9 +82,9 @@ def test_a_search_looks_at_few_of_very_many_placements(harm, monkeypatch):
     light = Placements(40, 20)
     rng = np.random.default_rng(0)
     trials = try_schedules(
-        by_additive_model(light, 0, harm), lambda number: rng.normal(), 30, light.number
+        propose_by_additive_model(light, 0, harm), lambda number: rng.normal(), 30, light.total
     )
-    assert len(set(trials.tried)) == 30 and max(trials.tried) < light.number
+    assert len(set(trials.tried)) == 30 and max(trials.tried) < light.total
     assert len(compared) <= 30 * 31 * 20
 
 
@@ -152,11 +152,13 @@ def test_a_search_never_tries_twice_and_knows_no_more_than_it_tried(table):
         asked.append(schedule)
         return float(means[schedule])
 
-    trials = try_schedules(by_additive_model(light, seed=0), measure, budget=30, num_schedules=210)
+    trials = try_schedules(
+        propose_by_additive_model(light, seed=0), measure, budget=30, num_schedules=210
+    )
     assert asked == trials.tried and len(set(asked)) == 30
-    assert means[best_of(trials)] == min(trials.perplexity)
-    assert len(try_schedules(by_chance(light, 0), measure, 999, 210).tried) == 210
-    assert try_schedules(by_importance(light, HARM), measure, 1, 210).tried == [
+    assert means[best_schedule(trials)] == min(trials.perplexity)
+    assert len(try_schedules(propose_at_random(light, 0), measure, 999, 210).tried) == 210
+    assert try_schedules(propose_by_importance(light, HARM), measure, 1, 210).tried == [
         int(np.argmin(means))
     ]
 
@@ -164,10 +166,10 @@ def test_a_search_never_tries_twice_and_knows_no_more_than_it_tried(table):
 def test_knowing_more_costs_less(table):
     light, values = Placements(10, 4), table[2]
     methods = {
-        "chance": lambda seed: by_chance(light, seed),
-        "additive": lambda seed: by_additive_model(light, seed),
-        "importance": lambda seed: by_importance(light, HARM),
-        "both": lambda seed: by_additive_model(light, seed, HARM),
+        "chance": lambda seed: propose_at_random(light, seed),
+        "additive": lambda seed: propose_by_additive_model(light, seed),
+        "importance": lambda seed: propose_by_importance(light, HARM),
+        "both": lambda seed: propose_by_additive_model(light, seed, HARM),
     }
     found = {
         name: measure_regret(make, values, 12, num_repeats=20).mean
@@ -181,7 +183,7 @@ def test_knowing_more_costs_less(table):
 
 def test_nothing_is_judged_by_the_samples_that_chose_it():
     values = np.random.default_rng(0).normal(40, 1, (50, 40))  # all schedules are equally good
-    found = measure_regret(lambda seed: by_chance(Placements(50, 1), seed), values, 1)
+    found = measure_regret(lambda seed: propose_at_random(Placements(50, 1), seed), values, 1)
     best_of_noise = 40 - np.mean([values[:, i::2].mean(axis=1).min() for i in range(2)])
     assert abs(found.mean) < 0.2 < 0.4 < best_of_noise
 
@@ -189,9 +191,11 @@ def test_nothing_is_judged_by_the_samples_that_chose_it():
 def test_a_wrong_importance_is_corrected_by_trials(table):
     light, values = Placements(10, 4), table[2]
     wrong = HARM[::-1] + np.where(np.arange(10) < 4, 3, 0)
-    with_it = measure_regret(lambda s: by_importance(light, wrong), values, 40, num_repeats=10).mean
+    with_it = measure_regret(
+        lambda s: propose_by_importance(light, wrong), values, 40, num_repeats=10
+    ).mean
     corrected = measure_regret(
-        lambda s: by_additive_model(light, s, wrong), values, 40, num_repeats=10
+        lambda s: propose_by_additive_model(light, s, wrong), values, 40, num_repeats=10
     )
     assert corrected.mean < with_it - 0.3
 
