@@ -73,7 +73,7 @@ def test_drawing_takes_no_more_than_its_points_however_long_the_run(drawn, tmp_p
 
     monkeypatch.setattr(np, "convolve", counted)
     totals = []
-    for length in (plots.MAX_POINTS, 10 * plots.MOST_POINTS + 1):
+    for length in (plots.MAX_POINTS, 10 * plots.MAX_POINTS + 1):
         work.clear()
         records = [{"step": i, "loss": 1 + i % 7} for i in range(length)]
         records[length // 2]["loss"] = 50.0
