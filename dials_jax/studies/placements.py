@@ -78,10 +78,10 @@ class Placements:
     def shuffled(self, seed: int) -> Iterator[int]:
         """Yields all numbers in random order, each once."""
         if self.total <= MAX_SHUFFLED:
-            rank = np.random.default_rng(seed).permutation(self.number)
+            rank = np.random.default_rng(seed).permutation(self.total)
             return map(int, np.argsort(rank))
         draws = random.Random(seed)
-        return skip_repeats(draws.randrange(self.number) for _ in count())
+        return skip_repeats(draws.randrange(self.total) for _ in count())
 
 
 def skip_repeats(numbers: Iterator[int]) -> Iterator[int]:

@@ -31,7 +31,7 @@ CURVE_LABELS = {
 }
 
 
-def schedule_draw_points(
+def schedule_points(
     labels: Sequence[str],
     values: Float[np.ndarray, "S"],
     intervals: Float[np.ndarray, "2 S"],

@@ -92,6 +92,6 @@ def test_drawing_takes_no_more_than_its_points_however_long_the_run(drawn, tmp_p
 
 def test_thinned_points_are_means_and_ranges_of_neighbours(monkeypatch):
     monkeypatch.setattr(plots, "MAX_POINTS", 3)
-    steps, means, (x, y) = plots._thinned(np.arange(7.0), np.array([1.0, 2, 6, 0, 0, 3, 9]))
+    steps, means, (x, y) = plots._thin_out(np.arange(7.0), np.array([1.0, 2, 6, 0, 0, 3, 9]))
     assert steps.tolist() == [1, 4, 6] and means.tolist() == [3, 1, 9]
     assert x.tolist() == [1, 1, 4, 4, 6, 6] and y.tolist() == [1, 6, 0, 3, 9, 9]
