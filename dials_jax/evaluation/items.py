@@ -74,7 +74,7 @@ def load_items(task: EvalTask, tokenizer: Tokenizer | None, model_config: ModelC
     """Reads the items of one task, at most `task.limit` of them.
 
     Args:
-      tokenizer: found by `sources.load_data_tokenizer`; may be None for the procedural task, which has
+      tokenizer: from `sources.load_data_tokenizer`; may be None for the procedural task, which has
         its own.
 
     Raises: InputError, with file and line, for a missing field, a label that names no choice,
