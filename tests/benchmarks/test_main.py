@@ -13,7 +13,7 @@ def quietly(monkeypatch):
     monkeypatch.setattr(command, "keep_programs", lambda: None)
 
 
-def test_decode_prints_and_writes_a_row_a_case(tmp_path, capsys):
+def test_decode_prints_and_writes_a_row_per_case(tmp_path, capsys):
     path = tmp_path / "out.json"
     arguments = "--model tiny --layers 2 --batch 2 --prompt 4 --gen 4 --block 4 --repeats 1"
     arguments += f" --caches none dual --policies static-1 --out {path}"
@@ -27,7 +27,7 @@ def test_decode_prints_and_writes_a_row_a_case(tmp_path, capsys):
     assert none.split()[:4] == ["none", "static-1", "2", "4"] and dual.startswith("dual")
 
 
-def test_forward_prints_and_writes_a_row_a_case(tmp_path, capsys):
+def test_forward_prints_and_writes_a_row_per_case(tmp_path, capsys):
     path = tmp_path / "out.json"
     arguments = "--model tiny --layers 2 --batches 2 --tokens 6 --prompt 3 --shares 0.5"
     assert forward.main([*arguments.split(), "--repeats", "1", "--out", str(path)]) == 0

@@ -80,7 +80,7 @@ def test_the_largest_collective_is_found():
     assert pod.read_largest_collective("%a = f32[3]{0} add(%x, %y)") == 0
 
 
-def test_it_prints_and_writes_a_row_a_topology(config, on_this_machine, tmp_path, capsys):
+def test_it_prints_and_writes_a_row_per_topology(config, on_this_machine, tmp_path, capsys):
     path = tmp_path / "out.json"
     arguments = [*config, "--length", "16", "--topology", "a", "b", "--out", str(path)]
     assert pod.main([*arguments, "--batch-size", "2"]) == 0

@@ -37,7 +37,7 @@ def test_the_program_is_generates_own():
     np.testing.assert_array_equal(tokens, expected.tokens)
 
 
-def test_it_prints_and_writes_a_row_a_case(tmp_path, capsys):
+def test_it_prints_and_writes_a_row_per_case(tmp_path, capsys):
     path = tmp_path / "out.json"
     arguments = [*TINY, "--caches", "none", "dual", "--policies", "full", "routed-1", "static-1"]
     assert pod_decode.main([*arguments, "--out", str(path)]) == 0

@@ -13,7 +13,7 @@ def quietly(monkeypatch):
     monkeypatch.setattr(command, "keep_programs", lambda: None)
 
 
-def test_it_prints_and_writes_a_row_a_case(tmp_path, capsys):
+def test_it_prints_and_writes_a_row_per_case(tmp_path, capsys):
     path = tmp_path / "out.json"
     arguments = "--model tiny_mdlm --blocks 3 1 --batch 2 --length 32 --steps 4 --repeats 1"
     assert sample.main(f"{arguments} --light-fractions 0 0.5 --out {path}".split()) == 0

@@ -13,7 +13,7 @@ def quietly(monkeypatch):
     monkeypatch.setattr(command, "keep_programs", lambda: None)
 
 
-def test_train_prints_and_writes_a_row_a_depth(tmp_path, capsys):
+def test_train_prints_and_writes_a_row_per_depth(tmp_path, capsys):
     path = tmp_path / "out.json"
     arguments = "--model tiny --blocks 1 --batch 2 --length 8 --steps 1 --repeats 1 --warm-up 1"
     assert train.main([*arguments.split(), "--out", str(path)]) == 0

@@ -87,12 +87,12 @@ def test_likelihoods_go_on_with_what_is_left(lively):
 
 
 def test_prompts_of_one_bucket_share_a_program(lively, traced_once):
-    """Whatever their lengths, and how many are in the last batch or left."""
+    """Whatever their lengths, and how many are in the last batch or remain."""
     traced_once(generating, "generate_program")
     prompts = [[5], [6, 7], [8, 9, 10], [11, 12, 13, 14], [15, 16, 17]]
     settings = {"sampler": SAMPLER, "batch_size": 2, "bucket": 4}
     answers = generate_all(lively, prompts, **settings)
-    [last] = generation_batches(lively, prompts, left=[3], **settings)
+    [last] = generation_batches(lively, prompts, remaining=[3], **settings)
     np.testing.assert_array_equal(last.answers, answers[[3]])
 
 
@@ -100,7 +100,7 @@ def test_pairs_of_one_bucket_share_a_program(lively, traced_once):
     traced_once(likelihood, "score_pairs_program")
     settings = {"num_samples": 4, "batch_size": 3, "bucket": 4}
     assert len(list(likelihood_batches(lively, PAIRS, **settings))) == 5  # the last is of one copy
-    [last] = likelihood_batches(lively, PAIRS, left=([1], [2]), **settings)
+    [last] = likelihood_batches(lively, PAIRS, remaining=([1], [2]), **settings)
     assert last.scores.log_likelihood.shape == (1,)
 
 

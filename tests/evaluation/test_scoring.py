@@ -279,7 +279,7 @@ def test_mixed_lengths_compile_few_programs(max_programs, scorer, mixed):
 # ------------------------------------------------------------------------------------ likelihood
 
 
-def test_nelbo_is_nats_a_token(scorer, uniform, items):
+def test_nelbo_is_nats_per_token(scorer, uniform, items):
     found = run(uniform, NELBO, items)
     np.testing.assert_allclose(list(found.items.values()), np.log(TOKENIZER.vocab_size), rtol=1e-5)
     item, seed = items[2], 3

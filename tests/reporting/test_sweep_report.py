@@ -21,7 +21,7 @@ def test_the_report_holds_every_file_and_is_self_contained(tmp_path):
     assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8")) == results
     page = read_page(tmp_path)
     images = sorted(path.read_bytes() for path in (tmp_path / "plots").glob("*.png"))
-    assert sorted(page.images) == images and len(images) == 5  # trade-off, and two a task
+    assert sorted(page.images) == images and len(images) == 5  # trade-off, and two per task
     assert "script" not in page.tags and "link" not in page.tags
     for fact in ("25,165,824", results["environment"]["command"], "data 1, fsdp 1", "McNemar"):
         assert fact in page.visible
