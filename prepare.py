@@ -13,8 +13,9 @@ from dials_jax.stopping import keeping
 
 
 def command() -> None:
+    """Prepares or verifies the corpus and prints the counts of its splits."""
     config, _ = parse(TrainConfig, __doc__, needs_workdir=False)
-    require(isinstance(config.data, CorpusData), "the configuration's data is no CorpusData")
+    require(isinstance(config.data, CorpusData), "the configuration's data is not a CorpusData")
     require(config.model is not None, "the configuration has no model=; its ids are needed")
     kept = f"finished parts stay in {config.data.folder}; the same command continues after them"
     with keeping(lambda: kept):

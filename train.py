@@ -15,6 +15,7 @@ from dials_jax.training.loop import train
 
 
 def command() -> None:
+    """Trains, and draws the curves of the training."""
     config, workdir = parse(TrainConfig, __doc__)
     keep_programs()
     train(config, workdir)

@@ -62,7 +62,7 @@ def test_training_reads_what_the_command_prepared(config, prepare_py, tmp_path, 
     assert run.prepare_run(cfg, sharding.make_mesh(cfg.mesh)).data.num_rows == 47
 
 
-@pytest.mark.parametrize("file, message", [("demo/model", "is no CorpusData")])
+@pytest.mark.parametrize("file, message", [("demo/model", "is not a CorpusData")])
 def test_a_configuration_without_a_corpus_is_refused(prepare_py, capsys, file, message):
     with pytest.raises(SystemExit) as stop:
         prepare_py("--config", ROOT / f"configs/{file}.py")

@@ -17,8 +17,9 @@ from dials_jax.models.folders import WEIGHT_DTYPES
 from dials_jax.stopping import Stopped, keeping, obey_sigterm
 
 DESCRIPTION = """Convert a Hugging Face folder (config.json and safetensors) to a dials_jax model
-folder, which loads sharded and with its digests checked. Needs neither PyTorch nor a GPU; one layer
-at a time is in memory. A Lightning checkpoint of MDLM (*.ckpt) needs PyTorch and --allow-pickle."""
+folder, which loads onto many devices and with its digests checked. Needs neither PyTorch nor a GPU,
+and memory for one layer at a time. A Lightning checkpoint of MDLM (*.ckpt) needs PyTorch and
+--allow-pickle."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

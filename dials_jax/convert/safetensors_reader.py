@@ -112,21 +112,21 @@ def open_safetensors(path: Path) -> dict[str, np.ndarray]:
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     """Returns the entries by name, and the byte where the data begins."""
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def to_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)
-        if len(values) < len(pairs):  # a name twice: the package would take the last one
+        if len(values) < len(pairs):  # the package would take the last of two equal names
             raise ValueError("a key stands twice in one object")
         return values
 
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length), object_pairs_hook=unique)
+        header = json.loads(file.read(length), object_pairs_hook=to_dict)
     header.pop("__metadata__", None)
     return header, 8 + length
 
 
 def _reason(path: Path, error: Exception) -> str:
-    """Describes what is wrong with the file."""
+    """Returns the message about a file that breaks the format."""
     text = str(error).removeprefix("Error while deserializing header: ").partition("\n")[0]
     if "not fully covered" not in text:
         return f"has an unreadable safetensors header ({text})"

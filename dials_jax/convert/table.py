@@ -99,10 +99,10 @@ def strip_wrappers(tensors: dict[str, T], source: Path) -> dict[str, T]:
     Raises: InputError if two tensors get the same name.
     """
 
-    def plain(name: str) -> str:
+    def strip(name: str) -> str:
         return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
-    out = {plain(name): x for name, x in tensors.items()}
+    out = {strip(name): x for name, x in tensors.items()}
     require(
         len(out) == len(tensors),
         f"{source} holds the same tensors twice, plain and compiled or wrapped; keep one of them",

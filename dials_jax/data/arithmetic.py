@@ -58,6 +58,7 @@ class ArithmeticTask:
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
+        """One token per character."""
         return character_tokenizer("0123456789,=" + "".join(SYMBOLS.values()))
 
     @property

@@ -40,7 +40,9 @@ class TrainingData(Protocol):
     """
 
     @property
-    def num_rows(self) -> int: ...
+    def num_rows(self) -> int:
+        """The number of rows; they are numbered from 0."""
+        ...
 
     @property
     def fingerprint(self) -> str:

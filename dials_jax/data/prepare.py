@@ -255,7 +255,10 @@ def _add_array_record(cfg: CorpusData, folder: Path, splits: dict[str, dict[str,
     if cfg.reader == "numpy":
         return
     if missing := missing_grain_packages():
-        print(f"no ArrayRecord, for {', '.join(missing)} is not installed; the .npy parts serve")
+        names = ", ".join(missing)
+        print(
+            f"no ArrayRecord is written: {names} is not installed; the .npy parts are read instead"
+        )
         return
     rows = {name: open_part_rows(folder, split, cfg.length) for name, split in splits.items()}
     if (folder / ARRAY_RECORD).is_dir():

@@ -79,6 +79,7 @@ class TaskRows:
         return digest.hexdigest()[:16]
 
     def rows(self, indices: Indices) -> RowArrays:
+        """Returns (tokens, answer, valid). The EOS after an answer is part of the answer."""
         shape = (len(indices), self.prompt_length + self.answer_length)
         tokens = np.full(shape, self.pad_id, np.int32)
         tokens[:, self.prompt_length :] = self.eos_id

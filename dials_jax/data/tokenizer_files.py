@@ -56,19 +56,22 @@ def read_tokenizer_folder(folder: Path) -> FoundTokenizer | None:
     if _is_published(folder):
         wanted, is_gpt2 = _read_published(folder)
     elif own:
-        wanted, is_gpt2 = own[-1], (folder / "vocab.json").is_file() and follows_gpt2(own[-1])
+        wanted = own[-1]
+        is_gpt2 = (folder / "vocab.json").is_file() and follows_gpt2(wanted)
     else:
         return None
-    backend = next((x for x in own if x is wanted or have_same_ids(x, wanted)), wanted)
+    backend = next((x for x in own if have_same_ids(x, wanted)), wanted)
     check_added_token_ids(backend, _declared_ids(folder), folder)
-    before = own[-1] if own else backend  # what version 0.1 read
-    same = have_same_ids(before, backend, but=("special",))
-    if not (folder / "tokenizer.json").is_file() and own:
-        before = add_mask_token(before)
-    found = backend_fingerprint(before)
+    former = own[-1] if own else backend  # the one that version 0.1 read
+    was_right = have_same_ids(former, backend, but=("special",))  # documents have no special tokens
+    if own and not (folder / "tokenizer.json").is_file():
+        former = add_mask_token(former)
+    fingerprint = backend_fingerprint(former)
     if is_gpt2:
         backend = add_mask_token(backend)
-    return FoundTokenizer(backend, (found,)) if same else FoundTokenizer(backend, misread=found)
+    if was_right:
+        return FoundTokenizer(backend, earlier=(fingerprint,))
+    return FoundTokenizer(backend, misread=fingerprint)
 
 
 def read_tokenizer_file(file: Path) -> FoundTokenizer:
@@ -254,7 +257,7 @@ def _is_published(folder: Path) -> bool:
         return bool({"tokenizer_class", "auto_map"} & _tokenizer_config(folder).keys()) or (
             "model_type" in config
         )
-    # If neither it nor tokenizer.json says how to read the two files, the kind of model does.
+    # Otherwise only the type of the model tells how to read vocab.json and merges.txt.
     two_files = (folder / "vocab.json").is_file()
     return two_files and not complete and config.get("model_type") not in GPT2_TYPES
 

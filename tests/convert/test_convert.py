@@ -29,7 +29,7 @@ TOLERANCE = 2e-4
 def golden():
     with np.load(GOLDEN / "golden.npz") as arrays:
         return {k: arrays[k] for k in ("input_ids", "logits", "hidden_states", "pad_lengths")} | {
-            f"row_{i}": arrays[f"unpadded_logits_{i}"] for i in range(3)
+            f"sequence_{i}": arrays[f"unpadded_logits_{i}"] for i in range(3)
         }
 
 
@@ -72,7 +72,7 @@ def test_every_layer_gives_the_authors_hidden_state(model, golden):
         np.testing.assert_allclose(h, theirs, rtol=0, atol=2e-5 * np.abs(theirs).max())
 
 
-def test_a_row_alone_and_left_padded_gives_the_authors_logits(model, golden):
+def test_a_sequence_alone_and_left_padded_gives_the_authors_logits(model, golden):
     lengths = golden["pad_lengths"]
     width = golden["input_ids"].shape[1]
     tokens = np.full((3, width), model.config.pad_id)
@@ -80,11 +80,11 @@ def test_a_row_alone_and_left_padded_gives_the_authors_logits(model, golden):
     for i, n in enumerate(lengths):
         tokens[i, width - n :] = golden["input_ids"][i, :n]
         alone = model.apply(golden["input_ids"][i : i + 1, :n]).logits[0]
-        np.testing.assert_allclose(alone, golden[f"row_{i}"], rtol=0, atol=TOLERANCE)
+        np.testing.assert_allclose(alone, golden[f"sequence_{i}"], rtol=0, atol=TOLERANCE)
     padded = model.apply(tokens, valid).logits
     for i, n in enumerate(lengths):
         np.testing.assert_allclose(
-            padded[i, width - n :], golden[f"row_{i}"], rtol=0, atol=TOLERANCE
+            padded[i, width - n :], golden[f"sequence_{i}"], rtol=0, atol=TOLERANCE
         )
 
 

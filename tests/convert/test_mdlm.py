@@ -223,7 +223,7 @@ def spoil(content, change):
 
 
 def resized(content, vocab_size):
-    """Gives the checkpoint's model so many tokens; random values."""
+    """Gives the checkpoint's model this many tokens; random values."""
     torch = pytest.importorskip("torch")
 
     def one(x):

@@ -469,7 +469,7 @@ def test_without_the_packages_numpy_serves_and_grain_is_refused(
     )
     auto = dataclasses.replace(cfg, reader="auto")
     prepare_corpus(auto, model_config)
-    assert "grain is not installed; the .npy parts serve" in capsys.readouterr().out
+    assert "grain is not installed; the .npy parts are read instead" in capsys.readouterr().out
     assert type(load_training_data(auto, model_config)[0].tokens) is corpus.PartRows
     for command in (prepare_corpus, load_training_data):
         with pytest.raises(InputError, match=r"needs grain; pip install 'dials_jax\[data\]'"):
