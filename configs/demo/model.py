@@ -11,7 +11,7 @@ from dials_jax.models.families import llada_small
 
 def get_config() -> TrainConfig:
     return TrainConfig(
-        # The vocabulary is that of the arithmetic characters: 0 padding, 1 end of text, 18 [MASK].
+        # The vocabulary: 0 is padding, 1 the end of text, 18 [MASK], the others are characters.
         model=llada_small(
             num_layers=6,
             d_model=96,

@@ -2,7 +2,7 @@
 
 python train.py --config configs/demo/router.py --workdir runs/demo/router
 
-Expected: the skip rate starts near zero and settles where the loss stays low, in half a minute.
+Expected: in half a minute the skip rate rises from near zero to a level where the loss stays low.
 """
 
 from dials_jax.config import (
@@ -20,7 +20,7 @@ def get_config() -> TrainConfig:
         router=RouterConfig(d_hidden=32),
         data=ArithmeticData(),
         objective=ObjectiveConfig(skip_weight=1.0),
-        # The paper's settings, with a learning rate for a small model and a short run.
+        # The paper's settings, but with a learning rate for a small model and a short run.
         optimizer=OptimizerConfig(learning_rate=3e-3, num_steps=400, warmup_steps=80),
         batch_size=64,
         log_every=10,

@@ -3,9 +3,9 @@
 python train.py --config configs/llada/router_gsm8k.py --workdir runs/gsm8k/router-1 \\
     --backbone LLaDA-8B-Base --objective.skip-weight 1.0
 
-The backbone is the published folder, or the folder that `python -m convert` made of it. Data: GSM8K
-as JSONL, fields "question" and "answer". On several devices: --mesh.fsdp 8. The paper does not give
-its lambdas; train several.
+The backbone is the published folder, or the folder that `python -m convert` made of it. The data is
+GSM8K as JSONL with the fields "question" and "answer". On several devices: --mesh.fsdp 8. The paper
+does not state its lambdas; train several.
 """
 
 from dials_jax.config import ObjectiveConfig, OptimizerConfig, TaskData, TrainConfig

@@ -3,11 +3,13 @@
     python prepare.py --config configs/mdlm/blocks_12.py       (once; see docs/data.md)
 python train.py --config configs/mdlm/blocks_12.py --workdir runs/mdlm/blocks_12
 
-On a pod, the second command on every host, with --distributed. The sequences of a step are split
-over all devices; if they do not fit, --num-microbatches 8 takes an eighth of them at a time.
-Expected: at most 23.2 perplexity on OpenWebText's last 100,000 documents (Sahoo et al. 2024, table
-3), and a generative perplexity of 42.85 +- 0.71 over 1000 steps with `precision="float32"` (Sedykh
-et al., table 1). Settings are theirs.
+On a pod, run the second command on every host, with --distributed. The sequences of a step are
+split over all devices; if they do not fit in memory, --num-microbatches 8 takes an eighth of them
+at a time. The settings are those of the papers.
+
+Expected: a perplexity of at most 23.2 on OpenWebText's last 100,000 documents (Sahoo et al. 2024,
+table 3), and a generative perplexity of 42.85 +- 0.71 in 1000 steps with `precision="float32"`
+(Sedykh, table 1).
 """
 
 from dials_jax.config import (
@@ -21,7 +23,7 @@ from dials_jax.models.families import mdlm
 
 
 def openwebtext(model: ModelConfig, kind: str = "mdlm", **changes) -> TrainConfig:
-    """The settings that all models of this folder share."""
+    """Returns the settings that all models on OpenWebText share, with `changes`."""
     values = dict(
         model=model,
         objective=ObjectiveConfig(kind=kind),

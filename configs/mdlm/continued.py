@@ -2,7 +2,7 @@
 
 python train.py --config configs/mdlm/continued.py --workdir runs/mdlm/continued
 
-Attention is now bidirectional, and a token is still predicted at the position to its left. Needs
+Attention becomes bidirectional; a token is still predicted at the position to its left. Needs
 runs/mdlm/causal. Expected: the loss of blocks_12.py in a fraction of its steps.
 """
 

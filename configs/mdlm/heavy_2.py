@@ -3,7 +3,7 @@
 python train.py --config configs/mdlm/heavy_2.py --workdir runs/mdlm/heavy_2
 
 Two such models differ only by chance: the baseline of the KL divergence between a heavy and a light
-one (Sedykh et al., section 3.4). Expected: as blocks_12.py.
+one (Sedykh, section 3.4). Expected: as blocks_12.py.
 """
 
 from configs.mdlm.blocks_12 import openwebtext

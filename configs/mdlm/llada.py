@@ -3,7 +3,8 @@
 python train.py --config configs/mdlm/llada.py --workdir runs/mdlm/llada
 
 Mask ratios are drawn independently for each sequence, and [MASK] may be predicted. Expected: a
-noisier loss than that of blocks_12.py, and the same model within noise: both bound one likelihood.
+noisier loss than that of blocks_12.py, and an equally good model within noise: both objectives are
+bounds of the same likelihood.
 """
 
 from configs.mdlm.blocks_12 import openwebtext

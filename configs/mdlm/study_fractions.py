@@ -2,7 +2,7 @@
 
 python eval.py --config configs/mdlm/study_fractions.py --workdir runs/mdlm/study_fractions
 
-Published, 4 blocks: perplexity 42.9, 43.1, 43.8, 44.7, 45.9, 47.2, 48.6, 50.1, 51.4, 52.5, 53.4
+Published for 4 blocks: perplexity 42.9, 43.1, 43.8, 44.7, 45.9, 47.2, 48.6, 50.1, 51.4, 52.5, 53.4
 at 0, 10, ... 100 %; at 100 % two thirds of the blocks (66.7 %) are saved, but only 28.3 % of
 the time. Seconds are those of sampling, without compilation. --precision exact computes logits only
 where tokens are revealed, so that time follows FLOPs.

@@ -4,8 +4,8 @@ python train.py --config configs/mdlm/text_12.py --workdir runs/mdlm/text_12 \\
     --data.paths data/text/train.jsonl.xz --data.tokenizer data/gpt2_bpe
 
 Data: any .txt or .jsonl(.xz) files with a field "text", and GPT-2's vocab.json and merges.txt.
-Training may stop anywhere (--max-minutes 5), because the rate is constant and the result is a
-moving average. Expected: docs/results/scheduling.md.
+Training may stop at any step (--max-minutes 5), because the learning rate is constant and the
+result is a moving average. Expected: docs/results/scheduling.md.
 """
 
 from dials_jax.config import (
@@ -19,7 +19,10 @@ from dials_jax.models.families import mdlm
 
 
 def text(model: ModelConfig, kind: str = "mdlm", num_steps: int = 6900, **changes) -> TrainConfig:
-    """The settings that the models on text share: larger rates than on OpenWebText, fewer steps."""
+    """Returns the settings that all models on text share, with `changes`.
+
+    Learning rates are larger and steps fewer than on OpenWebText.
+    """
     values = dict(
         model=model,
         objective=ObjectiveConfig(kind=kind),

@@ -3,7 +3,7 @@
 python train.py --config configs/mdlm/text_llada.py --workdir runs/mdlm/text_llada \\
     --data.paths data/text/train.jsonl.xz --data.tokenizer data/gpt2_bpe
 
-Settings as in text_12.py. Expected: a noisier loss, the same model within noise.
+Settings as in text_12.py. Expected: a noisier loss, and an equally good model within noise.
 """
 
 from configs.mdlm.text_12 import text

@@ -13,7 +13,7 @@ from dials_jax.models.families import llada_small
 
 def get_config() -> TrainConfig:
     return TrainConfig(
-        # GPT-2's 50,257 tokens, [MASK] after them, rounded up to a multiple of 128.
+        # GPT-2's 50,257 tokens and [MASK], rounded up to a multiple of 128.
         model=llada_small(
             num_layers=12,
             d_model=640,

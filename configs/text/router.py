@@ -17,7 +17,7 @@ def get_config() -> TrainConfig:
     return TrainConfig(
         backbone="runs/text/model",
         router=RouterConfig(d_hidden=128),
-        # The first 128 tokens of a sequence act as the prompt: they are never masked.
+        # The first 128 tokens of a sequence are its prompt: they are never masked.
         data=TextData(
             paths=("data/text/train.jsonl.xz",),
             length=512,
@@ -25,7 +25,7 @@ def get_config() -> TrainConfig:
             random_length_prob=0.0,
         ),
         objective=ObjectiveConfig(skip_weight=1.0),
-        # The paper's settings, with a learning rate for a short run.
+        # The paper's settings, but with a learning rate for a short run.
         optimizer=OptimizerConfig(learning_rate=5e-4, num_steps=350, warmup_steps=70),
         batch_size=64,
         log_every=10,

@@ -3,10 +3,10 @@
 python eval.py --config configs/text/sweep.py --workdir runs/text/sweep \\
     --routers runs/text/router-0.1 runs/text/router-0.4 runs/text/router-1.5
 
-Tasks: the NELBO of 384 tokens given 128 on validation text; GSM8K's solutions given their
-questions, by NELBO and by exact match of the final number: the first "####" before the model goes
-on with another question, as in lm-evaluation-harness's "strict-match". The solutions take up to 303
-tokens; generation makes 128.
+Tasks: the NELBO of 384 tokens given 128, on validation text; and GSM8K's solutions given their
+questions, by NELBO and by exact match of the final number. That number is the first one after
+"####", before the model writes another question, as in lm-evaluation-harness's "strict-match". The
+solutions have up to 303 tokens; 128 are generated.
 """
 
 from dials_jax import Confidence
