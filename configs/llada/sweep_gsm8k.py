@@ -6,14 +6,14 @@ python eval.py --config configs/llada/sweep_gsm8k.py --workdir runs/gsm8k/sweep 
 Generation as in DIALS, table 3: 256 tokens in 256 steps and one block, by LLaDA's sampler at
 temperature 0. Zero-shot; put few-shot examples into the prompts for the paper's five.
 
-Scored as the task gsm8k of lm-evaluation-harness (version 3) by "strict-match": the output is cut at
-the first stop string, and the number after its first "####" is compared, without commas, dollar
+Scored as the task gsm8k of lm-evaluation-harness (version 3) by "strict-match": the output is cut
+at the first stop string, and the number after its first "####" is compared, without commas, dollar
 signs and a final period. For its "flexible-extract", which takes the last number of the output:
 
     --tasks.0.extract '(-?[$0-9.,]{2,})|(-?[0-9]+)' --tasks.0.match last
 
-The papers do not say which of the two they report. Items longer than the lengths below are left out,
-and the results state their number (0 of the test split with GPT-2's tokenizer).
+The papers do not say which of the two they report. Items longer than the lengths below are left
+out, and the results state their number (0 of the test split with GPT-2's tokenizer).
 """
 
 from dials_jax import Confidence
