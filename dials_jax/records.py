@@ -1,4 +1,4 @@
-"""Files of records: one JSON object per line, each with a digest that shows damage."""
+"""Results that grow: one JSON object per line, each with a digest that shows damage."""
 
 from __future__ import annotations
 
@@ -12,13 +12,80 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dials_jax.errors import InputError, require
-from dials_jax.files import finite, replacing
+import jax
 
+from dials_jax import sharding
+from dials_jax.errors import InputError, require
+from dials_jax.files import finite, replacing, write_json
+from dials_jax.workdir import read_mark
+
+RECORDS = "runs.jsonl"
 ODD = "runs.odd.jsonl"  # beside a file of records: the lines that were moved out of it
+Agree = Callable[[Mapping[str, Any], Mapping[str, Any], Path], Mapping[str, Any]]
 Check = Callable[[Any], Any]  # raises one of PLAIN_ERRORS for an object that is not a record
 # What Python raises for values that are missing or have the wrong type.
 PLAIN_ERRORS = (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError)
+
+
+class Records:
+    """Results of a run that may be stopped: one JSON object per line, written when measured.
+
+    Every line ends with a short digest of the rest. A line that does not match its digest is set
+    aside, so that its results are measured again.
+
+    Attributes:
+      all: the records so far, those of an earlier run first.
+    """
+
+    def __init__(
+        self,
+        workdir: str | Path,
+        identity: Mapping[str, Any],
+        check: Check,
+        mark: str,
+        agree: Agree,
+        before: tuple[Mapping[str, Any], Sequence[dict[str, Any]]] | None = None,
+    ):
+        """Continues what the workdir holds, or starts.
+
+        Args:
+          identity: what the results depend on; stored in the file called `mark`.
+          check: raises for an object that is not a record.
+          agree: gives the identity to continue with, from that of the workdir and the new one.
+          before: identity and records of an earlier version, which stored them elsewhere.
+        Raises: InputError if the workdir holds results that depend on something else.
+        """
+        workdir = Path(workdir)
+        self.path = workdir / RECORDS
+        identity = json.loads(json.dumps(identity))
+        known = workdir / mark
+        old = read_mark(known)
+        lines = found = Lines.read(self.path, check)
+        if old is None and before is not None:
+            old, lines = before[0], Lines.of(self.path, before[1])
+        require(  # a process killed while taking over earlier records has written the same lines
+            known.exists() or not found.good or (lines is not found and found.lines == lines.lines),
+            f"{workdir} holds {RECORDS} but no {mark} that says of what; put it back, or choose "
+            "another --workdir",
+        )
+        if old is not None:
+            identity = dict(agree(old, identity, workdir))
+        self.all = list(lines.good.values())
+
+        def open_for_more():  # once all processes have read what is there
+            lines.set_aside()
+            if identity != old or not known.exists():
+                write_json(known, identity)
+
+        sharding.wait()
+        sharding.on_first_process(open_for_more)
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Every process calls this; the first one writes. NaN and infinity become null."""
+        if jax.process_index() == 0:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(sealed(record) + "\n")
+        self.all.append(dict(record))
 
 
 @contextmanager
@@ -30,19 +97,6 @@ def sound(path: Path, remedy: str) -> Iterator[None]:
         raise
     except PLAIN_ERRORS as error:
         raise InputError(f"{path} is damaged ({error!r}); {remedy}") from error
-
-
-def read_records(path: str | Path, check: Check) -> list[dict[str, Any]]:
-    """The records of another run, up to the last whole line: a stopped run may leave half a line.
-
-    Raises: InputError naming the first line that is not a record.
-    """
-    lines = Lines.read(Path(path), check)
-    for number, why in lines.odd.items():
-        raise InputError(
-            f"{path}, line {number} {why}; run that study again, which measures it anew"
-        )
-    return list(lines.good.values())
 
 
 @dataclasses.dataclass

@@ -1,7 +1,12 @@
 """Folders that a run writes into: one process at a time, never over the files of others.
 
+A file of the folder, its mark, says what the folder is for: what the results in it depend on.
+
 with exclusive(workdir) as workdir:
     require_unclaimed(workdir, mark="config.json", names=("model", "checkpoints"))
+    old = read_mark(workdir / "config.json")  # None in a new folder
+    if old is not None:
+        require_same(old, new, workdir, "experiment")
     ...
 """
 
@@ -15,12 +20,13 @@ import os
 import socket
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 
-from dials_jax import sharding
+from dials_jax import digests, sharding
 from dials_jax.errors import InputError, require
-from dials_jax.files import local_path
+from dials_jax.files import local_path, read_json
 
 log = logging.getLogger(__name__)
 
@@ -124,6 +130,61 @@ def require_unclaimed(
             f"{folder / name} was not made by a run of this folder, which has no {mark}, and would "
             "be overwritten; move it away, or choose another folder",
         )
+
+
+# ------------------------------------------------------------------------ what a folder is for
+
+
+def read_mark(path: Path, another: str = "choose another --workdir") -> dict[str, Any] | None:
+    """What the file that marks a folder says, None if there is none.
+
+    Raises: InputError if it cannot be read.
+    """
+    try:
+        return read_json(path) if path.exists() else None
+    except InputError as error:
+        raise InputError(f"{error}; put it back, or {another}") from error
+
+
+def require_same(old: Any, new: Any, folder: Path, what: str) -> None:
+    """Raises: InputError naming all that differs between what the folder is for and a run."""
+    names = differences(old, new)
+    require(
+        not names,
+        f"{folder} holds another {what} ({', '.join(names)} differ); choose another --workdir",
+    )
+
+
+def differences(old: Any, new: Any, name: str = "") -> dict[str, tuple[Any, Any]]:
+    """What differs between two JSON values: dotted name -> the old value and the new one.
+
+    A path may be relative on one side and absolute on the other, and weights may be known by the
+    shorter fingerprint of an earlier version.
+    """
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = {}
+        for key in {**old, **new}:
+            found |= differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+        return found
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        found = {}
+        for pair in zip(old, new, strict=True):
+            found |= differences(*pair, name)
+        return found | {name: (old, new)} if name in found else found
+    same = old == new or _one_path(old, new) or digests.same_weights(old, new, name)
+    return {} if same else {name: (old, new)}
+
+
+def _one_path(old: Any, new: Any) -> bool:
+    """Whether one is the absolute path that the other, relative, stands for."""
+    if not (isinstance(old, str) and isinstance(new, str) and old and new):
+        return False
+    if os.path.isabs(old) == os.path.isabs(new):
+        return False
+    return os.path.abspath(old) == os.path.abspath(new)
+
+
+# --------------------------------------------------------------------------------- its storage
 
 
 @contextlib.contextmanager

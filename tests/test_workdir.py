@@ -10,7 +10,7 @@ import pytest
 
 from dials_jax.errors import InputError
 from dials_jax.files import local_path
-from dials_jax.workdir import LOCK, exclusive, require_unclaimed
+from dials_jax.workdir import LOCK, differences, exclusive, read_mark, require_unclaimed
 
 HOLDER = """
 import sys, time
@@ -113,3 +113,35 @@ def test_names_that_are_taken_belong_to_whoever_has_the_mark(tmp_path):
     require_unclaimed(tmp_path, "config.json", ("checkpoints",))
     (tmp_path / "config.json").touch()
     require_unclaimed(tmp_path, "config.json", ("checkpoints", "model"))
+
+
+def test_only_paths_are_compared_as_paths():
+    assert not differences({"scorer": "runs/a"}, {"scorer": os.path.abspath("runs/a")})
+    assert differences({"extract": "(.*)/"}, {"extract": "(.*)"}) == {"extract": ("(.*)/", "(.*)")}
+
+
+def test_weights_known_by_a_shorter_fingerprint_are_the_same_with_a_warning(caplog):
+    now = "0123456789abcdef" + "fedcba9876543210"
+    old, new = ({"weights": {"models": {"H": x}}} for x in (now[:16], now))
+    assert not differences(old, new) and len(caplog.records) == 1
+    other = {"weights": {"models": {"H": now[1:17]}}}
+    assert list(differences(other, new)) == ["weights.models.H"]
+
+
+def test_differences_have_both_values_and_lists_are_compared_whole():
+    old = {"a": {"b": 1, "c": [1, 2]}, "d": [{"e": 1, "f": 2}], "same": None}
+    new = {"a": {"b": 2, "c": [1, 3]}, "d": [{"e": 1, "f": 3}], "g": [1]}
+    assert differences(old, new) == {
+        "a.b": (1, 2),
+        "a.c": ([1, 2], [1, 3]),
+        "d.f": (2, 3),
+        "g": (None, [1]),
+    }
+    assert differences([1], [1, 2], "x") == {"x": ([1], [1, 2])}
+
+
+def test_a_mark_that_is_broken_is_named_with_the_remedy(tmp_path):
+    assert read_mark(tmp_path / "study.json") is None
+    (tmp_path / "study.json").write_text("[1]")
+    with pytest.raises(InputError, match=r"study.json does not hold .*; put it back, or choose"):
+        read_mark(tmp_path / "study.json")

@@ -38,7 +38,7 @@ from dials_jax.data.records import Document, file_sha256
 from dials_jax.data.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
 from dials_jax.errors import InputError, require
 from dials_jax.files import read_json, replacing, write_json
-from dials_jax.workdir import exclusive, require_unclaimed
+from dials_jax.workdir import differences, exclusive, read_mark, require_unclaimed
 
 SETTINGS = "settings.json"  # the settings that a folder was started with
 PART_BATCHES = 20  # batches of documents per part: a stop loses at most a minute's work
@@ -119,8 +119,7 @@ def _claim(folder: Path, settings: dict[str, Any], also: Mapping[str, Collection
 
     Raises: InputError if it holds something else.
     """
-    path = folder / SETTINGS
-    begun = read_json(path) if path.exists() else {}
+    begun = read_mark(folder / SETTINGS, "delete the folder") or {}
     source = str(begun.get("source", settings["source"]))
     require(
         source.startswith("files:") or not settings["source"].startswith("files:"),
@@ -128,13 +127,14 @@ def _claim(folder: Path, settings: dict[str, Any], also: Mapping[str, Collection
         f"dataset={settings['dataset']} otherwise; train from it as it is, or choose another "
         "folder",
     )
-    for name, there in begun.items():
-        require(
-            there in (settings.get(name), *also.get(name, ())),
-            f"{folder} was begun with {name}={there!r}, not {settings.get(name)!r}; choose "
-            "another folder, or delete it",
+    known = {name: there for name, there in begun.items() if there not in also.get(name, ())}
+    wanted = {name: settings.get(name) for name in known}
+    for name, (there, here) in differences(known, wanted).items():
+        raise InputError(
+            f"{folder} was begun with {name}={there!r}, not {here!r}; choose another folder, or "
+            "delete it"
         )
-    write_json(path, settings)
+    write_json(folder / SETTINGS, settings)
 
 
 @dataclass(frozen=True)

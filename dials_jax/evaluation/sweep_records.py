@@ -20,16 +20,15 @@ from dials_jax.config import to_dict
 from dials_jax.errors import InputError, require
 from dials_jax.evaluation.items import Item, items_digest
 from dials_jax.evaluation.older import generated_length, read_task, stored_answer_length
-from dials_jax.evaluation.results import RECORDS, Records, differing
 from dials_jax.evaluation.scoring import METRIC_RULES, generation_facts
 from dials_jax.evaluation.tally import NUM_BINS
 from dials_jax.evaluation.task import EvalConfig, EvalTask
 from dials_jax.files import read_json
 from dials_jax.models.model import Model
-from dials_jax.records import require_numbers, sound
+from dials_jax.records import RECORDS, Records, require_numbers, sound
 from dials_jax.reporting.environment import environment
 from dials_jax.skipping.flops import KEYS as FLOPS_KEYS
-from dials_jax.workdir import require_unclaimed
+from dials_jax.workdir import require_same, require_unclaimed
 
 SWEEP = "sweep.json"  # what the records depend on
 FILES = (RECORDS, "results.json", "results.csv", "report.html", "plots")
@@ -223,11 +222,7 @@ def _agree(
             f"{workdir} holds scores of {name} by another version's rules for answers; choose "
             "another --workdir",
         )
-    others = differing(before, now)
-    require(
-        not others,
-        f"{workdir} holds another sweep ({', '.join(others)} differ); choose another --workdir",
-    )
+    require_same(before, now, workdir, "sweep")
     return {**new, **{group: {**old[group], **new[group]} for group in GROWING_GROUPS}}
 
 

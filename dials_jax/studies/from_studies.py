@@ -9,14 +9,14 @@ from jaxtyping import Float
 
 from dials_jax.config import SearchStudy, from_dict
 from dials_jax.errors import require
-from dials_jax.evaluation.results import RECORDS
 from dials_jax.files import read_json
-from dials_jax.records import read_records, require_numbers, sound
+from dials_jax.records import RECORDS, require_numbers, sound
 from dials_jax.sampling.model_schedule import Schedule
 from dials_jax.studies import search
 from dials_jax.studies.perplexity_run import join_batches
 from dials_jax.studies.placements import Placements
 from dials_jax.studies.samples import check_batch_record, group_by_schedule
+from dials_jax.studies.study_records import read_records
 
 RERUN = "run that study again: it writes its results again from its records"
 HARM_CURVES = ("gap", "kl", "relative_kl")  # curves of an importance study that predict harm

@@ -16,7 +16,6 @@ from dials_jax.config import ImportanceStudy, to_dict
 from dials_jax.data.batches import random_generator
 from dials_jax.data.sources import load_training_data
 from dials_jax.errors import require
-from dials_jax.evaluation.results import Records, identity
 from dials_jax.loading import load
 from dials_jax.models.model import Model
 from dials_jax.records import require_numbers
@@ -34,6 +33,7 @@ from dials_jax.studies.divergence import (
 from dials_jax.studies.predictions import predict_losses, prediction_figures, prediction_table
 from dials_jax.studies.report import study_report
 from dials_jax.studies.samples import require_known_letters
+from dials_jax.studies.study_records import study_records
 
 IMPORTANCE_LEGEND = (
     ("loss", "Mean absolute difference in cross-entropy to the heavy model, nats: Sedykh (6)."),
@@ -58,7 +58,7 @@ def run_importance(cfg: ImportanceStudy, workdir: Path) -> Report:
     tokens, data = clean_sequences(cfg, heavy)
     weights = {letter: model.fingerprint for letter, model in models.items()}
     weights |= {cfg.heavy: heavy.fingerprint, "data": data}
-    records = Records(workdir, identity(cfg, weights), partial(_check_time, letters=set(models)))
+    records = study_records(cfg, weights, workdir, partial(_check_time, letters=set(models)))
     done = {record["time"] for record in records.all}
     quiet = not sys.stderr.isatty()
     for time in tqdm([t for t in cfg.times if t not in done], unit="time", disable=quiet):

@@ -21,7 +21,6 @@ from dials_jax.evaluation.perplexity import (
     retokenise,
     score_samples,
 )
-from dials_jax.evaluation.results import Records, identity
 from dials_jax.loading import load
 from dials_jax.sampling.model_schedule import Schedule
 from dials_jax.studies.samples import (
@@ -34,6 +33,7 @@ from dials_jax.studies.samples import (
     model_facts,
     static_policies,
 )
+from dials_jax.studies.study_records import study_records
 
 
 class ScoredSamples(NamedTuple):
@@ -69,7 +69,7 @@ class PerplexityRun:
             letter: facts["fingerprint"] for letter, facts in self.samples.facts.items()
         }
         weights = {"models": fingerprints, "scorer": self.scorer.fingerprint}
-        self.records = Records(workdir, identity(cfg, weights), check_batch_record)
+        self.records = study_records(cfg, weights, workdir, check_batch_record)
         self._batches = group_by_schedule(self.records.all)
 
     def _load_tokenizers(self) -> tuple[Tokenizer, Tokenizer] | None:

@@ -19,18 +19,18 @@ from dials_jax.config import SamplingStudy, to_dict
 from dials_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dials_jax.errors import InputError, nearest, require
 from dials_jax.evaluation.perplexity import unigram_entropy
-from dials_jax.evaluation.results import RECORDS
 from dials_jax.files import read_json, replacing, write_json
 from dials_jax.keys import fold_in_each, seed_key
 from dials_jax.loading import load
 from dials_jax.models.model import Model
-from dials_jax.records import read_records, require_numbers, sound
+from dials_jax.records import RECORDS, require_numbers, sound
 from dials_jax.reporting.environment import command, environment
 from dials_jax.reporting.publish import file_name
 from dials_jax.sampling.ancestral import Ancestral
 from dials_jax.sampling.generate import generate
 from dials_jax.sampling.model_schedule import Schedule
 from dials_jax.skipping.policies import Static
+from dials_jax.studies.study_records import read_records
 
 EXAMPLE_CHARACTERS = 600  # of the first sample of each schedule, for the report
 SAMPLES_FOLDER = "samples"  # in a study's workdir: models.json, and an array per batch

@@ -19,8 +19,8 @@ from dials_jax.config import (
     to_dict,
 )
 from dials_jax.errors import InputError, require, require_packages
-from dials_jax.evaluation.results import IDENTITY, RECORDS
 from dials_jax.files import read_json
+from dials_jax.records import RECORDS
 from dials_jax.reporting.publish import Figure, Report, as_dicts, publish
 from dials_jax.sampling.model_schedule import Schedule
 from dials_jax.sharding import on_first_process
@@ -36,6 +36,7 @@ from dials_jax.studies.perplexity_run import PerplexityRun, ScoredSamples
 from dials_jax.studies.placements import Placements
 from dials_jax.studies.proposals import run_proposals
 from dials_jax.studies.report import study_report
+from dials_jax.studies.study_records import STUDY
 from dials_jax.workdir import exclusive, require_unclaimed
 
 WRITTEN_FILES = (RECORDS, "results.csv", "report.html", "plots", "samples", "sweep.json")
@@ -69,14 +70,14 @@ def _publish_and_print(report: Report, workdir: Path) -> None:
 
 def _require_own_workdir(workdir: Path, kind: str) -> None:
     """Raises: InputError for files of others that this study would overwrite."""
-    path, known = workdir / "results.json", (workdir / IDENTITY).exists()
+    path, known = workdir / "results.json", (workdir / STUDY).exists()
     try:
         found = read_json(path).get("kind") if path.exists() else None
     except InputError as error:
         require(known, f"{error}; move it away, or choose another --workdir")
         return  # results.json is written anew from the records
     if found is None and not path.exists():
-        require_unclaimed(workdir, IDENTITY, WRITTEN_FILES)
+        require_unclaimed(workdir, STUDY, WRITTEN_FILES)
     else:
         require(found == kind, f"{path} is not of a {kind}; choose another --workdir")
 

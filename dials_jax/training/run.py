@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from dials_jax import digests, trees
+from dials_jax import trees
 from dials_jax.config import (
     ModelConfig,
     OptimizerConfig,
@@ -24,7 +24,7 @@ from dials_jax.config import (
 from dials_jax.data.batches import TrainingData
 from dials_jax.data.sources import load_training_data
 from dials_jax.errors import InputError, require
-from dials_jax.files import read_json, write_json
+from dials_jax.files import write_json
 from dials_jax.keys import seed_key
 from dials_jax.loading import load
 from dials_jax.models import folders, transformer
@@ -37,7 +37,7 @@ from dials_jax.skipping.storage import save_router
 from dials_jax.training.losses import LossFn, check_objective, model_loss, router_loss
 from dials_jax.training.optimizer import make_lr_schedule, num_steps
 from dials_jax.training.source import grow_vocabulary, load_source
-from dials_jax.workdir import require_unclaimed, writing
+from dials_jax.workdir import differences, read_mark, require_unclaimed, writing
 
 # Settings that may change when a run continues. Those of data say where the rows are; the data's
 # fingerprint says that they are the same rows. The models that a run starts from have fingerprints
@@ -63,7 +63,8 @@ RATE_FIELDS = tuple(
         *(f"{what}_{unit}" for what in ("num", "warmup") for unit in ("steps", "epochs")),
     )
 )
-# What training writes into its workdir, which config.json marks as its own.
+EXPERIMENT = "config.json"  # in a workdir of training: its settings, and what else it depends on
+# What training writes beside it.
 OUTPUTS = ("checkpoints", "metrics.jsonl", "tensorboard", "training.png")
 
 
@@ -198,7 +199,7 @@ def require_own(workdir: Path, cfg: TrainConfig) -> None:
     """Raises: InputError if this run would overwrite files that it did not make."""
     tokenizer = getattr(cfg.data, "tokenizer", None)
     made = ("router",) if cfg.backbone else ("model", "model.unfinished", "tokenizer.json")
-    require_unclaimed(workdir, "config.json", (*OUTPUTS, *made), reads=tokenizer)
+    require_unclaimed(workdir, EXPERIMENT, (*OUTPUTS, *made), reads=tokenizer)
     if cfg.backbone:
         storage.require_replaceable_router(workdir / "router")
     else:
@@ -215,10 +216,9 @@ def require_same_experiment(
         same experiment if no learning rate changes after it.
     Raises: InputError naming the first setting that does not fit.
     """
-    path = workdir / "config.json"
-    if not path.exists():
+    theirs, other = read_mark(workdir / EXPERIMENT), f"{workdir} holds another experiment"
+    if theirs is None:
         return
-    theirs, other = read_json(path), f"{workdir} holds another experiment"
     try:  # a setting that is newer than the run had its default
         before = from_dict(TrainConfig, theirs.get("train", {}))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -227,7 +227,7 @@ def require_same_experiment(
     theirs["train"] = to_dict(before)
     rates = []
     free = FREE_FIELDS if cfg.backbone else FREE_FIELDS + ROUTER_FIELDS
-    for name, (old, new) in _differences(theirs, {"train": to_dict(cfg), **identity}).items():
+    for name, (old, new) in differences(theirs, {"train": to_dict(cfg), **identity}).items():
         said = f"{name.removeprefix('train.')} is {old!r} there and {new!r} here"
         if name in RATE_FIELDS:
             rates.append(said)
@@ -265,13 +265,4 @@ def _require_same_rates(
 def claim_workdir(workdir: Path, cfg: TrainConfig, identity: dict[str, Any]) -> None:
     """Records what the workdir is for."""
     values = {"train": to_dict(cfg), **identity}
-    on_first_process(lambda: write_json(workdir / "config.json", values))
-
-
-def _differences(a: Any, b: Any, name: str = "") -> dict[str, tuple[Any, Any]]:
-    if isinstance(a, dict) and isinstance(b, dict):
-        found = {}
-        for key in {**b, **a}:
-            found |= _differences(a.get(key), b.get(key), f"{name}.{key}" if name else key)
-        return found
-    return {} if a == b or digests.same_weights(a, b, name) else {name: (a, b)}
+    on_first_process(lambda: write_json(workdir / EXPERIMENT, values))

@@ -2,13 +2,12 @@
 
 import json
 import math
-import os
 
 import pytest
 
 from dials_jax.errors import InputError
-from dials_jax.evaluation.results import RECORDS, Records, differing
-from dials_jax.records import read_records
+from dials_jax.records import RECORDS, Records
+from dials_jax.studies.study_records import STUDY, continued_study, read_records
 
 IDENTITY = {"config": {"seed": 0, "models": [["H", "a"]]}, "weights": {"H": "12ab"}}
 
@@ -18,7 +17,7 @@ def check(record):
 
 
 def opened(workdir, identity=IDENTITY):
-    return Records(workdir, identity, check)
+    return Records(workdir, identity, check, STUDY, continued_study)
 
 
 def test_records_continue_after_half_a_line(tmp_path):
@@ -98,18 +97,6 @@ def test_what_differs_is_named(tmp_path):
         opened(tmp_path, other)
     with pytest.raises(InputError, match=r"\(config.steps differ\)"):
         opened(tmp_path, {**IDENTITY, "config": {**IDENTITY["config"], "steps": 3}})
-
-
-def test_only_paths_are_compared_as_paths():
-    assert not differing({"scorer": "runs/a"}, {"scorer": os.path.abspath("runs/a")})
-    assert differing({"extract": "(.*)/"}, {"extract": "(.*)"}) == ["extract"]
-
-
-def test_weights_known_by_a_shorter_fingerprint_are_the_same_with_a_warning(caplog):
-    now = "0123456789abcdef" + "fedcba9876543210"
-    old, new = ({"weights": {"models": {"H": x}}} for x in (now[:16], now))
-    assert not differing(old, new) and len(caplog.records) == 1
-    assert differing({"weights": {"models": {"H": now[1:17]}}}, new) == ["weights.models.H"]
 
 
 def test_a_broken_identity_is_named(tmp_path):
