@@ -1,4 +1,4 @@
-"""Files: where users may give them, JSON in and out, and lines of JSON."""
+"""Files: where users may give them, and JSON in and out."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -82,32 +82,6 @@ def write_json(path: str | Path, values: Any) -> None:
     text = json.dumps(finite(values), indent=1, allow_nan=False)
     with replacing(path) as file:
         file.write(text.encode() + b"\n")
-
-
-def json_lines(path: str | Path) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
-    """Yields every whole line: its number from 1, its bytes, and its object or None.
-
-    None stands for a line that is not a JSON object in UTF-8. Text after the last newline is left
-    out: the process that wrote it was killed.
-    """
-    with Path(path).open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                return
-            yield number, line, _object(line)
-
-
-def named(numbers: Sequence[int]) -> str:
-    """`line 3`, or `line 3 and 2 more`."""
-    return f"line {numbers[0]}" + (f" and {len(numbers) - 1} more" if len(numbers) > 1 else "")
-
-
-def _object(line: bytes) -> dict[str, Any] | None:
-    try:
-        value = parse_json(line, "")
-    except InputError:
-        return None
-    return value if isinstance(value, dict) else None
 
 
 LONGEST_NAME = 255  # bytes, in usual file systems; in a folder that is missing none complains

@@ -1,4 +1,7 @@
-"""Results that grow: one JSON object per line, each with a digest that shows damage."""
+"""Files that grow by a JSON object per line: the only reader of them, and the results of a run.
+
+Results have a digest in every line, which shows damage.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,6 @@ from dials_jax.files import finite, replacing, write_json
 from dials_jax.workdir import read_mark
 
 RECORDS = "runs.jsonl"
-ODD = "runs.odd.jsonl"  # beside a file of records: the lines that were moved out of it
 Agree = Callable[[Mapping[str, Any], Mapping[str, Any], Path], Mapping[str, Any]]
 Check = Callable[[Any], Any]  # raises one of PLAIN_ERRORS for an object that is not a record
 # What Python raises for values that are missing or have the wrong type.
@@ -73,7 +75,13 @@ class Records:
         self.all = list(lines.good.values())
 
         def open_for_more():  # once all processes have read what is there
-            lines.set_aside()
+            lines.mend()
+            for number, why in lines.odd.items():
+                print(
+                    f"{self.path}, line {number} {why}: it is set aside in {lines.aside.name}, and "
+                    "what it held is measured again",
+                    file=sys.stderr,
+                )
             if identity != old or not known.exists():
                 write_json(known, identity)
 
@@ -101,16 +109,24 @@ def sound(path: Path, remedy: str) -> Iterator[None]:
 
 @dataclasses.dataclass
 class Lines:
-    """The lines of a file of records, by number from 1, without half a line at its end."""
+    """The lines of a file of records, by number from 1.
+
+    Attributes:
+      lines: all of them; the last is empty, or half a line that a killed process left.
+      good: the records.
+      odd: what is wrong with the other lines.
+      new: they are not written yet.
+    """
 
     path: Path
     lines: list[bytes]
     good: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
-    odd: dict[int, str] = dataclasses.field(default_factory=dict)  # what is wrong with them
+    odd: dict[int, str] = dataclasses.field(default_factory=dict)
     new: bool = False
 
     @classmethod
     def read(cls, path: Path, check: Check) -> Lines:
+        """Reads a file, which may be missing. Args: check: raises for what is no record."""
         found = cls(path, path.read_bytes().split(b"\n") if path.exists() else [b""])
         seen = False  # Earlier versions wrote no digests; after a line with one all have one.
         for number, line in enumerate(found.lines[:-1], start=1):
@@ -131,22 +147,24 @@ class Lines:
         lines = [sealed(record).encode() for record in records]
         return cls(path, [*lines, b""], dict(enumerate(records, start=1)), new=True)
 
-    def set_aside(self) -> None:
-        """Moves all lines but the good ones to a file beside it."""
-        if not (self.new or self.odd or self.lines[-1]):
-            return
-        aside = self.path.with_name(ODD)
+    @property
+    def aside(self) -> Path:
+        """The file beside it for the odd lines: `runs.odd.jsonl` for `runs.jsonl`."""
+        return self.path.with_suffix(".odd.jsonl")
+
+    def name_odd(self) -> str:
+        """`line 3`, or `line 3 and 2 more`."""
+        first, *rest = self.odd
+        return f"line {first}" + (f" and {len(rest)} more" if rest else "")
+
+    def mend(self) -> None:
+        """Leaves only the good lines in the file, and moves the odd ones aside."""
         if self.odd:
-            with aside.open("ab") as file:
+            with self.aside.open("ab") as file:
                 file.writelines(self.lines[number - 1] + b"\n" for number in self.odd)
-        with replacing(self.path) as file:
-            file.writelines(self.lines[number - 1] + b"\n" for number in self.good)
-        for number, why in self.odd.items():
-            print(
-                f"{self.path}, line {number} {why}: it is set aside in {aside.name}, and what it "
-                "held is measured again",
-                file=sys.stderr,
-            )
+        if self.new or self.lines[-1] or len(self.good) < len(self.lines) - 1:
+            with replacing(self.path) as file:
+                file.writelines(self.lines[number - 1] + b"\n" for number in self.good)
 
 
 def sealed(record: Mapping[str, Any]) -> str:

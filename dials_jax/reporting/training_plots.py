@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from dials_jax.errors import require
-from dials_jax.files import json_lines, named
+from dials_jax.records import Lines
 from dials_jax.reporting.figure import blue_shades, figure_at
 
 if TYPE_CHECKING:  # matplotlib is optional
@@ -106,13 +106,15 @@ def _smooth(values: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
 def _read_metrics(file: Path) -> list[dict[str, Any]]:
     """Reads the records of a metrics.jsonl that have a loss, one per step, in order of steps."""
     require(file.is_file(), f"{file} is missing; give the metrics.jsonl of a training run")
-    by_step, odd = {}, []  # a run that was resumed may repeat steps
-    for number, _, record in json_lines(file):
-        if not record or not _is_finite(record.get("step")):
-            odd.append(number)
-        elif "loss" in record:
-            by_step[record["step"]] = record
-    if odd:
-        log.warning("%s, %s: no record of a step; left out", file, named(odd))
+    lines = Lines.read(file, _check_record)
+    if lines.odd:
+        log.warning("%s, %s: no record of a step; left out", file, lines.name_odd())
+    # A run that was resumed may repeat steps.
+    by_step = {record["step"]: record for record in lines.good.values() if "loss" in record}
     require(len(by_step) > 0, f"{file} logs no loss; give the metrics.jsonl of a training run")
     return [by_step[step] for step in sorted(by_step)]
+
+
+def _check_record(record: Any) -> None:
+    if not _is_finite(record["step"]):
+        raise ValueError("no finite step")

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from dials_jax.files import json_lines, named, replacing
+from dials_jax.records import Lines
 
 log = logging.getLogger(__name__)
 
@@ -52,20 +52,18 @@ class MetricsWriter:
 
 def _drop_later_steps(path: Path, step: int) -> None:
     """Keeps the records of steps up to `step`; moves lines that are no records to another file."""
-    aside = path.with_name("metrics.odd.jsonl")
-    odd = []
-    with replacing(path) as kept:
-        for number, line, record in json_lines(path) if path.exists() else ():
-            at = (record or {}).get("step")
-            if type(at) is not int or not 0 <= at < 2**63:
-                odd.append((number, line))
-            elif at <= step:
-                kept.write(line)
-        if odd:
-            what = named([number for number, _ in odd])
-            log.warning("%s, %s: no record of a step; moved to %s", path, what, aside)
-            with aside.open("ab") as file:
-                file.writelines(line for _, line in odd)
+    lines = Lines.read(path, _check_record)
+    if lines.odd:
+        odd = lines.name_odd()
+        log.warning("%s, %s: no record of a step; moved to %s", path, odd, lines.aside)
+    lines.good = {number: x for number, x in lines.good.items() if x["step"] <= step}
+    lines.mend()
+
+
+def _check_record(record: Any) -> None:
+    step = record["step"]
+    if type(step) is not int or not 0 <= step < 2**63:
+        raise ValueError(f"step {step!r}")
 
 
 def _open_tensorboard(folder: Path, step: int):
