@@ -22,8 +22,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from dials_jax import digests, sharding
 from dials_jax.errors import InputError, require
 from dials_jax.files import local_path, read_json
@@ -110,6 +108,20 @@ def _remove_empty(folders: Iterable[Path]) -> None:
             folder.rmdir()
 
 
+def require_writable(workdir: str | Path, name: str = "--workdir") -> None:
+    """Raises: InputError for a folder that cannot be made or written to. Makes nothing.
+
+    Args:
+      name: of the option or field that gave the folder, for the message.
+    """
+    workdir = Path(workdir).absolute()
+    nearest_existing = next(path for path in (workdir, *workdir.parents) if path.exists())
+    require(
+        nearest_existing.is_dir() and os.access(nearest_existing, os.W_OK),
+        f"{nearest_existing} is no folder that can be written to; choose another {name}",
+    )
+
+
 def require_unclaimed(
     folder: Path, mark: str, names: Iterable[str], reads: str | Path | None = None
 ) -> None:
@@ -182,44 +194,3 @@ def _one_path(old: Any, new: Any) -> bool:
     if os.path.isabs(old) == os.path.isabs(new):
         return False
     return os.path.abspath(old) == os.path.abspath(new)
-
-
-# --------------------------------------------------------------------------------- its storage
-
-
-@contextlib.contextmanager
-def writing(path: Path, rest: str) -> Iterator[None]:
-    """Turns errors of writing `path`, such as a full disk, into one line.
-
-    Args:
-      rest: what remains, and what to do.
-    Raises: InputError with the reason. Errors of missing memory are passed on.
-    """
-    logging.getLogger("absl").addFilter(_is_news)  # adding it again changes nothing
-    try:
-        yield
-    except (InputError, MemoryError, jax.errors.JaxRuntimeError):
-        raise
-    except Exception as error:  # Orbax raises many kinds
-        reason = getattr(error, "strerror", None) or str(error.__cause__ or error)
-        line = " ".join(reason.split()) or type(error).__name__
-        raise InputError(f"{path} could not be written ({line[:300]}); {rest}") from error
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    """Orbax logs the traceback of every thread that fails, some late, besides raising."""
-    return "_SignalingThread" not in record.getMessage()
-
-
-def require_writable(workdir: str | Path, name: str = "--workdir") -> None:
-    """Raises: InputError for a folder that cannot be made or written to. Makes nothing.
-
-    Args:
-      name: of the option or field that gave the folder, for the message.
-    """
-    workdir = Path(workdir).absolute()
-    nearest_existing = next(path for path in (workdir, *workdir.parents) if path.exists())
-    require(
-        nearest_existing.is_dir() and os.access(nearest_existing, os.W_OK),
-        f"{nearest_existing} is no folder that can be written to; choose another {name}",
-    )

@@ -13,7 +13,7 @@ LEVELS = (
     {"keys", "statistics", "trees"},
     {"digests"},
     {"sharding"},
-    {"nn", "workdir"},
+    {"nn", "stored", "workdir"},
     {"diffusion", "records"},
     {"models"},
     {"data"},

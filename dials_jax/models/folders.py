@@ -9,8 +9,8 @@
     params/head/
     tokenizer.json ...   the files of the tokenizer, if there is one
 
-A folder is written under a temporary name and renamed when it is complete. Orbax loads a flipped
-bit silently, so every group has a digest, which is compared whenever the group is read.
+A folder is written under a temporary name and renamed when it is complete. The digest of a group is
+compared whenever the group is read.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import PyTree
-from orbax.checkpoint import v1 as ocp
 
 from dials_jax import digests, sharding, trees
 from dials_jax.config import (
@@ -48,7 +47,7 @@ from dials_jax.errors import InputError, require
 from dials_jax.files import local_path, read_json, write_json
 from dials_jax.models import groups
 from dials_jax.models.model import Model
-from dials_jax.workdir import writing
+from dials_jax.stored import UnreadableTree, load_tree, save_tree, writing
 
 MODEL_FORMAT = "dials_jax model"
 VERSION = 1
@@ -116,8 +115,7 @@ def save_model(
             fingerprint.add_layer(int(layer), group)
         else:
             fingerprint.add({key: group})
-        with writing(unfinished / "params" / name, again):
-            _write_group(unfinished, name, group)
+        save_tree(unfinished / "params" / name, group, again, CHUNK_BYTES)
 
     info = ModelInfo(
         model=cfg,
@@ -236,51 +234,30 @@ def load_model(
     cfg = info.model if dtype is None else dataclasses.replace(info.model, dtype=dtype)
     shapes = groups.group_shapes(cfg)
 
+    def abstract(x, sharding):
+        return jax.ShapeDtypeStruct(x.shape, info.dtype, sharding=sharding)
+
     def read(name: str, shardings: PyTree) -> PyTree:
-        stored = _read_group(folder, name, shapes[name], info.dtype, shardings)
-        require(
-            group_digest(stored) == info.digests.get(name),
-            f"{folder}/params/{name} is damaged: its digest differs from the one in config.json; "
-            "convert or copy the model again",
-        )
+        path, again = folder / "params" / name, "convert or copy the model again"
+        require(path.is_dir(), f"{path} is missing; {again}")
+        like = jax.tree.map(abstract, shapes[name], shardings)
+        try:
+            stored = load_tree(path, like, info.digests.get(name), group_digest)
+        except UnreadableTree as error:
+            raise InputError(f"{path} cannot be read ({error}); {again}") from error
         return trees.cast(stored, dtype)
 
     mesh = mesh or sharding.make_mesh()
     return Model(cfg, groups.assemble(cfg, read, mesh, layout), mesh, str(folder))
 
 
-# ----------------------------------------------------------------------------------- groups
+# ----------------------------------------------------------------------------------- helpers
 
 
 def group_digest(group: PyTree) -> str:
     """16 hexadecimal digits; any flipped bit changes them."""
     text = json.dumps(digests.digest_hex(group), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _write_group(folder: Path, name: str, group: PyTree) -> None:
-    context = ocp.Context()
-    context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
-    with context:
-        ocp.save(folder / "params" / name, group)
-
-
-def _read_group(folder: Path, name: str, shapes: PyTree, dtype: str, shardings: PyTree) -> PyTree:
-    def abstract(x, sharding):
-        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding)
-
-    path = folder / "params" / name
-    require(path.is_dir(), f"{path} is missing; convert or copy the model again")
-    try:
-        return ocp.load(path, jax.tree.map(abstract, shapes, shardings))
-    except jax.errors.JaxRuntimeError:  # for example out of memory: the folder is not damaged
-        raise
-    except Exception as error:  # Orbax wraps the cause in a bare Exception
-        reason = str(error.__cause__ or error).strip().partition("\n")[0]
-        raise InputError(f"{path} cannot be read; convert or copy it again ({reason})") from error
-
-
-# ----------------------------------------------------------------------------------- helpers
 
 
 def dtype_name(dtype: Any) -> str | None:

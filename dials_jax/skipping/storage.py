@@ -11,7 +11,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 from jax.sharding import Mesh
-from orbax.checkpoint import v1 as ocp
 
 from dials_jax import digests, sharding, trees
 from dials_jax.config import RouterConfig, Typed, from_dict, shown, to_dict, typed
@@ -19,7 +18,7 @@ from dials_jax.errors import InputError, require
 from dials_jax.files import local_path, read_json, write_json
 from dials_jax.keys import seed_key
 from dials_jax.skipping.routed import Routed, init_routers, rounded
-from dials_jax.workdir import writing
+from dials_jax.stored import UnreadableTree, load_tree, save_tree, writing
 
 ROUTER_FORMAT = "dials_jax router"
 AGAIN = "run its training command again, which writes it from the last checkpoint"
@@ -62,8 +61,7 @@ def save_router(
     """
     folder = local_path(folder, "the router's folder")
     require_replaceable_router(folder)
-    with writing(folder, AGAIN):
-        ocp.save(folder / "params", routers, overwrite=True)
+    save_tree(folder / "params", routers, AGAIN)
     info = RouterInfo(
         router=cfg,
         num_layers=backbone.config.num_layers,
@@ -145,15 +143,9 @@ def load_router(path: str | Path, model: Backbone, threshold: float | None = Non
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), abstract
     )
     try:
-        routers = ocp.load(folder / "params", placed)
-    except Exception as error:  # Orbax raises many kinds for damaged files
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"router {folder} cannot be read ({reason}); {AGAIN}") from error
-    # Orbax loads a flipped bit silently.
-    require(
-        digests.digest_hex(routers) == info.digests,
-        f"router {folder} is damaged: its arrays do not match their digests; {AGAIN}",
-    )
+        routers = load_tree(folder / "params", placed, info.digests)
+    except UnreadableTree as error:
+        raise InputError(f"router {folder} cannot be read ({error}); {AGAIN}") from error
     routers = rounded(routers, model.config.dtype)
     # In the layout of the layers: a slice of a stack would be copied at every layer.
     unrolled = trees.is_unrolled(model.params["layers"])

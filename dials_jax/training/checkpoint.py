@@ -1,8 +1,7 @@
 """Checkpoints of a training state, verified before older ones are removed.
 
 `checkpoints/00001000/` holds the arrays (Orbax) and `digest.json`. It is written as
-`00001000.partial` and renamed when it is complete. Orbax loads a flipped bit silently, hence the
-digests.
+`00001000.partial` and renamed when it is complete.
 """
 
 from __future__ import annotations
@@ -18,13 +17,12 @@ from typing import Any
 
 import jax
 from jaxtyping import PyTree
-from orbax.checkpoint import v1 as ocp
 
 from dials_jax import digests, trees
 from dials_jax.errors import InputError, require
 from dials_jax.files import read_json, write_json
 from dials_jax.sharding import on_first_process
-from dials_jax.workdir import writing
+from dials_jax.stored import UnreadableTree, load_tree, save_tree, writing
 
 log = logging.getLogger(__name__)
 
@@ -71,11 +69,14 @@ class Checkpoints:
         flat = flatten(state)
         rest = "older checkpoints stay; make room and run the same command again"
         try:
-            with writing(partial, rest):
-                ocp.save(partial / "state", flat)
+            save_tree(partial / "state", flat, rest)
             expected = digests.digest_hex(flat)
-            if digests.digest_hex(_load(partial, flat)) != expected:
-                raise OSError(f"checkpoint {partial} reads back differently; the storage fails")
+            try:
+                load_tree(partial / "state", flat, expected)
+            except UnreadableTree as error:
+                raise OSError(
+                    f"checkpoint {partial} reads back differently ({error}); the storage fails"
+                ) from error
             with writing(partial, rest):
                 on_first_process(lambda: write_json(partial / "digest.json", expected))
         except Exception:
@@ -107,17 +108,12 @@ class Checkpoints:
             try:
                 expected = read_json(folder / "digest.json")
                 like = likes.get(frozenset(expected), state)
-                loaded = _load(folder, flatten(like))
-                if digests.digest_hex(loaded) == expected:
-                    return unflatten(like, loaded)
-                problem = "its arrays do not match their digests"
-            except (jax.errors.JaxRuntimeError, MemoryError):
-                raise  # out of memory, which says nothing about the files
-            except Exception as error:  # Orbax raises many kinds for damaged files
+                loaded = load_tree(folder / "state", flatten(like), expected)
+                return unflatten(like, loaded)
+            except (InputError, UnreadableTree) as error:
                 _require_readable(folder)
-                problem = (str(error).splitlines() or [type(error).__name__])[0]
-            log.warning("checkpoint %s is damaged (%s); trying an older one", folder, problem)
-            self._damaged.add(step)
+                log.warning("checkpoint %s is damaged (%s); trying an older one", folder, error)
+                self._damaged.add(step)
         require(
             not steps,
             f"no checkpoint in {self.folder} is intact; bring back a copy, or choose another "
@@ -188,12 +184,3 @@ def flatten(tree: PyTree) -> dict[str, Any]:
 
 def unflatten(like: PyTree, flat: dict[str, Any]) -> PyTree:
     return trees.map_named(lambda name, _: flat[name.replace("/", ".")], like)
-
-
-def _load(folder: Path, flat: dict[str, Any]) -> dict[str, jax.Array]:
-    """Reads arrays shaped and placed as those of `flat`, or as its ShapeDtypeStructs say."""
-    abstract = {
-        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-        for name, x in flat.items()
-    }
-    return ocp.load(folder / "state", abstract)

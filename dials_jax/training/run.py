@@ -34,10 +34,11 @@ from dials_jax.sharding import on_first_process
 from dials_jax.skipping import storage
 from dials_jax.skipping.routed import init_routers
 from dials_jax.skipping.storage import save_router
+from dials_jax.stored import writing
 from dials_jax.training.losses import LossFn, check_objective, model_loss, router_loss
 from dials_jax.training.optimizer import make_lr_schedule, num_steps
 from dials_jax.training.source import grow_vocabulary, load_source
-from dials_jax.workdir import differences, read_mark, require_unclaimed, writing
+from dials_jax.workdir import differences, read_mark, require_unclaimed
 
 # Settings that may change when a run continues. Those of data say where the rows are; the data's
 # fingerprint says that they are the same rows. The models that a run starts from have fingerprints

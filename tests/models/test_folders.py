@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dials_jax import digests, trees
+from dials_jax import digests, stored, trees
 from dials_jax.errors import InputError
 from dials_jax.loading import load
 from dials_jax.models import families, folders, groups
@@ -243,16 +243,16 @@ def test_a_link_to_another_model_is_not_replaced(damaged, params, tmp_path):
 
 def test_what_a_stopped_save_left_is_removed(params, tmp_path, monkeypatch):
     """Also of the version that left no mark: groups of parameters alone."""
-    write = folders._write_group
+    write = folders.save_tree
 
-    def stop(folder, name, group):
-        if name == "final_norm":
+    def stop(folder, *args):
+        if folder.name == "final_norm":
             raise KeyboardInterrupt
-        write(folder, name, group)
+        write(folder, *args)
 
     unfinished = tmp_path / "model.unfinished"
     for mark in (True, False):
-        monkeypatch.setattr(folders, "_write_group", stop)
+        monkeypatch.setattr(folders, "save_tree", stop)
         with pytest.raises(KeyboardInterrupt):
             save_model(tmp_path / "model", CFG, params, overwrite=True)
         monkeypatch.undo()
@@ -266,10 +266,10 @@ def test_what_a_stopped_save_left_is_removed(params, tmp_path, monkeypatch):
 
 
 def test_a_full_disk_ends_in_a_line(params, tmp_path, monkeypatch):
-    def fail(*args):
+    def fail(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(folders, "_write_group", fail)
+    monkeypatch.setattr(stored.ocp, "save", fail)
     with pytest.raises(InputError, match=r"embed could not be written \(No space left"):
         save_model(tmp_path / "model", CFG, params)
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dials_jax import stored
 from dials_jax.errors import InputError
 from dials_jax.training import checkpoint
 from dials_jax.training.checkpoint import Checkpoints
@@ -74,7 +75,7 @@ def test_nothing_is_removed_before_the_new_one_is_verified(copied, monkeypatch):
     def misread(folder, flat):
         return {name: x.at[(0,) * x.ndim].set(x.dtype.type(1)) for name, x in flat.items()}
 
-    monkeypatch.setattr(checkpoint, "_load", misread)
+    monkeypatch.setattr(stored, "_read", misread)
     with pytest.raises(OSError, match="reads back differently"):
         copied.save(30, make_state(30))
     monkeypatch.undo()
@@ -155,7 +156,7 @@ def test_want_of_memory_is_no_damage(error, copied, monkeypatch):
     def fail(*args):
         raise error
 
-    monkeypatch.setattr(checkpoint, "_load", fail)
+    monkeypatch.setattr(stored, "_read", fail)
     with pytest.raises(type(error)):
         copied.restore(make_state(0))
     assert copied.steps() == [10, 20]
@@ -204,7 +205,7 @@ def test_what_cannot_be_read_is_not_damaged(part, copied, monkeypatch):
         raise ValueError("Orbax says something")
 
     monkeypatch.setattr(Path, "open", refuse)
-    monkeypatch.setattr(checkpoint, "_load", fail)
+    monkeypatch.setattr(stored, "_read", fail)
     message = "00000020.* cannot be read .Permission denied.; nothing was changed"
     with pytest.raises(InputError, match=message):
         copied.restore(make_state(0))

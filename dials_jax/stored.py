@@ -1,0 +1,100 @@
+"""Trees of arrays on disk, compared with their digests when they are read.
+
+Orbax writes and reads them. It loads a flipped bit silently, and raises errors of many kinds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from jaxtyping import PyTree
+from orbax.checkpoint import v1 as ocp
+
+from dials_jax import digests
+from dials_jax.errors import InputError
+
+# Out of memory, for example, which says nothing about the files.
+OF_THE_DEVICE = (MemoryError, jax.errors.JaxRuntimeError)
+
+
+class UnreadableTree(Exception):
+    """Stored arrays cannot be read, or are damaged; the message is the reason."""
+
+
+def save_tree(folder: Path, tree: PyTree, rest: str, chunk_bytes: int | None = None) -> None:
+    """Writes a folder of arrays in place of what has its name; every process calls this.
+
+    Args:
+      rest: what remains if it fails, and what to do.
+      chunk_bytes: size of the pieces that an array is stored in; None: one for each shard.
+    Raises: InputError if it cannot be written.
+    """
+    context = ocp.Context()
+    context.array.saving.storage_options.chunk_byte_size = chunk_bytes
+    with writing(folder, rest), context:
+        ocp.save(folder, tree, overwrite=True)
+
+
+def load_tree(
+    folder: Path,
+    like: PyTree,
+    expected: Any,
+    digest: Callable[[PyTree], Any] = digests.digest_hex,
+) -> PyTree:
+    """Reads a folder of arrays, each directly to its devices.
+
+    Args:
+      like: arrays of the same shapes, dtypes and shardings, or `jax.ShapeDtypeStruct`s.
+      expected: what `digest` gave of the arrays that were saved.
+    Raises: UnreadableTree for arrays that are missing, damaged or of other shapes. Errors of
+      missing memory are passed on.
+    """
+    try:
+        tree = _read(folder, like)
+    except OF_THE_DEVICE:
+        raise
+    except Exception as error:
+        raise UnreadableTree(_reason(error)) from error
+    if digest(tree) != expected:
+        raise UnreadableTree("its arrays are damaged: they do not match their digests")
+    return tree
+
+
+def _read(folder: Path, like: PyTree) -> PyTree:
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
+    )
+    return ocp.load(folder, abstract)
+
+
+@contextlib.contextmanager
+def writing(path: Path, rest: str) -> Iterator[None]:
+    """Turns errors of writing `path`, such as a full disk, into one line.
+
+    Args:
+      rest: what remains, and what to do.
+    Raises: InputError with the reason. Errors of missing memory are passed on.
+    """
+    logging.getLogger("absl").addFilter(_is_news)  # adding it again changes nothing
+    try:
+        yield
+    except (InputError, *OF_THE_DEVICE):
+        raise
+    except Exception as error:
+        raise InputError(f"{path} could not be written ({_reason(error)}); {rest}") from error
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Orbax logs the traceback of every thread that fails, some late, besides raising."""
+    return "_SignalingThread" not in record.getMessage()
+
+
+def _reason(error: Exception) -> str:
+    """An error in one line; Orbax wraps the cause in a bare Exception."""
+    reason = getattr(error, "strerror", None) or str(error.__cause__ or error)
+    return " ".join(reason.split())[:300] or type(error).__name__
