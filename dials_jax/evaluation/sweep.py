@@ -18,14 +18,10 @@ from dials_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dials_jax.errors import require, require_packages
 from dials_jax.evaluation.exact_match import normalise_answer
 from dials_jax.evaluation.items import Item, Items, load_items
-from dials_jax.evaluation.scoring import (
-    check_task,
-    count_sequences,
-    generation_facts,
-    score_task,
-)
+from dials_jax.evaluation.scoring import count_sequences, score_task
 from dials_jax.evaluation.sweep_records import SweepRecords, circumstances, sweep_identity
 from dials_jax.evaluation.task import EvalConfig, EvalTask
+from dials_jax.evaluation.task_setup import check_task, generation_facts
 from dials_jax.files import write_json
 from dials_jax.loading import load
 from dials_jax.models.model import Model

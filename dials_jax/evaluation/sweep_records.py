@@ -20,9 +20,10 @@ from dials_jax.config import to_dict
 from dials_jax.errors import InputError, require
 from dials_jax.evaluation.items import Item, items_digest
 from dials_jax.evaluation.older import generated_length, read_task, stored_answer_length
-from dials_jax.evaluation.scoring import METRIC_RULES, generation_facts
+from dials_jax.evaluation.scoring import METRIC_RULES
 from dials_jax.evaluation.tally import NUM_BINS
 from dials_jax.evaluation.task import EvalConfig, EvalTask
+from dials_jax.evaluation.task_setup import generation_facts
 from dials_jax.files import read_json
 from dials_jax.models.model import Model
 from dials_jax.records import RECORDS, Records, require_numbers, sound

@@ -19,6 +19,7 @@ from dials_jax.evaluation.items import load_items, make_item
 from dials_jax.evaluation.likelihood import log_likelihood
 from dials_jax.evaluation.scoring import count_sequences, item_keys, score_task
 from dials_jax.evaluation.tally import Tally
+from dials_jax.evaluation.task_setup import check_task, generation_facts
 from dials_jax.files import finite
 from dials_jax.models.model import Model
 from dials_jax.sampling import generate as generating
@@ -154,27 +155,27 @@ def test_a_task_may_take_dreams_sampler(scorer, items, monkeypatch):
 
 def test_results_say_how_texts_are_generated(mixed):
     task = dataclasses.replace(GENERATION, sampler=Dream(4, 3, **DREAM))
-    assert scoring.generation_facts(task, mixed) == {
+    assert generation_facts(task, mixed) == {
         **DREAM, "sampler": "dream", "max_new_tokens": 4, "steps": 3, "top_k": None,
         "alg_temp": None, "eps": 1e-3, "cache": "none", "until": [],
     }  # fmt: skip
     sampler = Confidence(4, 2, stop_at_eos=True)
     task = dataclasses.replace(FIRST, sampler=sampler, cache=DualCache(), until=("Q:",))
-    facts = scoring.generation_facts(task, mixed)
+    facts = generation_facts(task, mixed)
     assert facts["sampler"] == "confidence" and facts["temperature"] == 0.0
     assert (facts["gen_length"], facts["block_length"], facts["steps"]) == (4, 2, 4)
     assert facts["cache"] == "dual" and facts["until"] == ["Q:"] and facts["stop_at_eos"]
-    assert scoring.generation_facts(NELBO, mixed) == {}
+    assert generation_facts(NELBO, mixed) == {}
 
 
 def test_a_dream_model_under_lladas_rules_is_said(scorer, mixed):
     model = Model(dataclasses.replace(scorer.config, model_type="dream"), scorer.params)
     with pytest.warns(UserWarning, match="this Dream model is sampled by LLaDA's rules, at temp"):
-        scoring.check_task(GENERATION, mixed, model)
+        check_task(GENERATION, mixed, model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        scoring.check_task(dataclasses.replace(GENERATION, sampler=Dream(4)), mixed, model)
-        scoring.check_task(GENERATION, mixed, scorer)
+        check_task(dataclasses.replace(GENERATION, sampler=Dream(4)), mixed, model)
+        check_task(GENERATION, mixed, scorer)
 
 
 def test_order_and_batches_change_no_exact_match(scorer, items):

@@ -1,0 +1,109 @@
+"""Completes the settings of a task, and checks them before anything is scored."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dials_jax.caching.canvas import CanvasModel
+from dials_jax.caching.parse import cache_name
+from dials_jax.errors import InputError, require
+from dials_jax.evaluation.batched import check_num_samples
+from dials_jax.evaluation.items import Item
+from dials_jax.evaluation.task import CacheConfig, EvalTask, SamplerConfig
+from dials_jax.keys import seed_key
+from dials_jax.models import transformer
+from dials_jax.models.model import Model
+from dials_jax.models.padding import pad_prompts
+from dials_jax.nn.policy import Policy
+from dials_jax.sampling.confidence import Confidence
+from dials_jax.sampling.loop import blocks_of
+
+
+def task_sampler(task: EvalTask, items: Sequence[Item]) -> SamplerConfig:
+    """The task's sampler; by default LLaDA's, as long as `answer_length` or the longest answer."""
+    if task.sampler is not None:
+        return task.sampler
+    length = getattr(task.data, "answer_length", None)
+    return Confidence(length or max(len(item.answers[0]) for item in items))
+
+
+def generation_facts(task: EvalTask, items: Sequence[Item]) -> dict[str, Any]:
+    """Describes how a task's texts are generated and where they end; {} if none are generated.
+
+    The description has all settings of the sampler and of the cache. Scores depend on it.
+    """
+    if task.metric != "exact_match":
+        return {}
+    sampler = task_sampler(task, items)
+    facts = {"sampler": type(sampler).__name__.lower(), "temperature": None, "steps": None}
+    return facts | asdict(sampler) | {"cache": cache_name(task.cache), "until": list(task.until)}
+
+
+def check_task(
+    task: EvalTask,
+    items: Sequence[Item],
+    model: Model,
+    policies: Mapping[str, Policy | None] | None = None,
+) -> None:
+    """Checks everything that could stop `score_task` half-way.
+
+    Args:
+      policies: by label, for messages; None: the full model alone.
+    Raises: InputError for settings that do not fit each other, the model, a policy or the items.
+    """
+    prompt_length = max(len(item.prompt) for item in items)
+    if task.metric == "exact_match":
+        sampler = task_sampler(task, items)
+        length = sampler.gen_length
+        for label, policy in (policies or {"full": None}).items():
+            try:
+                check_generation(sampler, task.cache, policy, items, model)
+            except InputError as error:
+                raise InputError(f"task {task.name!r}, {label}: {error}") from error
+        if model.config.model_type == "dream" and isinstance(sampler, Confidence):
+            warnings.warn(
+                f"task {task.name!r}: this Dream model is sampled by LLaDA's rules, at temperature "
+                f"{sampler.temperature:g}; its published numbers are of sampler=Dream(...), with "
+                "alg, temperature and top_p",
+                stacklevel=1,  # one line of code, so that Python shows the warning once
+            )
+    else:
+        length = max(len(answer) for item in items for answer in item.answers)
+        check_num_samples(task.num_samples)
+    total, limit = prompt_length + length, model.config.max_length
+    require(
+        total <= limit,
+        f"task {task.name!r}: prompt and answer may take {total} tokens, but the model has "
+        f"{limit} positions; shorten them",
+    )
+
+
+def check_generation(
+    sampler: SamplerConfig,
+    cache: CacheConfig | None,
+    policy: Policy | None,
+    items: Sequence[Item],
+    model: Model,
+) -> None:
+    """Checks by tracing, without running the model, that a sampler composes with the rest.
+
+    Raises: InputError for a sampler that does not fit the cache, the policy or the model.
+    """
+    cfg, prompt_length = model.config, max(len(item.prompt) for item in items)
+    _, present = pad_prompts([item.prompt for item in items], prompt_length, cfg.pad_id)
+    sampler.check(cfg, present, policy, cache)
+    if cache is None:
+        return
+    shape = (1, prompt_length + sampler.gen_length)
+    block_inputs = jax.eval_shape(lambda: transformer.block_inputs(cfg, None, shape))
+    guided = jnp.ones(shape, bool) if sampler.cfg_scale > 0 else None
+    net = CanvasModel(cfg, model.params, policy, "auto", block_inputs, None, guided, prompt_length)
+    blocks = blocks_of(sampler, prompt_length)
+    jax.eval_shape(lambda: cache.init_state(net, blocks))
+    sampler.make_steps(net, prompt_length, seed_key(0)[None], cache)
