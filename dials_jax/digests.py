@@ -18,14 +18,12 @@ from dials_jax.trees import Params, is_unrolled, layer_slice, named_leaves, num_
 
 log = logging.getLogger(__name__)
 FINGERPRINT_ELEMENTS = 256  # of each array; the first half of a fingerprint is computed from them
-
-
 EARLIER_DIGITS = 16  # of the fingerprints of earlier versions, which had only this half
 
 
 @jax.jit
 def digest(tree: PyTree) -> PyTree:
-    """Two 32-bit sums over the bits of each leaf.
+    """Sums the bits of each leaf, in two 32-bit sums.
 
     Integer sums do not depend on sharding or on the order of reduction. The second sum weighs
     every element by its index, so that it changes if elements are exchanged.
@@ -48,7 +46,7 @@ def digest(tree: PyTree) -> PyTree:
 
 
 def flat_index(shape: tuple[int, ...]) -> jax.Array:
-    """Every element's index in row-major order, modulo 2^32. Sharded axes need no gather."""
+    """Returns every element's index in row-major order, modulo 2^32; gathers no sharded axis."""
     index = jnp.zeros(shape, jnp.uint32)
     for axis, size in enumerate(shape):
         index = index * jnp.uint32(size) + lax.broadcasted_iota(jnp.uint32, shape, axis)
@@ -56,7 +54,7 @@ def flat_index(shape: tuple[int, ...]) -> jax.Array:
 
 
 def digest_hex(tree: PyTree) -> dict[str, str]:
-    """`digest` on the host: path's name -> 16 hexadecimal digits."""
+    """Returns the `digest` on the host: path's name -> 16 hexadecimal digits."""
     pairs = jax.device_get(dict(named_leaves(digest(tree))))
     return {name: f"{int(a):08x}{int(b):08x}" for name, (a, b) in pairs.items()}
 
@@ -88,15 +86,15 @@ class Fingerprint:
         self.others: list[_Piece] = []
 
     def add_layer(self, number: int, layer: PyTree, stacked: bool = False) -> None:
-        """Args: stacked: `layer` is all layers, and this one of them counts."""
+        """Adds a layer. Args: stacked: `layer` holds all layers, and this one of them counts."""
         self.layers[number] = _pieces(layer, number if stacked else None)
 
     def add(self, tree: PyTree) -> None:
-        """Parameters outside the layers, under their names."""
+        """Adds parameters outside the layers, under their names."""
         self.others += _pieces(tree, None)
 
     def hex(self) -> str:
-        """32 hexadecimal digits: 16 from the first elements of each array, 16 from every element.
+        """Returns 32 hexadecimal digits: 16 of the first elements of each array, 16 of all.
 
         Earlier versions had the first half only.
         """
@@ -109,7 +107,7 @@ class Fingerprint:
 
 
 def same_weights(stored: Any, now: Any, where: str) -> bool:
-    """Whether two fingerprints are equal; a shorter one of an earlier version is enough.
+    """Compares two fingerprints; a shorter one of an earlier version is enough.
 
     Args:
       where: the place where it is stored, for the warning that the short one may miss a difference.
@@ -176,13 +174,13 @@ def _first_and_every(tree: PyTree, layer: int | Int[Array, ""] | None) -> tuple[
 
 
 def mixed(x: Array) -> Array:
-    """A permutation of 32-bit numbers in which every bit depends on every other (MurmurHash3)."""
+    """Permutes 32-bit numbers so that every bit depends on every other (MurmurHash3)."""
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         x = (x ^ (x >> shift)) * jnp.uint32(factor)
     return x ^ (x >> 16)
 
 
 def first_elements(x: Any, start: int, count: int) -> Any:
-    """`count` elements from flat index `start` on, reading no more of the array than needed."""
+    """Reads `count` elements from flat index `start` on, and no more of the array."""
     index = np.unravel_index(np.arange(start, start + count), x.shape)
     return x[index]

@@ -47,7 +47,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def finite(values: Any) -> Any:
-    """The same values with None for NaN and infinity, which JSON does not have."""
+    """Replaces NaN and infinity, which JSON does not have, by None."""
     if isinstance(values, dict):
         return {name: finite(value) for name, value in values.items()}
     if isinstance(values, list | tuple):
@@ -57,7 +57,7 @@ def finite(values: Any) -> Any:
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
-    """A file to write that replaces `path` once it is complete.
+    """Opens a file to write that replaces `path` once it is complete.
 
     It is written beside `path` and renamed, so that half a file is never read, even after a loss of
     power. After an error it is removed, and `path` stays as it was.
@@ -90,7 +90,7 @@ SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
 def local_path(path: str | Path, name: str) -> Path:
-    """The absolute path of a local file or folder, whether it exists or not.
+    """Returns the absolute path of a local file or folder, whether it exists or not.
 
     Args:
       name: of the option or field that gave it, for messages.
@@ -109,7 +109,7 @@ def local_path(path: str | Path, name: str) -> Path:
         os.stat(absolute)
         reason = None
     except (FileNotFoundError, NotADirectoryError, PermissionError):
-        reason = None  # whether it has to exist, others say
+        reason = None  # callers check whether it has to exist
     except (OSError, RuntimeError, ValueError) as error:  # too long; ~nobody; NUL; no UTF-8
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
     if reason is None and max(len(os.fsencode(part)) for part in absolute.parts) > LONGEST_NAME:

@@ -92,12 +92,12 @@ class Records:
         """Every process calls this; the first one writes. NaN and infinity become null."""
         if jax.process_index() == 0:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(sealed(record) + "\n")
+                file.write(format_line(record) + "\n")
         self.all.append(dict(record))
 
 
 @contextmanager
-def sound(path: Path, remedy: str) -> Iterator[None]:
+def require_sound(path: Path, remedy: str) -> Iterator[None]:
     """Raises: InputError naming the file if values read inside are missing or have wrong types."""
     try:
         yield
@@ -131,7 +131,7 @@ class Lines:
         seen = False  # Earlier versions wrote no digests; after a line with one all have one.
         for number, line in enumerate(found.lines[:-1], start=1):
             try:
-                record, has_digest = unsealed(line)
+                record, has_digest = parse_line(line)
                 require(has_digest or not seen, "has lost its digest")
                 _require_record(record, check)
             except InputError as error:
@@ -143,8 +143,8 @@ class Lines:
 
     @classmethod
     def of(cls, path: Path, records: Sequence[dict[str, Any]]) -> Lines:
-        """Lines that are not written yet."""
-        lines = [sealed(record).encode() for record in records]
+        """Makes lines that are not written yet."""
+        lines = [format_line(record).encode() for record in records]
         return cls(path, [*lines, b""], dict(enumerate(records, start=1)), new=True)
 
     @property
@@ -167,8 +167,8 @@ class Lines:
                 file.writelines(self.lines[number - 1] + b"\n" for number in self.good)
 
 
-def sealed(record: Mapping[str, Any]) -> str:
-    """A record as one line of JSON that ends with the digest of the rest."""
+def format_line(record: Mapping[str, Any]) -> str:
+    """Formats a record as one line of JSON that ends with the digest of the rest."""
     try:
         text = json.dumps(record, allow_nan=False)
     except ValueError:  # rare, and checking every number first would take longer than all the rest
@@ -176,8 +176,8 @@ def sealed(record: Mapping[str, Any]) -> str:
     return f'{text[:-1]}, "digest": "{_digest(text.encode())}"}}'
 
 
-def unsealed(line: bytes) -> tuple[Any, bool]:
-    """The inverse of `sealed`, and whether there was a digest. Raises: InputError."""
+def parse_line(line: bytes) -> tuple[Any, bool]:
+    """Returns the record of a line, and whether it had a digest. Raises: InputError if damaged."""
     match = re.fullmatch(rb'(.*), "digest": "([0-9a-f]+)"\}', line, re.DOTALL)
     text = match[1] + b"}" if match else line
     require(not match or match[2].decode() == _digest(text), "is damaged (its digest does not fit)")

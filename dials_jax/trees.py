@@ -22,13 +22,13 @@ log = logging.getLogger(__name__)
 
 
 def named_leaves(tree: PyTree) -> Iterator[tuple[str, Any]]:
-    """Pairs of a path such as `layers/attention/q` and the leaf there."""
+    """Yields pairs of a path such as `layers/attention/q` and the leaf there."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         yield path_name(path), leaf
 
 
 def map_named(fn: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
-    """`jax.tree.map` whose function also receives the path's name, first."""
+    """Maps as `jax.tree.map` does; the function also receives the path's name, first."""
     return jax.tree_util.tree_map_with_path(lambda p, *x: fn(path_name(p), *x), tree, *rest)
 
 
@@ -63,12 +63,12 @@ def num_layers(layers: PyTree) -> int:
 
 
 def stack(layers: tuple[PyTree, ...]) -> PyTree:
-    """One stacked tree from a tuple of layers; each leaf is stacked separately, to bound memory."""
+    """Stacks a tuple of layers into one tree, leaf by leaf, to bound memory."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
 
 
 def layer_slice(layers: PyTree, layer: int | Int[Array, ""]) -> PyTree:
-    """One layer, in either layout; a traced number needs stacked layers."""
+    """Returns one layer, in either layout; a traced number needs stacked layers."""
     return layers[layer] if is_unrolled(layers) else jax.tree.map(lambda x: x[layer], layers)
 
 
@@ -77,7 +77,7 @@ def unstack(stacked: PyTree) -> tuple[PyTree, ...]:
 
 
 def relayout(tree: PyTree, unrolled: bool) -> PyTree:
-    """All parameters in a tree, and their moments in an optimiser's state, in one layout.
+    """Puts all parameters of a tree, and their moments in an optimiser's state, in one layout.
 
     Values do not change; trees without layers are passed through.
     """

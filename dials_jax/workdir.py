@@ -74,7 +74,7 @@ def _locked(folder: Path, name: str) -> Iterator[None]:
 
 
 def _take(path: Path, name: str) -> int:
-    """The descriptor of the lock file, locked.
+    """Opens the lock file, locks it and returns its descriptor.
 
     A process that ends removes the file, so a lock counts only if the file still has this name.
     """
@@ -148,7 +148,7 @@ def require_unclaimed(
 
 
 def read_mark(path: Path, another: str = "choose another --workdir") -> dict[str, Any] | None:
-    """What the file that marks a folder says, None if there is none.
+    """Reads the JSON file that marks a folder; None if there is none.
 
     Raises: InputError if it cannot be read.
     """
@@ -168,7 +168,7 @@ def require_same(old: Any, new: Any, folder: Path, what: str) -> None:
 
 
 def differences(old: Any, new: Any, name: str = "") -> dict[str, tuple[Any, Any]]:
-    """What differs between two JSON values: dotted name -> the old value and the new one.
+    """Finds what differs between two JSON values: dotted name -> the old value and the new one.
 
     A path may be relative on one side and absolute on the other, and weights may be known by the
     shorter fingerprint of an earlier version.

@@ -26,7 +26,7 @@ from dials_jax.evaluation.task import EvalConfig, EvalTask
 from dials_jax.evaluation.task_setup import generation_facts
 from dials_jax.files import read_json
 from dials_jax.models.model import Model
-from dials_jax.records import RECORDS, Records, require_numbers, sound
+from dials_jax.records import RECORDS, Records, require_numbers, require_sound
 from dials_jax.reporting.environment import environment
 from dials_jax.skipping.flops import KEYS as FLOPS_KEYS
 from dials_jax.workdir import require_same, require_unclaimed
@@ -266,7 +266,7 @@ def _before(
     if known or found is None:
         require_unclaimed(workdir, SWEEP, FILES)
         return None
-    with sound(path, "put it back, or choose another --workdir"):
+    with require_sound(path, "put it back, or choose another --workdir"):
         return _read_before(found, identity, items, num_layers)
 
 

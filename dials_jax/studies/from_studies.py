@@ -10,7 +10,7 @@ from jaxtyping import Float
 from dials_jax.config import SearchStudy, from_dict
 from dials_jax.errors import require
 from dials_jax.files import read_json
-from dials_jax.records import RECORDS, require_numbers, sound
+from dials_jax.records import RECORDS, require_numbers, require_sound
 from dials_jax.sampling.model_schedule import Schedule
 from dials_jax.studies import search
 from dials_jax.studies.perplexity_run import join_batches
@@ -52,7 +52,7 @@ def read_harms(
         f"{workdir} holds no importance study; give the workdir of one that ended",
     )
     found = {}
-    with sound(path, RERUN):
+    with require_sound(path, RERUN):
         for name in HARM_CURVES:
             by_letter = results["curves"].get(name, {})
             require(
@@ -78,7 +78,7 @@ def read_search(workdir: str | Path) -> tuple[SearchStudy, Float[np.ndarray, "S 
         results.get("kind") == "SearchStudy",
         f"{workdir} holds no search; give the workdir of a SearchStudy that ended",
     )
-    with sound(path, RERUN):
+    with require_sound(path, RERUN):
         cfg = from_dict(SearchStudy, results["config"])
     batches_of = group_by_schedule(read_records(Path(workdir) / RECORDS, check_batch_record))
     values = []

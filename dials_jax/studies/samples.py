@@ -23,7 +23,7 @@ from dials_jax.files import read_json, replacing, write_json
 from dials_jax.keys import fold_in_each, seed_key
 from dials_jax.loading import load
 from dials_jax.models.model import Model
-from dials_jax.records import RECORDS, require_numbers, sound
+from dials_jax.records import RECORDS, require_numbers, require_sound
 from dials_jax.reporting.environment import command, environment
 from dials_jax.reporting.publish import file_name
 from dials_jax.sampling.ancestral import Ancestral
@@ -203,7 +203,7 @@ def _read_facts(path: Path) -> dict[str, Any]:
     Raises: InputError if something in it is missing.
     """
     stored = read_json(path)
-    with sound(path, "copy it again, or draw the samples again"):
+    with require_sound(path, "copy it again, or draw the samples again"):
         for facts in stored["models"].values():
             missing = {"path", "num_layers", "fingerprint", "eos_id", "tokenizer"} - facts.keys()
             if missing:

@@ -21,7 +21,7 @@ DISPLAY_FIELDS = ("schedules", "figure", "aggregate", "num_extremes", "budget", 
 def study_records(
     cfg: StudyConfig, weights: Mapping[str, Any], workdir: str | Path, check: Check
 ) -> Records:
-    """The records of a study, those of an earlier run of it first.
+    """Opens the records of a study, those of an earlier run of it first.
 
     Args:
       weights: fingerprints of the models, and of data, that the measurements depend on.
@@ -36,13 +36,13 @@ def study_records(
 def continued_study(
     old: Mapping[str, Any], new: Mapping[str, Any], workdir: Path
 ) -> Mapping[str, Any]:
-    """The identity that a study goes on with. Raises: InputError naming what differs."""
+    """Returns the identity that a study goes on with. Raises: InputError naming what differs."""
     require_same(_completed(old), new, workdir, "study")
     return old
 
 
 def _completed(old: Mapping[str, Any]) -> Mapping[str, Any]:
-    """With today's names of its settings, and the defaults of those that are newer than it."""
+    """Gives its settings today's names, and defaults to those that are newer than it."""
     kinds = {cls.__name__: cls for cls in get_args(StudyConfig)}
     config = old.get("config")
     if old.get("kind") not in kinds or not isinstance(config, dict):
@@ -57,7 +57,7 @@ def _completed(old: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def read_records(path: str | Path, check: Check) -> list[dict[str, Any]]:
-    """The records of another run, up to the last whole line: a stopped run may leave half a line.
+    """Reads the records of another run, up to the last whole line: a stop may leave half a line.
 
     Raises: InputError naming the first line that is not a record.
     """
