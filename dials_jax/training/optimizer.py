@@ -55,6 +55,7 @@ def make_lr_schedule(cfg: OptimizerConfig, steps_per_epoch: int) -> optax.Schedu
 
 @lru_cache(maxsize=16)  # as `make_train_step`
 def make_optimizer(cfg: OptimizerConfig, steps_per_epoch: int) -> optax.GradientTransformation:
+    """Returns AdamW after clipping the norm of the whole gradient."""
     return optax.chain(
         optax.clip_by_global_norm(cfg.clip_norm),
         optax.adamw(

@@ -1,4 +1,4 @@
-"""From a training configuration to a run: data, loss, initial values, and what is saved."""
+"""Makes a run of a training configuration: its data, loss, first parameters and export."""
 
 from __future__ import annotations
 
@@ -71,11 +71,11 @@ OUTPUTS = ("checkpoints", "metrics.jsonl", "tensorboard", "training.png")
 
 @dataclass(frozen=True)
 class Trainee:
-    """What is trained, a model or routers: it needs neither data nor stored weights.
+    """A model or routers to train. It is made without data and without stored weights.
 
     Attributes:
-      init: makes the first parameters, from the arrays of another model where it is given them.
-      prefix: of the trained parameters in the sharding table.
+      init: makes the first parameters; `init(source)` makes them from those of another model.
+      prefix: of the names of the trained parameters in the sharding table.
     """
 
     loss_fn: LossFn
@@ -88,6 +88,7 @@ class Run(Trainee):
     """One training, ready for the loop.
 
     Attributes:
+      identity: the fingerprints of the data and of the models that the run starts from.
       frozen: parameters that the loss reads and training does not change.
       export: writes the result of the training into the workdir.
       source: arrays that `init` makes the parameters from.
@@ -101,32 +102,38 @@ class Run(Trainee):
 
 
 def make_trainee(cfg: TrainConfig, backbone: ModelConfig | None = None) -> Trainee:
-    """Args: backbone: the frozen model, where routers are trained."""
+    """Returns the routers to train on a frozen `backbone`, or without one the model to train.
+
+    Raises: InputError for an objective that does not fit the model.
+    """
     if backbone is not None:
         check_objective(backbone, cfg.objective, routers=True)
         shape = backbone.d_model, backbone.num_layers
         return Trainee(
             router_loss(backbone, cfg.router, cfg.objective, cfg.remat),
-            router_init(*shape, cfg.router, cfg.seed),
+            make_router_init(*shape, cfg.router, cfg.seed),
             "routers/",
         )
     check_objective(cfg.model, cfg.objective)
     return Trainee(
         model_loss(cfg.model, cfg.objective, cfg.remat, cfg.dropout),
-        model_init(cfg.model, cfg.seed, cfg.layout),
+        make_model_init(cfg.model, cfg.seed, cfg.layout),
         "",
     )
 
 
 @lru_cache(maxsize=16)  # as `make_train_step`
-def router_init(
+def make_router_init(
     d_model: int, num_layers: int, cfg: RouterConfig, seed: int
 ) -> Callable[[], trees.Params]:
+    """Returns the function that makes the first parameters of routers."""
     return lambda: init_routers(d_model, num_layers, cfg, seed_key(seed))
 
 
 @lru_cache(maxsize=16)
-def model_init(cfg: ModelConfig, seed: int, layout: str) -> Callable[..., trees.Params]:
+def make_model_init(cfg: ModelConfig, seed: int, layout: str) -> Callable[..., trees.Params]:
+    """Returns the function that makes the first parameters of a model."""
+
     def init(*source: trees.Params) -> trees.Params:
         if source:
             params = grow_vocabulary(*source, cfg.vocab_size)
@@ -138,7 +145,7 @@ def model_init(cfg: ModelConfig, seed: int, layout: str) -> Callable[..., trees.
 
 
 def prepare_run(cfg: TrainConfig, mesh: Mesh) -> Run:
-    """Loads and checks all that a run needs, before anything expensive."""
+    """Loads and checks everything that a run needs, before anything expensive."""
     return _router_run(cfg, mesh) if cfg.backbone else _model_run(cfg, mesh)
 
 
@@ -167,10 +174,10 @@ def _model_run(cfg: TrainConfig, mesh: Mesh) -> Run:
 
 
 def unroll(params: trees.Params) -> trees.Params:
-    """The same parameters with separate arrays for each layer.
+    """Gives every layer arrays of its own.
 
-    A scan copies every layer's weights out of the stack, and what the backward pass needs into
-    another: a fifth of a small model's step.
+    With stacked arrays, a scan copies the weights of each layer out of the stack, and activations
+    for the backward pass into another: a fifth of the time of a small model's step.
     """
     return {**params, "layers": trees.unstack(params["layers"])}
 

@@ -78,12 +78,12 @@ def state_shapes(
     ema: float | None = None,
     source: tuple = (),
 ) -> TrainState:
-    """What `init_train_state` makes, as shapes, dtypes and shardings, without allocating memory."""
+    """As `init_train_state`, but returns only shapes, dtypes and shardings; allocates nothing."""
     return with_shardings(jax.eval_shape(_make_fresh(init, optimizer, ema), *source), mesh, prefix)
 
 
 def with_shardings(state: TrainState, mesh: Mesh, prefix: str = "") -> TrainState:
-    """The shapes and dtypes of a state with the shardings of the table."""
+    """Returns the shapes and dtypes of a state, with the shardings of the sharding table."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         state,
@@ -95,6 +95,8 @@ def with_shardings(state: TrainState, mesh: Mesh, prefix: str = "") -> TrainStat
 def _make_fresh(
     init: Callable[..., trees.Params], optimizer: optax.GradientTransformation, ema: float | None
 ) -> Callable[..., TrainState]:
+    """Returns the function that makes a new state; equal arguments give the same function."""
+
     def fresh(*source: trees.Params) -> TrainState:
         params = init(*source)
         average = None if ema is None else params
@@ -144,11 +146,11 @@ def make_train_step(
     num_microbatches: int = 1,
     ema: float | None = None,
 ) -> TrainStep:
-    """`step(state, frozen, batch) -> (state, metrics)`, a pure function of its arguments.
+    """Returns `step(state, frozen, batch) -> (state, metrics)`, a pure function.
 
-    Every random number is folded from the seed, the step and the sequence's number in its batch. So
-    the numbers of microbatches and devices change the result only by rounding. Equal arguments give
-    the same function, so that another run in this process finds its program.
+    Every random key is folded from the seed, the step and the sequence's index in the batch. So the
+    numbers of microbatches and devices change the result only by rounding. Equal arguments give the
+    same function, so that another run in this process finds its compiled program.
 
     Args:
       ema: the decay of the moving average, if the state has one.
