@@ -76,8 +76,8 @@ def _prepare(cfg: CorpusData, model_config: ModelConfig, folder: Path) -> dict[s
     settings = _settings(cfg, model_config, tokenizer, documents)
     names = (MANIFEST, PARTS, ARRAY_RECORD, "tokenizer.json")
     require_unclaimed(folder, SETTINGS, names, reads=cfg.tokenizer)
-    also = {"tokenizer": tokenizer.fingerprints, "source": (documents.former_digest,)}
-    _claim(folder, settings, also)
+    former = {"tokenizer": tokenizer.fingerprints, "source": (documents.former_digest,)}
+    _claim_folder(folder, settings, former)
     tokenizer.save(folder)
     packer = _Packer(cfg, model_config, tokenizer.for_documents(), documents, folder / PARTS)
     num_train = documents.count - cfg.num_validation
@@ -111,13 +111,15 @@ def _settings(
     }
 
 
-def _claim(folder: Path, settings: dict[str, Any], also: Mapping[str, Collection[str]]) -> None:
-    """Records what the folder is for.
+def _claim_folder(
+    folder: Path, settings: dict[str, Any], former: Mapping[str, Collection[str]]
+) -> None:
+    """Writes `settings` into the folder, after comparing them with those that it was begun with.
 
     Args:
-      also: values that earlier versions gave the same settings.
+      former: by setting, other values that earlier versions computed for the same corpus.
 
-    Raises: InputError if it holds something else.
+    Raises: InputError naming the first setting that differs.
     """
     begun = read_mark(folder / SETTINGS, "delete the folder") or {}
     source = str(begun.get("source", settings["source"]))
@@ -127,7 +129,7 @@ def _claim(folder: Path, settings: dict[str, Any], also: Mapping[str, Collection
         f"dataset={settings['dataset']} otherwise; train from it as it is, or choose another "
         "folder",
     )
-    known = {name: there for name, there in begun.items() if there not in also.get(name, ())}
+    known = {name: there for name, there in begun.items() if there not in former.get(name, ())}
     wanted = {name: settings.get(name) for name in known}
     for name, (there, here) in differences(known, wanted).items():
         raise InputError(

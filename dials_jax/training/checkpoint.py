@@ -28,7 +28,11 @@ log = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """The checkpoints of one run, newest last; every process makes the same calls."""
+    """The checkpoints of one run. Every process has to make the same calls.
+
+    Args:
+      keep: the number of checkpoints to keep.
+    """
 
     def __init__(self, folder: str | Path, keep: int = 2):
         self.folder = Path(folder).absolute()
@@ -36,14 +40,17 @@ class Checkpoints:
         self._damaged: set[int] = set()  # found so by `restore`
 
     def steps(self) -> list[int]:
-        """Steps with a finished checkpoint, ascending. Raises: InputError if unreadable."""
+        """Returns the steps of finished checkpoints, ascending.
+
+        Raises: InputError if the folder cannot be read.
+        """
         with _readable(self.folder):
             return sorted(
                 int(p.name) for p in self._own_names() if p.name.isdecimal() and _is_finished(p)
             )
 
     def require_own(self) -> None:
-        """Raises: InputError for a folder with a checkpoint's name that no save can have made."""
+        """Raises: InputError for a folder with a checkpoint's name that `save` did not make."""
         with _readable(self.folder):
             foreign = [path for path in self._own_names() if not _made_by_a_save(path)]
         require(
@@ -57,7 +64,7 @@ class Checkpoints:
         return [p for p in self.folder.iterdir() if re.fullmatch(r"\d+(\.partial)?", p.name)]
 
     def save(self, step: int, state: PyTree) -> None:
-        """Writes, reads back, compares, and only then removes all but the `keep` newest.
+        """Writes a checkpoint, reads it back, compares, and only then removes the older ones.
 
         Raises:
           InputError: if it cannot be written; the older ones stay.
@@ -94,10 +101,10 @@ class Checkpoints:
         on_first_process(finish)
 
     def restore(self, state: PyTree, *layouts: PyTree) -> PyTree | None:
-        """The newest checkpoint whose digests match, shaped and placed like `state`, or None.
+        """Loads the newest checkpoint whose digests match; None if there is no checkpoint.
 
         Args:
-          state: arrays, or their shapes, dtypes and shardings.
+          state: arrays, or their shapes, dtypes and shardings, which the result has, too.
           layouts: other layouts of the same values; a checkpoint stored in one is returned in it.
         Raises: InputError if a checkpoint cannot be read, or if there are some and none is intact.
         """
@@ -122,7 +129,7 @@ class Checkpoints:
         return None
 
     def _remove_partial(self) -> None:
-        """Removes unfinished saves of any step: a continued run may save at other steps."""
+        """Removes unfinished checkpoints of all steps: a continued run may save at other steps."""
         for folder in self.folder.glob("*.partial"):
             if _made_by_a_save(folder):
                 shutil.rmtree(folder, ignore_errors=True)
@@ -141,7 +148,7 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Stops if a file cannot be read: that does not mean that it is damaged."""
+    """Turns an OSError into an InputError: a file that cannot be read is not a damaged one."""
     try:
         yield
     except OSError as error:
@@ -158,15 +165,15 @@ def _require_readable(folder: Path) -> None:
         raise error
 
     with _readable(folder):
-        for place, _, names in os.walk(folder, onerror=stop):
+        for inside, _, names in os.walk(folder, onerror=stop):
             for name in names:
-                with (Path(place) / name).open("rb") as file:
+                with Path(inside, name).open("rb") as file:
                     while file.read(2**24):
                         pass
 
 
 def _is_finished(folder: Path) -> bool:
-    """Whether it is finished: the digests are written last. Raises: OSError."""
+    """Whether the checkpoint is complete: its digests are written last. Raises: OSError."""
     return (folder / "digest.json").exists()
 
 
@@ -178,7 +185,7 @@ def _made_by_a_save(folder: Path) -> bool:
 
 
 def flatten(tree: PyTree) -> dict[str, Any]:
-    """Leaves by name, so that the stored form does not depend on classes."""
+    """Returns the leaves by name, so that what is stored does not depend on classes."""
     return {name.replace("/", "."): leaf for name, leaf in trees.named_leaves(tree)}
 
 
