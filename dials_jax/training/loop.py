@@ -75,15 +75,15 @@ def _train(cfg: TrainConfig, workdir: Path, checkpoints: Checkpoints) -> TrainSt
     run = prepare_run(cfg, mesh)
     epoch = steps_per_epoch(run.data, cfg.batch_size)
     optimizer, total = make_optimizer(cfg.optimizer, epoch), num_steps(cfg.optimizer, epoch)
-    require_same = partial(require_same_experiment, workdir, cfg, run.identity, epoch)
-    require_same(step=max(checkpoints.steps(), default=0))
+    require_same_settings = partial(require_same_experiment, workdir, cfg, run.identity, epoch)
+    require_same_settings(step=max(checkpoints.steps(), default=0))
     ema = cfg.optimizer.ema
     start = (run.init, optimizer, mesh, run.prefix)
     shapes = state_shapes(*start, ema=ema, source=run.source)
     state = restore_state(checkpoints.restore, shapes, mesh, run.prefix)
     if state is None:
         state = init_train_state(*start, ema=ema, source=run.source)
-    require_same(step=int(state.step))  # an older checkpoint may have been restored
+    require_same_settings(step=int(state.step))  # an older checkpoint may have been restored
     claim_workdir(workdir, cfg, run.identity)
     run = dataclasses.replace(run, source=())  # its memory is needed
     _print_start(cfg, run, state, total, epoch)
