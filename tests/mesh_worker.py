@@ -1,7 +1,7 @@
 """Runs training steps, likelihood and generation on a mesh of up to 8 fake CPU devices.
 
 A process of its own, since the number of devices is fixed when JAX starts: `test_mesh.py` starts
-one for each mesh and compares what they write. Usage: python mesh_worker.py MESH OUT.npz
+it and compares what it writes for each mesh. Usage: python mesh_worker.py FOLDER MESH...
 """
 
 import os
@@ -248,11 +248,12 @@ def run(mesh):
     }
 
 
-def main(name, path):
-    mesh_cfg, count = MESHES[name]
-    mesh = sharding.make_mesh(mesh_cfg, jax.devices()[:count])
-    arrays = {leaf: np.asarray(value) for leaf, value in trees.named_leaves(run(mesh))}
-    np.savez(path, **arrays)
+def main(folder, *names):
+    for name in names:
+        mesh_cfg, count = MESHES[name]
+        mesh = sharding.make_mesh(mesh_cfg, jax.devices()[:count])
+        arrays = {leaf: np.asarray(value) for leaf, value in trees.named_leaves(run(mesh))}
+        np.savez(os.path.join(folder, name), **arrays)
 
 
 if __name__ == "__main__":
