@@ -198,6 +198,12 @@ def _require_record(record: Any, check: Check) -> None:
         raise InputError(f"is no record of this kind of run ({error!r})") from error
 
 
+def require_texts(*values: Any) -> None:
+    """Raises: TypeError for anything but text."""
+    if not all(isinstance(value, str) for value in values):
+        raise TypeError(f"{str(values)[:40]} is no text")
+
+
 def require_numbers(values: Any, count: int | None = None) -> None:
     """Raises: ValueError unless it is a list of numbers and null (for NaN and infinity)."""
     plain = isinstance(values, list) and {type(x) for x in values} <= {int, float, type(None)}

@@ -19,7 +19,8 @@ from dials_jax.errors import require, require_packages
 from dials_jax.evaluation.exact_match import normalise_answer
 from dials_jax.evaluation.items import Item, Items, load_items
 from dials_jax.evaluation.scoring import count_sequences, score_task
-from dials_jax.evaluation.sweep_records import SweepRecords, circumstances, sweep_identity
+from dials_jax.evaluation.sweep_identity import sweep_identity
+from dials_jax.evaluation.sweep_records import SweepRecords, timing_conditions
 from dials_jax.evaluation.task import EvalConfig, EvalTask
 from dials_jax.evaluation.task_setup import check_task, generation_facts
 from dials_jax.files import write_json
@@ -99,7 +100,7 @@ def _sweep(cfg: EvalConfig, workdir: Path) -> dict[str, Any]:
     for (task, items), tokenizer in zip(tasks, tokenizers, strict=True):
         static = static_candidates(cfg, model, task, items, records)
         for candidate in [full, *static, *routed, *random]:
-            if not records.finished(task.name, candidate.describe(), len(items)):
+            if not records.is_finished(task.name, candidate.describe(), len(items)):
                 _score_candidate(records, cfg, model, task, items, tokenizer, candidate)
                 results = records.results(cfg, facts)
                 sharding.on_first_process(lambda r=results: write_json(workdir / "results.json", r))
@@ -148,7 +149,7 @@ def _score_candidate(
     total = count_sequences(task, items, candidate.policy)
     what = f"{task.name}, {candidate.label}"
     policy = candidate.describe()
-    measured = circumstances(cfg, task, model)
+    measured = timing_conditions(cfg, task, model)
     about = {"task": task.name, "policy": policy, "measured": measured}
     earlier = list(records.batches(task.name, policy))
     if earlier and jax.process_index() == 0:

@@ -21,7 +21,11 @@ from dials_jax.sampling.dream import Dream
 SamplerConfig = Confidence | Dream | Ancestral | Autoregressive
 CacheConfig = PrefixCache | DualCache | EarlySkip
 
-# Fields that only one kind of metric reads; setting them for another is refused.
+# Fields of a task that decide how sequences are padded: cost depends on them, scores do not.
+PADDING_FIELDS = ("bucket", "max_programs")
+# Fields of a sweep that decide which layers static policies skip.
+STATIC_FIELDS = ("similarity_threshold", "num_calibration")
+# Fields of a task that only one kind of metric reads; setting them for another is refused.
 _OF_GENERATION = ("match", "until", "sampler", "cache")
 _OF_LIKELIHOOD = ("cfg_scale",)
 

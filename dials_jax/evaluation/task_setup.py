@@ -12,10 +12,11 @@ import jax.numpy as jnp
 
 from dials_jax.caching.canvas import CanvasModel
 from dials_jax.caching.parse import cache_name
+from dials_jax.config import to_dict
 from dials_jax.errors import InputError, require
 from dials_jax.evaluation.batched import check_num_samples
 from dials_jax.evaluation.items import Item
-from dials_jax.evaluation.task import CacheConfig, EvalTask, SamplerConfig
+from dials_jax.evaluation.task import PADDING_FIELDS, CacheConfig, EvalTask, SamplerConfig
 from dials_jax.keys import seed_key
 from dials_jax.models import transformer
 from dials_jax.models.model import Model
@@ -43,6 +44,12 @@ def generation_facts(task: EvalTask, items: Sequence[Item]) -> dict[str, Any]:
     sampler = task_sampler(task, items)
     facts = {"sampler": type(sampler).__name__.lower(), "temperature": None, "steps": None}
     return facts | asdict(sampler) | {"cache": cache_name(task.cache), "until": list(task.until)}
+
+
+def score_settings(task: EvalTask) -> dict[str, Any]:
+    """The settings of a task that scores depend on, except those in `generation_facts`."""
+    left_out = ("name", "sampler", "cache", *PADDING_FIELDS)
+    return {name: x for name, x in to_dict(task).items() if name not in left_out}
 
 
 def check_task(

@@ -22,7 +22,7 @@ from dials_jax.caching.plain import DualCache, PrefixCache
 from dials_jax.config import ArithmeticData
 from dials_jax.errors import InputError
 from dials_jax.evaluation import sweep
-from dials_jax.evaluation.older import read_task
+from dials_jax.evaluation.older_sweeps import read_task
 from dials_jax.evaluation.task import EvalConfig, EvalTask
 from dials_jax.loading import load
 from dials_jax.reporting import sweep_report

@@ -24,7 +24,7 @@ from dials_jax.config import (
 )
 from dials_jax.data.tokenizer import character_tokenizer, load_tokenizer
 from dials_jax.errors import InputError
-from dials_jax.evaluation import batched, sweep, sweep_records
+from dials_jax.evaluation import batched, sweep, sweep_identity
 from dials_jax.evaluation.items import load_items
 from dials_jax.evaluation.scoring import score_task
 from dials_jax.loading import load
@@ -435,7 +435,7 @@ def test_scores_by_other_rules_are_not_continued(before, cfg, finished, tmp_path
     with pytest.raises(InputError, match="scores of sums by another version's rules"):
         sweep.sweep(cfg, workdir)
     workdir = shutil.copytree(finished, tmp_path / "sweep")
-    monkeypatch.setitem(sweep_records.METRIC_RULES, "nelbo", 7)
+    monkeypatch.setitem(sweep_identity.METRIC_RULES, "nelbo", 7)
     with pytest.raises(InputError, match="scores of records by another version's rules"):
         sweep.sweep(cfg, workdir)
 
