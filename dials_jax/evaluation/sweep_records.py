@@ -22,7 +22,7 @@ from dials_jax.evaluation.tally import NUM_BINS
 from dials_jax.evaluation.task import PADDING_FIELDS, EvalConfig, EvalTask
 from dials_jax.files import read_json
 from dials_jax.models.model import Model
-from dials_jax.records import RECORDS, Check, Records, require_numbers, require_texts, require_sound
+from dials_jax.records import RECORDS, Check, Records, require_numbers, require_sound, require_texts
 from dials_jax.reporting.environment import environment
 from dials_jax.skipping.flops import KEYS as FLOPS_KEYS
 from dials_jax.workdir import require_unclaimed
