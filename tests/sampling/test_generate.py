@@ -17,7 +17,7 @@ from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.generate import generate
 from dials_jax.skipping.policies import Random, Static
 from dials_jax.skipping.routed import Routed
-from tests.conftest import random_routers
+from tests.conftest import MASK, random_routers
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llada_tiny"
 P = 6
@@ -117,9 +117,9 @@ def test_guidance_doubles_the_rows_and_each_half_decides_alone(lively, prompts, 
 
 
 def test_padding_never_votes(lively, routers):
-    """Not even as [MASK], which all of the prompt is to the half that does not see it."""
+    """Not even if it holds [MASK]. Under guidance, policies look at the whole canvas."""
     tokens = np.random.default_rng(0).integers(2, 60, (8, 4))
-    padded = np.concatenate([np.zeros((8, 4), int), tokens], axis=1)
+    padded = np.concatenate([np.full((8, 4), MASK), tokens], axis=1)
     settings = {
         "sampler": Confidence(2, 2, 1, cfg_scale=1.0), "policy": Routed(routers, 0.4),
         "key": keys_of(8), "executor": "select",
@@ -143,7 +143,8 @@ def test_random_layers_change_from_step_to_step(lively, prompts):
     assert len({gates.tobytes() for gates in out.gates}) > 1
 
 
-def test_one_program_serves_one_shape(lively, prompts):
+def test_one_program_serves_one_shape(lively, prompts, traced_once):
+    traced_once(generating, "generate_program")
     tokens, valid = prompts
     generate(lively, tokens, valid, sampler=SAMPLER)
     before = generating.generate_program.num_programs

@@ -101,6 +101,18 @@ def test_the_program_has_the_variant_of_every_step(name):
         assert due == ({numbers} if isinstance(numbers, int) else set(numbers))
 
 
+@pytest.mark.parametrize("every", [2, 4, 8])
+def test_a_block_is_refreshed_as_often_as_its_setting_says(every):
+    cache, blocks = EarlySkip(**EVERYONE, prompt_every=64, block_every=every), Blocks(5, 8, 2, 1)
+    cfg = small_config()
+    inputs = transformer.block_inputs(cfg, None, (1, 21))
+    net = CanvasModel(cfg, None, None, "auto", inputs, None, None, 5)
+    variants = cache.forward_variants(net, blocks)
+    refresh = len(variants) - 2  # the one before the last, which skips tokens
+    later = block_steps(variants, blocks, 8)[1:]
+    assert [number == refresh for number in later] == [s % every == 0 for s in range(1, 8)]
+
+
 @pytest.fixture(scope="module")
 def model():
     """Of two layers, and lively enough that tokens differ."""
