@@ -150,8 +150,9 @@ def _score_exact_match(
         remaining=unscored,
     ):
         layer_counts, scores, examples = LayerCounts(model.num_layers), [], {}
-        waits, shares = sampler.reveals_every_call, out.masked_share
-        layer_counts.add(out.gates, waiting_as_zero(shares) if waits else shares)
+        # A share of 0 is left out: the call was made for other sequences of the batch.
+        share = np.where(out.own, out.masked_share[:, : len(requests)], 0.0)
+        layer_counts.add(out.gates, share)
         for i, answer in zip(requests, answers, strict=True):
             text, correct = _score_output(task, items[i], answer.tolist(), tokenizer, model.config)
             scores.append(float(correct))
@@ -170,15 +171,6 @@ def _score_exact_match(
             layer_counts,
             examples,
         )
-
-
-def waiting_as_zero(masked_share: Float[np.ndarray, "S B"]) -> Float[np.ndarray, "S B"]:
-    """Sets the masked share to 0 where a sequence waited for others of its batch.
-
-    That is where a call revealed nothing of it. `LayerCounts` leaves out a share of 0.
-    """
-    after = np.append(masked_share[1:], np.zeros_like(masked_share[:1]), axis=0)
-    return np.where(after < masked_share, masked_share, 0.0)
 
 
 def _score_output(task, item: Item, tokens: list[int], tokenizer, cfg) -> tuple[str, bool]:

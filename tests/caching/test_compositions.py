@@ -25,7 +25,13 @@ from tests.caching.cases import (
 )
 from tests.conftest import MASK
 
-SAMPLERS = {"quota": QUOTA, "quota 4": QUOTA_4, "threshold": THRESHOLD}
+ENTROPY = Confidence(gen_length=G, block_length=8, entropy_threshold=2.0)
+BOUND = Confidence(gen_length=G, block_length=8, entropy_bound=2.0)
+SAMPLERS = {
+    "quota": QUOTA, "quota 4": QUOTA_4, "threshold": THRESHOLD, "entropy": ENTROPY, "bound": BOUND,
+    "edit": dataclasses.replace(THRESHOLD, edit_threshold=0.4, max_edit_steps=5),
+    "edit by entropy": dataclasses.replace(BOUND, edit_threshold=0.3, max_edit_steps=3),
+}  # fmt: skip
 # Compaction only in small programs: it has a branch for every number of sequences. For EarlySkip it
 # is compared with selection in tests/test_mesh.py.
 CASES = [
@@ -46,6 +52,11 @@ CASES = [
     ("unrolled", "dual", "random", "quota", "select"),
     ("dream", "dual", "routed", "threshold", "select"),
     ("unrolled", "hidden", "routed", "quota", "select"),
+    ("llada", "none", "full", "entropy", "auto"),
+    ("dream", "prefix", "static", "bound", "auto"),
+    ("llada", "none", "routed", "edit", "select"),
+    ("dream", "prefix", "random", "edit by entropy", "select"),
+    ("llada", "dual", "routed", "edit", "compact"),
 ]
 
 
