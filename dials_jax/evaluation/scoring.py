@@ -36,6 +36,8 @@ class TaskScores:
     items: dict[str, float]  # score by name of the item
     other_metrics: dict[str, float]
     examples: list[dict[str, Any]]  # generations of the first items
+    passes: dict[str, list[int]]  # of generations: own model calls and tokens, by name of the item
+    num_calls: int  # model calls of all batches
 
 
 def score_task(
@@ -83,7 +85,10 @@ def _task_scores(task: EvalTask, items: Sequence[Item], tally: Tally) -> TaskSco
     if task.metric == "choice":
         other_metrics["accuracy_per_token"] = _accuracy_per_token(items, values)
     examples = [tally.examples[name] for name in names[:NUM_EXAMPLES] if name in tally.examples]
-    return TaskScores(tally.layer_counts, tally.flops, scores, other_metrics, examples)
+    return TaskScores(
+        tally.layer_counts, tally.flops, scores, other_metrics, examples, tally.passes,
+        tally.num_calls,
+    )  # fmt: skip
 
 
 def _item_score(task: EvalTask, item: Item, values: Float[np.ndarray, "answers"]) -> float:
@@ -170,6 +175,7 @@ def _score_exact_match(
             out.flops,
             layer_counts,
             examples,
+            out,
         )
 
 

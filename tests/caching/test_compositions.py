@@ -10,6 +10,7 @@ import pytest
 
 from dials_jax.caching import cache as cache_module
 from dials_jax.caching.early_skip.settings import EarlySkip
+from dials_jax.errors import InputError
 from dials_jax.reference import Decoder
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.generate import generate
@@ -85,6 +86,7 @@ def assert_equal_to_the_decoder(out, model, prompts, key, **settings):
     gates = [decoder.decode() for decoder in decoders]
     calls = sorted(set().union(*gates))  # a batch goes on until its last sequence is done
     assert out.nfe == len(calls)
+    np.testing.assert_array_equal(out.passes, [len(own) for own in gates])
     np.testing.assert_array_equal(out.tokens[:, :P], tokens)
     assert not (out.tokens[:, P:] == MASK).any()
     for i, decoder in enumerate(decoders):
@@ -95,6 +97,19 @@ def assert_equal_to_the_decoder(out, model, prompts, key, **settings):
             actual = out.gates[calls.index(call), :, i]
             np.testing.assert_array_equal(actual, expected, err_msg=f"sequence {i}, call {call}")
     return gates
+
+
+@pytest.mark.parametrize(
+    "rule, message",
+    [
+        ("edit", "EarlySkip leaves revealed tokens out, so they cannot be revised"),
+        ("bound", "EarlySkip weighs confidence against change"),
+    ],
+)
+def test_what_early_skip_does_not_compose_with(models, prompts, rule, message):
+    with pytest.raises(InputError, match=message) as info:
+        generate(models["llada"], *prompts, sampler=SAMPLERS[rule], cache=CACHES["skip"])
+    assert "\n" not in str(info.value)
 
 
 @pytest.mark.parametrize("cache", ["prefix", "skip"])
