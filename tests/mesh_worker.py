@@ -89,7 +89,8 @@ def evaluate(mesh, cfg, params, routers):
     how = {"policy": Routed(routers, 0.3), "executor": "select" if mesh.size == 1 else "compact"}
     prompts = np.asarray(jax.random.randint(jax.random.key(5), (8, 6), 2, 60))
     valid = np.arange(6) >= np.arange(8)[:, None] % 3
-    out = generate(model, prompts, valid, sampler=Confidence(8, 4, 4, temperature=0.5), **how)
+    sampler = Confidence(8, 4, temperature=0.5, entropy_bound=1.0, edit_threshold=0.2)
+    out = generate(model, prompts, valid, sampler=sampler, **how)
     cached = {name: generate_over(cache, model, prompts, valid, how) for name, cache in CACHES}
     pairs = pad_pairs([(p[:3].tolist(), p[3:].tolist()) for p in prompts], cfg)
     keys = sequence_keys(jax.random.key(7), 8)
