@@ -1,7 +1,7 @@
 """Runs training steps, likelihood and generation on a mesh of up to 8 fake CPU devices.
 
 A process of its own, since the number of devices is fixed when JAX starts: `test_mesh.py` starts
-it and compares what it writes for each mesh. Usage: python mesh_worker.py FOLDER MESH...
+one for each mesh and compares what they write. Usage: python mesh_worker.py MESH OUT.npz
 """
 
 import os
@@ -86,11 +86,11 @@ def train_step(mesh, loss_fn, init, frozen, prefix):
 def evaluate(mesh, cfg, params, routers):
     model = Model(cfg, params, mesh)
     # What meshes compact is compared with what one device selects: few branches to compile.
-    how = {"policy": Routed(routers, 0.3), "executor": "select" if mesh.size == 1 else "compact"}
+    policy = Routed(routers, np.array([0.3, 0.2, 0.4, 0.3]), votes="soft")
+    how = {"policy": policy, "executor": "select" if mesh.size == 1 else "compact"}
     prompts = np.asarray(jax.random.randint(jax.random.key(5), (8, 6), 2, 60))
     valid = np.arange(6) >= np.arange(8)[:, None] % 3
-    sampler = Confidence(8, 4, temperature=0.5, entropy_bound=1.0, edit_threshold=0.2)
-    out = generate(model, prompts, valid, sampler=sampler, **how)
+    out = generate(model, prompts, valid, sampler=Confidence(8, 4, 4, temperature=0.5), **how)
     cached = {name: generate_over(cache, model, prompts, valid, how) for name, cache in CACHES}
     pairs = pad_pairs([(p[:3].tolist(), p[3:].tolist()) for p in prompts], cfg)
     keys = sequence_keys(jax.random.key(7), 8)
@@ -249,12 +249,11 @@ def run(mesh):
     }
 
 
-def main(folder, *names):
-    for name in names:
-        mesh_cfg, count = MESHES[name]
-        mesh = sharding.make_mesh(mesh_cfg, jax.devices()[:count])
-        arrays = {leaf: np.asarray(value) for leaf, value in trees.named_leaves(run(mesh))}
-        np.savez(os.path.join(folder, name), **arrays)
+def main(name, path):
+    mesh_cfg, count = MESHES[name]
+    mesh = sharding.make_mesh(mesh_cfg, jax.devices()[:count])
+    arrays = {leaf: np.asarray(value) for leaf, value in trees.named_leaves(run(mesh))}
+    np.savez(path, **arrays)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from dials_jax.config.model import (
     MeshConfig,
     ModelConfig,
     RouterConfig,
+    Votes,
     WeightDtype,
 )
 from dials_jax.config.study import (
@@ -66,6 +67,7 @@ __all__ = [
     "TextData",
     "TrainConfig",
     "Typed",
+    "Votes",
     "WeightDtype",
     "as_type",
     "from_dict",

@@ -11,6 +11,7 @@ from dials_jax.errors import require
 Dtype = Literal["bfloat16", "float16", "float32"]
 WeightDtype = Literal["bfloat16", "float32"]  # models are stored and loaded in one of these
 Layout = Literal["auto", "stacked", "unrolled", "fused"]  # of the parameters of layers
+Votes = Literal["hard", "soft"]  # what routers count at inference: see `Routed`
 DTYPES = get_args(Dtype)
 
 
@@ -113,7 +114,10 @@ class RouterConfig(Typed):
 
     d_hidden: int = 512
     skip_threshold: float = 0.1  # tau: skip a layer when a larger share of masked tokens votes so
+    votes: Votes = "hard"  # at inference; soft: the mean probability of a vote to skip meets tau
     temperature: float = 1.0  # of the Gumbel-softmax
+    # The noise of training falls linearly from 1 to 0 over this many steps; None: it stays 1.
+    anneal_steps: int | None = None
     execute_bias: float = 3.0  # first bias of the vote to execute; sigmoid(-3) = 4.7 % skip
 
     def __post_init__(self):
@@ -123,6 +127,10 @@ class RouterConfig(Typed):
             f"skip_threshold={self.skip_threshold} must lie in [0, 1)",
         )
         require_positive(self, "d_hidden", "temperature")
+        require(
+            self.anneal_steps is None or self.anneal_steps > 0,
+            f"anneal_steps={self.anneal_steps} must be positive, or None",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,14 +1,16 @@
 """DIALS: routers, a small network before every layer whose masked tokens vote on skipping it.
 
-Vote 0 is to skip, vote 1 to execute. In training votes and gates are hard, and gradients pass
-through them straight.
+Vote 0 is to skip, vote 1 to execute. In training votes are drawn with Gumbel noise, votes and gates
+are hard, and gradients pass through them straight. At inference there is no noise.
 
 Source: DIALS, section 3.2 and DIALS, Algorithm 1.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Number
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +22,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from dials_jax import trees
-from dials_jax.config import ModelConfig, RouterConfig, Typed
+from dials_jax.config import ModelConfig, RouterConfig, Typed, Votes, as_type, shown
 from dials_jax.errors import require
 from dials_jax.keys import threefry_key
 from dials_jax.nn.linear import linear
@@ -31,6 +33,11 @@ from dials_jax.skipping.flops import router_flops
 from dials_jax.skipping.policies import static_field
 
 
+class RoutedLayer(NamedTuple):
+    router: trees.Params
+    threshold: Float[Array, "..."]
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Routed(Typed):
@@ -38,17 +45,26 @@ class Routed(Typed):
 
     A sequence without masked tokens executes everything. Padding never votes.
     Source: DIALS, Algorithm 1. `router` has the parameters of all layers, stacked or unrolled.
+
+    Attributes:
+      threshold: tau, one number or one per layer. It is an argument of compiled programs: one
+        program serves all.
+      votes: "hard": a token's vote is its larger logit, as in the paper. "soft": it is the
+        probability of that vote under the noise of training, so that the threshold meets the
+        expected share of training.
     """
 
     name = "routed"
     uses_keys = False
 
     router: PyTree
-    threshold: float = static_field(default=0.1)
+    threshold: Any = 0.1  # JAX also builds the class around tracers and shapes
+    votes: Votes = static_field(default="hard")
 
     def __post_init__(self):
         super().__post_init__()
-        require(0 <= self.threshold <= 1, f"threshold={self.threshold} must lie in [0, 1]")
+        if isinstance(self.threshold, Number | str | bytes | Sequence | dict | np.ndarray):
+            object.__setattr__(self, "threshold", as_threshold(self.threshold))
         require(
             not isinstance(self.router, str | Path),
             f"router={str(self.router)!r} is a path; give what load_router(path, model) returns",
@@ -56,20 +72,46 @@ class Routed(Typed):
 
     def prepare(self, num_layers: int, denoising: Denoising) -> PyTree:
         check_router(self.router, num_layers)
-        return self.router
+        given = getattr(self.threshold, "shape", None)
+        require(
+            isinstance(self.threshold, float) or given is not None,
+            f"threshold={shown(self.threshold)} must be a number, or one per layer",
+        )
+        given = given or ()
+        require(
+            given in ((), (num_layers,)),
+            f"threshold has shape {given} and the model {num_layers} layers; give one number, or "
+            "one per layer",
+        )
+        thresholds = jnp.broadcast_to(jnp.asarray(self.threshold, jnp.float32), num_layers)
+        if trees.is_unrolled(self.router):
+            return tuple(map(RoutedLayer, self.router, thresholds))
+        return RoutedLayer(self.router, thresholds)
 
     def gate(
-        self, prepared: PyTree, h: Float[Array, "B T D"], denoising: Denoising
+        self, prepared: RoutedLayer, h: Float[Array, "B T D"], denoising: Denoising
     ) -> Bool[Array, "B"]:
         start = denoising.prompt_length
-        votes = votes_to_skip(prepared, h[:, start:])
+        votes = votes_to_skip(prepared.router, h[:, start:], self.votes)
         share = skip_share(votes, denoising.masked[:, start:])
-        return share <= self.threshold  # DIALS (6)
+        return share <= prepared.threshold  # DIALS (6)
 
     def flops(self, cfg: ModelConfig, num_tokens: Any) -> Any:
         """One layer's router on one sequence of `num_tokens` tokens that it looks at."""
         d_hidden = trees.layer_slice(self.router, 0)["down"].shape[-1]
         return router_flops(cfg, num_tokens, d_hidden)
+
+
+def as_threshold(value: Any) -> float | Float[np.ndarray, "L"]:
+    """A threshold that a user gave: a number, or one per layer.
+
+    Raises: InputError for anything but numbers in [0, 1].
+    """
+    whole = isinstance(value, Number | str | bytes | dict) or np.ndim(value) == 0
+    found = as_type(float if whole else tuple[float, ...], value, "threshold")
+    for one in (found,) if whole else found:
+        require(0 <= one <= 1, f"threshold={one} must lie in [0, 1]")
+    return found if whole else np.asarray(found, np.float32)
 
 
 class LayerRouter(NamedTuple):
@@ -80,11 +122,16 @@ class LayerRouter(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StochasticRouted:
-    """`Routed` for training: Gumbel votes, and float gates with straight-through gradients."""
+    """`Routed` for training: Gumbel votes, and float gates with straight-through gradients.
+
+    Attributes:
+      noise_scale: what the noise is multiplied with; 0 gives the votes of inference, None is 1.
+    """
 
     router: PyTree
     threshold: float = static_field()
     temperature: float = static_field()
+    noise_scale: Any = None
 
     def prepare(self, num_layers: int, denoising: Denoising) -> LayerRouter:
         check_router(self.router, num_layers)
@@ -97,6 +144,7 @@ class StochasticRouted:
             return jax.random.gumbel(jax.random.fold_in(key, prepared.layer), (h.shape[1], 2))
 
         gumbel = jax.vmap(noise)(denoising.sequence_keys)
+        gumbel = gumbel if self.noise_scale is None else self.noise_scale * gumbel
         votes = gumbel_votes(gumbel, apply_router(prepared.router, h), self.temperature)
         share = skip_share(votes[..., SKIP], denoising.masked)
         return 1.0 - straight_through_threshold(share, self.threshold)
@@ -111,6 +159,13 @@ def check_router(router: PyTree, num_layers: int) -> None:
         layers == num_layers,
         f"the router has {layers} layers and the model {num_layers}; train one for this model",
     )
+
+
+def gumbel_noise_scale(cfg: RouterConfig, step: Int[Array, ""] | int) -> Float[Array, ""] | None:
+    """The scale of the noise at a training step; None where it stays 1."""
+    if cfg.anneal_steps is None:
+        return None
+    return jnp.maximum(1 - step / cfg.anneal_steps, 0.0)
 
 
 def gumbel_votes(
@@ -133,7 +188,19 @@ def straight_through_threshold(share: Float[Array, "*B"], tau: float) -> Float[A
     return share + lax.stop_gradient(hard - share)
 
 
+def advice_if_idle(layers_run: float) -> str:
+    """What to do about a router that skips hardly anything at inference; else an empty text."""
+    if layers_run < 1.0 - IDLE:
+        return ""
+    skipped = f"skips {1.0 - layers_run:.1%} of the layers" if layers_run < 1.0 else "never skips"
+    return (
+        f"the router {skipped}: train with a larger lambda (--objective.skip-weight) or for more "
+        "steps, or evaluate with a smaller tau (--skip-threshold) or soft votes (--votes soft)"
+    )
+
+
 SKIP = 0
+IDLE = 0.01  # a router that skips no more than this share of the layers is of no use
 
 
 class Router(nnx.Module):
@@ -188,9 +255,16 @@ def apply_router(router: trees.Params, h: Float[Array, "B T D"]) -> Float[Array,
     return _bound(router, h)(h)
 
 
-def votes_to_skip(router: trees.Params, h: Float[Array, "B T D"]) -> Float[Array, "B T"]:
-    """1 where one layer's router votes to skip, without noise; a tie is a vote to skip."""
-    return (_bound(router, h).margin(h) >= 0).astype(jnp.float32)
+def votes_to_skip(
+    router: trees.Params, h: Float[Array, "B T D"], votes: Votes = "hard"
+) -> Float[Array, "B T"]:
+    """What the tokens vote at one layer, without noise.
+
+    Hard: 1 is to skip, and so is a tie. Soft: the probability that a vote under the noise of
+    training is to skip.
+    """
+    margin = _bound(router, h).margin(h)
+    return jax.nn.sigmoid(margin) if votes == "soft" else (margin >= 0).astype(jnp.float32)
 
 
 def _bound(router: trees.Params, h: Float[Array, "B T D"]) -> Router:

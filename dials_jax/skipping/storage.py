@@ -1,4 +1,7 @@
-"""Routers on disk: `config.json` beside the arrays, and the fingerprint of their backbone."""
+"""Routers on disk: `config.json` beside the arrays, and the fingerprint of their backbone.
+
+Thresholds that were fitted to a share of the layers stand in `config.json`, too.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ import jax
 from jax.sharding import Mesh
 
 from dials_jax import digests, sharding, trees
-from dials_jax.config import RouterConfig, Typed, from_dict, shown, to_dict, typed
+from dials_jax.config import RouterConfig, Typed, Votes, from_dict, shown, to_dict, typed
 from dials_jax.errors import InputError, require
 from dials_jax.files import local_path, read_json, write_json
 from dials_jax.keys import seed_key
@@ -22,6 +25,22 @@ from dials_jax.stored import UnreadableTree, load_tree, save_tree, writing
 
 ROUTER_FORMAT = "dials_jax router"
 AGAIN = "run its training command again, which writes it from the last checkpoint"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FittedThresholds(Typed):
+    """Thresholds with which a router runs a share of the layers: `fit_thresholds` finds them."""
+
+    execution_ratio: float  # the share that was asked for
+    votes: Votes
+    thresholds: tuple[float, ...]  # of each layer, or one for all
+    reached: float  # the share of the layers run on the calibration data
+    num_sequences: int  # of the calibration data
+
+    @property
+    def threshold(self) -> float | tuple[float, ...]:
+        """As `Routed` takes it."""
+        return self.thresholds if len(self.thresholds) > 1 else self.thresholds[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +55,18 @@ class RouterInfo(Typed):
     backbone_fingerprint: str
     skip_weight: float  # the lambda it was trained with
     digests: dict[str, str]  # a path in the routers' arrays to the digest of its bits
+    fitted: tuple[FittedThresholds, ...] = ()  # at most one of an execution ratio
+
+    def fitted_to(self, execution_ratio: float, path: str | Path) -> FittedThresholds:
+        """Raises: InputError if no thresholds were fitted to this share of the layers."""
+        for fitted in self.fitted:
+            if fitted.execution_ratio == execution_ratio:
+                return fitted
+        known = ", ".join(f"{fitted.execution_ratio:g}" for fitted in self.fitted) or "none"
+        raise InputError(
+            f"router {path} has no thresholds for execution_ratio={execution_ratio:g} (fitted: "
+            f"{known}); fit them: its training command with --fit-execution {execution_ratio:g}"
+        )
 
 
 @runtime_checkable
@@ -70,6 +101,18 @@ def save_router(
         skip_weight=skip_weight,
         digests=digests.digest_hex(routers),
     )
+    _write_info(folder, info)
+
+
+def save_fitted(path: str | Path, fitted: FittedThresholds) -> None:
+    """Writes thresholds into a router's folder, in place of those of the same execution ratio."""
+    folder, info = router_facts(path)
+    others = [one for one in info.fitted if one.execution_ratio != fitted.execution_ratio]
+    found = sorted([*others, fitted], key=lambda one: -one.execution_ratio)
+    _write_info(folder, dataclasses.replace(info, fitted=tuple(found)))
+
+
+def _write_info(folder: Path, info: RouterInfo) -> None:
     with writing(folder, AGAIN):
         sharding.on_first_process(lambda: write_json(folder / "config.json", to_dict(info)))
 
@@ -113,15 +156,27 @@ def router_facts(path: str | Path) -> tuple[Path, RouterInfo]:
 
 
 @typed
-def load_router(path: str | Path, model: Backbone, threshold: float | None = None) -> Routed:
+def load_router(
+    path: str | Path,
+    model: Backbone,
+    threshold: float | tuple[float, ...] | None = None,
+    *,
+    votes: Votes | None = None,
+    execution_ratio: float | None = None,
+) -> Routed:
     """A trained router as a policy for `model`.
 
     Args:
-      threshold: tau; None keeps the one of training.
+      threshold: tau, for all layers or one per layer; None keeps the one of training.
+      votes: what is counted, see `Routed`; None keeps that of training.
+      execution_ratio: takes threshold and votes from those that were fitted to this share of the
+        layers.
 
-    Raises: InputError if the router was trained on another backbone, or if it is damaged.
+    Raises: InputError if the router was trained on another backbone, if it is damaged, or if no
+      thresholds were fitted to `execution_ratio`.
     """
     folder, info = router_facts(path)
+    rule = _rule(info, folder, threshold, votes, execution_ratio)
     require(
         digests.same_weights(info.backbone_fingerprint, model.fingerprint, str(folder)),
         f"router {folder} belongs to another backbone (fingerprint "
@@ -134,10 +189,8 @@ def load_router(path: str | Path, model: Backbone, threshold: float | None = Non
         f"router {folder} is for {info.num_layers} layers of width {info.d_model}, this model has "
         f"{size[0]} of {size[1]}; {AGAIN}",
     )
-    cfg = info.router
-    if threshold is not None:
-        cfg = dataclasses.replace(cfg, skip_threshold=threshold)
-    abstract = jax.eval_shape(lambda: init_routers(info.d_model, info.num_layers, cfg, seed_key(0)))
+    shape = info.d_model, info.num_layers, info.router
+    abstract = jax.eval_shape(lambda: init_routers(*shape, seed_key(0)))
     whole = sharding.replicated(model.mesh)
     placed = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), abstract
@@ -149,4 +202,23 @@ def load_router(path: str | Path, model: Backbone, threshold: float | None = Non
     routers = rounded(routers, model.config.dtype)
     # In the layout of the layers: a slice of a stack would be copied at every layer.
     unrolled = trees.is_unrolled(model.params["layers"])
-    return Routed(trees.unstack(routers) if unrolled else routers, cfg.skip_threshold)
+    return dataclasses.replace(rule, router=trees.unstack(routers) if unrolled else routers)
+
+
+def _rule(
+    info: RouterInfo,
+    folder: Path,
+    threshold: float | tuple[float, ...] | None,
+    votes: Votes | None,
+    execution_ratio: float | None,
+) -> Routed:
+    """The policy that `load_router` is asked for, before its arrays are read."""
+    if execution_ratio is None:
+        tau = info.router.skip_threshold if threshold is None else threshold
+        return Routed(None, tau, votes or info.router.votes)
+    require(
+        threshold is None and votes is None,
+        "execution_ratio= has threshold and votes of its own; give only one of them",
+    )
+    fitted = info.fitted_to(execution_ratio, folder)
+    return Routed(None, fitted.threshold, fitted.votes)

@@ -38,7 +38,7 @@ from dials_jax.models import transformer
 from dials_jax.nn.dropout import Dropout
 from dials_jax.nn.policy import Policy
 from dials_jax.nn.stack import StackOutput
-from dials_jax.skipping.routed import StochasticRouted
+from dials_jax.skipping.routed import StochasticRouted, gumbel_noise_scale
 
 
 class Mean(NamedTuple):
@@ -63,9 +63,16 @@ class Draws(NamedTuple):
 
     key: jax.Array
     stratum: Float[Array, "B"]  # in [0, 1), evenly spread over the whole batch
+    step: Int[Array, ""] | int = 0  # of training, for what changes with it
 
     @classmethod
-    def of(cls, step_key: jax.Array, sequence_index: Int[Array, "B"], num_sequences: int) -> Draws:
+    def of(
+        cls,
+        step_key: jax.Array,
+        sequence_index: Int[Array, "B"],
+        num_sequences: int,
+        step: Int[Array, ""] | int = 0,
+    ) -> Draws:
         """Draws for the sequences of a microbatch, or of the whole batch.
 
         Args:
@@ -73,7 +80,7 @@ class Draws(NamedTuple):
           num_sequences: of the whole batch.
         """
         keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, sequence_index)
-        return cls(keys, stratified(step_key, sequence_index, num_sequences))
+        return cls(keys, stratified(step_key, sequence_index, num_sequences), step)
 
 
 Metrics = dict[str, Mean]
@@ -110,25 +117,62 @@ def router_loss(
     """Returns the loss of the routers, DIALS (10); `frozen` is the backbone."""
 
     def loss(routers, backbone, batch, draws):
-        inputs = _draw_inputs(cfg, objective, batch, draws)
-        policy = StochasticRouted(routers, router.skip_threshold, router.temperature)
-        out = _run_model(cfg, backbone, batch, inputs, remat, policy)
-        masked, p_mask = inputs.weights != 0, inputs.noise.ratio
-        cross_entropy, nats = sequence_cross_entropy(
-            *_predictions(cfg, backbone, out, batch, inputs),
-            # Ones, except with MDLM's noise, whose weight is not exactly 1 / p.
-            masked * (inputs.noise.weight * p_mask)[:, None],
-            # A frozen model is scored by the predictions that it makes in generation.
-            suppressed_id=cfg.mask_id if objective.kind == "mdlm" or cfg.subs else None,
+        policy = StochasticRouted(
+            routers,
+            router.skip_threshold,
+            router.temperature,
+            gumbel_noise_scale(router, draws.step),
         )
-        num_masked, alpha = jnp.sum(masked, axis=1), skip_rate(out.gates)
-        num_answer = answer_length(batch.answer)
-        losses = dials_loss(cross_entropy, num_answer, num_masked, alpha, p_mask, objective)
+        inputs = _draw_inputs(cfg, objective, batch, draws)
+        out, cross_entropy, nats = _run_routed(
+            cfg, objective, backbone, batch, inputs, policy, remat
+        )
+        num_masked, alpha = inputs.num_masked, skip_rate(out.gates)
+        losses = dials_loss(
+            cross_entropy,
+            answer_length(batch.answer),
+            num_masked,
+            alpha,
+            inputs.noise.ratio,
+            objective,
+        )
         total = jnp.sum(losses)
         rates = Mean.of(alpha, (num_masked > 0).astype(jnp.float32))
         return total, _metrics(total, nats, batch, inputs) | {"skip_rate": rates}
 
     return loss
+
+
+def routed_metrics(cfg: ModelConfig, objective: ObjectiveConfig) -> Callable[..., Metrics]:
+    """Returns `metrics(policy, backbone, batch, draws)`: what a policy runs, and its cross-entropy.
+
+    `execution` is the share of layers run, over sequences with a masked token. Texts are masked as
+    in training, so for one set of draws all policies see the same texts.
+    """
+
+    def metrics(policy, backbone, batch, draws):
+        inputs = _draw_inputs(cfg, objective, batch, draws)
+        out, _, nats = _run_routed(cfg, objective, backbone, batch, inputs, policy)
+        voting = (inputs.num_masked > 0).astype(jnp.float32)
+        return {
+            "execution": Mean.of(jnp.mean(out.gates, axis=0), voting),
+            "masked_ce": Mean(jnp.sum(nats), jnp.sum(inputs.num_masked, dtype=jnp.float32)),
+        }
+
+    return metrics
+
+
+def run_masked(
+    cfg: ModelConfig,
+    objective: ObjectiveConfig,
+    params: trees.Params,
+    batch: Batch,
+    draws: Draws,
+    policy: Policy | None = None,
+) -> tuple[StackOutput, Int[Array, "B"]]:
+    """Runs the layers on texts masked as in training; also returns the masked tokens per text."""
+    inputs = _draw_inputs(cfg, objective, batch, draws)
+    return _run_model(cfg, params, batch, inputs, False, policy), inputs.num_masked
 
 
 def check_objective(cfg: ModelConfig, objective: ObjectiveConfig, routers: bool = False) -> None:
@@ -161,6 +205,10 @@ class _Inputs(NamedTuple):
     @property
     def time(self) -> Float[Array, "B"] | None:
         return None if self.noise is None else self.noise.time
+
+    @property
+    def num_masked(self) -> Int[Array, "B"]:
+        return jnp.sum(self.weights != 0, axis=1)
 
 
 def _draw_inputs(
@@ -207,6 +255,27 @@ def _run_model(
         remat=remat,
         dropout=dropout,
     )
+
+
+def _run_routed(
+    cfg: ModelConfig,
+    objective: ObjectiveConfig,
+    backbone: trees.Params,
+    batch: Batch,
+    inputs: _Inputs,
+    policy: Policy,
+    remat: bool = False,
+) -> tuple[StackOutput, Float[Array, "B"], Float[Array, "B T"]]:
+    """Runs a frozen model; also returns its cross-entropy per sequence, and per token."""
+    out = _run_model(cfg, backbone, batch, inputs, remat, policy)
+    cross_entropy, nats = sequence_cross_entropy(
+        *_predictions(cfg, backbone, out, batch, inputs),
+        # Ones, except with MDLM's noise, whose weight is not exactly 1 / p.
+        (inputs.weights != 0) * (inputs.noise.weight * inputs.noise.ratio)[:, None],
+        # A frozen model is scored by the predictions that it makes in generation.
+        suppressed_id=cfg.mask_id if objective.kind == "mdlm" or cfg.subs else None,
+    )
+    return out, cross_entropy, nats
 
 
 def _predictions(

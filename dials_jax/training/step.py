@@ -160,7 +160,8 @@ def make_train_step(
         step_key = jax.random.fold_in(seed_key(seed), state.step)
 
         def gradients(microbatch):
-            draws = Draws.of(step_key, microbatch.sequence_index, batch.sequence_index.shape[0])
+            size = batch.sequence_index.shape[0]
+            draws = Draws.of(step_key, microbatch.sequence_index, size, state.step)
             grad_fn = jax.grad(loss_fn, has_aux=True)
             return grad_fn(state.params, frozen, microbatch, draws)
 

@@ -6,6 +6,7 @@ ranges of layers. So there are two blocks, and several layers that skip tokens o
 """
 
 import jax
+import numpy as np
 
 from dials_jax.caching.early_skip.settings import EarlySkip
 from dials_jax.caching.plain import DualCache, NoCache, PrefixCache
@@ -48,6 +49,9 @@ def policies_of(cfg):
         "static": Static((1,)),
         "random": Random(1),
         "routed": Routed(random_routers(cfg, seed=4), 0.3),
+        "soft": Routed(
+            random_routers(cfg, seed=4), np.linspace(0.2, 0.5, cfg.num_layers), votes="soft"
+        ),
     }
 
 

@@ -95,8 +95,9 @@ def test_nothing_is_fetched_while_it_runs(models, prompts, policies, cache):
     rows = model.place_sequences((jnp.asarray(tokens, jnp.int32), jnp.asarray(valid), keys_of(3)))
     executor = "compact" if cache == "dual" else "select"
     static = {"sampler": QUOTA, "cache": CACHES[cache], "executor": executor}
+    policy = jax.device_put(policies["routed"])  # its threshold is an argument, too
     with jax.transfer_guard("disallow"):
-        (out, _), _ = model.run(generating.generate_program, *rows, policies["routed"], **static)
+        (out, _), _ = model.run(generating.generate_program, *rows, policy, **static)
     np.testing.assert_array_equal(out, expected)
 
 
@@ -155,7 +156,7 @@ def test_routers_look_where_the_account_says(models, prompts):
             return super().gate(plan, h, denoising)
 
     model = models["llada"]
-    jax.tree_util.register_dataclass(Noting, ["router"], ["threshold"])
+    jax.tree_util.register_dataclass(Noting, ["router", "threshold"], ["votes"])
     for name in ("none", "hidden"):
         looks[name] = set()
         policy = Noting(random_routers(model.config))

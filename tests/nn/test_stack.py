@@ -29,12 +29,18 @@ from tests.nn.toy import (
 
 @pytest.fixture(scope="module")
 def policies(routers):
-    return {"static": Static((1, 2)), "random": Random(2), "routed": Routed(routers, 0.5)}
+    thresholds = np.linspace(0.4, 0.6, L)
+    return {
+        "static": Static((1, 2)),
+        "random": Random(2),
+        "routed": Routed(routers, 0.5),
+        "soft": Routed(routers, thresholds, votes="soft"),
+    }
 
 
 @pytest.mark.parametrize(
     "kind, num_rows, unrolled",
-    [("random", 3, False), ("random", 3, True), ("routed", 3, True), ("routed", 11, False)],
+    [("random", 3, False), ("random", 3, True), ("soft", 3, True), ("routed", 11, False)],
 )
 def test_compact_equals_select(policies, kind, num_rows, unrolled):
     rows = make_rows(num_rows)
@@ -66,7 +72,7 @@ def test_compact_handles_every_number_of_executing_rows(num_rows):
         np.testing.assert_allclose(run(Given(gates), rows, "compact")[0], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["static", "random", "routed"])
+@pytest.mark.parametrize("kind", ["static", "random", "routed", "soft"])
 def test_one_row_gives_the_same_under_every_executor(policies, kind):
     rows = make_rows(1)
     h, gates = run(policies[kind], rows, "select")

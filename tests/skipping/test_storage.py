@@ -79,6 +79,23 @@ def test_a_threshold_overrides_the_one_of_training(workdir, backbone):
         load_router(workdir, backbone, threshold=1.5)
 
 
+def test_thresholds_per_layer_and_votes_override_those_of_training(workdir, backbone):
+    policy = load_router(workdir, backbone, threshold=(0.1, 0.2, 0.3, 0.4), votes="soft")
+    np.testing.assert_array_equal(policy.threshold, np.float32([0.1, 0.2, 0.3, 0.4]))
+    assert policy.votes == "soft" and load_router(workdir, backbone).votes == "hard"
+
+
+def test_the_folder_of_an_earlier_version_is_loaded(workdir, backbone):
+    """One that knows neither votes, nor annealing, nor fitted thresholds."""
+    file = workdir / "router" / "config.json"
+    facts = json.loads(file.read_text())
+    del facts["fitted"], facts["router"]["votes"], facts["router"]["anneal_steps"]
+    file.write_text(json.dumps(facts))
+    policy = load_router(workdir, backbone)
+    assert (policy.threshold, policy.votes) == (0.25, "hard")
+    assert router_facts(workdir)[1].fitted == ()
+
+
 def test_the_router_of_another_backbone_is_refused(workdir, backbone, other_model):
     other = load(other_model)
     with pytest.raises(InputError, match="belongs to another backbone") as error:
