@@ -6,7 +6,6 @@ one process alone does. Usage: python process_worker.py NUMBER COUNT PORT FOLDER
 
 import sys
 from pathlib import Path
-from unittest import mock
 
 import jax
 
@@ -23,7 +22,6 @@ from dials_jax.config import (
 )
 from dials_jax.evaluation.sweep import sweep
 from dials_jax.models import families
-from dials_jax.reporting import publish
 from dials_jax.studies.study import run_study
 from dials_jax.training.loop import train
 from tests import conftest  # noqa: F401  exact products, shapes checked
@@ -57,18 +55,11 @@ def training(mesh, kind="mdlm", **subject):
 
 
 def work(folder: Path, mesh: MeshConfig) -> None:
-    """Parameters are split over `mesh` in training; evaluation splits rows over all devices.
-
-    Nothing is drawn: it is slow, and tested beside the plots.
-    """
-    with mock.patch.object(publish, "draw_figures", lambda figures, folder: {}):
-        work_without_figures(folder, mesh)
-
-
-def work_without_figures(folder: Path, mesh: MeshConfig) -> None:
+    """Parameters are split over `mesh` in training; evaluation splits rows over all devices."""
     train(training(mesh), folder / "model")
     train(training(mesh, "causal"), folder / "causal")
-    train(training(mesh, backbone=str(folder / "model")), folder / "router")
+    checked = {"validation": DATA, "validation_batches": 1, "fit_execution": (0.5,)}
+    train(training(mesh, backbone=str(folder / "model"), **checked), folder / "router")
     task = EvalTask(name="sums", metric="exact_match", data=DATA, limit=5)
     bound = EvalTask(name="bound", metric="nelbo", data=DATA, limit=3, num_samples=4)
     evaluation = EvalConfig(

@@ -19,6 +19,9 @@ def get_config() -> TrainConfig:
         backbone="runs/demo/model",
         router=RouterConfig(d_hidden=32),
         data=ArithmeticData(),
+        validation=ArithmeticData(),  # its held-out items
+        validate_every=100,
+        validation_batches=4,
         objective=ObjectiveConfig(skip_weight=1.0),
         # The paper's settings, but with a learning rate for a small model and a short run.
         optimizer=OptimizerConfig(learning_rate=3e-3, num_steps=400, warmup_steps=80),

@@ -1,7 +1,7 @@
 """DIALS routers for the text model. One run per lambda: --objective.skip-weight.
 
 python train.py --config configs/text/router.py --workdir runs/text/router \\
-    --data.paths data/text/train.jsonl.xz
+    --data.paths data/text/train.jsonl.xz --validation.paths data/text/validation.jsonl.xz
 """
 
 from dials_jax.config import (
@@ -24,6 +24,13 @@ def get_config() -> TrainConfig:
             prompt_length=128,
             random_length_prob=0.0,
         ),
+        validation=TextData(
+            paths=("data/text/validation.jsonl.xz",),
+            length=512,
+            prompt_length=128,
+            random_length_prob=0.0,
+        ),
+        validate_every=50,
         objective=ObjectiveConfig(skip_weight=1.0),
         # The paper's settings, but with a learning rate for a short run.
         optimizer=OptimizerConfig(learning_rate=5e-4, num_steps=350, warmup_steps=70),

@@ -114,6 +114,12 @@ class TrainConfig(Typed):
     remat: bool = False  # recompute blocks in the backward pass: less memory, a third more work
     layout: Literal["stacked", "unrolled"] = "stacked"  # unrolled: faster steps, slower to compile
     seed: Seed = 0
+    # Held-out data, scored every so many steps and after the last one: see docs/skipping.md.
+    validation: Data | None = None
+    validate_every: int = 100
+    validation_batches: int = 8  # of batch_size sequences; the same ones every time
+    validation_thresholds: tuple[float, ...] = ()  # more values of tau that routers are scored at
+    fit_execution: tuple[float, ...] = ()  # shares of layers to which thresholds are fitted last
     log_every: int = 10
     save_every: int = 1000
     keep_checkpoints: int = 2
@@ -137,6 +143,7 @@ class TrainConfig(Typed):
             self.max_minutes is None or self.max_minutes > 0,
             f"max_minutes={self.max_minutes} must be positive, or None",
         )
+        self._check_validation()
         require_positive(self, "batch_size", "num_microbatches", "log_every", "save_every")
         require_positive(self, "keep_checkpoints")
         require(
@@ -144,6 +151,19 @@ class TrainConfig(Typed):
             f"batch_size={self.batch_size} must be divisible by "
             f"num_microbatches={self.num_microbatches}",
         )
+
+    def _check_validation(self) -> None:
+        require_positive(self, "validate_every", "validation_batches")
+        for name in ("validation_thresholds", "fit_execution"):
+            values = getattr(self, name)
+            require(
+                not values or bool(self.backbone and self.validation),
+                f"{name}={values} is for routers with validation=; set it, or leave {name} out",
+            )
+            require(
+                all(0 <= value < 1 for value in values) and len(set(values)) == len(values),
+                f"{name}={values} must be different numbers in [0, 1)",
+            )
 
     @classmethod
     def upgraded(cls, values: dict[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from dials_jax.errors import nearest, require
 
 SYMBOLS = {"add": "+", "reverse": "r", "max": ">", "sort": "s"}
 HELD_OUT_ONE_IN = 10  # one of this many prompts is held out for testing
+NUM_TEST = 1000  # items of a test that names no number
 
 
 def solve(operation: str, a: str, b: str) -> str:
@@ -77,7 +78,23 @@ class ArithmeticTask:
 
         Raises: InputError if there are fewer training items than that.
         """
-        records = self._first_records(self.cfg.num_items, held_out=False)
+        return self._rows(self._first_records(self.cfg.num_items, held_out=False))
+
+    @functools.cached_property
+    def held_out_rows(self) -> TaskRows:
+        """Rows that neither training nor a test of `NUM_TEST` items contains.
+
+        Raises: InputError if there are none.
+        """
+        records = list(islice(self.records(held_out=True), NUM_TEST, None))
+        require(
+            bool(records),
+            f"digits={self.cfg.digits} gives no item beside those of training and test; raise "
+            "digits, or train without validation",
+        )
+        return self._rows(records)
+
+    def _rows(self, records: list[dict[str, str]]) -> TaskRows:
         texts = [text for r in records for text in (r["prompt"], r["answer"])]
         ids = self.tokenizer.encode_batch(texts)
         return TaskRows(
@@ -88,7 +105,7 @@ class ArithmeticTask:
             pad_id=self.tokenizer.token_to_id("[PAD]"),
         )
 
-    def test_records(self, n: int = 1000) -> list[dict[str, str]]:
+    def test_records(self, n: int = NUM_TEST) -> list[dict[str, str]]:
         """Returns `n` items that no training set of this `split_seed` contains.
 
         Each has the fields prompt, answer and operation. A larger `n` begins with the same items.

@@ -15,12 +15,14 @@ from dials_jax.errors import require
 
 
 def load_training_data(
-    cfg: Data, model_config: ModelConfig, model_folder: str = ""
+    cfg: Data, model_config: ModelConfig, model_folder: str = "", held_out: bool = False
 ) -> tuple[TrainingData, Tokenizer]:
     """Opens the rows that train a model or its routers, and their tokenizer.
 
     Args:
       model_folder: where the tokenizer is if the configuration names none.
+      held_out: the rows are for validation; of the procedural task they are others then. Other
+        kinds name the rows themselves.
 
     Raises: InputError for data that does not fit the model.
     """
@@ -34,7 +36,7 @@ def load_training_data(
         f"rows of {length} tokens do not fit the model's {model_config.max_length} positions; "
         "shorten them or raise max_length",
     )
-    return _open_rows(task, model_config, tokenizer), tokenizer
+    return _open_rows(task, model_config, tokenizer, held_out), tokenizer
 
 
 def load_data_tokenizer(
@@ -61,10 +63,10 @@ def load_data_tokenizer(
 
 
 def _open_rows(
-    task: ArithmeticTask | Data, model_config: ModelConfig, tokenizer: Tokenizer
+    task: ArithmeticTask | Data, model_config: ModelConfig, tokenizer: Tokenizer, held_out: bool
 ) -> TrainingData:
     if isinstance(task, ArithmeticTask):
-        return task.training_rows
+        return task.held_out_rows if held_out else task.training_rows
     if isinstance(task, CorpusData):
         return load_corpus(task, model_config.eos_id, tokenizer)
     if isinstance(task, TextData):

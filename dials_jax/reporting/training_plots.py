@@ -20,11 +20,16 @@ if TYPE_CHECKING:  # matplotlib is optional
 
 log = logging.getLogger(__name__)
 
+EXECUTION = "validation/execution"  # the beginning of names in metrics.jsonl
+SAMPLED = f"{EXECUTION}_sampled"
 MAX_POINTS = 2000  # more than the pixels of a figure; smoothing costs its square
 
 
 def training_curves(metrics: str | Path | Sequence[str | Path], path: str | Path) -> Path:
     """Draws the loss, and the skip rate of routers, against the step.
+
+    A panel of its own shows the share of layers that routers run on held-out data, under the votes
+    of training and as inference takes it (DIALS, Figure 7).
 
     Smoothed lines lie over the faint raw values. A long run is drawn with at most `MAX_POINTS`
     points: means of neighbours, and the range of the raw values. A line of a file that is not the
@@ -40,13 +45,17 @@ def training_curves(metrics: str | Path | Sequence[str | Path], path: str | Path
     require(len(files) > 0, "training_curves: no files; give at least one metrics.jsonl")
     runs = {file: _read_metrics(file) for file in files}
     panels = [("loss", "loss")]
-    if any("skip_rate" in record for records in runs.values() for record in records):
+    names = {name for records in runs.values() for record in records for name in record}
+    if "skip_rate" in names:
         panels.append(("skip_rate", "skip rate"))
-    with figure_at(path, 5.4 * len(panels), 3.6) as figure:
-        axes = figure.subplots(1, len(panels), squeeze=False)[0]
-        for ax, (name, ylabel) in zip(axes, panels, strict=True):
+    validated = EXECUTION in names
+    with figure_at(path, 5.4 * (len(panels) + validated), 3.6) as figure:
+        axes = figure.subplots(1, len(panels) + validated, squeeze=False)[0]
+        for ax, (name, ylabel) in zip(axes, panels, strict=False):
             _training_panel(ax, runs, name)
             ax.set(xlabel="step", ylabel=ylabel)
+        if validated:
+            _execution_panel(axes[-1], runs)
         if len(files) > 1:
             axes[0].legend(fontsize=9)
     return Path(path)
@@ -68,6 +77,26 @@ def _training_panel(ax: Axes, runs: Mapping[Path, list[dict]], name: str) -> Non
     ax.autoscale(False)
     for steps, values, color in raw:
         ax.plot(steps, values, color=color, linewidth=0.8, alpha=0.25, zorder=1)
+
+
+def _execution_panel(ax: Axes, runs: Mapping[Path, list[dict]]) -> None:
+    """One line per run and threshold; dashed under the votes of training."""
+    for (file, records), color in zip(runs.items(), blue_shades(len(runs)), strict=True):
+        names = sorted({name for record in records for name in record if EXECUTION in name})
+        for name in names:
+            points = [(r["step"], r[name]) for r in records if _is_finite(r.get(name))]
+            sampled, tau = name == SAMPLED, name.partition("@")[2]
+            label = "votes of training" if sampled else f"tau={tau}" if tau else "at inference"
+            ax.plot(
+                *np.array(points, dtype=float).T,
+                color=color,
+                linestyle="--" if sampled else "-",
+                alpha=0.5 if tau else 1.0,
+                marker="." if len(points) < 30 else None,
+                label=f"{file.parent.name}: {label}" if len(runs) > 1 else label,
+            )
+    ax.set(xlabel="step", ylabel="share of layers run, held-out data")
+    ax.legend(fontsize=8)
 
 
 def _thin_out(

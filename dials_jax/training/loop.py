@@ -36,6 +36,7 @@ from dials_jax.training.step import (
     restore_state,
     state_shapes,
 )
+from dials_jax.training.validation import summarise_validation
 from dials_jax.workdir import exclusive
 
 
@@ -93,6 +94,8 @@ def _train(cfg: TrainConfig, workdir: Path, checkpoints: Checkpoints) -> TrainSt
     with jax.set_mesh(mesh):
         state = _run_steps(cfg, run, state, step_fn, total, epoch, checkpoints, workdir)
     run.export(workdir, state.result)
+    if run.validation and jax.process_index() == 0:
+        print(summarise_validation(run.validation.last, cfg.router), flush=True)
     return state
 
 
@@ -118,6 +121,7 @@ def _run_steps(
     since = time.perf_counter()
     clock = Clock(cfg.max_minutes)
     trained = "routers" if cfg.backbone else "model"
+    validation = run.validation
 
     def load_batch(step: int) -> Batch:
         batch = batch_at(
@@ -138,8 +142,9 @@ def _run_steps(
             done = step + 1
             bar.update()
             saving = done % cfg.save_every == 0 or done == total
+            validating = validation is not None and validation.is_due(done, total)
             # A save also ends a window of means: so a continued run logs the same values.
-            window_ends = saving or done % cfg.log_every == 0
+            window_ends = saving or validating or done % cfg.log_every == 0
             stop = clock.is_over(window_ends) or request.came(window_ends)
             if window_ends or stop:
                 means = _mean_metrics(window)
@@ -152,8 +157,13 @@ def _run_steps(
                     "epoch": done / epoch,
                     "tokens_per_second": tokens / seconds,
                 }
+                if validating:
+                    validation(state, run.frozen)
+                    means |= validation.last
                 writer.write(done, means)
-                bar.set_postfix_str(_summary(means), refresh=False)
+                bar.set_postfix_str(
+                    _summary(means, validation.last if validation else {}), refresh=False
+                )
                 if saving:
                     checkpoints.save(done, state)
                 window, since = [], time.perf_counter()
@@ -225,12 +235,20 @@ def _check_finite(state: TrainState, workdir: Path) -> None:
         )
 
 
-def _summary(means: dict[str, float]) -> str:
-    """Returns the text beside the progress bar."""
+def _summary(means: dict[str, float], validated: dict[str, float]) -> str:
+    """Returns the text beside the progress bar.
+
+    Args:
+      validated: the last metrics of held-out data.
+    """
     parts = [f"loss {means['loss']:.3f}"]
     parts += [f"ce {means[name]:.3f}" for name in ("masked_ce", "token_ce") if name in means]
     if "skip_rate" in means:
         parts.append(f"skip {means['skip_rate']:.1%}")
+    if "validation/execution" in validated:
+        parts.append(f"at inference {1 - validated['validation/execution']:.1%}")
+    elif "validation/loss" in validated:
+        parts.append(f"held out {validated['validation/loss']:.3f}")
     return ", ".join([*parts, f"{means['tokens_per_second']:,.0f} tokens/s"])
 
 

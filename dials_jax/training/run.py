@@ -38,6 +38,8 @@ from dials_jax.stored import writing
 from dials_jax.training.losses import LossFn, check_objective, model_loss, router_loss
 from dials_jax.training.optimizer import make_lr_schedule, num_steps
 from dials_jax.training.source import grow_vocabulary, load_source
+from dials_jax.training.thresholds import fit_thresholds
+from dials_jax.training.validation import Score, Validation, model_score, router_score
 from dials_jax.workdir import differences, read_mark, require_unclaimed
 
 # Settings that may change when a run continues. Those of data say where the rows are; the data's
@@ -47,7 +49,8 @@ FREE_FIELDS = tuple(
     f"train.{name}"
     for name in (
         *("log_every", "save_every", "keep_checkpoints", "mesh", "remat", "max_minutes"),
-        *("num_microbatches", "layout", "backbone", "init_from"),
+        *("num_microbatches", "layout", "backbone", "init_from", "fit_execution"),
+        *("validation", "validate_every", "validation_batches", "validation_thresholds"),
         *(f"data.{place}" for place in ("folder", "paths", "cache", "tokenizer", "reader")),
     )
 )
@@ -76,11 +79,13 @@ class Trainee:
     Attributes:
       init: makes the first parameters; `init(source)` makes them from those of another model.
       prefix: of the names of the trained parameters in the sharding table.
+      score: the metrics of held-out data.
     """
 
     loss_fn: LossFn
     init: Callable[..., trees.Params]
     prefix: str
+    score: Score
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +97,7 @@ class Run(Trainee):
       frozen: parameters that the loss reads and training does not change.
       export: writes the result of the training into the workdir.
       source: arrays that `init` makes the parameters from.
+      validation: scores held-out data; None: there is none.
     """
 
     data: TrainingData
@@ -99,6 +105,7 @@ class Run(Trainee):
     identity: dict[str, Any]
     export: Callable[[Path, trees.Params], None]
     source: tuple = ()
+    validation: Validation | None = None
 
 
 def make_trainee(cfg: TrainConfig, backbone: ModelConfig | None = None) -> Trainee:
@@ -113,12 +120,14 @@ def make_trainee(cfg: TrainConfig, backbone: ModelConfig | None = None) -> Train
             router_loss(backbone, cfg.router, cfg.objective, cfg.remat),
             make_router_init(*shape, cfg.router, cfg.seed),
             "routers/",
+            router_score(backbone, cfg.router, cfg.objective, cfg.validation_thresholds),
         )
     check_objective(cfg.model, cfg.objective)
     return Trainee(
         model_loss(cfg.model, cfg.objective, cfg.remat, cfg.dropout),
         make_model_init(cfg.model, cfg.seed, cfg.layout),
         "",
+        model_score(model_loss(cfg.model, cfg.objective, remat=False)),
     )
 
 
@@ -170,6 +179,7 @@ def _model_run(cfg: TrainConfig, mesh: Mesh) -> Run:
         identity=identity,
         export=export,
         source=source,
+        validation=_open_validation(cfg, mesh, trainee, data, cfg.model),
     )
 
 
@@ -190,6 +200,8 @@ def _router_run(cfg: TrainConfig, mesh: Mesh) -> Run:
     def export(workdir: Path, routers: trees.Params) -> None:
         folder = workdir / "router"
         save_router(folder, routers, cfg.router, backbone, cfg.objective.skip_weight)
+        for ratio in cfg.fit_execution:
+            fit_thresholds(folder, backbone, cfg.validation, ratio, objective=cfg.objective)
 
     return Run(
         **vars(trainee),
@@ -200,7 +212,27 @@ def _router_run(cfg: TrainConfig, mesh: Mesh) -> Run:
             "backbone_fingerprint": backbone.fingerprint,
         },
         export=export,
+        validation=_open_validation(cfg, mesh, trainee, data, backbone.config, backbone.path),
     )
+
+
+def _open_validation(
+    cfg: TrainConfig,
+    mesh: Mesh,
+    trainee: Trainee,
+    data: TrainingData,
+    model: ModelConfig,
+    model_folder: str = "",
+) -> Validation | None:
+    """Raises: InputError for held-out data that does not fit, or is the training data."""
+    if cfg.validation is None:
+        return None
+    held_out, _ = load_training_data(cfg.validation, model, model_folder, held_out=True)
+    require(
+        held_out.fingerprint != data.fingerprint,
+        "validation= has the rows of data=; give held-out ones (of a corpus: split='validation')",
+    )
+    return Validation(trainee.score, held_out, mesh, cfg)
 
 
 def require_own(workdir: Path, cfg: TrainConfig) -> None:

@@ -36,6 +36,24 @@ def test_training_curves_show_skip_rates_and_name_runs(drawn, tmp_path):
     assert skip_rate.get_ylim()[0] == 0  # a frame that shows nothing below
 
 
+def test_training_curves_show_what_runs_on_held_out_data(drawn, tmp_path):
+    """DIALS, Figure 7, also at other thresholds, and dashed under the votes of training."""
+    records = [{"step": i, "loss": 1.0, "skip_rate": 0.3} for i in range(20)]
+    for i in (9, 19):
+        records[i] |= {
+            "validation/execution": 1 - i / 100,
+            "validation/execution@0.05": 0.8,
+            "validation/execution_sampled": 0.6,
+        }
+    file = write_metrics(tmp_path / "run" / "metrics.jsonl", records)
+    plots.training_curves(file, tmp_path / "t.png")
+    *_, ax = drawn[0].axes
+    lines = {line.get_label(): line for line in ax.lines}
+    assert set(lines) == {"at inference", "tau=0.05", "votes of training"}
+    assert lines["at inference"].get_xydata().tolist() == [[9, 0.91], [19, 0.81]]
+    assert lines["votes of training"].get_linestyle() == "--"
+
+
 def test_smoothing_keeps_lines_and_ends_and_shrinks_noise():
     assert np.allclose(plots._smooth(np.full(400, 3.0)), 3.0)
     assert np.allclose(plots._smooth(np.arange(400.0))[50:-50], np.arange(400)[50:-50])
