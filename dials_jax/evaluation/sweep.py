@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,9 @@ from dials_jax.nn.policy import Policy, policy_name
 from dials_jax.reporting.sweep_report import write_report
 from dials_jax.reporting.sweep_table import format_table
 from dials_jax.skipping.policies import Random, Static
+from dials_jax.skipping.routed import Routed, advice_if_idle
 from dials_jax.skipping.similarity import choose_static_layers, layer_similarities
-from dials_jax.skipping.storage import load_router, router_facts
+from dials_jax.skipping.storage import RouterInfo, load_router, router_facts
 from dials_jax.workdir import exclusive
 
 
@@ -78,12 +80,12 @@ def _sweep(cfg: EvalConfig, workdir: Path) -> dict[str, Any]:
         for task, tokenizer in zip(cfg.tasks, tokenizers, strict=True)
     ]
     _check_sweep(cfg, model, tasks)
-    routed, digests = routed_candidates(cfg, model)
+    routed, routers = routed_candidates(cfg, model)
     full, random = Candidate("full", None), random_candidates(cfg)
     to_check = [full, *routed, *random, *_static_placeholder(cfg)]
     for task, items in tasks:
         check_task(task, items, model, {c.label: c.policy for c in to_check})
-    identity = sweep_identity(cfg, model, tasks, digests)
+    identity = sweep_identity(cfg, model, tasks, routers)
     items_of = {task.name: items for task, items in tasks}
     records = SweepRecords(workdir, identity, items_of, model)
     facts = {
@@ -95,7 +97,7 @@ def _sweep(cfg: EvalConfig, workdir: Path) -> dict[str, Any]:
         },
         "items": {name: task["items"][0] for name, task in identity["tasks"].items()},
         "rules": {name: task["rules"] for name, task in identity["tasks"].items()},
-        "routers": digests,
+        "routers": {label: router["digests"] for label, router in routers.items()},
     }
     for (task, items), tokenizer in zip(tasks, tokenizers, strict=True):
         static = static_candidates(cfg, model, task, items, records)
@@ -123,7 +125,10 @@ def _check_sweep(
             f"task {task.name!r} has empty prompts, but Goel, Algorithm 1 chooses static "
             "layers by prompts; set num_static=()",
         )
+    taus = cfg.skip_threshold
     repeatable = {
+        "skip_threshold": taus if isinstance(taus, tuple) else (),
+        "execution_ratios": cfg.execution_ratios,
         "tasks": [t.name for t, _ in tasks],
         "num_static": cfg.num_static,
         "num_random": cfg.num_random,
@@ -172,7 +177,6 @@ def _score_candidate(
         "also": scores.other_metrics,
         "flops": scores.flops.to_dict(),
         "execution": scores.layer_counts.to_dict(),
-        **({"num_calls": scores.num_calls, "passes": scores.passes} if scores.passes else {}),
         "examples": scores.examples,
         "measured": _without_repeats(x["measured"] for x in records.batches(task.name, policy)),
     }
@@ -180,6 +184,10 @@ def _score_candidate(
     if jax.process_index() == 0:
         mean = sum(scores.items.values()) / len(scores.items)
         print(f"{what}: {mean:.4f}, {scores.flops.layers_run:.1%} of layers", flush=True)
+        if isinstance(candidate.policy, Routed) and (
+            advice := advice_if_idle(scores.flops.layers_run)
+        ):
+            print(f"{what}: {advice}", flush=True)
 
 
 def _without_repeats(values: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -194,20 +202,49 @@ def _without_repeats(values: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def routed_candidates(cfg: EvalConfig, model: Model) -> tuple[list[Candidate], dict[str, Any]]:
-    """Loads one policy per router, by rising lambda; also gives the routers' digests, by label."""
-    found, digests = [], {}
+    """Loads every router, and makes its policies; by rising lambda.
+
+    Also gives what the scores of each depend on, by label.
+    """
+    found, identity = [], {}
     for path in cfg.routers:
-        _, facts = router_facts(path)
-        weight = facts.skip_weight
-        policy = load_router(path, model, cfg.skip_threshold)
-        found.append(Candidate(f"routed λ={weight:g}", policy, {"lambda": weight}))
-        digests[found[-1].label] = facts.digests
+        _, info = router_facts(path)
+        router = load_router(path, model)
+        for candidate, threshold in _router_candidates(cfg, info, router, path):
+            found.append(candidate)
+            identity[candidate.label] = {"digests": info.digests, "threshold": threshold}
+            if candidate.policy.votes != "hard":
+                identity[candidate.label]["votes"] = candidate.policy.votes
     labels = [c.label for c in found]
     require(
         len(set(labels)) == len(labels),
         f"two routers have the same lambda ({', '.join(labels)}); evaluate them in two sweeps",
     )
-    return sorted(found, key=lambda c: c.facts["lambda"]), digests
+    return sorted(found, key=lambda c: c.facts["lambda"]), identity
+
+
+def _router_candidates(
+    cfg: EvalConfig, info: RouterInfo, router: Routed, path: str
+) -> Iterator[tuple[Candidate, Any]]:
+    """The policies of one router, each with the threshold that is not the router's own."""
+    label, facts = f"routed λ={info.skip_weight:g}", {"lambda": info.skip_weight}
+    soft = {} if cfg.votes in (None, info.router.votes) else {"votes": cfg.votes}
+    end = f" {cfg.votes}" if soft else ""
+    router = dataclasses.replace(router, **soft)
+    if isinstance(cfg.skip_threshold, tuple):
+        for tau in cfg.skip_threshold:
+            policy = dataclasses.replace(router, threshold=tau)
+            where = {**facts, "threshold": tau, **soft}
+            yield Candidate(f"{label} τ={tau:g}{end}", policy, where), tau
+    else:
+        tau = cfg.skip_threshold
+        policy = router if tau is None else dataclasses.replace(router, threshold=tau)
+        yield Candidate(f"{label}{end}", policy, {**facts, **soft}), tau
+    for ratio in cfg.execution_ratios:
+        fit = info.fitted_to(ratio, path)
+        policy = dataclasses.replace(router, threshold=fit.threshold, votes=fit.votes)
+        where = {**facts, "execution_ratio": ratio}
+        yield Candidate(f"{label} fitted to {ratio:g}", policy, where), list(fit.thresholds)
 
 
 def _static_placeholder(cfg: EvalConfig) -> list[Candidate]:

@@ -34,7 +34,7 @@ def sweep_identity(
 
     Args:
       tasks: with their items.
-      routers: the routers' digests, by label of the policy.
+      routers: digests of the arrays and thresholds, by label of the policy.
     """
     static = {name: getattr(cfg, name) for name in STATIC_FIELDS}
     identity = {
@@ -52,10 +52,7 @@ def sweep_identity(
             for task, items in tasks
         },
         "static": static if cfg.num_static else {},
-        "routers": {
-            label: {"digests": digests, "threshold": cfg.skip_threshold}
-            for label, digests in routers.items()
-        },
+        "routers": routers,
     }
     return json.loads(json.dumps(identity))  # as it is read back
 

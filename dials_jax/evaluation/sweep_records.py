@@ -115,12 +115,14 @@ class SweepRecords:
         def report_order(run):
             policy = run["policy"]
             strength = policy.get("lambda", policy.get("num_skipped", 0))
+            tau = policy.get("threshold", math.inf), -policy.get("execution_ratio", 0)
             task = names.get(run["task"], len(names))
             return (
                 task,
                 run["task"] if task == len(names) else "",
                 POLICY_KINDS.index(policy["kind"]),
                 strength,
+                *tau,
             )
 
         return {
@@ -204,7 +206,8 @@ def _check_run(run: Mapping[str, Any], num_layers: int) -> None:
     require_texts(run["task"], run["metric"], policy["label"])
     if policy["kind"] not in POLICY_KINDS:
         raise ValueError(f"policy of kind {policy['kind']!r}")
-    require_numbers([policy.get("lambda", 0), policy.get("num_skipped", 0)], 2)
+    names = ("lambda", "num_skipped", "threshold", "execution_ratio")
+    require_numbers([policy.get(name, 0) for name in names], len(names))
     require_numbers(list(run["items"].values()))
     if not run["items"] or (run["metric"] != "nelbo" and None in run["items"].values()):
         raise ValueError("no items, or no score of one")
@@ -220,9 +223,6 @@ def _check_run(run: Mapping[str, Any], num_layers: int) -> None:
 
 def _check_costs(record: Mapping[str, Any], num_layers: int) -> None:
     flops, execution = record["flops"], record["execution"]
-    require_numbers([record.get("num_calls", 0)], 1)
-    for counts in record.get("passes", {}).values():
-        require_numbers(counts, 2)
     require_numbers([flops[name] for name in FLOPS_KEYS.values()], len(flops))
     if None in flops.values():
         raise ValueError("a number of flops is null")

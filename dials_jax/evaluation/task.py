@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 
 from dials_jax.caching.early_skip.settings import EarlySkip
 from dials_jax.caching.plain import DualCache, PrefixCache
-from dials_jax.config import Data, MeshConfig, Seed, Typed, WeightDtype, require_positive
+from dials_jax.config import Data, MeshConfig, Seed, Typed, Votes, WeightDtype, require_positive
 from dials_jax.errors import require
 from dials_jax.sampling.ancestral import Ancestral
 from dials_jax.sampling.autoregressive import Autoregressive
@@ -116,7 +116,12 @@ class EvalConfig(Typed):
     num_random: tuple[int, ...] = (1, 2, 3, 4)
     similarity_threshold: float | None = None  # tau of Goel, Algorithm 1 (0.95 there)
     num_calibration: int = 64  # prompts whose similarities choose the static layers
-    skip_threshold: float | None = None  # overrides the routers' own
+    # tau in place of the routers' own; of several, each is a policy of its own.
+    skip_threshold: float | tuple[float, ...] | None = None
+    execution_ratios: tuple[
+        float, ...
+    ] = ()  # also with thresholds fitted to these shares of layers
+    votes: Votes | None = None  # in place of the routers' own; fitted thresholds have theirs
     batch_size: int = 32
     mesh: MeshConfig = MeshConfig()
     layout: Literal["stacked", "unrolled", "fused", "auto"] = (
@@ -128,3 +133,6 @@ class EvalConfig(Typed):
     def __post_init__(self):
         super().__post_init__()
         require_positive(self, "num_calibration", "batch_size")
+        taus = self.skip_threshold if isinstance(self.skip_threshold, tuple) else ()
+        for tau in taus or (self.skip_threshold or 0.0,):
+            require(0 <= tau < 1, f"skip_threshold={tau} must lie in [0, 1)")

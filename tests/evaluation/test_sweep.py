@@ -30,7 +30,13 @@ from dials_jax.evaluation.scoring import score_task
 from dials_jax.loading import load
 from dials_jax.reporting import sweep_report
 from dials_jax.sampling.confidence import Confidence
-from dials_jax.skipping.storage import load_router, router_facts, save_router
+from dials_jax.skipping.storage import (
+    FittedThresholds,
+    load_router,
+    router_facts,
+    save_fitted,
+    save_router,
+)
 from dials_jax.workdir import exclusive
 from tests.conftest import jitted_init_routers
 
@@ -579,9 +585,54 @@ def test_every_router_runs_under_its_own_lambda_in_rising_order(
     found, digests = sweep.routed_candidates(cfg, model)
     assert [one.describe()["lambda"] for one in found] == [0.5, 2.0]
     for candidate, name in zip(found, "ac", strict=True):
-        assert digests[candidate.label] == router_facts(paths[name])[1].digests
+        assert digests[candidate.label]["digests"] == router_facts(paths[name])[1].digests
         own = load_router(paths[name], model)
         assert jax.tree.all(jax.tree.map(np.array_equal, candidate.policy.router, own.router))
+
+
+def test_several_thresholds_join_a_sweep_and_load_the_router_once(
+    cfg, finished, tmp_path, monkeypatch, without_plots, capsys
+):
+    loads = []
+    load_once = sweep.load_router
+    monkeypatch.setattr(sweep, "load_router", lambda *args: loads.append(args) or load_once(*args))
+    monkeypatch.setattr(sweep, "advice_if_idle", lambda share: f"advice at {share:.2f}")
+    workdir = shutil.copytree(finished, tmp_path / "sweep")
+    several = dataclasses.replace(cfg, skip_threshold=(0.0, 0.9), tasks=cfg.tasks[1:])
+    sweep.sweep(several, workdir)
+    runs = {r["policy"]["label"]: r for r in runs_of(workdir) if r["task"] == "records"}
+    labels = ["routed λ=0.5 τ=0", "routed λ=0.5 τ=0.9", "routed λ=0.5"]
+    assert list(runs) == [*LABELS[:2], *labels, LABELS[3]]
+    shares = [runs[label]["flops"]["layers_run"] for label in labels]
+    assert shares[0] <= shares[2] <= shares[1]
+    found, _ = sweep.routed_candidates(several, load(cfg.model))
+    assert [candidate.policy.threshold for candidate in found] == [0.0, 0.9]
+    assert runs["routed λ=0.5"] == runs_of(finished)[len(LABELS) + 2]
+    assert len(loads) == 2  # once here, and once by the sweep
+    assert f"records, {labels[0]}: advice at {shares[0]:.2f}" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"another sweep \(routers.routed λ=0.5.threshold differ"):
+        sweep.sweep(dataclasses.replace(several, skip_threshold=0.2), workdir)
+
+
+def test_fitted_thresholds_and_soft_votes_are_policies_of_their_own(
+    cfg, folder, tmp_path, arithmetic_model
+):
+    model, path = load(arithmetic_model), shutil.copytree(folder / "a", tmp_path / "a")
+    fit = FittedThresholds(
+        execution_ratio=0.7, votes="soft", thresholds=(1.0, 0.2, 0.3, 0.1), reached=0.71,
+        num_sequences=8,
+    )  # fmt: skip
+    save_fitted(path, fit)
+    cfg = dataclasses.replace(cfg, routers=(str(path),), votes="soft", execution_ratios=(0.7,))
+    (soft, fitted), identity = sweep.routed_candidates(cfg, model)
+    assert (soft.label, fitted.label) == ("routed λ=0.5 soft", "routed λ=0.5 fitted to 0.7")
+    assert (soft.policy.votes, soft.policy.threshold) == ("soft", 0.5)
+    np.testing.assert_array_equal(fitted.policy.threshold, np.float32(fit.thresholds))
+    assert identity[fitted.label]["threshold"] == list(fit.thresholds)
+    assert identity[soft.label]["votes"] == "soft"
+    other = dataclasses.replace(cfg, execution_ratios=(0.5,))
+    with pytest.raises(InputError, match=r"execution_ratio=0\.5 \(fitted: 0\.7\); fit them"):
+        sweep.routed_candidates(other, model)
 
 
 def test_two_routers_of_one_lambda_are_refused(cfg, folder, tmp_path):
