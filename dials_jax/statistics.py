@@ -85,6 +85,19 @@ def wilson_interval(successes: int, n: int, level: float = 0.95) -> tuple[float,
     return float(interval.low), float(interval.high)
 
 
+def adjust_by_holm(p_values: Sequence[float]) -> list[float]:
+    """P-values corrected for their number: those below alpha are all right, with 1 - alpha.
+
+    Source: Holm (1979), by steps down.
+    """
+    order = np.argsort(np.asarray(p_values, float), kind="stable")
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - rank) * float(p_values[i])))
+        adjusted[i] = largest
+    return adjusted
+
+
 def paired_test(scores: Mapping[str, int | float], baseline: Mapping[str, int | float]) -> Paired:
     """Compares two policies on the same items, matched by key.
 

@@ -7,6 +7,7 @@ import scipy.stats
 from dials_jax.errors import InputError
 from dials_jax.statistics import (
     Paired,
+    adjust_by_holm,
     mean_and_stderr,
     mean_at_zero,
     mean_interval,
@@ -119,3 +120,9 @@ def test_items_are_matched_by_key_not_by_order():
 def test_different_items_are_an_error_that_names_one():
     with pytest.raises(InputError, match=r"2 items .*'b'.*same items"):
         paired_test({"a": 1, "b": 1}, {"a": 1, "c": 0})
+
+
+def test_holm_corrects_the_smallest_most_and_keeps_the_order():
+    assert adjust_by_holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert adjust_by_holm([0.6, 0.9]) == [1.0, 1.0]
+    assert adjust_by_holm([]) == []
