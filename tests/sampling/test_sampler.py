@@ -32,6 +32,7 @@ class LeftToRight:
     cfg_scale = 0.0
     takes_schedule = True
     one_program = True
+    reveals_every_call = True
 
     gen_length: int
 
