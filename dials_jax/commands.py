@@ -19,7 +19,7 @@ import jax
 
 import dials_jax.config
 from dials_jax.config.choices import apply_choices, choice_flags
-from dials_jax.errors import InputError, nearest, require
+from dials_jax.errors import InputError, nearest, require, require_packages
 from dials_jax.files import local_path
 from dials_jax.stopping import Stopped, obey_sigterm
 
@@ -236,3 +236,14 @@ def run_command(command: Callable[[], Any]) -> None:
         stop = stop if isinstance(stop, Stopped) else Stopped()
         print(f"stopped{stop.message and ': '}{stop.message}", file=sys.stderr)
         raise SystemExit(stop.status) from None
+
+
+def lm_eval_command() -> None:
+    """`dials-lm-eval`: the command line of lm-evaluation-harness, with `--model dials`."""
+    require_packages("eval", "lm_eval")
+    keep_programs()
+    from lm_eval.__main__ import cli_evaluate
+
+    import dials_jax.evaluation.lm_eval  # noqa: F401  registers the model
+
+    run_command(cli_evaluate)

@@ -10,7 +10,14 @@ import pytest
 
 from dials_jax import sharding, trees
 from dials_jax.commands import parse
-from dials_jax.config import EvalConfig, RouterConfig, ScheduleStudy, StudyConfig, TrainConfig
+from dials_jax.config import (
+    EvalConfig,
+    HarnessConfig,
+    RouterConfig,
+    ScheduleStudy,
+    StudyConfig,
+    TrainConfig,
+)
 from dials_jax.models import families, transformer
 from dials_jax.sampling.model_schedule import Schedule
 from dials_jax.skipping.routed import init_routers
@@ -18,7 +25,7 @@ from dials_jax.studies.samples import check_schedules
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "configs").rglob("*.py"))
-COMMANDS = {"train.py": TrainConfig, "eval.py": EvalConfig | StudyConfig}
+COMMANDS = {"train.py": TrainConfig, "eval.py": EvalConfig | HarnessConfig | StudyConfig}
 
 
 def command_of(file):
@@ -42,7 +49,7 @@ def test_the_command_in_the_docstring_works(file, monkeypatch):
 @pytest.mark.parametrize("file", FILES)
 def test_the_model_builds_with_a_place_for_every_parameter(file):
     config = runpy.run_path(str(ROOT / file))["get_config"]()
-    if isinstance(config, EvalConfig):
+    if isinstance(config, EvalConfig | HarnessConfig):
         assert config.tasks
         return
     if isinstance(config, StudyConfig):

@@ -49,6 +49,8 @@ __all__ = [
     "Data",
     "EvalConfig",
     "EvalTask",
+    "HarnessConfig",
+    "HarnessModel",
     "ImportanceStudy",
     "Layout",
     "MeshConfig",
@@ -79,7 +81,12 @@ __all__ = [
 
 # What a configuration file imports from here, but what stands above: it names samplers and caches,
 # which have settings of this package.
-_ABOVE = {name: "dials_jax.evaluation.task" for name in ("EvalConfig", "EvalTask")}
+_ABOVE = {
+    "EvalConfig": "dials_jax.evaluation.task",
+    "EvalTask": "dials_jax.evaluation.task",
+    "HarnessConfig": "dials_jax.evaluation.harness",
+    "HarnessModel": "dials_jax.evaluation.harness",
+}
 
 
 def __getattr__(name: str) -> Any:

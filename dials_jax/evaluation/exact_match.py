@@ -9,6 +9,8 @@ import re
 from collections.abc import Sequence
 from typing import Literal
 
+from dials_jax.config import ModelConfig
+from dials_jax.data.tokenizer import Tokenizer
 from dials_jax.errors import InputError, require
 from dials_jax.evaluation.task import EvalTask
 
@@ -47,6 +49,18 @@ def check_reference(task: EvalTask, reference: str) -> None:
         f"a string of until={task.until!r} stands before what counts in the answer {end!r}; "
         "correct until",
     )
+
+
+def decode_to_end(
+    ids: Sequence[int], tokenizer: Tokenizer, cfg: ModelConfig, until: Sequence[str]
+) -> str:
+    """Decodes the tokens before the first end of text or end of turn.
+
+    A stop string that is a single token ends a text, too: special tokens may not be decoded.
+    """
+    stops = {cfg.eos_id, cfg.eot_id, *map(tokenizer.token_to_id, until)}
+    ends = [i for i, token in enumerate(ids) if token in stops]
+    return tokenizer.decode(ids[: ends[0]] if ends else ids)
 
 
 def cut_at_stop(text: str, until: Sequence[str]) -> str:

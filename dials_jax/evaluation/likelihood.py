@@ -34,6 +34,7 @@ from dials_jax.nn.stack import Executor
 from dials_jax.skipping.flops import Flops, count_flops
 
 ANSWER_CHUNK = 128  # positions whose logits are in memory at a time
+WHOLE = -1  # number of the copy whose whole answer is masked; it is no part of an estimate
 
 
 class CopyScores(NamedTuple):
@@ -42,6 +43,7 @@ class CopyScores(NamedTuple):
     log_likelihood: Float[Array, "B"]  # nats
     gates: Bool[Array, "L R"]
     masked_share: Float[Array, "B"]  # masked share of the answer
+    is_greedy: Bool[Array, "B"]  # all masked tokens are the most probable ones
 
 
 @typed
@@ -191,8 +193,8 @@ def score_pairs(
 
     Args:
       keys: one per pair; copies of a pair have the same key.
-      samples: the number of each copy within its pair, from 0. Key and number decide masks and
-        random gates, whatever the batch and the order of requests.
+      samples: the number of each copy within its pair, from 0, or `WHOLE`. Key and number decide
+        masks and random gates, whatever the batch and the order of requests.
       stratum: copies per round.
       fill_to: run the program for this batch size, or a multiple of it, also for fewer copies.
     """
@@ -209,7 +211,10 @@ def score_pairs(
     host = sharding.to_host(scores)
     wanted = np.arange(host.gates.shape[-1]) % len(host.log_likelihood) < count
     scores = CopyScores(
-        host.log_likelihood[:count], host.gates[:, wanted], host.masked_share[:count]
+        host.log_likelihood[:count],
+        host.gates[:, wanted],
+        host.masked_share[:count],
+        host.is_greedy[:count],
     )
     flops = count_flops(
         model.config,
@@ -230,7 +235,7 @@ def draw_masked(
     The copies of a round share one k ~ U{1..L}. Copy i masks round(k + i L / stratum) random
     positions, wrapped into 1..L. Halves are rounded to even, as in LLaDA's `get_log_likelihood`:
     if i L / stratum ends in a half (L = 8, 24, ... with 16 copies), even numbers of masked tokens
-    are more frequent than odd ones. A stratum of 1 has no such bias.
+    are more frequent than odd ones. A stratum of 1 has no such bias. All of copy `WHOLE` is masked.
 
     Args:
       stratum: copies per round.
@@ -240,7 +245,7 @@ def draw_masked(
     round_key = jax.random.fold_in(key, round_number)
     k = jax.random.randint(round_key, (), 1, length + 1)
     count = jnp.round(k + i * (length / stratum)).astype(jnp.int32)
-    count = (count - 1) % length + 1
+    count = jnp.where(sample == WHOLE, length, (count - 1) % length + 1)
     noise = jax.random.uniform(jax.random.fold_in(round_key, i + 1), answer_valid.shape)
     order = jnp.argsort(jnp.where(answer_valid, noise, jnp.inf))
     return jnp.argsort(order) < count
@@ -248,8 +253,9 @@ def draw_masked(
 
 def answer_log_probs(
     cfg, params, tokens, valid, time, answers, masked, cfg_scale, policy, keys, executor
-) -> tuple[Float[Array, "B A"], Bool[Array, "L R"]]:
-    """Runs the model; returns log p of the answers' tokens where masked (0 elsewhere), and gates.
+) -> tuple[Float[Array, "B A"], Bool[Array, "B A"], Bool[Array, "L R"]]:
+    """Runs the model; returns log p of the answers' tokens where masked (0 elsewhere), whether each
+    token is the most probable one, and gates.
 
     Args:
       tokens: [B, P + A], prompts and answers, with [MASK] at some positions.
@@ -271,9 +277,10 @@ def answer_log_probs(
     def log_probs(h, answers, masked):
         logits = transformer.head_logits(cfg, params, h, time)
         logits = guide(logits, cfg_scale) if cfg_scale > 0 else logits
-        return masked_log_probs(transformer.apply_subs(cfg, logits), answers, masked)
+        logits = transformer.apply_subs(cfg, logits)
+        return masked_log_probs(logits, answers, masked), jnp.argmax(logits, axis=-1) == answers
 
-    return map_position_chunks(log_probs, ANSWER_CHUNK, h, answers, masked), out.gates
+    return *map_position_chunks(log_probs, ANSWER_CHUNK, h, answers, masked), out.gates
 
 
 @timed_jit("cfg", "stratum", "cfg_scale", "executor")
@@ -286,11 +293,12 @@ def score_pairs_program(params, pairs, keys, samples, policy, *, cfg, stratum, c
     valid = jnp.concatenate([pairs.prompt_valid, pairs.answer_valid], axis=1)
     gate_keys = jax.vmap(jax.random.fold_in)(gate_keys, samples)
     share = jnp.sum(masked, axis=1) / jnp.sum(pairs.answer_valid, axis=1)
-    log_probs, gates = answer_log_probs(
+    log_probs, is_best, gates = answer_log_probs(
         cfg, params, tokens, valid, share, pairs.answers, masked, cfg_scale, policy, gate_keys,
         executor,
     )  # fmt: skip
-    return CopyScores(jnp.sum(log_probs, axis=1) / share, gates, share)
+    is_greedy = jnp.all(is_best | ~masked, axis=1)
+    return CopyScores(jnp.sum(log_probs, axis=1) / share, gates, share, is_greedy)
 
 
 @timed_jit("cfg", "prompt_len", "cfg_scale", "executor")
@@ -301,7 +309,7 @@ def score_noisy_program(
     masked, p_mask = noisy[:, prompt_len:] == cfg.mask_id, p_mask[:, prompt_len:]
     p_mask = jnp.where(masked, p_mask, 1.0)  # it may be 0 elsewhere
     time = jnp.sum(p_mask * masked, axis=1) / jnp.maximum(jnp.sum(masked, axis=1), 1)
-    log_probs, gates = answer_log_probs(
+    log_probs, _, gates = answer_log_probs(
         cfg, params, noisy, None, time, tokens[:, prompt_len:], masked, cfg_scale, policy, keys,
         executor,
     )  # fmt: skip

@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 from dials_jax.data.tokenizer import Tokenizer
 from dials_jax.evaluation.batched import generation_batches, likelihood_batches, request_keys
-from dials_jax.evaluation.exact_match import is_correct
+from dials_jax.evaluation.exact_match import decode_to_end, is_correct
 from dials_jax.evaluation.items import Item, item_names
 from dials_jax.evaluation.likelihood import num_copies
 from dials_jax.evaluation.tally import LayerCounts, Record, Tally, make_batch_record
@@ -182,13 +182,8 @@ def waiting_as_zero(masked_share: Float[np.ndarray, "S B"]) -> Float[np.ndarray,
 
 
 def _score_output(task, item: Item, tokens: list[int], tokenizer, cfg) -> tuple[str, bool]:
-    """Decodes the tokens before the first end of text, and compares them with the reference.
-
-    A stop string that is a single token ends a text, too: special tokens may not be decoded.
-    """
-    stops = {cfg.eos_id, cfg.eot_id, *map(tokenizer.token_to_id, task.until)}
-    ends = [i for i, token in enumerate(tokens) if token in stops]
-    text = tokenizer.decode(tokens[: ends[0]] if ends else tokens)
+    """Decodes the tokens before the first end of text, and compares them with the reference."""
+    text = decode_to_end(tokens, tokenizer, cfg, task.until)
     return text, is_correct(task, text, item.reference)
 
 

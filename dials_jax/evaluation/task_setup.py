@@ -24,6 +24,7 @@ from dials_jax.models.padding import pad_prompts
 from dials_jax.nn.policy import Policy
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.loop import blocks_of
+from dials_jax.sampling.sampler import Sampler
 
 
 def task_sampler(task: EvalTask, items: Sequence[Item]) -> SamplerConfig:
@@ -73,13 +74,7 @@ def check_task(
                 check_generation(sampler, task.cache, policy, items, model)
             except InputError as error:
                 raise InputError(f"task {task.name!r}, {label}: {error}") from error
-        if model.config.model_type == "dream" and isinstance(sampler, Confidence):
-            warnings.warn(
-                f"task {task.name!r}: this Dream model is sampled by LLaDA's rules, at temperature "
-                f"{sampler.temperature:g}; its published numbers are of sampler=Dream(...), with "
-                "alg, temperature and top_p",
-                stacklevel=1,  # one line of code, so that Python shows the warning once
-            )
+        warn_of_sampler(f"task {task.name!r}", model, sampler)
     else:
         length = max(len(answer) for item in items for answer in item.answers)
         check_num_samples(task.num_samples)
@@ -89,6 +84,17 @@ def check_task(
         f"task {task.name!r}: prompt and answer may take {total} tokens, but the model has "
         f"{limit} positions; shorten them",
     )
+
+
+def warn_of_sampler(where: str, model: Model, sampler: Sampler) -> None:
+    """Warns of a Dream model that is sampled by LLaDA's rules."""
+    if model.config.model_type == "dream" and isinstance(sampler, Confidence):
+        warnings.warn(
+            f"{where}: this Dream model is sampled by LLaDA's rules, at temperature "
+            f"{sampler.temperature:g}; its published numbers are of sampler=Dream(...), with alg, "
+            "temperature and top_p",
+            stacklevel=1,  # one line of code, so that Python shows the warning once
+        )
 
 
 def check_generation(
