@@ -2,7 +2,7 @@
 
 Weights are random, of the true shape, and made on the device. Compilation is timed separately. The
 figures do not depend on the weights' values if every step reveals a fixed number of tokens; with
-`--threshold` they do.
+`--threshold` and the other rules they do.
 
 `compile_s` is short for a program that is already in JAX's compilation cache;
 JAX_ENABLE_COMPILATION_CACHE=false compiles all programs.
@@ -42,6 +42,14 @@ from dials_jax.sampling.generate import generate
 from dials_jax.skipping.policies import Random, Static
 from dials_jax.skipping.routed import Routed
 
+RULES = {  # of `Confidence`, beside its quota
+    "threshold": "reveal all tokens of this confidence",
+    "factor": "reveal tokens by Fast-dLLM's factor",
+    "entropy_threshold": "reveal all tokens of at most this entropy (nats)",
+    "entropy_bound": "reveal tokens whose entropies sum to this (nats)",
+    "edit_threshold": "replace revealed tokens by others of more than this probability",
+}
+
 COLUMNS = {
     "cache": "<12", "policy": "<12", "batch": ">5d", "nfe": ">5d", "ms_a_call": ">9.2f",
     "tokens_a_second": ">15.1f", "layers_run": ">10.3f", "flops_share": ">11.3f",
@@ -77,7 +85,7 @@ def make_sampler(options: argparse.Namespace) -> Confidence:
         gen_length=options.gen,
         block_length=options.block,
         steps=options.steps or options.gen,
-        threshold=options.threshold,
+        **{name: getattr(options, name) for name in RULES},
     )
 
 
@@ -122,7 +130,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_layers(parser)
     add_generation(parser)
     parser.add_argument("--steps", type=int, help="denoising steps; default: one per token")
-    parser.add_argument("--threshold", type=float, help="reveal all tokens of this confidence")
+    for name, what in RULES.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=float, help=what)
     parser.add_argument(
         "--padded", action="store_true", help="prompts of several lengths, the shortest of half"
     )

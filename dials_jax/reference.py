@@ -38,7 +38,7 @@ class Decoder:
         self.keys, self.values = np.zeros(shape), np.zeros(shape)
         self.seen = {}  # ES-dLLM's indicator as it was last computed, by (layer, position)
         self.confidence = np.zeros(length)  # of the token last proposed from a position
-        self.revealed = []  # the positions from which the last step revealed tokens
+        self.revealed = []  # the positions from which the last step wrote tokens
         self.gate_key = None if key is None else jax.random.split(key, 3)[1]
 
     # ------------------------------------------------------------------- blocks, steps, tokens
@@ -49,13 +49,17 @@ class Decoder:
         for block in range(self.sampler.num_blocks):
             first = self.prompt_length + block * length
             block_tokens, step = np.arange(first, first + length), 0
-            while (self.tokens[block_tokens] == self.cfg.mask_id).any():
+            full, edits_left = False, self.sampler.edit_steps
+            while not full or edits_left:
                 gates[block, step] = self.step(block, step, block_tokens)
+                if full:  # a step that changes nothing is the last
+                    edits_left = edits_left - 1 if self.revealed else 0
+                full = not (self.tokens[block_tokens] == self.cfg.mask_id).any()
                 step += 1
         return gates
 
     def step(self, block, step, block_tokens):
-        """Runs the model once and reveals tokens of the block; returns the gates."""
+        """Runs the model once, reveals tokens of the block and edits others; returns the gates."""
         positions, skips_tokens = self.window(block, step, block_tokens)
         positions, h, gates = self.run_layers(
             positions, block, step, block_tokens if skips_tokens else None
@@ -64,18 +68,29 @@ class Decoder:
         positions, logits = positions[in_block], self.head(h[in_block])
         predicted = positions + self.shift
         masked = self.tokens[predicted] == self.cfg.mask_id
-        probability = softmax(logits).max(axis=-1)
-        commit = masked & self.choose(np.where(masked, probability, -np.inf), step)
+        p, proposed = softmax(logits), logits.argmax(axis=-1)
+        probability = p.max(axis=-1)
+        confidence = (p * np.log(p)).sum(axis=-1) if self.sampler.orders_by_entropy else probability
+        commit = masked & self.choose(np.where(masked, confidence, -np.inf), step)
         self.confidence[positions] = np.where(masked & ~commit, probability, 0.0)
-        self.tokens[predicted[commit]] = logits[commit].argmax(axis=-1)
+        if self.sampler.edits:
+            other = ~masked & (proposed != self.tokens[predicted]) & (proposed != self.cfg.mask_id)
+            commit |= other & (probability > self.sampler.edit_threshold)
+        self.tokens[predicted[commit]] = proposed[commit]
         self.revealed = list(positions[commit])
         return gates
 
     def choose(self, confidence, step):
-        """The tokens to reveal: all above a threshold, or a quota of the most confident."""
-        rank = np.argsort(np.argsort(-confidence, kind="stable"))
+        """The tokens to reveal: all that a rule is sure of, or a quota of the most confident."""
+        order = np.argsort(-confidence, kind="stable")
+        rank = np.argsort(order)
         if self.sampler.threshold is not None:
             return (confidence >= self.sampler.threshold) | (rank == 0)
+        if self.sampler.entropy_threshold is not None:
+            return (-confidence <= self.sampler.entropy_threshold) | (rank == 0)
+        if self.sampler.entropy_bound is not None:  # of those that are more certain
+            before = np.append(0.0, np.cumsum(-confidence[order])[:-1])
+            return (before <= self.sampler.entropy_bound)[rank]
         steps = self.sampler.steps // self.sampler.num_blocks
         quota, more = divmod(self.sampler.block_length, steps)
         return rank < quota + (step < more)

@@ -49,6 +49,10 @@ from dials_jax.skipping.routed import init_routers  # noqa: E402
 jax.config.update("jax_default_matmul_precision", "highest")
 gates.FEWEST_TOKENS = 1  # rows of tests are short, and would all be computed together
 
+# Collecting garbage went over all that JAX has traced and compiled: a tenth of the tests' time.
+gc.freeze()
+gc.set_threshold(10_000, 10, 50)
+
 MASK, EOS, PAD = 63, 1, 0
 # Every compiled program takes some of the 65,530 regions of memory that Linux gives a process;
 # without any left, the compiler crashes.

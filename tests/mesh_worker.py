@@ -1,7 +1,7 @@
 """Runs training steps, likelihood and generation on a mesh of up to 8 fake CPU devices.
 
 A process of its own, since the number of devices is fixed when JAX starts: `test_mesh.py` starts
-one for each mesh and compares what they write. Usage: python mesh_worker.py MESH OUT.npz
+it and compares what it writes for each mesh. Usage: python mesh_worker.py FOLDER MESH...
 """
 
 import os
@@ -90,7 +90,8 @@ def evaluate(mesh, cfg, params, routers):
     how = {"policy": policy, "executor": "select" if mesh.size == 1 else "compact"}
     prompts = np.asarray(jax.random.randint(jax.random.key(5), (8, 6), 2, 60))
     valid = np.arange(6) >= np.arange(8)[:, None] % 3
-    out = generate(model, prompts, valid, sampler=Confidence(8, 4, 4, temperature=0.5), **how)
+    sampler = Confidence(8, 4, temperature=0.5, entropy_bound=1.0, edit_threshold=0.2)
+    out = generate(model, prompts, valid, sampler=sampler, **how)
     cached = {name: generate_over(cache, model, prompts, valid, how) for name, cache in CACHES}
     pairs = pad_pairs([(p[:3].tolist(), p[3:].tolist()) for p in prompts], cfg)
     keys = sequence_keys(jax.random.key(7), 8)
@@ -249,11 +250,12 @@ def run(mesh):
     }
 
 
-def main(name, path):
-    mesh_cfg, count = MESHES[name]
-    mesh = sharding.make_mesh(mesh_cfg, jax.devices()[:count])
-    arrays = {leaf: np.asarray(value) for leaf, value in trees.named_leaves(run(mesh))}
-    np.savez(path, **arrays)
+def main(folder, *names):
+    for name in names:
+        mesh_cfg, count = MESHES[name]
+        mesh = sharding.make_mesh(mesh_cfg, jax.devices()[:count])
+        arrays = {leaf: np.asarray(value) for leaf, value in trees.named_leaves(run(mesh))}
+        np.savez(os.path.join(folder, name), **arrays)
 
 
 if __name__ == "__main__":

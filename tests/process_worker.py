@@ -6,6 +6,7 @@ one process alone does. Usage: python process_worker.py NUMBER COUNT PORT FOLDER
 
 import sys
 from pathlib import Path
+from unittest import mock
 
 import jax
 
@@ -22,6 +23,7 @@ from dials_jax.config import (
 )
 from dials_jax.evaluation.sweep import sweep
 from dials_jax.models import families
+from dials_jax.reporting import publish
 from dials_jax.studies.study import run_study
 from dials_jax.training.loop import train
 from tests import conftest  # noqa: F401  exact products, shapes checked
@@ -55,7 +57,15 @@ def training(mesh, kind="mdlm", **subject):
 
 
 def work(folder: Path, mesh: MeshConfig) -> None:
-    """Parameters are split over `mesh` in training; evaluation splits rows over all devices."""
+    """Parameters are split over `mesh` in training; evaluation splits rows over all devices.
+
+    Nothing is drawn: it is slow, and tested beside the plots.
+    """
+    with mock.patch.object(publish, "draw_figures", lambda figures, folder: {}):
+        work_without_figures(folder, mesh)
+
+
+def work_without_figures(folder: Path, mesh: MeshConfig) -> None:
     train(training(mesh), folder / "model")
     train(training(mesh, "causal"), folder / "causal")
     checked = {"validation": DATA, "validation_batches": 1, "fit_execution": (0.5,)}

@@ -1,4 +1,4 @@
-"""The examples of docs/skipping.md run; links between pages lead somewhere."""
+"""The examples of docs/skipping.md and docs/sampling.md run; links between pages lead somewhere."""
 
 import re
 from pathlib import Path
@@ -24,17 +24,28 @@ def write_text(folder):
     return TextData(paths=paths, tokenizer=str(folder), length=8, cache=str(folder))
 
 
-def test_the_examples_of_skipping_run(lively, routers, tmp_path):
-    text = (ROOT / "docs/skipping.md").read_text(encoding="utf-8")
-    prompts = np.random.default_rng(0).integers(2, 60, (2, 5))
-    save_router(tmp_path / "router", routers, RouterConfig(d_hidden=8), lively, skip_weight=1.0)
-    names = {
-        "model": lively, "prompts": prompts, "routers": routers,
-        "router_folder": tmp_path / "router", "held_out": write_text(tmp_path / "text"),
-    }  # fmt: skip
+def run_examples(page, **names):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    names["prompts"] = np.random.default_rng(0).integers(2, 60, (2, 5))
     for example in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S):
         exec(example, names)
+    return names
+
+
+def test_the_examples_of_skipping_run(lively, routers, tmp_path):
+    save_router(tmp_path / "router", routers, RouterConfig(d_hidden=8), lively, skip_weight=1.0)
+    names = run_examples(
+        "docs/skipping.md", model=lively, routers=routers, router_folder=tmp_path / "router",
+        held_out=write_text(tmp_path / "text"),
+    )  # fmt: skip
     assert names["out"].gates.shape == (4, lively.num_layers, 2)
+
+
+def test_the_examples_of_sampling_run(lively):
+    names = run_examples("docs/sampling.md", model=lively)
+    out, tasks = names["out"], names["tasks"]
+    assert out.passes.max() == out.nfe <= 32 and (out.tokens_per_pass >= 1).all()
+    assert [task.sampler.threshold for task in tasks] == [0.5, 0.7, 0.9]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

@@ -48,7 +48,7 @@ class ForwardInputs(NamedTuple):
     step: Int[Array, ""]  # counted through all blocks; the same in any batch
     block: Int[Array, ""]
     step_in_block: Int[Array, ""]
-    unfinished: Bool[Array, "B"]  # sequences with masked tokens in the block
+    unfinished: Bool[Array, "B"]  # sequences that still reveal or edit tokens of the block
 
 
 class ForwardOutputs(NamedTuple):
@@ -67,7 +67,7 @@ class Revealed(NamedTuple):
     index: Int[Array, "B W"]
     active: Bool[Array, "B W"] | None
     confidence: Float[Array, "B W"]  # of the token proposed; 0 where none could be revealed
-    commit: Bool[Array, "B W"]  # revealed now
+    commit: Bool[Array, "B W"]  # written now: revealed, or revised by a sampler that edits
     unfinished: Bool[Array, "B"]
 
 

@@ -36,6 +36,8 @@ class TaskScores:
     items: dict[str, float]  # score by name of the item
     other_metrics: dict[str, float]
     examples: list[dict[str, Any]]  # generations of the first items
+    passes: dict[str, list[int]]  # of generations: own model calls and tokens, by name of the item
+    num_calls: int  # model calls of all batches
 
 
 def score_task(
@@ -83,7 +85,10 @@ def _task_scores(task: EvalTask, items: Sequence[Item], tally: Tally) -> TaskSco
     if task.metric == "choice":
         other_metrics["accuracy_per_token"] = _accuracy_per_token(items, values)
     examples = [tally.examples[name] for name in names[:NUM_EXAMPLES] if name in tally.examples]
-    return TaskScores(tally.layer_counts, tally.flops, scores, other_metrics, examples)
+    return TaskScores(
+        tally.layer_counts, tally.flops, scores, other_metrics, examples, tally.passes,
+        tally.num_calls,
+    )  # fmt: skip
 
 
 def _item_score(task: EvalTask, item: Item, values: Float[np.ndarray, "answers"]) -> float:
@@ -150,8 +155,9 @@ def _score_exact_match(
         remaining=unscored,
     ):
         layer_counts, scores, examples = LayerCounts(model.num_layers), [], {}
-        waits, shares = sampler.reveals_every_call, out.masked_share
-        layer_counts.add(out.gates, waiting_as_zero(shares) if waits else shares)
+        # A share of 0 is left out: the call was made for other sequences of the batch.
+        share = np.where(out.own, out.masked_share[:, : len(requests)], 0.0)
+        layer_counts.add(out.gates, share)
         for i, answer in zip(requests, answers, strict=True):
             text, correct = _score_output(task, items[i], answer.tolist(), tokenizer, model.config)
             scores.append(float(correct))
@@ -169,16 +175,8 @@ def _score_exact_match(
             out.flops,
             layer_counts,
             examples,
+            out,
         )
-
-
-def waiting_as_zero(masked_share: Float[np.ndarray, "S B"]) -> Float[np.ndarray, "S B"]:
-    """Sets the masked share to 0 where a sequence waited for others of its batch.
-
-    That is where a call revealed nothing of it. `LayerCounts` leaves out a share of 0.
-    """
-    after = np.append(masked_share[1:], np.zeros_like(masked_share[:1]), axis=0)
-    return np.where(after < masked_share, masked_share, 0.0)
 
 
 def _score_output(task, item: Item, tokens: list[int], tokenizer, cfg) -> tuple[str, bool]:

@@ -177,6 +177,7 @@ def _score_candidate(
         "also": scores.other_metrics,
         "flops": scores.flops.to_dict(),
         "execution": scores.layer_counts.to_dict(),
+        **({"num_calls": scores.num_calls, "passes": scores.passes} if scores.passes else {}),
         "examples": scores.examples,
         "measured": _without_repeats(x["measured"] for x in records.batches(task.name, policy)),
     }

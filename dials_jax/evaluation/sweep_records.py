@@ -223,6 +223,9 @@ def _check_run(run: Mapping[str, Any], num_layers: int) -> None:
 
 def _check_costs(record: Mapping[str, Any], num_layers: int) -> None:
     flops, execution = record["flops"], record["execution"]
+    require_numbers([record.get("num_calls", 0)], 1)
+    for counts in record.get("passes", {}).values():
+        require_numbers(counts, 2)
     require_numbers([flops[name] for name in FLOPS_KEYS.values()], len(flops))
     if None in flops.values():
         raise ValueError("a number of flops is null")

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from dials_jax.sampling.generate import Generation
 from dials_jax.skipping.flops import Flops
 
 NUM_BINS = 10  # equal bins of the mask ratio over (0, 1]
@@ -63,6 +64,7 @@ def make_batch_record(
     flops: Flops,
     layer_counts: LayerCounts,
     examples: Mapping[str, Any] | None = None,
+    generation: Generation | None = None,
 ) -> dict[str, Any]:
     """Makes the record of one batch.
 
@@ -70,6 +72,8 @@ def make_batch_record(
       names, copies, values: per sequence: the name of its pair, which copy of the pair it is, and
         its score.
       examples: texts to look at, by the name of the pair.
+      generation: of the batch, if answers were generated: the record keeps how many model calls
+        there were, and each sequence's own passes and tokens, by the name of the pair.
     """
     # Adjacent copies of a pair share an entry: name, first copy, number of copies, sum of scores.
     scores: list[list[Any]] = []
@@ -80,6 +84,10 @@ def make_batch_record(
         else:
             scores.append([name, int(copy), 1, float(value)])
     record = {"scores": scores, "flops": flops.to_dict(), "execution": layer_counts.to_dict()}
+    if generation is not None:
+        counts = zip(generation.passes.tolist(), generation.num_tokens.tolist(), strict=True)
+        passes = dict(zip(names, map(list, counts), strict=True))
+        record |= {"num_calls": generation.nfe, "passes": passes}
     return record | ({"examples": dict(examples)} if examples else {})
 
 
@@ -90,6 +98,8 @@ class Tally:
       num_done: scored sequences, counting all copies.
       layer_counts: which layers ran in them.
       examples: texts to look at, by the name of the pair.
+      passes: of generated answers, each one's own model calls and its tokens, by the name.
+      num_calls: model calls of the batches that generated them.
     """
 
     def __init__(
@@ -102,7 +112,8 @@ class Tally:
         """
         self.layer_counts = LayerCounts(num_layers)
         self.examples: dict[str, Any] = {}
-        self.num_done = 0
+        self.passes: dict[str, list[int]] = {}
+        self.num_calls = self.num_done = 0
         self._costs: list[Flops] = []
         self._unscored = {name: np.ones(number, bool) for name, number in num_copies.items()}
         self._sums: dict[str, list[float]] = {name: [] for name in num_copies}
@@ -123,6 +134,8 @@ class Tally:
         self.layer_counts.add_stored(record["execution"])
         self._costs.append(Flops.from_dict(record["flops"]))
         self.examples |= record.get("examples", {})
+        self.passes |= record.get("passes", {})
+        self.num_calls += record.get("num_calls", 0)
 
     def unscored(self, names: Sequence[str]) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"]]:
         """The copies without a score: the position of each one's pair in `names`, and its number.

@@ -15,10 +15,20 @@ import numpy as np
 from jaxtyping import Float
 
 from dials_jax.errors import require
-from dials_jax.reporting.figure import GREY, blue_shades, figure_at, kind_color
+from dials_jax.reporting.figure import (
+    COLORS,
+    GREY,
+    OTHER_COLORS,
+    blue_shades,
+    figure_at,
+    kind_color,
+)
 
 if TYPE_CHECKING:  # matplotlib is optional
     from matplotlib.axes import Axes
+
+
+LINE_COLORS = (COLORS["routed"], COLORS["static"], COLORS["random"], *OTHER_COLORS)
 
 
 @dataclass(frozen=True)
@@ -136,6 +146,69 @@ def _label_point(ax: Axes, point: Point, lower_is_better: bool, high: int) -> No
         path_effects=[withStroke(linewidth=2, foreground="white")],
         zorder=6,
     )
+
+
+# ------------------------------------------------------------------------------------------- speed
+
+
+@dataclass(frozen=True)
+class SpeedPoint:
+    """One run of a curve."""
+
+    tokens_per_pass: float
+    seconds: float | None  # None: not comparable with the others
+    value: float
+    low: float  # ends of the error bar
+    high: float
+    label: str  # the value of the setting that differs along the curve
+
+
+@dataclass(frozen=True)
+class SpeedLine:
+    """One curve, by rising tokens per pass."""
+
+    label: str
+    points: tuple[SpeedPoint, ...]
+
+
+@dataclass(frozen=True)
+class SpeedPanel:
+    """The curves over the same items."""
+
+    title: str
+    ylabel: str
+    lines: tuple[SpeedLine, ...]
+
+
+def speed_curves(panels: Sequence[SpeedPanel], path: str | Path) -> Path:
+    """Accuracy against tokens per pass on the left, against seconds on the right; a row a panel."""
+    require(len(panels) > 0, "speed_curves: no panels; give at least one")
+    with figure_at(path, 9.4, 3.9 * len(panels)) as figure:
+        axes = figure.subplots(len(panels), 2, squeeze=False, sharey="row")
+        for (by_pass, by_time), panel in zip(axes, panels, strict=True):
+            for number, line in enumerate(panel.lines):
+                color = LINE_COLORS[number % len(LINE_COLORS)]
+                _speed_line(by_pass, line, [p.tokens_per_pass for p in line.points], color)
+                if all(p.seconds is not None for p in line.points):
+                    _speed_line(by_time, line, [p.seconds for p in line.points], color)
+            by_pass.set(title=panel.title, xlabel="tokens a pass", ylabel=panel.ylabel)
+            by_time.set(xlabel="seconds")
+            if not by_time.has_data():
+                by_time.remove()
+            by_pass.legend(loc="best", fontsize=8)
+            by_pass.margins(0.1)
+    return Path(path)
+
+
+def _speed_line(ax: Axes, line: SpeedLine, x: Sequence[float], color: str) -> None:
+    points = line.points
+    errors = [[p.value - p.low for p in points], [p.high - p.value for p in points]]
+    style = {"color": color, "ecolor": color + "55", "elinewidth": 1, "linewidth": 1.8}
+    values = [p.value for p in points]
+    ax.errorbar(x, values, errors, marker="o", markersize=5, label=line.label, **style)
+    for at, point in zip(x, points, strict=True):
+        offset = {"xytext": (4, 4), "textcoords": "offset points"}
+        ax.annotate(point.label, (at, point.value), color=color, fontsize=8, **offset)
 
 
 # --------------------------------------------------------------------------------------- execution

@@ -13,8 +13,14 @@ from jaxtyping import Float
 from dials_jax.files import write_json
 from dials_jax.reporting import html, sweep_plots
 from dials_jax.reporting.publish import Figure, Report, file_name, publish
-from dials_jax.reporting.sweep_table import (
+from dials_jax.reporting.speed import (
     ACCURACIES,
+    SpeedCurve,
+    find_curves,
+    rule_value,
+    tokens_per_pass,
+)
+from dials_jax.reporting.sweep_table import (
     SWEEP_LEGEND,
     SweepRow,
     compute_sweep_rows,
@@ -23,6 +29,9 @@ from dials_jax.reporting.sweep_table import (
     format_table,
     group_runs_by_task,
     page_table,
+    speed_table,
+    timed_alike,
+    value_interval,
 )
 
 SHOWN_EXAMPLES = 3  # generations per run
@@ -37,6 +46,11 @@ TRADEOFF_CAPTION = (
     "Quality against the share of layers run: a policy that beats the random one at the same "
     "share chose its layers well; bars are 95 % intervals of each value alone, so take the "
     "paired p of the table to compare two policies."
+)
+SPEED_CAPTION = (
+    "Accuracy against tokens a pass and against seconds, along the value of one sampler's setting "
+    "(written at the points); AUP is the penalised area under the left curve. Seconds are shown "
+    "where all runs were timed alike."
 )
 HEATMAP_CAPTION = (
     "Share of the forward passes in which each policy executed each layer: pale layers are skipped."
@@ -65,14 +79,16 @@ def sweep_report(results: Mapping[str, Any], rows: Sequence[SweepRow]) -> Report
     environment = dict(results["environment"])
     command = environment.pop("command", "")
     facts = html.describe_values(results["model"]) + html.describe_values(environment)
+    curves = find_curves(results["runs"])
+    speed = {"Accuracy against tokens a pass": speed_table(curves)} if curves else {}
     return Report(
         title=f"Layer skipping on {Path(results['model'].get('path', 'a model')).name}",
         results=results,
         columns=csv_columns(),
         rows=csv_rows(rows),
-        tables={"Results": page_table(rows)},
+        tables={"Results": page_table(rows), **speed},
         legend=SWEEP_LEGEND,
-        figures=_figures(results["runs"], rows) if rows else [],
+        figures=[*_speed_figure(curves), *_figures(results["runs"], rows)] if rows else [],
         text=format_table(rows),
         above={"Model and environment": html.definition_list(facts, "facts")},
         below={
@@ -83,6 +99,32 @@ def sweep_report(results: Mapping[str, Any], rows: Sequence[SweepRow]) -> Report
 
 
 # -------------------------------------------------------------------------------------- figures
+
+
+def _speed_figure(curves: Mapping[str, Sequence[SpeedCurve]]) -> list[Figure]:
+    """Accuracy against tokens per pass and seconds; none without curves."""
+    panels = []
+    for title, found in curves.items():
+        first = found[0].runs[0]
+        alike = all(timed_alike(run, first) for curve in found for run in curve.runs)
+        lines = tuple(
+            sweep_plots.SpeedLine(
+                f"{curve.label} (AUP {curve.aup:.1f})",
+                tuple(_speed_point(run, alike) for run in curve.runs),
+            )
+            for curve in found
+        )
+        panels.append(sweep_plots.SpeedPanel(title, YLABELS[first["metric"]], lines))
+    plot = sweep_plots.speed_curves
+    return [Figure("tokens_per_pass", SPEED_CAPTION, plot, {"panels": panels})] if panels else []
+
+
+def _speed_point(run: Mapping[str, Any], timed: bool) -> sweep_plots.SpeedPoint:
+    scores = list(run["items"].values())
+    low, high = value_interval(run["metric"], scores)
+    seconds = run["flops"]["seconds"] if timed else None
+    value = sum(scores) / len(scores)
+    return sweep_plots.SpeedPoint(tokens_per_pass(run), seconds, value, low, high, rule_value(run))
 
 
 def _figures(runs: Sequence[Mapping], rows: Sequence[SweepRow]) -> list[Figure]:

@@ -16,10 +16,17 @@ from typing import Any
 from dials_jax.errors import InputError, require
 from dials_jax.reporting.figure import kind_color
 from dials_jax.reporting.publish import Table
+from dials_jax.reporting.speed import (
+    ACCURACIES,
+    SpeedCurve,
+    find_curves,
+    pass_columns,
+    tokens_per_pass,
+)
+from dials_jax.sampling.confidence import PARALLEL_RULES
 from dials_jax.skipping.flops import KEYS as FLOPS_KEYS
 from dials_jax.statistics import mean_and_stderr, mean_interval, paired_test, wilson_interval
 
-ACCURACIES = ("exact_match", "choice")  # metrics with scores of 0 or 1; others are real numbers
 WIDTH = 110  # columns of the terminal table
 UNKNOWN = "-"
 
@@ -35,6 +42,14 @@ SWEEP_LEGEND = (
      "does not show that two policies are equal."),
     ("items", "Scored items, and of how many if some were left out: their prompt or answer is "
      "too long (too_long=\"drop\"). Published numbers count those as wrong."),
+    ("NFE", "Model calls that a sequence took until it was finished, its passes, on average. Calls "
+     "made for other sequences of its batch are not counted."),
+    ("tokens a pass", "Generated tokens, up to and with the first end of text, / passes, over all "
+     "sequences."),
+    ("passes a second", "Model calls / seconds: how many passes a sequence gets in a second. Times "
+     "tokens a pass, these are the tokens that one sequence gets in a second."),
+    ("AUP", "Accuracy under parallelism: the area under accuracy (percent) over tokens a pass. "
+     "Points count the less, the worse they are than the best accuracy on these items (d3LLM)."),
     ("layers", "Layers run / layers, the normalised FLOPs of the papers: head, embeddings and "
      "router are left out."),
     ("model", "FLOPs of the whole model as a share of full execution: the head, attention by "
@@ -71,6 +86,10 @@ class SweepRow:
     temperature: float | None
     steps: int | None  # denoising steps; None where confidence decides
     stop: str | None  # what ends a generation, and which text counts
+    nfe: float | None  # own passes per sequence, on average; None, like the next two: not recorded
+    tokens_per_pass: float | None
+    passes_per_second: float | None  # that each sequence of a batch gets
+    aup: float | None  # accuracy under parallelism of its curve; None: it lies on none
 
 
 def group_runs_by_task(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
@@ -92,21 +111,23 @@ def compute_sweep_rows(results: Mapping[str, Any]) -> list[SweepRow]:
 
     Raises: InputError if a run has no items, or other items than the full run of its task.
     """
+    curves = [curve for found in find_curves(results["runs"]).values() for curve in found]
+    aup = {id(run): curve.aup for curve in curves for run in curve.runs}
     rows = []
     for runs in group_runs_by_task(results["runs"]).values():
         full = next((run for run in runs if run["policy"]["kind"] == "full"), None)
-        rows += [_row(run, full) for run in runs]
+        rows += [_row(run, full, aup.get(id(run))) for run in runs]
     return rows
 
 
-def _row(run: Mapping[str, Any], full: Mapping[str, Any] | None) -> SweepRow:
+def _row(run: Mapping[str, Any], full: Mapping[str, Any] | None, aup: float | None) -> SweepRow:
     scores = list(run["items"].values())
     label, seconds = run["policy"]["label"], run["flops"]["seconds"]
     try:
         value, stderr = mean_and_stderr(scores)
         compare = full is not None and full is not run
         paired = paired_test(run["items"], full["items"]) if compare else None
-        low, high = _interval(run["metric"], scores)
+        low, high = value_interval(run["metric"], scores)
     except InputError as error:
         raise InputError(f"task {run['task']!r}, policy {label!r}: {error}") from error
     return SweepRow(
@@ -125,10 +146,12 @@ def _row(run: Mapping[str, Any], full: Mapping[str, Any] | None) -> SweepRow:
         layers_run=run["flops"]["layers_run"],
         flops_share=run["flops"][FLOPS_KEYS["flops_share"]],
         seconds=seconds,
-        speedup=full["flops"]["seconds"] / seconds if seconds and _timed_alike(run, full) else None,
+        speedup=full["flops"]["seconds"] / seconds if seconds and timed_alike(run, full) else None,
         num_items=len(scores),
         num_dropped=run.get("num_dropped"),
         **_generation_columns(run.get("generation") or {}),
+        **pass_columns(run),
+        aup=aup,
     )
 
 
@@ -145,7 +168,7 @@ def _generation_columns(generation: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in generation.items()
         if name not in _OWN_COLUMN and value is not None and value is not False
     ]
-    by_confidence = generation.get("threshold") is not None or generation.get("factor") is not None
+    by_confidence = any(generation.get(rule) is not None for rule in PARALLEL_RULES)
     until = ["end of text", *map(repr, generation["until"])]
     stops = generation.get("stop_at_eos") or generation["sampler"] == "autoregressive"
     early = "sequence ends at end of text" if stops else "all steps"
@@ -157,7 +180,7 @@ def _generation_columns(generation: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _timed_alike(run: Mapping[str, Any], full: Mapping[str, Any] | None) -> bool:
+def timed_alike(run: Mapping[str, Any], full: Mapping[str, Any] | None) -> bool:
     """Whether both were timed under the same conditions: device, mesh, batch size, ..."""
     if full is None:
         return False
@@ -165,7 +188,7 @@ def _timed_alike(run: Mapping[str, Any], full: Mapping[str, Any] | None) -> bool
     return len(measured) <= 1 and measured == full.get("measured", [])
 
 
-def _interval(metric: str, scores: Sequence[int | float]) -> tuple[float, float]:
+def value_interval(metric: str, scores: Sequence[int | float]) -> tuple[float, float]:
     """95 % interval of the mean: Wilson's for an accuracy, Student's t otherwise."""
     if metric in ACCURACIES:
         require(set(scores) <= {0, 1}, f"metric {metric!r}: scores must be 0 or 1")
@@ -212,6 +235,11 @@ COLUMNS: dict[str, Callable[[SweepRow], str]] = {
     "items": lambda r: _item_count(r),
 }
 INTERVAL = {"95 % interval": lambda r: f"{_text(r.low, '.4f')} to {_text(r.high, '.4f')}"}
+PASSES = {
+    "NFE": lambda r: _text(r.nfe, ".1f"),
+    "tokens a pass": lambda r: _text(r.tokens_per_pass, ".2f"),
+    "passes a second": lambda r: _text(r.passes_per_second, ".1f"),
+}
 
 
 def format_table(rows: Sequence[SweepRow]) -> str:
@@ -261,9 +289,25 @@ def _shorten(text: str, width: int) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
+def speed_table(curves: Mapping[str, Sequence[SpeedCurve]]) -> Table:
+    """Makes the table of curves of accuracy against tokens per pass: a heading per set of items."""
+    lines, headings = [], {}
+    for title, found in curves.items():
+        headings[len(lines)] = title, f"{len(found[0].runs[0]['items'])} items"
+        for curve in found:
+            speeds = [tokens_per_pass(run) for run in curve.runs]
+            ends = f"{speeds[0]:.2f} to {speeds[-1]:.2f}"
+            values = [mean_and_stderr(list(run["items"].values()))[0] for run in curve.runs]
+            accuracies = f"{values[0]:.4f} to {values[-1]:.4f}"
+            lines.append((curve.label, str(len(speeds)), ends, accuracies, f"{curve.aup:.1f}"))
+    header = ("sampler's setting", "points", "tokens a pass", "accuracy", "AUP")
+    return Table(header, lines, headings)
+
+
 def page_table(rows: Sequence[SweepRow]) -> Table:
     """Makes the table of the page: a heading per task, and a line per policy."""
-    columns = COLUMNS | INTERVAL
+    generated = any(row.tokens_per_pass is not None for row in rows)
+    columns = COLUMNS | INTERVAL | (PASSES if generated else {})
     starts = [i for i, row in enumerate(rows) if i == 0 or row.task != rows[i - 1].task]
     return Table(
         tuple(columns),

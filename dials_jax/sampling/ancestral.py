@@ -80,10 +80,6 @@ class Ancestral(Typed):
         )
 
     @property
-    def reveals_every_call(self) -> bool:
-        return self.precision == "exact"
-
-    @property
     def gen_length(self) -> int:
         return self.length
 
@@ -242,7 +238,8 @@ class ExactSteps:
         due = jnp.sum(plan.calls_before <= state.calls[:, None], axis=1) - 1
         step = jnp.minimum(due, self.num_steps - 1)  # a finished sequence has no step due
         index, fresh = self.next_revealed(state, step)
-        fresh &= (state.calls < until)[:, None]
+        own = state.calls < until
+        fresh &= own[:, None]
         # Of several calls of a step, each sees the canvas as it was before the step.
         hidden = plan.step >= due[:, None]
         seen = jnp.where(hidden, cfg.mask_id, state.tokens)
@@ -252,7 +249,7 @@ class ExactSteps:
         new = draw_tokens(cfg, logits, token_keys(self.keys, index - self.prompt_length))
         tokens = write_tokens(state.tokens, jnp.where(fresh, index, seen.shape[1]), new)
         share = jnp.mean(hidden[:, self.prompt_length :], axis=1)
-        record = append_call(state.record, out.gates, share, 0, state.step)
+        record = append_call(state.record, out.gates, share, 0, state.step, own)
         calls = jnp.minimum(state.calls + 1, until)
         return AncestralState(tokens, state.step + 1, calls, plan, record)
 

@@ -38,7 +38,6 @@ class Autoregressive(Typed):
     cfg_scale = 0.0
     takes_schedule = False
     one_program = True
-    reveals_every_call = True
 
     max_new_tokens: int
     temperature: float = 0.0
@@ -133,11 +132,18 @@ class DecodingSteps:
         state = lax.while_loop(is_due, run_step, state)
         record = state.record._replace(
             nfe=state.num_new,
+            own=self.not_ended(state.tokens[:, self.prompt_length :]).T,
             gates=jnp.broadcast_to(out.gates, (most, *out.gates.shape)),
             variant=jnp.minimum(jnp.arange(most), 1),
             step=jnp.arange(most),
         )
         return state._replace(record=record)
+
+    def not_ended(self, answer: Int[Array, "B G"]) -> Bool[Array, "B G"]:
+        """Where a token comes before a sequence's end, or is its end."""
+        eos = self.net.cfg.eos_id
+        ends = jnp.zeros(answer.shape, bool) if eos is None else answer == eos
+        return jnp.cumsum(ends, axis=1) - ends == 0
 
     def append_token(self, state: DecodingState, h: Float[Array, "B D"]) -> DecodingState:
         """The state with the token that `h` predicts."""

@@ -1,6 +1,21 @@
 """LLaDA's sampler: blocks from left to right, the most confident tokens of a block first.
 
-Source: `generate.py` of ML-GSAI/LLaDA, whose behaviour this follows token for token.
+Source: `generate.py` of ML-GSAI/LLaDA, whose behaviour this follows token for token. By default a
+step reveals a fixed quota. Four rules reveal as many tokens as the model is sure of instead:
+
+- `threshold` and `factor`: Fast-dLLM (Wu et al. 2025).
+- `entropy_threshold`: `generate` of d3LLM (hao-ai-lab/d3LLM, 2026), with one block at a time. Its
+  decoding of several blocks at once is not here.
+- `entropy_bound`: the EB-Sampler (Ben-Hamu et al. 2025, arXiv 2505.24857) as DiffusionGemma uses it
+  (`EntropyBoundSampler` of transformers, 2026). There a canvas starts from random tokens, a token
+  that is not accepted is drawn again, and the entropies are of tempered logits. Here it starts from
+  [MASK], accepted tokens stay, and the entropies are of the logits as they are (as in d3LLM).
+
+With any of them, `edit_threshold` also revises what was revealed: token editing of LLaDA2.1 (2026,
+arXiv 2602.08676; `generate` of inclusionAI/LLaDA2.1-mini, `JointThreshold` of SGLang). Differences:
+a token never becomes [MASK] again, a probability equal to `threshold` is enough to reveal, and
+probabilities are of the logits without temperature. LLaDA2.1 was trained to correct tokens that it
+sees. LLaDA and Dream were not: they are revised by the same rule, but their text need not improve.
 """
 
 from __future__ import annotations
@@ -15,6 +30,9 @@ from jaxtyping import Array, Bool, Float, Int
 from dials_jax.config import ModelConfig, Typed, require_positive
 from dials_jax.errors import require
 from dials_jax.sampling.loop import BlockSampler, StepInfo
+
+# Rules of which one at most is set: a step reveals what the model is sure of, not a quota.
+PARALLEL_RULES = ("threshold", "factor", "entropy_threshold", "entropy_bound")
 
 
 @dataclass(frozen=True)
@@ -35,6 +53,15 @@ class Confidence(Typed, BlockSampler):
         confident (Fast-dLLM). `steps` is then ignored.
       factor: reveal the n most confident tokens as long as the n-th is at least 1 - factor/(n + 1)
         (Fast-dLLM), and always the first. `steps` is then ignored.
+      entropy_threshold: reveal every token of the block whose distribution has at most this entropy
+        (nats), and always the one of least entropy (d3LLM). `steps` is then ignored.
+      entropy_bound: reveal the n tokens of least entropy for the largest n whose entropies, without
+        the largest, sum to at most this (nats): a bound on what the tokens say about each other
+        (EB-Sampler). The first is always revealed. `steps` is then ignored.
+      edit_threshold: at every step, replace every revealed token of the block by another one that
+        is proposed with more than this probability (token editing). A block then ends when it is
+        full and a step has replaced nothing, or after `max_edit_steps`.
+      max_edit_steps: steps at most that a full block takes for editing, 16 by default.
       logits_eos_inf: never generate end of text.
       confidence_eos_eot_inf: commit end of text and end of turn last. At a temperature above 0
         the reference suppresses only end of turn, and so does this.
@@ -43,8 +70,6 @@ class Confidence(Typed, BlockSampler):
       stop_at_eos: a sequence ends at an end of text once all before it is known; the rest is filled
         with end of text, and costs no more steps.
     """
-
-    is_probability = True
 
     gen_length: int
     block_length: int | None = None
@@ -58,9 +83,15 @@ class Confidence(Typed, BlockSampler):
     confidence_eos_eot_inf: bool = False
     delay_eos: bool = False
     stop_at_eos: bool = False
+    entropy_threshold: float | None = None
+    entropy_bound: float | None = None
+    edit_threshold: float | None = None
+    max_edit_steps: int | None = None
 
     def __post_init__(self):
         super().__post_init__()
+        if self.edits and self.max_edit_steps is None:
+            object.__setattr__(self, "max_edit_steps", 16)
         for name in ("block_length", "steps"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, self.gen_length)
@@ -76,13 +107,36 @@ class Confidence(Typed, BlockSampler):
         )
         for name in ("temperature", "cfg_scale"):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
-        require(
-            self.threshold is None or self.factor is None,
-            "threshold and factor are two rules for the same choice; give one of them",
-        )
-        for name in ("threshold", "factor"):
+        for name in (*PARALLEL_RULES, "edit_threshold", "max_edit_steps"):
             value = getattr(self, name)
             require(value is None or value >= 0, f"{name}={value} must not be negative")
+        self._check_rules()
+
+    def _check_rules(self) -> None:
+        given = [name for name in PARALLEL_RULES if getattr(self, name) is not None]
+        require(
+            len(given) <= 1,
+            f"{' and '.join(given)} are rules for the same choice; give one of them",
+        )
+        for name, value, default in (
+            ("remasking", self.remasking, "low_confidence"),
+            ("confidence_eos_eot_inf", self.confidence_eos_eot_inf, False),
+            ("delay_eos", self.delay_eos, False),
+        ):
+            require(
+                not self.orders_by_entropy or value == default,
+                f"{name}={value!r} changes the confidence of a token, but {''.join(given)} goes by "
+                "the entropy of its distribution; leave one of them out",
+            )
+        require(
+            not self.edits or bool(given),
+            "edit_threshold revises what was revealed too early, not what a quota reveals; give "
+            f"one of {', '.join(PARALLEL_RULES)}, too",
+        )
+        require(
+            self.edits or self.max_edit_steps is None,
+            "max_edit_steps is for editing; give edit_threshold, too, or leave it out",
+        )
 
     def with_length(self, gen_length: int) -> Confidence:
         follow = {
@@ -96,6 +150,23 @@ class Confidence(Typed, BlockSampler):
         return self.gen_length // self.block_length
 
     @property
+    def orders_by_entropy(self) -> bool:
+        """Whether the confidence is an entropy, negated."""
+        return self.entropy_threshold is not None or self.entropy_bound is not None
+
+    @property
+    def is_probability(self) -> bool:
+        return not self.orders_by_entropy
+
+    @property
+    def edits(self) -> bool:
+        return self.edit_threshold is not None
+
+    @property
+    def edit_steps(self) -> int:
+        return self.max_edit_steps or 0
+
+    @property
     def steps_per_block(self) -> int:
         """At most: a step that reveals nothing need not be made."""
         if self.max_quota is None:
@@ -105,7 +176,7 @@ class Confidence(Typed, BlockSampler):
     @property
     def max_quota(self) -> int | None:
         """Tokens that a step reveals per sequence at most; None: any number."""
-        if self.threshold is not None or self.factor is not None:
+        if any(getattr(self, name) is not None for name in PARALLEL_RULES):
             return None
         return -(-self.block_length * self.num_blocks // self.steps)
 
@@ -119,8 +190,20 @@ class Confidence(Typed, BlockSampler):
             return (confidence >= self.threshold) | (ranks(confidence) == 0)
         if self.factor is not None:
             return confident_run(confidence, self.factor)
+        if self.entropy_threshold is not None:
+            return (-confidence <= self.entropy_threshold) | (ranks(confidence) == 0)
+        if self.entropy_bound is not None:
+            return within_entropy_bound(-confidence, self.entropy_bound)
         quota = step_quota(info.present, info.step_in_block, self.steps_per_block)
         return ranks(confidence) < quota[:, None]
+
+    def revise(
+        self,
+        logits: Float[Array, "B W V"],
+        guess: Int[Array, "B W"],
+        tokens: Int[Array, "B W"],
+    ) -> Bool[Array, "B W"]:
+        return (guess != tokens) & (probability_of(guess, logits) > self.edit_threshold)
 
 
 def propose(
@@ -129,7 +212,7 @@ def propose(
     logits: Float[Array, "B W V"],
     keys: jax.Array,
 ) -> tuple[Int[Array, "B W"], Float[Array, "B W"]]:
-    """A token for every position, and the model's confidence in it."""
+    """A token for every position, and the model's confidence in it: a probability or -entropy."""
     if sampler.logits_eos_inf:
         logits = logits.at[..., cfg.eos_id].set(-jnp.inf)
     noisy = logits
@@ -137,6 +220,8 @@ def propose(
         # argmax(logits + T * Gumbel) is the reference's argmax of exp(logits) / (-ln u)^T.
         noisy = logits + sampler.temperature * gumbel_like(logits, keys)
     guess = jnp.argmax(noisy, axis=-1)
+    if sampler.orders_by_entropy:
+        return guess, -entropy_of(logits)
     if sampler.remasking == "random":
         draw = jax.vmap(jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1))))
         return guess, draw(keys)
@@ -147,8 +232,18 @@ def propose(
             logits = logits.at[..., cfg.eot_id].set(-jnp.inf)
         if sampler.temperature == 0:
             logits = logits.at[..., cfg.eos_id].set(-jnp.inf)
-    chosen = jnp.take_along_axis(logits, guess[..., None], axis=-1)[..., 0]
-    return guess, jnp.exp(chosen - jax.nn.logsumexp(logits, axis=-1))
+    return guess, probability_of(guess, logits)
+
+
+def probability_of(tokens: Int[Array, "B W"], logits: Float[Array, "B W V"]) -> Float[Array, "B W"]:
+    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    return jnp.exp(chosen - jax.nn.logsumexp(logits, axis=-1))
+
+
+def entropy_of(logits: Float[Array, "B W V"]) -> Float[Array, "B W"]:
+    """Of the distribution over tokens, in nats. A token whose logit is -inf adds nothing."""
+    log_p = jax.nn.log_softmax(logits, axis=-1)
+    return -jnp.sum(jnp.where(jnp.isfinite(log_p), jnp.exp(log_p) * log_p, 0.0), axis=-1)
 
 
 def gumbel_like(logits: Float[Array, "B W V"], keys: jax.Array) -> Float[Array, "B W V"]:
@@ -180,3 +275,13 @@ def confident_run(confidence: Float[Array, "B W"], factor: float) -> Bool[Array,
     enough = (confidence >= 1 - factor / (rank + 2)) | (rank == 0)
     first_failing = jnp.min(jnp.where(enough, confidence.shape[1], rank), axis=1, keepdims=True)
     return rank < first_failing
+
+
+def within_entropy_bound(entropy: Float[Array, "B W"], bound: float) -> Bool[Array, "B W"]:
+    """The largest set, in order of entropy, whose entropies sum to `bound` without the largest.
+
+    Infinite where there is nothing to reveal.
+    """
+    smaller = jnp.cumsum(jnp.sort(entropy, axis=-1), axis=-1)[:, :-1]  # of all left of the next
+    count = 1 + jnp.sum(smaller <= bound, axis=-1, keepdims=True)
+    return ranks(-entropy) < count

@@ -45,8 +45,6 @@ class Dream(Typed, BlockSampler):
       eps: noise level at which the schedule ends.
     """
 
-    reveals_every_call = False
-
     max_new_tokens: int
     steps: int | None = None
     alg: Algorithm = "entropy"

@@ -22,7 +22,7 @@ from dials_jax.caching.cache import Cache
 from dials_jax.caching.canvas import CanvasModel
 from dials_jax.caching.plain import NoCache
 from dials_jax.compiling import timed_jit
-from dials_jax.config import typed
+from dials_jax.config import ModelConfig, typed
 from dials_jax.diffusion.guidance import repeat_batch
 from dials_jax.errors import require
 from dials_jax.models import transformer
@@ -56,6 +56,8 @@ class Generation:
         ones, then the unconditional ones. Under a schedule L is that of the deepest model that
         takes steps, and layers that a model does not have are False.
       masked_share: [nfe, R], masked share of the generated part before each call.
+      own: [nfe, B], False where a sequence was finished and the call was made for others.
+      num_tokens: [B], tokens up to and with the first end of text or of turn; all without one.
       tokens_run: [nfe, L], tokens per sequence that a layer computes where it runs.
       steps: [nfe], the denoising step of each call. `Ancestral` leaves out the steps that reveal
         nothing in a sequence: with it, this only names the model's run of steps.
@@ -67,9 +69,21 @@ class Generation:
     nfe: int
     gates: Bool[np.ndarray, "S L R"]
     masked_share: Float[np.ndarray, "S R"]
+    own: Bool[np.ndarray, "S B"]
+    num_tokens: Int[np.ndarray, "B"]
     tokens_run: Int[np.ndarray, "S L"]
     steps: Int[np.ndarray, "S"]
     flops: Flops
+
+    @property
+    def passes(self) -> Int[np.ndarray, "B"]:
+        """Model calls of each sequence until it was finished: as many as it takes alone."""
+        return self.own.sum(axis=0)
+
+    @property
+    def tokens_per_pass(self) -> Float[np.ndarray, "B"]:
+        """How many tokens a pass gave each sequence, those after its end of text left out."""
+        return self.num_tokens / self.passes
 
 
 @typed
@@ -252,5 +266,21 @@ def account(
         mine = taken == i
         if mine.any():
             tokens_run[mine, : part.cfg.num_layers] = part.tokens(variant[mine])
-    flops = total_cost(parts, taken, gates, variant, length, seconds)
-    return Generation(tokens[:num_sequences], nfe, gates, share, tokens_run, steps, flops)
+    tokens = tokens[:num_sequences]
+    return Generation(
+        tokens=tokens,
+        nfe=nfe,
+        gates=gates,
+        masked_share=share,
+        own=record.own[:nfe, :num_sequences],
+        num_tokens=count_tokens(parts[0].cfg, tokens[:, prompts.shape[1] :]),
+        tokens_run=tokens_run,
+        steps=steps,
+        flops=total_cost(parts, taken, gates, variant, length, seconds),
+    )
+
+
+def count_tokens(cfg: ModelConfig, answers: Int[np.ndarray, "B G"]) -> Int[np.ndarray, "B"]:
+    """Tokens of each answer up to and with its first end of text or of turn."""
+    ends = np.isin(answers, [i for i in (cfg.eos_id, cfg.eot_id) if i is not None])
+    return np.where(ends.any(axis=1), ends.argmax(axis=1) + 1, answers.shape[1])

@@ -49,6 +49,8 @@ class BlockSampler:
       steps_per_block: at most; a block also ends when it is full.
       max_quota: tokens that a step reveals per sequence at most; None: any number.
       is_probability: whether confidences lie in [0, 1].
+      edits: a step may also replace tokens that are revealed already, as `revise` says.
+      edit_steps: steps at most that a full block takes for editing.
       delay_eos, stop_at_eos: see `Confidence`.
     """
 
@@ -57,12 +59,13 @@ class BlockSampler:
     steps_per_block: int
     max_quota: int | None
     is_probability: bool
+    edits = False
+    edit_steps = 0
     cfg_scale = 0.0
     delay_eos = False
     stop_at_eos = False
     takes_schedule = True
     one_program = True
-    reveals_every_call = True
 
     def propose(
         self, cfg: ModelConfig, logits: Float[Array, "B W V"], keys: jax.Array
@@ -74,6 +77,15 @@ class BlockSampler:
         self, confidence: Float[Array, "B W"], info: StepInfo, keys: jax.Array
     ) -> Bool[Array, "B W"]:
         """The positions to reveal. The confidence is -inf where there is nothing to reveal."""
+        raise NotImplementedError
+
+    def revise(
+        self,
+        logits: Float[Array, "B W V"],
+        guess: Int[Array, "B W"],
+        tokens: Int[Array, "B W"],
+    ) -> Bool[Array, "B W"]:
+        """Where a revealed token is to be replaced by the one proposed now, if `edits`."""
         raise NotImplementedError
 
     def check(
@@ -120,10 +132,18 @@ class StepInfo(NamedTuple):
 
 
 class LoopState(NamedTuple):
+    """Where the loop stands before a step.
+
+    Attributes:
+      present: see `StepInfo`.
+      edits_left: steps at most that a full block may still take for editing; None if none may.
+    """
+
     tokens: Int[Array, "B T"]
     block: Int[Array, ""]
     step_in_block: Int[Array, ""]
     present: Int[Array, "B"]
+    edits_left: Int[Array, "B"] | None
     cache_state: PyTree
     record: CallRecord
 
@@ -134,14 +154,15 @@ def blocks_of(sampler: BlockSampler, prompt_length: int) -> Blocks:
 
 
 def step_limit(sampler: BlockSampler, cache: Cache) -> int:
-    """Steps of a block at most.
+    """Steps of a block at most. They bound the record of model calls, too.
 
-    Where a cache skips masked tokens in a call, a step may find fewer of them than its quota. The
-    block then takes more steps than the sampler's own, each of which reveals at least one token.
-    A quota of one is always found: the leftmost masked token is never skipped.
+    A full block may take further steps for editing. Where a cache skips masked tokens in a call, a
+    step may find fewer of them than its quota. The block then takes more steps than the sampler's
+    own, each of which reveals at least one token. A quota of one is always found: the leftmost
+    masked token is never skipped.
     """
     if not cache.drops_tokens or sampler.max_quota in (None, 1) or is_fixed(sampler, cache):
-        return sampler.steps_per_block
+        return sampler.steps_per_block + sampler.edit_steps
     return sampler.steps_per_block + sampler.block_length
 
 
@@ -168,8 +189,17 @@ class Loop:
     ):
         require(
             sampler.is_probability or not cache.drops_tokens,
-            "EarlySkip weighs confidence against change, so it must be like a probability; "
-            "use alg='maskgit_plus' or 'topk_margin'",
+            "EarlySkip weighs confidence against change, so it must be like a probability, and an "
+            "entropy is not; use threshold= or factor=, or alg='maskgit_plus' or 'topk_margin'",
+        )
+        require(
+            not (sampler.edits and cache.drops_tokens),
+            "EarlySkip leaves revealed tokens out, so they cannot be revised; leave out "
+            "edit_threshold, or take PrefixCache or DualCache",
+        )
+        require(
+            not sampler.edits or sampler.max_quota is None,
+            "a sampler with a fixed quota does not edit; set max_quota=None",
         )
         self.sampler, self.cache, self.net = sampler, cache, net
         self.blocks = blocks_of(sampler, prompt_length)
@@ -182,9 +212,9 @@ class Loop:
         num_sequences, zero = canvas.shape[0], jnp.asarray(0, jnp.int32)
         record = start_record(self.num_steps, num_layers, num_sequences, self.net.num_sequences)
         cache_state = self.cache.init_state(self.net, self.blocks)
-        return LoopState(
-            canvas, zero, zero, jnp.zeros(num_sequences, jnp.int32), cache_state, record
-        )
+        none = jnp.zeros(num_sequences, jnp.int32)
+        edits_left = none if self.sampler.edits else None
+        return LoopState(canvas, zero, zero, none, edits_left, cache_state, record)
 
     def run(self, state: LoopState, stop: Int[Array, ""] | None = None) -> LoopState:
         """Takes the steps before number `stop`; None: all of them."""
@@ -240,20 +270,45 @@ class Loop:
 
     def run_step(self, variant: int, state: LoopState) -> LoopState:
         """One forward call, the tokens it reveals, and the step that follows."""
+        sampler, first = self.sampler, state.step_in_block == 0
         masked = self.masked_by_block(state.tokens)
         remaining = jnp.sum(jnp.take(masked, state.block, axis=1), axis=1)
-        present = jnp.where(state.step_in_block == 0, remaining, state.present)
-        info = StepInfo(state.step_in_block, present, remaining)
-        step = self.step_number(state)
-        inputs = ForwardInputs(
-            state.tokens, step, state.block, state.step_in_block, unfinished=remaining > 0
-        )
+        state = state._replace(present=jnp.where(first, remaining, state.present))
+        if sampler.edits:
+            edits_left = jnp.where(first, sampler.edit_steps, state.edits_left)
+            state = state._replace(edits_left=edits_left)
+        info = StepInfo(state.step_in_block, state.present, remaining)
+        step, unfinished = self.step_number(state), self.is_unfinished(state)
+        inputs = ForwardInputs(state.tokens, step, state.block, state.step_in_block, unfinished)
         out = self.variants[variant].forward(inputs, state.cache_state)
         tokens, revealed = self.reveal(out, inputs, info)
-        cache_state = self.cache.after_reveal(out.cache_state, revealed, self.net)
-        record = append_call(state.record, out.gates, jnp.mean(masked, axis=(1, 2)), variant, step)
-        block, step_in_block = self.next_step(tokens, state)
-        return LoopState(tokens, block, step_in_block, present, cache_state, record)
+        share = jnp.mean(masked, axis=(1, 2))
+        state = state._replace(
+            tokens=tokens,
+            cache_state=self.cache.after_reveal(out.cache_state, revealed, self.net),
+            record=append_call(state.record, out.gates, share, variant, step, unfinished),
+        )
+        if sampler.edits:
+            spent = jnp.where(jnp.any(revealed.commit, axis=1), state.edits_left - 1, 0)
+            state = state._replace(edits_left=jnp.where(remaining > 0, state.edits_left, spent))
+        if sampler.stop_at_eos:
+            state = self.end_at_eos(state)
+        return self.next_step(state)
+
+    def is_unfinished(self, state: LoopState) -> Bool[Array, "B"]:
+        """Sequences with masked tokens in the block, or that may still edit it."""
+        masked = jnp.take(self.masked_by_block(state.tokens), state.block, axis=1)
+        unfinished = jnp.any(masked, axis=1)
+        if state.edits_left is None:
+            return unfinished
+        return unfinished | (state.present > 0) & (state.edits_left > 0)
+
+    def end_at_eos(self, state: LoopState) -> LoopState:
+        """Fills what follows an end of text. One that may still be edited ends nothing yet."""
+        filled = fill_after_eos(self.net.cfg, state.tokens, self.blocks.start)
+        if self.sampler.edits:
+            filled = jnp.where(self.is_unfinished(state)[:, None], state.tokens, filled)
+        return state._replace(tokens=filled)
 
     def reveal(
         self, out: ForwardOutputs, inputs: ForwardInputs, info: StepInfo
@@ -278,25 +333,28 @@ class Loop:
             # The published code shows a delayed token's own confidence to a shifted model's cache.
             shown = shown if cfg.right_shift else jnp.where(masked, confidence, 0.0)
         commit = masked & sampler.choose(jnp.where(masked, confidence, -jnp.inf), info, keys)
+        if sampler.edits:
+            known = inputs.unfinished[:, None] & ~transformer.is_masked(cfg, window)
+            known &= ~transformer.is_masked(cfg, guess)  # nothing is masked again
+            commit |= known & sampler.revise(logits, guess, window)
         tokens = _put(tokens, out.index, jnp.where(commit, guess, window))
-        if sampler.stop_at_eos:
-            tokens = fill_after_eos(cfg, tokens, blocks.start)
         return tokens, Revealed(out.index, out.active, shown, commit, inputs.unfinished)
 
-    def next_step(self, tokens: Int[Array, "B T"], state: LoopState) -> tuple[Array, Array]:
-        """The block and step after this one.
+    def next_step(self, state: LoopState) -> LoopState:
+        """The state at the block and step after this one.
 
-        The block stays while it has masks and steps left; then comes the next block with masks. If
-        all steps are fixed, every block takes all of its steps.
+        The block stays while a sequence is unfinished and steps are left; then comes the next block
+        with masks. If all steps are fixed, every block takes all of its steps.
         """
         more = state.step_in_block + 1 < self.limit
         number, later = jnp.arange(self.blocks.count), state.block + 1
         if not is_fixed(self.sampler, self.cache):
-            has = jnp.any(self.masked_by_block(tokens), axis=(0, 2))
-            more &= jnp.take(has, state.block)
+            has = jnp.any(self.masked_by_block(state.tokens), axis=(0, 2))
+            more &= jnp.any(self.is_unfinished(state))
             later = jnp.min(jnp.where(has & (number >= later), number, self.blocks.count))
         block = jnp.where(more, state.block, later).astype(jnp.int32)
-        return block, jnp.where(more, state.step_in_block + 1, 0).astype(jnp.int32)
+        step_in_block = jnp.where(more, state.step_in_block + 1, 0).astype(jnp.int32)
+        return state._replace(block=block, step_in_block=step_in_block)
 
     def masked_by_block(self, tokens: Int[Array, "B T"]) -> Bool[Array, "B blocks W"]:
         answer = tokens[:, self.blocks.start :]

@@ -59,14 +59,12 @@ class Sampler(Protocol):
       takes_schedule: its steps can be divided among several models.
       one_program: without a schedule, one program makes all steps. False: the programs of a
         schedule make them, so that one compilation serves all schedules and none.
-      reveals_every_call: a call that reveals nothing in a sequence was made for other sequences.
     """
 
     gen_length: int
     cfg_scale: float
     takes_schedule: bool
     one_program: bool
-    reveals_every_call: bool
 
     def check(
         self,
@@ -103,13 +101,17 @@ class Sampler(Protocol):
 
 
 class CallRecord(NamedTuple):
-    """What every model call was. S is the most calls there could be."""
+    """What every model call was. S is the most calls there could be.
+
+    A sampler that revises tokens may make more calls than there are tokens; S is then larger, too.
+    """
 
     nfe: Int[Array, ""]
     gates: Bool[Array, "S L R"]
     masked_share: Float[Array, "S B"]  # of the generated part, before the call
     variant: Int[Array, "S"]  # the call's number in `Sampler.work`
     step: Int[Array, "S"]  # that the call belongs to: it names the model, under a schedule
+    own: Bool[Array, "S B"]  # False: made for other sequences, while this one was finished
 
 
 def start_record(
@@ -124,13 +126,19 @@ def start_record(
     calls = jnp.zeros(num_calls, jnp.int32)
     gates = jnp.zeros((num_calls, num_layers, num_gated or num_sequences), bool)
     share = jnp.zeros((num_calls, num_sequences))
-    return CallRecord(jnp.asarray(0, jnp.int32), gates, share, calls, calls)
+    own = jnp.zeros(share.shape, bool)
+    return CallRecord(jnp.asarray(0, jnp.int32), gates, share, calls, calls, own)
 
 
 def append_call(
-    record: CallRecord, gates: Array, share: Array, variant: int, step: Array
+    record: CallRecord,
+    gates: Array,
+    share: Array,
+    variant: int,
+    step: Array,
+    own: Array | None = None,
 ) -> CallRecord:
-    """The record with one more call."""
+    """The record with one more call. Args: own: see `CallRecord`; None: of every sequence."""
     at = record.nfe
     return CallRecord(
         nfe=at + 1,
@@ -138,4 +146,5 @@ def append_call(
         masked_share=record.masked_share.at[at].set(share),
         variant=record.variant.at[at].set(variant),
         step=record.step.at[at].set(step),
+        own=record.own.at[at].set(True if own is None else own),
     )

@@ -10,6 +10,7 @@ import pytest
 
 from dials_jax.caching import cache as cache_module
 from dials_jax.caching.early_skip.settings import EarlySkip
+from dials_jax.errors import InputError
 from dials_jax.reference import Decoder
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.generate import generate
@@ -25,7 +26,13 @@ from tests.caching.cases import (
 )
 from tests.conftest import MASK
 
-SAMPLERS = {"quota": QUOTA, "quota 4": QUOTA_4, "threshold": THRESHOLD}
+ENTROPY = Confidence(gen_length=G, block_length=8, entropy_threshold=2.0)
+BOUND = Confidence(gen_length=G, block_length=8, entropy_bound=2.0)
+SAMPLERS = {
+    "quota": QUOTA, "quota 4": QUOTA_4, "threshold": THRESHOLD, "entropy": ENTROPY, "bound": BOUND,
+    "edit": dataclasses.replace(THRESHOLD, edit_threshold=0.4, max_edit_steps=5),
+    "edit by entropy": dataclasses.replace(BOUND, edit_threshold=0.3, max_edit_steps=3),
+}  # fmt: skip
 # Compaction only in small programs: it has a branch for every number of sequences. For EarlySkip it
 # is compared with selection in tests/test_mesh.py.
 CASES = [
@@ -46,6 +53,11 @@ CASES = [
     ("unrolled", "dual", "random", "quota", "select"),
     ("dream", "dual", "routed", "threshold", "select"),
     ("unrolled", "hidden", "soft", "quota", "select"),
+    ("llada", "none", "full", "entropy", "auto"),
+    ("dream", "prefix", "static", "bound", "auto"),
+    ("llada", "none", "routed", "edit", "select"),
+    ("dream", "prefix", "random", "edit by entropy", "select"),
+    ("llada", "dual", "routed", "edit", "compact"),
 ]
 
 
@@ -78,6 +90,7 @@ def assert_equal_to_the_decoder(out, model, prompts, key, **settings):
     gates = [decoder.decode() for decoder in decoders]
     calls = sorted(set().union(*gates))  # a batch goes on until its last sequence is done
     assert out.nfe == len(calls)
+    np.testing.assert_array_equal(out.passes, [len(own) for own in gates])
     np.testing.assert_array_equal(out.tokens[:, :P], tokens)
     assert not (out.tokens[:, P:] == MASK).any()
     for i, decoder in enumerate(decoders):
@@ -88,6 +101,19 @@ def assert_equal_to_the_decoder(out, model, prompts, key, **settings):
             actual = out.gates[calls.index(call), :, i]
             np.testing.assert_array_equal(actual, expected, err_msg=f"sequence {i}, call {call}")
     return gates
+
+
+@pytest.mark.parametrize(
+    "rule, message",
+    [
+        ("edit", "EarlySkip leaves revealed tokens out, so they cannot be revised"),
+        ("bound", "EarlySkip weighs confidence against change"),
+    ],
+)
+def test_what_early_skip_does_not_compose_with(models, prompts, rule, message):
+    with pytest.raises(InputError, match=message) as info:
+        generate(models["llada"], *prompts, sampler=SAMPLERS[rule], cache=CACHES["skip"])
+    assert "\n" not in str(info.value)
 
 
 @pytest.mark.parametrize("cache", ["prefix", "skip"])

@@ -241,6 +241,10 @@ def test_neither_batch_nor_bucket_changes_what_a_threshold_generates(excited, mi
     assert parts.layer_counts.to_dict() == whole.layer_counts.to_dict()
     assert 10 * 2 < whole.layer_counts.calls.sum() < 10 * 4
     assert whole.flops.layers_run == 1 and whole.flops.model < 1
+    assert parts.passes == whole.passes and len(whole.passes) == len(mixed)
+    passes, tokens = np.array(list(whole.passes.values())).T
+    assert parts.num_calls == passes.sum() > whole.num_calls  # alone, all calls are one's own
+    assert len(set(passes)) > 1 and (tokens == 4).all()  # none of them ends
 
 
 def test_a_shifted_model_generates_from_the_prompts_last_token(scorer):
@@ -259,13 +263,6 @@ def test_a_shifted_model_generates_from_the_prompts_last_token(scorer):
     for cache in (None, DualCache()):
         task = dataclasses.replace(GENERATION, cache=cache)
         assert set(run(model, task, items).items.values()) == {1.0}
-
-
-def test_a_row_that_waits_for_its_batch_counts_in_no_call():
-    #                 row 0 waits once, row 1 ends early
-    share = np.array([[1.0, 1.0], [0.5, 0.25], [0.5, 0.0], [0.25, 0.0]])
-    expected = [[1.0, 1.0], [0.0, 0.25], [0.5, 0.0], [0.25, 0.0]]
-    np.testing.assert_array_equal(scoring.waiting_as_zero(share), expected)
 
 
 @pytest.mark.parametrize("max_programs", [1, 3])

@@ -221,6 +221,7 @@ def test_a_row_that_waits_for_the_others_has_nothing_masked(lively):
         np.testing.assert_array_equal(out.masked_share[:, row], share)
         calls.append(alone.nfe)
     assert min(calls) < max(calls) == out.nfe
+    assert out.passes.tolist() == calls
 
 
 def test_first_hitting_reveals_one_token_a_call(lively):

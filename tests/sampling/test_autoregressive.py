@@ -97,6 +97,7 @@ def test_a_row_ends_at_its_end_of_text(causal, prompts):
         np.testing.assert_array_equal(row[:end], long[:end])
         assert (row[end:] == eos).all()
     assert (out.tokens[0, P:] != full[0]).any()
+    assert (out.tokens_per_pass == 1).all() and len(set(out.passes)) > 1
 
 
 def test_it_stops_when_every_row_has_ended(causal, prompts):

@@ -13,7 +13,15 @@ from dials_jax.caching.canvas import CanvasModel
 from dials_jax.caching.plain import NoCache
 from dials_jax.errors import InputError
 from dials_jax.models import transformer
-from dials_jax.sampling.confidence import Confidence, confident_run, propose, ranks, step_quota
+from dials_jax.sampling.confidence import (
+    Confidence,
+    confident_run,
+    entropy_of,
+    propose,
+    ranks,
+    step_quota,
+    within_entropy_bound,
+)
 from dials_jax.sampling.dream import Dream
 from dials_jax.sampling.loop import Loop, fill_after_eos
 from tests.conftest import EOS, MASK, small_config
@@ -67,6 +75,28 @@ def test_ranking_is_by_row_and_ties_go_to_the_left():
 def test_the_factor_rule_by_hand(confidence, factor, expected):
     picked = confident_run(jnp.array([confidence, confidence[::-1]]), factor)
     np.testing.assert_array_equal(picked, [expected, expected[::-1]])
+
+
+@pytest.mark.parametrize(
+    "entropy, bound, expected",
+    [
+        ([0.3, 0.1, 0.2, 5.0], 0.0, [0, 1, 0, 0]),  # the first always
+        ([0.3, 0.1, 0.2, 5.0], 0.1, [0, 1, 1, 0]),  # 0.1 without the largest
+        ([0.3, 0.1, 0.2, 5.0], 0.31, [1, 1, 1, 0]),
+        ([0.3, 0.1, 0.2, 5.0], 0.61, [1, 1, 1, 1]),  # the largest itself is never counted
+        ([np.inf, 0.2, np.inf, 0.1], 0.05, [0, 0, 0, 1]),  # nothing to reveal there
+        ([0.0, 0.0, 0.0, 0.2], 0.0, [1, 1, 1, 1]),
+    ],
+)
+def test_the_entropy_bound_by_hand(entropy, bound, expected):
+    picked = within_entropy_bound(jnp.array([entropy, entropy[::-1]]), bound)
+    picked &= jnp.isfinite(jnp.array([entropy, entropy[::-1]]))
+    np.testing.assert_array_equal(picked, [expected, expected[::-1]])
+
+
+def test_entropies_are_in_nats_and_without_impossible_tokens():
+    logits = jnp.log(jnp.array([[[0.5, 0.25, 0.25, 0.0], [1.0, 0.0, 0.0, 0.0]]]))
+    np.testing.assert_allclose(entropy_of(logits), [[1.5 * np.log(2), 0.0]], rtol=1e-6)
 
 
 def sampler_of(**changes):
@@ -292,6 +322,14 @@ def test_a_model_that_predicts_mask_uses_up_quota_and_leaves_masks(fill):
         ({"threshold": 1.0}, 4),  # always the most confident
         ({"factor": 0.1}, 3),  # the second needs 0.967
         ({"factor": 0.0}, 4),
+        # The sure ones have an entropy of 0.002 nats, the others of 3.7.
+        ({"entropy_threshold": 0.01}, 3),
+        ({"entropy_threshold": 0.0}, 4),
+        ({"entropy_threshold": 4.0}, 1),
+        ({"entropy_bound": 0.0}, 4),
+        ({"entropy_bound": 0.003}, 3),  # of two the smaller one counts, of three two
+        ({"entropy_bound": 3.0}, 2),  # three at once, then the last
+        ({"entropy_bound": 4.0}, 1),
     ],
 )
 def test_parallel_rules_end_as_soon_as_a_block_is_full(fill, changes, nfe):
@@ -320,6 +358,88 @@ def test_a_row_that_is_sure_waits_for_one_that_is_not(fill):
     np.testing.assert_array_equal(tokens[:, P:], [[7, 8, 9, 10]] * 2)
     assert record.nfe == 3
     np.testing.assert_allclose(record.masked_share[:3], [[1, 1], [0, 0.5], [0, 0.25]])
+
+
+# ---------------------------------------------------------------------------------- editing
+
+
+def scripted(*steps, high=9.0):
+    """Logits of the tokens that each step proposes, per sequence, [steps][B][W]; then the last."""
+    tokens = jnp.array(steps)
+
+    def logits_of(canvas, start, step):
+        now = tokens[jnp.minimum(step, len(steps) - 1)]
+        return high * jax.nn.one_hot(now, VOCAB)
+
+    return logits_of
+
+
+EDITING = {"gen_length": 4, "threshold": 0.9, "edit_threshold": 0.9}
+
+
+def test_editing_follows_the_model_until_it_is_content(fill):
+    sampler = sampler_of(**EDITING)
+    a, b, c = [7, 8, 9, 10], [7, 20, 9, 10], [7, 20, 21, 10]
+    tokens, record = fill(scripted([a, b], [b, b], [c, b]), sampler)
+    np.testing.assert_array_equal(tokens[:, P:], [c, b])
+    # Sequence 0 reveals, is edited twice and then left alone; 1 is left alone at once.
+    assert record.nfe == 4
+    np.testing.assert_array_equal(record.own[:4], [[1, 1], [1, 1], [1, 0], [1, 0]])
+    assert len(record.variant) == 4 + 16  # the record has room for all steps that may come
+
+
+def test_a_sequence_that_waits_is_not_edited(fill):
+    sampler = sampler_of(**EDITING)
+    a, b, later = [7, 8, 9, 10], [7, 20, 9, 10], [30, 31, 32, 33]
+    # Sequence 1 is content after step 1, so what the model would make of it later does not count.
+    tokens, _ = fill(scripted([a, a], [b, a], [a, later]), sampler)
+    np.testing.assert_array_equal(tokens[:, P:], [a, a])
+
+
+@pytest.mark.parametrize("steps, nfe", [(0, 1), (1, 2), (3, 4)])
+def test_editing_that_never_ends_is_ended(fill, steps, nfe):
+    sampler = sampler_of(**EDITING, max_edit_steps=steps)
+    a, b = [7, 8, 9, 10], [11, 12, 13, 14]
+    tokens, record = fill(scripted(*[[a, a], [b, b]] * 3), sampler)
+    assert record.nfe == nfe
+    np.testing.assert_array_equal(tokens[:, P:], [b if steps % 2 else a] * 2)
+
+
+def test_tokens_are_edited_while_others_are_still_masked(fill):
+    sampler = sampler_of(**EDITING, max_edit_steps=0)
+
+    def logits_of(canvas, start, step):
+        sure = favouring(7, 8, 9, 10, high=9.0).at[0, 2:].mul(jnp.where(step == 0, 0.1, 1.0))
+        edited = favouring(20, 8, 9, 10, high=9.0)
+        return jnp.broadcast_to(jnp.where(step == 0, sure, edited), (2, 4, VOCAB))
+
+    tokens, record = fill(logits_of, sampler)
+    np.testing.assert_array_equal(tokens[:, P:], [[20, 8, 9, 10]] * 2)
+    assert record.nfe == 2
+
+
+def test_only_sure_edits_are_made_and_none_to_mask(fill):
+    sampler = sampler_of(**EDITING)
+    a, b = favouring(7, 8, 9, 10, high=9.0), favouring(7, 20, MASK, 10, high=9.0)
+    b = b.at[0, 1].mul(0.4)  # 0.37
+
+    def logits_of(canvas, start, step):
+        return jnp.broadcast_to(jnp.where(step == 0, a, b), (2, 4, VOCAB))
+
+    tokens, record = fill(logits_of, sampler)
+    np.testing.assert_array_equal(tokens[:, P:], [[7, 8, 9, 10]] * 2)
+    assert record.nfe == 2
+
+
+def test_an_end_of_text_counts_once_its_block_is_final(fill):
+    sampler = sampler_of(**EDITING | {"gen_length": 8}, stop_at_eos=True)
+    early, ended = [7, EOS, 9, 10], [7, 8, EOS, 10]
+    # Sequence 0 loses its first end and keeps another; 1 loses it and goes on.
+    tokens, record = fill(scripted([early, early], [ended, [7, 8, 9, 10]]), sampler)
+    np.testing.assert_array_equal(tokens[0, P:], [7, 8, EOS, 10] + [EOS] * 4)
+    np.testing.assert_array_equal(tokens[1, P:], [7, 8, 9, 10] * 2)
+    # Three steps each; then sequence 1 alone has a second block, a step and one that edits nothing.
+    np.testing.assert_array_equal(record.own[: int(record.nfe)].sum(axis=0), [3, 5])
 
 
 # ---------------------------------------------------------------------------------- ends of text
@@ -382,6 +502,12 @@ def test_all_after_a_known_end_is_closed():
         ({"cfg_scale": -0.5}, "cfg_scale=-0.5 must not be negative"),
         ({"threshold": -0.1}, "threshold=-0.1 must not be negative"),
         ({"threshold": 0.9, "factor": 1.0}, "give one of them"),
+        ({"entropy_bound": 0.1, "factor": 1.0}, "factor and entropy_bound are rules for the same"),
+        ({"entropy_bound": -0.1}, "entropy_bound=-0.1 must not be negative"),
+        ({"entropy_bound": 0.1, "delay_eos": True}, "delay_eos=True changes .* entropy_bound goes"),
+        ({"entropy_threshold": 0.1, "remasking": "random"}, "remasking='random' changes"),
+        ({"edit_threshold": 0.9}, "edit_threshold revises .* give one of threshold, factor"),
+        ({"threshold": 0.9, "max_edit_steps": 2}, "max_edit_steps is for editing"),
     ],
 )
 def test_wrong_settings_are_refused(changes, message):

@@ -24,6 +24,9 @@ P = 6
 SAMPLER = Confidence(gen_length=8, block_length=4, steps=4)
 WARM = Confidence(gen_length=8, block_length=4, steps=4, temperature=0.7)
 GUIDED = Confidence(gen_length=8, block_length=4, steps=4, cfg_scale=1.0)
+EDITED = Confidence(
+    8, 4, temperature=0.5, cfg_scale=0.5, entropy_bound=1.0, edit_threshold=0.2, max_edit_steps=4
+)
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +72,19 @@ def test_a_row_alone_equals_the_row_in_a_padded_batch(lively, prompts, policies,
     alone = generate(lively, tokens[2:, 2:], **settings, key=keys_of(3)[2:])
     np.testing.assert_array_equal(alone.tokens[0], batch.tokens[2, 2:])
     np.testing.assert_array_equal(alone.gates[..., 0], batch.gates[..., 2])
+
+
+def test_a_row_is_edited_alone_as_in_a_batch(lively, prompts, policies):
+    """Under guidance and with noise; rows of the batch take different numbers of calls."""
+    tokens, valid = prompts
+    settings = {"sampler": EDITED, "policy": policies["routed"]}
+    batch = generate(lively, tokens, valid, **settings, key=keys_of(3))
+    assert len(set(batch.passes)) > 1 and batch.passes.max() > 8  # more calls than tokens
+    alone = generate(lively, tokens[2:, 2:], **settings, key=keys_of(3)[2:])
+    np.testing.assert_array_equal(alone.tokens[0], batch.tokens[2, 2:])
+    assert alone.passes == batch.passes[2] == alone.nfe
+    own = batch.gates[batch.own[:, 2]]
+    np.testing.assert_array_equal(alone.gates, own[..., [2, 5]])
 
 
 @pytest.mark.parametrize("sampler", [SAMPLER, WARM, GUIDED])

@@ -23,6 +23,7 @@ from tests.conftest import amplify, init_params
 STEPS = Ancestral(16, 12)
 BLOCKS = Confidence(gen_length=16, block_length=8, steps=8)
 THRESHOLD = Confidence(gen_length=16, block_length=8, steps=8, threshold=0.5)
+EDITING = dataclasses.replace(THRESHOLD, edit_threshold=0.4, max_edit_steps=4)
 # Without a prompt, a canvas of [MASK] alone gives each position the same logits: which one is
 # surest would be left to rounding. Ancestral sampling has its noise.
 PROMPTS = np.random.default_rng(5).integers(2, 60, (3, 5), dtype=np.int32)
@@ -119,9 +120,10 @@ def test_presets_that_make_no_sense_are_refused(make, message):
         (Ancestral(16, 12, precision="float32"), "A5,B7"),
         (BLOCKS, "A3,B5"),
         (THRESHOLD, "A3,B13"),
+        (EDITING, "A3,B21"),
         (Dream(16, 8), "A3,B5"),
     ],
-    ids=["ancestral", "published", "quota", "threshold", "dream"],
+    ids=["ancestral", "published", "quota", "threshold", "editing", "dream"],
 )
 def test_a_schedule_of_one_model_is_the_plain_sampler(lively, sampler, split):
     prompts = None if isinstance(sampler, Ancestral) else PROMPTS

@@ -32,7 +32,6 @@ class LeftToRight:
     cfg_scale = 0.0
     takes_schedule = True
     one_program = True
-    reveals_every_call = True
 
     gen_length: int
 

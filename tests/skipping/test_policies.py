@@ -95,17 +95,22 @@ def test_policies_have_the_names_of_reports(routers):
 # -------------------------------------------------------------------------------- training gates
 
 
+@jax.jit
+def gate_of(policy, plan, h, masked, keys):
+    return policy.gate(plan, h, Denoising(masked, jnp.asarray(0), keys))
+
+
 def stochastic_gate(routers, keys, masked, threshold=0.3, h=None):
     policy = StochasticRouted(routers, threshold, 1.0)
-    what = Denoising(masked, jnp.asarray(0), keys)
-    plan = jax.tree.map(lambda x: x[1], policy.prepare(4, what))
+    plan = policy.prepare(4, Denoising(masked, jnp.asarray(0), keys))
+    plan = jax.tree.map(lambda x: np.asarray(x)[1], plan)
     h = jax.random.normal(jax.random.key(5), (len(keys), 16, 32)) if h is None else h
-    return policy.gate(plan, h, what)
+    return gate_of(policy, plan, h, masked, keys)
 
 
 def test_training_gates_are_0_or_1_and_1_without_masked_tokens(routers):
     keys = jax.random.split(jax.random.key(0), 20)
-    masked = jnp.arange(16)[None] < jnp.arange(20)[:, None]
+    masked = np.arange(16)[None] < np.arange(20)[:, None]
     gates = np.asarray(stochastic_gate(routers, keys, masked))
     assert set(gates.round(6)) == {0.0, 1.0}
     assert gates[0] == 1.0
@@ -113,7 +118,7 @@ def test_training_gates_are_0_or_1_and_1_without_masked_tokens(routers):
 
 def test_training_gates_of_a_row_do_not_depend_on_its_batch(routers):
     keys = jax.random.split(jax.random.key(0), 8)
-    masked = jnp.ones((8, 16), bool)
+    masked = np.ones((8, 16), bool)
     h = jax.random.normal(jax.random.key(5), (8, 16, 32))
     gates = stochastic_gate(routers, keys, masked, 0.5, h)
     for i in (0, 7):
@@ -125,11 +130,12 @@ def test_training_gates_of_a_row_do_not_depend_on_its_batch(routers):
 def test_every_layer_draws_its_own_noise(routers):
     keys = jax.random.split(jax.random.key(0), 30)
     policy = StochasticRouted(routers, 0.5, 1.0)
-    what = Denoising(jnp.ones((30, 16), bool), jnp.asarray(0), keys)
-    plan = policy.prepare(4, what)
-    fair = {**jax.tree.map(lambda x: x[0], routers), "vote": jnp.zeros((8, 2))}
-    h = jnp.ones((30, 16, 32))
-    first, second = (policy.gate(plan._replace(router=fair, layer=i), h, what) for i in (0, 1))
+    h, masked = np.ones((30, 16, 32), np.float32), np.ones((30, 16), bool)
+    plan = policy.prepare(4, Denoising(masked, jnp.asarray(0), keys))
+    fair = {**jax.tree.map(lambda x: np.asarray(x)[0], routers), "vote": np.zeros((8, 2))}
+    first, second = (
+        gate_of(policy, plan._replace(router=fair, layer=i), h, masked, keys) for i in (0, 1)
+    )
     assert (np.asarray(first) != np.asarray(second)).any()
 
 
