@@ -37,6 +37,7 @@ class Records:
 
     Attributes:
       all: the records so far, those of an earlier run first.
+      identity: what they depend on.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class Records:
         )
         if old is not None:
             identity = dict(agree(old, identity, workdir))
-        self.all = list(lines.good.values())
+        self.identity, self.all = identity, list(lines.good.values())
 
         def open_for_more():  # once all processes have read what is there
             lines.mend()

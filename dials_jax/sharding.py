@@ -7,6 +7,7 @@ compiler inserts the collectives. One device is a mesh of one.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -193,6 +194,20 @@ def on_first_process(action: Callable[[], Any]) -> None:
             raise InputError("the first process has stopped; its message says why")
     if problem:
         raise problem
+
+
+def from_first_process(make: Callable[[], Any]) -> Any:
+    """What `make` returns on the first process, on all of them: plain JSON values.
+
+    Raises: as `on_first_process`.
+    """
+    made = bytearray()
+    on_first_process(lambda: made.extend(json.dumps(make()).encode()))
+    if jax.process_count() > 1:
+        size = multihost_utils.broadcast_one_to_all(np.array(len(made), np.int32))
+        sent = np.frombuffer(made, np.uint8) if made else np.zeros(int(size), np.uint8)
+        made = np.asarray(multihost_utils.broadcast_one_to_all(sent), np.uint8).tobytes()
+    return json.loads(bytes(made))
 
 
 def wait() -> None:

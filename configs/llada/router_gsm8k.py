@@ -8,19 +8,15 @@ GSM8K as JSONL with the fields "question" and "answer". On several devices: --me
 does not state its lambdas; train several.
 """
 
-from dials_jax.config import ObjectiveConfig, OptimizerConfig, TaskData, TrainConfig
+from dials_jax.config import ObjectiveConfig, OptimizerConfig, TrainConfig
+from dials_jax.evaluation.benchmark_tasks import gsm8k, training_data
 
 
 def get_config() -> TrainConfig:
     return TrainConfig(
         backbone="LLaDA-8B-Base",
-        data=TaskData(
-            paths=("data/gsm8k_train.jsonl",),
-            prompt="Question: {question}\nAnswer:",
-            answer=" {answer}",
-            prompt_length=512,
-            answer_length=256,
-            too_long="drop",
+        data=training_data(
+            gsm8k(examples=""), "data/gsm8k_train.jsonl", answer_length=256, prompt_length=512
         ),
         objective=ObjectiveConfig(skip_weight=1.0),
         # DIALS, appendix A.1: 10 epochs, of which 2 of warm-up.

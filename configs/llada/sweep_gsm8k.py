@@ -1,47 +1,31 @@
-"""LLaDA-8B on GSM8K under full, static, random and routed execution.
+"""LLaDA-8B on GSM8K under full, static, random and routed execution (DIALS, Tables 1 and 3).
 
 python eval.py --config configs/llada/sweep_gsm8k.py --workdir runs/gsm8k/sweep \\
     --model LLaDA-8B-Base --routers runs/gsm8k/router-1
 
-Generation as in DIALS, table 3: 256 tokens in 256 steps and one block, by LLaDA's sampler at
-temperature 0. Zero-shot; put few-shot examples into the prompts for the paper's five.
+Five examples, the first of the training split (the harness draws others for every question), then
+256 tokens in 256 steps and one block, by LLaDA's sampler at temperature 0.
 
-Scored as the task gsm8k of lm-evaluation-harness (version 3) by "strict-match": the output is cut
-at the first stop string, and the number after its first "####" is compared, without commas, dollar
-signs and a final period. For its "flexible-extract", which takes the last number of the output:
+Scores as the task gsm8k of lm-evaluation-harness (version 3) under "strict-match": an output counts
+up to the first stop string, its first "####" is compared, and numbers without commas, dollar signs
+and a period at the end. For its "flexible-extract", the last number of the output; the workdir
+keeps all outputs, so nothing is generated again:
 
     --tasks.0.extract '(-?[$0-9.,]{2,})|(-?[0-9]+)' --tasks.0.match last
 
-The papers do not say which of the two they report. Items longer than the lengths below are left
-out, and the results state their number (0 of the test split with GPT-2's tokenizer).
+The papers do not say which of the two they report. Items longer than the task's lengths are left
+out and counted in the results (none of the test split with GPT-2's tokenizer).
 """
 
-from dials_jax import Confidence
-from dials_jax.config import EvalConfig, EvalTask, TaskData
+from dials_jax.config import EvalConfig
+from dials_jax.evaluation.benchmark_tasks import gsm8k
 
 
 def get_config() -> EvalConfig:
     return EvalConfig(
         model="LLaDA-8B-Base",
         routers=("runs/gsm8k/router-1",),
-        tasks=(
-            EvalTask(
-                name="gsm8k",
-                metric="exact_match",
-                data=TaskData(
-                    paths=("data/gsm8k_test.jsonl",),
-                    prompt="Question: {question}\nAnswer:",
-                    answer=" {answer}",
-                    prompt_length=512,
-                    answer_length=512,
-                    too_long="drop",
-                ),
-                sampler=Confidence(gen_length=256),
-                extract=r"#### (-?[0-9.,]+)",
-                match="first",
-                until=("Question:", "</s>", "<|im_end|>"),
-            ),
-        ),
+        tasks=(gsm8k("data/gsm8k_test.jsonl", examples="data/gsm8k_train.jsonl"),),
         similarity_threshold=0.95,
         batch_size=32,
     )

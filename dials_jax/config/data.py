@@ -72,22 +72,59 @@ class CorpusData(Typed):
 
 @dataclass(frozen=True, kw_only=True)
 class TaskData(Typed):
-    """Prompt/answer pairs from JSONL. `{name}` and `{name.inner}` in a template are fields.
+    """Prompts and answers from records. `{name}` and `{name.inner}` in a template are fields.
 
-    A pair is too long if its prompt or one of its answers is, in training and for every metric of
+    The answer is `answer`, or of multiple choice the right one of `choices` or `choice_list`. A
+    pair is too long if its prompt or one of its answers is, in training and for every metric of
     an evaluation; `too_long` decides what happens then. In training every answer ends with the end
     of text, which counts. In an evaluation with `extract`, only the extracted answer counts.
     """
 
     kind: Literal["task"] = "task"
+    # .jsonl, .jsonl.gz, .jsonl.xz, .parquet files, or folders of them; or "FOLDER:SPLIT" for a
+    # folder that tensorflow-datasets has prepared
     paths: tuple[str, ...] = ()
+    preparation: Literal["none", "hellaswag", "mmlu"] = (
+        "none"  # adds fields; see data/preparations.py
+    )
     tokenizer: str = ""  # as in TextData
     prompt: str = "{prompt}"
     answer: str = "{answer}"
+    choices: tuple[str, ...] = ()  # templates, one per choice ("{sol1}", "{sol2}")
+    choice_list: str = ""  # or one field that holds a list ("choices.text")
+    label: str = "label"  # field with the index or the name of the right choice
+    label_names: str = ""  # field that lists the choices' names ("choices.label")
+    # Between prompt and answer. None: a space where an entry of choice_list would touch the prompt;
+    # templates have their own.
+    target_delimiter: str | None = None
+    # A file and how many of its records stand before every prompt, with their answers.
+    few_shot: tuple[str, int] | None = None
+    few_shot_by: str = ""  # only records with the same value of this field ("subject")
+    few_shot_delimiter: str = "\n\n"  # after each of them
+    description: str = ""  # template of what stands before them
     prompt_length: int = 512  # longest prompt in tokens; prompts are padded on the left
     answer_length: int = 256  # longest answer in tokens, in training with its end of text
     pad_answer: bool = True  # pad the answer with end of text and train on it (LLaDA SFT)
     too_long: Literal["error", "drop"] = "error"  # "drop": leave them out; results state how many
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(
+            len(self.choices) != 1 and len(set(self.choices)) == len(self.choices),
+            f"choices={self.choices} must be several, and all different",
+        )
+        require(
+            not (self.choices and self.choice_list),
+            "give either choices= (templates) or choice_list= (a field), not both",
+        )
+        require(
+            self.few_shot is None or self.few_shot[1] > 0,
+            f"few_shot={self.few_shot} must name a file and a number of examples; None is for none",
+        )
+        require(
+            not self.few_shot_by or self.few_shot is not None,
+            f"few_shot_by={self.few_shot_by!r} chooses among examples; give few_shot, too",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

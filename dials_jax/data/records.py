@@ -204,13 +204,6 @@ def _require_unicode(text: str, field: str) -> None:
         ) from error
 
 
-def read_json_records(paths: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields ("path:line", record) for every line of all JSON-lines files in `paths`."""
-    for path in expand_paths(paths):
-        for line_number, record in read_jsonl(path):
-            yield f"{path}:{line_number}", record
-
-
 def get_field(record: dict[str, Any], name: str) -> Any:
     """Returns the field `name`; a dot steps into an object or a list: "choices.text", "tests.0".
 

@@ -1,4 +1,4 @@
-"""Prompt/answer tasks from JSON lines: templates, and rows of a prompt and its answer.
+"""Prompt/answer tasks: rows of a prompt and its answer.
 
 A row is `padding prompt | answer EOS fill`. In all rows the answer begins at the same position, and
 only positions from there on may be masked.
@@ -8,46 +8,25 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from dials_jax.config import ModelConfig, TaskData
 from dials_jax.data.batches import Indices, RowArrays
-from dials_jax.data.records import get_field, prefix_errors, read_json_records
-from dials_jax.data.tokenizer import Ids, Tokenizer, check_tokenizer, load_tokenizer
+from dials_jax.data.questions import is_choice, read_questions
+from dials_jax.data.tokenizer import (
+    Ids,
+    Tokenizer,
+    check_tokenizer,
+    encode_pair,
+    load_tokenizer,
+)
 from dials_jax.errors import require
 
 Pair = tuple[Ids, Ids]  # token ids of a prompt and its answer
-
-_FIELD = re.compile(r"\{\{|\}\}|\{([A-Za-z_][\w.]*)\}")
-
-
-def fill_template(template: str, record: dict[str, Any]) -> str:
-    """Replaces every `{name}` by a field of the record.
-
-    `{{` and `}}` become single braces; any other brace is copied.
-
-    Raises: InputError for an unknown field, naming the nearest, and for one that is neither text
-      nor a number.
-    """
-
-    def value_of(match: re.Match) -> str:
-        name = match.group(1)
-        if name is None:
-            return match.group(0)[0]
-        value = get_field(record, name)
-        require(
-            isinstance(value, str | int | float),
-            f"field {name!r} is {type(value).__name__}, not text; name a field inside it",
-        )
-        return str(value)
-
-    return _FIELD.sub(value_of, template)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +77,8 @@ def load_task_rows(
 ) -> TaskRows:
     """Reads and tokenises the prompt/answer pairs of `cfg.paths` for training.
 
-    Prompt and answer are tokenised separately, since generation has only the prompt.
+    As in evaluation, prompt and answer are tokenised separately, since generation has only the
+    prompt; a question of multiple choice and its right choice are tokenised together.
 
     Args:
       tokenizer: None: the one at `cfg.tokenizer`.
@@ -108,13 +88,16 @@ def load_task_rows(
     """
     tokenizer = tokenizer or load_tokenizer(cfg.tokenizer)
     check_tokenizer(tokenizer, model_config)
+    require(
+        not is_choice(cfg) or cfg.answer == TaskData.answer,
+        f"answer={cfg.answer!r} and choices are both given, so it is not clear what to train on; "
+        "leave out one of them",
+    )
     locations, texts = [], []
-    for where, record in read_json_records(cfg.paths):
-        with prefix_errors(where):
-            texts += [fill_template(cfg.prompt, record), fill_template(cfg.answer, record)]
+    for where, question in read_questions(cfg):
+        texts += [question.prompt, question.answers[question.label]]
         locations.append(where)
-    ids = [np.asarray(i, np.int32) for i in tokenizer.encode_batch(texts)]
-    pairs = list(zip(ids[::2], ids[1::2], strict=True))
+    pairs = _encode(cfg, tokenizer, texts)
     for where, pair in zip(locations, pairs, strict=True):
         for what, part in zip(("prompt", "answer"), pair, strict=True):
             require_no_mask_token(where, what, part, model_config.mask_id)
@@ -134,6 +117,20 @@ def load_task_rows(
         pad_id=model_config.pad_id,
         pad_answer=cfg.pad_answer,
     )
+
+
+def _encode(cfg: TaskData, tokenizer: Tokenizer, texts: list[str]) -> list[Pair]:
+    """Tokenises prompts and answers, which alternate in `texts`."""
+    if is_choice(cfg):
+        ids = [
+            part
+            for prompt, answer in zip(texts[::2], texts[1::2], strict=True)
+            for part in encode_pair(tokenizer, prompt, answer)
+        ]
+    else:
+        ids = tokenizer.encode_batch(texts)
+    ids = [np.asarray(i, np.int32) for i in ids]
+    return list(zip(ids[::2], ids[1::2], strict=True))
 
 
 def require_no_mask_token(where: str, what: str, ids: Ids, mask_id: int | None) -> None:

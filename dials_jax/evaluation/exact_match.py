@@ -27,7 +27,15 @@ _NUMBER = re.compile(
 def is_correct(task: EvalTask, output: str, reference: str) -> bool:
     """Whether the output, cut at its first stop string, has the reference's answer."""
     found = normalise_answer(cut_at_stop(output, task.until), task.extract, task.match)
-    return found == normalise_answer(reference, task.extract, task.match)
+    expected = normalise_answer(reference, task.extract, task.match)
+    return found == expected or (task.compare == "math" and is_same_value(found, expected))
+
+
+def is_same_value(output: str, reference: str) -> bool:
+    """Whether an output states the reference's value: a LaTeX expression, or a number in text."""
+    from math_verify import parse, verify
+
+    return bool(verify(parse(f"${reference}$"), parse(output)))
 
 
 def check_reference(task: EvalTask, reference: str) -> None:
@@ -58,9 +66,13 @@ def decode_to_end(
 
     A stop string that is a single token ends a text, too: special tokens may not be decoded.
     """
-    stops = {cfg.eos_id, cfg.eot_id, *map(tokenizer.token_to_id, until)}
-    ends = [i for i, token in enumerate(ids) if token in stops]
-    return tokenizer.decode(ids[: ends[0]] if ends else ids)
+    ends = (cfg.eos_id, cfg.eot_id, *map(tokenizer.token_to_id, until))
+    return tokenizer.decode(cut_tokens(ids, ends))
+
+
+def cut_tokens(ids: Sequence[int], ends: Sequence[int | None]) -> list[int]:
+    """Cuts tokens before the first that is one of `ends`."""
+    return list(ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids))])
 
 
 def cut_at_stop(text: str, until: Sequence[str]) -> str:

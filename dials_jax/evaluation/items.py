@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -14,8 +14,15 @@ import numpy as np
 from dials_jax.config import ArithmeticData, CorpusData, ModelConfig, TaskData, TextData
 from dials_jax.data.arithmetic import ArithmeticTask
 from dials_jax.data.corpus import load_corpus
-from dials_jax.data.records import get_field, prefix_errors, read_json_records
-from dials_jax.data.tasks import fill_template, part_fits, require_no_mask_token, warn_dropped
+from dials_jax.data.questions import (
+    Question,
+    fill_template,
+    is_choice,
+    make_question,
+    read_questions,
+)
+from dials_jax.data.records import get_field, prefix_errors
+from dials_jax.data.tasks import part_fits, require_no_mask_token, warn_dropped
 from dials_jax.data.text import pack_text
 from dials_jax.data.tokenizer import Ids, Tokenizer, check_tokenizer, encode_pair
 from dials_jax.errors import require
@@ -23,6 +30,7 @@ from dials_jax.evaluation.batched import request_hash
 from dials_jax.evaluation.exact_match import check_reference, normalise_answer
 from dials_jax.evaluation.task import EvalTask
 
+OUTPUT = "\0"  # where a program takes the generated text; Python's source has no such character
 NUM_ARITHMETIC = 1000  # test items of the procedural task if the task sets no limit
 
 
@@ -34,6 +42,9 @@ class Item:
     answers: tuple[tuple[int, ...], ...]
     label: int  # index of the right answer
     reference: str  # text that exact match compares with
+    program: str  # what metric "code" executes, with `OUTPUT` for the generated text
+    group: str  # value of the field `EvalTask.mean_over`
+    characters: tuple[int, ...]  # of each answer's text (choice)
     key: int  # `request_hash` of prompt and answers: random keys do not depend on the order
 
 
@@ -47,11 +58,19 @@ class Items(list[Item]):
     num_dropped: int = 0
 
 
-def make_item(prompt: Ids, answers: Sequence[Ids], label: int = 0, reference: str = "") -> Item:
-    """Makes an item; its key is the hash of its content."""
+def make_item(
+    prompt: Ids,
+    answers: Sequence[Ids],
+    label: int = 0,
+    reference: str = "",
+    program: str = "",
+    group: str = "",
+) -> Item:
+    """Makes an item; its key is the hash of prompt and answers."""
     prompt = tuple(map(int, prompt))
     answers = tuple(tuple(map(int, answer)) for answer in answers)
-    return Item(prompt, answers, label, reference, key=request_hash((prompt, answers)))
+    key = request_hash((prompt, answers))
+    return Item(prompt, answers, label, reference, program, group, (), key)
 
 
 def item_names(items: Sequence[Item]) -> list[str]:
@@ -65,7 +84,10 @@ def item_names(items: Sequence[Item]) -> list[str]:
 
 
 def items_digest(items: Sequence[Item]) -> str:
-    """A digest of the items, their labels and references, in their order."""
+    """A digest of the items, their labels and references, in their order.
+
+    Programs do not count: they are rules by which outputs are scored.
+    """
     content = [(item.prompt, item.answers, item.label, item.reference) for item in items]
     return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
@@ -84,16 +106,16 @@ def load_items(task: EvalTask, tokenizer: Tokenizer | None, model_config: ModelC
     if isinstance(task.data, ArithmeticData):
         tokenizer = ArithmeticTask(task.data).tokenizer
     require(tokenizer is not None, f"task {task.name!r} needs the model's tokenizer; pass it")
-    if task.metric != "exact_match":
+    if not task.generates:
         model_config.require_mask()
     check_tokenizer(tokenizer, model_config)
     if isinstance(task.data, TextData | CorpusData):
         return _text_items(task, task.data, tokenizer, model_config)
-    cfg, records = _templates_and_records(task)
+    cfg, questions = _questions(task)
     items = Items()
-    for where, record in islice(records, task.limit):
+    for where, question in islice(questions, task.limit):
         with prefix_errors(where):
-            item = _fill_item(task, cfg, record, tokenizer, model_config.eos_id)
+            item = _encode_question(task, question, tokenizer, model_config.eos_id)
         for what, ids in (("prompt", item.prompt), *(("answer", a) for a in item.answers)):
             require_no_mask_token(where, what, ids, model_config.mask_id)
         longest = _longest_answer(task, item, tokenizer)
@@ -108,44 +130,65 @@ def load_items(task: EvalTask, tokenizer: Tokenizer | None, model_config: ModelC
     return items
 
 
-def _templates_and_records(
-    task: EvalTask,
-) -> tuple[TaskData, Iterator[tuple[str, dict[str, Any]]]]:
-    """The templates of a task, and the (where, record) pairs that fill them."""
+def _questions(task: EvalTask) -> tuple[TaskData, Iterator[tuple[str, Question]]]:
+    """The settings of a task's data, and its (where, question) pairs."""
     if isinstance(task.data, TaskData):
-        return task.data, read_json_records(task.data.paths)
+        cfg = task.question_data()
+        if task.metric != "choice" and cfg.answer != TaskData.answer:
+            cfg = replace(cfg, choices=(), choice_list="")  # an answer of its own
+        _require_choices(task, cfg)
+        return cfg, read_questions(cfg)
     procedural = ArithmeticTask(task.data)
     limit = NUM_ARITHMETIC if task.limit is None else task.limit
     records = islice(procedural.records(held_out=True), limit)
-    cfg = TaskData(prompt_length=procedural.prompt_length)
-    return cfg, ((record["prompt"], record) for record in records)
+    cfg = TaskData(prompt_length=procedural.prompt_length, choices=task.choices, label=task.label)
+    _require_choices(task, cfg)
+    return cfg, ((record["prompt"], make_question(cfg, record)) for record in records)
 
 
-def _fill_item(
-    task: EvalTask, cfg: TaskData, record: dict[str, Any], tokenizer: Tokenizer, eos_id: int | None
+def _require_choices(task: EvalTask, cfg: TaskData) -> None:
+    require(
+        task.metric != "choice" or is_choice(cfg),
+        f"task {task.name!r}: give either choices= (templates) or choice_list= (a field)",
+    )
+
+
+def _encode_question(
+    task: EvalTask, question: Question, tokenizer: Tokenizer, eos_id: int | None
 ) -> Item:
-    """Fills the templates with a record, and tokenises prompt and answers."""
-    prompt = fill_template(cfg.prompt, record)
-    if task.metric == "choice":
-        texts = _choice_texts(task, record)
-        label, reference = _label_index(task, record, len(texts)), ""
-    else:
-        texts, label = [fill_template(cfg.answer, record)], 0
-        reference = texts[0]
-    if task.metric == "exact_match":
-        check_reference(task, reference)
+    """Tokenises prompt and answers."""
+    prompt, texts, characters, label, record = question
+    if task.metric != "choice":
+        texts, label = [texts[label]], 0
+    reference = "" if task.metric == "choice" else texts[0]
+    group = str(get_field(record, task.mean_over)) if task.mean_over else ""
+    if task.generates:
+        if task.metric == "exact_match":
+            check_reference(task, reference)
         # The model sees the prompt alone, so the two are not tokenised together.
         prompt_ids, answer_ids = tokenizer.encode_batch([prompt, reference])
-        ends = [] if eos_id is None else [eos_id]
-        return make_item(prompt_ids, [[*answer_ids, *ends]], label, reference)
+        answer_ids += [] if eos_id is None else [eos_id]
+        program = _fill_program(task, record)
+        return make_item(prompt_ids, [answer_ids], label, reference, program, group)
     pairs = [encode_pair(tokenizer, prompt, text) for text in texts]
     answers = [answer_ids for _, answer_ids in pairs]
     require(all(answers), f"an answer of {texts} has no tokens; correct the template")
     require(
-        task.metric != "choice" or len(set(map(tuple, answers))) == len(answers) > 1,
-        f"the choices {texts} must be several, and all different; correct the record or choices=",
+        len(set(map(tuple, answers))) == len(answers),
+        f"the choices {texts} have the same tokens; correct the record or choices=",
     )
-    return make_item(pairs[0][0], answers, label, reference)
+    item = make_item(pairs[0][0], answers, label, reference, group=group)
+    return replace(item, characters=tuple(characters))
+
+
+def _fill_program(task: EvalTask, record: dict[str, Any]) -> str:
+    if task.metric != "code":
+        return ""
+    require(
+        "output" not in record,
+        "field 'output' has the name of the generated text in program=; rename the field",
+    )
+    return fill_template(task.program, record | {"output": OUTPUT})
 
 
 def _longest_answer(task: EvalTask, item: Item, tokenizer: Tokenizer) -> int:
@@ -154,53 +197,14 @@ def _longest_answer(task: EvalTask, item: Item, tokenizer: Tokenizer) -> int:
     If `extract` takes the answer from a longer reference, only that part has to fit, because the
     model need not write the rest. No metric needs an end of text after the answer.
     """
+    if task.metric == "code":
+        return 0  # another program than the reference may be right
     if task.metric != "exact_match":
         return max(map(len, item.answers))
     text = item.reference
     if task.extract:
         text = normalise_answer(text, task.extract, task.match)
     return len(tokenizer.encode(text))
-
-
-def _choice_texts(task: EvalTask, record: dict[str, Any]) -> list[str]:
-    require(
-        bool(task.choices) != bool(task.choice_list),
-        f"task {task.name!r}: give either choices= (templates) or choice_list= (a field)",
-    )
-    if task.choices:
-        return [fill_template(template, record) for template in task.choices]
-    texts = get_field(record, task.choice_list)
-    require(
-        isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts),
-        f"field {task.choice_list!r} is {texts!r}; it must be a list of strings",
-    )
-    return texts
-
-
-def _label_index(task: EvalTask, record: dict[str, Any], num_choices: int) -> int:
-    """The index of the right choice, by its name if there are names (ARC has names like "1")."""
-    label = get_field(record, task.label)
-    if task.label_names:
-        names = get_field(record, task.label_names)
-        require(
-            isinstance(names, list) and names.count(label) == 1,
-            f"field {task.label!r} is {label!r}; {task.label_names!r} must list it once, but lists "
-            f"{names!r}",
-        )
-        index = names.index(label)
-    else:
-        text = str(label)
-        require(
-            text.isdecimal(),
-            f"field {task.label!r} is {label!r}, not an index; name the field that lists the "
-            "choices' names in label_names",
-        )
-        index = int(text)
-    require(
-        index < num_choices,
-        f"field {task.label!r} is {label!r} but there are {num_choices} choices; count from 0",
-    )
-    return index
 
 
 def _text_items(

@@ -79,6 +79,7 @@ def complete_task(name: str, old: Any) -> Any:
     """
     try:
         beside = {key: old[key] for key in ("rules", "items", "generation")}
+        beside["outputs"] = old.get("outputs", old["metric"] == "choice")
         digest, count = beside["items"]
         require_texts(digest)
         require_numbers([count])
@@ -117,7 +118,8 @@ def read_results(
         task = tasks[run["task"]]
         if (run["metric"], run.get("cache", "none")) != (task.metric, cache_name(task.cache)):
             raise ValueError(f"a run of task {run['task']!r} with another metric or cache")
-        records.append({"run": run})
+        # By which rules outputs were scored is of use only where they are stored.
+        records.append({"run": {name: x for name, x in run.items() if name != "rules"}})
         check(records[-1])
     return _identity_of_results(found, cfg, tasks, new, items), records
 
@@ -147,6 +149,7 @@ def _identity_of_results(
                 if name in digests and name in counts
                 else new["tasks"].get(name, {}).get("items"),
                 "generation": generation_facts(task, items[name]) if name in items else None,
+                "outputs": False,
             }
             for name, task in tasks.items()
         },

@@ -1,8 +1,8 @@
-"""Scores evaluation items under one policy: exact match, multiple choice, NELBO."""
+"""Scores evaluation items under one policy: generated outputs, multiple choice, NELBO."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,10 @@ from jaxtyping import Float
 
 from dials_jax.data.tokenizer import Tokenizer
 from dials_jax.evaluation.batched import generation_batches, likelihood_batches, request_keys
-from dials_jax.evaluation.exact_match import decode_to_end, is_correct
+from dials_jax.evaluation.exact_match import cut_tokens
 from dials_jax.evaluation.items import Item, item_names
 from dials_jax.evaluation.likelihood import num_copies
+from dials_jax.evaluation.outputs import execute_outputs, score_output
 from dials_jax.evaluation.tally import LayerCounts, Record, Tally, make_batch_record
 from dials_jax.evaluation.task import EvalTask
 from dials_jax.evaluation.task_setup import check_task, task_sampler
@@ -23,8 +24,6 @@ from dials_jax.nn.policy import Policy
 from dials_jax.skipping.flops import Flops
 
 NUM_EXAMPLES = 5
-# Raise a metric's number when its scores change their meaning: stored ones are then refused.
-METRIC_RULES = {"exact_match": 2, "choice": 1, "nelbo": 1}
 
 
 @dataclass(frozen=True)
@@ -62,51 +61,87 @@ def score_task(
     check_task(task, items, model)
     tally = Tally(model.num_layers, _copies_per_pair(task, items, policy), records)
     on_progress(tally.num_done)
-    score = _score_exact_match if task.metric == "exact_match" else _score_likelihoods
-    for record in score(tally, model, task, items, tokenizer, policy, batch_size, seed):
+    measure = _generate_outputs if task.generates else _score_likelihoods
+    for record in measure(tally, model, task, items, policy, batch_size, seed):
         on_record(record)
         done = tally.num_done
         tally.add(record)
         on_progress(tally.num_done - done)
-    return _task_scores(task, items, tally)
+    if task.metric == "code":
+        by_name = dict(zip(item_names(items), items, strict=True))
+        for record in execute_outputs(task, by_name, tally.outputs, tally.verdicts, tokenizer):
+            on_record(record)
+            tally.add(record)
+    return _task_scores(task, items, tally, tokenizer)
 
 
-def _task_scores(task: EvalTask, items: Sequence[Item], tally: Tally) -> TaskScores:
-    names = item_names(items)
-    values = [
-        np.array([tally.mean(pair) for pair in _pair_names(task, name, item)])
-        for name, item in zip(names, items, strict=True)
-    ]
-    scores = {
-        name: _item_score(task, item, own)
-        for name, item, own in zip(names, items, values, strict=True)
-    }
-    other_metrics = {}
-    if task.metric == "choice":
-        other_metrics["accuracy_per_token"] = _accuracy_per_token(items, values)
-    examples = [tally.examples[name] for name in names[:NUM_EXAMPLES] if name in tally.examples]
+def _task_scores(
+    task: EvalTask, items: Sequence[Item], tally: Tally, tokenizer: Tokenizer
+) -> TaskScores:
+    names, other_metrics, examples = item_names(items), {}, []
+    if task.generates:
+        scores, examples = _score_outputs(task, items, tally, tokenizer)
+    else:
+        values = [
+            np.array([tally.mean(pair) for pair in _pair_names(task, name, item)])
+            for name, item in zip(names, items, strict=True)
+        ]
+        scores = {
+            name: _item_score(task, item, own)
+            for name, item, own in zip(names, items, values, strict=True)
+        }
+        if task.metric == "choice":
+            other_metrics |= _length_normalised(items, values)
+    if task.mean_over:
+        other_metrics[f"mean_over_{task.mean_over}"] = _mean_of_groups(items, scores.values())
     return TaskScores(
         tally.layer_counts, tally.flops, scores, other_metrics, examples, tally.passes,
         tally.num_calls,
     )  # fmt: skip
 
 
-def _item_score(task: EvalTask, item: Item, values: Float[np.ndarray, "answers"]) -> float:
-    """The score of an item.
+def _length_normalised(
+    items: Sequence[Item], likelihoods: Sequence[np.ndarray]
+) -> dict[str, float]:
+    """The accuracies if choices are compared per token, and per character where these are known."""
+    units = {"accuracy_per_token": "tokens"}
+    if all(item.characters for item in items):
+        units["accuracy_per_character"] = "characters"
+    pairs = list(zip(items, likelihoods, strict=True))
+    return {
+        name: float(np.mean([_choose(item, own, unit) == item.label for item, own in pairs]))
+        for name, unit in units.items()
+    }
 
-    Args:
-      values: one per answer: 1 or 0 for a generated one, or a log-likelihood in nats.
-    """
-    if task.metric == "exact_match":
-        return float(values[0])
+
+def _mean_of_groups(items: Sequence[Item], scores: Iterable[float]) -> float:
+    """The mean of the groups' mean scores, where every group counts alike."""
+    groups: dict[str, list[float]] = {}
+    for item, score in zip(items, scores, strict=True):
+        groups.setdefault(item.group, []).append(score)
+    return float(np.mean([np.mean(own) for own in groups.values()]))
+
+
+def _item_score(task: EvalTask, item: Item, values: Float[np.ndarray, "answers"]) -> float:
+    """The score of an item, from the log-likelihoods of its answers in nats."""
     if task.metric == "nelbo":
         return float(-values[0] / len(item.answers[0]))
-    return float(np.argmax(values) == item.label)
+    return float(_choose(item, values, task.normalise) == item.label)
+
+
+def _choose(item: Item, values: Float[np.ndarray, "answers"], unit: str) -> int:
+    """The choice of the highest log-likelihood, in total or per unit of its length."""
+    lengths = {
+        "none": [1] * len(item.answers),
+        "tokens": [len(answer) for answer in item.answers],
+        "characters": item.characters,
+    }[unit]
+    return int(np.argmax(values / np.asarray(lengths)))
 
 
 def _pair_names(task: EvalTask, name: str, item: Item) -> list[str]:
     """The names of an item's pairs of prompt and answer; an item to generate for has one pair."""
-    if task.metric == "exact_match":
+    if task.generates:
         return [name]
     return [f"{name}.{number}" for number in range(len(item.answers))]
 
@@ -115,9 +150,8 @@ def _copies_per_pair(
     task: EvalTask, items: Sequence[Item], policy: Policy | None
 ) -> dict[str, int]:
     """The number of copies to score of each pair of prompt and answer, by its name."""
-    generated = task.metric == "exact_match"
     return {
-        pair: 1 if generated else num_copies(len(answer), task.num_samples, policy)
+        pair: 1 if task.generates else num_copies(len(answer), task.num_samples, policy)
         for name, item in zip(item_names(items), items, strict=True)
         for pair, answer in zip(_pair_names(task, name, item), item.answers, strict=True)
     }
@@ -136,12 +170,12 @@ def item_keys(seed: int, items: Sequence[Item]) -> jax.Array:
 # ----------------------------------------------------------------------------------- generation
 
 
-def _score_exact_match(
-    tally: Tally, model, task, items, tokenizer, policy, batch_size, seed
+def _generate_outputs(
+    tally: Tally, model, task, items, policy, batch_size, seed
 ) -> Iterator[dict[str, Any]]:
-    """Generates for the items without a score, and yields the record of every batch."""
-    sampler, names = task_sampler(task, items), item_names(items)
-    unscored, _ = tally.unscored(names)
+    """Generates for the items without an output, and yields the record of every batch."""
+    sampler, names, cfg = task_sampler(task, items), item_names(items), model.config
+    missing, _ = tally.unscored(names)
     for requests, answers, out in generation_batches(
         model,
         [item.prompt for item in items],
@@ -152,44 +186,53 @@ def _score_exact_match(
         batch_size=batch_size,
         bucket=task.bucket,
         max_programs=task.max_programs,
-        remaining=unscored,
+        remaining=missing,
     ):
-        layer_counts, scores, examples = LayerCounts(model.num_layers), [], {}
+        layer_counts, chosen = LayerCounts(model.num_layers), [names[i] for i in requests]
         # A share of 0 is left out: the call was made for other sequences of the batch.
         share = np.where(out.own, out.masked_share[:, : len(requests)], 0.0)
         layer_counts.add(out.gates, share)
-        for i, answer in zip(requests, answers, strict=True):
-            text, correct = _score_output(task, items[i], answer.tolist(), tokenizer, model.config)
-            scores.append(float(correct))
-            if i < NUM_EXAMPLES:
-                examples[names[i]] = {
-                    "prompt": tokenizer.decode(list(items[i].prompt)),
-                    "output": text,
-                    "reference": items[i].reference,
-                    "correct": correct,
-                }
+        outputs = [cut_tokens(answer, (cfg.eos_id, cfg.eot_id)) for answer in answers.tolist()]
         yield make_batch_record(
-            [names[i] for i in requests],
-            [0] * len(requests),
-            scores,
+            chosen,
+            [0] * len(chosen),
+            [0.0] * len(chosen),
             out.flops,
             layer_counts,
-            examples,
+            dict(zip(chosen, outputs, strict=True)),
             out,
         )
 
 
-def _score_output(task, item: Item, tokens: list[int], tokenizer, cfg) -> tuple[str, bool]:
-    """Decodes the tokens before the first end of text, and compares them with the reference."""
-    text = decode_to_end(tokens, tokenizer, cfg, task.until)
-    return text, is_correct(task, text, item.reference)
+def _score_outputs(
+    task: EvalTask, items: Sequence[Item], tally: Tally, tokenizer: Tokenizer
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Scores by name, and the first outputs as text."""
+    scores, examples = {}, []
+    for number, (name, item) in enumerate(zip(item_names(items), items, strict=True)):
+        example = tally.examples.get(name)
+        if name not in tally.outputs:  # scored by an earlier version
+            scores[name] = tally.mean(name)
+        else:
+            _, verdict = tally.verdicts.get(name, ("", ""))
+            scored = score_output(task, item, tally.outputs[name], tokenizer, verdict)
+            scores[name] = scored.score
+            example = {
+                "prompt": tokenizer.decode(list(item.prompt)),
+                "output": scored.text,
+                "reference": item.reference,
+                "correct": scored.score == 1,
+            } | ({"verdict": verdict} if verdict else {})
+        if example and number < NUM_EXAMPLES:
+            examples.append(example)
+    return scores, examples
 
 
 # ----------------------------------------------------------------------------------- likelihood
 
 
 def _score_likelihoods(
-    tally: Tally, model, task, items, tokenizer, policy, batch_size, seed
+    tally: Tally, model, task, items, policy, batch_size, seed
 ) -> Iterator[dict[str, Any]]:
     """Estimates log p (nats) of the copies without a score; yields the record of every batch."""
     names = list(_copies_per_pair(task, items, policy))
@@ -215,12 +258,3 @@ def _score_likelihoods(
             flops,
             layer_counts,
         )
-
-
-def _accuracy_per_token(items: Sequence[Item], likelihoods: Sequence[np.ndarray]) -> float:
-    """The accuracy if choices are compared by log-likelihood per token instead of in total."""
-    correct = [
-        np.argmax(values / [len(a) for a in item.answers]) == item.label
-        for item, values in zip(items, likelihoods, strict=True)
-    ]
-    return float(np.mean(correct))

@@ -19,11 +19,12 @@ from dials_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dials_jax.errors import require, require_packages
 from dials_jax.evaluation.exact_match import normalise_answer
 from dials_jax.evaluation.items import Item, Items, load_items
+from dials_jax.evaluation.outputs import rules_digest
 from dials_jax.evaluation.scoring import count_sequences, score_task
 from dials_jax.evaluation.sweep_identity import sweep_identity
 from dials_jax.evaluation.sweep_records import SweepRecords, timing_conditions
 from dials_jax.evaluation.task import EvalConfig, EvalTask
-from dials_jax.evaluation.task_setup import check_task, generation_facts
+from dials_jax.evaluation.task_setup import check_permission, check_task, generation_facts
 from dials_jax.files import write_json
 from dials_jax.loading import load
 from dials_jax.models.model import Model
@@ -67,6 +68,9 @@ def sweep(cfg: EvalConfig, workdir: str | Path) -> dict[str, Any]:
     require(bool(cfg.tasks), "the sweep has no tasks; add some to the configuration")
     for task in cfg.tasks:
         normalise_answer("", task.extract)
+        check_permission(task)
+        if task.compare == "math":
+            require_packages("math", "math_verify")
     with exclusive(workdir) as workdir:
         return _sweep(cfg, workdir)
 
@@ -87,7 +91,8 @@ def _sweep(cfg: EvalConfig, workdir: Path) -> dict[str, Any]:
         check_task(task, items, model, {c.label: c.policy for c in to_check})
     identity = sweep_identity(cfg, model, tasks, routers)
     items_of = {task.name: items for task, items in tasks}
-    records = SweepRecords(workdir, identity, items_of, model)
+    rules = {task.name: rules_digest(task, items) for task, items in tasks}
+    records = SweepRecords(workdir, identity, items_of, model, rules)
     facts = {
         "model": {
             "path": cfg.model,
@@ -158,7 +163,7 @@ def _score_candidate(
     about = {"task": task.name, "policy": policy, "measured": measured}
     earlier = list(records.batches(task.name, policy))
     if earlier and jax.process_index() == 0:
-        done = sum(count for record in earlier for _, _, count, _ in record["scores"])
+        done = sum(count for record in earlier for _, _, count, _ in record.get("scores", ()))
         print(f"{what}: continues after {done} of {total} sequences", flush=True)
     with tqdm(total=total, desc=what, unit="sequence", disable=not sys.stderr.isatty()) as bar:
         scores = score_task(
@@ -181,7 +186,7 @@ def _score_candidate(
         "examples": scores.examples,
         "measured": _without_repeats(x["measured"] for x in records.batches(task.name, policy)),
     }
-    records.add({"run": run})
+    records.add_run(run)
     if jax.process_index() == 0:
         mean = sum(scores.items.values()) / len(scores.items)
         print(f"{what}: {mean:.4f}, {scores.flops.layers_run:.1%} of layers", flush=True)

@@ -14,8 +14,7 @@ from typing import Any
 from dials_jax.errors import require
 from dials_jax.evaluation.items import Item, items_digest
 from dials_jax.evaluation.older_sweeps import complete_task
-from dials_jax.evaluation.scoring import METRIC_RULES
-from dials_jax.evaluation.task import STATIC_FIELDS, EvalConfig, EvalTask
+from dials_jax.evaluation.task import METRIC_RULES, RULE_FIELDS, STATIC_FIELDS, EvalConfig, EvalTask
 from dials_jax.evaluation.task_setup import generation_facts, score_settings
 from dials_jax.models.model import Model
 from dials_jax.workdir import require_same
@@ -48,6 +47,7 @@ def sweep_identity(
                 "rules": METRIC_RULES[task.metric],
                 "items": [items_digest(items), len(items)],
                 "generation": generation_facts(task, items),
+                "outputs": task.metric != "nelbo",  # stored, also log-likelihoods of choices
             }
             for task, items in tasks
         },
@@ -66,7 +66,8 @@ def continue_identity(
     """The identity with which a sweep continues, from that of its workdir and the new one.
 
     Tasks, static skips and routers that only one of the two has are no contradiction. Neither are
-    more items at the end of a task, because of a higher limit or in its files.
+    more items at the end of a task, because of a higher limit or in its files, nor other rules for
+    outputs where all of these are stored.
 
     Args:
       items: of the tasks of this call, by name.
@@ -82,7 +83,7 @@ def continue_identity(
         digest, count = tasks[name].get("items") or (None, 0)
         if items_digest(items[name][:count]) == digest:
             tasks[name] |= {kind: new["tasks"][name][kind] for kind in ("limit", "items")}
-    old = {**old, "tasks": tasks}
+    old, new = {**old, "tasks": tasks}, {**new, "tasks": _stored_outputs(tasks, new["tasks"])}
     before, now = (
         {**one, **{group: {n: x for n, x in one[group].items() if n in other[group]}
                    for group in GROWING_GROUPS}}
@@ -96,3 +97,16 @@ def continue_identity(
         )
     require_same(before, now, workdir, "sweep")
     return {**new, **{group: {**old[group], **new[group]} for group in GROWING_GROUPS}}
+
+
+def _stored_outputs(old: dict[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Says of the new tasks whether all their outputs are stored; if so, updates the old rules."""
+    found = {}
+    for name, task in new.items():
+        before = old.get(name, {})
+        found[name] = task = task | {"outputs": before.get("outputs", task["outputs"])}
+        if before.get("outputs"):
+            before |= {field: task[field] for field in (*RULE_FIELDS, "rules")}
+            if before["generation"]:
+                before["generation"] = before["generation"] | {"until": task["until"]}
+    return found

@@ -46,15 +46,19 @@ class SweepRecords:
         identity: Mapping[str, Any],
         items: Mapping[str, Sequence[Item]],
         model: Model,
+        rules: Mapping[str, str | None],
     ):
         """Continues the sweep in the workdir, which any version may have started, or starts one.
 
+        Args:
+          rules: `rules_digest` by task.
         Raises: InputError if the workdir holds files of others that this sweep would overwrite, or
           results that depend on other settings.
         """
         self.runs: dict[tuple[str, str], dict[str, Any]] = {}
         self.similarities: dict[tuple[str, int], list[float]] = {}
         self.environment: dict[str, Any] | None = None
+        self._newest_rules: dict[str, str | None] = {}
         self._batches: dict[str, list[dict[str, Any]]] = defaultdict(list)
         self._now = environment(model, identity["seed"])
         self._measuring = False
@@ -62,6 +66,8 @@ class SweepRecords:
         before = _find_results_without_records(workdir, identity, items, check)
         agree = partial(continue_identity, items=items)
         self._records = Records(workdir, identity, check, SWEEP_FILE, agree, before)
+        stored = self._records.identity["tasks"]
+        self._rules = {name: x for name, x in rules.items() if stored[name].get("outputs")}
         for record in self._records.all:
             self._remember(record)
 
@@ -71,13 +77,19 @@ class SweepRecords:
             items = {name: math.inf if x is None else x for name, x in run["items"].items()}
             run = {**run, "items": items}
             self.runs[run["task"], run["policy"]["label"]] = run
-        elif "scores" in record:
+            self._newest_rules[run["task"]] = run.get("rules")
+        elif "scores" in record or "verdicts" in record:
             self._batches[_batch_key(record["task"], record["policy"])].append(record)
         elif "similarities" in record:
             where = record["task"], record["num_prompts"]
             self.similarities[where] = record["similarities"]
         else:
             self.environment = record["environment"]
+
+    def add_run(self, run: dict[str, Any]) -> None:
+        """Stores a finished run, with the rules by which its outputs were scored."""
+        rules = self._rules.get(run["task"])
+        self.add({"run": run | ({"rules": rules} if rules else {})})
 
     def add(self, record: dict[str, Any]) -> None:
         """Stores a record; before the first one of a process, also the environment."""
@@ -96,20 +108,27 @@ class SweepRecords:
         return self._batches[_batch_key(task, policy)]
 
     def is_finished(self, task: str, policy: Mapping[str, Any], num_items: int) -> bool:
-        """Whether a run of this policy, with the same static layers, has scores of all items."""
+        """Whether a run of this policy, with the same static layers, has scores of all items.
+
+        They have to be by the rules of now, if all outputs are stored.
+        """
         run = self.runs.get((task, policy["label"]))
         same = run is not None and run["policy"].get("layers") == policy.get("layers")
+        same = same and run.get("rules") == self._rules.get(task)
         return same and len(run["items"]) == num_items
 
     def results(self, cfg: EvalConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
         """The results of the finished runs; tasks that are only of earlier calls come last.
 
-        If a task got more items, only runs on all of them are included.
+        If a task got more items, only runs on all of them are included, and if it got other rules
+        for outputs, only runs by these.
         """
+        newest = self._newest_rules
+        runs = [run for run in self.runs.values() if run.get("rules") == newest[run["task"]]]
         most: dict[str, int] = defaultdict(int)
-        for run in self.runs.values():
+        for run in runs:
             most[run["task"]] = max(most[run["task"]], len(run["items"]))
-        runs = [run for run in self.runs.values() if len(run["items"]) == most[run["task"]]]
+        runs = [run for run in runs if len(run["items"]) == most[run["task"]]]
         names = {task.name: number for number, task in enumerate(cfg.tasks)}
 
         def report_order(run):
@@ -192,7 +211,14 @@ def check_record(record: Any, num_layers: int) -> None:
         for name, *numbers in record["scores"]:
             require_texts(name)
             require_numbers(numbers, 3)
+        for tokens in record.get("outputs", {}).values():
+            require_numbers(tokens)
         _check_costs(record, num_layers)
+    elif "verdicts" in record:
+        require_texts(record["task"])
+        dict(record["policy"])
+        for digest, verdict in record["verdicts"].values():
+            require_texts(digest, verdict)
     elif "similarities" in record:
         require_texts(record["task"])
         require_numbers([record["num_prompts"]])

@@ -63,15 +63,15 @@ def make_batch_record(
     values: Sequence[float],
     flops: Flops,
     layer_counts: LayerCounts,
-    examples: Mapping[str, Any] | None = None,
+    outputs: Mapping[str, Sequence[int]] | None = None,
     generation: Generation | None = None,
 ) -> dict[str, Any]:
     """Makes the record of one batch.
 
     Args:
       names, copies, values: per sequence: the name of its pair, which copy of the pair it is, and
-        its score.
-      examples: texts to look at, by the name of the pair.
+        its score, which is 0 for an output: those are scored when all are there.
+      outputs: generated tokens, by the name of the pair.
       generation: of the batch, if answers were generated: the record keeps how many model calls
         there were, and each sequence's own passes and tokens, by the name of the pair.
     """
@@ -88,7 +88,7 @@ def make_batch_record(
         counts = zip(generation.passes.tolist(), generation.num_tokens.tolist(), strict=True)
         passes = dict(zip(names, map(list, counts), strict=True))
         record |= {"num_calls": generation.nfe, "passes": passes}
-    return record | ({"examples": dict(examples)} if examples else {})
+    return record | ({"outputs": dict(outputs)} if outputs else {})
 
 
 class Tally:
@@ -97,7 +97,9 @@ class Tally:
     Attributes:
       num_done: scored sequences, counting all copies.
       layer_counts: which layers ran in them.
-      examples: texts to look at, by the name of the pair.
+      outputs: generated tokens, by the name of the pair. Earlier versions stored scores alone,
+        and some texts as `examples`.
+      verdicts: of the outputs' programs, each after the digest of its program.
       passes: of generated answers, each one's own model calls and its tokens, by the name.
       num_calls: model calls of the batches that generated them.
     """
@@ -111,6 +113,8 @@ class Tally:
           num_copies: of each pair, by its name.
         """
         self.layer_counts = LayerCounts(num_layers)
+        self.outputs: dict[str, list[int]] = {}
+        self.verdicts: dict[str, list[str]] = {}
         self.examples: dict[str, Any] = {}
         self.passes: dict[str, list[int]] = {}
         self.num_calls = self.num_done = 0
@@ -122,6 +126,9 @@ class Tally:
 
     def add(self, record: Record) -> None:
         """Adds a batch; ignores one with a copy that has a score already or is not of the task."""
+        if "verdicts" in record:
+            self.verdicts |= record["verdicts"]
+            return
         parts = [(name, slice(first, first + n), n) for name, first, n, _ in record["scores"]]
         if not all(self._unscored.get(name, _NONE)[span].sum() == n for name, span, n in parts):
             return
@@ -133,6 +140,7 @@ class Tally:
             self._sums[name].append(-math.inf if total is None else total)
         self.layer_counts.add_stored(record["execution"])
         self._costs.append(Flops.from_dict(record["flops"]))
+        self.outputs |= record.get("outputs", {})
         self.examples |= record.get("examples", {})
         self.passes |= record.get("passes", {})
         self.num_calls += record.get("num_calls", 0)

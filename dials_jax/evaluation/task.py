@@ -6,12 +6,21 @@ holds a sampler and a cache.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from dials_jax.caching.early_skip.settings import EarlySkip
 from dials_jax.caching.plain import DualCache, PrefixCache
-from dials_jax.config import Data, MeshConfig, Seed, Typed, Votes, WeightDtype, require_positive
+from dials_jax.config import (
+    Data,
+    MeshConfig,
+    Seed,
+    TaskData,
+    Typed,
+    Votes,
+    WeightDtype,
+    require_positive,
+)
 from dials_jax.errors import require
 from dials_jax.sampling.ancestral import Ancestral
 from dials_jax.sampling.autoregressive import Autoregressive
@@ -26,8 +35,23 @@ PADDING_FIELDS = ("bucket", "max_programs")
 # Fields of a sweep that decide which layers static policies skip.
 STATIC_FIELDS = ("similarity_threshold", "num_calibration")
 # Fields of a task that only one kind of metric reads; setting them for another is refused.
-_OF_GENERATION = ("match", "until", "sampler", "cache")
+_OF_CHOICES = ("choices", "choice_list", "label", "label_names")
+_OF_CODE = ("program", "time_limit", "allow_code_execution")
+_OF_GENERATION = ("compare", "match", "until", "sampler", "cache", *_OF_CODE)
 _OF_LIKELIHOOD = ("cfg_scale",)
+# Raise a metric's number when its scores change their meaning: stored ones are then not used.
+METRIC_RULES = {"exact_match": 2, "code": 1, "choice": 1, "nelbo": 1}
+# Fields that decide how outputs and log-likelihoods score. These are stored, so rules may change.
+RULE_FIELDS = (
+    "compare",
+    "extract",
+    "match",
+    "until",
+    "program",
+    "time_limit",
+    "normalise",
+    "mean_over",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,20 +75,32 @@ class EvalTask(Typed):
     }
 
     name: str
-    metric: Literal["exact_match", "choice", "nelbo"]
+    metric: Literal["exact_match", "code", "choice", "nelbo"]
     data: Data
-    choices: tuple[str, ...] = ()  # templates, one per choice ("{sol1}", "{sol2}")
-    choice_list: str = ""  # or one field that holds a list ("choices.text")
-    label: str = "label"  # field with the index or the name of the right choice
-    label_names: str = ""  # field that lists the choices' names ("choices.label")
+    # Multiple choice as in TaskData; where a task sets them, its data's do not count (choice).
+    choices: tuple[str, ...] = ()
+    choice_list: str = ""
+    label: str = "label"
+    label_names: str = ""
+    # What the log-likelihood of a choice is divided by: its length, in the harness's acc_norm in
+    # characters (choice)
+    normalise: Literal["none", "tokens", "characters"] = "none"
     extract: str = ""  # regular expression that finds the answer in output and reference
+    # How answers are compared: as text, or as mathematics in LaTeX (exact_match; needs math-verify)
+    compare: Literal["text", "math"] = "text"
     match: Literal["first", "last"] | None = None  # None: the first; references have only one
-    until: tuple[str, ...] = ()  # stop strings: the output is cut at the first one (exact_match)
+    until: tuple[str, ...] = ()  # stop strings: an output is cut at the first (exact_match, code)
+    # What is executed (code): a template, in which {output} is the generated text. It has to end
+    # with tests that raise an error unless the output is right.
+    program: str = ""
+    time_limit: int = 3  # seconds of processor time for one program (code)
+    allow_code_execution: bool = False  # required for code; docs/evaluation.md says what it means
+    mean_over: str = ""  # a field ("subject"): results also have the mean of its groups' means
     limit: int | None = None  # first items only
-    # How texts are generated (exact_match). None: Confidence, for data.answer_length tokens in one
-    # block, one token per step.
+    # How texts are generated (exact_match, code). None: Confidence, for data.answer_length tokens
+    # in one block, one token per step.
     sampler: SamplerConfig | None = None
-    cache: CacheConfig | None = None  # (exact_match)
+    cache: CacheConfig | None = None  # (exact_match, code)
     num_samples: int = 128  # Monte-Carlo masks per item (choice, nelbo)
     cfg_scale: float = 0.0  # guidance of likelihoods (choice, nelbo); samplers have their own
     bucket: int = 64  # lengths are padded to multiples of this
@@ -72,7 +108,7 @@ class EvalTask(Typed):
 
     def __post_init__(self):
         super().__post_init__()
-        require_positive(self, "num_samples", "bucket", "max_programs")
+        require_positive(self, "num_samples", "bucket", "max_programs", "time_limit")
         require(
             self.limit is None or self.limit > 0,
             f"task {self.name!r}: limit={self.limit} must be positive, or None",
@@ -80,11 +116,19 @@ class EvalTask(Typed):
         require(
             all(self.until), f"task {self.name!r}: until={self.until} has an empty text; remove it"
         )
-        require(
-            len(self.choices) != 1 and len(set(self.choices)) == len(self.choices),
-            f"task {self.name!r}: choices={self.choices} must be several, and all different",
-        )
+        self.question_data()
+        if self.metric != "choice":
+            self._require_unset(("normalise",), "is for metric 'choice'; leave it out")
+        if self.metric == "code":
+            self._require_unset(("compare", "extract", "match"), "is of exact_match; leave it out")
+            require(
+                "{output}" in self.program,
+                f"task {self.name!r}: program={self.program!r} executes no output; put {{output}} "
+                "where the generated text belongs, and tests behind it",
+            )
         if self.metric == "exact_match":
+            self._require_unset(_OF_CODE, "is for metric 'code'; leave it out")
+        if self.generates:
             self._require_unset(
                 _OF_LIKELIHOOD,
                 "is of likelihoods; set it in the sampler, as Confidence(cfg_scale=)",
@@ -92,6 +136,17 @@ class EvalTask(Typed):
         else:
             why = f"is for generation, but metric {self.metric!r} generates nothing; leave it out"
             self._require_unset(_OF_GENERATION, why)
+
+    def question_data(self) -> Data:
+        """The data, with the task's own fields of multiple choice in place of the data's."""
+        default = {name: self.__dataclass_fields__[name].default for name in _OF_CHOICES}
+        given = {n: getattr(self, n) for n in _OF_CHOICES if getattr(self, n) != default[n]}
+        return replace(self.data, **given) if isinstance(self.data, TaskData) else self.data
+
+    @property
+    def generates(self) -> bool:
+        """Whether outputs are generated, rather than likelihoods estimated."""
+        return self.metric in ("exact_match", "code")
 
     def _require_unset(self, names: tuple[str, ...], why: str) -> None:
         for name in names:

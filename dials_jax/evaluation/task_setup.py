@@ -16,6 +16,7 @@ from dials_jax.config import to_dict
 from dials_jax.errors import InputError, require
 from dials_jax.evaluation.batched import check_num_samples
 from dials_jax.evaluation.items import Item
+from dials_jax.evaluation.run_code import check_platform
 from dials_jax.evaluation.task import PADDING_FIELDS, CacheConfig, EvalTask, SamplerConfig
 from dials_jax.keys import seed_key
 from dials_jax.models import transformer
@@ -40,7 +41,7 @@ def generation_facts(task: EvalTask, items: Sequence[Item]) -> dict[str, Any]:
 
     The description has all settings of the sampler and of the cache. Scores depend on it.
     """
-    if task.metric != "exact_match":
+    if not task.generates:
         return {}
     sampler = task_sampler(task, items)
     facts = {"sampler": type(sampler).__name__.lower(), "temperature": None, "steps": None}
@@ -49,8 +50,19 @@ def generation_facts(task: EvalTask, items: Sequence[Item]) -> dict[str, Any]:
 
 def score_settings(task: EvalTask) -> dict[str, Any]:
     """The settings of a task that scores depend on, except those in `generation_facts`."""
-    left_out = ("name", "sampler", "cache", *PADDING_FIELDS)
+    left_out = ("name", "sampler", "cache", "allow_code_execution", *PADDING_FIELDS)
     return {name: x for name, x in to_dict(task).items() if name not in left_out}
+
+
+def check_permission(task: EvalTask) -> None:
+    """Raises: InputError for a task that executes code unless its settings allow that."""
+    if task.metric == "code":
+        require(
+            task.allow_code_execution,
+            f"task {task.name!r} executes what the model writes; read 'Code' in "
+            "docs/evaluation.md, then set allow_code_execution=True",
+        )
+        check_platform()
 
 
 def check_task(
@@ -65,8 +77,9 @@ def check_task(
       policies: by label, for messages; None: the full model alone.
     Raises: InputError for settings that do not fit each other, the model, a policy or the items.
     """
+    check_permission(task)
     prompt_length = max(len(item.prompt) for item in items)
-    if task.metric == "exact_match":
+    if task.generates:
         sampler = task_sampler(task, items)
         length = sampler.gen_length
         for label, policy in (policies or {"full": None}).items():

@@ -17,7 +17,8 @@ from jaxtyping import Float
 
 from dials_jax.sampling.confidence import PARALLEL_RULES
 
-ACCURACIES = ("exact_match", "choice")  # metrics with scores of 0 or 1; others are real numbers
+# Metrics with scores of 0 or 1; others are real numbers.
+ACCURACIES = ("exact_match", "code", "choice")
 PENALTY = 3.0  # alpha of d3LLM's weight
 MAX_LOSS = 5.0  # percent below the slowest point: what is worse is left out
 

@@ -38,6 +38,7 @@ SHOWN_EXAMPLES = 3  # generations per run
 
 YLABELS = {
     "exact_match": "accuracy (exact match)",
+    "code": "accuracy (tests passed, pass@1)",
     "choice": "accuracy (multiple choice)",
     "nelbo": "NELBO, nats per token (lower is better)",
 }

@@ -31,10 +31,9 @@ WIDTH = 110  # columns of the terminal table
 UNKNOWN = "-"
 
 SWEEP_LEGEND = (
-    ("value", "The mean over items: accuracy for exact_match and choice (higher is better), nats "
-     "per token for nelbo (lower is better). ± is one standard error, the sample standard "
-     "deviation / √n. It covers the choice of items, not the seeds of training or of random "
-     "skipping."),
+    ("value", "The mean over items: nats per token for nelbo (lower is better), accuracy for other "
+     "metrics (higher is better). ± is one standard error, the sample standard deviation / √n. It "
+     "covers the choice of items, not the seeds of training or of random skipping."),
     ("95 % interval", "Wilson's interval for accuracies, Student's t for nelbo."),
     ("vs full", "The mean difference to the full model on the same items, ± its standard error."),
     ("p", "Two-sided paired test against the full model: the exact McNemar test for items scored "

@@ -82,6 +82,8 @@ def test_a_label_is_looked_up_among_the_names_before_it_is_an_index(load, write_
         ({}, {"choice_list": "q"}, "must be a list of strings"),
         ({}, {"choice_list": ""}, "give either choices="),
         ({}, {"choices": ("{q}", "{key}")}, "give either choices="),
+        ({"choices": {"text": ["p", "q"], "label": ["B"]}}, {}, "among a name per choice"),
+        ({"choices": {"text": ["p", "q"], "label": ["A", "B", "C"]}}, {}, "among a name per"),
         ({"choices": {"text": ["p"], "label": ["B"]}}, {}, r"jsonl:1: the choices \['p'\] must be"),
         (
             {"choices": {"text": ["p", "p"], "label": ["A", "B"]}},
@@ -93,6 +95,18 @@ def test_a_label_is_looked_up_among_the_names_before_it_is_an_index(load, write_
 def test_bad_labels_and_choices_are_input_errors(load, write_jsonl, record, change, message):
     with pytest.raises(InputError, match=message):
         load(dataclasses.replace(arc(write_jsonl, **record), **change))
+
+
+def test_choices_are_of_the_task_or_of_its_data(questions, load):
+    templates = ("{sol1}", "{sol2}")
+    with pytest.raises(InputError, match=r"choices= .* not both"):
+        dataclasses.replace(questions, choices=templates, choice_list="q")
+    data = dataclasses.replace(questions, choices=templates)
+    of_data = EvalTask(name="t", metric="choice", data=data)
+    of_task = EvalTask(name="t", metric="choice", data=questions, choices=templates)
+    assert load(of_data) == load(of_task)
+    swapped = load(dataclasses.replace(of_data, choices=templates[::-1]))
+    assert [item.answers[::-1] for item in swapped] == [item.answers for item in load(of_data)]
 
 
 def test_arithmetic_items_are_the_held_out_ones(model_of):

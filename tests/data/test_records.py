@@ -6,13 +6,13 @@ from codecs import BOM_UTF8
 import pytest
 
 from dials_jax.data import records
+from dials_jax.data.record_files import read_task_records
 from dials_jax.data.records import (
     content_sha256,
     expand_paths,
     file_sha256,
     get_field,
     read_documents,
-    read_json_records,
     read_jsonl,
 )
 from dials_jax.errors import InputError
@@ -140,7 +140,7 @@ def test_folders_expand_to_sorted_files_of_the_wanted_kind(tmp_path):
         found = expand_paths([str(tmp_path)])
     names = [p.relative_to(tmp_path).as_posix() for p in found]
     assert names == ["a.jsonl", "b.jsonl", "deep/c.jsonl"]
-    places = [where for where, _ in read_json_records([str(tmp_path / "b.jsonl")])]
+    places = [where for where, _ in read_task_records([str(tmp_path / "b.jsonl")])]
     assert places == [f"{tmp_path}/b.jsonl:1", f"{tmp_path}/b.jsonl:3"]
 
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from dials_jax.config import TaskData
-from dials_jax.data.tasks import fill_template, load_task_rows
+from dials_jax.data.questions import fill_template
+from dials_jax.data.tasks import load_task_rows
 from dials_jax.errors import InputError
 
 EOS, PAD = 1, 0

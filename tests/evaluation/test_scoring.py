@@ -14,7 +14,8 @@ from dials_jax.caching.plain import DualCache
 from dials_jax.config import ArithmeticData, EvalTask
 from dials_jax.data.arithmetic import ArithmeticTask
 from dials_jax.errors import InputError
-from dials_jax.evaluation import batched, likelihood, scoring
+from dials_jax.evaluation import batched, likelihood, outputs
+from dials_jax.evaluation.exact_match import cut_tokens
 from dials_jax.evaluation.items import load_items, make_item
 from dials_jax.evaluation.likelihood import log_likelihood
 from dials_jax.evaluation.scoring import count_sequences, item_keys, score_task
@@ -85,9 +86,9 @@ def assert_equal_scores(a, b):
 
 def test_exact_match_compares_what_was_generated(scorer, items):
     first = run(scorer, GENERATION, items)
-    outputs = {e["prompt"]: e["output"] for e in first.examples}
-    assert len(outputs) == 5 and all(outputs.values())
-    references = [outputs[TOKENIZER.decode(item.prompt)] for item in items[:3]] + ["?", "?"]
+    texts = {e["prompt"]: e["output"] for e in first.examples}
+    assert len(texts) == 5 and all(texts.values())
+    references = [texts[TOKENIZER.decode(item.prompt)] for item in items[:3]] + ["?", "?"]
     right = [
         dataclasses.replace(item, reference=reference)
         for item, reference in zip(items, references, strict=True)
@@ -114,10 +115,9 @@ def test_text_after_the_end_does_not_count(scorer, items):
 
 
 def score_output(task, text, reference, cfg, tail=()):
-    row = [*TOKENIZER.encode(text), *tail]
-    return scoring._score_output(
-        task, make_item((), [()], reference=reference), row, TOKENIZER, cfg
-    )
+    row = cut_tokens([*TOKENIZER.encode(text), *tail], (cfg.eos_id, cfg.eot_id))
+    scored = outputs.score_output(task, make_item((), [()], reference=reference), row, TOKENIZER)
+    return scored.text, scored.score == 1
 
 
 def test_a_stop_string_ends_a_text_whether_it_is_decoded_or_not(scorer):
@@ -183,8 +183,8 @@ def test_order_and_batches_change_no_exact_match(scorer, items):
     parts = run(scorer, GENERATION, items[::-1], batch_size=1, policy=Random(1))
     assert parts.items == whole.items
     assert parts.layer_counts.to_dict() == whole.layer_counts.to_dict()
-    outputs = [sorted(e["output"] for e in scores.examples) for scores in (whole, parts)]
-    assert outputs[0] == outputs[1]
+    texts = [sorted(e["output"] for e in scores.examples) for scores in (whole, parts)]
+    assert texts[0] == texts[1]
 
 
 MIXED = ("1", "23", "456", "7", "18", "249", "0", "35", "1111111", "2222222")
@@ -197,16 +197,11 @@ def mixed():
     return [make_item(TOKENIZER.encode(text), [(2, 3, 4, 5)], reference="?") for text in MIXED]
 
 
-def outputs(monkeypatch, model, task, items, **kwargs):
+def generated(model, task, items, **kwargs):
     """The scores, and what was generated for each item."""
-    found = {}
-
-    def score(task, item, row, *_):
-        found[item.key] = row
-        return "", False
-
-    monkeypatch.setattr(scoring, "_score_output", score)
-    return run(model, task, items, **kwargs), found
+    records = []
+    scores = run(model, task, items, on_record=records.append, **kwargs)
+    return scores, {name: row for record in records for name, row in record["outputs"].items()}
 
 
 def test_the_tasks_settings_reach_generation(scorer, mixed, monkeypatch):
@@ -229,13 +224,13 @@ def test_the_tasks_settings_reach_generation(scorer, mixed, monkeypatch):
     assert asked["sampler"] == Confidence(4, 4, 4) and asked["cache"] is None
 
 
-def test_neither_batch_nor_bucket_changes_what_a_threshold_generates(excited, mixed, monkeypatch):
+def test_neither_batch_nor_bucket_changes_what_a_threshold_generates(excited, mixed):
     sampler, sizes = Confidence(4, 2, threshold=0.8), {"bucket": 1, "max_programs": 1}
     task = dataclasses.replace(FIRST, sampler=sampler, cache=DualCache(), **sizes)
-    whole, rows = outputs(monkeypatch, excited, task, mixed, batch_size=5)
+    whole, rows = generated(excited, task, mixed, batch_size=5)
     assert len(set(map(tuple, rows.values()))) > 5
     task = dataclasses.replace(task, max_programs=2)
-    parts, others = outputs(monkeypatch, excited, task, mixed[::-1], batch_size=1)
+    parts, others = generated(excited, task, mixed[::-1], batch_size=1)
     assert others == rows
     # Batches take different numbers of calls; rows that wait for others count in none of them.
     assert parts.layer_counts.to_dict() == whole.layer_counts.to_dict()
@@ -322,6 +317,25 @@ def test_the_most_likely_choice_is_chosen(scorer, uniform, choices):
     assert set(run(scorer, CHOICE, relabelled).items.values()) == {1.0}
     wrong = [dataclasses.replace(c, label=1 - c.label) for c in relabelled]
     assert set(run(scorer, CHOICE, wrong).items.values()) == {0.0}
+
+
+def test_choices_may_be_compared_by_length(uniform, choices):
+    """All tokens alike, answers of 2 tokens and of 1."""
+    items = [dataclasses.replace(item, characters=(4, 1), group=f"{i // 2}")
+             for i, item in enumerate(choices)]  # fmt: skip
+    found = {}
+    for unit in ("none", "tokens", "characters"):
+        task = dataclasses.replace(CHOICE, normalise=unit, mean_over="subject")
+        out = run(uniform, task, items)
+        assert out.other_metrics["accuracy_per_token"] == 0
+        assert out.other_metrics["accuracy_per_character"] == 0
+        found[unit] = set(out.items.values())
+    assert found == {"none": {1.0}, "tokens": {0.0}, "characters": {0.0}}
+    wrong = [dataclasses.replace(items[0], label=0), *items[1:]]  # right: 0 of 2 and 1, then 1
+    task = dataclasses.replace(CHOICE, mean_over="subject")
+    assert run(uniform, task, wrong).other_metrics["mean_over_subject"] == 0.75
+    with pytest.raises(InputError, match="normalise='tokens' is for metric 'choice'"):
+        dataclasses.replace(NELBO, normalise="tokens")
 
 
 @pytest.mark.parametrize("task", [CHOICE, NELBO], ids=lambda task: task.metric)

@@ -1,0 +1,25 @@
+"""DIALS routers on LLaDA-8B for ARC-Challenge, with the settings of the paper.
+
+python train.py --config configs/llada/router_arc_challenge.py \\
+    --workdir runs/arc_challenge/router-1 --backbone LLaDA-8B-Base --objective.skip-weight 1.0
+
+Data: ARC-Challenge as JSON lines, fields question, choices, answerKey (--data.paths also takes
+Parquet). Each row is a question and its right choice, spaced and tokenised as in the evaluation,
+and no end of text is added but one. The paper does not give its lambdas; train several.
+"""
+
+from dials_jax.config import ObjectiveConfig, OptimizerConfig, TrainConfig
+from dials_jax.evaluation.benchmark_tasks import arc, training_data
+
+
+def get_config() -> TrainConfig:
+    return TrainConfig(
+        backbone="LLaDA-8B-Base",
+        data=training_data(arc(), "data/arc_challenge_train.jsonl", pad_answer=False),
+        objective=ObjectiveConfig(skip_weight=1.0),
+        # DIALS, section 4.1: 40 epochs; appendix A.1: 2 of warm-up.
+        optimizer=OptimizerConfig(num_epochs=40.0, warmup_epochs=2.0),
+        batch_size=64,
+        num_microbatches=8,
+        remat=True,
+    )

@@ -1,0 +1,29 @@
+"""DIALS routers on LLaDA-8B for MMLU, with the settings of the paper.
+
+python train.py --config configs/llada/router_mmlu.py --workdir runs/mmlu/router-1 \\
+    --backbone LLaDA-8B-Base --objective.skip-weight 1.0
+
+Data: MMLU as JSON lines, fields question, subject, choices, answer (--data.paths also takes
+Parquet). Each row is a question and its right choice, spaced and tokenised as in the evaluation,
+and no end of text is added but one. The paper names no training split; this is MMLU's validation
+split, without the five examples of the evaluation. The paper does not give its lambdas; train
+several.
+"""
+
+from dials_jax.config import ObjectiveConfig, OptimizerConfig, TrainConfig
+from dials_jax.evaluation.benchmark_tasks import mmlu, training_data
+
+
+def get_config() -> TrainConfig:
+    return TrainConfig(
+        backbone="LLaDA-8B-Base",
+        data=training_data(
+            mmlu(examples=""), "data/mmlu_validation.jsonl", prompt_length=1016, pad_answer=False
+        ),
+        objective=ObjectiveConfig(skip_weight=1.0),
+        # DIALS, section 4.1: 30 epochs; appendix A.1: 2 of warm-up.
+        optimizer=OptimizerConfig(num_epochs=30.0, warmup_epochs=2.0),
+        batch_size=64,
+        num_microbatches=8,
+        remat=True,
+    )

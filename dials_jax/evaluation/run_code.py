@@ -1,0 +1,118 @@
+"""Executes generated programs, each in a process of its own with limits. This is no sandbox.
+
+A program gets a temporary folder, no input, no variables of this process's environment, little
+time, memory and space on disk, and no network where the kernel allows that. Starting a process,
+opening a connection and writing outside the folder end it. All of this stops what models write by
+mistake. It does not stop a program that means harm: it can read every file that this user can, and
+Python offers ways around the checks. Where that matters, evaluate inside a container.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+
+from dials_jax.errors import require
+
+PASSED = "passed"
+MEMORY = 1 << 30  # bytes of addresses
+FILE_SIZE = 1 << 24  # bytes of each file, and of what it prints
+OPEN_FILES = 64
+WALL = 4  # a program may take this many times its seconds of processor time, when it waits
+LONGEST_VERDICT = 1000
+# Without these a library of linear algebra starts threads, which the limit of processes forbids.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+_CHILD = Path(__file__).with_name("sample_process.py")
+
+
+def execute_programs(programs: Sequence[str], seconds: int) -> list[str]:
+    """Executes programs, as many at a time as there are processors.
+
+    Args:
+      seconds: of processor time for each; `WALL` times as much in all.
+
+    Returns: for each `PASSED` if it ran to its end, or in a few words why it did not.
+    """
+    check_platform()
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        return list(pool.map(lambda program: execute_program(program, seconds), programs))
+
+
+def check_platform() -> None:
+    """Raises: InputError on systems that cannot limit a process."""
+    require(
+        find_spec("resource") is not None,
+        "code is executed on Linux and macOS only, where a process can be limited; run there",
+    )
+
+
+def execute_program(program: str, seconds: int) -> str:
+    """One of `execute_programs`. Nothing of it is left: no process, no file."""
+    token = secrets.token_hex(8)  # who does not know it cannot say that a program passed
+    request = {"program": program, "token": token, "limits": limits(seconds)}
+    with (
+        tempfile.TemporaryDirectory(prefix="dials-code-") as folder,
+        tempfile.TemporaryFile() as asked,
+        tempfile.TemporaryFile() as answer,  # a file, since its size is limited
+    ):
+        asked.write(json.dumps(request).encode())
+        asked.seek(0)
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-B", "-X", "utf8", str(_CHILD), folder],
+            stdin=asked,
+            stdout=answer,
+            stderr=subprocess.DEVNULL,
+            cwd=folder,
+            env=ENVIRONMENT | {"HOME": folder, "TMPDIR": folder},
+            start_new_session=True,
+        )
+        ended = _wait(process, WALL * seconds)
+        answer.seek(0)
+        said = answer.read(LONGEST_VERDICT).decode(errors="replace")
+    if said.startswith(token + " "):
+        return said.removeprefix(token + " ")
+    return _why(process.returncode) if ended else f"takes more than {WALL * seconds} s"
+
+
+def limits(seconds: int) -> dict[str, int]:
+    """By the names of `resource`."""
+    return {
+        "RLIMIT_CPU": seconds,
+        "RLIMIT_AS": MEMORY,
+        "RLIMIT_FSIZE": FILE_SIZE,
+        "RLIMIT_NOFILE": OPEN_FILES,
+        "RLIMIT_NPROC": 0,  # the kernel does not hold root to this one
+        "RLIMIT_CORE": 0,
+    }
+
+
+def _wait(process: subprocess.Popen, seconds: int | float) -> bool:
+    """Waits for the end, at most so long, and kills the group. Returns: whether it ended itself."""
+    ended = False
+    try:
+        process.wait(seconds)
+        ended = True
+    except subprocess.TimeoutExpired:
+        pass
+    finally:  # also when this process is interrupted
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return ended
+
+
+def _why(code: int) -> str:
+    if code >= 0:
+        return f"ended with exit code {code} before its tests"
+    name = signal.Signals(-code).name
+    return "takes too much processor time" if name in ("SIGXCPU", "SIGKILL") else f"ended by {name}"
