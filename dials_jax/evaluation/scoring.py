@@ -199,8 +199,8 @@ def _generate_outputs(
             [0.0] * len(chosen),
             out.flops,
             layer_counts,
-            dict(zip(chosen, outputs, strict=True)),
-            out,
+            generation=out,
+            outputs=dict(zip(chosen, outputs, strict=True)),
         )
 
 

@@ -63,14 +63,16 @@ def make_batch_record(
     values: Sequence[float],
     flops: Flops,
     layer_counts: LayerCounts,
-    outputs: Mapping[str, Sequence[int]] | None = None,
+    examples: Mapping[str, Any] | None = None,
     generation: Generation | None = None,
+    outputs: Mapping[str, Sequence[int]] | None = None,
 ) -> dict[str, Any]:
     """Makes the record of one batch.
 
     Args:
       names, copies, values: per sequence: the name of its pair, which copy of the pair it is, and
         its score, which is 0 for an output: those are scored when all are there.
+      examples: whatever else is to be kept, by the name of the pair.
       outputs: generated tokens, by the name of the pair.
       generation: of the batch, if answers were generated: the record keeps how many model calls
         there were, and each sequence's own passes and tokens, by the name of the pair.
@@ -88,7 +90,8 @@ def make_batch_record(
         counts = zip(generation.passes.tolist(), generation.num_tokens.tolist(), strict=True)
         passes = dict(zip(names, map(list, counts), strict=True))
         record |= {"num_calls": generation.nfe, "passes": passes}
-    return record | ({"outputs": dict(outputs)} if outputs else {})
+    kept = {"examples": examples, "outputs": outputs}
+    return record | {name: dict(x) for name, x in kept.items() if x}
 
 
 class Tally:
