@@ -34,7 +34,6 @@ from dials_jax.evaluation.batched import (
     request_keys,
 )
 from dials_jax.evaluation.likelihood import WHOLE, num_copies
-from dials_jax.evaluation.scoring import waiting_as_zero
 from dials_jax.evaluation.tally import LayerCounts, Record, Tally, make_batch_record
 from dials_jax.models.model import Model
 from dials_jax.nn.policy import Policy
@@ -159,7 +158,7 @@ class Responder:
                 remaining=tally.unscored(names)[0],
                 **self._batching(),
             ):
-                yield self._generation_record(batch, names, sampler.reveals_every_call)
+                yield self._generation_record(batch, names)
 
         facts = {"sampler": plain_settings(sampler), "cache": plain_settings(self.settings.cache)}
         yield from self._answer(
@@ -233,16 +232,14 @@ class Responder:
             greedy,
         )
 
-    def _generation_record(
-        self, batch: GenerationBatch, names: Sequence[str], reveals_every_call: bool
-    ) -> Record:
+    def _generation_record(self, batch: GenerationBatch, names: Sequence[str]) -> Record:
         """Its examples are the generated ids; a score is the number of calls that worked on it."""
-        of, shares = [names[i] for i in batch.requests], batch.out.masked_share
-        if reveals_every_call:
-            shares = waiting_as_zero(shares)
+        of = [names[i] for i in batch.requests]
+        # A share of 0 is left out: the call was made for other sequences of the batch.
+        shares = np.where(batch.out.own, batch.out.masked_share[:, : len(of)], 0.0)
         layer_counts = LayerCounts(self.model.num_layers)
         layer_counts.add(batch.out.gates, shares)
-        num_calls = (shares > 0).sum(axis=0)[: len(of)].astype(float)
+        num_calls = (shares > 0).sum(axis=0).astype(float)
         ids = dict(zip(of, batch.answers.tolist(), strict=True))
         return make_batch_record(
             of, [0] * len(of), num_calls.tolist(), batch.out.flops, layer_counts, ids
