@@ -47,6 +47,7 @@ class HarnessModel(AnswerSettings):
     sampler: SamplerConfig | None = None  # None: Confidence, 256 tokens, ends at end of text
     router: str = ""  # workdir of router training
     skip_threshold: float | None = None  # overrides the router's own
+    execution_ratio: float | None = None  # or: its thresholds that were fitted to this share
     static: tuple[int, ...] = ()  # layers that are left out, counted from 0
     num_random: int = 0  # layers that are left out at random
     dtype: WeightDtype | None = None
@@ -58,10 +59,9 @@ class HarnessModel(AnswerSettings):
         super().__post_init__()
         given = [name for name in ("router", "static", "num_random") if getattr(self, name)]
         require(len(given) < 2, f"{' and '.join(given)} are several policies; give one of them")
-        require(
-            self.skip_threshold is None or bool(self.router),
-            "skip_threshold is of a router; give router, too",
-        )
+        for name in ("skip_threshold", "execution_ratio"):
+            alone = getattr(self, name) is not None and not self.router
+            require(not alone, f"{name} is of a router; give router, too")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +163,9 @@ def load_harness_model(cfg: HarnessModel) -> tuple[Model, Tokenizer, Policy | No
     check_tokenizer(tokenizer, model.config)
     policy: Policy | None = None
     if cfg.router:
-        policy = load_router(cfg.router, model, cfg.skip_threshold)
+        policy = load_router(
+            cfg.router, model, cfg.skip_threshold, execution_ratio=cfg.execution_ratio
+        )
     elif cfg.static:
         policy = Static(cfg.static)
         policy.check(model.num_layers)

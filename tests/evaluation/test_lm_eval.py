@@ -398,6 +398,7 @@ def test_model_arguments_name_fields_of_the_model_and_of_its_sampler():
         ({"path": "m", "sampler": "dreem"}, "did you mean 'dream'"),
         ({"path": "m", "static": "a+b"}, r"static='a\+b': give layers"),
         ({"path": "m", "router": "r", "num_random": 1}, "router and num_random are several"),
+        ({"path": "m", "execution_ratio": 0.5}, "execution_ratio is of a router; give router"),
         ({"path": "m", "steps": 0.5}, "steps=0.5 must be an integer"),
         ({"steps": 4}, "path is missing"),
     ],
