@@ -19,7 +19,9 @@ QUICK_TO_COMPILE = [
 ]
 if version("jax").startswith("0.10."):  # later ones do not know this flag
     QUICK_TO_COMPILE.append("--xla_cpu_use_fusion_emitters=false")
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *QUICK_TO_COMPILE])
+# Once each, also where a worker inherits them: the cache's keys hold the flags as they are written.
+FLAGS = dict.fromkeys([*os.environ.get("XLA_FLAGS", "").split(), *QUICK_TO_COMPILE])
+os.environ["XLA_FLAGS"] = " ".join(FLAGS)
 # Programs are compiled once, not once a worker and a run; commands that tests start inherit it.
 CACHE = Path(__file__).parents[1] / ".cache" / "tests"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))

@@ -26,7 +26,7 @@ from dials_jax.models import families
 from dials_jax.reporting import publish
 from dials_jax.studies.study import run_study
 from dials_jax.training.loop import train
-from tests import conftest  # noqa: F401  exact products, shapes checked
+from tests import conftest  # noqa: F401  exact products
 
 DATA = ArithmeticData(num_items=40)
 
