@@ -4,7 +4,7 @@ import csv
 import dataclasses
 import json
 import shutil
-from functools import partial
+from functools import cache, partial
 from types import SimpleNamespace
 
 import jax
@@ -45,6 +45,14 @@ RECORDS = [{"prompt": f"+{a},{a + 7}=", "answer": str(2 * a + 7)} for a in range
 SAMPLER = Confidence(gen_length=4, steps=2)
 GUIDED = Confidence(gen_length=3, cfg_scale=0.5)
 LABELS = ["full", "static k=1", "routed λ=0.5", "random k=2"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loaded_once():
+    """Sweeps of one model share it: reading it would be most of the time of most of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep, "load", cache(sweep.load))
+        yield
 
 
 @pytest.fixture(scope="module")
