@@ -1,7 +1,7 @@
 """A toy block in which tokens of a row mix, for the executors."""
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -68,13 +68,19 @@ LAYER = Layer(block, project, remember, mix)
 LAYERS = {"w": 0.3 * jax.random.normal(jax.random.key(0), (L, D, D))}
 
 
+@cache
 def make_rows(num_rows, seed=1):
     """Hidden states, left padding of 0, 1 or 2 tokens, and what a policy may know."""
+    h, valid, masked, keys = _draw_rows(num_rows, seed)
+    return h, Context(valid), Denoising(masked, jnp.asarray(3), keys)
+
+
+@partial(jax.jit, static_argnums=0)
+def _draw_rows(num_rows, seed):
     h = jax.random.normal(jax.random.key(seed), (num_rows, T, D))
     valid = jnp.arange(T) >= (jnp.arange(num_rows) % 3)[:, None]
     masked = valid & (jax.random.uniform(jax.random.key(seed + 1), (num_rows, T)) < 0.6)
-    keys = jax.random.split(jax.random.key(seed + 2), num_rows)
-    return h, Context(valid), Denoising(masked, jnp.asarray(3), keys)
+    return h, valid, masked, jax.random.split(jax.random.key(seed + 2), num_rows)
 
 
 @partial(jax.jit, static_argnames=("span", "executor"))

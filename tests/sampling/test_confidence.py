@@ -1,6 +1,7 @@
 """The sampler's parts, and the loop with logits that a test states."""
 
 import dataclasses
+from functools import cache, partial
 from itertools import pairwise
 
 import jax
@@ -51,8 +52,11 @@ def test_one_block_and_one_token_per_step_by_default():
 
 
 def test_ranking_is_by_row_and_ties_go_to_the_left():
-    confidence = jnp.array([[0.5, 0.9, 0.5, 0.9, 0.1], [0.1, 0.2, 0.3, 0.4, 0.5]])
-    np.testing.assert_array_equal(ranks(confidence), [[2, 0, 3, 1, 4], [4, 3, 2, 1, 0]])
+    confidence = np.array([[0.5, 0.9, 0.5, 0.9, 0.1], [0.1, 0.2, 0.3, 0.4, 0.5]], np.float32)
+    np.testing.assert_array_equal(jax.jit(ranks)(confidence), [[2, 0, 3, 1, 4], [4, 3, 2, 1, 0]])
+
+
+jitted_run = jax.jit(confident_run, static_argnums=1)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +77,8 @@ def test_ranking_is_by_row_and_ties_go_to_the_left():
     ],
 )
 def test_the_factor_rule_by_hand(confidence, factor, expected):
-    picked = confident_run(jnp.array([confidence, confidence[::-1]]), factor)
+    both = np.array([confidence, confidence[::-1]], np.float32)
+    picked = jitted_run(both, factor)
     np.testing.assert_array_equal(picked, [expected, expected[::-1]])
 
 
@@ -103,15 +108,23 @@ def sampler_of(**changes):
     return Confidence(**({"gen_length": 8, "block_length": 4, "steps": 4} | changes))
 
 
-def proposals(logits, seed=0, **changes):
-    logits = jnp.asarray(logits, jnp.float32)
+@partial(jax.jit, static_argnums=0)
+def proposals_of(sampler, logits, seed):
     keys = jax.random.split(jax.random.key(seed), logits.shape[:2])  # one a position
-    return propose(sampler_of(**changes), CFG, logits, keys)
+    return propose(sampler, CFG, logits, keys)
+
+
+def proposals(logits, seed=0, **changes):
+    return jax.device_get(proposals_of(sampler_of(**changes), logits, seed))
+
+
+def one_hot(tokens):
+    return np.eye(VOCAB, dtype=np.float32)[np.asarray(tokens)]
 
 
 def favouring(*tokens, high=3.0):
     """Logits [1, len(tokens), V] that put `high` on one token each and 0 elsewhere."""
-    return high * jax.nn.one_hot(jnp.array([tokens]), VOCAB)
+    return high * one_hot([tokens])
 
 
 def test_confidence_is_the_probability_of_the_guess():
@@ -121,23 +134,23 @@ def test_confidence_is_the_probability_of_the_guess():
 
 
 def test_noise_changes_guesses_but_not_probabilities():
-    logits = jnp.broadcast_to(favouring(7), (1, 200, VOCAB))
+    logits = np.broadcast_to(favouring(7), (1, 200, VOCAB))
     guess, confidence = proposals(logits, temperature=1.0)
-    probabilities = jax.nn.softmax(logits, axis=-1)
-    chosen = jnp.take_along_axis(probabilities, guess[..., None], -1)[..., 0]
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
+    chosen = np.take_along_axis(probabilities, guess[..., None], -1)[..., 0]
     np.testing.assert_allclose(confidence, chosen, rtol=1e-5)
-    share = float(jnp.mean(guess == 7))
+    share = float(np.mean(guess == 7))
     p = float(probabilities[0, 0, 7])  # at temperature 1, Gumbel noise samples the softmax
     assert abs(share - p) < 4 * (p * (1 - p) / 200) ** 0.5
 
 
 def test_a_small_temperature_hardly_strays():
-    guess, _ = proposals(jnp.broadcast_to(favouring(7), (1, 200, VOCAB)), temperature=0.1)
+    guess, _ = proposals(np.broadcast_to(favouring(7), (1, 200, VOCAB)), temperature=0.1)
     assert (guess == 7).all()
 
 
 def test_random_remasking_draws_confidences_a_row():
-    logits = jnp.broadcast_to(favouring(7, 8, 9), (2, 3, VOCAB))
+    logits = np.broadcast_to(favouring(7, 8, 9), (2, 3, VOCAB))
     guess, confidence = proposals(logits, remasking="random")
     np.testing.assert_array_equal(guess, [[7, 8, 9]] * 2)
     assert len(np.unique(confidence)) == 6
@@ -146,7 +159,7 @@ def test_random_remasking_draws_confidences_a_row():
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_logits_flag_never_yields_end_of_text(temperature):
-    logits = jnp.broadcast_to(favouring(EOS, high=20.0), (1, 100, VOCAB))
+    logits = np.broadcast_to(favouring(EOS, high=20.0), (1, 100, VOCAB))
     assert (proposals(logits, temperature=temperature)[0] == EOS).all()
     guess, _ = proposals(logits, temperature=temperature, logits_eos_inf=True)
     assert not (guess == EOS).any()
@@ -194,21 +207,27 @@ class Stated(NoCache):
         ]
 
 
-@pytest.fixture
-def fill(monkeypatch):
+@pytest.fixture(scope="module")
+def fill():
     """Runs the loop; `logits_of(tokens, start, step)` gives logits of the block."""
-    monkeypatch.setattr(transformer, "head_logits", lambda cfg, params, h: h)
 
     def run(logits_of, sampler, num_sequences=2, seed=0):
-        canvas = jnp.full((num_sequences, P + sampler.gen_length), MASK).at[:, :P].set(5)
-        keys = jax.random.split(jax.random.key(seed), num_sequences)
-        rows = transformer.block_inputs(CFG, None, canvas.shape)
-        net = CanvasModel(CFG, {}, None, "auto", rows, keys, None, P)
-        loop = Loop(sampler, Stated(logits_of), net, P, keys)
-        state = loop.run(loop.start(canvas, CFG.num_layers))
-        return np.asarray(state.tokens), state.record
+        @jax.jit
+        def filled(canvas):
+            keys = jax.random.split(jax.random.key(seed), num_sequences)
+            rows = transformer.block_inputs(CFG, None, canvas.shape)
+            net = CanvasModel(CFG, {}, None, "auto", rows, keys, None, P)
+            loop = Loop(sampler, Stated(logits_of), net, P, keys)
+            state = loop.run(loop.start(canvas, CFG.num_layers))
+            return state.tokens, state.record
 
-    return run
+        canvas = np.full((num_sequences, P + sampler.gen_length), MASK)
+        canvas[:, :P] = 5
+        return jax.device_get(filled(canvas))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformer, "head_logits", lambda cfg, params, h: h)
+        yield run
 
 
 def random_logits(sampler, num_sequences=2):
@@ -231,10 +250,16 @@ CASES = [
 ]
 
 
+@pytest.fixture(scope="module")
+def fill_at_random(fill):
+    """The same with logits that are drawn; once per sampler."""
+    return cache(lambda sampler: fill(random_logits(sampler), sampler))
+
+
 @pytest.mark.parametrize("changes", CASES)
-def test_the_prompt_stays_and_no_mask_is_left(fill, changes):
+def test_the_prompt_stays_and_no_mask_is_left(fill_at_random, changes):
     sampler = sampler_of(**changes)
-    tokens, record = fill(random_logits(sampler), sampler)
+    tokens, record = fill_at_random(sampler)
     assert (tokens[:, :P] == 5).all()
     assert not (tokens == MASK).any()
     assert record.gates.shape == (min(sampler.steps, 8), CFG.num_layers, 2)
@@ -242,10 +267,10 @@ def test_the_prompt_stays_and_no_mask_is_left(fill, changes):
 
 
 @pytest.mark.parametrize("changes", CASES)
-def test_masked_shares_follow_the_quotas(fill, changes):
+def test_masked_shares_follow_the_quotas(fill_at_random, changes):
     # Every block has 4 masks (8 in the last case), committed by quota: the rest is what is left.
     sampler = sampler_of(**changes)
-    _, record = fill(random_logits(sampler), sampler)
+    _, record = fill_at_random(sampler)
     left, expected = 8, []
     for _ in range(sampler.num_blocks):
         size, n = sampler.block_length, sampler.steps_per_block
@@ -280,8 +305,8 @@ def test_the_most_confident_tokens_go_first(fill):
     def logits_of(tokens, start, step):
         jax.debug.callback(lambda t: order.append(t[0, P:] != MASK), tokens, ordered=True)
         # Confidence rises with 2, 0, 3, 1; every position predicts its number plus 10.
-        high = jnp.array([3.0, 1.0, 4.0, 2.0])
-        row = high[:, None] * jax.nn.one_hot(jnp.arange(4) + 10, VOCAB)
+        high = np.array([3.0, 1.0, 4.0, 2.0], np.float32)
+        row = high[:, None] * one_hot(np.arange(4) + 10)
         return jnp.broadcast_to(row, (2, 4, VOCAB))
 
     tokens, _ = fill(logits_of, sampler)
@@ -305,9 +330,10 @@ def test_suppressed_tokens_are_committed_last(fill):
 def test_a_model_that_predicts_mask_uses_up_quota_and_leaves_masks(fill):
     """As in the reference: nothing forbids the prediction, and no later step makes up for it."""
     sampler = sampler_of(gen_length=4, steps=4)
+    high = np.array([[6.0], [3.0], [3.0], [3.0]], np.float32)
 
     def logits_of(tokens, start, step):
-        return jnp.broadcast_to(favouring(MASK, 7, 8, 9, high=9.0).at[0, 0].mul(2), (2, 4, VOCAB))
+        return jnp.broadcast_to(high * favouring(MASK, 7, 8, 9), (2, 4, VOCAB))
 
     tokens, _ = fill(logits_of, sampler)
     np.testing.assert_array_equal(tokens[:, P:], [[MASK] * 4] * 2)
@@ -343,12 +369,12 @@ def test_parallel_rules_end_as_soon_as_a_block_is_full(fill, changes, nfe):
     assert record.nfe == 2 * nfe
 
 
-UNSURE = jnp.array([3.0, 13.0, 3.0, 13.0])[:, None] * jax.nn.one_hot(jnp.arange(7, 11), VOCAB)
+UNSURE = np.array([[3.0], [13.0], [3.0], [13.0]], np.float32) * one_hot(np.arange(7, 11))
 
 
 def test_a_row_that_is_sure_waits_for_one_that_is_not(fill):
     sampler = sampler_of(gen_length=4, threshold=0.9)
-    sure = 20 * jax.nn.one_hot(jnp.arange(7, 11), VOCAB)
+    sure = 20 * one_hot(np.arange(7, 11))
 
     def logits_of(tokens, start, step):
         later = jnp.where(step > 0, 20, sure) * 1.0  # would change what is revealed already
@@ -462,21 +488,19 @@ def order_of(fill, logits, **changes):
 
 def test_a_delayed_end_of_text_waits_for_its_left_neighbour(fill):
     # Confidence falls from the end to the start: without delay the text ends first.
-    high = jnp.array([3.0, 4.0, 5.0, 6.0])[:, None]
-    logits = high * jax.nn.one_hot(jnp.array([7, 8, EOS, EOS]), VOCAB)
+    logits = np.array([[3.0], [4.0], [5.0], [6.0]], np.float32) * one_hot([7, 8, EOS, EOS])
     assert order_of(fill, logits) == [3, 2, 1, 0]
     # With it neither end counts until token 1 is known; then one is there, and the rest is free.
     assert order_of(fill, logits, delay_eos=True) == [1, 2, 3, 0]
 
 
 def test_the_first_token_of_a_block_may_end_the_text(fill):
-    high = jnp.array([6.0, 5.0, 4.0, 3.0])[:, None]
-    logits = high * jax.nn.one_hot(jnp.array([EOS, 7, 8, 9]), VOCAB)
+    logits = np.array([[6.0], [5.0], [4.0], [3.0]], np.float32) * one_hot([EOS, 7, 8, 9])
     assert order_of(fill, logits, delay_eos=True) == [0, 1, 2, 3]
 
 
 def test_all_after_a_known_end_is_closed():
-    tokens = jnp.array(
+    tokens = np.array(
         [
             [5, EOS, 5, 8, EOS, MASK, MASK],  # ends; an end of text in the prompt does not
             [5, 5, 5, MASK, EOS, MASK, MASK],  # not yet: a token before it is not known
@@ -486,7 +510,8 @@ def test_all_after_a_known_end_is_closed():
     )
     expected = np.array(tokens)
     expected[0, 5:] = expected[2, 5:] = EOS
-    np.testing.assert_array_equal(fill_after_eos(CFG, tokens, P), expected)
+    found = jax.jit(fill_after_eos, static_argnums=(0, 2))(CFG, tokens, P)
+    np.testing.assert_array_equal(found, expected)
 
 
 # -------------------------------------------------------------------------------------- settings
