@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import re
 from collections.abc import Callable
@@ -43,6 +44,11 @@ def digest(tree: PyTree) -> PyTree:
         return a[0] + b[0], a[1] + b[1]
 
     return jax.tree.map(one, tree)
+
+
+def content_id(content: Any) -> str:
+    """A short digest of JSON values, whatever the order of their names."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def flat_index(shape: tuple[int, ...]) -> jax.Array:

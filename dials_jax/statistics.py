@@ -47,6 +47,25 @@ def mean_interval(scores: Sequence[int | float] | np.ndarray) -> tuple[float, fl
     return mean - half_width, mean + half_width
 
 
+def combined_interval(value: float, sources: Sequence[tuple[float, int]]) -> tuple[float, float]:
+    """Computes a 95 % interval that covers several independent sources of error.
+
+    Args:
+      sources: the standard error that each one contributes, and its degrees of freedom.
+
+    The interval is NaN if an error is unknown. Source: Welch (1947), Satterthwaite (1946).
+    """
+    import scipy.stats
+
+    variances = [stderr**2 for stderr, _ in sources]
+    total = math.fsum(variances)
+    if not total > 0:  # no error, or NaN
+        return value - total, value + total
+    freedom = total**2 / sum(v**2 / df for v, (_, df) in zip(variances, sources, strict=True) if v)
+    half_width = float(scipy.stats.t.ppf(0.975, freedom)) * math.sqrt(total)
+    return value - half_width, value + half_width
+
+
 def mean_at_zero(
     values: Sequence[float] | np.ndarray, covariate: Sequence[float] | np.ndarray
 ) -> tuple[float, float, float]:

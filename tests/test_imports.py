@@ -27,6 +27,7 @@ LEVELS = (
     {"evaluation"},
     {"studies"},
     {"commands"},
+    {"compare"},
     {"reference"},  # the plain decoder for readers and tests: nothing imports it
 )
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}

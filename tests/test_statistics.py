@@ -8,6 +8,7 @@ from dials_jax.errors import InputError
 from dials_jax.statistics import (
     Paired,
     adjust_by_holm,
+    combined_interval,
     mean_and_stderr,
     mean_at_zero,
     mean_interval,
@@ -126,3 +127,25 @@ def test_holm_corrects_the_smallest_most_and_keeps_the_order():
     assert adjust_by_holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert adjust_by_holm([0.6, 0.9]) == [1.0, 1.0]
     assert adjust_by_holm([]) == []
+
+
+def test_an_interval_of_one_source_is_students():
+    scores = np.random.default_rng(1).normal(size=9)
+    mean, stderr = mean_and_stderr(scores)
+    assert combined_interval(mean, [(stderr, 8)]) == pytest.approx(mean_interval(scores))
+    assert combined_interval(mean, [(stderr, 8), (0.0, 2)]) == pytest.approx(mean_interval(scores))
+    assert np.isnan(combined_interval(mean, [(math.nan, 0)])).all()
+    assert combined_interval(0.5, [(0.0, 3)]) == (0.5, 0.5)
+
+
+def test_an_interval_of_two_sources_covers_as_often_as_it_says():
+    """Values of few seeds on many items, where both the items and the seeds were drawn."""
+    rng, covered = np.random.default_rng(2), 0
+    for _ in range(400):
+        items, seeds = rng.normal(size=(1, 60)), rng.normal(scale=0.2, size=(4, 1))
+        scores = items + seeds + rng.normal(scale=0.3, size=(4, 60))
+        of_items = mean_and_stderr(scores.mean(axis=0))[1], 59
+        of_seeds = mean_and_stderr(scores.mean(axis=1))[1], 3
+        low, high = combined_interval(scores.mean(), [of_items, of_seeds])
+        covered += low <= 0 <= high
+    assert 0.93 < covered / 400 < 0.985

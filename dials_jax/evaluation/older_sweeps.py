@@ -1,7 +1,7 @@
 """Reads the sweeps that earlier versions stored.
 
-Their tasks had the settings of sampler and cache as fields of their own, and the earliest of them
-kept results.json alone, without records.
+Their tasks had the settings of sampler and cache as fields of their own, and their records named
+neither seed nor router. The earliest of them kept results.json alone, without records.
 """
 
 from __future__ import annotations
@@ -11,14 +11,22 @@ from typing import Any
 
 from dials_jax.caching.parse import cache_name, parse_cache
 from dials_jax.config import from_dict
-from dials_jax.evaluation.items import Item
-from dials_jax.evaluation.task import STATIC_FIELDS, EvalConfig, EvalTask
+from dials_jax.digests import content_id
+from dials_jax.evaluation.items import Item, items_digest
+from dials_jax.evaluation.task import EvalConfig, EvalTask
 from dials_jax.evaluation.task_setup import generation_facts, score_settings
-from dials_jax.records import Check, require_numbers, require_texts
+from dials_jax.records import Check
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.dream import Dream
 
+# What `sweep.json` says of a router beside what scores depend on.
+ROUTER_FACTS = ("label", "lambda", "router", "training", "folder", "execution_ratio")
 _LENGTH_FIELD = {"confidence": "gen_length", "dream": "max_new_tokens"}  # by sampler
+
+
+def router_id(router: Mapping[str, Any]) -> str:
+    """Identifies a router with its thresholds, as `sweep.json` describes it."""
+    return content_id({name: x for name, x in router.items() if name not in ROUTER_FACTS})
 
 
 def read_task(stored: Mapping[str, Any], answer_length: int | None, where: str = "") -> EvalTask:
@@ -78,12 +86,10 @@ def complete_task(name: str, old: Any) -> Any:
     Returns: {} for what a newer version stored, or for damage: it differs from every task.
     """
     try:
-        beside = {key: old[key] for key in ("rules", "items", "generation")}
+        beside = {key: old[key] for key in ("rules", "generation")}
         beside["outputs"] = old.get("outputs", old["metric"] == "choice")
-        digest, count = beside["items"]
-        require_texts(digest)
-        require_numbers([count])
-        settings = {key: value for key, value in old.items() if key not in beside}
+        left_out = ("name", "items", *beside)
+        settings = {key: value for key, value in old.items() if key not in left_out}
         length = generated_length(beside["generation"])
         return score_settings(read_task({"name": name, **settings}, length)) | beside
     except (AttributeError, KeyError, TypeError, ValueError):
@@ -147,13 +153,12 @@ def _identity_of_results(
                 "rules": rules.get(name, 1),
                 "items": [digests[name], counts[name]]
                 if name in digests and name in counts
-                else new["tasks"].get(name, {}).get("items"),
+                else [items_digest(items.get(name, ())), len(items.get(name, ()))],
                 "generation": generation_facts(task, items[name]) if name in items else None,
                 "outputs": False,
             }
             for name, task in tasks.items()
         },
-        "static": {name: cfg[name] for name in STATIC_FIELDS} if cfg["num_static"] else {},
         "routers": {
             label: {
                 "digests": _router_digests(new, label, routers),
@@ -165,6 +170,58 @@ def _identity_of_results(
 
 
 def _router_digests(new: Mapping[str, Any], label: str, stored: Mapping[str, Any]) -> Any:
-    """The digests of a router now, if it is among the stored ones; those have paths, not labels."""
-    now = new["routers"].get(label, {}).get("digests")
-    return now if not stored or now in stored.values() else sorted(stored.values(), key=str)
+    """The digests of a router, stored under its label or its path, as those of this call tell."""
+    now = [x["digests"] for x in new["routers"].values() if x["label"] == label]
+    known = [x for x in now if not stored or x in stored.values()]
+    return stored.get(label) or (known[0] if known else sorted(stored.values(), key=str))
+
+
+class EarlierRecords:
+    """Completes records of earlier versions by what they took from `sweep.json`.
+
+    Those named neither seed nor router, and digests of items and prompts were not in them.
+    """
+
+    def __init__(self, identity: Mapping[str, Any], items: Mapping[str, Sequence[Item]]):
+        """Args: items: of the tasks of this call, by their names in the records."""
+        self._seed, self._tasks, self._items = identity["seed"], identity["tasks"], items
+        self._routers = {
+            name: router.get("router") or router_id(router)
+            for name, router in identity["routers"].items()
+        }
+        self._facts = {
+            self._routers[name]: {
+                fact: router[fact]
+                for fact in (*ROUTER_FACTS, "threshold")
+                if type(router.get(fact)) in (str, int, float)
+            }
+            for name, router in identity["routers"].items()
+        }
+
+    def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
+        if "run" in record:
+            run = self._with_source(record["run"])
+            found = {"items_digest": self._digest(run["task"], len(run["items"]))}
+            return {"run": found | run}
+        if "policy" in record:
+            return self._with_source(record)
+        if "similarities" in record and "prompts" not in record:
+            return {**record, "prompts": self._digest(record["task"], record["num_prompts"])}
+        return record
+
+    def _with_source(self, record: dict[str, Any]) -> dict[str, Any]:
+        policy = dict(record["policy"])
+        if policy.get("kind") == "routed":
+            label = policy.get("label")
+            policy.setdefault("router", self._routers.get(label, label))
+            policy = self._facts.get(policy["router"], {}) | policy
+        return {"seed": self._seed, **record, "policy": policy}
+
+    def _digest(self, task: str, count: int) -> str:
+        """The digest of a task's first items, if they are what they were."""
+        digest, total = self._tasks.get(task, {}).get("items") or ("", 0)
+        if count == total:
+            return digest
+        items = self._items.get(task, ())
+        unchanged = bool(total) and items_digest(items[:total]) == digest
+        return items_digest(items[:count]) if unchanged else f"{count} items"

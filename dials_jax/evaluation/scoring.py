@@ -75,6 +75,36 @@ def score_task(
     return _task_scores(task, items, tally, tokenizer)
 
 
+def time_task(
+    model: Model,
+    task: EvalTask,
+    items: Sequence[Item],
+    policy: Policy | None,
+    batch_size: int,
+    seed: int,
+    num_batches: int,
+) -> float:
+    """Runs the longest sequences of a task, about so many batches, for their time alone.
+
+    The programs are those of `score_task`. Returns: seconds, without compilation.
+    """
+    copies = _copies_per_pair(task, items, policy)
+    tally = Tally(model.num_layers, copies)
+    lengths = {
+        pair: len(item.prompt) + len(answer)
+        for name, item in zip(item_names(items), items, strict=True)
+        for pair, answer in zip(_pair_names(task, name, item), item.answers, strict=True)
+    }
+    chosen: list[str] = []
+    for pair in sorted(lengths, key=lambda pair: -lengths[pair]):
+        if sum(copies[x] for x in chosen) < num_batches * batch_size:
+            chosen.append(pair)
+    tally.keep_only(chosen)
+    measure = _generate_outputs if task.generates else _score_likelihoods
+    done = measure(tally, model, task, items, policy, batch_size, seed)
+    return sum(record["flops"]["seconds"] for record in done)
+
+
 def _task_scores(
     task: EvalTask, items: Sequence[Item], tally: Tally, tokenizer: Tokenizer
 ) -> TaskScores:

@@ -18,13 +18,15 @@ from dials_jax.data.sources import load_data_tokenizer
 from dials_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dials_jax.errors import require, require_packages
 from dials_jax.evaluation.exact_match import normalise_answer
-from dials_jax.evaluation.items import Item, Items, load_items
+from dials_jax.evaluation.items import Item, Items, item_names, items_digest, load_items
+from dials_jax.evaluation.older_sweeps import router_id
 from dials_jax.evaluation.outputs import rules_digest
 from dials_jax.evaluation.scoring import count_sequences, score_task
-from dials_jax.evaluation.sweep_identity import sweep_identity
+from dials_jax.evaluation.sweep_identity import router_training, sweep_identity
 from dials_jax.evaluation.sweep_records import SweepRecords, timing_conditions
 from dials_jax.evaluation.task import EvalConfig, EvalTask
 from dials_jax.evaluation.task_setup import check_permission, check_task, generation_facts
+from dials_jax.evaluation.timing import time_policies
 from dials_jax.files import write_json
 from dials_jax.loading import load
 from dials_jax.models.model import Model
@@ -89,9 +91,9 @@ def _sweep(cfg: EvalConfig, workdir: Path) -> dict[str, Any]:
     to_check = [full, *routed, *random, *_static_placeholder(cfg)]
     for task, items in tasks:
         check_task(task, items, model, {c.label: c.policy for c in to_check})
-    identity = sweep_identity(cfg, model, tasks, routers)
     items_of = {task.name: items for task, items in tasks}
     rules = {task.name: rules_digest(task, items) for task, items in tasks}
+    identity = sweep_identity(cfg, model, tasks, routers)
     records = SweepRecords(workdir, identity, items_of, model, rules)
     facts = {
         "model": {
@@ -100,18 +102,25 @@ def _sweep(cfg: EvalConfig, workdir: Path) -> dict[str, Any]:
             "parameters": trees.count_parameters(model.params),
             "fingerprint": model.fingerprint,
         },
-        "items": {name: task["items"][0] for name, task in identity["tasks"].items()},
-        "rules": {name: task["rules"] for name, task in identity["tasks"].items()},
-        "routers": {label: router["digests"] for label, router in routers.items()},
+        "routers": routers,
     }
+    candidates = {}
     for (task, items), tokenizer in zip(tasks, tokenizers, strict=True):
         static = static_candidates(cfg, model, task, items, records)
-        for candidate in [full, *static, *routed, *random]:
-            if not records.is_finished(task.name, candidate.describe(), len(items)):
+        candidates[task.name] = [full, *static, *routed, *random]
+        for candidate in candidates[task.name]:
+            if not records.is_finished(task.name, candidate.describe(), items):
                 _score_candidate(records, cfg, model, task, items, tokenizer, candidate)
-                results = records.results(cfg, facts)
+                results = records.results(cfg, items_of, facts)
                 sharding.on_first_process(lambda r=results: write_json(workdir / "results.json", r))
-        results = records.results(cfg, facts)
+        results = records.results(cfg, items_of, facts)
+        if jax.process_index() == 0:
+            rows = write_report(results, workdir)
+    if cfg.timing_repeats:
+        for task, items in tasks:
+            policies = [(one.describe(), one.policy) for one in candidates[task.name]]
+            time_policies(records, cfg, model, task, items, policies)
+        results = records.results(cfg, items_of, facts)
         if jax.process_index() == 0:
             rows = write_report(results, workdir)
     if jax.process_index() == 0:
@@ -160,24 +169,27 @@ def _score_candidate(
     what = f"{task.name}, {candidate.label}"
     policy = candidate.describe()
     measured = timing_conditions(cfg, task, model)
-    about = {"task": task.name, "policy": policy, "measured": measured}
-    earlier = list(records.batches(task.name, policy))
-    if earlier and jax.process_index() == 0:
-        done = sum(count for record in earlier for _, _, count, _ in record.get("scores", ()))
+    about = records.about(task.name, policy)
+    earlier, names = list(records.batches(task.name, policy)), set(item_names(items))
+    done = sum(
+        count
+        for record in earlier
+        for pair, _, count, _ in record.get("scores", ())
+        if pair.partition(".")[0] in names
+    )
+    if done and jax.process_index() == 0:
         print(f"{what}: continues after {done} of {total} sequences", flush=True)
     with tqdm(total=total, desc=what, unit="sequence", disable=not sys.stderr.isatty()) as bar:
         scores = score_task(
             model, task, items, tokenizer, candidate.policy, cfg.batch_size, cfg.seed, bar.update,
             records=earlier,
-            on_record=lambda record: records.add(about | record),
+            on_record=lambda record: records.add(about | {"measured": measured} | record),
         )  # fmt: skip
     run = {
-        "task": task.name,
         "metric": task.metric,
         "cache": cache_name(task.cache),
         "generation": generation_facts(task, items),
         "num_dropped": items.num_dropped,
-        "policy": policy,
         "items": scores.items,
         "also": scores.other_metrics,
         "flops": scores.flops.to_dict(),
@@ -186,7 +198,7 @@ def _score_candidate(
         "examples": scores.examples,
         "measured": _without_repeats(x["measured"] for x in records.batches(task.name, policy)),
     }
-    records.add_run(run)
+    records.add_run(task.name, policy, items, run)
     if jax.process_index() == 0:
         mean = sum(scores.items.values()) / len(scores.items)
         print(f"{what}: {mean:.4f}, {scores.flops.layers_run:.1%} of layers", flush=True)
@@ -210,23 +222,24 @@ def _without_repeats(values: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 def routed_candidates(cfg: EvalConfig, model: Model) -> tuple[list[Candidate], dict[str, Any]]:
     """Loads every router, and makes its policies; by rising lambda.
 
-    Also gives what the scores of each depend on, by label.
+    Also describes them, by `router_id`. Routers of one lambda and one training but for its seed
+    have one label, and make one row.
     """
-    found, identity = [], {}
+    found, routers = [], {}
     for path in cfg.routers:
-        _, info = router_facts(path)
+        folder, info = router_facts(path)
+        training = {"training": router_training(folder, info), "folder": Path(path).name}
         router = load_router(path, model)
         for candidate, threshold in _router_candidates(cfg, info, router, path):
-            found.append(candidate)
-            identity[candidate.label] = {"digests": info.digests, "threshold": threshold}
+            known = {"digests": info.digests, "threshold": threshold}
             if candidate.policy.votes != "hard":
-                identity[candidate.label]["votes"] = candidate.policy.votes
-    labels = [c.label for c in found]
-    require(
-        len(set(labels)) == len(labels),
-        f"two routers have the same lambda ({', '.join(labels)}); evaluate them in two sweeps",
-    )
-    return sorted(found, key=lambda c: c.facts["lambda"]), identity
+                known["votes"] = candidate.policy.votes
+            number = router_id(known)
+            require(number not in routers, f"routers: {path} is given twice; remove one of them")
+            candidate.facts.update(training, router=number)
+            found.append(candidate)
+            routers[number] = known | {"label": candidate.label} | candidate.facts
+    return sorted(found, key=lambda c: c.facts["lambda"]), routers
 
 
 def _router_candidates(
@@ -237,15 +250,14 @@ def _router_candidates(
     soft = {} if cfg.votes in (None, info.router.votes) else {"votes": cfg.votes}
     end = f" {cfg.votes}" if soft else ""
     router = dataclasses.replace(router, **soft)
-    if isinstance(cfg.skip_threshold, tuple):
-        for tau in cfg.skip_threshold:
+    taus = cfg.skip_threshold
+    for tau in taus if isinstance(taus, tuple) else (taus,):
+        if tau is None:
+            yield Candidate(f"{label}{end}", router, {**facts, **soft}), None
+        else:
             policy = dataclasses.replace(router, threshold=tau)
             where = {**facts, "threshold": tau, **soft}
             yield Candidate(f"{label} τ={tau:g}{end}", policy, where), tau
-    else:
-        tau = cfg.skip_threshold
-        policy = router if tau is None else dataclasses.replace(router, threshold=tau)
-        yield Candidate(f"{label}{end}", policy, {**facts, **soft}), tau
     for ratio in cfg.execution_ratios:
         fit = info.fitted_to(ratio, path)
         policy = dataclasses.replace(router, threshold=fit.threshold, votes=fit.votes)
@@ -277,14 +289,14 @@ def static_candidates(
     if not cfg.num_static:
         return []
     chosen = items[: cfg.num_calibration]
-    key = task.name, len(chosen)
+    key = records.names[task.name], items_digest(chosen)
     if key not in records.similarities:
         # A causal model's states of a prompt do not depend on what follows.
         lengths = [len(answer) for item in chosen for answer in item.answers]
         gen_length = 0 if model.config.causal else max(lengths)
         prompts = [item.prompt for item in chosen]
         found = layer_similarities(model, prompts, gen_length, cfg.batch_size)
-        records.add({"task": task.name, "num_prompts": len(chosen), "similarities": found.tolist()})
+        records.add({"task": key[0], "prompts": key[1], "similarities": found.tolist()})
     similarities = records.similarities[key]
     found = []
     for k in cfg.num_static:

@@ -15,9 +15,10 @@ from typing import Any
 
 from dials_jax.config import to_dict
 from dials_jax.errors import InputError, require
-from dials_jax.evaluation.items import Item
-from dials_jax.evaluation.older_sweeps import read_results
-from dials_jax.evaluation.sweep_identity import SWEEP_FILE, continue_identity
+from dials_jax.evaluation.items import Item, items_digest
+from dials_jax.evaluation.older_sweeps import EarlierRecords, read_results
+from dials_jax.evaluation.sweep_groups import POLICY_KINDS, shown_groups
+from dials_jax.evaluation.sweep_identity import SWEEP_FILE, grow_identity, stored_name
 from dials_jax.evaluation.tally import NUM_BINS
 from dials_jax.evaluation.task import PADDING_FIELDS, EvalConfig, EvalTask
 from dials_jax.files import read_json
@@ -28,16 +29,18 @@ from dials_jax.skipping.flops import KEYS as FLOPS_KEYS
 from dials_jax.workdir import require_unclaimed
 
 SWEEP_FILES = (RECORDS, "results.json", "results.csv", "report.html", "plots")
-POLICY_KINDS = ("full", "static", "routed", "random")  # in the order of the report
+# What a stored policy says beside what its answers depend on; `router` includes its threshold.
+DESCRIPTIONS = ("label", "training", "folder", "threshold")
 
 
 class SweepRecords:
     """The records of a sweep.
 
     Attributes:
-      runs: the finished runs, by task and label of the policy.
-      similarities: of the layers, by task and number of prompts, for Goel, Algorithm 1.
+      runs: the finished runs, by all that their scores depend on.
+      similarities: of the layers, by task and digest of the prompts, for Goel, Algorithm 1.
       environment: that of the last measurement; None before the first.
+      names: in the records, by the name of a task in this call.
     """
 
     def __init__(
@@ -51,45 +54,51 @@ class SweepRecords:
         """Continues the sweep in the workdir, which any version may have started, or starts one.
 
         Args:
+          items: of the tasks of this call, by name.
           rules: `rules_digest` by task.
         Raises: InputError if the workdir holds files of others that this sweep would overwrite, or
-          results that depend on other settings.
+          results of another model.
         """
-        self.runs: dict[tuple[str, str], dict[str, Any]] = {}
-        self.similarities: dict[tuple[str, int], list[float]] = {}
+        self.runs: dict[str, dict[str, Any]] = {}
+        self.similarities: dict[tuple[str, str], list[float]] = {}
         self.environment: dict[str, Any] | None = None
-        self._newest_rules: dict[str, str | None] = {}
         self._batches: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        self._timings: dict[str, dict[str, dict[int, float]]] = defaultdict(dict)
         self._now = environment(model, identity["seed"])
+        self._seed = identity["seed"]
         self._measuring = False
         check = partial(check_record, num_layers=model.num_layers)
         before = _find_results_without_records(workdir, identity, items, check)
-        agree = partial(continue_identity, items=items)
-        self._records = Records(workdir, identity, check, SWEEP_FILE, agree, before)
-        stored = self._records.identity["tasks"]
-        self._rules = {name: x for name, x in rules.items() if stored[name].get("outputs")}
+        self._records = Records(workdir, identity, check, SWEEP_FILE, grow_identity, before)
+        self._identity = stored = self._records.identity
+        self.names = {
+            name: stored_name(stored["tasks"], task) for name, task in identity["tasks"].items()
+        }
+        self._rules = {
+            name: rules[name] if stored["tasks"][known].get("outputs") else None
+            for name, known in self.names.items()
+        }
+        self._completed = EarlierRecords(stored, {self.names[name]: x for name, x in items.items()})
         for record in self._records.all:
             self._remember(record)
 
     def _remember(self, record: dict[str, Any]) -> None:
+        record = self._completed(record)
         if "run" in record:
             run = record["run"]  # a bound on log 0 is infinite, which JSON cannot hold
             items = {name: math.inf if x is None else x for name, x in run["items"].items()}
-            run = {**run, "items": items}
-            self.runs[run["task"], run["policy"]["label"]] = run
-            self._newest_rules[run["task"]] = run.get("rules")
+            self.runs[_run_key(run)] = {**run, "items": items}
         elif "scores" in record or "verdicts" in record:
-            self._batches[_batch_key(record["task"], record["policy"])].append(record)
+            self._batches[_key(record["task"], record["policy"], record["seed"])].append(record)
+        elif "timing" in record:
+            timing = record["timing"]
+            conditions = json.dumps(timing["measured"], sort_keys=True)
+            known = self._timings[_timing_key(record)]
+            known[conditions] = known.pop(conditions, {}) | {timing["repeat"]: timing["seconds"]}
         elif "similarities" in record:
-            where = record["task"], record["num_prompts"]
-            self.similarities[where] = record["similarities"]
+            self.similarities[record["task"], record["prompts"]] = record["similarities"]
         else:
             self.environment = record["environment"]
-
-    def add_run(self, run: dict[str, Any]) -> None:
-        """Stores a finished run, with the rules by which its outputs were scored."""
-        rules = self._rules.get(run["task"])
-        self.add({"run": run | ({"rules": rules} if rules else {})})
 
     def add(self, record: dict[str, Any]) -> None:
         """Stores a record; before the first one of a process, also the environment."""
@@ -99,61 +108,104 @@ class SweepRecords:
             self._records.add(each)
             self._remember(each)
 
-    def batches(self, task: str, policy: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The records of the batches of one policy on one task.
+    def about(self, task: str, policy: Mapping[str, Any]) -> dict[str, Any]:
+        """What a record of this call says that its answers depend on, but for the items.
 
         Args:
           policy: as `Candidate.describe` returns it.
         """
-        return self._batches[_batch_key(task, policy)]
+        return {"task": self.names[task], "policy": dict(policy), "seed": self._seed}
 
-    def is_finished(self, task: str, policy: Mapping[str, Any], num_items: int) -> bool:
-        """Whether a run of this policy, with the same static layers, has scores of all items.
+    def batches(self, task: str, policy: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The records of the batches of one policy on one task, whatever the items."""
+        return self._batches[_key(**self.about(task, policy))]
 
-        They have to be by the rules of now, if all outputs are stored.
+    def timings(
+        self, task: str, policy: Mapping[str, Any], items: Sequence[Item], measured: Any
+    ) -> dict[int, float]:
+        """The stored seconds of one policy under the same conditions, by repeat."""
+        run = self.about(task, policy) | {"items_digest": items_digest(items)}
+        conditions = json.dumps(measured, sort_keys=True)
+        return self._timings[_timing_key(run)].get(conditions, {})
+
+    def add_timing(
+        self,
+        task: str,
+        policy: Mapping[str, Any],
+        items: Sequence[Item],
+        measured: Any,
+        repeat: int,
+        seconds: float,
+    ) -> None:
+        """Stores one measured time of a policy."""
+        timing = {"measured": measured, "repeat": repeat, "seconds": seconds}
+        about = self.about(task, policy) | {"items_digest": items_digest(items)}
+        self.add(about | {"timing": timing})
+
+    def is_finished(self, task: str, policy: Mapping[str, Any], items: Sequence[Item]) -> bool:
+        """Whether there is a run of this policy on exactly these items, by the rules of now."""
+        return _run_key(self._run(task, policy, items)) in self.runs
+
+    def _run(self, task: str, policy: Mapping[str, Any], items: Sequence[Item]) -> dict[str, Any]:
+        """What a run says that its scores depend on."""
+        rules = {"rules": self._rules[task]} if self._rules[task] else {}
+        return self.about(task, policy) | {"items_digest": items_digest(items)} | rules
+
+    def add_run(
+        self, task: str, policy: Mapping[str, Any], items: Sequence[Item], run: dict[str, Any]
+    ) -> None:
+        """Stores a finished run."""
+        self.add({"run": self._run(task, policy, items) | run})
+
+    def results(
+        self, cfg: EvalConfig, items: Mapping[str, Sequence[Item]], facts: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """The results of the finished runs; what is only of earlier calls comes last.
+
+        Args:
+          items: of the tasks of this call, by name.
         """
-        run = self.runs.get((task, policy["label"]))
-        same = run is not None and run["policy"].get("layers") == policy.get("layers")
-        same = same and run.get("rules") == self._rules.get(task)
-        return same and len(run["items"]) == num_items
-
-    def results(self, cfg: EvalConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
-        """The results of the finished runs; tasks that are only of earlier calls come last.
-
-        If a task got more items, only runs on all of them are included, and if it got other rules
-        for outputs, only runs by these.
-        """
-        newest = self._newest_rules
-        runs = [run for run in self.runs.values() if run.get("rules") == newest[run["task"]]]
-        most: dict[str, int] = defaultdict(int)
-        for run in runs:
-            most[run["task"]] = max(most[run["task"]], len(run["items"]))
-        runs = [run for run in runs if len(run["items"]) == most[run["task"]]]
-        names = {task.name: number for number, task in enumerate(cfg.tasks)}
-
-        def report_order(run):
-            policy = run["policy"]
-            strength = policy.get("lambda", policy.get("num_skipped", 0))
-            tau = policy.get("threshold", math.inf), -policy.get("execution_ratio", 0)
-            task = names.get(run["task"], len(names))
-            return (
-                task,
-                run["task"] if task == len(names) else "",
-                POLICY_KINDS.index(policy["kind"]),
-                strength,
-                *tau,
-            )
-
+        current = [
+            (self.names[task.name], items_digest(items[task.name]), self._rules[task.name])
+            for task in cfg.tasks
+        ]
+        groups = shown_groups(list(self.runs.values()), current)
+        tasks = self._identity["tasks"]
         return {
             "config": to_dict(cfg),
             **facts,
+            "items": {title: group[0]["items_digest"] for title, group in groups.items()},
+            "rules": {t: tasks[group[0]["task"]].get("rules", 1) for t, group in groups.items()},
+            "tasks": {title: tasks[group[0]["task"]] for title, group in groups.items()},
             "environment": self.environment or self._now,
-            "runs": sorted(runs, key=report_order),
+            "runs": [
+                {**run, **self._newest_timing(run), "task": title}
+                for title, group in groups.items()
+                for run in group
+            ],
         }
 
+    def _newest_timing(self, run: Mapping[str, Any]) -> dict[str, Any]:
+        """The repeated times of a run, under the conditions that were measured last."""
+        known = self._timings.get(_timing_key(run))
+        if not known:
+            return {}
+        conditions, seconds = list(known.items())[-1]
+        return {"timing": {"measured": json.loads(conditions), "seconds": list(seconds.values())}}
 
-def _batch_key(task: str, policy: Mapping[str, Any]) -> str:
-    return json.dumps([task, policy], sort_keys=True)
+
+def _key(task: str, policy: Mapping[str, Any], seed: int) -> str:
+    """Everything that answers to items depend on: labels and other descriptions do not count."""
+    counts = {name: x for name, x in policy.items() if name not in DESCRIPTIONS}
+    return json.dumps([task, counts, seed], sort_keys=True)
+
+
+def _timing_key(run: Mapping[str, Any]) -> str:
+    return _key(run["task"], run["policy"], run["seed"]) + run["items_digest"]
+
+
+def _run_key(run: Mapping[str, Any]) -> str:
+    return f"{_timing_key(run)}, {run.get('rules')}"
 
 
 def timing_conditions(cfg: EvalConfig, task: EvalTask, model: Model) -> dict[str, Any]:
@@ -207,6 +259,7 @@ def check_record(record: Any, num_layers: int) -> None:
         _check_run(record["run"], num_layers)
     elif "scores" in record:
         require_texts(record["task"])
+        require_numbers([record.get("seed", 0)])
         dict(record["policy"])
         for name, *numbers in record["scores"]:
             require_texts(name)
@@ -219,9 +272,15 @@ def check_record(record: Any, num_layers: int) -> None:
         dict(record["policy"])
         for digest, verdict in record["verdicts"].values():
             require_texts(digest, verdict)
+    elif "timing" in record:
+        require_texts(record["task"], record["items_digest"])
+        dict(record["policy"])
+        dict(record["timing"]["measured"])
+        require_numbers([record["seed"], *(record["timing"][x] for x in ("repeat", "seconds"))])
     elif "similarities" in record:
         require_texts(record["task"])
-        require_numbers([record["num_prompts"]])
+        require_texts(record.get("prompts", ""))
+        require_numbers([record.get("num_prompts", 0)])
         require_numbers(record["similarities"], num_layers)
     else:
         dict(record["environment"])
@@ -229,7 +288,8 @@ def check_record(record: Any, num_layers: int) -> None:
 
 def _check_run(run: Mapping[str, Any], num_layers: int) -> None:
     policy = run["policy"]
-    require_texts(run["task"], run["metric"], policy["label"])
+    require_texts(run["task"], run["metric"], policy["label"], run.get("items_digest", ""))
+    require_numbers([run.get("seed", 0)])
     if policy["kind"] not in POLICY_KINDS:
         raise ValueError(f"policy of kind {policy['kind']!r}")
     names = ("lambda", "num_skipped", "threshold", "execution_ratio")

@@ -148,6 +148,11 @@ class Tally:
         self.passes |= record.get("passes", {})
         self.num_calls += record.get("num_calls", 0)
 
+    def keep_only(self, names: Iterable[str]) -> None:
+        """Takes all other pairs for scored, so that only these are left to score."""
+        for name in self._unscored.keys() - set(names):
+            self._unscored[name][:] = False
+
     def unscored(self, names: Sequence[str]) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"]]:
         """The copies without a score: the position of each one's pair in `names`, and its number.
 

@@ -32,8 +32,6 @@ CacheConfig = PrefixCache | DualCache | EarlySkip
 
 # Fields of a task that decide how sequences are padded: cost depends on them, scores do not.
 PADDING_FIELDS = ("bucket", "max_programs")
-# Fields of a sweep that decide which layers static policies skip.
-STATIC_FIELDS = ("similarity_threshold", "num_calibration")
 # Fields of a task that only one kind of metric reads; setting them for another is refused.
 _OF_CHOICES = ("choices", "choice_list", "label", "label_names")
 _OF_CODE = ("program", "time_limit", "allow_code_execution")
@@ -178,6 +176,9 @@ class EvalConfig(Typed):
     ] = ()  # also with thresholds fitted to these shares of layers
     votes: Votes | None = None  # in place of the routers' own; fitted thresholds have theirs
     batch_size: int = 32
+    # Time every policy so many times in turns after scoring: results then have the median and the
+    # spread. 0: times are those of scoring, measured once.
+    timing_repeats: int = 0
     mesh: MeshConfig = MeshConfig()
     layout: Literal["stacked", "unrolled", "fused", "auto"] = (
         "stacked"  # stacked compiles much faster
@@ -191,3 +192,7 @@ class EvalConfig(Typed):
         taus = self.skip_threshold if isinstance(self.skip_threshold, tuple) else ()
         for tau in taus or (self.skip_threshold or 0.0,):
             require(0 <= tau < 1, f"skip_threshold={tau} must lie in [0, 1)")
+        require(
+            self.timing_repeats == 0 or self.timing_repeats > 1,
+            f"timing_repeats={self.timing_repeats} shows no spread; give 2 or more, or 0",
+        )

@@ -45,6 +45,11 @@ def preformatted(content: Any) -> str:
     return f"<pre>{escape(str(content))}</pre>"
 
 
+def paragraph(text: str) -> str:
+    """A paragraph of text."""
+    return f"<p>{escape(text)}</p>"
+
+
 def table(columns: Iterable[str], rows: Iterable[str]) -> str:
     """A table of rows made by `table_row` and `table_heading`; the first column is text, the others
     are numbers."""
@@ -78,12 +83,14 @@ def _embed_image(path: Path, caption: str) -> str:
     )
 
 
-def collapsible_sections(items: Iterable[tuple[str, str]]) -> str:
-    """Titles whose content opens on a click. The first one is open."""
-    return "\n".join(
-        f"<details{'' if i else ' open'}><summary>{escape(title)}</summary>{html}</details>"
-        for i, (title, html) in enumerate(items)
-    )
+def collapsible_sections(items: Iterable[tuple[str, str]], first_open: bool = True) -> str:
+    """Titles whose content opens on a click."""
+    sections = []
+    for title, content in items:
+        opened = " open" if first_open and not sections else ""
+        summary = f"<summary>{escape(title)}</summary>"
+        sections.append(f"<details{opened}>{summary}{content}</details>")
+    return "\n".join(sections)
 
 
 PAGE = """<!doctype html>

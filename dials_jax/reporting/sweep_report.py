@@ -12,7 +12,9 @@ from jaxtyping import Float
 
 from dials_jax.files import write_json
 from dials_jax.reporting import html, sweep_plots
+from dials_jax.reporting.comparison import compare_all, pairs_legend, pairs_table, rows_by_items
 from dials_jax.reporting.publish import Figure, Report, file_name, publish
+from dials_jax.reporting.seeds import pool_seeds
 from dials_jax.reporting.speed import (
     ACCURACIES,
     SpeedCurve,
@@ -80,7 +82,8 @@ def sweep_report(results: Mapping[str, Any], rows: Sequence[SweepRow]) -> Report
     environment = dict(results["environment"])
     command = environment.pop("command", "")
     facts = html.describe_values(results["model"]) + html.describe_values(environment)
-    curves = find_curves(results["runs"])
+    runs = pool_seeds(results["runs"])
+    curves = find_curves(runs)
     speed = {"Accuracy against tokens a pass": speed_table(curves)} if curves else {}
     return Report(
         title=f"Layer skipping on {Path(results['model'].get('path', 'a model')).name}",
@@ -89,11 +92,12 @@ def sweep_report(results: Mapping[str, Any], rows: Sequence[SweepRow]) -> Report
         rows=csv_rows(rows),
         tables={"Results": page_table(rows), **speed},
         legend=SWEEP_LEGEND,
-        figures=[*_speed_figure(curves), *_figures(results["runs"], rows)] if rows else [],
+        figures=[*_speed_figure(curves), *_figures(runs, rows)] if rows else [],
         text=format_table(rows),
         above={"Model and environment": html.definition_list(facts, "facts")},
         below={
-            "Example generations": _examples_html(results["runs"]),
+            "All pairs": _pairs_html(results),
+            "Example generations": _examples_html(runs),
             "Reproduce": html.preformatted(command),
         },
     )
@@ -122,7 +126,7 @@ def _speed_figure(curves: Mapping[str, Sequence[SpeedCurve]]) -> list[Figure]:
 
 def _speed_point(run: Mapping[str, Any], timed: bool) -> sweep_plots.SpeedPoint:
     scores = list(run["items"].values())
-    low, high = value_interval(run["metric"], scores)
+    low, high = value_interval(run)
     seconds = run["flops"]["seconds"] if timed else None
     value = sum(scores) / len(scores)
     return sweep_plots.SpeedPoint(tokens_per_pass(run), seconds, value, low, high, rule_value(run))
@@ -195,6 +199,18 @@ def _divide(executed: np.ndarray, calls: np.ndarray | np.integer) -> np.ndarray:
 
 
 # --------------------------------------------------------------------------------------- page
+
+
+def _pairs_html(results: Mapping[str, Any]) -> str:
+    """A matrix of paired tests per set of items, to open on a click."""
+    groups = rows_by_items(results["runs"], results.get("rules", {}))
+    tables = {
+        task: pairs_table(rows, compare_all(task, rows), corrected=False).html()
+        for task, rows in groups.items()
+        if len(rows) > 1
+    }
+    sections = html.collapsible_sections(tables.items(), first_open=False)
+    return html.paragraph(pairs_legend(corrected=False)) + sections if tables else ""
 
 
 def _examples_html(runs: Sequence[Mapping]) -> str:

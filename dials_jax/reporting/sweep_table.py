@@ -13,9 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from dials_jax.errors import InputError, require
 from dials_jax.reporting.figure import kind_color
 from dials_jax.reporting.publish import Table
+from dials_jax.reporting.seeds import pool_seeds, seed_interval
 from dials_jax.reporting.speed import (
     ACCURACIES,
     SpeedCurve,
@@ -28,13 +31,19 @@ from dials_jax.skipping.flops import KEYS as FLOPS_KEYS
 from dials_jax.statistics import mean_and_stderr, mean_interval, paired_test, wilson_interval
 
 WIDTH = 110  # columns of the terminal table
+SHORTEST_LABEL = 20  # characters to which a long label may be cut for that
 UNKNOWN = "-"
 
 SWEEP_LEGEND = (
     ("value", "The mean over items: nats per token for nelbo (lower is better), accuracy for other "
      "metrics (higher is better). ± is one standard error, the sample standard deviation / √n. It "
      "covers the choice of items, not the seeds of training or of random skipping."),
-    ("95 % interval", "Wilson's interval for accuracies, Student's t for nelbo."),
+    ("seeds", "Runs that differ only in the seed, of the evaluation or of the router's training, "
+     "and ± the standard deviation of their values. Value and tests are then of the items' means "
+     "over these seeds."),
+    ("95 % interval", "Of one seed: Wilson's interval for accuracies, Student's t for nelbo; it "
+     "covers the choice of items. Of several seeds: it covers items and seeds (the variances of "
+     "the two are added, Welch-Satterthwaite)."),
     ("vs full", "The mean difference to the full model on the same items, ± its standard error."),
     ("p", "Two-sided paired test against the full model: the exact McNemar test for items scored "
      "0 or 1, a paired t-test otherwise. It is not corrected for the number of rows, and a large p "
@@ -55,7 +64,11 @@ SWEEP_LEGEND = (
      "length and the router are counted. results.json also holds the absolute number."),
     ("seconds", "Measured time of the run on the device above, without compilation. Speed-up is "
      "the full model's time / this time, where both were measured with the same device, mesh, "
-     "layout, batch size and padding."),
+     "layout, batch size and padding. It is one measurement, whose noise is not known, unless "
+     "times were repeated (timing_repeats)."),
+    ("repeated", "Times of the same few batches, measured for all policies in turns: the median of "
+     "the repeats ± half their range, in seconds. Speed-up is then the ratio of the medians; it is "
+     "\"in the noise\" where the median lies in the range of the full model's repeats."),
 )  # fmt: skip
 
 
@@ -78,7 +91,7 @@ class SweepRow:
     layers_run: float  # share of the layers
     flops_share: float  # share of full execution, the whole model counted; `model` in the CSV
     seconds: float  # measured, without compilation
-    speedup: float | None  # seconds of the full model / seconds, if measured alike
+    speedup: float | None  # time of the full model / time, if measured alike and out of the noise
     num_items: int
     num_dropped: int | None  # items left out of all the above (too long); None: not recorded
     sampler: str | None  # with its settings; None: nothing is generated, or older results
@@ -89,6 +102,13 @@ class SweepRow:
     tokens_per_pass: float | None
     passes_per_second: float | None  # that each sequence of a batch gets
     aup: float | None  # accuracy under parallelism of its curve; None: it lies on none
+    num_seeds: int  # runs of which this row is the mean
+    seed_stdev: float | None  # standard deviation of their values; None for one
+    num_timings: int  # repeated times, in turns with the other policies'; 0: only `seconds`
+    timed_median: float | None  # seconds of them, like the next two
+    timed_low: float | None  # the shortest
+    timed_high: float | None
+    in_noise: bool  # the median lies in the range of the full model's repeats
 
 
 def group_runs_by_task(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
@@ -100,7 +120,7 @@ def group_runs_by_task(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapp
 
 
 def compute_sweep_rows(results: Mapping[str, Any]) -> list[SweepRow]:
-    """Computes one row per run, in the order of `group_runs_by_task`.
+    """Computes one row per policy and task, in the order of `group_runs_by_task`.
 
     The paired columns and the speed-up are None where the task has no full run (yet). The full run
     is not compared with itself.
@@ -110,10 +130,11 @@ def compute_sweep_rows(results: Mapping[str, Any]) -> list[SweepRow]:
 
     Raises: InputError if a run has no items, or other items than the full run of its task.
     """
-    curves = [curve for found in find_curves(results["runs"]).values() for curve in found]
+    pooled = pool_seeds(results["runs"])
+    curves = [curve for found in find_curves(pooled).values() for curve in found]
     aup = {id(run): curve.aup for curve in curves for run in curve.runs}
     rows = []
-    for runs in group_runs_by_task(results["runs"]).values():
+    for runs in group_runs_by_task(pooled).values():
         full = next((run for run in runs if run["policy"]["kind"] == "full"), None)
         rows += [_row(run, full, aup.get(id(run))) for run in runs]
     return rows
@@ -122,11 +143,12 @@ def compute_sweep_rows(results: Mapping[str, Any]) -> list[SweepRow]:
 def _row(run: Mapping[str, Any], full: Mapping[str, Any] | None, aup: float | None) -> SweepRow:
     scores = list(run["items"].values())
     label, seconds = run["policy"]["label"], run["flops"]["seconds"]
+    seed_means = run.get("seed_means", ())
     try:
         value, stderr = mean_and_stderr(scores)
         compare = full is not None and full is not run
         paired = paired_test(run["items"], full["items"]) if compare else None
-        low, high = value_interval(run["metric"], scores)
+        low, high = value_interval(run)
     except InputError as error:
         raise InputError(f"task {run['task']!r}, policy {label!r}: {error}") from error
     return SweepRow(
@@ -145,12 +167,14 @@ def _row(run: Mapping[str, Any], full: Mapping[str, Any] | None, aup: float | No
         layers_run=run["flops"]["layers_run"],
         flops_share=run["flops"][FLOPS_KEYS["flops_share"]],
         seconds=seconds,
-        speedup=full["flops"]["seconds"] / seconds if seconds and timed_alike(run, full) else None,
         num_items=len(scores),
         num_dropped=run.get("num_dropped"),
         **_generation_columns(run.get("generation") or {}),
         **pass_columns(run),
         aup=aup,
+        num_seeds=len(seed_means) or 1,
+        seed_stdev=float(np.std(seed_means, ddof=1)) if seed_means else None,
+        **_timing_columns(run, full),
     )
 
 
@@ -179,6 +203,30 @@ def _generation_columns(generation: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _timing_columns(run: Mapping[str, Any], full: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The speed-up and the repeated times; a speed-up within the noise is none."""
+    own, base = (_repeated_seconds(one) for one in (run, full or {}))
+    seconds, alike = run["flops"]["seconds"], timed_alike(run, full)
+    speedup, in_noise = None, False
+    if own and base and run["timing"]["measured"] == full["timing"]["measured"]:
+        median, speedup = np.median(own), float(np.median(base) / np.median(own))
+        in_noise = run is not full and bool(min(base) <= median <= max(base))
+    elif not own and seconds and alike:
+        speedup = full["flops"]["seconds"] / seconds
+    return {
+        "speedup": None if in_noise else speedup,
+        "num_timings": len(own),
+        "timed_median": float(np.median(own)) if own else None,
+        "timed_low": min(own, default=None),
+        "timed_high": max(own, default=None),
+        "in_noise": in_noise,
+    }
+
+
+def _repeated_seconds(run: Mapping[str, Any]) -> list[float]:
+    return list((run.get("timing") or {}).get("seconds", ()))
+
+
 def timed_alike(run: Mapping[str, Any], full: Mapping[str, Any] | None) -> bool:
     """Whether both were timed under the same conditions: device, mesh, batch size, ..."""
     if full is None:
@@ -187,10 +235,13 @@ def timed_alike(run: Mapping[str, Any], full: Mapping[str, Any] | None) -> bool:
     return len(measured) <= 1 and measured == full.get("measured", [])
 
 
-def value_interval(metric: str, scores: Sequence[int | float]) -> tuple[float, float]:
-    """95 % interval of the mean: Wilson's for an accuracy, Student's t otherwise."""
-    if metric in ACCURACIES:
-        require(set(scores) <= {0, 1}, f"metric {metric!r}: scores must be 0 or 1")
+def value_interval(run: Mapping[str, Any]) -> tuple[float, float]:
+    """95 % interval of the mean: Wilson's for an accuracy of one seed, else Student's t."""
+    scores = list(run["items"].values())
+    if "seed_means" in run:
+        return seed_interval(run)
+    if run["metric"] in ACCURACIES:
+        require(set(scores) <= {0, 1}, f"metric {run['metric']!r}: scores must be 0 or 1")
         return wilson_interval(int(sum(scores)), len(scores))
     return mean_interval(scores)
 
@@ -217,6 +268,12 @@ def _with_error(value: float | None, stderr: float | None, sign: str = "") -> st
     return mean if error == UNKNOWN else f"{mean} ±{error}"
 
 
+def _median_and_range(row: SweepRow) -> str:
+    if not row.num_timings:
+        return UNKNOWN
+    return f"{row.timed_median:.3g} ±{(row.timed_high - row.timed_low) / 2:.2g}"
+
+
 def _p_text(p_value: float | None) -> str:
     return "<0.001" if p_value is not None and p_value < 0.001 else _text(p_value, ".3f")
 
@@ -230,9 +287,14 @@ COLUMNS: dict[str, Callable[[SweepRow], str]] = {
     "layers": lambda r: _text(r.layers_run, ".4f"),
     "model": lambda r: _text(r.flops_share, ".4f"),
     "seconds": lambda r: _text(r.seconds, ".1f"),
-    "speed-up": lambda r: _text(r.speedup, ".2f", "x"),
+    "speed-up": lambda r: "in the noise" if r.in_noise else _text(r.speedup, ".2f", "x"),
     "items": lambda r: _item_count(r),
 }
+SEEDS = {
+    "seeds": lambda r: f"{r.num_seeds}{'' if r.seed_stdev is None else f' ±{r.seed_stdev:.4f}'}"
+}
+ONCE = "seconds once"  # instead of "seconds" where no time was measured again
+REPEATED = {"repeated": lambda r: _median_and_range(r)}
 INTERVAL = {"95 % interval": lambda r: f"{_text(r.low, '.4f')} to {_text(r.high, '.4f')}"}
 PASSES = {
     "NFE": lambda r: _text(r.nfe, ".1f"),
@@ -241,18 +303,27 @@ PASSES = {
 }
 
 
+def _columns(rows: Sequence[SweepRow]) -> dict[str, Callable[[SweepRow], str]]:
+    """The columns of these rows: those of seeds and repeated times where a row has several."""
+    columns = COLUMNS | (SEEDS if any(row.num_seeds > 1 for row in rows) else {})
+    if any(row.num_timings for row in rows):
+        return columns | REPEATED
+    return {ONCE if name == "seconds" else name: text for name, text in columns.items()}
+
+
 def format_table(rows: Sequence[SweepRow]) -> str:
     """Formats the table for a terminal: a heading per task, and an aligned line per policy."""
-    cells = [[text(row) for text in COLUMNS.values()] for row in rows]
-    widths = [max(map(len, column)) for column in zip(COLUMNS, *cells, strict=True)]
+    columns = _columns(rows)
+    cells = [[text(row) for text in columns.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
     max_label = WIDTH - sum(widths[1:]) - 2 * len(widths)
-    widths[0] = min(widths[0], max(max_label, len("policy")))
+    widths[0] = min(widths[0], max(max_label, SHORTEST_LABEL))
 
     def line(label: str, *numbers: str) -> str:
         aligned = [number.rjust(width) for number, width in zip(numbers, widths[1:], strict=True)]
         return "  " + "  ".join([_shorten(label, widths[0]).ljust(widths[0]), *aligned])
 
-    text, task = [line(*COLUMNS)], None
+    text, task = [line(*columns)], None
     for row, row_cells in zip(rows, cells, strict=True):
         if row.task != task:
             task = row.task
@@ -306,7 +377,7 @@ def speed_table(curves: Mapping[str, Sequence[SpeedCurve]]) -> Table:
 def page_table(rows: Sequence[SweepRow]) -> Table:
     """Makes the table of the page: a heading per task, and a line per policy."""
     generated = any(row.tokens_per_pass is not None for row in rows)
-    columns = COLUMNS | INTERVAL | (PASSES if generated else {})
+    columns = _columns(rows) | INTERVAL | (PASSES if generated else {})
     starts = [i for i, row in enumerate(rows) if i == 0 or row.task != rows[i - 1].task]
     return Table(
         tuple(columns),

@@ -20,14 +20,17 @@ import pytest
 from dials_jax.caching.early_skip.settings import EarlySkip
 from dials_jax.caching.plain import DualCache, PrefixCache
 from dials_jax.config import ArithmeticData
-from dials_jax.errors import InputError
 from dials_jax.evaluation import sweep
+from dials_jax.evaluation.items import item_names
 from dials_jax.evaluation.older_sweeps import read_task
+from dials_jax.evaluation.scoring import TaskScores
+from dials_jax.evaluation.tally import LayerCounts
 from dials_jax.evaluation.task import EvalConfig, EvalTask
 from dials_jax.loading import load
 from dials_jax.reporting import sweep_report
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.dream import Dream
+from dials_jax.skipping.flops import Flops
 
 STORED = Path(__file__).parent / "stored_sweep"
 DATA = ArithmeticData(operations=("max",))
@@ -129,22 +132,47 @@ def test_what_it_had_not_finished_gets_the_same_scores(cfg, copied):
 
 @pytest.mark.parametrize("names", [("sweep.json", "runs.jsonl"), ("results.json",)])
 @pytest.mark.parametrize(
-    ("changes", "named"),
+    ("task", "changes", "title"),
     [
-        ({"plain": {"sampler": Confidence(3, steps=1)}}, "tasks.plain.generation.steps"),
-        (
-            {"dream": {"sampler": Dream(4, alg="maskgit_plus")}},
-            "tasks.dream.generation.temperature",
-        ),
-        ({"early": {"cache": None}}, "tasks.early.generation.cache"),
-        ({"nelbo": {"cfg_scale": 0.0}}, "tasks.nelbo.cfg_scale"),
+        ("plain", {"sampler": Confidence(3, steps=1)}, "plain, steps 1"),
+        ("dream", {"sampler": Dream(4, alg="maskgit_plus")}, "dream, temperature 0.0, top_p None"),
+        ("early", {"cache": None}, "early, cache none"),
+        ("nelbo", {"cfg_scale": 0.0}, "nelbo, cfg_scale 0.0"),
     ],
 )
-def test_other_settings_are_named(names, changes, named, cfg, copied):
+def test_other_settings_are_scored_beside_what_it_scored(
+    names, task, changes, title, cfg, copied, monkeypatch
+):
     workdir = copied(*names)
-    tasks = tuple(dataclasses.replace(task, **changes.get(task.name, {})) for task in cfg.tasks)
-    with pytest.raises(InputError, match=rf"another sweep \({named}.* differ\)"):
-        sweep.sweep(dataclasses.replace(cfg, tasks=tasks), workdir)
+    asked = []
+    monkeypatch.setattr(sweep, "score_task", scores_of_nothing(asked))
+    changed = [dataclasses.replace(t, **changes) for t in cfg.tasks if t.name == task]
+    cfg = dataclasses.replace(cfg, tasks=tuple(changed), num_random=(), num_static=())
+    results = sweep.sweep(cfg, workdir)
+    assert asked == [[]]  # it starts without a record
+    assert results["runs"][0]["task"] == title
+    assert_same_runs(results["runs"][1:], stored_results()["runs"])
+
+
+def test_another_seed_and_more_routers_are_no_contradiction(cfg, copied, monkeypatch):
+    workdir, asked = copied("sweep.json", "runs.jsonl"), []
+    monkeypatch.setattr(sweep, "score_task", scores_of_nothing(asked))
+    cfg = dataclasses.replace(cfg, seed=1, tasks=cfg.tasks[:1], num_random=(), num_static=())
+    results = sweep.sweep(cfg, workdir)
+    plain = [run for run in results["runs"] if run["task"] == "plain"]
+    assert [run["seed"] for run in plain] == [0, 1, 0, 0] and asked == [[]]
+
+
+def scores_of_nothing(asked):
+    """Stands for `score_task`: notes the records that it is given."""
+
+    def score_task(model, task, items, *args, records, **kwargs):
+        asked.append(records)
+        flops = Flops(1.0, 1.0, 1.0, 1.0)
+        scores = dict.fromkeys(item_names(items), 0.0)
+        return TaskScores(LayerCounts(model.num_layers), flops, scores, {}, [], {}, 0)
+
+    return score_task
 
 
 def test_tasks_of_any_version_are_read():

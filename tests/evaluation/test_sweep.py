@@ -13,6 +13,7 @@ import pytest
 
 from dials_jax.caching.early_skip.settings import EarlySkip
 from dials_jax.caching.plain import DualCache
+from dials_jax.compiling import total_compile_seconds
 from dials_jax.config import (
     ArithmeticData,
     EvalConfig,
@@ -24,11 +25,13 @@ from dials_jax.config import (
 )
 from dials_jax.data.tokenizer import character_tokenizer, load_tokenizer
 from dials_jax.errors import InputError
-from dials_jax.evaluation import batched, sweep, sweep_identity
-from dials_jax.evaluation.items import load_items
-from dials_jax.evaluation.scoring import score_task
+from dials_jax.evaluation import batched, sweep, sweep_identity, timing
+from dials_jax.evaluation.items import items_digest, load_items
+from dials_jax.evaluation.scoring import score_task, time_task
 from dials_jax.loading import load
+from dials_jax.nn.policy import policy_name
 from dials_jax.reporting import sweep_report
+from dials_jax.reporting.sweep_table import compute_sweep_rows
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.skipping.storage import (
     FittedThresholds,
@@ -97,6 +100,16 @@ def finished(cfg, tmp_path_factory):
         patch.setattr(sweep_report, "_figures", lambda *args: [])  # slow, and made after every run
         sweep.sweep(cfg, workdir)
     return workdir
+
+
+def forget_sources(results, router):
+    """Leaves out of results.json what versions without records did not write."""
+    for run in results["runs"]:
+        del run["seed"], run["items_digest"]
+        for name in ("router", "training", "folder"):
+            run["policy"].pop(name, None)
+    del results["tasks"]
+    results["routers"] = {str(router): router_facts(router)[1].digests}
 
 
 def runs_of(workdir):
@@ -178,11 +191,11 @@ def test_results_do_not_depend_on_the_batch_size(cfg, finished, tmp_path, withou
         np.testing.assert_allclose([*run["items"].values()], [*items.values()], rtol=1e-4)
 
 
-def test_the_workdir_of_another_sweep_is_refused(cfg, finished, tmp_path):
+def test_the_workdir_of_another_model_is_refused(cfg, finished, tmp_path):
     workdir = shutil.copytree(finished, tmp_path / "sweep")
-    tasks = (dataclasses.replace(cfg.tasks[0], sampler=Confidence(4, steps=4)), cfg.tasks[1])
-    with pytest.raises(InputError, match=r"\(seed, tasks.sums.generation.steps differ"):
-        sweep.sweep(dataclasses.replace(cfg, seed=1, tasks=tasks), workdir)
+    with pytest.raises(InputError, match=r"another sweep \(dtype differ\)") as error:
+        sweep.sweep(dataclasses.replace(cfg, dtype="bfloat16"), workdir)
+    assert "\n" not in str(error.value)
     (workdir / "results.json").write_text('{"kind": "SearchStudy", "config": {}}')
     with pytest.raises(InputError, match=r"results.json is not of a sweep; choose another"):
         sweep.sweep(cfg, workdir)
@@ -199,31 +212,83 @@ def test_relative_paths_name_the_same_sweep(cfg, folder, finished, tmp_path, mon
     assert runs_of(workdir) == runs_of(finished)
 
 
-def test_routers_and_items_that_changed_meanwhile_are_refused(
-    cfg, folder, finished, tmp_path, arithmetic_model
+def test_routers_and_items_that_changed_meanwhile_are_scored_anew(
+    cfg, folder, finished, tmp_path, without_plots
 ):
     copy, workdir = shutil.copytree(folder, tmp_path / "in"), tmp_path / "out"
     data = dataclasses.replace(cfg.tasks[1].data, paths=(str(copy / "records.jsonl"),))
     task = dataclasses.replace(cfg.tasks[1], data=data)
-    cfg = dataclasses.replace(cfg, tasks=(task,), routers=(str(copy / "a"),))
+    cfg = dataclasses.replace(
+        cfg, tasks=(task,), routers=(str(copy / "a"),), num_static=(), num_random=()
+    )
     results = json.loads((finished / "results.json").read_text())
     results |= {"config": to_dict(cfg)}  # as versions without records left them
     results["runs"] = [run for run in results["runs"] if run["task"] == "records"]
-    results["routers"] = {str(copy / "a"): results["routers"]["routed λ=0.5"]}
+    forget_sources(results, copy / "a")
     del results["items"]["sums"]
     workdir.mkdir()
     (workdir / "results.json").write_text(json.dumps(results))
-
-    def refused(message):
-        with pytest.raises(InputError, match=message):
-            sweep.sweep(cfg, workdir)
+    before = {run["policy"]["label"]: run["items"] for run in results["runs"]}
 
     shutil.copytree(copy / "b" / "router", copy / "a" / "router", dirs_exist_ok=True)
-    refused(r"another sweep \(routers.routed λ=0.5.digests differ\); choose another --workdir")
-    shutil.copytree(folder / "a" / "router", copy / "a" / "router", dirs_exist_ok=True)
+    runs = sweep.sweep(cfg, workdir)["runs"]
+    first, second = (run for run in runs if run["policy"]["kind"] == "routed")
+    assert first["items"] == before["routed λ=0.5"] != second["items"]
     text = (copy / "records.jsonl").read_text()
     (copy / "records.jsonl").write_text(text.replace('"29"', '"28"'))
-    refused(r"another sweep \(tasks.records.items differ\); choose another --workdir")
+    found = [run for run in sweep.sweep(cfg, workdir)["runs"] if run["policy"]["kind"] == "full"]
+    assert [run["task"] for run in found] == ["records", "records, 5 items"]
+    new, old = (run["items"] for run in found)
+    assert old == before["full"] and len(new.keys() & old.keys()) == 4
+    for name in new.keys() & old.keys():  # the four others were not scored again
+        assert new[name] == old[name]
+
+
+# ------------------------------------------------------------------------------------ timing
+
+
+def test_times_are_repeated_in_turns_and_continue(
+    cfg, finished, tmp_path, monkeypatch, without_plots, capsys
+):
+    workdir, order, seconds = shutil.copytree(finished, tmp_path / "sweep"), [], iter(range(1, 99))
+    monkeypatch.setattr(sweep, "score_task", None)  # nothing is scored again
+
+    def time_task(model, task, items, policy, *args):
+        order.append(policy_name(policy))
+        if len(order) == 9:
+            raise KeyboardInterrupt
+        return float(next(seconds))
+
+    monkeypatch.setattr(timing, "time_task", time_task)
+    cfg = dataclasses.replace(cfg, tasks=cfg.tasks[1:], num_static=(), routers=(), timing_repeats=3)
+    before = runs_of(workdir)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.sweep(dataclasses.replace(cfg, timing_repeats=5), workdir)
+    # One untimed run of each before its first time; every turn begins with another policy.
+    full, random = "full", "random"
+    assert order == [full, full, random, random, random, full, full, random, random]
+    order.append("again")
+    results = sweep.sweep(cfg, workdir)  # three turns are there already
+    assert order[-1] == "again"
+    times = [r["timing"]["seconds"] for r in results["runs"] if "timing" in r]
+    assert times == [[2.0, 6.0, 7.0], [4.0, 5.0, 8.0]]
+    rows = {row.policy: row for row in compute_sweep_rows(results) if row.num_timings}
+    assert rows["random k=2"].in_noise and rows["random k=2"].speedup is None
+    assert rows["full"].timed_median == 6.0 and not rows["full"].in_noise
+    assert "in the noise" in capsys.readouterr().out
+    for run in results["runs"]:
+        run.pop("timing", None), run["flops"].pop("seconds")
+    assert all(run in results["runs"] for run in before)
+
+
+def test_timing_runs_the_programs_of_scoring(cfg, arithmetic_model):
+    model, tokenizer = load(arithmetic_model), load_tokenizer(arithmetic_model)
+    for task in cfg.tasks:
+        items = load_items(task, tokenizer, model.config)
+        for first in (True, False):
+            compiled = total_compile_seconds()
+            assert time_task(model, task, items, None, 4, 0, num_batches=1) > 0
+            assert first or total_compile_seconds() == compiled
 
 
 # --------------------------------------------------------------------------------- going on
@@ -328,37 +393,88 @@ def test_a_task_gets_more_items(cfg, finished, tmp_path, monkeypatch, without_pl
         sweep.sweep(more, tmp_path)
         assert counted.calls == 2 * 2  # four copies of two more items, in batches of four
     expected = {r["policy"]["label"]: r for r in runs_of(finished) if r["task"] == "records"}
-    runs = runs_of(tmp_path)
+    runs = [run for run in runs_of(tmp_path) if run["task"] == "records"]
     assert [run["policy"]["label"] for run in runs] == ["full", "routed λ=0.5"]
     for run in runs:
         assert run == expected[run["policy"]["label"]]
-    with pytest.raises(InputError, match=r"\(tasks.records.limit, tasks.records.items differ\)"):
-        sweep.sweep(few, tmp_path)
-    sweep.sweep(dataclasses.replace(more, num_random=cfg.num_random), tmp_path)
+    results = sweep.sweep(dataclasses.replace(more, num_random=cfg.num_random), tmp_path)
     assert runs_of(tmp_path)[2] == expected["random k=2"]
+    assert len(results["runs"]) == 3  # those on three items are exceeded
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep, "score_task", None)
+        results = sweep.sweep(few, tmp_path)
+    assert [run["task"] for run in results["runs"]] == 3 * ["records"] + 3 * ["records, 5 items"]
+
+
+def test_runs_on_fewer_items_stay_until_all_have_more(cfg, tmp_path, without_plots):
+    short = dataclasses.replace(cfg.tasks[1], limit=3)
+    few = dataclasses.replace(cfg, tasks=(short,), num_static=(), routers=())
+    sweep.sweep(few, tmp_path)
+    results = sweep.sweep(dataclasses.replace(few, tasks=(cfg.tasks[1],), num_random=()), tmp_path)
+    assert [(run["task"], run["policy"]["label"]) for run in results["runs"]] == [
+        ("records", "full"), ("records, 3 items", "full"), ("records, 3 items", "random k=2"),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("changes", "named"),
+    ("changes", "again"),
     [
-        ({"seed": 1}, "seed"),
-        ({"dtype": "bfloat16"}, "dtype"),
-        ({"similarity_threshold": 0.5}, "static.similarity_threshold"),
-        ({"num_calibration": 5}, "static.num_calibration"),
-        ({"skip_threshold": 0.7}, "routers.routed λ=0.5.threshold"),
+        ({"seed": 1}, 6),
+        ({"skip_threshold": 0.7}, 2),
+        ({"similarity_threshold": -1.0}, 0),  # the same layers are chosen
     ],
 )
-def test_what_changes_scores_is_named(changes, named, cfg, finished, tmp_path):
-    workdir = shutil.copytree(finished, tmp_path / "sweep")
-    with pytest.raises(InputError, match=rf"another sweep \({named} differ\)") as error:
-        sweep.sweep(dataclasses.replace(cfg, **changes), workdir)
-    assert "\n" not in str(error.value)
+def test_only_what_other_settings_change_is_scored_again(
+    changes, again, cfg, finished, tmp_path, monkeypatch, without_plots
+):
+    workdir, scorer = shutil.copytree(finished, tmp_path / "sweep"), Scorer(stop=None)
+    monkeypatch.setattr(sweep, "score_task", scorer)
+    cfg = dataclasses.replace(cfg, num_random=(), **changes)
+    before, results = runs_of(workdir), sweep.sweep(cfg, workdir)
+    assert scorer.calls == again
+    for run in results["runs"]:
+        run["flops"].pop("seconds")
+    assert all(run in results["runs"] for run in before)
+    assert len(results["runs"]) == len(before) + again
 
 
-def test_another_router_of_a_known_lambda_is_refused(cfg, folder, finished, tmp_path):
+def test_routers_and_seeds_of_one_lambda_meet_in_one_row(
+    cfg, folder, finished, tmp_path, without_plots
+):
     workdir = shutil.copytree(finished, tmp_path / "sweep")
-    with pytest.raises(InputError, match=r"\(routers.routed λ=0.5.digests.* differ"):
-        sweep.sweep(dataclasses.replace(cfg, routers=(str(folder / "b"),)), workdir)
+    one = dataclasses.replace(cfg, tasks=cfg.tasks[1:], num_static=(), num_random=())
+    sweep.sweep(dataclasses.replace(one, routers=(str(folder / "b"),)), workdir)
+    both = tuple(str(folder / name) for name in "ab")
+    results = sweep.sweep(dataclasses.replace(one, routers=both, seed=1), workdir)
+    values = {
+        (run["policy"].get("folder"), run["seed"]): run["items"]
+        for run in results["runs"]
+        if run["task"] == "records" and run["policy"]["kind"] in ("full", "routed")
+    }
+    assert values.keys() == {(name, seed) for name in (None, "a", "b") for seed in (0, 1)}
+    rows = {row.policy: row for row in compute_sweep_rows(results) if row.task == "records"}
+    routed, full = rows["routed λ=0.5"], rows["full"]
+    assert (routed.num_seeds, full.num_seeds, rows["static k=1"].num_seeds) == (4, 2, 1)
+    means = [np.mean([*x.values()]) for (name, _), x in values.items() if name]
+    assert routed.value == pytest.approx(np.mean(means))
+    assert routed.seed_stdev == pytest.approx(np.std(means, ddof=1))
+    assert routed.difference == pytest.approx(routed.value - full.value)
+    assert routed.low < routed.value < routed.high
+
+
+def test_routers_that_were_trained_otherwise_have_a_row_of_their_own(
+    cfg, folder, tmp_path, arithmetic_model, without_plots
+):
+    routed, model = load_router(folder / "b", load(arithmetic_model)), load(arithmetic_model)
+    other = dataclasses.replace(router_facts(folder / "b")[1].router, execute_bias=0.5)
+    save_router(tmp_path / "c", routed.router, other, model, skip_weight=0.5)
+    routers = (str(folder / "a"), str(tmp_path / "c"))
+    cfg = dataclasses.replace(
+        cfg, tasks=cfg.tasks[1:], routers=routers, num_static=(), num_random=()
+    )
+    results = sweep.sweep(cfg, tmp_path / "sweep")
+    labels = [run["policy"]["label"] for run in results["runs"]]
+    assert labels == ["full", "routed λ=0.5 (a)", "routed λ=0.5 (c)"]
 
 
 def test_one_process_at_a_time(cfg, tmp_path):
@@ -412,7 +528,7 @@ def before(cfg, finished, folder, tmp_path):
     for name in ("runs.jsonl", "sweep.json"):
         (workdir / name).unlink()
     results = json.loads((workdir / "results.json").read_text())
-    results["routers"] = {str(folder / "a"): results["routers"]["routed λ=0.5"]}
+    forget_sources(results, folder / "a")
     for run in results["runs"]:
         del run["measured"]
     results["config"]["tasks"][0].pop("max_programs")  # a setting that is newer
@@ -441,18 +557,28 @@ def test_a_sweep_of_a_version_without_records_goes_on(
     assert [x is not None for x in measured] == [i == 2 for i in range(8)]
     left_out = ("measured", "rules")
     assert runs == [{k: r[k] for k in r if k not in left_out} for r in runs_of(finished)]
-    with pytest.raises(InputError, match=r"another sweep \(seed differ\)"):
-        sweep.sweep(dataclasses.replace(cfg, seed=1), workdir)
+    sweep.sweep(dataclasses.replace(cfg, seed=1, tasks=cfg.tasks[1:], routers=()), workdir)
+    assert rest.calls == 4  # three policies
 
 
-def test_scores_by_other_rules_are_not_continued(before, cfg, finished, tmp_path, monkeypatch):
+def test_scores_by_other_rules_are_not_continued(
+    before, cfg, finished, tmp_path, monkeypatch, without_plots
+):
+    rest = Scorer(stop=None)
+    monkeypatch.setattr(sweep, "score_task", rest)
+    one = dataclasses.replace(cfg, num_static=(), num_random=(), routers=())
     workdir = before(lambda results: results.pop("rules"))
-    with pytest.raises(InputError, match="scores of sums by another version's rules"):
-        sweep.sweep(cfg, workdir)
+    results = sweep.sweep(dataclasses.replace(one, tasks=cfg.tasks[:1]), workdir)
+    assert rest.calls == 1 and results["rules"] == {"sums, rules 2": 2, "sums": 1, "records": 1}
     workdir = shutil.copytree(finished, tmp_path / "sweep")
     monkeypatch.setitem(sweep_identity.METRIC_RULES, "nelbo", 7)
-    with pytest.raises(InputError, match="scores of records by another version's rules"):
-        sweep.sweep(cfg, workdir)
+    results = sweep.sweep(dataclasses.replace(one, tasks=cfg.tasks[1:]), workdir)
+    assert rest.calls == 2 and results["rules"]["records, rules 7"] == 7
+    assert all(run in [*results["runs"]] for run in saved_runs(finished))
+
+
+def saved_runs(workdir):
+    return json.loads((workdir / "results.json").read_text())["runs"]
 
 
 DAMAGE = {
@@ -500,11 +626,23 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_another_way_to_generate_is_another_sweep(name, cfg, finished, tmp_path):
+def test_another_way_to_generate_is_scored_beside_the_first(
+    name, cfg, finished, tmp_path, monkeypatch
+):
     workdir = shutil.copytree(finished, tmp_path / "sweep")
     task = dataclasses.replace(cfg.tasks[0], **OTHERS[name])
-    with pytest.raises(InputError, match=rf"another sweep \(tasks.sums.generation.{name} differ"):
-        sweep.sweep(dataclasses.replace(cfg, tasks=(task, *cfg.tasks[1:])), workdir)
+    seen = []
+
+    def stop(model, task, *args, records, **kwargs):
+        seen.append(records)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep, "score_task", stop)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.sweep(dataclasses.replace(cfg, tasks=(task,)), workdir)
+    assert seen == [[]]
+    *_, new = json.loads((workdir / "sweep.json").read_text())["tasks"]
+    assert new.startswith("sums, ") and name in new
 
 
 @pytest.mark.parametrize(
@@ -574,9 +712,10 @@ def test_static_layers_are_as_similar_as_asked(
     monkeypatch.setattr(sweep, "layer_similarities", None)
     task, model = cfg.tasks[1], load(arithmetic_model)
     items = load_items(task, load_tokenizer(arithmetic_model), model.config)
-    known = {("records", cfg.num_calibration): [0.2, 0.9, 0.97, 0.99]}
+    prompts = items_digest(items[: cfg.num_calibration])
+    known = {("records (2)", prompts): [0.2, 0.9, 0.97, 0.99]}
     cfg = dataclasses.replace(cfg, num_static=(1, 2), similarity_threshold=threshold)
-    records = SimpleNamespace(similarities=known)
+    records = SimpleNamespace(similarities=known, names={"records": "records (2)"})
     found = sweep.static_candidates(cfg, model, task, items, records)
     assert [candidate.policy.layers for candidate in found] == chosen
     assert [candidate.facts["num_skipped"] for candidate in found] == [*map(len, chosen)]
@@ -591,10 +730,11 @@ def test_every_router_runs_under_its_own_lambda_in_rising_order(
     routed = load_router(folder / "b", model)
     save_router(paths["c"], routed.router, router_facts(folder / "b")[1].router, model, 2.0)
     cfg = dataclasses.replace(cfg, routers=tuple(str(paths[name]) for name in order))
-    found, digests = sweep.routed_candidates(cfg, model)
+    found, routers = sweep.routed_candidates(cfg, model)
     assert [one.describe()["lambda"] for one in found] == [0.5, 2.0]
     for candidate, name in zip(found, "ac", strict=True):
-        assert digests[candidate.label]["digests"] == router_facts(paths[name])[1].digests
+        digests = router_facts(paths[name])[1].digests
+        assert routers[candidate.facts["router"]]["digests"] == digests
         own = load_router(paths[name], model)
         assert jax.tree.all(jax.tree.map(np.array_equal, candidate.policy.router, own.router))
 
@@ -619,8 +759,9 @@ def test_several_thresholds_join_a_sweep_and_load_the_router_once(
     assert runs["routed λ=0.5"] == runs_of(finished)[len(LABELS) + 2]
     assert len(loads) == 2  # once here, and once by the sweep
     assert f"records, {labels[0]}: advice at {shares[0]:.2f}" in capsys.readouterr().out
-    with pytest.raises(InputError, match=r"another sweep \(routers.routed λ=0.5.threshold differ"):
-        sweep.sweep(dataclasses.replace(several, skip_threshold=0.2), workdir)
+    results = sweep.sweep(dataclasses.replace(several, skip_threshold=0.2), workdir)
+    labels = [r["policy"]["label"] for r in results["runs"] if r["policy"]["kind"] == "routed"]
+    assert labels[:4] == [f"routed λ=0.5{tau}" for tau in (" τ=0", " τ=0.2", " τ=0.9", "")]
 
 
 def test_fitted_thresholds_and_soft_votes_are_policies_of_their_own(
@@ -633,20 +774,20 @@ def test_fitted_thresholds_and_soft_votes_are_policies_of_their_own(
     )  # fmt: skip
     save_fitted(path, fit)
     cfg = dataclasses.replace(cfg, routers=(str(path),), votes="soft", execution_ratios=(0.7,))
-    (soft, fitted), identity = sweep.routed_candidates(cfg, model)
+    (soft, fitted), routers = sweep.routed_candidates(cfg, model)
     assert (soft.label, fitted.label) == ("routed λ=0.5 soft", "routed λ=0.5 fitted to 0.7")
     assert (soft.policy.votes, soft.policy.threshold) == ("soft", 0.5)
     np.testing.assert_array_equal(fitted.policy.threshold, np.float32(fit.thresholds))
-    assert identity[fitted.label]["threshold"] == list(fit.thresholds)
-    assert identity[soft.label]["votes"] == "soft"
+    assert routers[fitted.facts["router"]]["threshold"] == list(fit.thresholds)
+    assert routers[soft.facts["router"]]["votes"] == "soft"
     other = dataclasses.replace(cfg, execution_ratios=(0.5,))
     with pytest.raises(InputError, match=r"execution_ratio=0\.5 \(fitted: 0\.7\); fit them"):
         sweep.routed_candidates(other, model)
 
 
-def test_two_routers_of_one_lambda_are_refused(cfg, folder, tmp_path):
-    both = dataclasses.replace(cfg, routers=(str(folder / "a"), str(folder / "b")))
-    with pytest.raises(InputError, match="two routers have the same lambda"):
+def test_a_router_that_is_given_twice_is_refused(cfg, folder, tmp_path):
+    both = dataclasses.replace(cfg, routers=2 * (str(folder / "a"),))
+    with pytest.raises(InputError, match="is given twice"):
         sweep.sweep(both, tmp_path)
 
 
