@@ -17,7 +17,7 @@ POLICY_KINDS = ("full", "static", "routed", "random")  # in the order of the rep
 
 
 def shown_groups(runs: Sequence[SweepRun], current: Sequence[Key]) -> dict[str, list[SweepRun]]:
-    """Groups runs by task, items and rules, and gives each group a title.
+    """Groups runs, the newest last, by task, items and rules; gives each group a title.
 
     A group of earlier calls is left out once every policy in it has been scored on more items, or
     on these by later rules.
@@ -30,7 +30,7 @@ def shown_groups(runs: Sequence[SweepRun], current: Sequence[Key]) -> dict[str, 
     for run in runs:
         groups.setdefault(_key_of(run), []).append(run)
     old = [key for key in groups if key not in current]
-    old = [key for key in old if not _is_exceeded(groups[key], runs, current)]
+    old = [key for key in old if not _is_exceeded(groups[key], runs)]
     old.sort(key=lambda key: (key[0], -len(groups[key][0]["items"])))
     titled: dict[str, list[SweepRun]] = {}
     for key in (*current, *old):
@@ -44,17 +44,16 @@ def _key_of(run: SweepRun) -> Key:
     return run["task"], run["items_digest"], run.get("rules")
 
 
-def _title(taken: Mapping[str, Any], run: SweepRun) -> str:
-    """The task's name; if it is taken, also the number of items."""
-    name, count = run["task"], len(run["items"])
-    titles = [name, f"{name}, {count} items"]
+def _title(taken: Mapping[str, Sequence[SweepRun]], run: SweepRun) -> str:
+    """The task's name; if it is taken, also the number of items, or that rules are earlier ones."""
+    name, items = run["task"], (run["task"], run["items_digest"])
+    again = any((x[0]["task"], x[0]["items_digest"]) == items for x in taken.values())
+    titles = [name, f"{name}, earlier rules" if again else f"{name}, {len(run['items'])} items"]
     titles += [f"{titles[1]} ({number})" for number in range(2, len(taken) + 3)]
     return next(title for title in titles if title not in taken)
 
 
-def _is_exceeded(
-    group: Sequence[SweepRun], runs: Sequence[SweepRun], current: Sequence[Key]
-) -> bool:
+def _is_exceeded(group: Sequence[SweepRun], runs: Sequence[SweepRun]) -> bool:
     """Whether every policy of a group has a run on more items, or on its items by later rules."""
     items = group[0]["items"].keys()
     last = max(number for number, run in enumerate(runs) if run in group)
@@ -63,10 +62,7 @@ def _is_exceeded(
         for number, run in enumerate(runs)
         if run["task"] == group[0]["task"]
         and run not in group
-        and (
-            run["items"].keys() > items
-            or (run["items"].keys() == items and (number > last or _key_of(run) in current))
-        )
+        and (run["items"].keys() > items or (run["items"].keys() == items and number > last))
     ]
     return all((run["policy"], run["seed"]) in scored for run in group)
 

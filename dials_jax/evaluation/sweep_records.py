@@ -63,6 +63,7 @@ class SweepRecords:
         self.similarities: dict[tuple[str, str], list[float]] = {}
         self.environment: dict[str, Any] | None = None
         self._batches: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        self._newest_rules: dict[str, str | None] = {}
         self._timings: dict[str, dict[str, dict[int, float]]] = defaultdict(dict)
         self._now = environment(model, identity["seed"])
         self._seed = identity["seed"]
@@ -87,7 +88,9 @@ class SweepRecords:
         if "run" in record:
             run = record["run"]  # a bound on log 0 is infinite, which JSON cannot hold
             items = {name: math.inf if x is None else x for name, x in run["items"].items()}
+            self.runs.pop(_run_key(run), None)  # the newest come last
             self.runs[_run_key(run)] = {**run, "items": items}
+            self._newest_rules[_timing_key(run)] = run.get("rules")
         elif "scores" in record or "verdicts" in record:
             self._batches[_key(record["task"], record["policy"], record["seed"])].append(record)
         elif "timing" in record:
@@ -143,8 +146,10 @@ class SweepRecords:
         self.add(about | {"timing": timing})
 
     def is_finished(self, task: str, policy: Mapping[str, Any], items: Sequence[Item]) -> bool:
-        """Whether there is a run of this policy on exactly these items, by the rules of now."""
-        return _run_key(self._run(task, policy, items)) in self.runs
+        """Whether the newest run of this policy on exactly these items is by the rules of now."""
+        run = self._run(task, policy, items)
+        newest = self._newest_rules.get(_timing_key(run))
+        return _run_key(run) in self.runs and newest == self._rules[task]
 
     def _run(self, task: str, policy: Mapping[str, Any], items: Sequence[Item]) -> dict[str, Any]:
         """What a run says that its scores depend on."""

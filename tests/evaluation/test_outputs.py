@@ -79,17 +79,22 @@ def test_scores_by_two_rules_are_never_shown_together(cfg, tmp_path):
     sweep(cfg, tmp_path)
     full = dataclasses.replace(with_task(cfg, until=("9",)), num_random=())
     found = sweep(full, tmp_path)
-    assert [run["policy"]["label"] for run in found["runs"]] == ["full"]
+    assert [(run["task"], run["policy"]["label"]) for run in found["runs"]] == [
+        ("sums", "full"), ("sums, earlier rules", "full"), ("sums, earlier rules", "random k=1"),
+    ]  # fmt: skip
+    found = sweep(with_task(cfg, until=("9",)), tmp_path)  # now all are scored by the new ones
+    assert [run["task"] for run in found["runs"]] == ["sums", "sums"]
 
 
-def test_without_stored_outputs_other_rules_are_refused(cfg, tmp_path):
+def test_without_stored_outputs_other_rules_are_scored_anew(cfg, tmp_path):
     sweep(cfg, tmp_path)
     mark = json.loads((tmp_path / "sweep.json").read_text())
     del mark["tasks"]["sums"]["outputs"]  # as versions wrote it that stored scores alone
     (tmp_path / "sweep.json").write_text(json.dumps(mark))
-    with pytest.raises(InputError, match=r"tasks\.sums\.until.* differ"):
-        sweep(with_task(cfg, until=("9",)), tmp_path)
-    sweep(cfg, tmp_path)
+    batches = stored(tmp_path, "scores")
+    found = sweep(with_task(cfg, until=("9",)), tmp_path)
+    assert [run["task"] for run in found["runs"]] == 2 * ["sums, until ['9']"] + 2 * ["sums"]
+    assert len(stored(tmp_path, "scores")) == 2 * len(batches)
 
 
 def test_choices_are_compared_otherwise_by_what_is_stored(cfg, tmp_path, monkeypatch):
