@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from dials_jax.commands import run_command
-from dials_jax.errors import nearest, require, require_packages
+from dials_jax.errors import InputError, nearest, require, require_packages
 from dials_jax.evaluation.sweep_records import check_record
 from dials_jax.files import local_path, read_json, write_json
 from dials_jax.records import require_sound
@@ -30,6 +31,7 @@ from dials_jax.reporting.comparison import (
 )
 from dials_jax.reporting.publish import as_dicts, write_csv
 from dials_jax.reporting.speed import SweepRun
+from dials_jax.reporting.sweep_table import WIDTH
 from dials_jax.workdir import exclusive, require_unclaimed
 
 COMPARED, CSV = "comparison.json", "comparison.csv"  # the first marks the folder as ours
@@ -46,7 +48,7 @@ def compare(argv: Sequence[str] | None = None) -> list[Comparison]:
     groups = rows_by_items(_only(runs, args.only), rules)
     require_pairs(groups)
     found = []
-    print(pairs_legend(args.holm))
+    print(textwrap.fill(pairs_legend(args.holm), WIDTH))
     for task, rows in groups.items():
         pairs = compare_all(task, rows)
         print(f"\n{task} ({rows[0]['metric']}, {len(rows[0]['items'])} items)")
@@ -64,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.error = _refuse
     parser.add_argument("workdir", nargs="+", metavar="WORKDIR", help="of eval.py")
     parser.add_argument("--holm", action="store_true", help="correct p for the number of pairs")
     parser.add_argument(
@@ -71,6 +74,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", metavar="FOLDER", help=f"also write {CSV} with intervals there")
     return parser
+
+
+def _refuse(message: str) -> None:
+    raise InputError(f"{message}; --help lists all options")
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

@@ -154,6 +154,7 @@ def test_wrong_arguments_are_one_line(stored, results, tmp_path):
     for arguments, message in {
         (str(tmp_path),): "has no results.json; give the --workdir of a sweep",
         (folder, folder): "given twice",
+        (folder, "--hom"): "unrecognized arguments: --hom; --help lists",
         (folder, "--only", "routed λ=2"): "no row 'routed λ=2'.*did you mean",
         (folder, "--only", "full"): "there is only one row",
         (folder, "--out", str(tmp_path / "out")): "comparison.csv was not made by a run",
