@@ -109,18 +109,18 @@ def _sweep(cfg: EvalConfig, workdir: Path) -> dict[str, Any]:
         static = static_candidates(cfg, model, task, items, records)
         candidates[task.name] = [full, *static, *routed, *random]
         for candidate in candidates[task.name]:
-            if not records.is_finished(task.name, candidate.describe(), items):
+            if not records.is_finished(task.name, candidate.describe()):
                 _score_candidate(records, cfg, model, task, items, tokenizer, candidate)
-                results = records.results(cfg, items_of, facts)
+                results = records.results(cfg, facts)
                 sharding.on_first_process(lambda r=results: write_json(workdir / "results.json", r))
-        results = records.results(cfg, items_of, facts)
+        results = records.results(cfg, facts)
         if jax.process_index() == 0:
             rows = write_report(results, workdir)
     if cfg.timing_repeats:
         for task, items in tasks:
             policies = [(one.describe(), one.policy) for one in candidates[task.name]]
             time_policies(records, cfg, model, task, items, policies)
-        results = records.results(cfg, items_of, facts)
+        results = records.results(cfg, facts)
         if jax.process_index() == 0:
             rows = write_report(results, workdir)
     if jax.process_index() == 0:
@@ -198,7 +198,7 @@ def _score_candidate(
         "examples": scores.examples,
         "measured": _without_repeats(x["measured"] for x in records.batches(task.name, policy)),
     }
-    records.add_run(task.name, policy, items, run)
+    records.add_run(task.name, policy, run)
     if jax.process_index() == 0:
         mean = sum(scores.items.values()) / len(scores.items)
         print(f"{what}: {mean:.4f}, {scores.flops.layers_run:.1%} of layers", flush=True)

@@ -79,6 +79,7 @@ class SweepRecords:
             name: rules[name] if stored["tasks"][known].get("outputs") else None
             for name, known in self.names.items()
         }
+        self._digests = {name: items_digest(of_task) for name, of_task in items.items()}
         self._completed = EarlierRecords(stored, {self.names[name]: x for name, x in items.items()})
         for record in self._records.all:
             self._remember(record)
@@ -123,55 +124,37 @@ class SweepRecords:
         """The records of the batches of one policy on one task, whatever the items."""
         return self._batches[_key(**self.about(task, policy))]
 
-    def timings(
-        self, task: str, policy: Mapping[str, Any], items: Sequence[Item], measured: Any
-    ) -> dict[int, float]:
+    def timings(self, task: str, policy: Mapping[str, Any], measured: Any) -> dict[int, float]:
         """The stored seconds of one policy under the same conditions, by repeat."""
-        run = self.about(task, policy) | {"items_digest": items_digest(items)}
         conditions = json.dumps(measured, sort_keys=True)
-        return self._timings[_timing_key(run)].get(conditions, {})
+        return self._timings[_timing_key(self._run(task, policy))].get(conditions, {})
 
     def add_timing(
-        self,
-        task: str,
-        policy: Mapping[str, Any],
-        items: Sequence[Item],
-        measured: Any,
-        repeat: int,
-        seconds: float,
+        self, task: str, policy: Mapping[str, Any], measured: Any, repeat: int, seconds: float
     ) -> None:
         """Stores one measured time of a policy."""
         timing = {"measured": measured, "repeat": repeat, "seconds": seconds}
-        about = self.about(task, policy) | {"items_digest": items_digest(items)}
-        self.add(about | {"timing": timing})
+        self.add(self._run(task, policy) | {"timing": timing})
 
-    def is_finished(self, task: str, policy: Mapping[str, Any], items: Sequence[Item]) -> bool:
+    def is_finished(self, task: str, policy: Mapping[str, Any]) -> bool:
         """Whether the newest run of this policy on exactly these items is by the rules of now."""
-        run = self._run(task, policy, items)
+        run = self._run(task, policy)
         newest = self._newest_rules.get(_timing_key(run))
         return _run_key(run) in self.runs and newest == self._rules[task]
 
-    def _run(self, task: str, policy: Mapping[str, Any], items: Sequence[Item]) -> dict[str, Any]:
+    def _run(self, task: str, policy: Mapping[str, Any]) -> dict[str, Any]:
         """What a run says that its scores depend on."""
         rules = {"rules": self._rules[task]} if self._rules[task] else {}
-        return self.about(task, policy) | {"items_digest": items_digest(items)} | rules
+        return self.about(task, policy) | {"items_digest": self._digests[task]} | rules
 
-    def add_run(
-        self, task: str, policy: Mapping[str, Any], items: Sequence[Item], run: dict[str, Any]
-    ) -> None:
+    def add_run(self, task: str, policy: Mapping[str, Any], run: dict[str, Any]) -> None:
         """Stores a finished run."""
-        self.add({"run": self._run(task, policy, items) | run})
+        self.add({"run": self._run(task, policy) | run})
 
-    def results(
-        self, cfg: EvalConfig, items: Mapping[str, Sequence[Item]], facts: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """The results of the finished runs; what is only of earlier calls comes last.
-
-        Args:
-          items: of the tasks of this call, by name.
-        """
+    def results(self, cfg: EvalConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """The results of the finished runs; what is only of earlier calls comes last."""
         current = [
-            (self.names[task.name], items_digest(items[task.name]), self._rules[task.name])
+            (self.names[task.name], self._digests[task.name], self._rules[task.name])
             for task in cfg.tasks
         ]
         groups = shown_groups(list(self.runs.values()), current)

@@ -44,11 +44,11 @@ def time_policies(
         for turn in range(len(policies)):
             number = (repeat + turn) % len(policies)
             described, policy = policies[number]
-            if repeat in records.timings(task.name, described, items, measured):
+            if repeat in records.timings(task.name, described, measured):
                 continue
             if number not in warm:
                 run(policy)
                 warm.add(number)
-            records.add_timing(task.name, described, items, measured, repeat, run(policy))
+            records.add_timing(task.name, described, measured, repeat, run(policy))
     if jax.process_index() == 0 and cfg.timing_repeats:
         print(f"{task.name}: {cfg.timing_repeats} times in turns", flush=True)
