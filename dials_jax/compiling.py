@@ -29,10 +29,13 @@ class Timed:
     call waits for the result, so it belongs around whole generations and batches, not in a loop.
     """
 
-    def __init__(self, fn: Callable, static_argnames: tuple[str, ...] = ()):
+    def __init__(
+        self, fn: Callable, static_argnames: tuple[str, ...] = (), donate: tuple[str, ...] = ()
+    ):
+        """Args: donate: names of arguments whose memory the result may take; they are then gone."""
         functools.update_wrapper(self, fn)
-        self._jitted = jax.jit(fn, static_argnames=static_argnames)
-        self._static = static_argnames
+        self._jitted = jax.jit(fn, static_argnames=static_argnames, donate_argnames=donate)
+        self._static, self._donate = static_argnames, donate
         self._programs: dict[Any, Any] = {}
         self.compile_seconds = 0.0
         _ALL.add(self)
@@ -84,15 +87,15 @@ class Timed:
           wrap: put around the function that is traced.
         """
         fn = wrap(self.__wrapped__)
-        return Timed(lambda *args, **kwargs: fn(*args, **kwargs), self._static)
+        return Timed(lambda *args, **kwargs: fn(*args, **kwargs), self._static, self._donate)
 
 
 _ALL: weakref.WeakSet[Timed] = weakref.WeakSet()
 
 
-def timed_jit(*static_argnames: str) -> Callable[[Callable], Timed]:
+def timed_jit(*static_argnames: str, donate: tuple[str, ...] = ()) -> Callable[[Callable], Timed]:
     """A decorator: the function as a `Timed` one."""
-    return lambda fn: Timed(fn, static_argnames)
+    return lambda fn: Timed(fn, static_argnames, donate)
 
 
 def total_compile_seconds() -> float:

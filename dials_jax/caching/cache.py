@@ -45,7 +45,9 @@ class ForwardInputs(NamedTuple):
     """What a forward call is given beside the cache state."""
 
     tokens: Int[Array, "B T"]
-    step: Int[Array, ""]  # counted through all blocks; the same in any batch
+    step: Int[
+        Array, "..."
+    ]  # counted through all blocks; the same in any batch; one, or one for each
     block: Int[Array, ""]
     step_in_block: Int[Array, ""]
     unfinished: Bool[Array, "B"]  # sequences that still reveal or edit tokens of the block

@@ -113,13 +113,21 @@ def conditioning(
 
 
 def block_inputs(
-    cfg: ModelConfig, valid: Bool[Array, "B T"] | None, shape: tuple[int, int]
+    cfg: ModelConfig,
+    valid: Bool[Array, "B T"] | None,
+    shape: tuple[int, int],
+    positions: Int[Array, "B T"] | None = None,
 ) -> BlockInputs:
-    """Inputs of blocks for whole sequences: positions count from the first token not padding."""
+    """Inputs of blocks for whole sequences.
+
+    Args:
+      positions: None: they count from the first token not padding. Rotary embeddings only.
+    """
     index, mask = jnp.broadcast_to(jnp.arange(shape[1]), shape), Mask(valid, cfg.causal)
     if cfg.rope_theta is None:
         return BlockInputs(None, mask, Slots(index))
-    positions = index if valid is None else positions_of(valid)
+    if positions is None:
+        positions = index if valid is None else positions_of(valid)
     return BlockInputs(rope_angles(positions, cfg.head_dim, cfg.rope_theta), mask, Slots(index))
 
 

@@ -21,18 +21,19 @@ class Denoising(NamedTuple):
 
     Attributes:
       masked: [MASK] now, and not padding.
-      step: denoising step, from 0.
+      step: denoising step, from 0: the same in all sequences, or one for each.
       sequence_keys: one random key per sequence.
       prompt_length: this many first tokens are never masked: routers leave them out.
-      force_execute: True on the call that fills the caches: every layer then runs, whatever its
-        gate. Not the layers that `static_gates` closes: nothing ever reads their caches.
+      force_execute: True on the call that fills the caches, of all sequences or of each one. Every
+        layer then runs, whatever its gate. Not the layers that `static_gates` closes: nothing ever
+        reads their caches.
     """
 
     masked: Bool[Array, "B T"]
-    step: Int[Array, ""]
+    step: Int[Array, "..."]
     sequence_keys: PyTree
     prompt_length: int = 0
-    force_execute: Bool[Array, ""] | None = None
+    force_execute: Bool[Array, "..."] | None = None
 
 
 @runtime_checkable

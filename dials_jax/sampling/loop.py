@@ -271,18 +271,20 @@ class Loop:
     def run_step(self, variant: int, state: LoopState) -> LoopState:
         """One forward call, the tokens it reveals, and the step that follows."""
         sampler, first = self.sampler, state.step_in_block == 0
-        masked = self.masked_by_block(state.tokens)
-        remaining = jnp.sum(jnp.take(masked, state.block, axis=1), axis=1)
+        masked, block = self.masked_by_block(state.tokens), self.place_of(state.block)
+        remaining = jnp.sum(jnp.take(masked, block, axis=1), axis=1)
         state = state._replace(present=jnp.where(first, remaining, state.present))
         if sampler.edits:
             edits_left = jnp.where(first, sampler.edit_steps, state.edits_left)
             state = state._replace(edits_left=edits_left)
         info = StepInfo(state.step_in_block, state.present, remaining)
         step, unfinished = self.step_number(state), self.is_unfinished(state)
-        inputs = ForwardInputs(state.tokens, step, state.block, state.step_in_block, unfinished)
+        inputs = ForwardInputs(
+            state.tokens, self.own_step(step), block, state.step_in_block, unfinished
+        )
         out = self.variants[variant].forward(inputs, state.cache_state)
         tokens, revealed = self.reveal(out, inputs, info)
-        share = jnp.mean(masked, axis=(1, 2))
+        share = self.masked_share(masked)
         state = state._replace(
             tokens=tokens,
             cache_state=self.cache.after_reveal(out.cache_state, revealed, self.net),
@@ -297,7 +299,8 @@ class Loop:
 
     def is_unfinished(self, state: LoopState) -> Bool[Array, "B"]:
         """Sequences with masked tokens in the block, or that may still edit it."""
-        masked = jnp.take(self.masked_by_block(state.tokens), state.block, axis=1)
+        block = self.place_of(state.block)
+        masked = jnp.take(self.masked_by_block(state.tokens), block, axis=1)
         unfinished = jnp.any(masked, axis=1)
         if state.edits_left is None:
             return unfinished
@@ -305,7 +308,7 @@ class Loop:
 
     def end_at_eos(self, state: LoopState) -> LoopState:
         """Fills what follows an end of text. One that may still be edited ends nothing yet."""
-        filled = fill_after_eos(self.net.cfg, state.tokens, self.blocks.start)
+        filled = self.fill_after_eos(state.tokens)
         if self.sampler.edits:
             filled = jnp.where(self.is_unfinished(state)[:, None], state.tokens, filled)
         return state._replace(tokens=filled)
@@ -320,7 +323,7 @@ class Loop:
         masked = transformer.is_masked(cfg, window)
         if out.active is not None:
             masked &= out.active
-        keys = position_keys(self.noise_keys, inputs.step, out.index - blocks.start)
+        keys = position_keys(self.noise_keys, inputs.step, self.answer_positions(out.index))
         logits = transformer.head_logits(cfg, self.net.params, out.h)
         if self.net.prompt_mask is not None:
             logits = guide(logits, sampler.cfg_scale)
@@ -356,17 +359,43 @@ class Loop:
         step_in_block = jnp.where(more, state.step_in_block + 1, 0).astype(jnp.int32)
         return state._replace(block=block, step_in_block=step_in_block)
 
+    # --------------------------------------------------------- where sequences lie: see `refill`
+
     def masked_by_block(self, tokens: Int[Array, "B T"]) -> Bool[Array, "B blocks W"]:
         answer = tokens[:, self.blocks.start :]
         shape = (-1, self.blocks.count, self.blocks.length)
         return transformer.is_masked(self.net.cfg, answer).reshape(shape)
 
+    def masked_share(self, masked: Bool[Array, "B blocks W"]) -> Float[Array, "B"]:
+        """The masked share of each answer."""
+        return jnp.mean(masked, axis=(1, 2))
+
+    def place_of(self, block: Int[Array, ""]) -> Int[Array, ""]:
+        """The number of the canvas's block that is block `block` of the loop."""
+        return block
+
+    def own_step(self, step: Int[Array, ""]) -> Int[Array, "..."]:
+        """The step of every sequence: the same in all, or one for each."""
+        return step
+
+    def answer_positions(self, index: Int[Array, "B W"]) -> Int[Array, "B W"]:
+        """Canvas positions as positions in each sequence's answer."""
+        return index - self.blocks.start
+
+    def fill_after_eos(self, tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
+        return fill_after_eos(self.net.cfg, tokens, self.blocks.start)
+
 
 def position_keys(
-    noise_keys: jax.Array, step: Int[Array, ""], position: Int[Array, "B W"]
+    noise_keys: jax.Array, step: Int[Array, "..."], position: Int[Array, "B W"]
 ) -> jax.Array:
-    """One key per position of the answer: its noise is the same in any batch and any window."""
-    of_step = jax.vmap(jax.random.fold_in, (0, None))(noise_keys, step)
+    """One key per position of the answer: its noise is the same in any batch and any window.
+
+    Args:
+      step: the same in all sequences, or one for each.
+    """
+    steps = jnp.broadcast_to(step, noise_keys.shape)
+    of_step = jax.vmap(jax.random.fold_in)(noise_keys, steps)
     return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(of_step, position)
 
 

@@ -13,6 +13,7 @@ from numbers import Number
 from typing import Annotated, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
@@ -81,11 +82,12 @@ class Random:
     def prepare(self, num_layers: int, denoising: Denoising) -> Bool[Array, "L B"]:
         require(self.num_skipped is not None, "Random: num_skipped is None; give how many layers")
 
-        def one(key):
-            order = jax.random.permutation(jax.random.fold_in(key, denoising.step), num_layers)
+        def one(key, step):
+            order = jax.random.permutation(jax.random.fold_in(key, step), num_layers)
             return order >= self.num_skipped
 
-        return jax.vmap(one)(denoising.sequence_keys).T
+        keys = denoising.sequence_keys
+        return jax.vmap(one)(keys, jnp.broadcast_to(denoising.step, keys.shape)).T
 
     def gate(self, prepared: Bool[Array, "B"], h: Array, denoising: Denoising) -> Bool[Array, "B"]:
         return prepared

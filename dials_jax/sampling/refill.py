@@ -1,0 +1,331 @@
+"""Many prompts through one program: a sequence that has ended makes room for the next prompt.
+
+A batch in which every sequence keeps its place until the last one has ended computes much that
+nobody reads. Here the program fills one block of all sequences and returns; those that have ended
+leave, and prompts that wait take their places. All sequences of a batch are always at the same
+block of the canvas, wherever each of them began: the canvas is a ring.
+
+    clock       0        1        2        3        4        5
+    sequence 0  block 0  block 1  block 2  ended
+    sequence 3                             block 0  block 1  block 2
+
+    ring        | 2 | 3 | 4 | 5 | 0 | 1 |      the block that is filled, as the clock counts
+    sequence 0  | b0| b1| b2|   | p | p |      p: its prompt, left-padded to whole blocks
+    sequence 3  | p | b0| b1| b2|   | p |      the same, three blocks further
+
+Attention sees no order but that of the rotary positions, which turn with the ring. So every call is
+that of an ordinary batch: no gather per sequence, no copy of a cache. A sequence's tokens, gates
+and random numbers are those that it has alone; only sums are rounded in another order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from dials_jax import sharding
+from dials_jax.caching.cache import Blocks, Cache, ForwardInputs, ForwardOutputs, Revealed, Work
+from dials_jax.caching.canvas import CanvasModel
+from dials_jax.caching.plain import DualCache, NoCache
+from dials_jax.compiling import timed_jit
+from dials_jax.config import ModelConfig
+from dials_jax.data.tokenizer import Ids
+from dials_jax.errors import require
+from dials_jax.models import transformer
+from dials_jax.models.model import Model
+from dials_jax.models.padding import pad_prompts
+from dials_jax.nn.policy import Policy
+from dials_jax.nn.rope import positions_of
+from dials_jax.nn.stack import Executor
+from dials_jax.sampling.costs import Part, total_cost
+from dials_jax.sampling.generate import Generation
+from dials_jax.sampling.loop import (
+    BlockSampler,
+    Loop,
+    LoopState,
+    StepInfo,
+    fill_after_eos,
+    step_limit,
+)
+from dials_jax.sampling.sampler import CallRecord, Sampler, start_record
+
+
+class Ring(NamedTuple):
+    """A batch between two blocks.
+
+    Attributes:
+      state: of the loop. Its `block` is the clock: blocks that the batch has filled.
+      valid: of the prompts; False at padding.
+      keys: one per sequence.
+      entered: the clock when each sequence entered.
+    """
+
+    state: LoopState
+    valid: Bool[Array, "B P"]
+    keys: jax.Array
+    entered: Int[Array, "B"]
+
+
+class Arrivals(NamedTuple):
+    """Prompts that enter: one for every place of the batch, of which only some are new."""
+
+    enters: Bool[Array, "B"]
+    prompts: Int[Array, "B P"]
+    valid: Bool[Array, "B P"]
+    keys: jax.Array
+
+
+class RingLoop(Loop):
+    """The loop of an ordinary batch, of which sequence b began `entered[b]` blocks later."""
+
+    def __init__(
+        self, sampler: BlockSampler, cache: Cache, net: CanvasModel, ring: Ring, noise_keys
+    ):
+        super().__init__(sampler, cache, net, ring.valid.shape[1], noise_keys)
+        self.entered, self.prompt_length = ring.entered, ring.valid.shape[1]
+        self.blocks = ring_blocks(sampler, net.cfg, net.length)
+        self.variants = cache.forward_variants(net, self.blocks)
+
+    def empty_record(self) -> CallRecord:
+        """Room for the calls of one block."""
+        return start_record(self.limit, self.net.cfg.num_layers, self.net.num_sequences)
+
+    def run_block(self, state: LoopState) -> LoopState:
+        """Takes the steps of one block."""
+        stop = (state.block + 1) * self.limit
+        return self.run_until(range(len(self.variants)), state, stop)
+
+    def next_step(self, tokens: Int[Array, "B T"], state: LoopState) -> tuple[Array, Array]:
+        masked = jnp.take(self.masked_by_block(tokens), self.place_of(state.block), axis=1)
+        more = (state.step_in_block + 1 < self.limit) & jnp.any(masked)
+        step = jnp.where(more, state.step_in_block + 1, 0).astype(jnp.int32)
+        return jnp.where(more, state.block, state.block + 1).astype(jnp.int32), step
+
+    def reveal(
+        self, out: ForwardOutputs, inputs: ForwardInputs, info: StepInfo
+    ) -> tuple[Int[Array, "B T"], Revealed]:
+        # A shifted model predicts the token behind a block's last position, which may be the first.
+        return super().reveal(out._replace(index=out.index % self.net.length), inputs, info)
+
+    # ----------------------------------------------------------------- where sequences lie
+
+    def masked_by_block(self, tokens: Int[Array, "B T"]) -> Bool[Array, "B blocks W"]:
+        turned = jnp.roll(tokens, -self.blocks.start, axis=1)
+        shape = (-1, self.blocks.count, self.blocks.length)
+        return transformer.is_masked(self.net.cfg, turned).reshape(shape)
+
+    def masked_share(self, masked: Bool[Array, "B blocks W"]) -> Float[Array, "B"]:
+        return jnp.sum(masked, axis=(1, 2)) / self.sampler.gen_length
+
+    def place_of(self, block: Int[Array, ""]) -> Int[Array, ""]:
+        return (self.prompt_length // self.blocks.length + block) % self.blocks.count
+
+    def own_step(self, step: Int[Array, ""]) -> Int[Array, "B"]:
+        return step - self.entered * self.limit
+
+    def answer_positions(self, index: Int[Array, "B W"]) -> Int[Array, "B W"]:
+        first = first_positions(self.entered, self.blocks)[:, None]
+        return (index - first) % self.net.length - self.prompt_length
+
+    def fill_after_eos(self, tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
+        first = first_positions(self.entered, self.blocks)
+        filled = fill_after_eos(self.net.cfg, turn(tokens, -first), self.prompt_length)
+        return turn(filled, first)
+
+
+def ring_blocks(sampler: BlockSampler, cfg: ModelConfig, length: int) -> Blocks:
+    """The whole canvas as blocks. Those of positions that predict a block never cross its end."""
+    width = sampler.block_length
+    return Blocks(int(cfg.right_shift), width, length // width, sampler.max_quota)
+
+
+def first_positions(entered: Int[Array, "B"], blocks: Blocks) -> Int[Array, "B"]:
+    """Where each sequence's first token lies on the ring."""
+    return (blocks.start + entered * blocks.length) % (blocks.count * blocks.length)
+
+
+def turn(canvas: Array, by: Int[Array, "B"]) -> Array:
+    """Each sequence [T, ...] moved to the right by its own number of positions, around the ring."""
+    return jax.vmap(lambda x, n: jnp.roll(x, n, axis=0))(canvas, by)
+
+
+# ------------------------------------------------------------------------------------ the programs
+
+
+def _loop(params, ring: Ring, policy, *, cfg, sampler, cache, executor) -> RingLoop:
+    noise_keys, gate_keys, _ = jax.vmap(lambda k: jax.random.split(k, 3))(ring.keys).T
+    answer = jnp.ones((len(ring.valid), sampler.gen_length), bool)
+    valid = jnp.concatenate([ring.valid, answer], axis=1)
+    blocks = ring_blocks(sampler, cfg, valid.shape[1])
+    first = first_positions(ring.entered, blocks)
+    positions = turn(positions_of(valid), first)
+    inputs = transformer.block_inputs(cfg, turn(valid, first), valid.shape, positions)
+    net = CanvasModel(cfg, params, policy, executor, inputs, gate_keys, None, 0)
+    return RingLoop(sampler, cache, net, ring, noise_keys)
+
+
+def _admit(ring: Ring, arrivals: Arrivals, cfg: ModelConfig, sampler: BlockSampler) -> Ring:
+    """The batch with the prompts that enter now in their places."""
+    new, clock = arrivals.enters, ring.state.block
+    answer = jnp.full((len(new), sampler.gen_length), sampler.blank_id(cfg), arrivals.prompts.dtype)
+    canvas = jnp.concatenate([arrivals.prompts, answer], axis=1)
+    entered = jnp.where(new, clock, ring.entered)
+    blocks = ring_blocks(sampler, cfg, canvas.shape[1])
+    canvas = turn(canvas, first_positions(entered, blocks))
+    tokens = jnp.where(new[:, None], canvas, ring.state.tokens)
+    valid = jnp.where(new[:, None], arrivals.valid, ring.valid)
+    keys = jnp.where(new, arrivals.keys, ring.keys)
+    return Ring(ring.state._replace(tokens=tokens), valid, keys, entered)
+
+
+@timed_jit("cfg", "sampler", "cache", "executor")
+def empty_ring_program(params, arrivals: Arrivals, *, cfg, sampler, cache, executor) -> Ring:
+    """A batch whose places hold no sequence: no token is masked."""
+    batch, prompt_length = arrivals.prompts.shape
+    tokens = jnp.full((batch, prompt_length + sampler.gen_length), cfg.pad_id, jnp.int32)
+    zero = jnp.zeros(batch, jnp.int32)
+    ring = Ring(None, jnp.ones_like(arrivals.valid), arrivals.keys, zero)
+    static = {"cfg": cfg, "sampler": sampler, "cache": cache, "executor": executor}
+    loop = _loop(params, ring, None, **static)
+    state = loop.start(tokens, cfg.num_layers)
+    return ring._replace(state=state._replace(record=loop.empty_record()))
+
+
+@timed_jit("cfg", "sampler", "cache", "executor", donate=("ring",))
+def block_program(
+    params, arrivals: Arrivals, policy, *, ring: Ring, cfg, sampler, cache, executor
+) -> tuple[Ring, CallRecord, Int[Array, "B G"]]:
+    """Admits prompts and fills one block; the calls that it made, and every answer so far."""
+    ring = _admit(ring, arrivals, cfg, sampler)
+    loop = _loop(params, ring, policy, cfg=cfg, sampler=sampler, cache=cache, executor=executor)
+    state = loop.run_block(ring.state._replace(record=loop.empty_record()))
+    first = first_positions(ring.entered, loop.blocks)
+    answers = turn(state.tokens, -first)[:, loop.prompt_length :]
+    return ring._replace(state=state), state.record, answers
+
+
+# ---------------------------------------------------------------------------------------- the queue
+
+
+class Finished(NamedTuple):
+    """One prompt's generation, as soon as it has ended; `out` has this one sequence."""
+
+    request: int
+    out: Generation
+
+
+class _Occupant:
+    """A sequence in a place of the batch, and its calls so far."""
+
+    def __init__(self, request: int, first_step: int):
+        self.request, self.first_step = request, first_step
+        self.num_blocks, self.seconds = 0, 0.0
+        self.calls: list[tuple[np.ndarray, ...]] = []  # gates, masked share, variant, step
+
+    def add(self, record: CallRecord, place: int, seconds: float) -> None:
+        """Adds the calls of a block; the seconds are the sequence's share."""
+        nfe, own = int(record.nfe), slice(place, place + 1)
+        gates, share = record.gates[:nfe, :, own], record.masked_share[:nfe, own]
+        steps = record.step[:nfe] - self.first_step
+        self.calls.append((gates, share, record.variant[:nfe], steps))
+        self.num_blocks, self.seconds = self.num_blocks + 1, self.seconds + seconds
+
+
+def why_not_refilled(sampler: Sampler, cache: Cache | None, cfg: ModelConfig) -> str | None:
+    """Why sequences cannot make room for others under these settings; None: they can."""
+    if not isinstance(sampler, BlockSampler):  # `RingLoop` runs its two methods
+        return f"{type(sampler).__name__} does not fill blocks"
+    if not isinstance(cache or NoCache(), NoCache | DualCache):
+        return f"{type(cache).__name__} counts positions from the canvas's end; use DualCache"
+    if sampler.cfg_scale > 0 or sampler.delay_eos:
+        return "guidance and delay_eos look at the canvas's order; set cfg_scale=0, delay_eos=False"
+    if cfg.causal or cfg.rope_theta is None:
+        return "the model sees the canvas's order otherwise than by rotary positions"
+    return None
+
+
+def generate_refilled(
+    model: Model,
+    prompts: Sequence[Ids],
+    *,
+    sampler: Sampler,
+    policy: Policy | None = None,
+    cache: Cache | None = None,
+    keys: jax.Array,
+    batch_size: int,
+    length: int,
+    executor: Executor = "auto",
+    is_done: Callable[[int, Int[np.ndarray, "G"]], bool] | None = None,
+) -> Iterator[Finished]:
+    """Generates after every prompt; yields each as it ends.
+
+    Args:
+      prompts: tokens of each.
+      keys: one per prompt.
+      batch_size: sequences at a time.
+      length: that prompts are padded to; rounded up to whole blocks.
+      is_done: `is_done(request, answer)` ends a sequence at a block's end, as a stop string does;
+        the answer has [MASK] where nothing is revealed. None: they end by themselves.
+
+    Raises: InputError for what `generate` refuses, and for what cannot be refilled.
+    """
+    cfg, cache = model.config, cache or NoCache()
+    why = why_not_refilled(sampler, cache, cfg)
+    require(why is None, f"sequences cannot make room for others: {why}")
+    length = -(-length // sampler.block_length) * sampler.block_length
+    tokens, valid = pad_prompts(prompts, length, cfg.pad_id)
+    batch_size = math.lcm(batch_size, sharding.num_batch_shards(model.mesh))
+    static = {"sampler": sampler, "cache": cache, "executor": executor}
+    part = Part(cfg, policy, _work(cfg, sampler, cache, length))
+
+    def place(enters: Bool[np.ndarray, "B"], source: Int[np.ndarray, "B"]) -> Arrivals:
+        return model.place_sequences(Arrivals(enters, tokens[source], valid[source], keys[source]))
+
+    nobody = place(np.zeros(batch_size, bool), np.zeros(batch_size, int))
+    ring, _ = model.run(empty_ring_program, nobody, **static)
+    placement = jax.tree.map(lambda x: x.sharding, ring)
+    waiting, places = deque(range(len(prompts))), [None] * batch_size
+    limit, clock = step_limit(sampler, cache), 0
+    while waiting or any(places):
+        enters, source = np.zeros(batch_size, bool), np.zeros(batch_size, int)
+        for i in range(batch_size):
+            if places[i] is None and waiting:
+                enters[i], source[i] = True, waiting.popleft()
+                places[i] = _Occupant(int(source[i]), clock * limit)
+        arrivals = place(enters, source) if enters.any() else nobody
+        (ring, *made), seconds = model.run(block_program, arrivals, policy, ring=ring, **static)
+        ring = jax.device_put(ring, placement)  # nothing moves unless the compiler chose otherwise
+        record, answers = sharding.to_host(made)
+        clock += 1
+        occupied = [(i, one) for i, one in enumerate(places) if one]
+        for i, one in occupied:
+            one.add(record, i, seconds / len(occupied))
+            ended = one.num_blocks == sampler.gen_length // sampler.block_length
+            ended = ended or not (answers[i] == cfg.mask_id).any()
+            if ended or (is_done is not None and is_done(one.request, answers[i])):
+                places[i] = None
+                canvas = np.concatenate([tokens[one.request], answers[i]])
+                yield Finished(one.request, _generation(one, canvas, part))
+
+
+def _work(cfg: ModelConfig, sampler: BlockSampler, cache: Cache, length: int) -> list[Work]:
+    shape = (1, length + sampler.gen_length)
+    inputs = jax.eval_shape(lambda: transformer.block_inputs(cfg, None, shape))
+    sketch = CanvasModel(cfg, None, None, "auto", inputs, None, None, 0)
+    variants = cache.forward_variants(sketch, ring_blocks(sampler, cfg, shape[1]))
+    return [variant.work for variant in variants]
+
+
+def _generation(one: _Occupant, canvas: Int[np.ndarray, "T"], part: Part) -> Generation:
+    """The record of one sequence. Its seconds are its share of the batch's."""
+    gates, share, variant, steps = (np.concatenate(x) for x in zip(*one.calls, strict=True))
+    nfe, tokens_run = len(variant), part.tokens(variant)
+    flops = total_cost([part], np.zeros(nfe, int), gates, variant, len(canvas), one.seconds)
+    return Generation(canvas[None], nfe, gates, share, tokens_run, steps, flops)
