@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -35,6 +35,7 @@ from dials_jax.models.model import Model
 from dials_jax.models.padding import pad_prompts
 from dials_jax.nn.policy import Policy
 from dials_jax.sampling.generate import Generation, generate
+from dials_jax.sampling.refill import generate_refilled, why_not_refilled
 from dials_jax.sampling.sampler import Sampler
 from dials_jax.skipping.flops import Flops
 
@@ -79,8 +80,13 @@ def generation_batches(
     bucket: int = 64,
     max_programs: int = 4,
     remaining: Ids | None = None,
+    refill: bool | None = None,
+    is_done: Callable[[int, Int[np.ndarray, "G"]], bool] | None = None,
 ) -> Iterator[GenerationBatch]:
     """Generates for batches of prompts of similar length, the longest first.
+
+    Where sequences may end early, those that have ended make room for prompts that wait, and each
+    is a batch of its own, in the order in which they end (see `dials_jax.sampling.refill`).
 
     Args:
       keys: one per prompt; None: from seed 0 and the prompt's tokens.
@@ -88,6 +94,12 @@ def generation_batches(
       max_programs: the largest number of padded lengths, each of which is compiled.
       remaining: indices of the prompts to generate for; None: all. The padded lengths are chosen
         for all prompts, so they do not depend on it.
+      refill: whether sequences make room for others. None: where they may end early (by the
+        sampler's `stop_at_eos` or by `is_done`) and the settings allow it.
+      is_done: `is_done(prompt, answer)` ends a sequence at a block's end, as a stop string does;
+        the answer has [MASK] where nothing is revealed. Only where sequences make room.
+
+    Raises: InputError for settings under which sequences cannot make room, if `refill` asks for it.
     """
     if not len(prompts):
         return
@@ -97,6 +109,17 @@ def generation_batches(
     sizes = padded_lengths(lengths, bucket, max_programs, batch_size)
     padded = {size for length, size in zip(lengths, sizes, strict=True) if length < size}
     indices = np.arange(len(prompts)) if remaining is None else np.asarray(remaining, int)
+    if refill is None:
+        may_end = is_done is not None or getattr(sampler, "stop_at_eos", False)
+        refill = may_end and why_not_refilled(sampler, cache, model.config) is None
+    if refill:
+        for group in batches_by_length([sizes[i] for i in indices], len(indices)):
+            own = indices[group]
+            yield from _refilled(
+                model, prompts, own, keys, is_done, sampler=sampler, policy=policy, cache=cache,
+                batch_size=batch_size, length=sizes[own[0]],
+            )  # fmt: skip
+        return
     for chosen in batches_by_length([sizes[i] for i in indices], batch_size):
         group = indices[chosen]
         size = sizes[group[0]]
@@ -112,6 +135,22 @@ def generation_batches(
             fill_to=batch_size,
         )
         yield GenerationBatch(group.tolist(), out.tokens[:, size:], out)
+
+
+def _refilled(
+    model: Model,
+    prompts: Sequence[Ids],
+    indices: Int[np.ndarray, "n"],
+    keys: jax.Array,
+    is_done: Callable[[int, Int[np.ndarray, "G"]], bool] | None,
+    **settings: Any,
+) -> Iterator[GenerationBatch]:
+    """Generates for the prompts at `indices`, all padded to one length."""
+    done = None if is_done is None else lambda i, answer: is_done(int(indices[i]), answer)
+    chosen = [prompts[i] for i in indices]
+    for i, out in generate_refilled(model, chosen, keys=keys[indices], is_done=done, **settings):
+        answer = out.tokens[:, -settings["sampler"].gen_length :]
+        yield GenerationBatch([int(indices[i])], answer, out)
 
 
 def generate_all(

@@ -41,7 +41,7 @@ from dials_jax.errors import require
 from dials_jax.models import transformer
 from dials_jax.models.model import Model
 from dials_jax.models.padding import pad_prompts
-from dials_jax.nn.policy import Policy
+from dials_jax.nn.policy import Policy, check_policy
 from dials_jax.nn.rope import positions_of
 from dials_jax.nn.stack import Executor
 from dials_jax.sampling.costs import Part, total_cost
@@ -54,6 +54,7 @@ from dials_jax.sampling.loop import (
     fill_after_eos,
     step_limit,
 )
+from dials_jax.sampling.requests import check_empty_prompts, check_prompts
 from dials_jax.sampling.sampler import CallRecord, Sampler, start_record
 
 
@@ -279,6 +280,11 @@ def generate_refilled(
     cfg, cache = model.config, cache or NoCache()
     why = why_not_refilled(sampler, cache, cfg)
     require(why is None, f"sequences cannot make room for others: {why}")
+    tokens, valid = pad_prompts(prompts, max(map(len, prompts)), cfg.pad_id)
+    check_prompts(cfg, tokens, valid, sampler.gen_length)
+    check_empty_prompts(cfg, valid, cache)
+    check_policy(policy)
+    sampler.check(cfg, valid, policy, cache)
     length = -(-length // sampler.block_length) * sampler.block_length
     tokens, valid = pad_prompts(prompts, length, cfg.pad_id)
     batch_size = math.lcm(batch_size, sharding.num_batch_shards(model.mesh))

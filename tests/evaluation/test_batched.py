@@ -1,5 +1,7 @@
 """Requests of mixed lengths, without any task: order, batches and what remains change no result."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -50,6 +52,22 @@ def test_generation_goes_on_with_what_is_left(lively):
         assert not found.keys() & set(batch.requests)
         found |= dict(zip(batch.requests, batch.answers, strict=True))
     np.testing.assert_array_equal([found[i] for i in range(len(PROMPTS))], whole)
+
+
+@pytest.mark.parametrize("refill", [None, True])
+def test_sequences_make_room_for_others(lively, refill):
+    """By themselves where they may end early, and where the caller asks for it."""
+    sampler = dataclasses.replace(SAMPLER, stop_at_eos=refill is None)
+    settings = FEW | {"sampler": sampler, "policy": Random(1)}
+    plain = generate_all(lively, PROMPTS, refill=False, **settings)
+    batches = list(generation_batches(lively, PROMPTS, refill=refill, **settings))
+    assert all(len(batch.requests) == 1 for batch in batches)
+    found = {batch.requests[0]: batch.answers[0] for batch in batches}
+    np.testing.assert_array_equal([found[i] for i in range(len(PROMPTS))], plain)
+    rest = list(generation_batches(lively, PROMPTS, refill=refill, remaining=[4, 1], **settings))
+    assert sorted(batch.requests[0] for batch in rest) == [1, 4]
+    for batch in rest:
+        np.testing.assert_array_equal(batch.answers[0], plain[batch.requests[0]])
 
 
 def test_every_pair_gets_its_own_likelihood(lively):
