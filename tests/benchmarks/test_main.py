@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import command, decode, forward
+from benchmarks import command, decode, evaluate, forward
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +25,18 @@ def test_decode_prints_and_writes_a_row_per_case(tmp_path, capsys):
     assert rows[1]["flops_share"] < rows[0]["flops_share"]
     *_, none, dual = capsys.readouterr().out.splitlines()
     assert none.split()[:4] == ["none", "static-1", "2", "4"] and dual.startswith("dual")
+
+
+def test_evaluate_compares_generation_and_likelihood(tmp_path):
+    path = tmp_path / "out.json"
+    arguments = "--model tiny --layers 2 --prompts 5 --shortest 2 --prompt 6 --gen 8 --block 4"
+    arguments += " --steps 8 --end-after 4 --batch 2 --pairs 2 --answer 9 --samples 2"
+    arguments += f" --likelihood-batch 2 --programs 1 --repeats 1 --out {path}"
+    assert evaluate.main(arguments.split()) == 0
+    rows = {row["case"]: row for row in json.loads(path.read_text())["rows"]}
+    assert list(rows) == ["waiting", "refilled", "bare pass", "likelihood"]
+    assert rows["refilled"]["equal"] == 1 and rows["waiting"]["against"] == 1
+    assert rows["likelihood"]["requests"] == 4
 
 
 def test_forward_prints_and_writes_a_row_per_case(tmp_path, capsys):
