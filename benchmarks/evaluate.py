@@ -150,7 +150,8 @@ def time_likelihood(model: Model, options: argparse.Namespace, table: LiveTable)
     cfg, rng = model.config, np.random.default_rng(1)
     prompts = random_prompts(cfg, options.pairs, options.shortest, options.prompt)
     lengths = rng.integers(8, options.answer + 1, options.pairs)
-    pairs = [(p, rng.integers(10, 400, n)) for p, n in zip(prompts, lengths, strict=True)]
+    answers = [rng.integers(10, 400, n).tolist() for n in lengths]
+    pairs = list(zip(map(np.ndarray.tolist, prompts), answers, strict=True))
     batch, answer = options.likelihood_batch, options.answer
     tokens = jnp.asarray(rng.integers(10, 400, (batch, options.prompt + answer)), jnp.int32)
     placed = model.place_sequences(tokens)

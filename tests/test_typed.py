@@ -258,7 +258,7 @@ ODD = [None, "x", b"x", 1.5, math.nan, True, -1, 2**40, [1], {"a": 1}, object(),
         (Ancestral, {"length": 8, "steps": 8}, "length precision first_hitting"),
         (EarlySkip, {}, "proportions depths prompt_every indicator"),
         (as_threshold, {}, "value"),
-        (pad_pairs, {"pairs": [([3], [4])], "cfg": small_config()}, "pairs cfg prompt_length"),
+        (pad_pairs, {"pairs": [([3], [4])], "cfg": small_config()}, "pairs cfg length"),
     ],
     ids=lambda x: getattr(x, "__qualname__", ""),
 )

@@ -28,25 +28,6 @@ def padded_lengths(
     return chosen[np.searchsorted(chosen, rounded)].tolist()
 
 
-def padded_pair_lengths(
-    pairs: Sequence[tuple[int, int]], multiple: int, max_shapes: int
-) -> list[tuple[int, int]]:
-    """Returns the (prompt, answer) lengths to pad each pair to: at most `max_shapes` of them.
-
-    Prompts and answers are padded separately, to i and j different lengths. Of all (i, j) that give
-    at most `max_shapes` shapes, the one with the fewest tokens is taken.
-    """
-    prompts, answers = (
-        [padded_lengths(lengths, multiple, most) for most in range(1, max_shapes + 1)]
-        for lengths in zip(*pairs, strict=True)
-    )
-    few = [
-        (p, a) for p in prompts for a in answers if len(set(zip(p, a, strict=True))) <= max_shapes
-    ]
-    prompt_lengths, answer_lengths = min(few, key=lambda both: sum(map(sum, both)))
-    return list(zip(prompt_lengths, answer_lengths, strict=True))
-
-
 def batches_by_length(lengths: Sequence, batch_size: int) -> Iterator[list[int]]:
     """Yields the indices of at most `batch_size` items of one padded length, the longest first.
 
@@ -54,7 +35,7 @@ def batches_by_length(lengths: Sequence, batch_size: int) -> Iterator[list[int]]
     results back in order by index: `results[i]` belongs to `items[i]`.
 
     Args:
-      lengths: of each item, from `padded_lengths` or `padded_pair_lengths`.
+      lengths: of each item, from `padded_lengths`.
     """
     members_of = defaultdict(list)
     for i, length in enumerate(lengths):

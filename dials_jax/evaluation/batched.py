@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from dials_jax.caching.cache import Cache
-from dials_jax.data.buckets import batches_by_length, padded_lengths, padded_pair_lengths
+from dials_jax.data.buckets import batches_by_length, padded_lengths
 from dials_jax.data.tasks import Pair
 from dials_jax.data.tokenizer import Ids
 from dials_jax.errors import require
@@ -199,8 +199,8 @@ def likelihood_batches(
         if all would be equal; see `num_copies`.
       keys: one per pair; None: from seed 0 and the prompt's tokens, so that the answers of a prompt
         share their masks.
-      bucket: prompts and answers are padded to multiples of this length.
-      max_programs: the largest number of padded shapes, each of which is compiled.
+      bucket: pairs are padded to multiples of this length.
+      max_programs: the largest number of padded lengths, each of which is compiled.
       remaining: the copies to score: index of the pair, and number of the copy within it. Copies of
         a pair are adjacent. None: all.
 
@@ -218,16 +218,17 @@ def likelihood_batches(
             np.concatenate(list(map(np.arange, counts))),
         )
     pair_of, copies = (np.asarray(indices, int) for indices in remaining)
-    lengths = [(len(prompt), len(answer)) for prompt, answer in pairs]
-    shapes = padded_pair_lengths(lengths, bucket, max_programs)
-    for members in batches_by_length(shapes, len(pairs)):  # all of one shape
+    lengths = padded_lengths([len(p) + len(a) for p, a in pairs], bucket, max_programs)
+    for members in batches_by_length(lengths, len(pairs)):  # all of one length
+        length, longest = lengths[members[0]], max(len(pairs[i][1]) for i in members)
+        answer_length = min(-(-longest // bucket) * bucket, length)
         here = np.flatnonzero(np.isin(pair_of, members))
         for first in range(0, len(here), batch_size):
             chosen = here[first : first + batch_size]
             requests = pair_of[chosen]
             scores, flops = score_pairs(
                 model,
-                pad_pairs([pairs[i] for i in requests], model.config, *shapes[members[0]]),
+                pad_pairs([pairs[i] for i in requests], model.config, length, answer_length),
                 keys[requests],
                 copies[chosen],
                 stratum=min(STRATUM, num_samples),

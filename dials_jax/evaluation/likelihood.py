@@ -219,8 +219,8 @@ def score_pairs(
     flops = count_flops(
         model.config,
         scores.gates,
-        num_tokens=pairs.prompts.shape[1] + pairs.answers.shape[1],
-        head_tokens=pairs.answers.shape[1],
+        num_tokens=pairs.tokens.shape[1],
+        head_tokens=pairs.in_answer.shape[1],
         policy=policy,
         seconds=seconds,
     )
@@ -228,9 +228,11 @@ def score_pairs(
 
 
 def draw_masked(
-    key: jax.Array, sample: Int[Array, ""], answer_valid: Bool[Array, "A"], stratum: int
+    key: jax.Array, sample: Int[Array, ""], in_answer: Bool[Array, "A"], stratum: int
 ) -> Bool[Array, "A"]:
     """Draws the masked positions of copy number `sample` of one answer.
+
+    What is drawn does not depend on the padding before the answer.
 
     The copies of a round share one k ~ U{1..L}. Copy i masks round(k + i L / stratum) random
     positions, wrapped into 1..L. Halves are rounded to even, as in LLaDA's `get_log_likelihood`:
@@ -240,39 +242,42 @@ def draw_masked(
     Args:
       stratum: copies per round.
     """
-    length = jnp.sum(answer_valid)
+    length = jnp.sum(in_answer)
     round_number, i = jnp.divmod(sample, stratum)
     round_key = jax.random.fold_in(key, round_number)
     k = jax.random.randint(round_key, (), 1, length + 1)
     count = jnp.round(k + i * (length / stratum)).astype(jnp.int32)
     count = jnp.where(sample == WHOLE, length, (count - 1) % length + 1)
-    noise = jax.random.uniform(jax.random.fold_in(round_key, i + 1), answer_valid.shape)
-    order = jnp.argsort(jnp.where(answer_valid, noise, jnp.inf))
-    return jnp.argsort(order) < count
+    noise = jax.random.uniform(jax.random.fold_in(round_key, i + 1), in_answer.shape)
+    is_token = jnp.arange(in_answer.size) < length  # the answer's tokens first, then padding
+    order = jnp.argsort(jnp.where(is_token, noise, jnp.inf))
+    return jnp.roll(jnp.argsort(order) < count, -length)
 
 
 def answer_log_probs(
-    cfg, params, tokens, valid, time, answers, masked, cfg_scale, policy, keys, executor
+    cfg, params, tokens, valid, time, masked, in_answer, cfg_scale, policy, keys, executor
 ) -> tuple[Float[Array, "B A"], Bool[Array, "B A"], Bool[Array, "L R"]]:
     """Runs the model; returns log p of the answers' tokens where masked (0 elsewhere), whether each
     token is the most probable one, and gates.
 
     Args:
-      tokens: [B, P + A], prompts and answers, with [MASK] at some positions.
+      tokens: [B, T], prompts and answers.
       time: [B], the masked share of each answer.
-      answers, masked: [B, A], the true tokens, and where they are masked.
+      masked, in_answer: [B, A], of the last A positions: where tokens are replaced by [MASK], and
+        where the answer is, from which guidance hides everything before.
       cfg_scale: above 0 the log-probabilities are guided, and R = 2 B.
     """
-    prompt_len = tokens.shape[1] - answers.shape[1]
+    first = tokens.shape[1] - masked.shape[1]
+    answers, whole = tokens[:, first:], ((0, 0), (first, 0))
+    tokens = jnp.where(jnp.pad(masked, whole), cfg.mask_id, tokens)
     if cfg_scale > 0:
-        in_prompt = jnp.arange(tokens.shape[1]) < prompt_len
-        tokens = with_unconditional(tokens, in_prompt, cfg.mask_id)
+        tokens = with_unconditional(tokens, ~jnp.pad(in_answer, whole), cfg.mask_id)
         keys = jnp.concatenate([keys, jax.vmap(jax.random.fold_in, (0, None))(keys, 1)])
         valid, time = repeat_batch(valid), repeat_batch(time)
     out = transformer.run_layers(
         cfg, params, tokens, valid, policy, time=time, sequence_keys=keys, executor=executor
     )
-    h = transformer.shift_to_predicted(cfg, out.h, valid)[:, prompt_len:]
+    h = transformer.shift_to_predicted(cfg, out.h, valid)[:, first:]
 
     def log_probs(h, answers, masked):
         logits = transformer.head_logits(cfg, params, h, time)
@@ -288,14 +293,12 @@ def score_pairs_program(params, pairs, keys, samples, policy, *, cfg, stratum, c
     """Masks one copy of each pair and estimates its log-likelihood; see `score_pairs`."""
     mask_keys, gate_keys = jax.vmap(jax.random.split)(keys).T
     draw = jax.vmap(draw_masked, (0, 0, 0, None))
-    masked = draw(mask_keys, samples, pairs.answer_valid, stratum)
-    tokens = jnp.concatenate([pairs.prompts, jnp.where(masked, cfg.mask_id, pairs.answers)], axis=1)
-    valid = jnp.concatenate([pairs.prompt_valid, pairs.answer_valid], axis=1)
+    masked = draw(mask_keys, samples, pairs.in_answer, stratum)
     gate_keys = jax.vmap(jax.random.fold_in)(gate_keys, samples)
-    share = jnp.sum(masked, axis=1) / jnp.sum(pairs.answer_valid, axis=1)
+    share = jnp.sum(masked, axis=1) / jnp.sum(pairs.in_answer, axis=1)
     log_probs, is_best, gates = answer_log_probs(
-        cfg, params, tokens, valid, share, pairs.answers, masked, cfg_scale, policy, gate_keys,
-        executor,
+        cfg, params, pairs.tokens, pairs.valid, share, masked, pairs.in_answer, cfg_scale, policy,
+        gate_keys, executor,
     )  # fmt: skip
     is_greedy = jnp.all(is_best | ~masked, axis=1)
     return CopyScores(jnp.sum(log_probs, axis=1) / share, gates, share, is_greedy)
@@ -310,7 +313,7 @@ def score_noisy_program(
     p_mask = jnp.where(masked, p_mask, 1.0)  # it may be 0 elsewhere
     time = jnp.sum(p_mask * masked, axis=1) / jnp.maximum(jnp.sum(masked, axis=1), 1)
     log_probs, _, gates = answer_log_probs(
-        cfg, params, noisy, None, time, tokens[:, prompt_len:], masked, cfg_scale, policy, keys,
+        cfg, params, tokens, None, time, masked, jnp.ones_like(masked), cfg_scale, policy, keys,
         executor,
     )  # fmt: skip
     return jnp.sum(log_probs / p_mask, axis=1), gates

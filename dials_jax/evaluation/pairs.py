@@ -1,4 +1,4 @@
-"""Pairs of a prompt and an answer as arrays, padded so that all answers start at one position."""
+"""Pairs of a prompt and an answer as arrays."""
 
 from __future__ import annotations
 
@@ -15,46 +15,47 @@ from dials_jax.models.model import as_ids, check_vocabulary
 
 
 class Pairs(NamedTuple):
-    """Prompts padded on the left, and answers padded on the right."""
+    """Pairs padded on the left, so that all end together and only their sum of lengths matters.
 
-    prompts: Int[ArrayLike, "B P"]
-    answers: Int[ArrayLike, "B A"]
-    prompt_valid: Bool[ArrayLike, "B P"]
-    answer_valid: Bool[ArrayLike, "B A"]
+    Attributes:
+      tokens, valid: prompt and answer; `valid` is False at padding.
+      in_answer: of the last A positions, those of the answer. Before it the prompt ends.
+    """
+
+    tokens: Int[ArrayLike, "B T"]
+    valid: Bool[ArrayLike, "B T"]
+    in_answer: Bool[ArrayLike, "B A"]
 
 
 @typed
 def pad_pairs(
     pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
     cfg: ModelConfig,
-    prompt_length: int = 0,
+    length: int = 0,
     answer_length: int = 0,
 ) -> Pairs:
-    """Pads prompts and answers to common lengths, at least those given.
+    """Pads pairs to a common length T, and answers to A; both at least those given.
 
     Raises: InputError for an empty answer, [MASK] or an unknown token in a pair, anything but
       integers, or more tokens than the model has positions.
     """
     require(isinstance(pairs, list | tuple), f"pairs={shown(pairs)} is no list of pairs")
     pairs = [_as_pair(pair, i) for i, pair in enumerate(pairs)]
-    for length in (prompt_length, answer_length):
-        require(
-            length <= cfg.max_length, f"{length} tokens are more than {cfg.max_length} positions"
-        )
+    for given in (length, answer_length):
+        require(given <= cfg.max_length, f"{given} tokens are more than {cfg.max_length} positions")
     for i, (prompt, answer) in enumerate(pairs):
         _check_pair(cfg, i, prompt, answer)
-    prompt_length = max([prompt_length, *(len(prompt) for prompt, _ in pairs)])
     answer_length = max([answer_length, *(len(answer) for _, answer in pairs)])
-    tokens = np.full((len(pairs), prompt_length + answer_length), cfg.pad_id)
-    valid = np.zeros(tokens.shape, bool)
+    length = max([length, answer_length, *(len(prompt) + len(answer) for prompt, answer in pairs)])
+    tokens = np.full((len(pairs), length), cfg.pad_id, np.int32)
+    valid, in_answer = np.zeros(tokens.shape, bool), np.zeros((len(pairs), answer_length), bool)
     for i, (prompt, answer) in enumerate(pairs):
-        start, end = prompt_length - len(prompt), prompt_length + len(answer)
-        tokens[i, start:prompt_length] = prompt
-        tokens[i, prompt_length:end] = answer
-        valid[i, start:end] = True
+        start, middle = length - len(prompt) - len(answer), length - len(answer)
+        tokens[i, start:middle], tokens[i, middle:] = prompt, answer
+        valid[i, start:] = True
+        in_answer[i, answer_length - len(answer) :] = True
     check_vocabulary(cfg, tokens, valid, "pair")
-    prompts, answers = np.split(tokens.astype(np.int32), [prompt_length], axis=1)
-    return Pairs(prompts, answers, *np.split(valid, [prompt_length], axis=1))
+    return Pairs(tokens, valid, in_answer)
 
 
 def _check_pair(cfg: ModelConfig, i: int, prompt: np.ndarray, answer: np.ndarray) -> None:

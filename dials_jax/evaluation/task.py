@@ -102,7 +102,7 @@ class EvalTask(Typed):
     num_samples: int = 128  # Monte-Carlo masks per item (choice, nelbo)
     cfg_scale: float = 0.0  # guidance of likelihoods (choice, nelbo); samplers have their own
     bucket: int = 64  # lengths are padded to multiples of this
-    max_programs: int = 4  # the largest number of padded lengths, each of which is compiled
+    max_programs: int = 4  # padded lengths that are compiled
 
     def __post_init__(self):
         super().__post_init__()

@@ -6,7 +6,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from dials_jax.data.buckets import batches_by_length, padded_lengths, padded_pair_lengths
+from dials_jax.data.buckets import batches_by_length, padded_lengths
 
 
 def cheapest(lengths, multiple, max_sizes, batch_size):
@@ -58,28 +58,6 @@ def test_sizes_by_hand():
     assert padded_lengths([2, 4], 1, 2, batch_size=2) == [4, 4]
 
 
-def test_shapes_of_pairs_spend_their_number_where_lengths_differ():
-    prompts, answers = [10, 20, 30, 40], [3, 4]
-    pairs = [(p, a) for p in prompts for a in answers]
-    assert padded_pair_lengths(pairs, 1, 4) == [(p, 4) for p, _ in pairs]
-    assert padded_pair_lengths([pair[::-1] for pair in pairs], 1, 4) == [(4, p) for p, _ in pairs]
-    assert padded_pair_lengths(pairs, 1, 8) == pairs
-    both = [(p, a) for p in (10, 40) for a in (10, 40)]
-    assert padded_pair_lengths(both, 1, 4) == both
-    alike = [(n, n) for n in prompts]
-    assert padded_pair_lengths(alike, 1, 4) == alike
-    assert padded_pair_lengths(both, 1, 1) == [(40, 40)] * 4
-
-
-@pytest.mark.parametrize("max_shapes", [1, 2, 3, 4, 5, 7])
-def test_shapes_of_pairs_are_at_most_so_many(max_shapes):
-    rng = np.random.default_rng(max_shapes)
-    pairs = [tuple(pair) for pair in rng.integers(1, 50, (60, 2)).tolist()]
-    shapes = padded_pair_lengths(pairs, 4, max_shapes)
-    assert len(set(shapes)) <= max_shapes
-    assert all(p <= q and a <= b for (p, a), (q, b) in zip(pairs, shapes, strict=True))
-
-
 def test_batches_cover_every_item_once_and_never_mix_buckets():
     lengths = np.random.default_rng(0).permutation(np.arange(1, 100)).tolist()
     sizes = padded_lengths(lengths, 32, 4)
@@ -92,24 +70,8 @@ def test_batches_cover_every_item_once_and_never_mix_buckets():
     assert len(groups) == sum(-(-n // 7) for n in (32, 32, 32, 3))
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_shapes_of_pairs_are_the_cheapest_way_of_few_enough(seed):
-    rng = np.random.default_rng(seed)
-    pairs = [tuple(pair) for pair in rng.integers(0, 30, (rng.integers(1, 40), 2)).tolist()]
-    multiple, most = int(rng.integers(1, 6)), int(rng.integers(1, 6))
-    ways = [
-        list(zip(padded_lengths([p for p, _ in pairs], multiple, i),
-                 padded_lengths([a for _, a in pairs], multiple, j), strict=True))
-        for i in range(1, most + 1)
-        for j in range(1, most + 1)
-    ]  # fmt: skip
-    few = [way for way in ways if len(set(way)) <= most]
-    expected = min(few, key=lambda way: sum(p + a for p, a in way))  # the first among equals
-    assert padded_pair_lengths(pairs, multiple, most) == expected
-
-
 class Counted(Sequence):
-    """Counts how often one of its items is read or, where they are lengths, compared."""
+    """Counts how often one of its items is read."""
 
     def __init__(self, items):
         self.items, self.steps = items, 0
@@ -123,22 +85,6 @@ class Counted(Sequence):
         return item
 
 
-class Length(int):
-    """A length that a maximum asks for a comparison."""
-
-    def __gt__(self, other):
-        self.seen_by.steps += 1
-        return int(self) > int(other)
-
-
-def pairs_of(num_pairs):
-    pairs = Counted([(Length(i % 50), Length(i % 7)) for i in range(num_pairs)])
-    for pair in pairs.items:
-        for length in pair:
-            length.seen_by = pairs
-    return pairs
-
-
 @pytest.mark.parametrize("num_items", [500, 1000])
 def test_every_item_is_looked_at_a_few_times_however_many_there_are(num_items):
     lengths = Counted([i % 50 for i in range(num_items)])
@@ -146,6 +92,3 @@ def test_every_item_is_looked_at_a_few_times_however_many_there_are(num_items):
     assert num_items <= lengths.steps <= 4 * num_items
     list(batches_by_length(lengths, 16))
     assert lengths.steps <= 8 * num_items
-    pairs = pairs_of(num_items)
-    padded_pair_lengths(pairs, 8, 3)
-    assert num_items <= pairs.steps <= 20 * num_items

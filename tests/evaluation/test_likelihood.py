@@ -80,8 +80,8 @@ def keys_and_copies(num_keys, num_copies):
 @pytest.mark.parametrize("length, stratum", [(11, 4), (5, 8), (1, 3)])
 def test_numbers_of_masks_are_those_of_the_reference(length, stratum):
     keys, copies = keys_and_copies(12, 2 * stratum)  # two rounds a key
-    masked = np.asarray(draw(keys, copies, jnp.arange(20) < length, stratum))
-    assert not masked[:, length:].any()
+    masked = np.asarray(draw(keys, copies, jnp.arange(20) >= 20 - length, stratum))
+    assert not masked[:, : 20 - length].any()
     rounds = masked.sum(axis=1).reshape(24, stratum)
     k = rounds[:, :1]
     steps = np.round(k + np.arange(stratum) * np.float32(length / stratum))
@@ -91,10 +91,17 @@ def test_numbers_of_masks_are_those_of_the_reference(length, stratum):
 
 def test_masked_places_are_uniform():
     keys, copies = keys_and_copies(3000, 1)
-    masked = np.asarray(draw(keys, copies, jnp.arange(10) < 8, 4))
-    rate = masked.mean(axis=0)[:8]
+    masked = np.asarray(draw(keys, copies, jnp.arange(10) >= 2, 4))
+    rate = masked.mean(axis=0)[2:]
     assert np.abs(rate - rate.mean()).max() < 5 * 0.5 / 3000**0.5
     assert abs(rate.mean() - 4.5 / 8) < 0.03  # k is uniform on 1..8
+
+
+def test_padding_changes_no_mask():
+    keys, copies = keys_and_copies(5, 4)
+    alone = np.asarray(draw(keys, copies, jnp.ones(7, bool), 4))
+    padded = np.asarray(draw(keys, copies, jnp.arange(12) >= 5, 4))
+    np.testing.assert_array_equal(padded[:, 5:], alone)
 
 
 def test_copies_of_a_round_draw_their_own_places():
@@ -108,17 +115,17 @@ def test_copies_of_a_round_draw_their_own_places():
 def scores_of(model, pairs, samples=None, keys=None, **kwargs):
     samples = np.zeros(len(pairs), int) if samples is None else samples
     keys = keys_of(len(pairs)) if keys is None else keys
-    padding = {k: kwargs.pop(k) for k in ("prompt_length", "answer_length") if k in kwargs}
+    padding = {k: kwargs.pop(k) for k in ("length", "answer_length") if k in kwargs}
     padded = pad_pairs(pairs, model.config, **padding)
     return score_pairs(model, padded, keys, samples, **({"stratum": 4} | kwargs))
 
 
-def test_pairs_are_padded_outwards(cfg):
+def test_pairs_end_together(cfg):
+    """Only the sum of prompt and answer counts: a long answer stands beside a long prompt."""
     padded = pad_pairs(PAIRS[:2], cfg)
-    np.testing.assert_array_equal(padded.prompts, [[3, 4, 5], [0, 0, 8]])
-    np.testing.assert_array_equal(padded.prompt_valid, [[1, 1, 1], [0, 0, 1]])
-    np.testing.assert_array_equal(padded.answers, [[6, 7, 0, 0, 0], [9, 10, 11, 12, 13]])
-    np.testing.assert_array_equal(padded.answer_valid, [[1, 1, 0, 0, 0], [1] * 5])
+    np.testing.assert_array_equal(padded.tokens, [[0, 3, 4, 5, 6, 7], [8, 9, 10, 11, 12, 13]])
+    np.testing.assert_array_equal(padded.valid, [[0, 1, 1, 1, 1, 1], [1] * 6])
+    np.testing.assert_array_equal(padded.in_answer, [[0, 0, 0, 1, 1], [1] * 5])
 
 
 @pytest.mark.parametrize("cfg_scale", [0.0, 0.5])
@@ -144,7 +151,7 @@ def test_a_score_by_hand(model, cfg, cfg_scale):
 def test_a_pair_does_not_depend_on_the_rest_of_its_batch(model, cfg_scale, policy):
     settings = {"cfg_scale": cfg_scale, "policy": policy, "executor": "select"}
     batch, _ = scores_of(model, PAIRS, np.array([0, 1, 2]), **settings)
-    longer = {"prompt_length": 6, "answer_length": 5, "fill_to": 4}
+    longer = {"length": 11, "answer_length": 7, "fill_to": 4}
     filled, _ = scores_of(model, PAIRS, np.array([0, 1, 2]), **settings, **longer)
     np.testing.assert_allclose(filled.log_likelihood, batch.log_likelihood, rtol=1e-4)
     alone, _ = scores_of(model, PAIRS[1:2], np.array([1]), keys_of(3)[1:2], **settings, **longer)
