@@ -47,7 +47,7 @@ def pad_pairs(
         _check_pair(cfg, i, prompt, answer)
     answer_length = max([answer_length, *(len(answer) for _, answer in pairs)])
     length = max([length, answer_length, *(len(prompt) + len(answer) for prompt, answer in pairs)])
-    tokens = np.full((len(pairs), length), cfg.pad_id, np.int32)
+    tokens = np.full((len(pairs), length), cfg.pad_id)
     valid, in_answer = np.zeros(tokens.shape, bool), np.zeros((len(pairs), answer_length), bool)
     for i, (prompt, answer) in enumerate(pairs):
         start, middle = length - len(prompt) - len(answer), length - len(answer)
@@ -55,7 +55,7 @@ def pad_pairs(
         valid[i, start:] = True
         in_answer[i, answer_length - len(answer) :] = True
     check_vocabulary(cfg, tokens, valid, "pair")
-    return Pairs(tokens, valid, in_answer)
+    return Pairs(tokens.astype(np.int32), valid, in_answer)
 
 
 def _check_pair(cfg: ModelConfig, i: int, prompt: np.ndarray, answer: np.ndarray) -> None:

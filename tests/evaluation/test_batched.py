@@ -116,7 +116,7 @@ def test_prompts_of_one_bucket_share_a_program(lively, traced_once):
 
 def test_pairs_of_one_bucket_share_a_program(lively, traced_once):
     traced_once(likelihood, "score_pairs_program")
-    settings = {"num_samples": 4, "batch_size": 3, "bucket": 4}
+    settings = {"num_samples": 4, "batch_size": 3, "bucket": 8}
     assert len(list(likelihood_batches(lively, PAIRS, **settings))) == 5  # the last is of one copy
     [last] = likelihood_batches(lively, PAIRS, remaining=([1], [2]), **settings)
     assert last.scores.log_likelihood.shape == (1,)
