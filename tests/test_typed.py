@@ -265,7 +265,7 @@ ODD = [None, "x", b"x", 1.5, math.nan, True, -1, 2**40, [1], {"a": 1}, object(),
 def test_public_functions_refuse_odd_arguments_in_one_line(function, right, names, odd):
     harmless = {
         "first_hitting=True", "dtype=None", "mesh=None", "heavy='x'", "light='x'",
-        "prompt_length=-1", "Dream.steps=None", "as_threshold.value=[1]",
+        "Dream.steps=None", "as_threshold.value=[1]",
     }  # fmt: skip
     for name in names.split():
         if harmless & {f"{name}={odd!r}", f"{function.__qualname__}.{name}={odd!r}"}:

@@ -29,7 +29,7 @@ from dials_jax.data.tasks import Pair
 from dials_jax.data.tokenizer import Ids
 from dials_jax.errors import require
 from dials_jax.evaluation.likelihood import CopyScores, num_copies, score_pairs
-from dials_jax.evaluation.pairs import pad_pairs
+from dials_jax.evaluation.pairs import Pairs, pad_pairs
 from dials_jax.keys import fold_in_each, seed_key
 from dials_jax.models.model import Model
 from dials_jax.models.padding import pad_prompts
@@ -222,13 +222,16 @@ def likelihood_batches(
     for members in batches_by_length(lengths, len(pairs)):  # all of one length
         length, longest = lengths[members[0]], max(len(pairs[i][1]) for i in members)
         answer_length = min(-(-longest // bucket) * bucket, length)
+        # Once for all copies: checking token by token takes the host longer than a forward pass.
+        padded = pad_pairs([pairs[i] for i in members], model.config, length, answer_length)
         here = np.flatnonzero(np.isin(pair_of, members))
         for first in range(0, len(here), batch_size):
             chosen = here[first : first + batch_size]
             requests = pair_of[chosen]
+            rows = np.searchsorted(members, requests)
             scores, flops = score_pairs(
                 model,
-                pad_pairs([pairs[i] for i in requests], model.config, length, answer_length),
+                Pairs(*(x[rows] for x in padded)),
                 keys[requests],
                 copies[chosen],
                 stratum=min(STRATUM, num_samples),

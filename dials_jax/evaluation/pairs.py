@@ -42,7 +42,10 @@ def pad_pairs(
     require(isinstance(pairs, list | tuple), f"pairs={shown(pairs)} is no list of pairs")
     pairs = [_as_pair(pair, i) for i, pair in enumerate(pairs)]
     for given in (length, answer_length):
-        require(given <= cfg.max_length, f"{given} tokens are more than {cfg.max_length} positions")
+        require(
+            0 <= given <= cfg.max_length,
+            f"{given} tokens are not in 0 to {cfg.max_length}, the model's positions",
+        )
     for i, (prompt, answer) in enumerate(pairs):
         _check_pair(cfg, i, prompt, answer)
     answer_length = max([answer_length, *(len(answer) for _, answer in pairs)])
