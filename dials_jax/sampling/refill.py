@@ -45,7 +45,7 @@ from dials_jax.nn.policy import Policy, check_policy
 from dials_jax.nn.rope import positions_of
 from dials_jax.nn.stack import Executor
 from dials_jax.sampling.costs import Part, total_cost
-from dials_jax.sampling.generate import Generation
+from dials_jax.sampling.generate import Generation, count_tokens
 from dials_jax.sampling.loop import (
     BlockSampler,
     Loop,
@@ -103,11 +103,11 @@ class RingLoop(Loop):
         stop = (state.block + 1) * self.limit
         return self.run_until(range(len(self.variants)), state, stop)
 
-    def next_step(self, tokens: Int[Array, "B T"], state: LoopState) -> tuple[Array, Array]:
-        masked = jnp.take(self.masked_by_block(tokens), self.place_of(state.block), axis=1)
-        more = (state.step_in_block + 1 < self.limit) & jnp.any(masked)
+    def next_step(self, state: LoopState) -> LoopState:
+        more = (state.step_in_block + 1 < self.limit) & jnp.any(self.is_unfinished(state))
         step = jnp.where(more, state.step_in_block + 1, 0).astype(jnp.int32)
-        return jnp.where(more, state.block, state.block + 1).astype(jnp.int32), step
+        block = jnp.where(more, state.block, state.block + 1).astype(jnp.int32)
+        return state._replace(block=block, step_in_block=step)
 
     def reveal(
         self, out: ForwardOutputs, inputs: ForwardInputs, info: StepInfo
@@ -228,14 +228,21 @@ class _Occupant:
     def __init__(self, request: int, first_step: int):
         self.request, self.first_step = request, first_step
         self.num_blocks, self.seconds = 0, 0.0
-        self.calls: list[tuple[np.ndarray, ...]] = []  # gates, masked share, variant, step
+        self.calls: list[tuple[np.ndarray, ...]] = []  # gates, masked share, own, variant, step
 
     def add(self, record: CallRecord, place: int, seconds: float) -> None:
         """Adds the calls of a block; the seconds are the sequence's share."""
-        nfe, own = int(record.nfe), slice(place, place + 1)
-        gates, share = record.gates[:nfe, :, own], record.masked_share[:nfe, own]
+        nfe, one = int(record.nfe), slice(place, place + 1)
         steps = record.step[:nfe] - self.first_step
-        self.calls.append((gates, share, record.variant[:nfe], steps))
+        self.calls.append(
+            (
+                record.gates[:nfe, :, one],
+                record.masked_share[:nfe, one],
+                record.own[:nfe, one],
+                record.variant[:nfe],
+                steps,
+            )
+        )
         self.num_blocks, self.seconds = self.num_blocks + 1, self.seconds + seconds
 
 
@@ -318,7 +325,7 @@ def generate_refilled(
             if ended or (is_done is not None and is_done(one.request, answers[i])):
                 places[i] = None
                 canvas = np.concatenate([tokens[one.request], answers[i]])
-                yield Finished(one.request, _generation(one, canvas, part))
+                yield Finished(one.request, _generation(one, canvas, length, part))
 
 
 def _work(cfg: ModelConfig, sampler: BlockSampler, cache: Cache, length: int) -> list[Work]:
@@ -329,9 +336,20 @@ def _work(cfg: ModelConfig, sampler: BlockSampler, cache: Cache, length: int) ->
     return [variant.work for variant in variants]
 
 
-def _generation(one: _Occupant, canvas: Int[np.ndarray, "T"], part: Part) -> Generation:
-    """The record of one sequence. Its seconds are its share of the batch's."""
-    gates, share, variant, steps = (np.concatenate(x) for x in zip(*one.calls, strict=True))
-    nfe, tokens_run = len(variant), part.tokens(variant)
-    flops = total_cost([part], np.zeros(nfe, int), gates, variant, len(canvas), one.seconds)
-    return Generation(canvas[None], nfe, gates, share, tokens_run, steps, flops)
+def _generation(
+    one: _Occupant, canvas: Int[np.ndarray, "T"], length: int, part: Part
+) -> Generation:
+    """The record of one sequence, whose prompt takes `length`; its seconds are its share."""
+    gates, share, own, variant, steps = (np.concatenate(x) for x in zip(*one.calls, strict=True))
+    nfe = len(variant)
+    return Generation(
+        tokens=canvas[None],
+        nfe=nfe,
+        gates=gates,
+        masked_share=share,
+        own=own,
+        num_tokens=count_tokens(part.cfg, canvas[None, length:]),
+        tokens_run=part.tokens(variant),
+        steps=steps,
+        flops=total_cost([part], np.zeros(nfe, int), gates, variant, len(canvas), one.seconds),
+    )

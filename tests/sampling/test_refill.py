@@ -56,8 +56,9 @@ def run(model, prompts, keys, **settings):
         (False, "routed", DualCache(), Ending(16, 4, threshold=0.9, stop_at_eos=True)),
         (True, "random", None, Ending(16, 4, 8, temperature=1.0, stop_at_eos=True)),
         (True, "routed", DualCache(), Ending(16, 4, factor=1.0, stop_at_eos=True)),
+        (False, "random", None, Ending(16, 4, threshold=0.5, edit_threshold=0.6, stop_at_eos=True)),
     ],
-    ids=["llada", "dream", "dream-dual"],
+    ids=["llada", "dream", "dream-dual", "editing"],
 )
 def test_a_sequence_is_what_it_is_alone(shift, policy, cache, sampler, prompts, keys):
     cfg = small_config(right_shift=shift)
@@ -74,13 +75,13 @@ def test_a_sequence_is_what_it_is_alone(shift, policy, cache, sampler, prompts, 
         out = found[i]
         np.testing.assert_array_equal(out.tokens[0, -16:], alone.tokens[0, -16:])
         np.testing.assert_array_equal(out.tokens[0, 8 - len(prompt) : 8], prompt)
-        own = np.searchsorted(out.steps, alone.steps)  # the others waited for the batch
+        own = out.own[:, 0]  # in the others it waited for the batch
         np.testing.assert_array_equal(out.steps[own], alone.steps)
         np.testing.assert_array_equal(out.gates[own], alone.gates)
         np.testing.assert_allclose(out.masked_share[own], alone.masked_share)
+        assert out.num_tokens == alone.num_tokens and out.passes == alone.passes
         lengths.add(alone.steps[-1] // (4 if sampler.max_quota is None else 2))
     assert len(lengths) > 1  # they end in different blocks
-    assert order != sorted(order)  # so some end before others that began earlier
 
 
 def test_places_are_taken_as_soon_as_they_are_free(prompts, keys, monkeypatch):
@@ -95,7 +96,8 @@ def test_places_are_taken_as_soon_as_they_are_free(prompts, keys, monkeypatch):
         return plain(self, program, *args, **kwargs)
 
     monkeypatch.setattr(Model, "run", counted)
-    found, _ = run(model, prompts, keys, sampler=sampler)
+    found, order = run(model, prompts, keys, sampler=sampler)
+    assert order != sorted(order)  # some end before others that began earlier
     own = [-(-(out.steps.max() + 1) // 4) for out in found.values()]
     waiting = sum(max(own[first : first + 3]) for first in range(0, len(own), 3))
     assert sum(blocks) == len(prompts) and len(blocks) < waiting
