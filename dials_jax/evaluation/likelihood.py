@@ -312,6 +312,7 @@ def score_noisy_program(
     masked, p_mask = noisy[:, prompt_len:] == cfg.mask_id, p_mask[:, prompt_len:]
     p_mask = jnp.where(masked, p_mask, 1.0)  # it may be 0 elsewhere
     time = jnp.sum(p_mask * masked, axis=1) / jnp.maximum(jnp.sum(masked, axis=1), 1)
+    tokens = jnp.concatenate([noisy[:, :prompt_len], tokens[:, prompt_len:]], axis=1)
     log_probs, _, gates = answer_log_probs(
         cfg, params, tokens, None, time, masked, jnp.ones_like(masked), cfg_scale, policy, keys,
         executor,
