@@ -140,7 +140,8 @@ def test_padding_never_votes(lively, cfg, routers):
 
 def test_soft_votes_are_the_probabilities_of_a_vote_under_noise(fresh):
     bias = np.array([0.0, 1.2], np.float32)
-    votes = votes_to_skip({**layer_of(fresh, 0), "vote_bias": bias}, h_of(2), "soft")
+    router = {**layer_of(fresh, 0), "vote_bias": bias}
+    votes = jax.jit(votes_to_skip, static_argnums=2)(router, h_of(2), "soft")
     gumbel = jax.random.gumbel(jax.random.key(0), (40_000, 2))
     sampled = jitted_votes(gumbel, np.broadcast_to(bias, gumbel.shape), 1.0)
     np.testing.assert_allclose(votes, 1 / (1 + np.exp(1.2)), rtol=1e-6)
