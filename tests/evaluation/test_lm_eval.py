@@ -45,6 +45,7 @@ SAMPLERS = {
     "llada_tiny": Confidence(gen_length=8, block_length=4),
     "dream_tiny": Dream(max_new_tokens=8, steps=8),
 }
+TEN = list(enumerate("abcdefghij"))
 TASKS = ("gsm8k", "piqa", "arc_challenge")
 
 
@@ -350,6 +351,16 @@ def test_a_text_has_no_more_tokens_than_the_task_allows(make_lm, writing):
         requests_of("generate_until", ("a", {"until": [], "max_gen_toks": 5}))
     )
     assert text == lm.text.decode([50, 51, 52, 53, 54])
+
+
+def test_requests_of_several_lengths_keep_their_order(make_lm, monkeypatch):
+    def echo(self, prompts, sampler, draws=None):
+        yield from reversed([(i, list(ids)) for i, ids in enumerate(prompts)])
+
+    monkeypatch.setattr(Responder, "generations", echo)
+    arguments = [(text, {"until": [], "max_gen_toks": 4 * (1 + i % 2)}) for i, text in TEN]
+    texts = make_lm().generate_until(requests_of("generate_until", *arguments))
+    assert texts == [text for _, text in TEN]
 
 
 def test_generation_settings_that_no_sampler_has_are_refused(make_lm, planned):
