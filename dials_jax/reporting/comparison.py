@@ -119,7 +119,7 @@ def rows_by_items(runs: Sequence[SweepRun], rules: Mapping[str, int]) -> dict[st
         tasks = list(dict.fromkeys(run["task"] for run in group))
         if len(tasks) > 1:
             group = [_labelled(run, f"{run['task']}: {run['policy']['label']}") for run in group]
-        found[", ".join(tasks)] = group
+        found["; ".join(tasks)] = group
     return found
 
 

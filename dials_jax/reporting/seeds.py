@@ -60,11 +60,11 @@ def _pool(runs: Sequence[SweepRun]) -> SweepRun:
         pooled["num_calls"] = sum(run["num_calls"] for run in runs) / count
     else:
         pooled.pop("passes", None)
-    timings = [run.get("timing") or {} for run in runs]
-    if all(x and x["measured"] == timings[0]["measured"] for x in timings):
-        pooled["timing"] = timings[0] | {"seconds": [s for x in timings for s in x["seconds"]]}
-    else:
-        pooled.pop("timing", None)
+    timings = [run["timing"] for run in runs if run.get("timing")]  # of some seeds, perhaps
+    if timings:
+        measured = timings[-1]["measured"]
+        alike = [timing["seconds"] for timing in timings if timing["measured"] == measured]
+        pooled["timing"] = {"measured": measured, "seconds": [s for own in alike for s in own]}
     if first.get("also"):
         pooled["also"] = _mean(run["also"] for run in runs)
     return pooled

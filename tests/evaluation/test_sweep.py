@@ -19,8 +19,10 @@ from dials_jax.config import (
     EvalConfig,
     EvalTask,
     MeshConfig,
+    OptimizerConfig,
     RouterConfig,
     TaskData,
+    TrainConfig,
     to_dict,
 )
 from dials_jax.data.tokenizer import character_tokenizer, load_tokenizer
@@ -783,6 +785,27 @@ def test_fitted_thresholds_and_soft_votes_are_policies_of_their_own(
     other = dataclasses.replace(cfg, execution_ratios=(0.5,))
     with pytest.raises(InputError, match=r"execution_ratio=0\.5 \(fitted: 0\.7\); fit them"):
         sweep.routed_candidates(other, model)
+
+
+def test_seeds_of_one_training_are_told_from_other_trainings(folder, tmp_path):
+    """By the settings in the workdirs of training, of any version; how often it logs is none."""
+    path, info = router_facts(folder / "a")
+    optimizer = OptimizerConfig(learning_rate=1e-3, num_steps=3, warmup_steps=1)
+    train = TrainConfig(data=ARITHMETIC, backbone="x", optimizer=optimizer)
+
+    def training(number, stored, **changes):
+        workdir = tmp_path / number
+        shutil.copytree(path, workdir / "router")
+        (workdir / "config.json").write_text(json.dumps({"train": stored | changes}))
+        return sweep_identity.router_training(workdir / "router", info)
+
+    values = to_dict(train)
+    first = training("0", values)
+    assert first == training("1", values, seed=1) == training("2", values, log_every=3)
+    older = {name: x for name, x in values.items() if name != "remat"}
+    assert first == training("3", older)
+    assert first != training("4", values, batch_size=train.batch_size + 1)
+    assert sweep_identity.router_training(path, info) not in (first, None)  # a router alone
 
 
 def test_a_router_that_is_given_twice_is_refused(cfg, folder, tmp_path):

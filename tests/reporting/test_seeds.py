@@ -35,6 +35,16 @@ def test_a_pooled_run_has_the_means_of_its_seeds():
     assert np.sum(one["execution"]["rows"]) == 3 * np.sum(runs[0]["execution"]["rows"])
 
 
+def test_repeated_times_of_any_seed_count():
+    """Those under the conditions that were measured last; some seeds may have none."""
+    results = seeds_of_one_policy(4)
+    runs = [run for run in results["runs"] if run["policy"]["label"] == "routed λ=1"]
+    for run, device, seconds in zip(runs[1:], "abb", ([1.0], [2.0, 3.0], [4.0]), strict=True):
+        run["timing"] = {"measured": {"device": device}, "seconds": seconds}
+    (one,) = [run for run in pool_seeds(results["runs"]) if "seed_means" in run]
+    assert one["timing"] == {"measured": {"device": "b"}, "seconds": [2.0, 3.0, 4.0]}
+
+
 def test_the_interval_covers_items_and_seeds():
     (one,) = [run for run in pool_seeds(seeds_of_one_policy()["runs"]) if "seed_means" in run]
     low, high = seed_interval(one)
