@@ -239,10 +239,14 @@ class Responder:
         shares = np.where(batch.out.own, batch.out.masked_share[:, : len(of)], 0.0)
         layer_counts = LayerCounts(self.model.num_layers)
         layer_counts.add(batch.out.gates, shares)
-        num_calls = (shares > 0).sum(axis=0).astype(float)
         ids = dict(zip(of, batch.answers.tolist(), strict=True))
         return make_batch_record(
-            of, [0] * len(of), num_calls.tolist(), batch.out.flops, layer_counts, ids
+            of,
+            [0] * len(of),
+            batch.out.passes.astype(float).tolist(),
+            batch.out.flops,
+            layer_counts,
+            ids,
         )
 
     # ------------------------------------------------------------------------------- the requests
