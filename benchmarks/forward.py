@@ -105,6 +105,18 @@ class TimedPass:
     def compile_seconds(self) -> float:
         return self._timed.compile_seconds
 
+    @property
+    def memory_bytes(self) -> int:
+        """Device memory of the program: weights, inputs, outputs and intermediate results."""
+        model, arguments = self._model, (*self._inputs, self._policy)
+        with jax.set_mesh(model.mesh):
+            program = self._timed.program(
+                model.inference_params, *arguments, cfg=model.config, **self._static
+            )
+        sizes = program.memory_analysis()
+        taken = sizes.argument_size_in_bytes + sizes.output_size_in_bytes
+        return taken - sizes.alias_size_in_bytes + sizes.temp_size_in_bytes
+
     def seconds(self) -> float:
         """Seconds of one pass."""
         return self._run()[1] / self._static["passes"]

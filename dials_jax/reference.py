@@ -161,6 +161,8 @@ class Decoder:
             return True
         router = jax.tree.map(lambda x: np.asarray(x[layer], np.float64), self.policy.router)
         x = silu(norm(h, router["norm"]["scale"], 1e-5) @ router["down"] + router["down_bias"])
+        for kernel, bias in zip(router.get("inner", ()), router.get("inner_bias", ()), strict=True):
+            x = silu(x @ kernel + bias)
         skip, execute = (x @ router["vote"] + router["vote_bias"])[masked].T
         soft = self.policy.votes == "soft"
         votes = 1 / (1 + np.exp(execute - skip)) if soft else skip >= execute

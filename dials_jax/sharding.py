@@ -47,7 +47,7 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"head/(kernel|padded)", P("fsdp", "tensor")),
     (r"head/bias", P("tensor")),
     (r"routers/norm/scale", P(None)),
-    (r"routers/(down|vote)(_bias)?", P()),
+    (r"routers/(down|inner|vote)(_bias)?", P()),
 )
 
 

@@ -113,6 +113,7 @@ class RouterConfig(Typed):
     RENAMED: ClassVar[dict[str, str]] = {"threshold": "skip_threshold"}
 
     d_hidden: int = 512
+    depth: int = 2  # linear layers: in, depth - 2 of d_hidden, out (4 in DIALS, Figure 6)
     skip_threshold: float = 0.1  # tau: skip a layer when a larger share of masked tokens votes so
     votes: Votes = "hard"  # at inference; soft: the mean probability of a vote to skip meets tau
     temperature: float = 1.0  # of the Gumbel-softmax
@@ -131,6 +132,7 @@ class RouterConfig(Typed):
             self.anneal_steps is None or self.anneal_steps > 0,
             f"anneal_steps={self.anneal_steps} must be positive, or None",
         )
+        require(self.depth >= 2, f"depth={self.depth} linear layers: a router has at least 2")
 
 
 @dataclass(frozen=True, kw_only=True)

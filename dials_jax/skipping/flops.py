@@ -85,9 +85,9 @@ def head_flops(cfg: ModelConfig, num_tokens: Any) -> Any:
     return 2 * num_tokens * cfg.d_model * cfg.vocab_size
 
 
-def router_flops(cfg: ModelConfig, num_tokens: Any, d_hidden: int) -> Any:
-    """One router of hidden width `d_hidden` on one sequence."""
-    return 2 * num_tokens * d_hidden * (cfg.d_model + 2)
+def router_flops(cfg: ModelConfig, num_tokens: Any, d_hidden: int, depth: int = 2) -> Any:
+    """One router of hidden width `d_hidden` and `depth` linear layers on one sequence."""
+    return 2 * num_tokens * d_hidden * (cfg.d_model + (depth - 2) * d_hidden + 2)
 
 
 def count_flops(

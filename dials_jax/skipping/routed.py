@@ -98,8 +98,8 @@ class Routed(Typed):
 
     def flops(self, cfg: ModelConfig, num_tokens: Any) -> Any:
         """One layer's router on one sequence of `num_tokens` tokens that it looks at."""
-        d_hidden = trees.layer_slice(self.router, 0)["down"].shape[-1]
-        return router_flops(cfg, num_tokens, d_hidden)
+        shape = router_shape(trees.layer_slice(self.router, 0))
+        return router_flops(cfg, num_tokens, shape.d_hidden, shape.depth)
 
 
 def as_threshold(value: Any) -> float | Float[np.ndarray, "L"]:
@@ -204,7 +204,7 @@ IDLE = 0.01  # a router that skips no more than this share of the layers is of n
 
 
 class Router(nnx.Module):
-    """RMSNorm, linear, SiLU, linear to two logits.
+    """RMSNorm, linear, SiLU, linear to two logits; with a larger `depth`, more linears and SiLUs.
 
     The last layer starts at zero with biases (0, execute_bias): at first every token votes the
     same, about 5 % of them to skip under Gumbel noise, so that most layers run.
@@ -214,14 +214,22 @@ class Router(nnx.Module):
         self.norm = RMSNorm(d_model, 1e-5, rngs)
         self.down = nnx.Param(normal(rngs, (d_model, cfg.d_hidden)))
         self.down_bias = nnx.Param(jnp.zeros(cfg.d_hidden))
+        if cfg.depth > 2:
+            inner = cfg.depth - 2, cfg.d_hidden, cfg.d_hidden
+            self.inner = nnx.Param(normal(rngs, inner, cfg.d_hidden**-0.5))
+            self.inner_bias = nnx.Param(jnp.zeros(inner[:2]))
         self.vote = nnx.Param(jnp.zeros((cfg.d_hidden, 2)))
         self.vote_bias = nnx.Param(jnp.array([0.0, cfg.execute_bias]))
 
     def hidden(self, h: Float[Array, "B T D"]) -> Float[Array, "B T R"]:
-        """Only this wide matmul runs in the dtype of `h`."""
-        return jax.nn.silu(
+        """Only the first, wide matmul runs in the dtype of `h`."""
+        x = jax.nn.silu(
             linear(self.norm(h), self.down, self.down_bias, axes="BTD,DR->BTR", dtype=jnp.float32)
         )
+        if hasattr(self, "inner"):
+            for kernel, bias in zip(self.inner[...], self.inner_bias[...], strict=True):
+                x = jax.nn.silu(linear(x, kernel, bias, axes="BTR,RS->BTS"))
+        return x
 
     @jax.named_scope("router")
     def __call__(self, h: Float[Array, "B T D"]) -> Float[Array, "B T 2"]:
@@ -269,13 +277,19 @@ def votes_to_skip(
 
 def _bound(router: trees.Params, h: Float[Array, "B T D"]) -> Router:
     """Raises: InputError for a router of models of another width."""
-    d_model, d_hidden = router["down"].shape
+    d_model, _ = router["down"].shape
     require(
         d_model == h.shape[-1],
         f"the router is of width {d_model} and the model of {h.shape[-1]}; train one for this "
         "model",
     )
-    return bind(Router, router, d_model, RouterConfig(d_hidden=d_hidden))
+    return bind(Router, router, d_model, router_shape(router))
+
+
+def router_shape(router: trees.Params) -> RouterConfig:
+    """Width and depth of one layer's router, from its arrays."""
+    inner = router["inner"].shape[0] if "inner" in router else 0
+    return RouterConfig(d_hidden=router["down"].shape[1], depth=2 + inner)
 
 
 def skip_share(votes: Float[Array, "B T"], masked: Bool[Array, "B T"]) -> Float[Array, "B"]:

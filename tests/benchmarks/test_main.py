@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import command, decode, evaluate, forward
+from benchmarks import command, decode, evaluate, forward, router_overhead
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +55,21 @@ def test_forward_prints_and_writes_a_row_per_case(tmp_path, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 2 + len(rows)
 
 
+def test_router_overhead_prints_the_rows_of_the_paper(tmp_path):
+    path = tmp_path / "out.json"
+    arguments = "--model tiny --layers 2 --tokens 6 --prompt 2 --repeats 1 --passes 1 --d-hidden 3"
+    assert router_overhead.main([*arguments.split(), "--out", str(path)]) == 0
+    rows = {row["metric"]: row for row in json.loads(path.read_text())["rows"]}
+    assert list(rows) == ["parameters", "memory", "latency per layer", "FLOPs per prompt"]
+    # Per layer: a norm of 64, 64 x 3 weights with 3 biases, 3 x 2 weights with 2.
+    assert rows["parameters"]["routers_value"] == 2 * (64 + 64 * 3 + 3 + 3 * 2 + 2)
+    assert rows["memory"]["routers_value"] > 0
+    # Four passes, two layers, four tokens that vote: 2 FLOPs per weight.
+    assert rows["FLOPs per prompt"]["routers_value"] == 4 * 2 * 4 * 2 * (64 * 3 + 3 * 2)
+    for row in rows.values():
+        assert row["increase"] == pytest.approx(row["routers_value"] / row["baseline_value"])
+
+
 SMALL = "--model tiny --layers 1 --batch 1 --prompt 2 --repeats 0 --caches none"
 
 
@@ -69,6 +84,11 @@ SMALL = "--model tiny --layers 1 --batch 1 --prompt 2 --repeats 0 --caches none"
             "--model tiny --tokens 256",
             "--prompt 256 leaves none of --tokens 256 masked, and routers would skip nothing; "
             "shorten it",
+        ),
+        (
+            router_overhead,
+            "--model tiny --tokens 8 --prompt 8",
+            "--prompt 8 leaves none of --tokens 8 to generate",
         ),
         (forward, "--model tiny --shares 50", "--shares 50: a share lies in [0, 1]"),
         (decode, "--model tiny --caches duel", "cache 'duel' is not known; did you mean 'dual'?"),

@@ -47,6 +47,28 @@ def test_routers_come_back_bitwise(inside, workdir, router_params, backbone):
     assert router_facts(workdir / inside)[1].skip_weight == 0.5
 
 
+def test_a_deeper_router_comes_back_and_votes_as_its_layers_say(backbone, tmp_path):
+    """Two more linear layers with SiLU between, by hand."""
+    cfg = RouterConfig(d_hidden=8, depth=4, execute_bias=0.0)
+    shape = backbone.config.d_model, backbone.config.num_layers
+    routers = jitted_init_routers(*shape, cfg, jax.random.key(0))
+    routers["vote"] = jax.random.normal(jax.random.key(1), routers["vote"].shape)
+    save_router(tmp_path / "router", routers, cfg, backbone, skip_weight=0.5)
+    policy = load_router(tmp_path / "router", backbone)
+    chex.assert_trees_all_equal(policy.router, routers)
+    one = jax.tree.map(lambda x: np.asarray(x)[2], routers)
+    h = np.asarray(jax.random.normal(jax.random.key(2), (2, 9, shape[0])))
+    x = h / np.sqrt((h**2).mean(-1, keepdims=True) + 1e-5)
+    x = jax.nn.silu(x @ one["down"])
+    for kernel in one["inner"]:
+        x = jax.nn.silu(x @ kernel)
+    np.testing.assert_allclose(jax.jit(apply_router)(one, h), x @ one["vote"], atol=1e-5)
+    inner = 2 * one["inner"].size  # FLOPs of the two more layers
+    assert policy.flops(backbone.config, 1) == 2 * (one["down"].size + one["vote"].size) + inner
+    with pytest.raises(InputError, match="depth=1 linear layers: a router has at least 2"):
+        RouterConfig(depth=1)
+
+
 def test_routers_are_laid_out_as_the_layers(workdir, router_params, arithmetic_model):
     policy = load_router(workdir, load(arithmetic_model, layout="unrolled"))
     assert trees.is_unrolled(policy.router)
