@@ -203,7 +203,8 @@ def drawn(monkeypatch):
     savefig = Figure.savefig
 
     def record(figure, *args, **kwargs):
-        figures.append(figure)
+        if figure not in figures:  # a figure is written as PNG and as PDF
+            figures.append(figure)
         savefig(figure, *args, **kwargs)
 
     monkeypatch.setattr(Figure, "savefig", record)

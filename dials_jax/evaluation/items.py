@@ -92,12 +92,18 @@ def items_digest(items: Sequence[Item]) -> str:
     return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
 
-def load_items(task: EvalTask, tokenizer: Tokenizer | None, model_config: ModelConfig) -> Items:
+def load_items(
+    task: EvalTask,
+    tokenizer: Tokenizer | None,
+    model_config: ModelConfig,
+    held_out: bool = True,
+) -> Items:
     """Reads the items of one task, at most `task.limit` of them.
 
     Args:
       tokenizer: from `sources.load_data_tokenizer`; may be None for the procedural task, which has
         its own.
+      held_out: False reads training items of the procedural task. Other data names its items.
 
     Raises: InputError, with file and line, for a missing field, a label that names no choice,
       choices that are equal or only one, a prompt or an answer that is too long (unless
@@ -111,7 +117,7 @@ def load_items(task: EvalTask, tokenizer: Tokenizer | None, model_config: ModelC
     check_tokenizer(tokenizer, model_config)
     if isinstance(task.data, TextData | CorpusData):
         return _text_items(task, task.data, tokenizer, model_config)
-    cfg, questions = _questions(task)
+    cfg, questions = _questions(task, held_out)
     items = Items()
     for where, question in islice(questions, task.limit):
         with prefix_errors(where):
@@ -130,7 +136,7 @@ def load_items(task: EvalTask, tokenizer: Tokenizer | None, model_config: ModelC
     return items
 
 
-def _questions(task: EvalTask) -> tuple[TaskData, Iterator[tuple[str, Question]]]:
+def _questions(task: EvalTask, held_out: bool) -> tuple[TaskData, Iterator[tuple[str, Question]]]:
     """The settings of a task's data, and its (where, question) pairs."""
     if isinstance(task.data, TaskData):
         cfg = task.question_data()
@@ -140,7 +146,7 @@ def _questions(task: EvalTask) -> tuple[TaskData, Iterator[tuple[str, Question]]
         return cfg, read_questions(cfg)
     procedural = ArithmeticTask(task.data)
     limit = NUM_ARITHMETIC if task.limit is None else task.limit
-    records = islice(procedural.records(held_out=True), limit)
+    records = islice(procedural.records(held_out), limit)
     cfg = TaskData(prompt_length=procedural.prompt_length, choices=task.choices, label=task.label)
     _require_choices(task, cfg)
     return cfg, ((record["prompt"], make_question(cfg, record)) for record in records)

@@ -122,6 +122,7 @@ def _task_scores(
         }
         if task.metric == "choice":
             other_metrics |= _length_normalised(items, values)
+            other_metrics["chance"] = float(np.mean([1 / len(item.answers) for item in items]))
     if task.mean_over:
         other_metrics[f"mean_over_{task.mean_over}"] = _mean_of_groups(items, scores.values())
     return TaskScores(

@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from dials_jax import sharding, trees
 from dials_jax.caching.parse import cache_name
+from dials_jax.config import to_dict
 from dials_jax.data.sources import load_data_tokenizer
 from dials_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dials_jax.errors import require, require_packages
+from dials_jax.evaluation.calibration import CalibrationPrompts, load_calibration
 from dials_jax.evaluation.exact_match import normalise_answer
 from dials_jax.evaluation.items import Item, Items, item_names, items_digest, load_items
 from dials_jax.evaluation.older_sweeps import router_id
@@ -31,22 +34,31 @@ from dials_jax.files import write_json
 from dials_jax.loading import load
 from dials_jax.models.model import Model
 from dials_jax.nn.policy import Policy, policy_name
+from dials_jax.reporting.environment import training_settings
 from dials_jax.reporting.sweep_report import write_report
 from dials_jax.reporting.sweep_table import format_table
-from dials_jax.skipping.policies import Random, Static
+from dials_jax.skipping.policies import Random, Static, StaticGates
 from dials_jax.skipping.routed import Routed, advice_if_idle
 from dials_jax.skipping.similarity import choose_static_layers, layer_similarities
 from dials_jax.skipping.storage import RouterInfo, load_router, router_facts
 from dials_jax.workdir import exclusive
 
+MOST_STATIC_PROGRAMS = 3  # with unrolled layers, more static sets than these share one program
+
 
 @dataclass(frozen=True)
 class Candidate:
-    """A policy of the sweep, its label in the report, and facts about it such as its lambda."""
+    """A policy of the sweep, its label in the report, and facts about it such as its lambda.
+
+    Attributes:
+      notes: stored with its runs, but not part of what it is: how its router was trained, or what
+        its layers were chosen by.
+    """
 
     label: str
     policy: Policy | None
     facts: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def kind(self) -> str:
@@ -86,6 +98,10 @@ def _sweep(cfg: EvalConfig, workdir: Path) -> dict[str, Any]:
         for task, tokenizer in zip(cfg.tasks, tokenizers, strict=True)
     ]
     _check_sweep(cfg, model, tasks)
+    calibrations = [
+        load_calibration(cfg, task, items, tokenizer, model) if cfg.num_static else None
+        for (task, items), tokenizer in zip(tasks, tokenizers, strict=True)
+    ]
     routed, routers = routed_candidates(cfg, model)
     full, random = Candidate("full", None), random_candidates(cfg)
     to_check = [full, *routed, *random, *_static_placeholder(cfg)]
@@ -101,12 +117,13 @@ def _sweep(cfg: EvalConfig, workdir: Path) -> dict[str, Any]:
             "num_layers": model.num_layers,
             "parameters": trees.count_parameters(model.params),
             "fingerprint": model.fingerprint,
+            "trained": training_settings(cfg.model),
         },
         "routers": routers,
     }
     candidates = {}
-    for (task, items), tokenizer in zip(tasks, tokenizers, strict=True):
-        static = static_candidates(cfg, model, task, items, records)
+    for (task, items), tokenizer, calibration in zip(tasks, tokenizers, calibrations, strict=True):
+        static = static_candidates(cfg, model, task, calibration, records)
         candidates[task.name] = [full, *static, *routed, *random]
         for candidate in candidates[task.name]:
             if not records.is_finished(task.name, candidate.describe()):
@@ -133,24 +150,25 @@ def _check_sweep(
     cfg: EvalConfig, model: Model, tasks: Sequence[tuple[EvalTask, list[Item]]]
 ) -> None:
     """Raises: InputError for what would stop the sweep half-way, or for two runs of one label."""
-    for task, items in tasks:
-        require(
-            not cfg.num_static or any(item.prompt for item in items[: cfg.num_calibration]),
-            f"task {task.name!r} has empty prompts, but Goel, Algorithm 1 chooses static "
-            "layers by prompts; set num_static=()",
-        )
     taus = cfg.skip_threshold
     repeatable = {
         "skip_threshold": taus if isinstance(taus, tuple) else (),
         "execution_ratios": cfg.execution_ratios,
         "tasks": [t.name for t, _ in tasks],
         "num_static": cfg.num_static,
+        "static_layers": [tuple(sorted(set(layers))) for layers in cfg.static_layers],
         "num_random": cfg.num_random,
     }
     for name, values in repeatable.items():
         require(len(set(values)) == len(values), f"{name}: {values} names one twice; remove it")
     for k in (*cfg.num_static, *cfg.num_random):
         require(0 < k < model.num_layers, f"cannot skip {k} of {model.num_layers} layers")
+    for layers in cfg.static_layers:
+        require(
+            bool(layers) and all(0 <= layer < model.num_layers for layer in layers),
+            f"static_layers: {layers} must name layers of the model, counted from 0 to "
+            f"{model.num_layers - 1}; papers count from 1: write their {{5, 7}} as (4, 6)",
+        )
 
 
 def _score_candidate(
@@ -189,6 +207,7 @@ def _score_candidate(
         "metric": task.metric,
         "cache": cache_name(task.cache),
         "generation": generation_facts(task, items),
+        "settings": to_dict(task),
         "num_dropped": items.num_dropped,
         "items": scores.items,
         "also": scores.other_metrics,
@@ -197,6 +216,7 @@ def _score_candidate(
         **({"num_calls": scores.num_calls, "passes": scores.passes} if scores.passes else {}),
         "examples": scores.examples,
         "measured": _without_repeats(x["measured"] for x in records.batches(task.name, policy)),
+        **candidate.notes,
     }
     records.add_run(task.name, policy, run)
     if jax.process_index() == 0:
@@ -237,9 +257,20 @@ def routed_candidates(cfg: EvalConfig, model: Model) -> tuple[list[Candidate], d
             number = router_id(known)
             require(number not in routers, f"routers: {path} is given twice; remove one of them")
             candidate.facts.update(training, router=number)
-            found.append(candidate)
+            notes = _router_notes(candidate.policy, path)
+            found.append(dataclasses.replace(candidate, notes=notes))
             routers[number] = known | {"label": candidate.label} | candidate.facts
     return sorted(found, key=lambda c: c.facts["lambda"]), routers
+
+
+def _router_notes(policy: Routed, path: str) -> dict[str, Any]:
+    """Where a router is, how it votes and how it was trained, for the report."""
+    router = {
+        "path": path,
+        "threshold": np.asarray(policy.threshold).tolist(),
+        "votes": policy.votes,
+    }
+    return {"router": router, "trained": training_settings(path)}
 
 
 def _router_candidates(
@@ -267,7 +298,8 @@ def _router_candidates(
 
 def _static_placeholder(cfg: EvalConfig) -> list[Candidate]:
     """Stands for the static policies in checks, before their layers are chosen."""
-    return [Candidate(f"static k={k}", Static(())) for k in cfg.num_static[:1]]
+    labels = [f"static k={k}" for k in cfg.num_static] + list(map(_set_label, cfg.static_layers))
+    return [Candidate(label, Static(())) for label in labels[:1]]
 
 
 def random_candidates(cfg: EvalConfig) -> list[Candidate]:
@@ -278,34 +310,65 @@ def static_candidates(
     cfg: EvalConfig,
     model: Model,
     task: EvalTask,
-    items: Sequence[Item],
+    calibration: CalibrationPrompts | None,
     records: SweepRecords,
 ) -> list[Candidate]:
-    """Chooses static layers by Goel, Algorithm 1, for every number of layers that it can reach.
+    """The static policies: with layers chosen by Goel, Algorithm 1, then with those of the sweep.
 
-    The similarities on the task's prompts are stored: measured again in other batches, they could
-    lead to other layers.
+    The algorithm may not reach every number of layers. The similarities on the calibration prompts
+    are stored: measured again in other batches, they could lead to other layers.
     """
-    if not cfg.num_static:
-        return []
-    chosen = items[: cfg.num_calibration]
-    key = records.names[task.name], items_digest(chosen)
-    if key not in records.similarities:
-        # A causal model's states of a prompt do not depend on what follows.
-        lengths = [len(answer) for item in chosen for answer in item.answers]
-        gen_length = 0 if model.config.causal else max(lengths)
-        prompts = [item.prompt for item in chosen]
-        found = layer_similarities(model, prompts, gen_length, cfg.batch_size)
-        records.add({"task": key[0], "prompts": key[1], "similarities": found.tolist()})
-    similarities = records.similarities[key]
-    found = []
+    sets, notes = {}, {}
+    if calibration is not None:
+        similarities = _similarities(cfg, model, task, calibration, records)
+        notes = {"calibration": calibration.source}
     for k in cfg.num_static:
         layers = choose_static_layers(similarities, k, cfg.similarity_threshold)
-        if len(layers) < k:
+        if len(layers) == k:
+            sets[f"static k={k}"] = layers
+        else:
             print(
                 f"{task.name}: Goel, Algorithm 1 finds only {len(layers)} layers; no static k={k}"
             )
-            continue
-        facts = {"layers": list(layers), "num_skipped": k}
-        found.append(Candidate(f"static k={k}", Static(layers), facts))
-    return found
+    given = {_set_label(layers): tuple(sorted(set(layers))) for layers in cfg.static_layers}
+    return [
+        Candidate(
+            label,
+            _static_policy(model, layers, len(sets) + len(given)),
+            {"layers": list(layers), "num_skipped": len(layers)},
+            {} if label in given else notes,
+        )
+        for label, layers in {**sets, **given}.items()
+    ]
+
+
+def _set_label(layers: Sequence[int]) -> str:
+    return f"static {{{', '.join(map(str, sorted(set(layers))))}}}"
+
+
+def _static_policy(model: Model, layers: Sequence[int], num_sets: int) -> Static | StaticGates:
+    """Many sets share a program, and so do all where `Static` has a branch per layer anyway."""
+    if trees.is_unrolled(model.params["layers"]) and num_sets <= MOST_STATIC_PROGRAMS:
+        return Static(layers)
+    return StaticGates.of(layers, model.num_layers)
+
+
+def _similarities(
+    cfg: EvalConfig,
+    model: Model,
+    task: EvalTask,
+    calibration: CalibrationPrompts,
+    records: SweepRecords,
+) -> list[float]:
+    """The similarities of all layers on the calibration prompts, from the records or measured."""
+    where = records.names[task.name], items_digest(calibration.items)
+    if where not in records.similarities:
+        if calibration.of_test:
+            print(f"{task.name}: static layers are chosen on {calibration.source}")
+        # A causal model's states of a prompt do not depend on what follows.
+        lengths = [len(answer) for item in calibration.items for answer in item.answers]
+        gen_length = 0 if model.config.causal else max(lengths)
+        prompts = [item.prompt for item in calibration.items]
+        found = layer_similarities(model, prompts, gen_length, cfg.batch_size).tolist()
+        records.add({"task": where[0], "prompts": where[1], "similarities": found})
+    return records.similarities[where]

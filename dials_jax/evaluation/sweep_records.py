@@ -28,7 +28,7 @@ from dials_jax.reporting.environment import environment
 from dials_jax.skipping.flops import KEYS as FLOPS_KEYS
 from dials_jax.workdir import require_unclaimed
 
-SWEEP_FILES = (RECORDS, "results.json", "results.csv", "report.html", "plots")
+SWEEP_FILES = (RECORDS, "results.json", "results.csv", "results.tex", "report.html", "plots")
 # What a stored policy says beside what its answers depend on; `router` includes its threshold.
 DESCRIPTIONS = ("label", "training", "folder", "threshold")
 
@@ -40,6 +40,7 @@ class SweepRecords:
       runs: the finished runs, by all that their scores depend on.
       similarities: of the layers, by task and digest of the prompts, for Goel, Algorithm 1.
       environment: that of the last measurement; None before the first.
+      commands: of all measurements, each with its date and version.
       names: in the records, by the name of a task in this call.
     """
 
@@ -62,6 +63,7 @@ class SweepRecords:
         self.runs: dict[str, dict[str, Any]] = {}
         self.similarities: dict[tuple[str, str], list[float]] = {}
         self.environment: dict[str, Any] | None = None
+        self.commands: list[str] = []
         self._batches: dict[str, list[dict[str, Any]]] = defaultdict(list)
         self._newest_rules: dict[str, str | None] = {}
         self._timings: dict[str, dict[str, dict[int, float]]] = defaultdict(dict)
@@ -102,7 +104,10 @@ class SweepRecords:
         elif "similarities" in record:
             self.similarities[record["task"], record["prompts"]] = record["similarities"]
         else:
-            self.environment = record["environment"]
+            self.environment = where = record["environment"]
+            about = ", ".join(str(where[name]) for name in ("date", "library") if name in where)
+            command = f"{where.get('command', '')}  # {about}"
+            self.commands += [] if command in self.commands else [command]
 
     def add(self, record: dict[str, Any]) -> None:
         """Stores a record; before the first one of a process, also the environment."""
@@ -166,6 +171,7 @@ class SweepRecords:
             "rules": {t: tasks[group[0]["task"]].get("rules", 1) for t, group in groups.items()},
             "tasks": {title: tasks[group[0]["task"]] for title, group in groups.items()},
             "environment": self.environment or self._now,
+            "commands": self.commands,
             "runs": [
                 {**run, **self._newest_timing(run), "task": title}
                 for title, group in groups.items()

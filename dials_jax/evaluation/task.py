@@ -166,9 +166,13 @@ class EvalConfig(Typed):
     routers: tuple[str, ...] = ()  # workdirs of router training, one per lambda
     tasks: tuple[EvalTask, ...] = ()
     num_static: tuple[int, ...] = (1, 2, 3, 4)  # how many layers to skip; which: Goel, Algorithm 1
+    # Sets of layers to skip, counted from 0: ((4,), (4, 6)) are {5} and {5, 7} of DIALS.
+    static_layers: tuple[tuple[int, ...], ...] = ()
     num_random: tuple[int, ...] = (1, 2, 3, 4)
     similarity_threshold: float | None = None  # tau of Goel, Algorithm 1 (0.95 there)
     num_calibration: int = 64  # prompts whose similarities choose the static layers
+    # Where they come from. None: the task's training data if it names some, else its test prompts.
+    calibration: Data | None = None
     # tau in place of the routers' own; of several, each is a policy of its own.
     skip_threshold: float | tuple[float, ...] | None = None
     execution_ratios: tuple[

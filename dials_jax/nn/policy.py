@@ -25,7 +25,7 @@ class Denoising(NamedTuple):
       sequence_keys: one random key per sequence.
       prompt_length: this many first tokens are never masked: routers leave them out.
       force_execute: True on the call that fills the caches, of all sequences or of each one. Every
-        layer then runs, whatever its gate. Not the layers that `static_gates` closes: nothing ever
+        layer then runs, whatever its gate. Not those that are skipped for good: nothing ever
         reads their caches.
     """
 
@@ -48,6 +48,9 @@ class Policy(Protocol):
       init_state(h, denoising) -> state: for a policy that carries a state from layer to layer.
         `gate` is then given it and returns it: `gate(prepared, h, denoising, state) -> (gate,
         state)`. A pytree of fixed shapes, whose leaves lead with the batch.
+      closed_for_good: True where a layer that is skipped once is skipped at every step, by all
+        sequences: nothing ever reads its cache, so it stays skipped on the call that fills the
+        caches. Known while tracing, unlike the gates themselves.
       uses_keys: False where the gates do not depend on `sequence_keys`. Without it: they may.
       flops(cfg, num_tokens): of one decision on one sequence that looks at `num_tokens` tokens, an
         array. Without it: none.
@@ -96,6 +99,11 @@ def static_gates(policy: Policy | None, num_layers: int) -> Bool[np.ndarray, "L"
     return None if known is None else known(num_layers)
 
 
+def skips_the_same(policy: Policy | None, num_layers: int) -> bool:
+    """Whether all sequences skip the same layers at every step."""
+    return getattr(policy, "closed_for_good", False) or static_gates(policy, num_layers) is not None
+
+
 def init_policy_state(
     policy: Policy | None, h: Float[Array, "B T D"], denoising: Denoising
 ) -> PyTree:
@@ -113,4 +121,6 @@ def decide_gate(
     else:
         gate = policy.gate(prepared, h, denoising)
     force = denoising.force_execute
-    return gate if force is None else gate | force, state
+    if force is None or getattr(policy, "closed_for_good", False):
+        return gate, state
+    return gate | force, state

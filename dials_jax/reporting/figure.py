@@ -1,4 +1,4 @@
-"""The style of all figures, and their PNG files.
+"""The style of all figures, and their PNG and PDF files.
 
 Figures are made without pyplot: no window, no global state, and nothing to close.
 """
@@ -32,6 +32,7 @@ STYLE = {
     "grid.color": "#e9ebee",
     "legend.frameon": False,
     "text.parse_math": False,  # a task may have a $ in its name
+    "pdf.fonttype": 42,  # letters stay text, which some journals ask for
 }
 
 
@@ -42,7 +43,11 @@ def kind_color(kind: str) -> str:
 
 @contextlib.contextmanager
 def figure_at(path: str | Path, width: float, height: float) -> Iterator[Figure]:
-    """Opens a figure of `width` x `height` inches, and writes it to `path` when the block ends."""
+    """Opens a figure of `width` x `height` inches, and writes it when the block ends.
+
+    Args:
+      path: of the PNG file; a PDF file with vector graphics is written beside it.
+    """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -51,6 +56,8 @@ def figure_at(path: str | Path, width: float, height: float) -> Iterator[Figure]
         yield figure
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)
+        figure.set_layout_engine("none")  # as it is; otherwise it would be computed again
+        figure.savefig(Path(path).with_suffix(".pdf"), metadata={"CreationDate": None})
 
 
 def blue_shades(count: int) -> list:

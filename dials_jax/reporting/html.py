@@ -67,7 +67,7 @@ def table_row(cells: Sequence[str], color: str = "") -> str:
 def table_heading(title: str, note: str, num_columns: int) -> str:
     """A row that is a heading for the rows below it."""
     heading = f"{escape(title)} <small>{escape(note)}</small>"
-    return f'<tr class="task"><th colspan="{num_columns}">{heading}</th></tr>'
+    return f'<tr class="task"><th colspan="{num_columns}"><div>{heading}</div></th></tr>'
 
 
 def images(captions: Mapping[Path, str]) -> str:
@@ -76,9 +76,12 @@ def images(captions: Mapping[Path, str]) -> str:
 
 
 def _embed_image(path: Path, caption: str) -> str:
-    image = base64.b64encode(path.read_bytes()).decode()
+    content = path.read_bytes()
+    image = base64.b64encode(content).decode()
+    width = int.from_bytes(content[16:20], "big")  # in pixels, from the header of a PNG file
     return (
-        f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{image}">'
+        f'<figure><img alt="{escape(caption)}" style="--legible: {LEGIBLE * width:.0f}px" '
+        f'src="data:image/png;base64,{image}">'
         f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
 
@@ -92,6 +95,8 @@ def collapsible_sections(items: Iterable[tuple[str, str]], first_open: bool = Tr
         sections.append(f"<details{opened}>{summary}{content}</details>")
     return "\n".join(sections)
 
+
+LEGIBLE = 0.36  # of a picture's width in pixels: at less its text is too small to read
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -109,32 +114,45 @@ PAGE = """<!doctype html>
 """
 
 CSS = """
-body { max-width: 76rem; margin: 3rem auto; padding: 0 1.5rem; color: #1f2933; background: #fff;
+body { max-width: 80rem; margin: 3rem auto; padding: 0 1.5rem; color: #1f2933; background: #fff;
        font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-h1 { font-size: 1.8rem; margin-bottom: .5rem; }
+h1 { font-size: 1.8rem; margin-bottom: .5rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 2.5rem 0 .8rem; padding-bottom: .3rem;
      border-bottom: 1px solid #e3e7ec; }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: .88rem;
+table { border-collapse: collapse; width: 100%; font-size: .84rem;
         font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .5rem; text-align: right; white-space: nowrap; }
+th, td { padding: .35rem .45rem; text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
-thead th { color: #66707c; font-weight: 600; }
+thead th { color: #66707c; font-weight: 600; white-space: normal; vertical-align: bottom; }
 tbody td { border-top: 1px solid #eef1f4; }
-tbody td:first-child { border-left: 4px solid var(--kind, #d5dae0); }
-.task th { padding-top: 1.1rem; white-space: normal; }
+tbody td:first-child { border-left: 4px solid var(--kind, #d5dae0); position: sticky; left: 0;
+                       background: #fff; }
+.task th { padding-top: 1.1rem; white-space: normal; overflow-wrap: anywhere; }
+.task th > div { position: sticky; left: 0; max-width: min(76rem, 100vw - 2rem); }
 small { color: #66707c; font-weight: 400; margin-left: .4rem; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .3rem 1.2rem; margin: 0; }
 dl.facts { grid-template-columns: repeat(2, max-content 1fr); }
 dt { color: #66707c; }
-dd { margin: 0; overflow-wrap: anywhere; }
-figure { margin: 0 0 2rem; text-align: center; }
+dd { margin: 0; min-width: 0; overflow-wrap: anywhere; }
+figure { margin: 0 0 2rem; text-align: center; overflow-x: auto; }
 img { max-width: min(100%, 54rem); }
 figcaption { color: #66707c; font-size: .9rem; text-align: left; max-width: 54rem; margin: auto; }
 pre { margin: 0; padding: .4rem .7rem; border-radius: 4px; background: #f5f7f9; font-size: .85rem;
       white-space: pre-wrap; overflow-wrap: anywhere; }
 details { margin-bottom: .6rem; }
-summary { cursor: pointer; }
-details dl { margin: .8rem 0 1.2rem; padding-left: 1rem; border-left: 3px solid #3a9457; }
+summary { cursor: pointer; overflow-wrap: anywhere; }
+details dl, details .scroll { margin: .8rem 0 1.2rem; }
+details dl { padding-left: 1rem; border-left: 3px solid #d5dae0; font-size: .92rem; }
+details dl.correct { border-left-color: #3a9457; }
 details dl.wrong { border-left-color: #c0392b; }
+@media (max-width: 48rem) {
+  body { margin: 1.2rem auto; padding: 0 1rem; }
+  h1 { font-size: 1.4rem; }
+  dl, dl.facts { grid-template-columns: minmax(0, 1fr); gap: 0; }
+  dd { margin-bottom: .5rem; }
+  td:first-child { max-width: 42vw; overflow: hidden; text-overflow: ellipsis; }
+  img { max-width: none; width: max(100%, var(--legible, 0px)); }
+  figcaption { position: sticky; left: 0; }
+}
 """

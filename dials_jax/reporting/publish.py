@@ -1,4 +1,4 @@
-"""A report as plain values, and its files: JSON, CSV, plots and an HTML page.
+"""A report as plain values, and its files: JSON, CSV, LaTeX, plots and an HTML page.
 
 Sweeps and studies both make a `Report`, and `publish` writes it.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -83,20 +84,60 @@ class Report:
     text: str  # for a terminal
     above: Mapping[str, str]  # sections of HTML, by heading
     below: Mapping[str, str]
+    paper: Table | None = None  # of results.tex
 
 
 def publish(report: Report, workdir: Path) -> None:
-    """Writes results.json, results.csv, plots/*.png and report.html.
+    """Writes results.json, results.csv, results.tex, plots/*.png, plots/*.pdf and report.html.
 
     The numbers are written before anything is drawn.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     write_json(workdir / "results.json", report.results)
     write_csv(workdir / "results.csv", report.columns, report.rows)
+    if report.paper is not None:
+        (workdir / "results.tex").write_text(
+            latex_table(report.paper), encoding="utf-8", errors="backslashreplace"
+        )
     captions = draw_figures(report.figures, workdir / "plots")
     (workdir / "report.html").write_text(
         _page(report, captions), encoding="utf-8", errors="backslashreplace"
     )
+
+
+LATEX = {
+    **{c: f"\\{c}" for c in "&%$#_{}"},
+    **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
+    **{"<": "$<$", ">": "$>$", "±": r"$\pm$", "λ": r"$\lambda$", "τ": r"$\tau$", "…": r"\dots{}"},
+}  # fmt: skip
+
+
+def latex_table(table: Table) -> str:
+    """A `tabular` in the style of booktabs, to be included in a paper."""
+    rows = []
+    for number, cells in enumerate(table.lines):
+        if number in table.headings:
+            title = rf"\multicolumn{{{len(cells)}}}{{l}}{{{latex_text(table.headings[number][0])}}}"
+            rows += [*([r"\addlinespace"] if number else []), rf"{title} \\"]
+        rows.append(" & ".join(map(latex_text, cells)) + r" \\")
+    lines = [
+        "% In the preamble: \\usepackage{booktabs}. Where the table is: \\input{results.tex}",
+        rf"\begin{{tabular}}{{l{'r' * (len(table.header) - 1)}}}",
+        r"\toprule",
+        " & ".join(map(latex_text, table.header)) + r" \\",
+        r"\midrule",
+        *rows,
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def latex_text(text: str) -> str:
+    """Escapes what LaTeX would take for a command; a sign before a number is one of maths."""
+    signed = re.sub(r"(?<![\w.])([+-])(?=\.?\d)", "\0\\1\0", " ".join(text.split()))
+    escaped = "".join(LATEX.get(character, character) for character in signed)
+    return re.sub("\0([+-])\0", r"$\1$", escaped)
 
 
 def draw_figures(figures: Sequence[Figure], folder: Path) -> dict[Path, str]:

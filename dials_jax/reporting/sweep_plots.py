@@ -1,4 +1,4 @@
-"""Draws the figures of an evaluation sweep as PNG files.
+"""Draws the figures of an evaluation sweep as PNG and PDF files.
 
 Every function takes plain data and the path of the file to write, and returns that path.
 """
@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -23,9 +23,12 @@ from dials_jax.reporting.figure import (
     figure_at,
     kind_color,
 )
+from dials_jax.reporting.labels import Label, place_labels, spread_out
 
 if TYPE_CHECKING:  # matplotlib is optional
     from matplotlib.axes import Axes
+    from matplotlib.collections import QuadMesh
+    from matplotlib.figure import Figure
 
 
 LINE_COLORS = (COLORS["routed"], COLORS["static"], COLORS["random"], *OTHER_COLORS)
@@ -37,7 +40,7 @@ class Point:
 
     kind: str  # of the policy: full, static, random, routed or another
     label: str  # lambda or k, written next to the point
-    share: float  # of layers run
+    cost: float  # share of layers run, or of FLOPs, or seconds
     value: float
     low: float  # ends of the error bar
     high: float
@@ -50,7 +53,7 @@ class Panel:
     title: str
     ylabel: str
     points: tuple[Point, ...]
-    lower_is_better: bool = False
+    chance: float | None = None  # what guessing gets; None: it is not known
 
 
 @dataclass(frozen=True)
@@ -62,11 +65,25 @@ class Line:
     shares: tuple[float, ...]  # of layers executed, one per bin of (0, 1]; NaN where nothing ran
 
 
+class TaskLayers(NamedTuple):
+    """How often one policy executes each layer on a task; NaN where nothing ran."""
+
+    title: str  # the task and the policy
+    by_layer: Float[np.ndarray, "L"]
+    by_mask_ratio: Float[np.ndarray, "bins L"]  # bins of (0, 1]
+
+
 # --------------------------------------------------------------------------------------- trade-off
 
 
-def tradeoff_curve(panels: Sequence[Panel], path: str | Path) -> Path:
-    """Draws quality against layers run: a panel per task, a line per kind of policy."""
+def tradeoff_curve(
+    panels: Sequence[Panel], path: str | Path, xlabel: str = "layers run / layers"
+) -> Path:
+    """Draws quality against a cost: a panel per task, a line per kind of policy.
+
+    Args:
+      xlabel: what the points' cost is.
+    """
     require(len(panels) > 0, "tradeoff_curve: no panels; give at least one task")
     columns = min(2, len(panels))
     rows = math.ceil(len(panels) / columns)
@@ -75,6 +92,7 @@ def tradeoff_curve(panels: Sequence[Panel], path: str | Path) -> Path:
         axes = figure.subplots(rows, columns, squeeze=False).ravel()
         for ax, panel in zip(axes, panels, strict=False):
             _tradeoff_panel(ax, panel)
+            ax.set(title=panel.title, xlabel=xlabel, ylabel=panel.ylabel)
         for ax in axes[len(panels) :]:
             ax.remove()
         # A panel may lack a kind, so the legend is gathered from all of them.
@@ -87,6 +105,9 @@ def tradeoff_curve(panels: Sequence[Panel], path: str | Path) -> Path:
         figure.legend(
             [handles[k] for k in order], order, loc="outside lower center", ncols=len(order)
         )
+        for ax, panel in zip(axes, panels, strict=False):
+            named = [point for point in panel.points if point.kind != "full"]
+            place_labels(ax, [Label(p.label, p.cost, p.value, kind_color(p.kind)) for p in named])
     return Path(path)
 
 
@@ -94,9 +115,9 @@ def _tradeoff_panel(ax: Axes, panel: Panel) -> None:
     present = {point.kind for point in panel.points}
     known = [kind for kind in ("random", "static", "routed") if kind in present]
     for kind in [*known, *sorted(present - {*known, "full"})]:
-        points = sorted((p for p in panel.points if p.kind == kind), key=lambda p: p.share)
+        points = sorted((p for p in panel.points if p.kind == kind), key=lambda p: p.cost)
         ax.errorbar(
-            [p.share for p in points],
+            [p.cost for p in points],
             [p.value for p in points],
             yerr=[[p.value - p.low for p in points], [p.high - p.value for p in points]],
             color=kind_color(kind),
@@ -107,45 +128,14 @@ def _tradeoff_panel(ax: Axes, panel: Panel) -> None:
             ecolor=kind_color(kind) + "55",
             label=kind,
         )
-        for index, point in enumerate(points):
-            _label_point(ax, point, panel.lower_is_better, high=index % 2)
     for p in panel.points:
         if p.kind == "full":
             ax.axhline(p.value, color=GREY, linestyle="--", linewidth=1, zorder=1)
             star = {"markersize": 15, "markeredgecolor": "#7a5c00", "markeredgewidth": 0.6}
-            ax.plot(p.share, p.value, "*", color=kind_color("full"), zorder=5, label="full", **star)
-    ax.margins(x=0.1, y=0.1)
-    ax.set(title=panel.title, xlabel="layers run / layers", ylabel=panel.ylabel)
-
-
-def _label_point(ax: Axes, point: Point, lower_is_better: bool, high: int) -> None:
-    """Writes a label beside the curve, which rises to the right if higher is better.
-
-    Labels of routers are above, those of static skips below, because the two curves may be close.
-    Policies of one kind lie close together, so every second label of a router is higher.
-
-    Args:
-      high: 1 for a label that is higher than its neighbours, else 0.
-    """
-    from matplotlib.patheffects import withStroke
-
-    dx, dy, align = {
-        "static": (4, -4, "left"),
-        "random": (-4, 4, "right"),
-    }.get(point.kind, (0, 6 + 10 * high, "center"))
-    dy = -dy if lower_is_better else dy
-    ax.annotate(
-        point.label,
-        (point.share, point.value),
-        (dx, dy),
-        textcoords="offset points",
-        ha=align,
-        va="bottom" if dy > 0 else "top",
-        fontsize=8,
-        color=kind_color(point.kind),
-        path_effects=[withStroke(linewidth=2, foreground="white")],
-        zorder=6,
-    )
+            ax.plot(p.cost, p.value, "*", color=kind_color("full"), zorder=5, label="full", **star)
+    if panel.chance is not None:
+        ax.axhline(panel.chance, color=GREY, linestyle=":", linewidth=1.4, zorder=1, label="chance")
+    ax.margins(x=0.12, y=0.12)
 
 
 # ------------------------------------------------------------------------------------------- speed
@@ -229,7 +219,7 @@ def execution_heatmap(
     width = max(5.0, 2.0 + (0.5 if show_numbers else 0.3) * num_layers)
     with figure_at(path, width, 1.4 + 0.32 * num_policies) as figure:
         ax = figure.subplots()
-        image = ax.pcolormesh(values, cmap="Blues", vmin=0, vmax=1, edgecolors="white", linewidth=1)
+        image = _layer_cells(ax, values)
         if show_numbers:
             for (policy, layer), value in np.ndenumerate(values):
                 ax.text(
@@ -241,18 +231,11 @@ def execution_heatmap(
                     fontsize=8,
                     color="white" if value > 0.6 else "#1b2733",
                 )
-        every = 1 if num_layers <= 32 else math.ceil(num_layers / 24)
-        layers = range(0, num_layers, every)
-        ax.set_xticks([layer + 0.5 for layer in layers], layers, fontsize=9)
+        _layer_ticks(ax, num_layers)
         ax.set_yticks(np.arange(num_policies) + 0.5, labels)
-        ax.tick_params(length=0)
-        ax.spines[:].set_visible(False)
-        ax.grid(False)
         ax.invert_yaxis()
-        ax.set(title=title, xlabel="layer (from 0)")
-        bar = figure.colorbar(image, ax=ax, pad=0.01, ticks=[0, 0.5, 1])
-        bar.set_label("share executed")
-        bar.outline.set_visible(False)
+        ax.set_title(title)
+        _share_bar(figure, image, [ax])
     return Path(path)
 
 
@@ -261,6 +244,53 @@ def _share_text(value: float) -> str:
     if not 0 < value < 1:
         return "" if math.isnan(value) else f"{value:g}"
     return f"{min(max(value, 0.01), 0.99):.2f}".removeprefix("0")
+
+
+def execution_by_task(tasks: Sequence[TaskLayers], path: str | Path) -> Path:
+    """Draws which layers run on each task: over all calls (DIALS, Figure 5), then by mask ratio.
+
+    The first panel has a row per task, each of the others the mask ratios of one task.
+    """
+    require(len(tasks) > 0, "execution_by_task: no tasks; give at least one")
+    num_bins, num_layers = np.shape(tasks[0].by_mask_ratio)
+    heights = [len(tasks), *(num_bins / 2 for _ in tasks)]
+    width = max(5.0, 2.4 + 0.3 * num_layers)
+    with figure_at(path, width, 0.9 + 0.3 * sum(heights) + 0.3 * len(heights)) as figure:
+        axes = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
+        image = _layer_cells(axes[0], np.stack([task.by_layer for task in tasks]))
+        axes[0].set_yticks(np.arange(len(tasks)) + 0.5, [task.title for task in tasks], fontsize=9)
+        axes[0].invert_yaxis()
+        axes[0].set_title("all mask ratios")
+        for ax, task in zip(axes[1:], tasks, strict=True):
+            _layer_cells(ax, task.by_mask_ratio)
+            ax.set_yticks([0, num_bins / 2, num_bins], ["0", ".5", "1"], fontsize=9)
+            ax.set_ylabel("mask ratio", fontsize=9)
+            ax.set_title(task.title)
+        _layer_ticks(axes[-1], num_layers)
+        _share_bar(figure, image, list(axes))
+    return Path(path)
+
+
+def _layer_cells(ax: Axes, shares: Float[np.ndarray, "n L"]) -> QuadMesh:
+    """A row per line of `shares`, a column per layer."""
+    image = ax.pcolormesh(shares, cmap="Blues", vmin=0, vmax=1, edgecolors="white", linewidth=1)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    ax.grid(False)
+    return image
+
+
+def _layer_ticks(ax: Axes, num_layers: int) -> None:
+    every = 1 if num_layers <= 32 else math.ceil(num_layers / 24)
+    layers = range(0, num_layers, every)
+    ax.set_xticks([layer + 0.5 for layer in layers], layers, fontsize=9)
+    ax.set_xlabel("layer (from 0)")
+
+
+def _share_bar(figure: Figure, image: QuadMesh, axes: list[Axes]) -> None:
+    bar = figure.colorbar(image, ax=axes, pad=0.01, ticks=[0, 0.5, 1])
+    bar.set_label("share executed")
+    bar.outline.set_visible(False)
 
 
 def executed_by_mask_ratio(lines: Sequence[Line], path: str | Path, title: str = "") -> Path:
@@ -293,10 +323,10 @@ def executed_by_mask_ratio(lines: Sequence[Line], path: str | Path, title: str =
                 linewidth=2,
                 label=f"{line.kind} {line.label}",
             )
-        _label_ends(ax, references)
         ax.set(title=title, xlabel="mask ratio", ylabel="layers run / layers", xlim=(0, 1))
         lowest, highest = ax.get_ylim()
         ax.set_ylim(max(0, lowest), min(1.02, highest))
+        _label_ends(ax, references)
         handles = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
         if handles:
             figure.legend(handles.values(), handles, loc="outside right upper", fontsize=9)
@@ -317,11 +347,16 @@ def _label_ends(ax: Axes, lines: Sequence[Line]) -> None:
         _, shares = _filled_bins(line)
         if len(shares):
             ends.setdefault(line.label, shares[-1])
-    for label, y in ends.items():
+    figure = ax.get_figure()
+    figure.draw_without_rendering()
+    height = figure.dpi / 72 * 10  # of a line of text, in pixels
+    pixels = ax.transData.transform([(1, y) for y in ends.values()] or np.zeros((0, 2)))[:, 1]
+    places = spread_out(pixels, height)
+    for (label, y), pixel, place in zip(ends.items(), pixels, places, strict=True):
         ax.annotate(
             label,
             (1, y),
-            (4, 0),
+            (4, (place - pixel) * 72 / figure.dpi),
             xycoords=("axes fraction", "data"),
             textcoords="offset points",
             va="center",

@@ -7,21 +7,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from jaxtyping import Float
-
 from dials_jax.files import write_json
 from dials_jax.reporting import html, sweep_plots
 from dials_jax.reporting.comparison import compare_all, pairs_legend, pairs_table, rows_by_items
-from dials_jax.reporting.publish import Figure, Report, file_name, publish
+from dials_jax.reporting.layers_run import execution_figures, figure_over_tasks, short_label
+from dials_jax.reporting.publish import Figure, Report, publish
 from dials_jax.reporting.seeds import pool_seeds
-from dials_jax.reporting.speed import (
-    ACCURACIES,
-    SpeedCurve,
-    find_curves,
-    rule_value,
-    tokens_per_pass,
-)
+from dials_jax.reporting.speed import SpeedCurve, find_curves, rule_value, tokens_per_pass
+from dials_jax.reporting.sweep_settings import settings_html
 from dials_jax.reporting.sweep_table import (
     SWEEP_LEGEND,
     SweepRow,
@@ -31,6 +24,7 @@ from dials_jax.reporting.sweep_table import (
     format_table,
     group_runs_by_task,
     page_table,
+    paper_table,
     speed_table,
     timed_alike,
     value_interval,
@@ -46,21 +40,25 @@ YLABELS = {
 }
 
 TRADEOFF_CAPTION = (
-    "Quality against the share of layers run: a policy that beats the random one at the same "
-    "share chose its layers well; bars are 95 % intervals of each value alone, so take the "
-    "paired p of the table to compare two policies."
+    "Quality against the share of layers run; dotted is what guessing gets. A policy that beats "
+    "the random one at the same share chose its layers well; bars are 95 % intervals of each value "
+    "alone, so take the paired p of the table to compare two policies."
+)
+COSTS = {  # figure and label of the axis, by the cost of a row
+    "layers_run": ("tradeoff", "layers run / layers"),
+    "flops_share": ("tradeoff_flops", "FLOPs of the whole model / those of full execution"),
+    "seconds": ("tradeoff_seconds", "seconds"),
+}
+FLOPS_CAPTION = (
+    "The same against the FLOPs of the whole model: head, attention by length and routers count."
 )
 SPEED_CAPTION = (
     "Accuracy against tokens a pass and against seconds, along the value of one sampler's setting "
     "(written at the points); AUP is the penalised area under the left curve. Seconds are shown "
     "where all runs were timed alike."
 )
-HEATMAP_CAPTION = (
-    "Share of the forward passes in which each policy executed each layer: pale layers are skipped."
-)
-MASK_RATIO_CAPTION = (
-    "Share of layers executed against the share of answer tokens still masked: generation moves "
-    "from right to left, and a flat line is a policy that does not react to it."
+SECONDS_CAPTION = (
+    "The same against measured seconds, for runs that were timed under the same conditions."
 )
 
 
@@ -81,7 +79,8 @@ def sweep_report(results: Mapping[str, Any], rows: Sequence[SweepRow]) -> Report
     """Makes the report of what a sweep has found so far; `rows` are those of the results."""
     environment = dict(results["environment"])
     command = environment.pop("command", "")
-    facts = html.describe_values(results["model"]) + html.describe_values(environment)
+    model = {name: value for name, value in results["model"].items() if name != "trained"}
+    facts = html.describe_values(model) + html.describe_values(environment)
     runs = pool_seeds(results["runs"])
     curves = find_curves(runs)
     speed = {"Accuracy against tokens a pass": speed_table(curves)} if curves else {}
@@ -97,9 +96,11 @@ def sweep_report(results: Mapping[str, Any], rows: Sequence[SweepRow]) -> Report
         above={"Model and environment": html.definition_list(facts, "facts")},
         below={
             "All pairs": _pairs_html(results),
+            "Settings": settings_html(results) if rows else "",
             "Example generations": _examples_html(runs),
-            "Reproduce": html.preformatted(command),
+            "Reproduce": html.preformatted("\n".join(results.get("commands") or [command])),
         },
+        paper=paper_table(rows),
     )
 
 
@@ -133,69 +134,59 @@ def _speed_point(run: Mapping[str, Any], timed: bool) -> sweep_plots.SpeedPoint:
 
 
 def _figures(runs: Sequence[Mapping], rows: Sequence[SweepRow]) -> list[Figure]:
-    """The trade-off of all tasks, then for each task which layers its policies executed."""
-    panels, figures, next_rows = [], [], iter(rows)  # rows are in the order of the groups
-    for task, group in group_runs_by_task(runs).items():
-        points = [
-            sweep_plots.Point(
-                row.kind, _short_label(run["policy"]), row.layers_run, row.value, row.low, row.high
-            )
-            for run, row in zip(group, islice(next_rows, len(group)), strict=True)
-        ]
-        metric = group[0]["metric"]
-        lower = metric not in ACCURACIES
-        panels.append(sweep_plots.Panel(task, YLABELS.get(metric, metric), tuple(points), lower))
-        figures += _execution_figures(task, group)
-    tradeoff = Figure("tradeoff", TRADEOFF_CAPTION, sweep_plots.tradeoff_curve, {"panels": panels})
-    return [tradeoff, *figures]
-
-
-def _execution_figures(task: str, runs: Sequence[Mapping]) -> list[Figure]:
-    name = file_name(task)  # a task may have a / in its name
-    shares = np.array([_share_by_layer(run["execution"]) for run in runs])
-    labels = [run["policy"]["label"] for run in runs]
-    data = {"labels": labels, "shares": shares, "title": task}
-    heatmap = Figure(f"layers_{name}", HEATMAP_CAPTION, sweep_plots.execution_heatmap, data)
-    lines = [
-        sweep_plots.Line(
-            run["policy"]["kind"],
-            _short_label(run["policy"]),
-            tuple(_share_by_bin(run["execution"])),
+    """The trade-offs of all tasks, then which layers their policies executed."""
+    next_rows = iter(rows)  # in the order of the groups
+    groups = {
+        task: list(zip(group, islice(next_rows, len(group)), strict=True))
+        for task, group in group_runs_by_task(runs).items()
+    }
+    figures = [
+        figure
+        for cost, caption in zip(
+            COSTS, (TRADEOFF_CAPTION, FLOPS_CAPTION, SECONDS_CAPTION), strict=True
         )
-        for run in runs
-        if run["policy"]["kind"] != "full"
+        for figure in _tradeoff(groups, cost, caption)
     ]
-    if not lines:
-        return [heatmap]
-    data = {"lines": lines, "title": task}
-    by_ratio = sweep_plots.executed_by_mask_ratio
-    return [heatmap, Figure(f"mask_ratio_{name}", MASK_RATIO_CAPTION, by_ratio, data)]
+    figures += figure_over_tasks(groups)
+    for task, group in groups.items():
+        figures += execution_figures(task, [run for run, _ in group])
+    return figures
 
 
-def _short_label(policy: Mapping[str, Any]) -> str:
-    """The label that tells policies of one kind apart: lambda or k."""
-    if policy.get("lambda") is not None:
-        tau = f" τ={policy['threshold']:g}" if "threshold" in policy else ""
-        ratio = f" at {policy['execution_ratio']:g}" if "execution_ratio" in policy else ""
-        return f"λ={policy['lambda']:g}{tau}{ratio}"
-    if policy.get("num_skipped") is not None:
-        return f"k={policy['num_skipped']}"
-    return policy["label"]
+def _tradeoff(
+    groups: Mapping[str, Sequence[tuple[Mapping[str, Any], SweepRow]]], cost: str, caption: str
+) -> list[Figure]:
+    """Quality against one cost, a panel per task; none where nothing can be compared."""
+    panels = []
+    for task, group in groups.items():
+        shown = _timed_alike(group) if cost == "seconds" else group
+        points = tuple(
+            sweep_plots.Point(
+                row.kind,
+                short_label(run["policy"]),
+                getattr(row, cost),
+                row.value,
+                row.low,
+                row.high,
+            )
+            for run, row in shown
+        )
+        if points:
+            metric = group[0][1].metric
+            ylabel = YLABELS.get(metric, metric)
+            panels.append(sweep_plots.Panel(task, ylabel, points, group[0][1].chance))
+    name, xlabel = COSTS[cost]
+    data = {"panels": panels, "xlabel": xlabel}
+    return [Figure(name, caption, sweep_plots.tradeoff_curve, data)] if panels else []
 
 
-def _share_by_layer(execution: Mapping[str, Any]) -> Float[np.ndarray, "L"]:
-    """Share of model calls, counted per sequence, that executed each layer."""
-    return _divide(np.sum(execution["executed"], axis=0), np.sum(execution["rows"]))
-
-
-def _share_by_bin(execution: Mapping[str, Any]) -> Float[np.ndarray, "bins"]:
-    """Share of layers executed in each bin of mask ratio."""
-    return _divide(np.mean(execution["executed"], axis=1), np.array(execution["rows"]))
-
-
-def _divide(executed: np.ndarray, calls: np.ndarray | np.integer) -> np.ndarray:
-    """The share of the calls; NaN where nothing ran."""
-    return np.where(calls > 0, executed / np.maximum(calls, 1), np.nan)
+def _timed_alike(
+    group: Sequence[tuple[Mapping[str, Any], SweepRow]],
+) -> list[tuple[Mapping[str, Any], SweepRow]]:
+    """Runs whose seconds can be compared with those of the full model, or else of the first."""
+    base = next((run for run, row in group if row.kind == "full"), group[0][0])
+    alike = [(run, row) for run, row in group if timed_alike(run, base)]
+    return alike if len(alike) > 1 else []
 
 
 # --------------------------------------------------------------------------------------- page

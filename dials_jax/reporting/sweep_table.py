@@ -30,6 +30,7 @@ from dials_jax.sampling.confidence import PARALLEL_RULES
 from dials_jax.skipping.flops import KEYS as FLOPS_KEYS
 from dials_jax.statistics import mean_and_stderr, mean_interval, paired_test, wilson_interval
 
+GENERATED = ("exact_match", "code")  # metrics of generated texts
 WIDTH = 110  # columns of the terminal table
 SHORTEST_LABEL = 20  # characters to which a long label may be cut for that
 UNKNOWN = "-"
@@ -38,6 +39,8 @@ SWEEP_LEGEND = (
     ("value", "The mean over items: nats per token for nelbo (lower is better), accuracy for other "
      "metrics (higher is better). ± is one standard error, the sample standard deviation / √n. It "
      "covers the choice of items, not the seeds of training or of random skipping."),
+    ("per token", "Accuracy if choices are compared by log-likelihood per token, not by its sum."),
+    ("chance", "What guessing gets in multiple choice: the mean of 1 / number of choices."),
     ("seeds", "Runs that differ only in the seed, of the evaluation or of the router's training, "
      "and ± the standard deviation of their values. Value and tests are then of the items' means "
      "over these seeds."),
@@ -109,6 +112,14 @@ class SweepRow:
     timed_low: float | None  # the shortest
     timed_high: float | None
     in_noise: bool  # the median lies in the range of the full model's repeats
+    # Settings as numbers, for plots of one's own; None: the run has no such setting.
+    num_samples: int | None  # Monte-Carlo samples of a likelihood
+    limit: int | None  # of items
+    skip_weight: float | None  # lambda of a router; so named in the CSV
+    num_skipped: int | None  # layers of a static or random policy
+    static_layers: str | None  # those of a static policy, counted from 0
+    per_token: float | None  # accuracy by log-likelihood per token (choice)
+    chance: float | None  # accuracy of guessing (choice)
 
 
 def group_runs_by_task(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
@@ -175,7 +186,22 @@ def _row(run: Mapping[str, Any], full: Mapping[str, Any] | None, aup: float | No
         num_seeds=len(seed_means) or 1,
         seed_stdev=float(np.std(seed_means, ddof=1)) if seed_means else None,
         **_timing_columns(run, full),
+        **_setting_columns(run),
     )
+
+
+def _setting_columns(run: Mapping[str, Any]) -> dict[str, Any]:
+    policy, also, settings = (run.get(name) or {} for name in ("policy", "also", "settings"))
+    layers = policy.get("layers")
+    return {
+        "num_samples": settings.get("num_samples") if run["metric"] not in GENERATED else None,
+        "limit": settings.get("limit"),
+        "skip_weight": policy.get("lambda"),
+        "num_skipped": policy.get("num_skipped"),
+        "static_layers": None if layers is None else " ".join(map(str, layers)),
+        "per_token": also.get("accuracy_per_token"),
+        "chance": also.get("chance"),
+    }
 
 
 # Settings of a generation that have a column of their own.
@@ -248,7 +274,8 @@ def value_interval(run: Mapping[str, Any]) -> tuple[float, float]:
 
 def csv_columns() -> list[str]:
     """The columns of results.csv, under the names that every version wrote."""
-    return [FLOPS_KEYS.get(field.name, field.name) for field in dataclasses.fields(SweepRow)]
+    names = FLOPS_KEYS | {"skip_weight": "lambda"}
+    return [names.get(field.name, field.name) for field in dataclasses.fields(SweepRow)]
 
 
 def csv_rows(rows: Sequence[SweepRow]) -> list[dict[str, Any]]:
@@ -279,7 +306,8 @@ def _p_text(p_value: float | None) -> str:
 
 
 # How each column writes its cell, on the terminal and on the page.
-COLUMNS: dict[str, Callable[[SweepRow], str]] = {
+Columns = dict[str, Callable[[SweepRow], str]]
+COLUMNS: Columns = {
     "policy": lambda r: r.policy,
     "value": lambda r: _with_error(r.value, r.stderr),
     "vs full": lambda r: _with_error(r.difference, r.difference_stderr, "+"),
@@ -295,6 +323,7 @@ SEEDS = {
 }
 ONCE = "seconds once"  # instead of "seconds" where no time was measured again
 REPEATED = {"repeated": lambda r: _median_and_range(r)}
+PER_TOKEN = {"per token": lambda r: _text(r.per_token, ".4f")}
 INTERVAL = {"95 % interval": lambda r: f"{_text(r.low, '.4f')} to {_text(r.high, '.4f')}"}
 PASSES = {
     "NFE": lambda r: _text(r.nfe, ".1f"),
@@ -343,6 +372,10 @@ def _describe_task(row: SweepRow) -> str:
         parts += [f"cache {row.cache}"]
     if row.stop is not None:
         parts += [row.stop]
+    if row.chance is not None:
+        parts += [f"chance {row.chance:.4f}"]
+    if row.num_samples is not None:
+        parts += [f"{row.num_samples} samples per item"]
     if row.num_dropped:
         total = row.num_items + row.num_dropped
         parts += [f"{row.num_dropped} of {total} items left out: too long"]
@@ -378,6 +411,26 @@ def page_table(rows: Sequence[SweepRow]) -> Table:
     """Makes the table of the page: a heading per task, and a line per policy."""
     generated = any(row.tokens_per_pass is not None for row in rows)
     columns = _columns(rows) | INTERVAL | (PASSES if generated else {})
+    return _table(rows, _with_per_token(rows, columns))
+
+
+def paper_table(rows: Sequence[SweepRow]) -> Table:
+    """Makes the table of results.tex: what a paper shows."""
+    left_out = ("seconds", ONCE, "items")
+    columns = {name: text for name, text in _columns(rows).items() if name not in left_out}
+    return _table(rows, _with_per_token(rows, columns))
+
+
+def _with_per_token(rows: Sequence[SweepRow], columns: Columns) -> Columns:
+    """Adds the accuracy per token beside the accuracy, where a row has one."""
+    if all(row.per_token is None for row in rows):
+        return columns
+    names = ("policy", "value")
+    first = {name: text for name, text in columns.items() if name in names}
+    return first | PER_TOKEN | columns
+
+
+def _table(rows: Sequence[SweepRow], columns: Columns) -> Table:
     starts = [i for i, row in enumerate(rows) if i == 0 or row.task != rows[i - 1].task]
     return Table(
         tuple(columns),

@@ -19,7 +19,7 @@ from dials_jax.caching.canvas import CanvasModel
 from dials_jax.config import ModelConfig, Typed, require_positive
 from dials_jax.errors import require
 from dials_jax.models import transformer
-from dials_jax.nn.policy import Policy, static_gates
+from dials_jax.nn.policy import Policy, skips_the_same
 from dials_jax.sampling.sampler import CallRecord, start_record
 
 
@@ -69,7 +69,7 @@ class Autoregressive(Typed):
         require(cache is None, "Autoregressive keeps its own keys and values; leave out `cache`")
         # Otherwise a layer would lack the keys of the tokens that skipped it.
         require(
-            static_gates(policy, cfg.num_layers) is not None,
+            skips_the_same(policy, cfg.num_layers),
             "Autoregressive skips the same layers for every token; give Static, or no policy",
         )
         require(

@@ -28,6 +28,7 @@ from dials_jax.config import (
 from dials_jax.data.tokenizer import character_tokenizer, load_tokenizer
 from dials_jax.errors import InputError
 from dials_jax.evaluation import batched, sweep, sweep_identity, timing
+from dials_jax.evaluation.calibration import CalibrationPrompts
 from dials_jax.evaluation.items import items_digest, load_items
 from dials_jax.evaluation.scoring import score_task, time_task
 from dials_jax.loading import load
@@ -142,6 +143,8 @@ def test_every_policy_is_scored_on_every_task(finished):
 def test_the_report_is_written_again_without_a_run(cfg, finished, tmp_path, monkeypatch):
     workdir = shutil.copytree(finished, tmp_path / "sweep")
     monkeypatch.setattr(sweep, "score_task", None)
+    figures = sweep_report._figures
+    monkeypatch.setattr(sweep_report, "_figures", lambda *args: figures(*args)[:2])
     sweep.sweep(cfg, workdir)
     with (workdir / "results.csv").open(newline="") as file:
         assert [row["policy"] for row in csv.DictReader(file)] == 2 * LABELS
@@ -712,14 +715,14 @@ def test_static_layers_are_as_similar_as_asked(
 ):
     """Layers 3 and 1 are the most similar ones that are not adjacent."""
     monkeypatch.setattr(sweep, "layer_similarities", None)
-    task, model = cfg.tasks[1], load(arithmetic_model)
-    items = load_items(task, load_tokenizer(arithmetic_model), model.config)
-    prompts = items_digest(items[: cfg.num_calibration])
-    known = {("records (2)", prompts): [0.2, 0.9, 0.97, 0.99]}
-    cfg = dataclasses.replace(cfg, num_static=(1, 2), similarity_threshold=threshold)
+    calibration = CalibrationPrompts((), "none", of_test=True)
+    known = {("records (2)", items_digest(())): [0.2, 0.9, 0.97, 0.99]}
     records = SimpleNamespace(similarities=known, names={"records": "records (2)"})
-    found = sweep.static_candidates(cfg, model, task, items, records)
-    assert [candidate.policy.layers for candidate in found] == chosen
+    cfg = dataclasses.replace(cfg, num_static=(1, 2), similarity_threshold=threshold)
+    model = load(arithmetic_model)
+    found = sweep.static_candidates(cfg, model, cfg.tasks[1], calibration, records)
+    assert [tuple(np.flatnonzero(~candidate.policy.gates)) for candidate in found] == chosen
+    assert [tuple(candidate.facts["layers"]) for candidate in found] == chosen
     assert [candidate.facts["num_skipped"] for candidate in found] == [*map(len, chosen)]
     assert capsys.readouterr().out.count("Algorithm 1 finds only") == 2 - len(chosen)
 

@@ -1,10 +1,13 @@
+import itertools
 import math
 import sys
 
 import numpy as np
+from matplotlib.text import Text
 
 from dials_jax.reporting import sweep_plots
 from dials_jax.reporting.figure import kind_color
+from dials_jax.reporting.labels import spread_out
 
 
 def texts(ax):
@@ -49,17 +52,53 @@ def test_tradeoff_has_one_panel_a_task_and_one_legend(drawn, tmp_path):
     assert [text.get_text() for text in figure.legends[0].texts] == ["full", "routed", "static"]
 
 
-def test_labels_stay_clear_of_the_curve(drawn, tmp_path):
-    for lower_is_better in (False, True):
-        sweep_plots.tradeoff_curve(
-            [sweep_plots.Panel("a", "y", POINTS, lower_is_better)], tmp_path / "t.png"
-        )
-    higher, lower = ({t.get_text(): t.get_position()[1] for t in f.axes[0].texts} for f in drawn)
-    above = {point.label: point.kind != "static" for point in POINTS if point.kind != "full"}
-    assert above.keys() == higher.keys() and len(set(above.values())) == 2
-    assert all((higher[label] > 0) == above[label] for label in higher)
-    assert all(lower[label] == -higher[label] for label in higher)
-    assert higher["λ=3"] != higher["λ=0.3"]  # neighbours stand at different heights
+def boxes_of(ax):
+    """The corners of each label in pixels, without the line to its point."""
+    ax.get_figure().set_dpi(100)  # a PDF file has changed it
+    ax.get_figure().draw_without_rendering()
+    return {text.get_text(): Text.get_window_extent(text) for text in ax.texts}
+
+
+def test_labels_collide_neither_with_each_other_nor_with_points(drawn, tmp_path):
+    """Seven policies within a hundredth of each other, and three that coincide."""
+    close = [(f"λ={i}", 0.9 + 0.002 * i, 0.7 + 0.001 * i) for i in range(7)]
+    equal = [(f"k={i}", 0.8, 0.6) for i in range(3)]
+    points = [
+        *(point("routed", *where) for where in close),
+        *(point("static", *where) for where in equal),
+        point("full", "full", 1.0, 0.71),
+    ]
+    panel = sweep_plots.Panel("a", "y", tuple(points), chance=0.5)
+    sweep_plots.tradeoff_curve([panel], tmp_path / "t.png")
+    ax = drawn[0].axes[0]
+    boxes = boxes_of(ax)
+    assert boxes.keys() == {label for label, *_ in close + equal}
+    for one, other in itertools.combinations(boxes.values(), 2):
+        assert not one.overlaps(other)
+    for where in ax.transData.transform([(p.cost, p.value) for p in points]):
+        assert not any(box.contains(*where) for box in boxes.values())
+    left, bottom, right, top = ax.bbox.extents
+    for box in boxes.values():
+        assert left <= box.x0 and box.x1 <= right and bottom <= box.y0 and box.y1 <= top
+
+
+def test_numbers_are_spread_around_their_mean_in_their_order():
+    assert spread_out(np.array([5.0, 0.0, 5.0]), 2.0).tolist() == [4.0, 0.0, 6.0]
+    spread = spread_out(np.array([0.0, 1.0, 2.0, 10.0]), 2.0)
+    assert spread.tolist() == [-1.0, 1.0, 3.0, 10.0]
+    assert spread_out(np.zeros(0), 1.0).size == 0
+
+
+def test_guessing_is_a_dotted_line(drawn, tmp_path):
+    panels = [sweep_plots.Panel("a", "y", POINTS, chance=0.25), sweep_plots.Panel("b", "y", POINTS)]
+    sweep_plots.tradeoff_curve(panels, tmp_path / "t.png", "seconds")
+    first, second = drawn[0].axes
+    (line,) = (line for line in first.lines if line.get_label() == "chance")
+    assert list(line.get_ydata()) == [0.25, 0.25]
+    assert "chance" not in [line.get_label() for line in second.lines]
+    assert "chance" in [text.get_text() for text in drawn[0].legends[0].texts]
+    assert first.get_xlabel() == "seconds"
+    assert (tmp_path / "t.pdf").read_bytes().startswith(b"%PDF")
 
 
 def test_heatmap_shows_each_share_from_layer_zero(drawn, tmp_path):
@@ -90,6 +129,23 @@ def test_lines_join_the_bins_that_hold_rows(drawn, tmp_path):
     assert np.allclose(line.get_xydata(), [(0.375, 0.5), (0.875, 0.75)])
     assert texts(ax) == ["k=1"]  # coinciding references are labelled once
     assert len(drawn[0].legends[0].texts) == 3
+
+
+def test_one_heatmap_shows_every_task_over_all_calls_and_by_mask_ratio(drawn, tmp_path):
+    tasks = [
+        sweep_plots.TaskLayers(
+            name, np.linspace(0, 1, 5), np.stack([np.full(5, np.nan), np.full(5, share)])
+        )
+        for name, share in (("sums", 0.5), ("text", 1.0))
+    ]
+    sweep_plots.execution_by_task(tasks, tmp_path / "h.png")
+    whole, *by_ratio, _bar = drawn[0].axes
+    assert [tick.get_text() for tick in whole.get_yticklabels()] == ["sums", "text"]
+    assert whole.yaxis_inverted() and not by_ratio[0].yaxis_inverted()  # 0 is at the bottom
+    for ax, task in zip(by_ratio, tasks, strict=True):
+        assert ax.get_title() == task.title
+        shown = ax.collections[0].get_array().filled(np.nan)
+        assert np.array_equal(shown, task.by_mask_ratio, equal_nan=True)
 
 
 def test_figures_leave_no_global_state(tmp_path):

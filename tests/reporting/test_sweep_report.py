@@ -9,25 +9,29 @@ import pytest
 from dials_jax.errors import InputError
 from dials_jax.reporting import sweep_report
 from dials_jax.reporting.figure import COLORS, kind_color
+from dials_jax.reporting.publish import latex_text
 from dials_jax.reporting.sweep_report import write_report
-from dials_jax.reporting.sweep_table import WIDTH, compute_sweep_rows, format_table
+from dials_jax.reporting.sweep_table import WIDTH, compute_sweep_rows, format_table, page_table
 from tests.reporting.pages import HOSTILE, read_page
 from tests.reporting.sweep_results import make_results
 
 
 def test_the_report_holds_every_file_and_is_self_contained(tmp_path):
-    results = make_results(tasks=("sums", "text"))
+    results = make_results(tasks=("sums", "text"), kinds=("full", "routed"))
     write_report(results, tmp_path)
     assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8")) == results
     page = read_page(tmp_path)
     images = sorted(path.read_bytes() for path in (tmp_path / "plots").glob("*.png"))
-    assert sorted(page.images) == images and len(images) == 5  # trade-off, and two per task
+    # Three trade-offs, one over tasks, and two per task, each as a vector graphic, too.
+    assert sorted(page.images) == images and len(images) == 8
+    assert len(list((tmp_path / "plots").glob("*.pdf"))) == 8
     assert "script" not in page.tags and "link" not in page.tags
     for fact in ("25,165,824", results["environment"]["command"], "data 1, fsdp 1", "McNemar"):
         assert fact in page.visible
 
 
-def test_csv_html_and_terminal_show_the_same_rows(tmp_path):
+def test_csv_html_and_terminal_show_the_same_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep_report, "_figures", lambda *args: [])
     rows = write_report(make_results(tasks=("sums",)), tmp_path)
     with (tmp_path / "results.csv").open(encoding="utf-8") as file:
         records = list(csv.DictReader(file))
@@ -47,7 +51,6 @@ def test_figures_hold_the_shares_of_each_policy():
     data = {figure.name: figure.data for figure in report.figures}
 
     accuracy, nelbo = data["tradeoff"]["panels"]
-    assert (accuracy.lower_is_better, nelbo.lower_is_better) == (False, True)
     assert [p.value for p in accuracy.points + nelbo.points] == [row.value for row in rows]
     assert [p.label for p in nelbo.points[1:]] == [
         *(f"k={k}" for k in (1, 2, 3, 4)),
@@ -63,7 +66,8 @@ def test_figures_hold_the_shares_of_each_policy():
     assert np.all(np.diff(lines[-1].shares[2:]) > 0)
 
 
-def test_a_policy_of_any_kind_is_shown(tmp_path):
+def test_a_policy_of_any_kind_is_shown(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep_report, "_figures", lambda *args: [])
     results = make_results(tasks=("text",))
     policy = results["runs"][-1]["policy"]
     policy["kind"], policy["label"] = "early exit", "exit at 8"
@@ -86,10 +90,11 @@ def test_every_text_of_the_results_is_escaped(tmp_path):
         dict.fromkeys(("prompt", "output", "reference"), HOSTILE) | {"correct": True}
     ]
     write_report(results, tmp_path)
-    assert len(list((tmp_path / "plots").glob("*.png"))) == 2  # a / in a task makes no folder
+    # A / in a task makes no folder. Nothing is compared by seconds.
+    assert len(list((tmp_path / "plots").glob("*.png"))) == 3
     page = read_page(tmp_path)
     assert "script" not in page.tags
-    assert page.visible.count(HOSTILE) >= 10
+    assert page.visible.count(HOSTILE) >= 12
     assert html.escape(HOSTILE) in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
@@ -102,7 +107,7 @@ def test_a_sweep_of_one_run_has_a_report(tmp_path, kind):
 
 
 def test_one_item_is_enough(tmp_path):
-    results = make_results(tasks=("text",))
+    results = make_results(tasks=("text",), kinds=("full", "routed"))
     for run in results["runs"]:
         run["items"] = {"text-0": run["items"]["text-0"]}
     rows = write_report(results, tmp_path)
@@ -201,3 +206,128 @@ def test_a_small_p_is_not_shown_as_zero():
     for run in results["runs"][1:]:
         run["items"] = {key: score + 1 for key, score in results["runs"][0]["items"].items()}
     assert format_table(compute_sweep_rows(results)).count("<0.001") == 4
+
+
+SETTINGS = {
+    "name": "piqa", "metric": "choice", "num_samples": 128, "limit": 500, "cfg_scale": 0.0,
+    "data": {"kind": "task", "paths": ["piqa.jsonl"], "prompt": "{goal}\n", "few_shot": ["x", 5]},
+    "sampler": None, "choices": [], "bucket": 64,
+}  # fmt: skip
+
+
+@pytest.fixture
+def described():
+    """Results of all kinds of policies on multiple choice, with everything that they record."""
+    results = make_results(tasks=("piqa",))
+    results["config"] = {"model": "m", "tasks": [], "batch_size": 7, "mesh": {"tensor": 2}}
+    results["model"]["trained"] = {"optimizer": {"num_steps": 2000}}
+    results["commands"] = ["python eval.py --one  # today", "python eval.py --two  # tomorrow"]
+    for run in results["runs"]:
+        run["settings"] = SETTINGS
+        run["also"] = {"accuracy_per_token": 0.625, "chance": 0.375}
+        if run["policy"]["kind"] == "static":
+            run["policy"]["layers"] = list(range(run["policy"]["num_skipped"]))
+            run["calibration"] = "the first 5 prompts of its training data"
+        if run["policy"]["kind"] == "routed":
+            run["router"] = {"path": "runs/router", "threshold": 0.1}
+            run["trained"] = {"objective": {"target_skip_rate": 0.5}}
+    return results
+
+
+def test_the_page_holds_every_setting(described, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep_report, "_figures", lambda *args: [])
+    write_report(described, tmp_path)
+    visible = read_page(tmp_path).visible
+    for text in (
+        "batch_size", "mesh.tensor", "num_samples", "128", "limit", "500", '"{goal}\\n"', '"x", 5',
+        "skips layers 0, 1, 2 (from 0) at every step; chosen by Goel, Algorithm 1, on the first 5",
+        "skips 2 random layers, drawn per sequence and step", "runs every layer",
+        "lambda 0.3, path runs/router, threshold 0.1", "Training of runs/router",
+        "objective.target_skip_rate", "Training of the model", "optimizer.num_steps", "2000",
+        *described["commands"],
+    ):  # fmt: skip
+        assert text in visible, text
+    assert "trained" not in visible
+
+
+def test_accuracy_per_token_stands_beside_accuracy_and_chance_is_named(described, tmp_path):
+    rows = compute_sweep_rows(described)
+    figures = {f.name: f.data for f in sweep_report.sweep_report(described, rows).figures}
+    assert figures["tradeoff"]["panels"][0].chance == 0.375
+    table = page_table(rows)
+    assert table.header[:3] == ("policy", "value", "per token") and table.lines[0][2] == "0.6250"
+    assert "chance 0.3750, 128 samples per item" in table.headings[0][1]
+    assert "per token" not in page_table(compute_sweep_rows(make_results(tasks=("sums",)))).header
+
+
+def test_the_csv_holds_settings_as_numbers(described, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep_report, "_figures", lambda *args: [])
+    write_report(described, tmp_path)
+    with (tmp_path / "results.csv").open(encoding="utf-8") as file:
+        records = {record["policy"]: record for record in csv.DictReader(file)}
+    numbers = ("value", "stderr", "low", "high", "layers_run", "model", "seconds", "speedup")
+    for record in records.values():
+        assert all(np.isfinite(float(record[name])) for name in numbers)
+        assert (record["num_samples"], record["limit"], record["chance"]) == ("128", "500", "0.375")
+    assert records["routed λ=0.3"]["lambda"] == "0.3" and records["full"]["lambda"] == ""
+    assert records["static k=3"]["num_skipped"] == "3"
+    assert records["static k=3"]["static_layers"] == "0 1 2"
+
+
+def test_costs_are_compared_where_they_were_measured_alike(described):
+    for run in described["runs"]:
+        run["measured"] = [{"device": "H100" if run["policy"]["kind"] == "random" else "H200"}]
+    rows = compute_sweep_rows(described)
+    figures = {f.name: f.data for f in sweep_report.sweep_report(described, rows).figures}
+    for name, cost in (("tradeoff", "layers_run"), ("tradeoff_flops", "flops_share")):
+        points = figures[name]["panels"][0].points
+        assert [point.cost for point in points] == [getattr(row, cost) for row in rows]
+    points = figures["tradeoff_seconds"]["panels"][0].points
+    assert {point.kind for point in points} == {"full", "static", "routed"}
+    assert [point.cost for point in points] == [row.seconds for row in rows if row.kind != "random"]
+
+
+@pytest.mark.parametrize("worse, chosen", [({}, "λ=3"), ({"3"}, "λ=1"), ({"0.3", "1", "3"}, "λ=1")])
+def test_the_router_over_tasks_skips_most_without_a_loss(worse, chosen):
+    """Without any such router it is the one that loses least."""
+    results = make_results(tasks=("sums",), kinds=("full", "routed"))
+    full, *routed = results["runs"]
+    for run in routed:
+        run["items"] = dict(full["items"])
+        name = run["policy"]["label"].removeprefix("routed λ=")
+        right = [item for item, score in full["items"].items() if score]
+        lost = {"0.3": 3, "1": 1, "3": 2}[name] if name in worse else 0
+        run["items"] |= dict.fromkeys(right[:lost], 0)
+    rows = compute_sweep_rows(results)
+    figures = {f.name: f.data for f in sweep_report.sweep_report(results, rows).figures}
+    (task,) = figures["layers_by_task"]["tasks"]
+    assert task.title == f"sums, {chosen}"
+    (run,) = (run for run in routed if run["policy"]["label"] == f"routed {chosen}")
+    expected = np.array(run["execution"]["executed"]) / run["execution"]["rows"][0]
+    np.testing.assert_allclose(task.by_mask_ratio, expected)
+    np.testing.assert_allclose(task.by_layer, expected.mean(axis=0))
+
+
+def test_a_paper_includes_the_table_with_one_command(described, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep_report, "_figures", lambda *args: [])
+    described["runs"][0]["task"] = "100%_of_$ & #1"
+    described["runs"] = described["runs"][:3]
+    write_report(described, tmp_path)
+    text = (tmp_path / "results.tex").read_text(encoding="utf-8")
+    comment, *lines = text.splitlines()
+    assert comment.startswith("%") and r"\input{results.tex}" in comment
+    assert lines[0] == r"\begin{tabular}{lrrrrrrr}" and lines[-1] == r"\end{tabular}"
+    assert [line for line in lines if "rule" in line] == [r"\toprule", r"\midrule", r"\bottomrule"]
+    assert r"\multicolumn{8}{l}{100\%\_of\_\$ \& \#1} \\" in lines
+    rows = [line for line in lines if line.endswith(r"\\") and "multicolumn" not in line]
+    assert {line.count(" & ") for line in rows} == {7} and len(rows) == 1 + 3
+    assert "static k=1" in rows[2] and r"$\pm$" in rows[2] and "±" not in text
+
+
+def test_latex_takes_no_text_for_a_command():
+    assert latex_text("a_b & {c}\\d 5% ~^") == (
+        r"a\_b \& \{c\}\textbackslash{}d 5\% \textasciitilde{}\textasciicircum{}"
+    )
+    assert latex_text("routed λ=0.3, -0.01 +.5 e-5 <0.001") == (
+        r"routed $\lambda$=0.3, $-$0.01 $+$.5 e-5 $<$0.001"
+    )

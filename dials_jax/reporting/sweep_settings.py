@@ -1,0 +1,108 @@
+"""The settings of a sweep on its page: all that is needed to repeat it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from dials_jax.reporting import html
+from dials_jax.reporting.publish import Table
+
+EMPTY = (None, "", [], {}, False)
+# Fields of a task that `run["generation"]` has, completed, or that the heading shows.
+_GENERATION = ("sampler", "cache", "until")
+DIGESTS = ("kind", "label", "training", "router")  # of a policy: shown otherwise
+_SHARED = ("model", "routers", "tasks")  # fields of the sweep with a place of their own
+
+
+def settings_html(results: Mapping[str, Any]) -> str:
+    """Sections that open on a click: the sweep, every task, the policies, every training."""
+    sections = [("Sweep", _facts(_without(results.get("config", {}), _SHARED)))]
+    by_task: dict[str, Mapping[str, Any]] = {}
+    for run in results["runs"]:
+        by_task.setdefault(run["task"], run)
+    sections += [(f"Task {task}", _facts(_task_settings(run))) for task, run in by_task.items()]
+    sections.append(("Policies", policy_table(results["runs"]).html()))
+    sections += [
+        (f"Training of {name}", _facts(settings)) for name, settings in _trainings(results).items()
+    ]
+    return html.collapsible_sections([(title, body) for title, body in sections if body])
+
+
+def policy_table(runs: Sequence[Mapping[str, Any]]) -> Table:
+    """What each policy is, and on which tasks if it is not the same on all."""
+    tasks_of: dict[tuple[str, str, str], list[str]] = {}
+    for run in runs:
+        policy = run["policy"]
+        key = policy["label"], _describe_policy(run), policy["kind"]
+        tasks_of.setdefault(key, []).append(run["task"])
+    all_tasks = list(dict.fromkeys(run["task"] for run in runs))
+    lines = [
+        (label, text, "all" if tasks == all_tasks else ", ".join(tasks))
+        for (label, text, _), tasks in tasks_of.items()
+    ]
+    return Table(("policy", "what it does", "tasks"), lines)
+
+
+def _describe_policy(run: Mapping[str, Any]) -> str:
+    policy = run["policy"]
+    kind, layers = policy["kind"], policy.get("layers")
+    if kind == "full":
+        return "runs every layer"
+    if kind == "random":
+        return f"skips {policy['num_skipped']} random layers, drawn per sequence and step"
+    if layers is not None:
+        which = f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))} (from 0)"
+        chosen = run.get("calibration")
+        why = f"; chosen by Goel, Algorithm 1, on {chosen}" if chosen else ""
+        return f"skips {which} at every step{why}"
+    facts = {name: value for name, value in policy.items() if name not in DIGESTS}
+    return ", ".join(f"{name} {_text(value)}" for name, value in _flat({**facts, **_router(run)}))
+
+
+def _router(run: Mapping[str, Any]) -> dict[str, Any]:
+    """Where a router comes from, and its threshold."""
+    return dict(run.get("router", {}))
+
+
+def _task_settings(run: Mapping[str, Any]) -> dict[str, Any]:
+    settings = {"metric": run["metric"]} | _without(run.get("settings", {}), ("name", "metric"))
+    if generation := run.get("generation"):
+        settings = _without(settings, (*_GENERATION, "num_samples", "cfg_scale")) | generation
+    return settings
+
+
+def _trainings(results: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The settings of every training that is known, by what it trained."""
+    found = {"the model": results["model"].get("trained")}
+    for run in results["runs"]:
+        if run.get("trained"):
+            found[run.get("router", {}).get("path", run["policy"]["label"])] = run["trained"]
+    return {name: settings for name, settings in found.items() if settings}
+
+
+def _facts(settings: Mapping[str, Any]) -> str:
+    return html.definition_list([(name, _text(value)) for name, value in _flat(settings)])
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Settings with a value, those of groups as `group.name`."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        elif isinstance(value, bool) or value not in EMPTY:
+            yield f"{prefix}{name}", value
+
+
+def _without(settings: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in names}
+
+
+def _text(value: Any) -> str:
+    """Numbers as they are, texts of lists quoted, because they may hold spaces or line breaks."""
+    if isinstance(value, str):
+        return value if value.isprintable() and value.strip() == value else json.dumps(value)
+    if isinstance(value, list | tuple):
+        return ", ".join(json.dumps(x, ensure_ascii=False) for x in value)
+    return str(value)
