@@ -86,14 +86,13 @@ def _embed_image(path: Path, caption: str) -> str:
     )
 
 
-def collapsible_sections(items: Iterable[tuple[str, str]], first_open: bool = True) -> str:
-    """Titles whose content opens on a click."""
-    sections = []
-    for title, content in items:
-        opened = " open" if first_open and not sections else ""
-        summary = f"<summary>{escape(title)}</summary>"
-        sections.append(f"<details{opened}>{summary}{content}</details>")
-    return "\n".join(sections)
+def collapsible_sections(items: Iterable[tuple[str, str]], num_open: int = 1) -> str:
+    """Titles whose content opens and closes on a click. The first `num_open` are open."""
+    return "\n".join(
+        f"<details{' open' if i < num_open else ''}>"
+        f"<summary>{escape(title)}</summary>{html}</details>"
+        for i, (title, html) in enumerate(items)
+    )
 
 
 LEGIBLE = 0.36  # of a picture's width in pixels: at less its text is too small to read
@@ -129,10 +128,10 @@ tbody td { border-top: 1px solid #eef1f4; }
 tbody td:first-child { border-left: 4px solid var(--kind, #d5dae0); position: sticky; left: 0;
                        background: #fff; }
 .task th { padding-top: 1.1rem; white-space: normal; overflow-wrap: anywhere; }
-.task th > div { position: sticky; left: 0; max-width: min(76rem, 100vw - 2rem); }
+.task th > div { position: sticky; left: 0; max-width: min(76rem, 100vw - 3.2rem); }
 small { color: #66707c; font-weight: 400; margin-left: .4rem; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .3rem 1.2rem; margin: 0; }
-dl.facts { grid-template-columns: repeat(2, max-content 1fr); }
+dl.facts { grid-template-columns: repeat(2, max-content minmax(0, 1fr)); }
 dt { color: #66707c; }
 dd { margin: 0; min-width: 0; overflow-wrap: anywhere; }
 figure { margin: 0 0 2rem; text-align: center; overflow-x: auto; }
@@ -149,7 +148,9 @@ details dl.wrong { border-left-color: #c0392b; }
 @media (max-width: 48rem) {
   body { margin: 1.2rem auto; padding: 0 1rem; }
   h1 { font-size: 1.4rem; }
-  dl, dl.facts { grid-template-columns: minmax(0, 1fr); gap: 0; }
+  dl { grid-template-columns: minmax(0, 1fr); gap: 0; }
+  dl.facts { grid-template-columns: minmax(0, 2fr) minmax(0, 3fr); gap: .2rem .8rem; }
+  dt { overflow-wrap: anywhere; }
   dd { margin-bottom: .5rem; }
   td:first-child { max-width: 42vw; overflow: hidden; text-overflow: ellipsis; }
   img { max-width: none; width: max(100%, var(--legible, 0px)); }

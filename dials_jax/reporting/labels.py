@@ -17,7 +17,10 @@ DIRECTIONS = np.linspace(0, 2 * np.pi, 16, endpoint=False) + np.pi / 2  # above 
 LEADER_FROM = 14  # labels that are further away get a line to their point
 FONT_SIZE = 8
 GAP = 3  # pixels between labels
-AROUND = np.array([(0, 0), (4, 0), (-4, 0), (0, 4), (0, -4)])  # pixels that a marker covers
+# Points of a marker of radius 1: at the edge, and half-way to it.
+MARKER = np.concatenate(
+    [r * np.stack([np.cos(DIRECTIONS), np.sin(DIRECTIONS)], 1) for r in (1, 0.5)]
+)
 
 
 class Label(NamedTuple):
@@ -108,13 +111,16 @@ def _places(
 
 def _drawn_pixels(ax: Axes) -> Float[np.ndarray, "n 2"]:
     """Pixels of all lines, error bars and markers."""
-    paths = [line.get_transform().transform(line.get_xydata()) for line in ax.lines]
+    pixels, paths = [np.zeros((0, 2))], []
+    for line in ax.lines:
+        paths.append(line.get_transform().transform(line.get_xydata()))
+        if line.get_marker() != "None":
+            radius = line.get_markersize() / 2 * ax.get_figure().dpi / 72
+            pixels += [paths[-1] + shift for shift in radius * MARKER]
     for bars in ax.collections:
         if hasattr(bars, "get_segments"):
             paths += [bars.get_transform().transform(part) for part in bars.get_segments()]
-    pixels = [np.zeros((0, 2))]
     for path in filter(len, paths):
-        pixels += [path + shift for shift in AROUND]
         for start, end in itertools.pairwise(path):
             count = int(np.nan_to_num(np.hypot(*(end - start)) / 3)) + 1
             pixels.append(np.linspace(start, end, count + 1))

@@ -200,7 +200,7 @@ def _pairs_html(results: Mapping[str, Any]) -> str:
         for task, rows in groups.items()
         if len(rows) > 1
     }
-    sections = html.collapsible_sections(tables.items(), first_open=False)
+    sections = html.collapsible_sections(tables.items(), num_open=0)
     return html.paragraph(pairs_legend(corrected=False)) + sections if tables else ""
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from dials_jax.reporting import html
 from dials_jax.reporting.publish import Table
 
-EMPTY = (None, "", [], {}, False)
+EMPTY = ("", [], {})  # and None: settings that are not set
 # Fields of a task that `run["generation"]` has, completed, or that the heading shows.
 _GENERATION = ("sampler", "cache", "until")
 DIGESTS = ("kind", "label", "training", "router")  # of a policy: shown otherwise
@@ -17,7 +17,7 @@ _SHARED = ("model", "routers", "tasks")  # fields of the sweep with a place of t
 
 
 def settings_html(results: Mapping[str, Any]) -> str:
-    """Sections that open on a click: the sweep, every task, the policies, every training."""
+    """Sections of the sweep, every task, the policies and every training."""
     sections = [("Sweep", _facts(_without(results.get("config", {}), _SHARED)))]
     by_task: dict[str, Mapping[str, Any]] = {}
     for run in results["runs"]:
@@ -27,7 +27,8 @@ def settings_html(results: Mapping[str, Any]) -> str:
     sections += [
         (f"Training of {name}", _facts(settings)) for name, settings in _trainings(results).items()
     ]
-    return html.collapsible_sections([(title, body) for title, body in sections if body])
+    shown = [(title, body) for title, body in sections if body]
+    return html.collapsible_sections(shown, num_open=len(shown))
 
 
 def policy_table(runs: Sequence[Mapping[str, Any]]) -> Table:
@@ -83,7 +84,7 @@ def _trainings(results: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 
 def _facts(settings: Mapping[str, Any]) -> str:
-    return html.definition_list([(name, _text(value)) for name, value in _flat(settings)])
+    return html.definition_list([(name, _text(value)) for name, value in _flat(settings)], "facts")
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -91,7 +92,7 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
     for name, value in settings.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{name}.")
-        elif isinstance(value, bool) or value not in EMPTY:
+        elif value is not None and value not in EMPTY:
             yield f"{prefix}{name}", value
 
 

@@ -239,7 +239,8 @@ def test_the_page_holds_every_setting(described, tmp_path, monkeypatch):
     write_report(described, tmp_path)
     visible = read_page(tmp_path).visible
     for text in (
-        "batch_size", "mesh.tensor", "num_samples", "128", "limit", "500", '"{goal}\\n"', '"x", 5',
+        "batch_size", "mesh.tensor", "num_samples", "128", "cfg_scale0.0", "limit",
+        "500", '"{goal}\\n"', '"x", 5',
         "skips layers 0, 1, 2 (from 0) at every step; chosen by Goel, Algorithm 1, on the first 5",
         "skips 2 random layers, drawn per sequence and step", "runs every layer",
         "lambda 0.3, path runs/router, threshold 0.1", "Training of runs/router",
