@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from dials_jax.config import ArithmeticData, CorpusData, TaskData
+from dials_jax.config import ArithmeticData, CorpusData, TaskData, TextData
 from dials_jax.data.sources import load_data_tokenizer
 from dials_jax.data.tokenizer import Tokenizer
 from dials_jax.errors import require
@@ -39,7 +39,9 @@ def load_calibration(
     """
     count = cfg.num_calibration
     if cfg.calibration is not None:
-        data = EvalTask(name="calibration", metric="nelbo", data=cfg.calibration, limit=count)
+        # Of records exact match takes whole answers, from any model; rows of text have the NELBO.
+        metric = "nelbo" if isinstance(cfg.calibration, TextData | CorpusData) else "exact_match"
+        data = EvalTask(name="calibration", metric=metric, data=cfg.calibration, limit=count)
         own = load_data_tokenizer(cfg.calibration, model.path)
         chosen = load_items(data, own, model.config, held_out=False)
         found = CalibrationPrompts(chosen, f"the first {len(chosen)} prompts of calibration=")
@@ -65,7 +67,7 @@ def _training_task(task: EvalTask) -> EvalTask | None:
         return task
     if isinstance(data, CorpusData) and data.split != "train":
         return replace(task, data=replace(data, split="train"))
-    if isinstance(data, TaskData) and getattr(data, "few_shot", None):
+    if isinstance(data, TaskData) and data.few_shot is not None:
         paths = (data.few_shot[0],)  # the examples come from the training split
         return replace(task, data=replace(data, paths=paths, too_long="drop"))
     return None
