@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dials_jax.reporting import html
-from dials_jax.reporting.publish import Table
 
 EMPTY = ("", [], {})  # and None: settings that are not set
 # Fields of a task that `run["generation"]` has, completed, or that the heading shows.
@@ -23,7 +22,7 @@ def settings_html(results: Mapping[str, Any]) -> str:
     for run in results["runs"]:
         by_task.setdefault(run["task"], run)
     sections += [(f"Task {task}", _facts(_task_settings(run))) for task, run in by_task.items()]
-    sections.append(("Policies", policy_table(results["runs"]).html()))
+    sections.append(("Policies", html.definition_list(_policies(results["runs"]))))
     sections += [
         (f"Training of {name}", _facts(settings)) for name, settings in _trainings(results).items()
     ]
@@ -31,19 +30,16 @@ def settings_html(results: Mapping[str, Any]) -> str:
     return html.collapsible_sections(shown, num_open=len(shown))
 
 
-def policy_table(runs: Sequence[Mapping[str, Any]]) -> Table:
-    """What each policy is, and on which tasks if it is not the same on all."""
-    tasks_of: dict[tuple[str, str, str], list[str]] = {}
+def _policies(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """What each policy does, and on which tasks if it is not the same on all."""
+    tasks_of: dict[tuple[str, str], list[str]] = {}
     for run in runs:
-        policy = run["policy"]
-        key = policy["label"], _describe_policy(run), policy["kind"]
-        tasks_of.setdefault(key, []).append(run["task"])
-    all_tasks = list(dict.fromkeys(run["task"] for run in runs))
-    lines = [
-        (label, text, "all" if tasks == all_tasks else ", ".join(tasks))
-        for (label, text, _), tasks in tasks_of.items()
+        tasks_of.setdefault((run["policy"]["label"], _describe_policy(run)), []).append(run["task"])
+    every = {run["task"] for run in runs}
+    return [
+        (label, text if set(tasks) == every else f"{text} ({', '.join(tasks)})")
+        for (label, text), tasks in tasks_of.items()
     ]
-    return Table(("policy", "what it does", "tasks"), lines)
 
 
 def _describe_policy(run: Mapping[str, Any]) -> str:
