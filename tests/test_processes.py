@@ -83,6 +83,9 @@ def test_a_sweep_gives_every_item_the_same_score(folders):
     runs = [json.loads((x / "sweep" / "results.json").read_text())["runs"] for x in (one, two)]
     assert len(runs[0]) == 6
     for a, b in zip(*runs, strict=True):
+        for run in (a, b):  # digests of a router that either folder trained itself
+            for name in {"router", "training"} & run["policy"].keys():
+                del run["policy"][name]
         for name in ("task", "policy", "items", "examples", "execution"):
             assert_close(a[name], b[name])
 

@@ -435,7 +435,8 @@ def test_tokens_are_edited_while_others_are_still_masked(fill):
     sampler = sampler_of(**EDITING, max_edit_steps=0)
 
     def logits_of(canvas, start, step):
-        sure = favouring(7, 8, 9, 10, high=9.0).at[0, 2:].mul(jnp.where(step == 0, 0.1, 1.0))
+        sure = jnp.asarray(favouring(7, 8, 9, 10, high=9.0))
+        sure = sure.at[0, 2:].mul(jnp.where(step == 0, 0.1, 1.0))
         edited = favouring(20, 8, 9, 10, high=9.0)
         return jnp.broadcast_to(jnp.where(step == 0, sure, edited), (2, 4, VOCAB))
 
@@ -447,7 +448,7 @@ def test_tokens_are_edited_while_others_are_still_masked(fill):
 def test_only_sure_edits_are_made_and_none_to_mask(fill):
     sampler = sampler_of(**EDITING)
     a, b = favouring(7, 8, 9, 10, high=9.0), favouring(7, 20, MASK, 10, high=9.0)
-    b = b.at[0, 1].mul(0.4)  # 0.37
+    b[0, 1] *= 0.4  # 0.37
 
     def logits_of(canvas, start, step):
         return jnp.broadcast_to(jnp.where(step == 0, a, b), (2, 4, VOCAB))
