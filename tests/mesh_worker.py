@@ -42,6 +42,7 @@ from dials_jax.nn.kernels.tpu_attention import splash_attention
 from dials_jax.nn.kv import KV
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.generate import generate
+from dials_jax.sampling.refill import generate_refilled
 from dials_jax.skipping.policies import Random
 from dials_jax.skipping.routed import Routed
 from dials_jax.training.losses import model_loss, router_loss
@@ -93,6 +94,14 @@ def evaluate(mesh, cfg, params, routers):
     sampler = Confidence(8, 4, temperature=0.5, entropy_bound=1.0, edit_threshold=0.2)
     out = generate(model, prompts, valid, sampler=sampler, **how)
     cached = {name: generate_over(cache, model, prompts, valid, how) for name, cache in CACHES}
+    wide = {**how, "policy": policy, "cache": DualCache()}
+    ends = Confidence(8, 4, threshold=0.5, stop_at_eos=True)
+    keys = sequence_keys(jax.random.key(8), 16)
+    refilled = generate_refilled(
+        model, [p[:n] for p in prompts for n in (4, 6)],
+        sampler=ends, keys=keys, batch_size=8, length=6, **wide,
+    )  # fmt: skip
+    by_request = sorted(refilled, key=lambda one: one.request)
     pairs = pad_pairs([(p[:3].tolist(), p[3:].tolist()) for p in prompts], cfg)
     keys = sequence_keys(jax.random.key(7), 8)
     scores, _ = score_pairs(model, pairs, keys, np.arange(8), stratum=8, **how)
@@ -102,6 +111,7 @@ def evaluate(mesh, cfg, params, routers):
         "log_likelihood": scores.log_likelihood,
         "scored_gates": scores.gates,
         "cached": cached,
+        "refilled": np.stack([one.out.tokens[0] for one in by_request]),
     }
 
 

@@ -115,12 +115,9 @@ class BlockSampler:
         return Loop(self, cache, net, prompt_length, keys)
 
     def work(self, cfg: ModelConfig, cache: Cache, prompt_length: int) -> list[Work]:
-        shape = (1, prompt_length + self.gen_length)
-        block_inputs = jax.eval_shape(lambda: transformer.block_inputs(cfg, None, shape))
         known = prompt_length if self.cfg_scale == 0 else 0
-        sketch = CanvasModel(cfg, None, None, "auto", block_inputs, None, None, known)
-        variants = cache.forward_variants(sketch, blocks_of(self, prompt_length))
-        return [variant.work for variant in variants]
+        length = prompt_length + self.gen_length
+        return variant_work(cfg, cache, blocks_of(self, prompt_length), length, known)
 
 
 class StepInfo(NamedTuple):
@@ -151,6 +148,19 @@ class LoopState(NamedTuple):
 def blocks_of(sampler: BlockSampler, prompt_length: int) -> Blocks:
     count = sampler.gen_length // sampler.block_length
     return Blocks(prompt_length, sampler.block_length, count, sampler.max_quota)
+
+
+def variant_work(
+    cfg: ModelConfig, cache: Cache, blocks: Blocks, length: int, prompt_length: int
+) -> list[Work]:
+    """What each variant of a cache computes per sequence on a canvas of `length` tokens.
+
+    Args:
+      prompt_length: this many first tokens no router looks at.
+    """
+    inputs = jax.eval_shape(lambda: transformer.block_inputs(cfg, None, (1, length)))
+    sketch = CanvasModel(cfg, None, None, "auto", inputs, None, None, prompt_length)
+    return [variant.work for variant in cache.forward_variants(sketch, blocks)]
 
 
 def step_limit(sampler: BlockSampler, cache: Cache) -> int:

@@ -31,7 +31,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from dials_jax import sharding
-from dials_jax.caching.cache import Blocks, Cache, ForwardInputs, ForwardOutputs, Revealed, Work
+from dials_jax.caching.cache import Blocks, Cache, ForwardInputs, ForwardOutputs, Revealed
 from dials_jax.caching.canvas import CanvasModel
 from dials_jax.caching.plain import DualCache, NoCache
 from dials_jax.compiling import timed_jit
@@ -53,6 +53,7 @@ from dials_jax.sampling.loop import (
     StepInfo,
     fill_after_eos,
     step_limit,
+    variant_work,
 )
 from dials_jax.sampling.requests import check_empty_prompts, check_prompts
 from dials_jax.sampling.sampler import CallRecord, Sampler, start_record
@@ -296,7 +297,9 @@ def generate_refilled(
     tokens, valid = pad_prompts(prompts, length, cfg.pad_id)
     batch_size = math.lcm(batch_size, sharding.num_batch_shards(model.mesh))
     static = {"sampler": sampler, "cache": cache, "executor": executor}
-    part = Part(cfg, policy, _work(cfg, sampler, cache, length))
+    total = length + sampler.gen_length
+    work = variant_work(cfg, cache, ring_blocks(sampler, cfg, total), total, 0)
+    part = Part(cfg, policy, work)
 
     def place(enters: Bool[np.ndarray, "B"], source: Int[np.ndarray, "B"]) -> Arrivals:
         return model.place_sequences(Arrivals(enters, tokens[source], valid[source], keys[source]))
@@ -326,14 +329,6 @@ def generate_refilled(
                 places[i] = None
                 canvas = np.concatenate([tokens[one.request], answers[i]])
                 yield Finished(one.request, _generation(one, canvas, length, part))
-
-
-def _work(cfg: ModelConfig, sampler: BlockSampler, cache: Cache, length: int) -> list[Work]:
-    shape = (1, length + sampler.gen_length)
-    inputs = jax.eval_shape(lambda: transformer.block_inputs(cfg, None, shape))
-    sketch = CanvasModel(cfg, None, None, "auto", inputs, None, None, 0)
-    variants = cache.forward_variants(sketch, ring_blocks(sampler, cfg, shape[1]))
-    return [variant.work for variant in variants]
 
 
 def _generation(

@@ -67,6 +67,14 @@ def test_a_shifted_models_answer_begins_with_the_prediction_of_the_prompts_last_
     assert value == pytest.approx(float(log_p[2, 6]), abs=1e-5)
 
 
+def test_masks_in_the_prompt_of_given_copies_stay(model):
+    tokens = np.array([[3, 4, 5, 6, 7]])
+    noisy = np.where(np.isin(np.arange(5), (1, 3)), model.config.mask_id, tokens)
+    value = estimate_log_likelihood(model, tokens, noisy, np.ones((1, 5)), prompt_len=3)
+    log_p = jax.nn.log_softmax(model.apply(noisy).logits[0])
+    assert value == pytest.approx(float(log_p[3, 6]), abs=1e-5)
+
+
 # masks of (key, copy) pairs for one answer and one number of copies a round
 draw = jax.jit(jax.vmap(draw_masked, (0, 0, None, None)), static_argnums=3)
 
