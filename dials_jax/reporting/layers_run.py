@@ -11,7 +11,7 @@ from jaxtyping import Float
 from dials_jax.reporting import sweep_plots
 from dials_jax.reporting.publish import Figure, file_name
 from dials_jax.reporting.speed import ACCURACIES
-from dials_jax.reporting.sweep_table import SweepRow
+from dials_jax.reporting.sweep_rows import SweepRow
 
 HEATMAP_CAPTION = (
     "Share of the forward passes in which each policy executed each layer: pale layers are skipped."

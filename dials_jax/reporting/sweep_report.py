@@ -14,20 +14,22 @@ from dials_jax.reporting.layers_run import execution_figures, figure_over_tasks,
 from dials_jax.reporting.publish import Figure, Report, publish
 from dials_jax.reporting.seeds import pool_seeds
 from dials_jax.reporting.speed import SpeedCurve, find_curves, rule_value, tokens_per_pass
-from dials_jax.reporting.sweep_settings import settings_html
-from dials_jax.reporting.sweep_table import (
-    SWEEP_LEGEND,
+from dials_jax.reporting.sweep_rows import (
     SweepRow,
     compute_sweep_rows,
     csv_columns,
     csv_rows,
-    format_table,
     group_runs_by_task,
+    timed_alike,
+    value_interval,
+)
+from dials_jax.reporting.sweep_settings import settings_html
+from dials_jax.reporting.sweep_table import (
+    SWEEP_LEGEND,
+    format_table,
     page_table,
     paper_table,
     speed_table,
-    timed_alike,
-    value_interval,
 )
 
 SHOWN_EXAMPLES = 3  # generations per run

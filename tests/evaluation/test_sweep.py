@@ -34,7 +34,7 @@ from dials_jax.evaluation.scoring import score_task, time_task
 from dials_jax.loading import load
 from dials_jax.nn.policy import policy_name
 from dials_jax.reporting import sweep_report
-from dials_jax.reporting.sweep_table import compute_sweep_rows
+from dials_jax.reporting.sweep_rows import compute_sweep_rows
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.skipping.storage import (
     FittedThresholds,

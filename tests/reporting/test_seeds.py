@@ -3,7 +3,8 @@ import pytest
 
 from dials_jax.errors import InputError
 from dials_jax.reporting.seeds import pool_seeds, seed_interval
-from dials_jax.reporting.sweep_table import compute_sweep_rows, format_table
+from dials_jax.reporting.sweep_rows import compute_sweep_rows
+from dials_jax.reporting.sweep_table import format_table
 from dials_jax.statistics import mean_interval
 from tests.reporting.sweep_results import make_results
 

@@ -8,7 +8,7 @@ import pytest
 from dials_jax.reporting import speed, sweep_report
 from dials_jax.reporting.speed import accuracy_under_parallelism, find_curves
 from dials_jax.reporting.sweep_report import write_report
-from dials_jax.reporting.sweep_table import compute_sweep_rows
+from dials_jax.reporting.sweep_rows import compute_sweep_rows
 from tests.reporting.pages import read_page
 from tests.reporting.sweep_results import make_results
 

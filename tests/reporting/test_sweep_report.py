@@ -11,7 +11,8 @@ from dials_jax.reporting import sweep_report
 from dials_jax.reporting.figure import COLORS, kind_color
 from dials_jax.reporting.publish import latex_text
 from dials_jax.reporting.sweep_report import write_report
-from dials_jax.reporting.sweep_table import WIDTH, compute_sweep_rows, format_table, page_table
+from dials_jax.reporting.sweep_rows import compute_sweep_rows
+from dials_jax.reporting.sweep_table import WIDTH, format_table, page_table
 from tests.reporting.pages import HOSTILE, read_page
 from tests.reporting.sweep_results import make_results
 

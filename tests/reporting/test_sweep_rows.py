@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dials_jax.errors import InputError
-from dials_jax.reporting.sweep_table import compute_sweep_rows
+from dials_jax.reporting.sweep_rows import compute_sweep_rows
 from dials_jax.statistics import paired_test
 from tests.reporting.sweep_results import make_results
 
