@@ -1,5 +1,6 @@
 """Two hosts, each with a device of its own, do what one does."""
 
+import contextlib
 import json
 import os
 import socket
@@ -13,7 +14,7 @@ import pytest
 
 import dials_jax as dj
 from dials_jax.config import MeshConfig
-from tests.process_worker import work
+from tests.process_worker import END_AFTER, work
 
 ROOT = Path(__file__).parents[1]
 TIME = ("tokens_per_second", "seconds", "digest")  # and digests of lines that hold times
@@ -33,18 +34,23 @@ def run_both(folder):
         port = found.getsockname()[1]
     worker = str(ROOT / "tests" / "process_worker.py")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, worker, str(number), "2", str(port), str(two)],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for number in range(2)
-    ]  # fmt: skip
-    work(one, MeshConfig())
-    outputs = [process.communicate(timeout=1200)[0] for process in processes]
-    for number, (process, output) in enumerate(zip(processes, outputs, strict=True)):
-        assert process.returncode == 0, output[-3000:]
-        (folder / f"{number}.txt").write_text(output)
+    logs = [folder / f"{number}.txt" for number in range(2)]
+    with contextlib.ExitStack() as stack:
+        processes = [
+            subprocess.Popen(
+                [sys.executable, worker, str(number), "2", str(port), str(two)],
+                env=environment, stdout=stack.enter_context(log.open("w")),
+                stderr=subprocess.STDOUT,
+            )
+            for number, log in enumerate(logs)
+        ]  # fmt: skip
+        for process in processes:
+            stack.callback(process.kill)
+        work(one, MeshConfig())
+        for process in processes:  # `END_AFTER` ends one that hangs, but not at its very end
+            process.wait(2 * END_AFTER)
+    ends = "\n".join(f"--- {log.name}\n{log.read_text()[-6000:]}" for log in logs)
+    assert [process.returncode for process in processes] == [0, 0], ends
 
 
 def lines(path):
