@@ -123,6 +123,8 @@ class TrainConfig(Typed):
     log_every: int = 10
     save_every: int = 1000
     keep_checkpoints: int = 2
+    # Models after these steps are exported as well, to steps/00000100/ and so on; 0: the first one.
+    keep_models_at: tuple[int, ...] = ()
     max_minutes: float | None = None  # save and stop after this time; compilation does not count
 
     def __post_init__(self):
@@ -144,6 +146,15 @@ class TrainConfig(Typed):
             f"max_minutes={self.max_minutes} must be positive, or None",
         )
         self._check_validation()
+        require(
+            not (self.backbone and self.keep_models_at),
+            f"keep_models_at={self.keep_models_at} is for training a model; leave it out for "
+            "routers",
+        )
+        require(
+            all(step >= 0 for step in self.keep_models_at),
+            f"keep_models_at={self.keep_models_at} has a negative step; steps count from 0",
+        )
         require_positive(self, "batch_size", "num_microbatches", "log_every", "save_every")
         require_positive(self, "keep_checkpoints")
         require(

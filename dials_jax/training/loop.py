@@ -25,8 +25,10 @@ from dials_jax.training.run import (
     Run,
     claim_workdir,
     prepare_run,
+    require_kept,
     require_own,
     require_same_experiment,
+    step_folder,
 )
 from dials_jax.training.step import (
     TrainState,
@@ -85,6 +87,7 @@ def _train(cfg: TrainConfig, workdir: Path, checkpoints: Checkpoints) -> TrainSt
     if state is None:
         state = init_train_state(*start, ema=ema, source=run.source)
     require_same_settings(step=int(state.step))  # an older checkpoint may have been restored
+    require_kept(workdir, cfg, int(state.step), total)
     claim_workdir(workdir, cfg, run.identity)
     run = dataclasses.replace(run, source=())  # its memory is needed
     _print_start(cfg, run, state, total, epoch)
@@ -111,6 +114,9 @@ def _run_steps(
 ) -> TrainState:
     """Runs the steps up to `total`. The host waits for the device only when it logs or saves.
 
+    A model to keep is written before the checkpoint of its step: a run that is killed between the
+    two takes the step again.
+
     Args:
       epoch: steps per epoch.
     """
@@ -122,6 +128,8 @@ def _run_steps(
     clock = Clock(cfg.max_minutes)
     trained = "routers" if cfg.backbone else "model"
     validation = run.validation
+    if start == 0 and 0 in cfg.keep_models_at:
+        run.export(step_folder(workdir, 0), state.result)
 
     def load_batch(step: int) -> Batch:
         batch = batch_at(
@@ -143,8 +151,9 @@ def _run_steps(
             bar.update()
             saving = done % cfg.save_every == 0 or done == total
             validating = validation is not None and validation.is_due(done, total)
+            keeping_model = done in cfg.keep_models_at
             # A save also ends a window of means: so a continued run logs the same values.
-            window_ends = saving or validating or done % cfg.log_every == 0
+            window_ends = saving or validating or keeping_model or done % cfg.log_every == 0
             stop = clock.is_over(window_ends) or request.came(window_ends)
             if window_ends or stop:
                 means = _mean_metrics(window)
@@ -164,6 +173,8 @@ def _run_steps(
                 bar.set_postfix_str(
                     _summary(means, validation.last if validation else {}), refresh=False
                 )
+                if keeping_model:
+                    run.export(step_folder(workdir, done), state.result)
                 if saving:
                     checkpoints.save(done, state)
                 window, since = [], time.perf_counter()

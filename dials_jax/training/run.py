@@ -49,6 +49,7 @@ FREE_FIELDS = tuple(
     f"train.{name}"
     for name in (
         *("log_every", "save_every", "keep_checkpoints", "mesh", "remat", "max_minutes"),
+        "keep_models_at",
         *("num_microbatches", "layout", "backbone", "init_from", "fit_execution"),
         *("validation", "validate_every", "validation_batches", "validation_thresholds"),
         *(f"data.{place}" for place in ("folder", "paths", "cache", "tokenizer", "reader")),
@@ -69,7 +70,7 @@ RATE_FIELDS = tuple(
 )
 EXPERIMENT = "config.json"  # in a workdir of training: its settings, and what else it depends on
 # What training writes beside it.
-OUTPUTS = ("checkpoints", "metrics.jsonl", "tensorboard", "training.png")
+OUTPUTS = ("checkpoints", "metrics.jsonl", "tensorboard", "training.png", "steps")
 
 
 @dataclass(frozen=True)
@@ -243,7 +244,28 @@ def require_own(workdir: Path, cfg: TrainConfig) -> None:
     if cfg.backbone:
         storage.require_replaceable_router(workdir / "router")
     else:
-        folders.require_replaceable_model(workdir / "model")
+        for folder in (workdir, *(step_folder(workdir, step) for step in cfg.keep_models_at)):
+            folders.require_replaceable_model(folder / "model")
+
+
+def step_folder(workdir: str | Path, step: int) -> Path:
+    """Where the model after so many steps is exported: see `TrainConfig.keep_models_at`."""
+    return Path(workdir) / "steps" / f"{step:08d}"
+
+
+def require_kept(workdir: Path, cfg: TrainConfig, step: int, total: int) -> None:
+    """Raises: InputError for a model to keep that the run from `step` to `total` does not make."""
+    for kept in cfg.keep_models_at:
+        require(
+            kept <= total,
+            f"keep_models_at: step {kept} is after the last one, {total}; leave it out",
+        )
+        folder = step_folder(workdir, kept)
+        require(
+            kept > step or kept == step == 0 or (folder / "model").exists(),
+            f"keep_models_at: {workdir} has taken {step} steps and kept no model of step {kept}; "
+            "leave it out, or choose another --workdir",
+        )
 
 
 def require_same_experiment(

@@ -321,7 +321,7 @@ def test_a_model_may_move_and_keeps_its_fingerprint(train_config, tmp_path):
     resumes(train_config("here/model"), train_config("there/model"), tmp_path)
 
 
-OURS = ["checkpoints", "metrics.jsonl", "tensorboard", "training.png"]
+OURS = ["checkpoints", "metrics.jsonl", "tensorboard", "training.png", "steps"]
 
 
 @pytest.mark.parametrize("name", [*OURS, "model", "model.unfinished", "tokenizer.json"])
