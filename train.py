@@ -1,34 +1,7 @@
-"""Trains a masked diffusion model from scratch, or DIALS routers on a frozen one.
+"""`python train.py --config FILE --workdir DIR`: as `dials train`, from a clone."""
 
-python train.py --config configs/demo/model.py --workdir runs/model [--optimizer.num-steps 100]
-"""
-
-from importlib.util import find_spec
-from pathlib import Path
-
-from dials_jax.commands import keep_programs, parse, run_command
-from dials_jax.config import TrainConfig
-from dials_jax.reporting.training_plots import training_curves
-from dials_jax.sharding import on_first_process
-from dials_jax.stopping import keeping
-from dials_jax.training.loop import train
-
-
-def command() -> None:
-    """Trains, and draws the curves of the training."""
-    config, workdir = parse(TrainConfig, __doc__)
-    keep_programs()
-    train(config, workdir)
-    with keeping(lambda: f"training has ended, and its result is in {workdir}"):
-        on_first_process(lambda: draw_curves(workdir))
-
-
-def draw_curves(workdir: Path) -> None:
-    """Draws the training curves, if matplotlib is installed; on a pod it may be missing."""
-    if find_spec("matplotlib"):
-        path = training_curves(workdir / "metrics.jsonl", workdir / "training.png")
-        print(f"curves: {path.absolute()}", flush=True)
-
+from dials_jax.cli.train import train_command
+from dials_jax.commands import run_command
 
 if __name__ == "__main__":
-    run_command(command)
+    run_command(train_command)

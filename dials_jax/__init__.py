@@ -5,48 +5,69 @@ import dials_jax as dj
 model = dj.load("path/to/model")
 router = dj.load_router("runs/router", model)
 sampler = dj.Confidence(gen_length=256, block_length=32)
-out = dj.generate(model, prompts, sampler=sampler, policy=router)
+out = dj.generate(model, prompts, sampler=sampler, policy=router)  # prompts: token ids
 out.tokens, out.gates, out.flops
 """
 
-from dials_jax.caching.early_skip.settings import EarlySkip
-from dials_jax.caching.plain import DualCache, PrefixCache
-from dials_jax.config import ModelConfig, RouterConfig
-from dials_jax.data.tokenizer import load_tokenizer
-from dials_jax.errors import InputError
-from dials_jax.evaluation.likelihood import estimate_log_likelihood, log_likelihood
-from dials_jax.loading import load
-from dials_jax.models.model import Model
-from dials_jax.sampling.ancestral import Ancestral
-from dials_jax.sampling.autoregressive import Autoregressive
-from dials_jax.sampling.confidence import Confidence
-from dials_jax.sampling.dream import Dream
-from dials_jax.sampling.generate import generate
-from dials_jax.sampling.model_schedule import Schedule
-from dials_jax.skipping.policies import Random, Static
-from dials_jax.skipping.routed import Routed
-from dials_jax.skipping.storage import load_router
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "Ancestral",
-    "Autoregressive",
-    "Confidence",
-    "Dream",
-    "DualCache",
-    "EarlySkip",
-    "InputError",
-    "Model",
-    "ModelConfig",
-    "PrefixCache",
-    "Random",
-    "Routed",
-    "RouterConfig",
-    "Schedule",
-    "Static",
-    "estimate_log_likelihood",
-    "generate",
-    "load",
-    "load_router",
-    "load_tokenizer",
-    "log_likelihood",
-]
+if TYPE_CHECKING:
+    from dials_jax.caching.early_skip.settings import EarlySkip
+    from dials_jax.caching.plain import DualCache, PrefixCache
+    from dials_jax.config import ModelConfig, RouterConfig
+    from dials_jax.data.tokenizer import load_tokenizer
+    from dials_jax.errors import InputError
+    from dials_jax.evaluation.likelihood import estimate_log_likelihood, log_likelihood
+    from dials_jax.loading import load
+    from dials_jax.models.model import Model
+    from dials_jax.sampling.ancestral import Ancestral
+    from dials_jax.sampling.autoregressive import Autoregressive
+    from dials_jax.sampling.confidence import Confidence
+    from dials_jax.sampling.dream import Dream
+    from dials_jax.sampling.generate import generate
+    from dials_jax.sampling.model_schedule import Schedule
+    from dials_jax.skipping.policies import Random, Static
+    from dials_jax.skipping.routed import Routed
+    from dials_jax.skipping.storage import load_router
+
+__version__ = "0.2.0"
+
+# Where each public name stands. It is imported when it is first used, so that `dials --help` and
+# `dj.__version__` need not wait for JAX. Type checkers read the imports above.
+_HOMES = {
+    "Ancestral": "sampling.ancestral",
+    "Autoregressive": "sampling.autoregressive",
+    "Confidence": "sampling.confidence",
+    "Dream": "sampling.dream",
+    "DualCache": "caching.plain",
+    "EarlySkip": "caching.early_skip.settings",
+    "InputError": "errors",
+    "Model": "models.model",
+    "ModelConfig": "config",
+    "PrefixCache": "caching.plain",
+    "Random": "skipping.policies",
+    "Routed": "skipping.routed",
+    "RouterConfig": "config",
+    "Schedule": "sampling.model_schedule",
+    "Static": "skipping.policies",
+    "estimate_log_likelihood": "evaluation.likelihood",
+    "generate": "sampling.generate",
+    "load": "loading",
+    "load_router": "skipping.storage",
+    "load_tokenizer": "data.tokenizer",
+    "log_likelihood": "evaluation.likelihood",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

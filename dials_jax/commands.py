@@ -1,29 +1,72 @@
-"""The command line of `train.py` and `eval.py`, and errors in one line."""
+"""Command lines with a configuration, and errors in one line.
+
+JAX takes a second to import, so nothing here does before it is needed: `--help` is there at once.
+"""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
-import inspect
+import dataclasses
 import io
 import os
 import re
-import runpy
 import sys
-import traceback
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from types import UnionType
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
-import jax
-
-import dials_jax.config
 from dials_jax.config.choices import apply_choices, choice_flags
-from dials_jax.errors import InputError, nearest, require, require_packages
+from dials_jax.config_files import load_config, shipped_configs
+from dials_jax.errors import InputError, require
 from dials_jax.files import local_path
 from dials_jax.stopping import Stopped, obey_sigterm
 
 C = TypeVar("C")
+
+
+@dataclasses.dataclass(frozen=True)
+class CommandLine:
+    """`--config FILE --workdir DIR [--some.field value]`, as it was given.
+
+    Attributes:
+      rest: the options of the configuration.
+    """
+
+    description: str
+    config: str
+    workdir: str | None
+    distributed: bool
+    rest: list[str]
+
+    @classmethod
+    def read(
+        cls, description: str, argv: list[str] | None = None, needs_workdir: bool = True
+    ) -> CommandLine:
+        """Reads the options. Help without a configuration ends the process here."""
+        parser = config_parser(description, needs_workdir)
+        known, rest = parser.parse_known_args(argv)
+        if known.config is None:
+            asked = {"-h", "--help"} & set(rest) or not (rest or any(vars(known).values()))
+            require(bool(asked), "--config FILE is missing; name a file, or one of configs/")
+            parser.print_help()
+            raise SystemExit(0)
+        workdir, distributed = vars(known).get("workdir"), vars(known).get("distributed", False)
+        return cls(description, known.config, workdir, distributed, rest)
+
+    def settings(self, config_class: type[C] | UnionType) -> C:
+        """The configuration with its options applied."""
+        return override(load_config(self.config, config_class), self.rest, self.description)
+
+    def folder(self) -> Path:
+        """The workdir. Joins the other hosts of a pod first, if that is asked for."""
+        require(self.workdir is not None, "--workdir DIR is missing; say where results go")
+        local_path(self.workdir, "--workdir")
+        if self.distributed:
+            _join()
+        return Path(self.workdir).expanduser()
 
 
 def parse(
@@ -37,8 +80,13 @@ def parse(
     FILE is Python with a function `get_config()`; every field of what it returns is an option,
     listed by `--config FILE --help`.
     """
-    import argparse
+    given = CommandLine.read(description, argv, needs_workdir)
+    config = given.settings(config_class)
+    return config, given.folder() if needs_workdir else Path(".")
 
+
+def config_parser(description: str, needs_workdir: bool) -> argparse.ArgumentParser:
+    names = textwrap.fill(", ".join(shipped_configs()), 96, break_on_hyphens=False)
     parser = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -46,9 +94,12 @@ def parse(
         allow_abbrev=False,
         epilog="Every field of the configuration is an option; --config FILE --help lists them.\n"
         "Compiled programs are in ~/.cache/dials_jax/xla, or in $JAX_COMPILATION_CACHE_DIR;\n"
-        "JAX_ENABLE_COMPILATION_CACHE=false keeps none.",
+        "JAX_ENABLE_COMPILATION_CACHE=false keeps none.\n\n"
+        f"Configurations that come with the library, for training and evaluation:\n{names}",
     )
-    parser.add_argument("--config", metavar="FILE", help="a file of configs/, with get_config()")
+    parser.add_argument(
+        "--config", metavar="FILE", help="a file with get_config(), or the name of a shipped one"
+    )
     if needs_workdir:
         parser.add_argument(
             "--workdir", metavar="DIR", help="where results go; continues what is there"
@@ -58,23 +109,12 @@ def parse(
             action="store_true",
             help="join the other hosts of a pod before starting",
         )
-    known, rest = parser.parse_known_args(argv)
-    if known.config is None:
-        asked = {"-h", "--help"} & set(rest) or not (rest or any(vars(known).values()))
-        require(bool(asked), "--config FILE is missing; name a file of configs/")
-        parser.print_help()
-        raise SystemExit(0)
-    config = override(load_config(known.config, config_class), rest, description)
-    if not needs_workdir:
-        return config, Path(".")
-    require(known.workdir is not None, "--workdir DIR is missing; say where results go")
-    local_path(known.workdir, "--workdir")
-    if known.distributed:
-        _join()
-    return config, Path(known.workdir).expanduser()
+    return parser
 
 
 def _join() -> None:
+    import jax
+
     try:
         jax.distributed.initialize()
     except ValueError as error:  # nothing names the other hosts
@@ -83,65 +123,6 @@ def _join() -> None:
             "the command on every host of a pod"
         ) from error
     obey_sigterm()  # JAX sets its own handler, which nothing here uses
-
-
-def load_config(path: str, config_class: type[C] | UnionType) -> C:
-    """Runs a configuration file and returns what its `get_config()` returns.
-
-    Raises: InputError for anything that goes wrong in it, with the line.
-    """
-    file = local_path(path, "--config")
-    require(file.is_file(), f"configuration {path} is missing; configs/ lists those there are")
-    make = None
-    try:
-        make = runpy.run_path(str(file)).get("get_config")
-        require(callable(make), "it has no function get_config()")
-        config = make()
-    except (Exception, SystemExit) as error:
-        where = f"configuration {path}{_line(str(file), error, make)}"
-        raise InputError(f"{where}: {_reason(error)}") from error
-    taken = " or ".join(c.__name__ for c in get_args(config_class) or (config_class,))
-    require(
-        isinstance(config, config_class),
-        f"configuration {path} is a {type(config).__name__}, but this command takes a {taken}; "
-        "use the other command",
-    )
-    return config
-
-
-def _line(file: str, error: BaseException, make: Any) -> str:
-    """Where in the file an error arose."""
-    if isinstance(error, SyntaxError) and error.filename == file:
-        return f", line {error.lineno}"
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if frame.filename == file]
-    if not lines and inspect.isfunction(make):  # it needs an argument
-        lines = [make.__code__.co_firstlineno]
-    return f", line {lines[-1]}" if lines else ""
-
-
-def _reason(error: BaseException) -> str:
-    """An error of a configuration file in one line."""
-    if isinstance(error, InputError):
-        return str(error)
-    if isinstance(error, SystemExit):
-        return "it calls exit; a configuration only returns settings"
-    message = " ".join(str(error).split())
-    if isinstance(error, TypeError):
-        message += _field_hint(message)
-    return f"{type(error).__name__}: {message}"
-
-
-def _field_hint(message: str) -> str:
-    """The remedy for a field that a class of `dials_jax.config` does not have, or lacks."""
-    match = re.match(r"(\w+)\.__init__\(\) (?:.*unexpected.*'(\w+)'|missing)", message)
-    config_class = match and (
-        getattr(dials_jax.config, match[1], None) or getattr(dials_jax, match[1], None)
-    )
-    if not config_class:
-        return ""
-    fields = getattr(config_class, "__dataclass_fields__", ())
-    return nearest(match[2], fields) if match[2] else "; add it"
 
 
 def override(config: C, arguments: list[str], description: str = "") -> C:
@@ -210,6 +191,8 @@ def keep_programs() -> None:
     Call it before anything is compiled. JAX's variables take precedence: JAX_COMPILATION_CACHE_DIR
     names another folder, JAX_ENABLE_COMPILATION_CACHE=false stores nothing.
     """
+    import jax
+
     if not jax.config.jax_compilation_cache_dir:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(Path(home) / "dials_jax" / "xla"))
@@ -236,14 +219,3 @@ def run_command(command: Callable[[], Any]) -> None:
         stop = stop if isinstance(stop, Stopped) else Stopped()
         print(f"stopped{stop.message and ': '}{stop.message}", file=sys.stderr)
         raise SystemExit(stop.status) from None
-
-
-def lm_eval_command() -> None:
-    """`dials-lm-eval`: the command line of lm-evaluation-harness, with `--model dials`."""
-    require_packages("eval", "lm_eval")
-    keep_programs()
-    from lm_eval.__main__ import cli_evaluate
-
-    import dials_jax.evaluation.lm_eval  # noqa: F401  registers the model
-
-    run_command(cli_evaluate)

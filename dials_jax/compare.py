@@ -1,8 +1,8 @@
 """Compares any two rows of sweeps by a paired test, and prints a matrix of all pairs per task.
 
-python -m dials_jax.compare runs/sweep
-python -m dials_jax.compare runs/seed0 runs/seed1 --holm --out runs/comparison
-python -m dials_jax.compare runs/llada runs/dream --only "llada: full" "dream: full"
+dials compare runs/sweep
+dials compare runs/seed0 runs/seed1 --holm --out runs/comparison
+dials compare runs/llada runs/dream --only "llada: full" "dream: full"
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def compare(argv: Sequence[str] | None = None) -> list[Comparison]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m dials_jax.compare",
+        prog="dials compare",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -12,9 +12,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 
-import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -94,10 +92,14 @@ class Request:
 
     def came(self, meeting: bool) -> bool:
         """Whether to end, the same on every process. Several agree only at a `meeting`."""
+        import jax  # late: it takes a second, which --help need not wait for
+
         if self.signum is None:
             if jax.process_count() == 1:
                 self.signum = self._noted
             elif meeting:
+                from jax.experimental import multihost_utils
+
                 noted = multihost_utils.process_allgather(np.int32(self._noted or 0))
                 self.signum = int(np.max(noted)) or None
         return self.signum is not None

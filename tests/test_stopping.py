@@ -8,8 +8,8 @@ import threading
 import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
-from dials_jax import stopping
 from dials_jax.commands import run_command
 from dials_jax.stopping import Request, Stopped, keeping
 
@@ -99,7 +99,7 @@ def test_several_processes_agree_only_where_they_meet(monkeypatch):
         heard.append(int(mine))
         return np.array([mine, signal.SIGTERM])
 
-    monkeypatch.setattr(stopping.multihost_utils, "process_allgather", gather)
+    monkeypatch.setattr(multihost_utils, "process_allgather", gather)
     with Request() as request:
         request.start()
         assert not request.came(meeting=False) and heard == []

@@ -1,4 +1,4 @@
-"""Converts a published checkpoint: `python -m convert SRC DST`."""
+"""Converts a published checkpoint: `dials convert SRC DST`, or `python -m convert`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0: done. 2: wrong input, after one line about it. 130 and 143: Ctrl-C and SIGTERM.
     """
-    parser = argparse.ArgumentParser(prog="python -m convert", description=DESCRIPTION)
+    parser = argparse.ArgumentParser(prog="dials convert", description=DESCRIPTION)
     parser.add_argument(
         "source", metavar="SRC", help="folder with config.json and *.safetensors, or a .ckpt"
     )

@@ -40,7 +40,10 @@ def environment(model: Model, seed: int) -> dict[str, Any]:
 
 def command() -> str:
     """The command line of this process, quoted for a shell."""
-    return shlex.join(["python", *sys.argv])
+    program, *arguments = sys.argv
+    if program.startswith("dials "):  # as `dials_jax.cli.main` leaves it
+        return f"{program} {shlex.join(arguments)}"
+    return shlex.join(["python", program, *arguments])
 
 
 @functools.cache

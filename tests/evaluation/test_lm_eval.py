@@ -19,8 +19,8 @@ from lm_eval.api.model import LM  # noqa: E402
 from lm_eval.api.registry import get_model  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from dials_jax import commands  # noqa: E402
 from dials_jax.caching.plain import DualCache  # noqa: E402
+from dials_jax.cli.harness import lm_eval_command  # noqa: E402
 from dials_jax.config import HarnessConfig, HarnessModel  # noqa: E402
 from dials_jax.data.tokenizer import load_tokenizer  # noqa: E402
 from dials_jax.errors import InputError  # noqa: E402
@@ -488,7 +488,7 @@ def test_the_command_line_gives_the_results_of_the_same_call_in_process(
         f"--output_path {tmp_path / 'out'} --log_samples"
     )
     monkeypatch.setattr(sys, "argv", ["dials-lm-eval", *arguments.split()])
-    commands.lm_eval_command()
+    lm_eval_command()
     [file] = tmp_path.glob("out/**/results_*.json")
     results = json.loads(file.read_text())
     assert results["config"]["nfe"] == expected["config"]["nfe"]
@@ -510,7 +510,7 @@ def test_a_wrong_argument_ends_the_command_with_one_line(monkeypatch, capsys, fo
     arguments = f"--model dials --model_args path=x,stepz=4 --include_path {folders / 'tasks'}"
     monkeypatch.setattr(sys, "argv", ["dials-lm-eval", *arguments.split(), "--tasks", "piqa"])
     with pytest.raises(SystemExit) as stop:
-        commands.lm_eval_command()
+        lm_eval_command()
     assert stop.value.code == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line == "error: unknown model argument 'stepz'; did you mean 'steps'?"

@@ -1,0 +1,76 @@
+"""`dials COMMAND ...`: every command of the library.
+
+dials train --config demo/model --workdir runs/model
+dials eval --config demo/sweep --workdir runs/sweep
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NamedTuple
+
+import dials_jax
+from dials_jax.commands import run_command
+from dials_jax.errors import nearest, require
+
+
+class SubCommand(NamedTuple):
+    """Where a command stands, and what it does in a line."""
+
+    module: str
+    function: str
+    summary: str
+
+
+COMMANDS = {
+    "convert": SubCommand("convert.__main__", "main", "a published checkpoint, to load faster"),
+    "prepare": SubCommand("cli.prepare", "prepare_command", "tokenise and pack a corpus, once"),
+    "train": SubCommand("cli.train", "train_command", "a model, or routers on a frozen one"),
+    "eval": SubCommand("cli.evaluate", "eval_command", "policies on tasks; studies"),
+    "compare": SubCommand("compare", "compare", "rows of sweeps, by a paired test"),
+    "lm-eval": SubCommand(
+        "cli.harness", "harness_command", "lm-evaluation-harness, with --model dials"
+    ),
+}
+
+
+def dials(argv: Sequence[str] | None = None) -> None:
+    """Runs the command that the first argument names; the rest is the command's own."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    if not given or given[0] in ("-h", "--help"):
+        print(help_text())
+    elif given[0] == "--version":
+        print(f"dials_jax {dials_jax.__version__}")
+    else:
+        run_command(lambda: start(*given))
+
+
+def start(name: str, *arguments: str) -> None:
+    """Raises: InputError for an unknown command, naming the nearest one."""
+    known = f"dials has no command {name!r}{nearest(name, COMMANDS)}"
+    require(name in COMMANDS, known)
+    command = COMMANDS[name]
+    sys.argv = [f"dials {name}", *arguments]  # what usage lines, and records of a run, show
+    function = getattr(import_module(f"dials_jax.{command.module}"), command.function)
+    status = function()
+    if isinstance(status, int) and status:
+        raise SystemExit(status)
+
+
+def help_text() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: dials COMMAND ...\n",
+            "Masked diffusion language models that leave out layers, tokens and steps.\n",
+            *lines,
+            "\n`dials COMMAND --help` lists its options; `dials --version`.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    dials()

@@ -1,0 +1,35 @@
+"""Trains a masked diffusion model from scratch, or DIALS routers on a frozen one.
+
+dials train --config demo/model --workdir runs/model [--optimizer.num-steps 100]
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from dials_jax.commands import CommandLine, keep_programs
+
+
+def train_command() -> None:
+    """Trains, and draws the curves of the training."""
+    given = CommandLine.read(__doc__)
+    from dials_jax.config import TrainConfig
+    from dials_jax.sharding import on_first_process
+    from dials_jax.stopping import keeping
+    from dials_jax.training.loop import train
+
+    config, workdir = given.settings(TrainConfig), given.folder()
+    keep_programs()
+    train(config, workdir)
+    with keeping(lambda: f"training has ended, and its result is in {workdir}"):
+        on_first_process(lambda: draw_curves(workdir))
+
+
+def draw_curves(workdir: Path) -> None:
+    """Draws the training curves, if matplotlib is installed; on a pod it may be missing."""
+    if find_spec("matplotlib"):
+        from dials_jax.reporting.training_plots import training_curves
+
+        path = training_curves(workdir / "metrics.jsonl", workdir / "training.png")
+        print(f"curves: {path.absolute()}", flush=True)

@@ -1,0 +1,117 @@
+"""The command `dials`: its sub-commands, their help, and shipped configurations by name."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dials_jax
+from dials_jax.cli import main as cli
+from dials_jax.commands import CommandLine
+from dials_jax.config import TrainConfig
+from dials_jax.config_files import find_config, shipped_configs
+from dials_jax.errors import InputError
+from dials_jax.reporting import environment
+
+ROOT = Path(__file__).parents[1]
+
+HELP = """
+import contextlib, sys
+from dials_jax.cli.main import dials
+for name in sys.argv[1:]:
+    with contextlib.suppress(SystemExit):
+        dials([*name.split(), "--help"])
+print("slow", "jax" in sys.modules)
+"""
+SLOW = {"convert", "compare", "lm-eval"}  # their help imports what they list
+
+
+def test_help_is_there_before_jax_is():
+    names = ["", *(name for name in cli.COMMANDS if name not in SLOW)]
+    done = subprocess.run(
+        [sys.executable, "-c", HELP, *names], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert done.stdout.endswith("slow False\n")
+    for name in names[1:]:
+        assert f"usage: dials {name}" in done.stdout
+
+
+def test_every_command_stands_in_the_help_and_can_be_imported(capsys):
+    cli.dials([])
+    shown = capsys.readouterr().out
+    for name, command in cli.COMMANDS.items():
+        assert f"  {name} " in shown
+        module = ROOT / "dials_jax" / (command.module.replace(".", "/") + ".py")
+        defined = {x.name for x in ast.parse(module.read_text()).body if hasattr(x, "name")}
+        assert command.function in defined
+
+
+def test_the_version(capsys):
+    cli.dials(["--version"])
+    assert capsys.readouterr().out == f"dials_jax {dials_jax.__version__}\n"
+
+
+def test_an_unknown_command_is_one_line(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.dials(["trian", "--config", "x"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: dials has no command 'trian'; did you mean 'train'?\n"
+
+
+def test_a_command_is_recorded_as_it_was_given(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["dials eval", "--config", "a b"])
+    assert environment.command() == "dials eval --config 'a b'"
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--config", "c"])
+    assert environment.command() == "python eval.py --config c"
+
+
+# ------------------------------------------------------------------------- configurations by name
+
+
+@pytest.mark.parametrize("name", ["demo/model", "demo/model.py", "configs/demo/model.py"])
+def test_a_shipped_configuration_is_found_by_name_anywhere(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = CommandLine.read("Trains.", ["--config", name, "--workdir", "run"])
+    assert given.settings(TrainConfig).model.num_layers > 0
+    assert find_config(name).samefile(ROOT / "configs" / "demo" / "model.py")
+
+
+def test_a_file_comes_before_a_shipped_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "model").write_text("")
+    assert find_config("demo/model") == tmp_path / "demo" / "model"
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("llada/sweep_gsm8", "; did you mean 'llada/sweep_gsm8k'?"), ("mine.py", "; --help lists")],
+)
+def test_a_name_that_is_missing(name, hint):
+    with pytest.raises(InputError, match="is missing") as error:
+        find_config(name)
+    assert hint in str(error.value) and len(str(error.value)) < 200
+
+
+def test_all_configurations_are_shipped():
+    files = (ROOT / "configs").rglob("*.py")
+    assert shipped_configs().keys() == {
+        path.relative_to(ROOT / "configs").with_suffix("").as_posix() for path in files
+    }
+
+
+# ------------------------------------------------------------------------------- public names
+
+
+def test_public_names_are_those_that_type_checkers_see():
+    tree = ast.parse((ROOT / "dials_jax/__init__.py").read_text())
+    [block] = [node for node in tree.body if isinstance(node, ast.If)]
+    homes = {alias.name: node.module for node in block.body for alias in node.names}
+    assert homes == {name: f"dials_jax.{home}" for name, home in dials_jax._HOMES.items()}
+    assert sorted(homes) == dials_jax.__all__
+    for name in dials_jax.__all__:
+        assert getattr(dials_jax, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'generat'"):
+        dials_jax.generat  # noqa: B018
