@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import jax
 from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
-from dials_jax import digests
+from dials_jax import digests, sharding
 from dials_jax.errors import InputError
 
 # Out of memory, for example, which says nothing about the files.
@@ -37,7 +38,10 @@ def save_tree(folder: Path, tree: PyTree, rest: str, chunk_bytes: int | None = N
     context = ocp.Context()
     context.array.saving.storage_options.chunk_byte_size = chunk_bytes
     with writing(folder, rest), context:
-        ocp.save(folder, tree, overwrite=True)
+        # Orbax's own `overwrite` can hang: a process that looks for the old folder after another
+        # has removed it does not wait where the other waits for it.
+        sharding.on_first_process(lambda: folder.exists() and shutil.rmtree(folder))
+        ocp.save(folder, tree)
 
 
 def load_tree(

@@ -67,3 +67,16 @@ def test_what_cannot_be_written_ends_in_a_line_with_the_remedy(tree, tmp_path):
     with pytest.raises(InputError, match=r"tree could not be written \(.*\); make room$") as error:
         save_tree(tmp_path / "file" / "tree", tree, "make room")
     assert "\n" not in str(error.value)
+
+
+def test_the_earlier_tree_is_gone_before_orbax_saves(tree, saved, monkeypatch):
+    """Of several processes, Orbax lets one wait for ever where it has to remove a folder itself."""
+    real = stored.ocp.save
+
+    def save(folder, *args, **kwargs):
+        assert not folder.exists() and not kwargs
+        real(folder, *args)
+
+    monkeypatch.setattr(stored.ocp, "save", save)
+    save_tree(saved, tree, "make room")
+    load_tree(saved, tree, digests.digest_hex(tree))
