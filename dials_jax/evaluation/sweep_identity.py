@@ -45,7 +45,7 @@ def sweep_identity(
 
     Args:
       tasks: with their items.
-      routers: as `sweep.routed_candidates` describes them.
+      routers: as `candidates.routed_candidates` describes them.
     """
     identity = {
         "kind": type(cfg).__name__,

@@ -30,7 +30,7 @@ from dials_jax.workdir import require_unclaimed
 
 SWEEP_FILES = (RECORDS, "results.json", "results.csv", "results.tex", "report.html", "plots")
 # What a stored policy says beside what its answers depend on; `router` includes its threshold.
-DESCRIPTIONS = ("label", "training", "folder", "threshold")
+DESCRIPTIONS = ("label", "training", "folder", "threshold", "adjacent")
 
 
 class SweepRecords:
@@ -38,7 +38,8 @@ class SweepRecords:
 
     Attributes:
       runs: the finished runs, by all that their scores depend on.
-      similarities: of the layers, by task and digest of the prompts, for Goel, Algorithm 1.
+      similarities: records of the layers' similarities, for Goel, Algorithm 1, by task and digest
+        of the prompts.
       environment: that of the last measurement; None before the first.
       commands: of all measurements, each with its date and version.
       names: in the records, by the name of a task in this call.
@@ -61,7 +62,7 @@ class SweepRecords:
           results of another model.
         """
         self.runs: dict[str, dict[str, Any]] = {}
-        self.similarities: dict[tuple[str, str], list[float]] = {}
+        self.similarities: dict[tuple[str, str], dict[str, Any]] = {}
         self.environment: dict[str, Any] | None = None
         self.commands: list[str] = []
         self._batches: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -93,7 +94,7 @@ class SweepRecords:
             items = {name: math.inf if x is None else x for name, x in run["items"].items()}
             self.runs.pop(_run_key(run), None)  # the newest come last
             self.runs[_run_key(run)] = {**run, "items": items}
-            self._newest_rules[_timing_key(run)] = run.get("rules")
+            self._newest_rules[_row_key(run)] = run.get("rules")
         elif "scores" in record or "verdicts" in record:
             self._batches[_key(record["task"], record["policy"], record["seed"])].append(record)
         elif "timing" in record:
@@ -102,7 +103,7 @@ class SweepRecords:
             known = self._timings[_timing_key(record)]
             known[conditions] = known.pop(conditions, {}) | {timing["repeat"]: timing["seconds"]}
         elif "similarities" in record:
-            self.similarities[record["task"], record["prompts"]] = record["similarities"]
+            self.similarities[record["task"], record["prompts"]] = record
         else:
             self.environment = where = record["environment"]
             about = ", ".join(str(where[name]) for name in ("date", "library") if name in where)
@@ -144,7 +145,7 @@ class SweepRecords:
     def is_finished(self, task: str, policy: Mapping[str, Any]) -> bool:
         """Whether the newest run of this policy on exactly these items is by the rules of now."""
         run = self._run(task, policy)
-        newest = self._newest_rules.get(_timing_key(run))
+        newest = self._newest_rules.get(_row_key(run))
         return _run_key(run) in self.runs and newest == self._rules[task]
 
     def _run(self, task: str, policy: Mapping[str, Any]) -> dict[str, Any]:
@@ -198,8 +199,13 @@ def _timing_key(run: Mapping[str, Any]) -> str:
     return _key(run["task"], run["policy"], run["seed"]) + run["items_digest"]
 
 
+def _row_key(run: Mapping[str, Any]) -> str:
+    """Policies of the same layers are rows of their own where they were chosen otherwise."""
+    return _timing_key(run) + (" adjacent" if run["policy"].get("adjacent") else "")
+
+
 def _run_key(run: Mapping[str, Any]) -> str:
-    return f"{_timing_key(run)}, {run.get('rules')}"
+    return f"{_row_key(run)}, {run.get('rules')}"
 
 
 def timing_conditions(cfg: EvalConfig, task: EvalTask, model: Model) -> dict[str, Any]:
@@ -275,7 +281,8 @@ def check_record(record: Any, num_layers: int) -> None:
         require_texts(record["task"])
         require_texts(record.get("prompts", ""))
         require_numbers([record.get("num_prompts", 0)])
-        require_numbers(record["similarities"], num_layers)
+        for similarities in (record["similarities"], *record.get("by_prompt", ())):
+            require_numbers(similarities, num_layers)
     else:
         dict(record["environment"])
 

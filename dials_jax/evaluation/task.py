@@ -166,6 +166,8 @@ class EvalConfig(Typed):
     routers: tuple[str, ...] = ()  # workdirs of router training, one per lambda
     tasks: tuple[EvalTask, ...] = ()
     num_static: tuple[int, ...] = (1, 2, 3, 4)  # how many layers to skip; which: Goel, Algorithm 1
+    # Whether neighbours may both be chosen (Goel, Tables 2 and 3); (False, True) is both kinds.
+    allow_adjacent: tuple[bool, ...] = (False,)
     # Sets of layers to skip, counted from 0: ((4,), (4, 6)) are {5} and {5, 7} of DIALS.
     static_layers: tuple[tuple[int, ...], ...] = ()
     num_random: tuple[int, ...] = (1, 2, 3, 4)
@@ -193,6 +195,10 @@ class EvalConfig(Typed):
     def __post_init__(self):
         super().__post_init__()
         require_positive(self, "num_calibration", "batch_size")
+        require(
+            len(self.allow_adjacent) > 0,
+            "allow_adjacent=() is neither kind of choice; give (False,), (True,) or (False, True)",
+        )
         taus = self.skip_threshold if isinstance(self.skip_threshold, tuple) else ()
         for tau in taus or (self.skip_threshold or 0.0,):
             require(0 <= tau < 1, f"skip_threshold={tau} must lie in [0, 1)")

@@ -8,7 +8,7 @@ import pytest
 from dials_jax.config import ArithmeticData, EvalConfig, EvalTask, TaskData
 from dials_jax.data.tokenizer import load_tokenizer
 from dials_jax.errors import InputError
-from dials_jax.evaluation import sweep
+from dials_jax.evaluation import static_choice, sweep
 from dials_jax.evaluation.calibration import load_calibration
 from dials_jax.evaluation.items import load_items
 from dials_jax.loading import load
@@ -111,7 +111,7 @@ def test_a_set_is_given_once(cfg, tmp_path):
 
 def test_a_program_per_set_only_where_it_has_no_branches(arithmetic_model):
     unrolled, stacked = (load(arithmetic_model, layout=x) for x in ("unrolled", "stacked"))
-    assert sweep._static_policy(unrolled, (2,), num_sets=3) == Static((2,))
+    assert static_choice._static_policy(unrolled, (2,), num_sets=3) == Static((2,))
     for model, num_sets in ((unrolled, 4), (stacked, 1)):
-        policy = sweep._static_policy(model, (2,), num_sets)
+        policy = static_choice._static_policy(model, (2,), num_sets)
         assert isinstance(policy, StaticGates) and policy.gates.tolist() == [1, 1, 0, 1]

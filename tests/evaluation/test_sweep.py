@@ -27,7 +27,14 @@ from dials_jax.config import (
 )
 from dials_jax.data.tokenizer import character_tokenizer, load_tokenizer
 from dials_jax.errors import InputError
-from dials_jax.evaluation import batched, sweep, sweep_identity, timing
+from dials_jax.evaluation import (
+    batched,
+    candidates,
+    static_choice,
+    sweep,
+    sweep_identity,
+    timing,
+)
 from dials_jax.evaluation.calibration import CalibrationPrompts
 from dials_jax.evaluation.items import items_digest, load_items
 from dials_jax.evaluation.scoring import score_task, time_task
@@ -714,9 +721,10 @@ def test_static_layers_are_as_similar_as_asked(
     threshold, chosen, cfg, arithmetic_model, monkeypatch, capsys, untyped
 ):
     """Layers 3 and 1 are the most similar ones that are not adjacent."""
-    monkeypatch.setattr(sweep, "layer_similarities", None)
+    monkeypatch.setattr(static_choice, "prompt_similarities", None)
     calibration = CalibrationPrompts((), "none", of_test=True)
-    known = {("records (2)", items_digest(())): [0.2, 0.9, 0.97, 0.99]}
+    found = {"similarities": [0.2, 0.9, 0.97, 0.99], "by_prompt": []}
+    known = {("records (2)", items_digest(())): found}
     records = SimpleNamespace(similarities=known, names={"records": "records (2)"})
     cfg = dataclasses.replace(cfg, num_static=(1, 2), similarity_threshold=threshold)
     model = load(arithmetic_model)
@@ -748,8 +756,10 @@ def test_several_thresholds_join_a_sweep_and_load_the_router_once(
     cfg, finished, tmp_path, monkeypatch, without_plots, capsys
 ):
     loads = []
-    load_once = sweep.load_router
-    monkeypatch.setattr(sweep, "load_router", lambda *args: loads.append(args) or load_once(*args))
+    load_once = candidates.load_router
+    monkeypatch.setattr(
+        candidates, "load_router", lambda *args: loads.append(args) or load_once(*args)
+    )
     monkeypatch.setattr(sweep, "advice_if_idle", lambda share: f"advice at {share:.2f}")
     workdir = shutil.copytree(finished, tmp_path / "sweep")
     several = dataclasses.replace(cfg, skip_threshold=(0.0, 0.9), tasks=cfg.tasks[1:])
