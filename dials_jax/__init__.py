@@ -4,6 +4,9 @@ import dials_jax as dj
 
 model = dj.load("path/to/model")
 router = dj.load_router("runs/router", model)
+for answer in dj.generate_text(model, ["1 + 1 ="], policy=router):
+    answer.text, answer.passes, answer.layers_run
+
 sampler = dj.Confidence(gen_length=256, block_length=32)
 out = dj.generate(model, prompts, sampler=sampler, policy=router)  # prompts: token ids
 out.tokens, out.gates, out.flops
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from dials_jax.skipping.policies import Random, Static
     from dials_jax.skipping.routed import Routed
     from dials_jax.skipping.storage import load_router
+    from dials_jax.text import GeneratedText, generate_text
 
 __version__ = "0.2.0"
 
@@ -42,6 +46,7 @@ _HOMES = {
     "Dream": "sampling.dream",
     "DualCache": "caching.plain",
     "EarlySkip": "caching.early_skip.settings",
+    "GeneratedText": "text",
     "InputError": "errors",
     "Model": "models.model",
     "ModelConfig": "config",
@@ -53,6 +58,7 @@ _HOMES = {
     "Static": "skipping.policies",
     "estimate_log_likelihood": "evaluation.likelihood",
     "generate": "sampling.generate",
+    "generate_text": "text",
     "load": "loading",
     "load_router": "skipping.storage",
     "load_tokenizer": "data.tokenizer",

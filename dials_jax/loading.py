@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,13 @@ def load(
     Raises: InputError for any other path, and for a folder that is broken.
     """
     folder = local_path(path, "model")
+    may_be_name = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not folder.parent.exists()
+    name = str(path).rpartition("/")[2].lower()
+    require(
+        not may_be_name,
+        f"{path} is not a folder; if it is a name on the Hugging Face hub, download it with "
+        f"`hf download {path} --local-dir models/{name}`, and give that folder",
+    )
     require(folder.is_dir(), f"{path} is not a folder; give a model, a workdir or a download")
     for candidate in (folder, folder / "model"):
         if folders.is_model_folder(candidate):
@@ -37,7 +45,7 @@ def load(
     if config_file.is_file() and "model_type" in read_json(config_file):
         return _load_hugging_face(folder, dtype, mesh, layout)
     raise InputError(
-        f"{path} holds no model: give a folder made by `python -m convert`, a training workdir "
+        f"{path} holds no model: give a folder made by `dials convert`, a training workdir "
         "with model/ inside, or a Hugging Face folder with config.json and safetensors"
     )
 

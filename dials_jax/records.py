@@ -48,6 +48,7 @@ class Records:
         mark: str,
         agree: Agree,
         before: tuple[Mapping[str, Any], Sequence[dict[str, Any]]] | None = None,
+        name: str = RECORDS,
     ):
         """Continues what the workdir holds, or starts.
 
@@ -56,10 +57,11 @@ class Records:
           check: raises for an object that is not a record.
           agree: gives the identity to continue with, from that of the workdir and the new one.
           before: identity and records of an earlier version, which stored them elsewhere.
+          name: of the file of records.
         Raises: InputError if the workdir holds results that depend on something else.
         """
         workdir = Path(workdir)
-        self.path = workdir / RECORDS
+        self.path = workdir / name
         identity = json.loads(json.dumps(identity))
         known = workdir / mark
         old = read_mark(known)
@@ -68,8 +70,8 @@ class Records:
             old, lines = before[0], Lines.of(self.path, before[1])
         require(  # a process killed while taking over earlier records has written the same lines
             known.exists() or not found.good or (lines is not found and found.lines == lines.lines),
-            f"{workdir} holds {RECORDS} but no {mark} that says of what; put it back, or choose "
-            "another --workdir",
+            f"{workdir} holds {name} but no {mark} that says of what; put it back, or choose "
+            "another place",
         )
         if old is not None:
             identity = dict(agree(old, identity, workdir))

@@ -33,7 +33,7 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 @contextlib.contextmanager
-def exclusive(folder: str | Path, name: str = "--workdir") -> Iterator[Path]:
+def exclusive(folder: str | Path, name: str = "--workdir", lock: str = LOCK) -> Iterator[Path]:
     """Locks `folder` for this process, or this pod, and makes it if it is missing.
 
     The lock is one of the operating system, which releases it when the process ends in any way.
@@ -42,22 +42,23 @@ def exclusive(folder: str | Path, name: str = "--workdir") -> Iterator[Path]:
 
     Args:
       name: of the option or field that gave the folder, for messages.
+      lock: the lock's file; runs that share a folder but no file in it have their own.
     Yields: the folder's absolute path.
     Raises: InputError if another process works there, or if nothing can be written.
     """
     path = local_path(folder, name)
     with contextlib.ExitStack() as stack:
-        sharding.on_first_process(lambda: stack.enter_context(_locked(path, name)))
+        sharding.on_first_process(lambda: stack.enter_context(_locked(path, name, lock)))
         yield path
 
 
 @contextlib.contextmanager
-def _locked(folder: Path, name: str) -> Iterator[None]:
+def _locked(folder: Path, name: str, lock: str) -> Iterator[None]:
     require_writable(folder, name)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        held = _take(folder / LOCK, name)
+        held = _take(folder / lock, name)
     except OSError as error:
         _remove_empty(made)
         raise InputError(
@@ -68,7 +69,7 @@ def _locked(folder: Path, name: str) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(OSError):
-            (folder / LOCK).unlink()  # while it is held: see `_take`
+            (folder / lock).unlink()  # while it is held: see `_take`
         os.close(held)
         _remove_empty(made)
 

@@ -25,6 +25,8 @@ LEVELS = (
     {"reporting"},
     {"training"},
     {"evaluation"},
+    {"text"},
+    {"answer_file"},
     {"studies"},
     {"config_files"},
     {"commands"},

@@ -71,6 +71,7 @@ class Revealed(NamedTuple):
     confidence: Float[Array, "B W"]  # of the token proposed; 0 where none could be revealed
     commit: Bool[Array, "B W"]  # written now: revealed, or revised by a sampler that edits
     unfinished: Bool[Array, "B"]
+    log_probs: Float[Array, "B W"] | None = None  # of the tokens proposed, if they are kept
 
 
 class Work(NamedTuple):

@@ -29,6 +29,8 @@ COMMANDS = {
     "prepare": SubCommand("cli.prepare", "prepare_command", "tokenise and pack a corpus, once"),
     "train": SubCommand("cli.train", "train_command", "a model, or routers on a frozen one"),
     "eval": SubCommand("cli.evaluate", "eval_command", "policies on tasks; studies"),
+    "generate": SubCommand("cli.generate", "generate_command", "answers to prompts, as JSON lines"),
+    "chat": SubCommand("cli.chat", "chat_command", "a conversation in the terminal"),
     "compare": SubCommand("compare", "compare", "rows of sweeps, by a paired test"),
     "lm-eval": SubCommand(
         "cli.harness", "harness_command", "lm-evaluation-harness, with --model dials"

@@ -44,7 +44,7 @@ def apply_choices(config: C, arguments: list[str]) -> tuple[C, list[str]]:
         flag, equals, text = argument.partition("=")
         known, parent = dict(choice_flags(config)), flag.rpartition(".")[0]
         if (classes := known.get(flag.replace("_", "-"))) is not None:
-            value = _parse_choice(text if equals else next(given, ""), classes, flag)
+            value = parse_choice(text if equals else next(given, ""), classes, flag)
             config = _replaced(config, flag[2:].replace("-", "_").split("."), value)
             continue
         # No field of None can be set.
@@ -65,7 +65,7 @@ def _at(config: Any, flag: str) -> Any:
     return config
 
 
-def _parse_choice(text: str, classes: tuple[type, ...], flag: str) -> Any:
+def parse_choice(text: str, classes: tuple[type, ...], flag: str) -> Any:
     """Parses `Name(field=value, ...)`, `Name` or `None`. Raises: InputError for anything else."""
     kinds = {cls.__name__: cls for cls in classes}
     if text == "None":

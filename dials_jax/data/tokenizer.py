@@ -42,6 +42,12 @@ class Tokenizer:
         self.misread = misread
         self._earlier = tuple(earlier)
 
+    def __repr__(self) -> str:
+        added = self.backend.get_added_tokens_decoder().values()
+        special = [token.content for token in added if token.special]
+        names = ", ".join(special[:4]) + (", ..." if len(special) > 4 else "")
+        return f"Tokenizer({self.vocab_size:,} ids, special: {names or 'none'})"
+
     def encode(self, text: str) -> list[int]:
         """Returns the ids of one text; errors as in `encode_batch`."""
         return self.encode_batch([text])[0]

@@ -82,6 +82,7 @@ def generation_batches(
     remaining: Ids | None = None,
     refill: bool | None = None,
     is_done: Callable[[int, Int[np.ndarray, "G"]], bool] | None = None,
+    log_probs: bool = False,
 ) -> Iterator[GenerationBatch]:
     """Generates for batches of prompts of similar length, the longest first.
 
@@ -98,6 +99,7 @@ def generation_batches(
         sampler's `stop_at_eos` or by `is_done`) and the settings allow it.
       is_done: `is_done(prompt, answer)` ends a sequence at a block's end, as a stop string does;
         the answer has [MASK] where nothing is revealed. Only where sequences make room.
+      log_probs: keep those of the generated tokens: `Generation.log_probs`.
 
     Raises: InputError for settings under which sequences cannot make room, if `refill` asks for it.
     """
@@ -117,7 +119,7 @@ def generation_batches(
             own = indices[group]
             yield from _refilled(
                 model, prompts, own, keys, is_done, sampler=sampler, policy=policy, cache=cache,
-                batch_size=batch_size, length=sizes[own[0]],
+                batch_size=batch_size, length=sizes[own[0]], log_probs=log_probs,
             )  # fmt: skip
         return
     for chosen in batches_by_length([sizes[i] for i in indices], batch_size):
@@ -133,6 +135,7 @@ def generation_batches(
             cache=cache,
             key=keys[group],
             fill_to=batch_size,
+            log_probs=log_probs,
         )
         yield GenerationBatch(group.tolist(), out.tokens[:, size:], out)
 

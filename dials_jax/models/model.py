@@ -56,6 +56,19 @@ class Model:
         self.params = jax.device_put(params, sharding.param_shardings(params, self.mesh))
         self.path = path
 
+    def __repr__(self) -> str:
+        cfg, count = self.config, trees.count_parameters(self.params)
+        mesh = " x ".join(f"{name} {n}" for name, n in self.mesh.shape.items() if n > 1)
+        facts = [
+            cfg.model_type,
+            f"{cfg.num_layers} layers of width {cfg.d_model}",
+            f"{count / 1e6:,.4g} M parameters",
+            cfg.dtype,
+            *([mesh] if mesh else []),
+            *([shown(self.path)] if self.path else []),
+        ]
+        return f"Model({', '.join(facts)})"
+
     @cached_property
     def fingerprint(self) -> str:
         """Identifies the weights in any layout or dtype; routers store it."""

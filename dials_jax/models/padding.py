@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -24,3 +25,10 @@ def pad_prompts(
         tokens[i, length - len(ids) :] = ids
         valid[i, length - len(ids) :] = True
     return tokens, valid
+
+
+def differ_in_length(sequences: Any) -> bool:
+    """Whether these are lists or arrays of several lengths, which make no array as they are."""
+    if not isinstance(sequences, list | tuple) or not all(np.ndim(ids) == 1 for ids in sequences):
+        return False
+    return len({len(ids) for ids in sequences}) > 1

@@ -20,7 +20,7 @@ from dials_jax.config import ModelConfig, Typed, require_positive
 from dials_jax.errors import require
 from dials_jax.models import transformer
 from dials_jax.nn.policy import Policy, skips_the_same
-from dials_jax.sampling.sampler import CallRecord, start_record
+from dials_jax.sampling.sampler import CallRecord, log_probability_of, start_record
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Autoregressive(Typed):
     cfg_scale = 0.0
     takes_schedule = False
     one_program = True
+    gives_log_probs = True
 
     max_new_tokens: int
     temperature: float = 0.0
@@ -154,8 +155,13 @@ class DecodingSteps:
         token = jnp.where(state.ended, self.sampler.blank_id(cfg), token)
         at = self.prompt_length + state.num_new
         tokens = lax.dynamic_update_slice_in_dim(tokens, token[:, None], at, axis=1)
+        record = state.record
+        if record.log_probs is not None:
+            new = jnp.where(state.ended, jnp.nan, log_probability_of(token, logits))
+            record = record._replace(log_probs=record.log_probs.at[:, at].set(new))
         ended = state.ended if cfg.eos_id is None else token == cfg.eos_id
-        return state._replace(tokens=tokens, ended=ended, num_new=state.num_new + 1)
+        num_new = state.num_new + 1
+        return state._replace(tokens=tokens, ended=ended, num_new=num_new, record=record)
 
 
 def choose_tokens(

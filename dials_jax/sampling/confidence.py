@@ -30,6 +30,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dials_jax.config import ModelConfig, Typed, require_positive
 from dials_jax.errors import require
 from dials_jax.sampling.loop import BlockSampler, StepInfo
+from dials_jax.sampling.sampler import log_probability_of
 
 # Rules of which one at most is set: a step reveals what the model is sure of, not a quota.
 PARALLEL_RULES = ("threshold", "factor", "entropy_threshold", "entropy_bound")
@@ -236,8 +237,7 @@ def propose(
 
 
 def probability_of(tokens: Int[Array, "B W"], logits: Float[Array, "B W V"]) -> Float[Array, "B W"]:
-    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-    return jnp.exp(chosen - jax.nn.logsumexp(logits, axis=-1))
+    return jnp.exp(log_probability_of(tokens, logits))
 
 
 def entropy_of(logits: Float[Array, "B W V"]) -> Float[Array, "B W"]:

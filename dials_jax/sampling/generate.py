@@ -8,7 +8,7 @@ The state stays on the device.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -23,10 +23,12 @@ from dials_jax.caching.canvas import CanvasModel
 from dials_jax.caching.plain import NoCache
 from dials_jax.compiling import timed_jit
 from dials_jax.config import ModelConfig, typed
+from dials_jax.data.tokenizer import Ids
 from dials_jax.diffusion.guidance import repeat_batch
 from dials_jax.errors import require
 from dials_jax.models import transformer
 from dials_jax.models.model import Model, as_ids, as_valid, sequence_keys
+from dials_jax.models.padding import differ_in_length, pad_prompts
 from dials_jax.nn.policy import Policy
 from dials_jax.nn.stack import Executor
 from dials_jax.sampling.costs import Part, total_cost
@@ -41,11 +43,13 @@ from dials_jax.sampling.requests import (
     empty_prompts,
     roles_of,
 )
-from dials_jax.sampling.sampler import CallRecord, Sampler, Steps
+from dials_jax.sampling.sampler import CallRecord, Sampler, Steps, keep_log_probs
 from dials_jax.skipping.flops import Flops
 
+SHOWN_SEQUENCES = 8  # in a notebook
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Generation:
     """Generated sequences and what they cost.
 
@@ -63,6 +67,10 @@ class Generation:
         nothing in a sequence: with it, this only names the model's run of steps.
       flops: the three numbers of `dials_jax.skipping.flops`; shares are relative to equally many
         calls on the whole canvas by the largest of the models.
+      log_probs: [B, G], log-probability in nats of each generated token under the model at the step
+        that revealed it (see `sampler.keep_log_probs`); NaN where no step did, as after an end
+        of text. Given the tokens known then, so their sum is no log-likelihood of the text. None
+        unless asked for.
     """
 
     tokens: Int[np.ndarray, "B T"]
@@ -74,11 +82,38 @@ class Generation:
     tokens_run: Int[np.ndarray, "S L"]
     steps: Int[np.ndarray, "S"]
     flops: Flops
+    log_probs: Float[np.ndarray, "B G"] | None = None
+
+    def __repr__(self) -> str:
+        """A line about the whole, and a row for each of the first sequences."""
+        num_sequences, length = self.tokens.shape
+        flops = self.flops
+        lines = [
+            f"Generation({num_sequences} x {length} tokens, {self.nfe} calls, layers run "
+            f"{flops.layers_run:.1%}, FLOPs {flops.flops_share:.1%}, {flops.seconds:.3g} s)",
+            "sequence  tokens  passes  tokens/pass  layers run",
+        ]
+        passes, layers_run = self.passes, self.layers_run
+        for i in range(min(num_sequences, SHOWN_SEQUENCES)):
+            rate = self.num_tokens[i] / max(passes[i], 1)
+            lines.append(
+                f"{i:8}  {self.num_tokens[i]:6}  {passes[i]:6}  {rate:11.2f}  {layers_run[i]:10.1%}"
+            )
+        more = num_sequences - SHOWN_SEQUENCES
+        return "\n".join([*lines, *([f"... and {more} more"] if more > 0 else [])])
 
     @property
     def passes(self) -> Int[np.ndarray, "B"]:
         """Model calls of each sequence until it was finished: as many as it takes alone."""
         return self.own.sum(axis=0)
+
+    @property
+    def layers_run(self) -> Float[np.ndarray, "B"]:
+        """The share of the layers that ran in each sequence's own calls, of both halves under
+        guidance."""
+        halves = self.gates.reshape(*self.gates.shape[:2], -1, len(self.tokens))
+        of_call = halves.mean(axis=(1, 2))
+        return np.where(self.own, of_call, 0.0).sum(axis=0) / np.maximum(self.passes, 1)
 
     @property
     def tokens_per_pass(self) -> Float[np.ndarray, "B"]:
@@ -89,7 +124,7 @@ class Generation:
 @typed
 def generate(
     model: Model | Mapping[str, Model],
-    prompts: Int[ArrayLike, "B P"] | None = None,
+    prompts: Int[ArrayLike, "B P"] | Sequence[Ids] | None = None,
     valid: Bool[ArrayLike, "B P"] | None = None,
     *,
     sampler: Sampler,
@@ -100,13 +135,15 @@ def generate(
     num_sequences: int | None = None,
     executor: Executor = "auto",
     fill_to: int = 1,
+    log_probs: bool = False,
 ) -> Generation:
     """Generates `sampler.gen_length` tokens after every prompt.
 
     Args:
       model: one, or those that a schedule names, by letter.
-      prompts: token ids, padded on the left. None: no prompts, for `num_sequences` sequences.
-      valid: False at padding; None means that there is none, and is faster.
+      prompts: token ids, as lists of any lengths or as an array, padded on the left. None: no
+        prompts, for `num_sequences` sequences.
+      valid: False at the padding of an array; None means that there is none, and is faster.
       schedule: which model takes which steps; see `Schedule`.
       policy: which layers run at which step; None runs all. A mapping gives models their own.
       cache: what a step runs; None runs the whole canvas. A layer that a policy skips leaves its
@@ -114,14 +151,23 @@ def generate(
       key: one key (folded with the sequence's number), or one per sequence, so that its random
         numbers do not depend on its batch. None is the key of seed 0.
       fill_to: run the program of this batch size, or of a multiple, also for fewer sequences.
+      log_probs: keep those of the generated tokens.
 
-    Raises: InputError for prompts of several lengths or with [MASK], padding that is not on the
+    Raises: InputError for prompts with [MASK], padding that is not on the
       left, an empty prompt where logits are shifted, more tokens than the model has positions
       for, or settings that do not compose.
     """
     cache_given, cache = cache, NoCache() if cache is None else cache
-    check_arguments(sampler, cache, fill_to)
-    prompts = empty_prompts(num_sequences) if prompts is None else as_ids(prompts, "prompt")
+    check_arguments(sampler, cache, fill_to, log_probs)
+    roles = roles_of(model, schedule, policy)
+    if prompts is None:
+        prompts = empty_prompts(num_sequences)
+    elif valid is None and differ_in_length(prompts):
+        rows = [as_ids([ids], "prompt")[0] for ids in prompts]
+        pad_id = next(iter(roles.values())).model.config.pad_id
+        prompts, valid = pad_prompts(rows, max(map(len, rows)), pad_id)
+    else:
+        prompts = as_ids(prompts, "prompt")
     valid = None if valid is None else np.asarray(as_valid(valid))
     require(prompts.ndim == 2, f"prompts have shape {prompts.shape}; give [batch, length]")
     require(
@@ -129,7 +175,6 @@ def generate(
         f"num_sequences={num_sequences} and {len(prompts)} prompts; num_sequences is for "
         "generating without prompts",
     )
-    roles = roles_of(model, schedule, policy)
     for role in roles.values():
         cfg = role.model.config
         present = check_prompts(cfg, prompts, valid, sampler.gen_length)
@@ -141,7 +186,7 @@ def generate(
     first, num_sequences = next(iter(roles.values())), len(prompts)
     batch = (prompts.astype(np.int32), valid, sequence_keys(key, num_sequences))
     batch = first.model.place_sequences(batch, fill_to)
-    static = {"sampler": sampler, "cache": cache, "executor": executor}
+    static = {"sampler": sampler, "cache": cache, "executor": executor, "log_probs": log_probs}
     if schedule or not sampler.one_program:
         out, seconds = run_schedule(roles, turns, batch, **static)
     else:
@@ -151,12 +196,12 @@ def generate(
 
 # ---------------------------------------------------------------------------- compiled programs
 
-STATIC = ("cfg", "sampler", "cache", "executor")
+STATIC = ("cfg", "sampler", "cache", "executor", "log_probs")
 Generated = tuple[tuple[Int[Array, "B T"], CallRecord], float]  # canvas, record, and seconds
 
 
 def lay_out_canvas(
-    params, prompts, valid, keys, policy, *, cfg, sampler, cache, executor
+    params, prompts, valid, keys, policy, *, cfg, sampler, cache, executor, log_probs=False
 ) -> tuple[Int[Array, "B T"], Steps]:
     """Prompts, then blanks, and the steps of a model on them; three keys from each sequence's one.
 
@@ -186,7 +231,8 @@ def generate_program(
 ) -> tuple[Int[Array, "B T"], CallRecord]:
     """All steps by one model."""
     canvas, steps = lay_out_canvas(params, prompts, valid, keys, policy, **static)
-    state = steps.run(steps.start(canvas, static["cfg"].num_layers))
+    state = steps.start(canvas, static["cfg"].num_layers)
+    state = steps.run(keep_log_probs(state) if static.get("log_probs") else state)
     return state.tokens, state.record
 
 
@@ -194,7 +240,8 @@ def generate_program(
 def start_program(params, prompts, valid, keys, *, num_layers, **static) -> PyTree:
     """The state before the first step. Args: num_layers: of the deepest model."""
     canvas, steps = lay_out_canvas(params, prompts, valid, keys, None, **static)
-    return steps.start(canvas, num_layers)
+    state = steps.start(canvas, num_layers)
+    return keep_log_probs(state) if static.get("log_probs") else state
 
 
 @timed_jit(*STATIC)
@@ -266,7 +313,9 @@ def account(
         mine = taken == i
         if mine.any():
             tokens_run[mine, : part.cfg.num_layers] = part.tokens(variant[mine])
-    tokens = tokens[:num_sequences]
+    tokens, log_probs = tokens[:num_sequences], record.log_probs
+    if log_probs is not None:
+        log_probs = log_probs[:num_sequences, prompts.shape[1] :]
     return Generation(
         tokens=tokens,
         nfe=nfe,
@@ -277,6 +326,7 @@ def account(
         tokens_run=tokens_run,
         steps=steps,
         flops=total_cost(parts, taken, gates, variant, length, seconds),
+        log_probs=log_probs,
     )
 
 

@@ -35,7 +35,12 @@ from dials_jax.diffusion.guidance import guide
 from dials_jax.errors import require
 from dials_jax.models import transformer
 from dials_jax.nn.policy import Policy
-from dials_jax.sampling.sampler import CallRecord, append_call, start_record
+from dials_jax.sampling.sampler import (
+    CallRecord,
+    append_call,
+    log_probability_of,
+    start_record,
+)
 from dials_jax.sampling.timetable import block_steps, run_length_encode, run_program
 
 
@@ -66,6 +71,7 @@ class BlockSampler:
     stop_at_eos = False
     takes_schedule = True
     one_program = True
+    gives_log_probs = True
 
     def propose(
         self, cfg: ModelConfig, logits: Float[Array, "B W V"], keys: jax.Array
@@ -293,12 +299,13 @@ class Loop:
             state.tokens, self.own_step(step), block, state.step_in_block, unfinished
         )
         out = self.variants[variant].forward(inputs, state.cache_state)
-        tokens, revealed = self.reveal(out, inputs, info)
+        tokens, revealed = self.reveal(out, inputs, info, state.record.log_probs is not None)
         share = self.masked_share(masked)
+        record = append_call(state.record, out.gates, share, variant, step, unfinished)
         state = state._replace(
             tokens=tokens,
             cache_state=self.cache.after_reveal(out.cache_state, revealed, self.net),
-            record=append_call(state.record, out.gates, share, variant, step, unfinished),
+            record=record._replace(log_probs=write_log_probs(record.log_probs, revealed)),
         )
         if sampler.edits:
             spent = jnp.where(jnp.any(revealed.commit, axis=1), state.edits_left - 1, 0)
@@ -324,7 +331,7 @@ class Loop:
         return state._replace(tokens=filled)
 
     def reveal(
-        self, out: ForwardOutputs, inputs: ForwardInputs, info: StepInfo
+        self, out: ForwardOutputs, inputs: ForwardInputs, info: StepInfo, with_log_probs: bool
     ) -> tuple[Int[Array, "B T"], Revealed]:
         """The canvas after a forward call, and what the cache is told of it."""
         sampler, cfg, blocks = self.sampler, self.net.cfg, self.blocks
@@ -351,7 +358,9 @@ class Loop:
             known &= ~transformer.is_masked(cfg, guess)  # nothing is masked again
             commit |= known & sampler.revise(logits, guess, window)
         tokens = _put(tokens, out.index, jnp.where(commit, guess, window))
-        return tokens, Revealed(out.index, out.active, shown, commit, inputs.unfinished)
+        log_probs = log_probability_of(guess, logits) if with_log_probs else None
+        unfinished = inputs.unfinished
+        return tokens, Revealed(out.index, out.active, shown, commit, unfinished, log_probs)
 
     def next_step(self, state: LoopState) -> LoopState:
         """The state at the block and step after this one.
@@ -433,6 +442,16 @@ def fill_after_eos(
     known = jnp.cumsum(masked, axis=1) == 0
     ended = jnp.cumsum((answer == cfg.eos_id) & known, axis=1) > 0
     return tokens.at[:, prompt_length:].set(jnp.where(ended & masked, cfg.eos_id, answer))
+
+
+def write_log_probs(
+    known: Float[Array, "B T"] | None, revealed: Revealed
+) -> Float[Array, "B T"] | None:
+    """The canvas's log-probabilities with those of the tokens written now; None: not kept."""
+    if known is None:
+        return None
+    before = jnp.take_along_axis(known, revealed.index, axis=1)
+    return _put(known, revealed.index, jnp.where(revealed.commit, revealed.log_probs, before))
 
 
 def _put(tokens: Array, index: Array, new: Array) -> Array:

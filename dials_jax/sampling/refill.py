@@ -20,6 +20,7 @@ and random numbers are those that it has alone; only sums are rounded in another
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -56,7 +57,7 @@ from dials_jax.sampling.loop import (
     variant_work,
 )
 from dials_jax.sampling.requests import check_empty_prompts, check_prompts
-from dials_jax.sampling.sampler import CallRecord, Sampler, start_record
+from dials_jax.sampling.sampler import CallRecord, Sampler, keep_log_probs, start_record
 
 
 class Ring(NamedTuple):
@@ -95,9 +96,10 @@ class RingLoop(Loop):
         self.blocks = ring_blocks(sampler, net.cfg, net.length)
         self.variants = cache.forward_variants(net, self.blocks)
 
-    def empty_record(self) -> CallRecord:
-        """Room for the calls of one block."""
-        return start_record(self.limit, self.net.cfg.num_layers, self.net.num_sequences)
+    def empty_record(self, log_probs: Float[Array, "B T"] | None = None) -> CallRecord:
+        """Room for the calls of one block. Args: log_probs: of the canvas so far, if kept."""
+        record = start_record(self.limit, self.net.cfg.num_layers, self.net.num_sequences)
+        return record._replace(log_probs=log_probs)
 
     def run_block(self, state: LoopState) -> LoopState:
         """Takes the steps of one block."""
@@ -111,10 +113,11 @@ class RingLoop(Loop):
         return state._replace(block=block, step_in_block=step)
 
     def reveal(
-        self, out: ForwardOutputs, inputs: ForwardInputs, info: StepInfo
+        self, out: ForwardOutputs, inputs: ForwardInputs, info: StepInfo, with_log_probs: bool
     ) -> tuple[Int[Array, "B T"], Revealed]:
         # A shifted model predicts the token behind a block's last position, which may be the first.
-        return super().reveal(out._replace(index=out.index % self.net.length), inputs, info)
+        out = out._replace(index=out.index % self.net.length)
+        return super().reveal(out, inputs, info, with_log_probs)
 
     # ----------------------------------------------------------------- where sequences lie
 
@@ -184,11 +187,17 @@ def _admit(ring: Ring, arrivals: Arrivals, cfg: ModelConfig, sampler: BlockSampl
     tokens = jnp.where(new[:, None], canvas, ring.state.tokens)
     valid = jnp.where(new[:, None], arrivals.valid, ring.valid)
     keys = jnp.where(new, arrivals.keys, ring.keys)
-    return Ring(ring.state._replace(tokens=tokens), valid, keys, entered)
+    record = ring.state.record
+    if record.log_probs is not None:
+        log_probs = jnp.where(new[:, None], jnp.nan, record.log_probs)
+        record = record._replace(log_probs=log_probs)
+    return Ring(ring.state._replace(tokens=tokens, record=record), valid, keys, entered)
 
 
-@timed_jit("cfg", "sampler", "cache", "executor")
-def empty_ring_program(params, arrivals: Arrivals, *, cfg, sampler, cache, executor) -> Ring:
+@timed_jit("cfg", "sampler", "cache", "executor", "log_probs")
+def empty_ring_program(
+    params, arrivals: Arrivals, *, cfg, sampler, cache, executor, log_probs
+) -> Ring:
     """A batch whose places hold no sequence: no token is masked."""
     batch, prompt_length = arrivals.prompts.shape
     tokens = jnp.full((batch, prompt_length + sampler.gen_length), cfg.pad_id, jnp.int32)
@@ -197,20 +206,28 @@ def empty_ring_program(params, arrivals: Arrivals, *, cfg, sampler, cache, execu
     static = {"cfg": cfg, "sampler": sampler, "cache": cache, "executor": executor}
     loop = _loop(params, ring, None, **static)
     state = loop.start(tokens, cfg.num_layers)
-    return ring._replace(state=state._replace(record=loop.empty_record()))
+    state = state._replace(record=loop.empty_record())
+    return ring._replace(state=keep_log_probs(state) if log_probs else state)
 
 
 @timed_jit("cfg", "sampler", "cache", "executor", donate=("ring",))
 def block_program(
     params, arrivals: Arrivals, policy, *, ring: Ring, cfg, sampler, cache, executor
 ) -> tuple[Ring, CallRecord, Int[Array, "B G"]]:
-    """Admits prompts and fills one block; the calls that it made, and every answer so far."""
+    """Admits prompts and fills one block; the calls that it made, and every answer so far.
+
+    The record's log-probabilities are those of the answers, [B, G].
+    """
     ring = _admit(ring, arrivals, cfg, sampler)
     loop = _loop(params, ring, policy, cfg=cfg, sampler=sampler, cache=cache, executor=executor)
-    state = loop.run_block(ring.state._replace(record=loop.empty_record()))
-    first = first_positions(ring.entered, loop.blocks)
+    empty = loop.empty_record(ring.state.record.log_probs)
+    state = loop.run_block(ring.state._replace(record=empty))
+    first, record = first_positions(ring.entered, loop.blocks), state.record
     answers = turn(state.tokens, -first)[:, loop.prompt_length :]
-    return ring._replace(state=state), state.record, answers
+    if record.log_probs is not None:
+        own = turn(record.log_probs, -first)[:, loop.prompt_length :]
+        record = record._replace(log_probs=own)
+    return ring._replace(state=state), record, answers
 
 
 # ---------------------------------------------------------------------------------------- the queue
@@ -272,6 +289,7 @@ def generate_refilled(
     length: int,
     executor: Executor = "auto",
     is_done: Callable[[int, Int[np.ndarray, "G"]], bool] | None = None,
+    log_probs: bool = False,
 ) -> Iterator[Finished]:
     """Generates after every prompt; yields each as it ends.
 
@@ -282,6 +300,7 @@ def generate_refilled(
       length: that prompts are padded to; rounded up to whole blocks.
       is_done: `is_done(request, answer)` ends a sequence at a block's end, as a stop string does;
         the answer has [MASK] where nothing is revealed. None: they end by themselves.
+      log_probs: keep those of the tokens: `Generation.log_probs`.
 
     Raises: InputError for what `generate` refuses, and for what cannot be refilled.
     """
@@ -305,7 +324,7 @@ def generate_refilled(
         return model.place_sequences(Arrivals(enters, tokens[source], valid[source], keys[source]))
 
     nobody = place(np.zeros(batch_size, bool), np.zeros(batch_size, int))
-    ring, _ = model.run(empty_ring_program, nobody, **static)
+    ring, _ = model.run(empty_ring_program, nobody, log_probs=log_probs, **static)
     placement = jax.tree.map(lambda x: x.sharding, ring)
     waiting, places = deque(range(len(prompts))), [None] * batch_size
     limit, clock = step_limit(sampler, cache), 0
@@ -328,7 +347,10 @@ def generate_refilled(
             if ended or (is_done is not None and is_done(one.request, answers[i])):
                 places[i] = None
                 canvas = np.concatenate([tokens[one.request], answers[i]])
-                yield Finished(one.request, _generation(one, canvas, length, part))
+                out = _generation(one, canvas, length, part)
+                if log_probs:
+                    out = dataclasses.replace(out, log_probs=record.log_probs[i : i + 1])
+                yield Finished(one.request, out)
 
 
 def _generation(

@@ -100,8 +100,9 @@ def check_schedule(
     )
 
 
-def check_arguments(sampler: object, cache: object, fill_to: int) -> None:
-    """Raises: InputError for objects that are not samplers or caches, and for an empty batch."""
+def check_arguments(sampler: object, cache: object, fill_to: int, log_probs: bool = False) -> None:
+    """Raises: InputError for objects that are not samplers or caches, for an empty batch, and for
+    log-probabilities that a sampler does not keep."""
     require(
         isinstance(sampler, Sampler) and not isinstance(sampler, type),
         f"sampler={shown(sampler)} is no sampler; give one, as Confidence(gen_length=128)",
@@ -111,6 +112,10 @@ def check_arguments(sampler: object, cache: object, fill_to: int) -> None:
         f"cache={shown(cache)} is no cache; give one, as DualCache()",
     )
     require(fill_to > 0, f"fill_to={fill_to} must be positive")
+    require(
+        not log_probs or getattr(sampler, "gives_log_probs", False),
+        f"{type(sampler).__name__} keeps no log-probabilities of tokens; leave out log_probs",
+    )
 
 
 def check_empty_prompts(cfg: ModelConfig, present: Bool[np.ndarray, "B P"], cache: Cache) -> None:

@@ -59,6 +59,7 @@ class Sampler(Protocol):
       takes_schedule: its steps can be divided among several models.
       one_program: without a schedule, one program makes all steps. False: the programs of a
         schedule make them, so that one compilation serves all schedules and none.
+      gives_log_probs: its steps fill `CallRecord.log_probs`. False where a class does not say.
     """
 
     gen_length: int
@@ -112,6 +113,7 @@ class CallRecord(NamedTuple):
     variant: Int[Array, "S"]  # the call's number in `Sampler.work`
     step: Int[Array, "S"]  # that the call belongs to: it names the model, under a schedule
     own: Bool[Array, "S B"]  # False: made for other sequences, while this one was finished
+    log_probs: Float[Array, "B T"] | None = None  # of the canvas: see `keep_log_probs`
 
 
 def start_record(
@@ -140,7 +142,7 @@ def append_call(
 ) -> CallRecord:
     """The record with one more call. Args: own: see `CallRecord`; None: of every sequence."""
     at = record.nfe
-    return CallRecord(
+    return record._replace(
         nfe=at + 1,
         gates=record.gates.at[at, : gates.shape[0]].set(gates),
         masked_share=record.masked_share.at[at].set(share),
@@ -148,3 +150,21 @@ def append_call(
         step=record.step.at[at].set(step),
         own=record.own.at[at].set(True if own is None else own),
     )
+
+
+def keep_log_probs(state: PyTree) -> PyTree:
+    """The state before the first step, whose record also holds log-probabilities of tokens.
+
+    They are the model's log p(token) in nats at the step that wrote the token, the last one if it
+    was revised: of its logits with guidance, before temperature, top_p and what else a sampler
+    changes. NaN where no step has written: in prompts, and after an end of text.
+    """
+    unknown = jnp.full(state.tokens.shape, jnp.nan, jnp.float32)
+    return state._replace(record=state.record._replace(log_probs=unknown))
+
+
+def log_probability_of(
+    tokens: Int[Array, "*batch"], logits: Float[Array, "*batch V"]
+) -> Float[Array, "*batch"]:
+    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)

@@ -39,7 +39,7 @@ class RoutedLayer(NamedTuple):
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Routed(Typed):
     """Skips a layer for a sequence when more than `threshold` of its masked tokens vote so.
 
@@ -69,6 +69,14 @@ class Routed(Typed):
             not isinstance(self.router, str | Path),
             f"router={str(self.router)!r} is a path; give what load_router(path, model) returns",
         )
+
+    def __repr__(self) -> str:
+        """Never prints the arrays, which may lie on a device, or be traced."""
+        leaves = jax.tree.leaves(self.router)
+        router = f"{trees.count_parameters(self.router):,} parameters" if leaves else "no router"
+        is_number = isinstance(self.threshold, float)
+        threshold = self.threshold if is_number else f"of shape {np.shape(self.threshold)}"
+        return f"Routed({router}, threshold {threshold}, {self.votes} votes)"
 
     def prepare(self, num_layers: int, denoising: Denoising) -> PyTree:
         check_router(self.router, num_layers)

@@ -75,11 +75,11 @@ def _open_tensorboard(folder: Path, step: int):
     return SummaryWriter(str(folder), purge_step=step + 1)
 
 
-def progress_bar(total: int, start: int, what: str):
+def progress_bar(total: int, start: int, what: str, unit: str = "step"):
     """Returns a tqdm bar on standard error; in a log file it is a line every `LINE_SECONDS`.
 
     Args:
-      what: is trained; the text before the bar.
+      what: is trained or made; the text before the bar.
     """
     from tqdm import tqdm
 
@@ -88,11 +88,11 @@ def progress_bar(total: int, start: int, what: str):
         total=total,
         initial=start,
         desc=what,
-        unit="step",
+        unit=unit,
         disable=jax.process_index() != 0,
         file=sys.stderr if live else ProgressLines(sys.stderr),
         mininterval=0.5 if live else LINE_SECONDS,
-        miniters=1,  # read the clock after every step
+        miniters=1,  # read the clock after every one
     )
 
 

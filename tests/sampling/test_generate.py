@@ -247,7 +247,10 @@ def test_tokens_outside_the_vocabulary_are_refused(lively, prompts):
         ({"key": 0}, "make it with that"),
         ({"key": [jax.random.key(0)]}, "make it with that"),
         ({"prompts": np.zeros((0, 4), int)}, "there are no prompts"),
-        ({"prompts": [[3, 4], [5]]}, "prompts differ in length; pad them on the left"),
+        ({"prompts": [[3, 4], [5]], "valid": [[1, 1], [1, 0]]}, "prompts differ in length; pad"),
+        ({"prompts": [[3, 4], [[5]]]}, "prompts differ in length; pad them on the left"),
+        ({"prompts": [[3, 4], ["s"]]}, "prompts are of <U1; give token ids"),
+        ({"prompts": [[3, 4], [True]]}, "prompts are of bool; give token ids"),
         ({"prompts": [[3.5, 4.0]]}, "prompts are of float64; give token ids"),
         ({"prompts": [["s37="]]}, "prompts are of <U4; give token ids"),
         ({"fill_to": 0}, "fill_to=0 must be positive"),
@@ -278,3 +281,14 @@ def test_routers_of_another_width_are_refused(lively, prompts):
     wide = random_routers(dataclasses.replace(lively.config, d_model=2 * lively.config.d_model))
     with pytest.raises(InputError, match="the router is of width"):
         generate(lively, prompts[0], sampler=SAMPLER, policy=Routed(wide))
+
+
+def test_lists_of_any_lengths_are_padded_on_the_left(lively):
+    ragged = [[5, 9, 11], [], np.array([7])]
+    out = generate(lively, ragged, sampler=SAMPLER)
+    padded = np.array([[5, 9, 11], [0, 0, 0], [0, 0, 7]])
+    valid = np.array([[1, 1, 1], [0, 0, 0], [0, 0, 1]], bool)
+    np.testing.assert_array_equal(
+        out.tokens, generate(lively, padded, valid, sampler=SAMPLER).tokens
+    )
+    np.testing.assert_array_equal(out.tokens[:, :3], padded)

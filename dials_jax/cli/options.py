@@ -1,0 +1,94 @@
+"""Options that several commands share. Only the standard library is imported here."""
+
+from __future__ import annotations
+
+import argparse
+from typing import NoReturn
+
+from dials_jax.errors import InputError, nearest
+
+
+class Options(argparse.ArgumentParser):
+    """A parser whose errors are one line, and name the nearest option."""
+
+    def __init__(self, command: str, description: str | None):
+        super().__init__(
+            prog=f"dials {command}",
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; dials {self.prog.split()[-1]} --help lists all options")
+
+    def read(self, argv: list[str] | None = None) -> argparse.Namespace:
+        """Parses the arguments. Raises: InputError for unknown or wrong ones."""
+        given, unknown = self.parse_known_args(argv)
+        known = [text for action in self._actions for text in action.option_strings]
+        for text in unknown:
+            name = text.partition("=")[0]
+            hint = nearest(name, known) if name.startswith("-") else "; put texts in quotes"
+            if "did you mean" not in hint and name.startswith("-"):
+                hint = "; --help lists all options"
+            raise InputError(f"{text!r} is no option of {self.prog}{hint}")
+        return given
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """The model and its policy."""
+    parser.add_argument("model", metavar="MODEL", help="folder: published, converted, or a workdir")
+    group = parser.add_argument_group("what is left out")
+    group.add_argument("--router", default="", metavar="DIR", help="workdir of router training")
+    group.add_argument("--skip-threshold", type=float, metavar="TAU", help="in place of its own")
+    group.add_argument(
+        "--execution-ratio", type=float, metavar="R", help="its thresholds fitted to this share"
+    )
+    group.add_argument(
+        "--static", type=layer_numbers, default=(), metavar="I,J", help="layers, counted from 0"
+    )
+    group.add_argument(
+        "--random", type=int, default=0, metavar="K", help="so many layers, at random"
+    )
+    group.add_argument(
+        "--cache", default="none", help="none, prefix, dual, or es-PROMPT-BLOCK, as es-64-4"
+    )
+    group = parser.add_argument_group("where it runs")
+    group.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: as stored")
+    for axis in ("data", "fsdp", "tensor"):
+        group.add_argument(f"--mesh.{axis}", type=int, metavar="N", help=f"mesh: {axis} devices")
+    group.add_argument("--tokenizer", default="", metavar="DIR", help="default: the model's")
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """How an answer is generated; what is not given is left to `text_sampler`."""
+    group = parser.add_argument_group(
+        "how answers are generated",
+        "By default as the model's family is published: LLaDA and others by confidence,\n"
+        "in blocks of at most 32 tokens; Dream by entropy; MDLM by ancestral sampling.",
+    )
+    group.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="default: 256, or what there is room for"
+    )
+    group.add_argument("--temperature", type=float, metavar="T", help="0, the default, is greedy")
+    group.add_argument("--steps", type=int, metavar="N", help="in all; default: one per token")
+    group.add_argument("--block-length", type=int, metavar="N", help="tokens per block")
+    group.add_argument(
+        "--threshold", type=float, metavar="P", help="reveal all tokens of this confidence"
+    )
+    group.add_argument("--top-p", type=float, metavar="P", help="Dream only")
+    group.add_argument("--top-k", type=int, metavar="K", help="Dream only")
+    group.add_argument(
+        "--sampler", metavar="S", help="all settings, as 'Confidence(128, block_length=32)'"
+    )
+    group.add_argument("--seed", type=int, default=0)
+
+
+SAMPLING = ("temperature", "steps", "block_length", "threshold", "top_p", "top_k")
+
+
+def layer_numbers(text: str) -> tuple[int, ...]:
+    parts = text.replace("+", ",").split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r}: give layers from 0, as 7,9")
+    return tuple(map(int, parts))

@@ -1,0 +1,362 @@
+"""Text in, text out: answers to prompts and conversations of any lengths, and what they cost.
+
+answers = generate_text(model, ["1 + 1 =", "What is a prime?"], max_new_tokens=64, policy=router)
+print(answers[0].text, answers[0].passes, answers[0].layers_run)
+
+A `TextJob` yields each answer as soon as it is there; batches, padded lengths and refilling are
+those of `evaluation.batched`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+
+from dials_jax.caching.cache import Cache
+from dials_jax.config import ModelConfig, Seed, shown, typed
+from dials_jax.config.typed import field_hints
+from dials_jax.data.chat import Message, choose_template, read_chat_templates, render_chat
+from dials_jax.data.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
+from dials_jax.errors import InputError, nearest, require
+from dials_jax.evaluation.batched import (
+    GenerationBatch,
+    generation_batches,
+    request_hash,
+    request_keys,
+)
+from dials_jax.evaluation.exact_match import cut_tokens
+from dials_jax.evaluation.harness import DEFAULT_LENGTH, SAMPLERS, make_sampler
+from dials_jax.models.model import Model
+from dials_jax.nn.policy import Policy
+from dials_jax.sampling.sampler import Sampler
+
+MAX_BLOCK = 32  # tokens of a block where nothing says otherwise, as LLaDA is usually evaluated
+Prompt = str | Sequence[Message]  # a conversation goes through the chat template
+
+
+@dataclass(frozen=True, repr=False)
+class GeneratedText:
+    """The answer to one prompt.
+
+    Attributes:
+      text: up to the first end of text or of turn, which is left out; or all that was asked for.
+      tokens: those of the text.
+      log_probs: in nats, of each token under the model at the step that revealed it, given what was
+        known then (`Generation.log_probs`); None unless asked for.
+      ended: whether the model said an end.
+      passes: model calls until the answer was complete.
+      layers_run: share of the layers that ran in them.
+      seconds: its share of the time of its batch, without compilation.
+    """
+
+    text: str
+    tokens: Int[np.ndarray, "n"]
+    log_probs: Float[np.ndarray, "n"] | None
+    ended: bool
+    passes: int
+    layers_run: float
+    seconds: float
+
+    def __repr__(self) -> str:
+        cost = f"{self.passes} passes, {self.layers_run:.1%} of the layers"
+        return f"GeneratedText({shown(self.text)}, {len(self.tokens)} tokens, {cost})"
+
+
+@typed
+def generate_text(
+    model: Model, prompts: str | Sequence[Prompt], *, max_new_tokens: int | None = None, **settings
+) -> list[GeneratedText]:
+    """Answers prompts of any lengths, in their order.
+
+    Args:
+      prompts: texts to continue, or conversations: lists of {"role": ..., "content": ...}.
+      max_new_tokens: at most. None: 256, or fewer if the model has no more positions.
+      settings: those of `text_job`.
+
+    Raises: InputError for a prompt that is too long, for chat without a template, and for settings
+      that do not compose.
+    """
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    job = text_job(model, prompts, max_new_tokens=max_new_tokens, **settings)
+    answers = dict(job.answers())
+    return [answers[i] for i in range(len(prompts))]
+
+
+@typed
+def text_job(
+    model: Model,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int | None = None,
+    sampler: Sampler | None = None,
+    policy: Policy | None = None,
+    cache: Cache | None = None,
+    chat: bool = False,
+    tokenizer: Tokenizer | str | Path | None = None,
+    log_probs: bool = False,
+    seed: Seed = 0,
+    batch_size: int = 32,
+    **settings: Any,
+) -> TextJob:
+    """Reads prompts, and checks that they can be answered; nothing is compiled yet.
+
+    Args:
+      sampler: None: the one of the model's family for `max_new_tokens`; see `text_sampler`.
+      policy: which layers run; None runs all.
+      chat: put texts into the chat template, as a user's message. Conversations always are.
+      tokenizer: None: that of the model's folder.
+      log_probs: keep those of the tokens.
+      settings: of the sampler, such as temperature, steps, block_length or threshold.
+
+    Raises: as `generate_text`.
+    """
+    require(batch_size > 0, f"batch_size={batch_size} must be positive")
+    reader = open_reader(model, tokenizer)
+    is_chat = chat or not all(isinstance(prompt, str) for prompt in prompts)
+    ids = [reader.tokenizer.encode(text) for text in reader.render(prompts, chat)]
+    if sampler is None:
+        longest = max(map(len, ids), default=0)
+        length = fitting_length(model.config, longest, max_new_tokens)
+        sampler = text_sampler(model.config, length, **settings)
+    else:
+        given = [*settings, *(["max_new_tokens"] if max_new_tokens is not None else [])]
+        require(not given, f"sampler= has its own {' and '.join(given)}; set it there")
+        length = sampler.gen_length
+    check_lengths(model.config, ids, sampler.gen_length, length)
+    template = reader.template if is_chat else None
+    return TextJob(
+        model, reader, ids, template, sampler, length, policy, cache, log_probs, seed, batch_size
+    )
+
+
+@dataclass(frozen=True, repr=False)
+class TextJob:
+    """Prompts that can be answered, and how.
+
+    Attributes:
+      prompts: as token ids.
+      template: the chat template that they went through; None: none did.
+      length: tokens that were asked for; the sampler may generate more, to fill its blocks.
+    """
+
+    model: Model
+    reader: TextReader
+    prompts: list[list[int]]
+    template: str | None
+    sampler: Sampler
+    length: int
+    policy: Policy | None
+    cache: Cache | None
+    log_probs: bool
+    seed: int
+    batch_size: int
+
+    def answers(
+        self, remaining: Sequence[int] | None = None
+    ) -> Iterator[tuple[int, GeneratedText]]:
+        """Yields (number of a prompt, its answer) as soon as the answer is there, in any order.
+
+        An answer depends on its prompt, the settings and the seed, not on the other prompts. A
+        prompt that is given several times gets several draws.
+
+        Args:
+          remaining: numbers of the prompts to answer; None: all.
+        """
+        for batch in self.batches(remaining):
+            for place, number in enumerate(batch.requests):
+                yield number, self.reader.answer(batch, place, self.length)
+
+    def batches(self, remaining: Sequence[int] | None = None) -> Iterator[GenerationBatch]:
+        """Yields batches with all that generation records."""
+        yield from generation_batches(
+            self.model,
+            self.prompts,
+            sampler=self.sampler,
+            policy=self.policy,
+            cache=self.cache,
+            keys=draw_keys(self.seed, self.prompts),
+            batch_size=max(1, min(self.batch_size, len(self.prompts))),
+            remaining=remaining,
+            log_probs=self.log_probs,
+        )
+
+
+# -------------------------------------------------------------------------------- prompts, answers
+
+
+@dataclass(frozen=True)
+class TextReader:
+    """A model's tokenizer: prompts as token ids, and generated tokens as answers.
+
+    Attributes:
+      folder: has the chat templates.
+    """
+
+    cfg: ModelConfig
+    tokenizer: Tokenizer
+    folder: Path
+
+    def render(self, prompts: Sequence[Prompt], chat: bool = False) -> list[str]:
+        """Prompts as texts; conversations, and under `chat` all, by the chat template.
+
+        Raises: InputError for anything else, and if the folder has no template.
+        """
+        return [self._render(number, prompt, chat) for number, prompt in enumerate(prompts)]
+
+    def _render(self, number: int, prompt: Prompt, chat: bool) -> str:
+        if isinstance(prompt, str):
+            if not chat:
+                return prompt
+            prompt = [{"role": "user", "content": prompt}]
+        is_chat = isinstance(prompt, list | tuple) and all(
+            isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in prompt
+        )
+        require(
+            is_chat and len(prompt) > 0,
+            f"prompt {number} is {shown(prompt)}; give a text, or a list of "
+            "{'role': 'user', 'content': ...}",
+        )
+        return render_chat(self.template, prompt, self.tokenizer, self.folder)
+
+    @functools.cached_property
+    def template(self) -> str:
+        """The chat template. Raises: InputError if there is none."""
+        return find_template(self.folder)
+
+    def answer(self, batch: GenerationBatch, place: int, length: int) -> GeneratedText:
+        """The answer of one sequence of a batch. Args: length: tokens that were asked for."""
+        out, ids = batch.out, batch.answers[place, :length].tolist()
+        tokens = np.array(cut_tokens(ids, (self.cfg.eos_id, self.cfg.eot_id)), int)
+        log_probs = None if out.log_probs is None else out.log_probs[place, : len(tokens)]
+        return GeneratedText(
+            text=self.tokenizer.decode(tokens),
+            tokens=tokens,
+            log_probs=log_probs,
+            ended=len(tokens) < len(ids),
+            passes=int(out.passes[place]),
+            layers_run=float(out.layers_run[place]),
+            seconds=out.flops.seconds / len(batch.requests),
+        )
+
+
+def open_reader(model: Model, tokenizer: Tokenizer | str | Path | None = None) -> TextReader:
+    """The tokenizer of a model. Raises: InputError if there is none, or if it does not fit."""
+    if not isinstance(tokenizer, Tokenizer):
+        where = tokenizer or model.path
+        require(bool(where), "the model was made in memory and has no tokenizer; give tokenizer=")
+        folder = Path(where).expanduser()
+        tokenizer = load_tokenizer(folder)
+        folder = folder.parent if folder.is_file() else folder
+    else:
+        folder = Path(model.path)
+    check_tokenizer(tokenizer, model.config)
+    return TextReader(model.config, tokenizer, folder)
+
+
+def find_template(*folders: Path) -> str:
+    """The chat template of the first folder that has one. Raises: InputError if none has."""
+    for folder in folders:
+        if templates := read_chat_templates(folder):
+            return choose_template(templates)
+    raise InputError(
+        f"{folders[0]} has no chat template, so its model is no chat model; give plain prompts "
+        "(without --chat), or put a chat_template.jinja there"
+    )
+
+
+def draw_keys(seed: int, prompts: Sequence[Sequence[int]]) -> jax.Array:
+    """One key per prompt, from the seed and its tokens, and other ones for its repetitions."""
+    seen: Counter[tuple[int, ...]] = Counter()
+    hashes = []
+    for ids in map(tuple, prompts):
+        hashes.append(request_hash((ids, seen[ids]) if seen[ids] else ids))
+        seen[ids] += 1
+    return request_keys(seed, hashes)
+
+
+# ----------------------------------------------------------------------------- lengths and samplers
+
+
+def fitting_length(cfg: ModelConfig, longest: int, max_new_tokens: int | None) -> int:
+    """How many tokens to generate. Args: longest: tokens of the longest prompt."""
+    room = cfg.max_length - longest
+    require(
+        room > 0,
+        f"a prompt has {longest} tokens, and the model {cfg.max_length} positions for prompt and "
+        "answer; shorten it",
+    )
+    require(
+        max_new_tokens is None or max_new_tokens > 0,
+        f"max_new_tokens={max_new_tokens} must be positive",
+    )
+    return min(DEFAULT_LENGTH, room) if max_new_tokens is None else max_new_tokens
+
+
+def check_lengths(
+    cfg: ModelConfig, prompts: Sequence[Sequence[int]], gen_length: int, asked: int
+) -> None:
+    """Raises: InputError naming the first prompt that has no room for its answer."""
+    whole = f" (in whole blocks {gen_length})" if gen_length != asked else ""
+    for number, ids in enumerate(prompts):
+        require(
+            len(ids) + gen_length <= cfg.max_length,
+            f"prompt {number} has {len(ids)} tokens, which with {asked} new ones{whole} are more "
+            f"than the model's {cfg.max_length} positions; shorten it, or max_new_tokens",
+        )
+
+
+def text_sampler(cfg: ModelConfig, max_new_tokens: int, **settings: Any) -> Any:
+    """The sampler of a model's family, for at least this many tokens.
+
+    Causal models: `Autoregressive`; Dream: `Dream`; MDLM: `Ancestral`; others: `Confidence` in
+    equal blocks of at most 32 tokens, which ends at the end of text. Blocks of another length,
+    and steps, are rounded up until they fit; what is generated beyond `max_new_tokens` is cut.
+
+    Raises: InputError for a setting that this sampler does not have, naming the nearest one.
+    """
+    kind = sampler_kind(cfg)
+    fields = field_hints(SAMPLERS[kind])
+    length_field = next(iter(fields))
+    for name in settings:
+        require(
+            name in fields and name != length_field,
+            f"{SAMPLERS[kind].__name__}, the sampler of this model ({cfg.model_type}), has no "
+            f"setting {name!r}{nearest(name, fields.keys() - {length_field})}",
+        )
+    if kind == "confidence":
+        settings |= whole_blocks(max_new_tokens, settings)
+    else:
+        settings[length_field] = max_new_tokens
+    return make_sampler(kind, settings)
+
+
+def sampler_kind(cfg: ModelConfig) -> str:
+    """The name, in `SAMPLERS`, of the sampler that a model's family is published with."""
+    if cfg.causal:
+        return "autoregressive"
+    if cfg.model_type == "dream":
+        return "dream"
+    return "ancestral" if cfg.subs or cfg.time_conditioning else "confidence"
+
+
+def whole_blocks(length: int, settings: dict[str, Any]) -> dict[str, int]:
+    """Length, blocks and steps of `Confidence` that fit each other, for at least `length` tokens.
+
+    Args:
+      settings: may have block_length, and steps: those of the whole answer.
+    """
+    block, steps = settings.get("block_length"), settings.get("steps")
+    for name, value in (("block_length", block), ("steps", steps)):
+        require(value is None or value > 0, f"{name}={value} must be positive")
+    count = -(-length // (block or MAX_BLOCK))
+    block = min(block, length) if block else -(-length // count)
+    per_block = block if steps is None else min(block, -(-steps // count))
+    return {"gen_length": count * block, "block_length": block, "steps": count * per_block}

@@ -1,0 +1,160 @@
+"""Text in, text out: prompts of mixed lengths, conversations, cuts, settings that always fit."""
+
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+
+import dials_jax as dj
+from dials_jax import text
+from dials_jax.data.tokenizer import load_tokenizer
+from dials_jax.errors import InputError
+from dials_jax.loading import load
+from dials_jax.models.model import Model
+from dials_jax.skipping.routed import Routed
+from dials_jax.text import generate_text, text_job, text_sampler
+from tests.conftest import amplify, random_routers, save_arithmetic_model, silence, small_config
+
+PROMPTS = ["+12,34=", "s7,5=", "r123,45=", "+1,2="]
+TEMPLATE = "{% for m in messages %}{{ m['content'] }},{% endfor %}="
+
+
+@pytest.fixture(scope="module")
+def model(arithmetic_model):
+    """The small model, with weights so large that its answers differ. It never says [MASK]."""
+    found = load(arithmetic_model / "model")
+    return Model(found.config, silence(amplify(found.params, 8), 18), path=found.path)
+
+
+@pytest.fixture(scope="module")
+def policy(model):
+    return Routed(random_routers(model.config), 0.3)
+
+
+def render_plainly(template, messages, tokenizer, folder):
+    assert template == TEMPLATE
+    return "".join(f"{message['content']}," for message in messages) + "="
+
+
+def test_answers_are_those_of_every_prompt_alone(model, policy):
+    settings = {"max_new_tokens": 6, "policy": policy, "log_probs": True, "block_length": 4}
+    together = generate_text(model, PROMPTS, batch_size=2, **settings)
+    assert len({answer.text for answer in together}) > 1
+    for prompt, answer in zip(PROMPTS, together, strict=True):
+        [alone] = generate_text(model, prompt, **settings)
+        assert (answer.text, answer.passes) == (alone.text, alone.passes)
+        assert answer.layers_run == pytest.approx(alone.layers_run) and 0 < answer.layers_run < 1
+        np.testing.assert_array_equal(answer.tokens, alone.tokens)
+        np.testing.assert_allclose(answer.log_probs, alone.log_probs, atol=2e-4)
+        assert len(answer.tokens) == len(answer.log_probs) <= 6
+
+
+def test_an_answer_is_cut_before_the_end_of_text(model):
+    [plain] = generate_text(model, PROMPTS[0], max_new_tokens=6)
+    ending = dataclasses.replace(model.config, eos_id=int(plain.tokens[3]))
+    [cut] = generate_text(
+        Model(ending, model.params, path=model.path), PROMPTS[0], max_new_tokens=6, log_probs=True
+    )
+    first = plain.tokens.tolist().index(ending.eos_id)
+    np.testing.assert_array_equal(cut.tokens, plain.tokens[:first])
+    assert cut.text == load_tokenizer(model.path).decode(cut.tokens)
+    assert cut.ended and not plain.ended and np.isfinite(cut.log_probs).all()
+
+
+def test_repeated_prompts_are_several_draws_and_what_remains_is_what_it_was(model):
+    settings = {"max_new_tokens": 4, "temperature": 3.0, "seed": 5}
+    job = text_job(model, [PROMPTS[0], *PROMPTS, PROMPTS[0]], **settings)
+    whole = dict(job.answers())
+    assert len({whole[i].text for i in (0, 1, 5)}) > 1
+    rest = dict(job.answers(remaining=[5]))
+    assert rest.keys() == {5} and rest[5].text == whole[5].text
+
+
+@pytest.mark.parametrize("plainly", [True, False])
+def test_a_conversation_is_read_through_the_template(plainly, tmp_path, monkeypatch):
+    if plainly:  # what jinja2 makes of the template
+        monkeypatch.setattr(text, "render_chat", render_plainly)
+    else:
+        pytest.importorskip("jinja2")
+    folder = save_arithmetic_model(tmp_path) / "model"
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    chatting = load(folder)
+    talk = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
+    answers = generate_text(chatting, [talk, "1", "1,="], max_new_tokens=4)
+    rendered = generate_text(chatting, ["1,2,=", "1", "1,="], max_new_tokens=4)
+    assert [a.tokens.tolist() for a in answers] == [a.tokens.tolist() for a in rendered]
+    [asked] = generate_text(chatting, "1", chat=True, max_new_tokens=4)
+    assert asked.tokens.tolist() == answers[2].tokens.tolist()
+
+
+@pytest.mark.parametrize(
+    ("length", "settings", "expected"),
+    [
+        (100, {}, dj.Confidence(100, 25, 100, stop_at_eos=True)),
+        (256, {}, dj.Confidence(256, 32, 256, stop_at_eos=True)),
+        (5, {"block_length": 32}, dj.Confidence(5, 5, 5, stop_at_eos=True)),
+        (40, {"block_length": 32, "steps": 5}, dj.Confidence(64, 32, 6, stop_at_eos=True)),
+        (7, {"steps": 100, "threshold": 0.9},
+         dj.Confidence(7, 7, 7, threshold=0.9, stop_at_eos=True)),
+        (97, {"temperature": 0.5}, dj.Confidence(100, 25, 100, 0.5, stop_at_eos=True)),
+    ],
+)  # fmt: skip
+def test_blocks_and_steps_always_fit(length, settings, expected):
+    assert text_sampler(small_config(), length, **settings) == expected
+
+
+def test_a_family_is_sampled_as_it_is_published():
+    kinds = {
+        dj.Autoregressive(9): {"causal": True},
+        dj.Dream(9, steps=4): {"model_type": "dream", "right_shift": True},
+        dj.Ancestral(9, 9): {"model_type": "mdlm", "subs": True},
+    }
+    for sampler, changes in kinds.items():
+        steps = {"steps": sampler.steps} if isinstance(sampler, dj.Dream) else {}
+        assert text_sampler(small_config(**changes), 9, **steps) == sampler
+
+
+@pytest.mark.parametrize(
+    ("prompts", "settings", "message"),
+    [
+        (["1"], {"max_new_tokens": 40}, "prompt 0 has 1 tokens, which with 40 new ones are more"),
+        (["1"], {"max_new_tokens": 30, "block_length": 16}, "(in whole blocks 32) are more"),
+        (["1" * 33], {}, "a prompt has 33 tokens, and the model 32 positions"),
+        (["1"], {"max_new_tokens": 0}, "max_new_tokens=0 must be positive"),
+        (["1"], {"block_length": 0}, "block_length=0 must be positive"),
+        (["1"], {"temprature": 1.0}, "no setting 'temprature'; did you mean 'temperature'?"),
+        (["1"], {"gen_length": 8}, "no setting 'gen_length'"),
+        (["1"], {"chat": True}, "has no chat template"),
+        ([[{"role": "user", "content": "1"}]], {}, "has no chat template"),
+        ([["1", "2"]], {}, "prompt 0 is ['1', '2']; give a text, or a list of"),
+        ([3], {}, "prompt 0 is 3; give a text"),
+        (["1"], {"sampler": dj.Confidence(8), "steps": 3}, "sampler= has its own steps"),
+        (["1"], {"batch_size": 0}, "batch_size=0 must be positive"),
+        (["é"], {}, "é"),
+    ],
+)
+def test_what_cannot_be_answered_is_one_line(model, prompts, settings, message, untyped):
+    with pytest.raises(InputError, match=re.escape(message)) as error:
+        generate_text(model, prompts, **settings)
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_without_a_folder_needs_a_tokenizer(model):
+    unnamed = Model(model.config, model.params)
+    with pytest.raises(InputError, match="has no tokenizer; give tokenizer="):
+        generate_text(unnamed, "1")
+    [answer] = generate_text(unnamed, "1", tokenizer=model.path, max_new_tokens=4)
+    assert answer.text == generate_text(model, "1", max_new_tokens=4)[0].text
+
+
+def test_without_a_length_the_answer_takes_the_room_there_is(model):
+    [answer] = generate_text(model, "+12,34=")
+    assert len(answer.tokens) <= 32 - 7 and (answer.ended or len(answer.tokens) == 25)
+
+
+def test_an_answer_is_shown_in_one_line(model):
+    [answer] = generate_text(model, "+12,34=", max_new_tokens=4)
+    assert re.fullmatch(
+        r"GeneratedText\('.*', \d tokens, \d passes, 100.0% of the layers\)", repr(answer)
+    )
