@@ -1,4 +1,4 @@
-"""The examples of docs/skipping.md and docs/sampling.md run; links between pages lead somewhere."""
+"""The examples of pages of docs/ run; links between pages lead somewhere."""
 
 import re
 from pathlib import Path
@@ -46,6 +46,13 @@ def test_the_examples_of_sampling_run(lively):
     out, tasks = names["out"], names["tasks"]
     assert out.passes.max() == out.nfe <= 32 and (out.tokens_per_pass >= 1).all()
     assert [task.sampler.threshold for task in tasks] == [0.5, 0.7, 0.9]
+
+
+def test_the_examples_of_generation_run(arithmetic_model, capsys, untyped):
+    names = run_examples("docs/generate.md", folder=arithmetic_model / "model")
+    out = names["out"]
+    assert (out.tokens.shape, out.gates.shape) == ((2, 11), (8, 4, 2))
+    assert "(2, 11) (8, 4, 2) (2, 8)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
