@@ -4,6 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
 
+# What Python compiles of packages is kept, also where the environment forbids it: commands and
+# tests start many processes, and each would compile all that it imports.
+export PYTHONDONTWRITEBYTECODE =
+
 .PHONY: demo test lint format clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
