@@ -8,9 +8,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 from jaxtyping import config as jaxtyping_config
-from jaxtyping import install_import_hook
 
-install_import_hook("dials_jax", "beartype.beartype")
+from tests.type_checks import check_types
+
+check_types("dials_jax")
 
 # Tests compile many small programs and run each for a moment: these flags save two thirds of it.
 QUICK_TO_COMPILE = [
@@ -53,7 +54,7 @@ gates.FEWEST_TOKENS = 1  # rows of tests are short, and would all be computed to
 
 # Collecting garbage went over all that JAX has traced and compiled: a tenth of the tests' time.
 gc.freeze()
-gc.set_threshold(10_000, 10, 50)
+gc.set_threshold(50_000, 20, 100)
 
 MASK, EOS, PAD = 63, 1, 0
 # Every compiled program takes some of the 65,530 regions of memory that Linux gives a process;
