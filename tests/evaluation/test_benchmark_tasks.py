@@ -23,6 +23,7 @@ from dials_jax.reporting import sweep_report
 from dials_jax.sampling.confidence import Confidence
 from tests.conftest import small_config
 
+pytestmark = pytest.mark.usefixtures("without_plots")
 CONFIGS = Path(__file__).parents[2] / "configs/llada"
 TOKENIZER = character_tokenizer(string.printable)
 ADD = "def add(a, b):\n    return a + b"

@@ -16,6 +16,7 @@ from dials_jax.reporting import sweep_report
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.skipping.policies import Static, StaticGates
 
+pytestmark = pytest.mark.usefixtures("without_plots")
 SUMS = EvalTask(
     name="sums",
     metric="exact_match",

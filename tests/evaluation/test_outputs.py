@@ -14,6 +14,8 @@ from dials_jax.evaluation.sweep import sweep
 from dials_jax.loading import load
 from dials_jax.sampling.confidence import Confidence
 
+pytestmark = pytest.mark.usefixtures("without_plots")
+
 
 @pytest.fixture(scope="module")
 def cfg(arithmetic_model, tmp_path_factory):

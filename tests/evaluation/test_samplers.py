@@ -24,6 +24,7 @@ from dials_jax.sampling.dream import Dream
 from dials_jax.sampling.generate import generate
 from dials_jax.skipping.policies import Random, Static
 
+pytestmark = pytest.mark.usefixtures("without_plots")
 GOLDEN = Path(__file__).parents[1] / "golden"
 CHARACTERS = "".join(map(chr, [*range(32, 127), *range(161, 561)]))
 NUM_CHARACTERS = {"dream_tiny": 297, "mdlm_tiny": 94, "qwen2_tiny": 298}

@@ -159,11 +159,6 @@ def test_the_report_is_written_again_without_a_run(cfg, finished, tmp_path, monk
     assert len(list((workdir / "plots").glob("*.png"))) >= 2
 
 
-@pytest.fixture
-def without_plots(monkeypatch):
-    monkeypatch.setattr(sweep_report, "_figures", lambda *args: [])
-
-
 class Scorer:
     """`score_task`, counted; it stops the sweep before run `stop`."""
 
