@@ -14,6 +14,7 @@ import pytest
 
 import dials_jax
 from dials_jax.config_files import shipped_configs
+from tests.evaluation.harness_cases import make_model_folder
 
 ROOT = Path(__file__).parents[1]
 SETUPTOOLS = int(importlib.metadata.version("setuptools").split(".")[0])
@@ -36,9 +37,10 @@ TINY += "--model.head-dim 8 --model.d-ff 64 --batch-size 8 --data.num-items 64 "
 TINY += "--optimizer.num-steps 2 --optimizer.warmup-steps 1"
 dials(["train", "--config", "demo/model", "--workdir", "model", *TINY.split()])
 dials(["generate", "model", "--prompt", "s12,3=", "--max-new-tokens", "4", "--out", "a.jsonl"])
-sweep = "--model model --routers --num-static --num-random 1 --batch-size 8 --timing-repeats 0 "
+sweep = "--model model --routers --num-static --num-random --batch-size 8 "
 sweep += "--tasks.0.limit 8"
 dials(["eval", "--config", "demo/sweep", "--workdir", "sweep", *sweep.split()])
+dials(["convert", "published", "converted"])
 """
 
 
@@ -104,6 +106,7 @@ def test_an_sdist_builds_the_same_wheel(clone, wheel, tmp_path):
 
 
 def test_an_installed_wheel_works_in_another_folder(installed, tmp_path):
+    make_model_folder("llada_tiny", tmp_path / "published")
     env = {**os.environ, "PYTHONPATH": str(installed)}
     command = installed / "bin" / "dials"
     shown = subprocess.run(
@@ -118,3 +121,4 @@ def test_an_installed_wheel_works_in_another_folder(installed, tmp_path):
     [line] = (tmp_path / "a.jsonl").read_text().splitlines()
     assert json.loads(line)["prompt"] == "s12,3="
     assert json.loads((tmp_path / "sweep" / "results.json").read_text())["runs"]
+    assert json.loads((tmp_path / "converted" / "config.json").read_text())["model"]

@@ -18,7 +18,7 @@ from dials_jax.config import ModelConfig
 from dials_jax.convert import mdlm
 from dials_jax.convert.hugging_face import translate_checkpoint
 from dials_jax.convert.table import is_buffer, strip_wrappers
-from dials_jax.errors import InputError, require
+from dials_jax.errors import InputError, require, require_packages
 from dials_jax.files import read_json
 
 SUFFIX = ".ckpt"
@@ -96,10 +96,9 @@ def open_lightning(
 
 
 def _read_pickle(path: Path) -> dict[str, Any]:
-    try:
-        import torch
-    except ImportError as error:
-        raise InputError("reading a .ckpt needs PyTorch: pip install torch") from error
+    require_packages("torch", "torch")
+    import torch
+
     try:
         others = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         with torch.serialization.safe_globals([(Ignored, name) for name in others]):

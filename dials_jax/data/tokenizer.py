@@ -19,7 +19,7 @@ from dials_jax.data.tokenizer_files import (
     read_tokenizer_file,
     read_tokenizer_folder,
 )
-from dials_jax.errors import InputError, require
+from dials_jax.errors import InputError, require, require_packages
 from dials_jax.files import local_path
 
 Ids = Sequence[int] | Int[np.ndarray, "_"]
@@ -178,6 +178,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Raises: InputError if there is no tokenizer at `path`, or if it cannot be parsed.
     """
     require(bool(path), "no tokenizer is given; set tokenizer= to a file or a folder")
+    require_packages("data", "tokenizers")
     path = local_path(path, "tokenizer")
     try:
         found = None
