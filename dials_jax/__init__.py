@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from dials_jax.sampling.confidence import Confidence
     from dials_jax.sampling.dream import Dream
     from dials_jax.sampling.generate import generate
+    from dials_jax.sampling.infill import infill
     from dials_jax.sampling.model_schedule import Schedule
     from dials_jax.skipping.policies import Random, Static
     from dials_jax.skipping.routed import Routed
@@ -59,6 +60,7 @@ _HOMES = {
     "estimate_log_likelihood": "evaluation.likelihood",
     "generate": "sampling.generate",
     "generate_text": "text",
+    "infill": "sampling.infill",
     "load": "loading",
     "load_router": "skipping.storage",
     "load_tokenizer": "data.tokenizer",

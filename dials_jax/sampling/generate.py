@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -160,15 +161,9 @@ def generate(
     cache_given, cache = cache, NoCache() if cache is None else cache
     check_arguments(sampler, cache, fill_to, log_probs)
     roles = roles_of(model, schedule, policy)
-    if prompts is None:
-        prompts = empty_prompts(num_sequences)
-    elif valid is None and differ_in_length(prompts):
-        rows = [as_ids([ids], "prompt")[0] for ids in prompts]
-        pad_id = next(iter(roles.values())).model.config.pad_id
-        prompts, valid = pad_prompts(rows, max(map(len, rows)), pad_id)
-    else:
-        prompts = as_ids(prompts, "prompt")
-    valid = None if valid is None else np.asarray(as_valid(valid))
+    prompts = empty_prompts(num_sequences) if prompts is None else prompts
+    pad_id = next(iter(roles.values())).model.config.pad_id
+    prompts, valid = pad_sequences(prompts, valid, pad_id, "prompt")
     require(prompts.ndim == 2, f"prompts have shape {prompts.shape}; give [batch, length]")
     require(
         num_sequences in (None, len(prompts)),
@@ -194,6 +189,21 @@ def generate(
     return account(*sharding.to_host(out), roles, turns, sampler, cache, prompts, seconds)
 
 
+def pad_sequences(
+    sequences: Any, valid: Any, pad_id: int, what: str
+) -> tuple[Int[np.ndarray, "..."], Bool[np.ndarray, "..."] | None]:
+    """Sequences that a user gave, and where they are real, as arrays; lists of several lengths are
+    padded on the left.
+
+    Args:
+      what: the name of a sequence in messages.
+    """
+    if valid is None and differ_in_length(sequences):
+        rows = [as_ids([ids], what)[0] for ids in sequences]
+        return pad_prompts(rows, max(map(len, rows)), pad_id)
+    return as_ids(sequences, what), None if valid is None else np.asarray(as_valid(valid))
+
+
 # ---------------------------------------------------------------------------- compiled programs
 
 STATIC = ("cfg", "sampler", "cache", "executor", "log_probs")
@@ -203,16 +213,27 @@ Generated = tuple[tuple[Int[Array, "B T"], CallRecord], float]  # canvas, record
 def lay_out_canvas(
     params, prompts, valid, keys, policy, *, cfg, sampler, cache, executor, log_probs=False
 ) -> tuple[Int[Array, "B T"], Steps]:
-    """Prompts, then blanks, and the steps of a model on them; three keys from each sequence's one.
-
-    Under guidance the model sees every canvas twice, each time with other random gates.
-    """
+    """Prompts, then blanks, and the steps of a model on them."""
     answer = jnp.full((len(prompts), sampler.gen_length), sampler.blank_id(cfg), prompts.dtype)
     canvas = jnp.concatenate([prompts, answer], axis=1)
     if valid is not None:
         valid = jnp.concatenate([valid, jnp.ones_like(answer, bool)], axis=1)
+    static = {"cfg": cfg, "sampler": sampler, "cache": cache, "executor": executor}
+    length = prompts.shape[1]
+    return canvas, steps_on_canvas(
+        params, canvas, valid, keys, policy, prompt_length=length, **static
+    )
+
+
+def steps_on_canvas(
+    params, canvas, valid, keys, policy, *, prompt_length, cfg, sampler, cache, executor
+) -> Steps:
+    """The steps of a model on a canvas; three keys from each sequence's one.
+
+    Under guidance the model sees every canvas twice, each time with other random gates.
+    """
     noise_keys, gate_keys, uncond_gate_keys = jax.vmap(lambda k: jax.random.split(k, 3))(keys).T
-    length, prompt_mask = prompts.shape[1], None
+    length, prompt_mask = prompt_length, None
     if sampler.cfg_scale > 0:
         prompt_mask = jnp.broadcast_to(jnp.arange(canvas.shape[1]) < length, canvas.shape)
         gate_keys = jnp.concatenate([gate_keys, uncond_gate_keys])
@@ -222,7 +243,7 @@ def lay_out_canvas(
     net = CanvasModel(
         cfg, params, policy, executor, block_inputs, gate_keys, prompt_mask, never_masked
     )
-    return canvas, sampler.make_steps(net, length, noise_keys, cache)
+    return sampler.make_steps(net, length, noise_keys, cache)
 
 
 @timed_jit(*STATIC)

@@ -155,6 +155,6 @@ def check_prompts(
     if found.size:
         raise InputError(
             f"prompt {found[0]} contains [MASK] (id {cfg.mask_id}); remove it: masks in a prompt "
-            "corrupt the quotas"
+            "corrupt the quotas (dj.infill fills them)"
         )
     return present
