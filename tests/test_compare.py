@@ -7,7 +7,7 @@ from copy import deepcopy
 import numpy as np
 import pytest
 
-from dials_jax.compare import compare
+from dials_jax.cli.compare import compare_command as compare
 from dials_jax.errors import InputError
 from dials_jax.reporting.comparison import compare_all, rows_by_items
 from dials_jax.statistics import paired_test
@@ -154,12 +154,12 @@ def test_wrong_arguments_are_one_line(stored, results, tmp_path):
     for arguments, message in {
         (str(tmp_path),): "has no results.json; give the --workdir of a sweep",
         (folder, folder): "given twice",
-        (folder, "--hom"): "unrecognized arguments: --hom; --help lists",
+        (folder, "--hom"): "is no option of dials compare; did you mean .--holm.",
         (folder, "--only", "routed λ=2"): "no row 'routed λ=2'.*did you mean",
         (folder, "--only", "full"): "there is only one row",
         (folder, "--out", str(tmp_path / "out")): "comparison.csv was not made by a run",
     }.items():
         with pytest.raises(InputError, match=message) as error:
-            compare(arguments)
+            compare(list(arguments))
         assert "\n" not in str(error.value)
     assert (tmp_path / "out" / "comparison.csv").read_text() == "mine"

@@ -30,8 +30,8 @@ LEVELS = (
     {"studies"},
     {"config_files"},
     {"commands"},
-    {"compare"},
     {"cli"},
+    {"compare"},
     {"reference"},  # the plain decoder for readers and tests: nothing imports it
 )
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}

@@ -31,7 +31,7 @@ COMMANDS = {
     "eval": SubCommand("cli.evaluate", "eval_command", "policies on tasks; studies"),
     "generate": SubCommand("cli.generate", "generate_command", "answers to prompts, as JSON lines"),
     "chat": SubCommand("cli.chat", "chat_command", "a conversation in the terminal"),
-    "compare": SubCommand("compare", "compare", "rows of sweeps, by a paired test"),
+    "compare": SubCommand("cli.compare", "compare_command", "rows of sweeps, by a paired test"),
     "lm-eval": SubCommand(
         "cli.harness", "harness_command", "lm-evaluation-harness, with --model dials"
     ),

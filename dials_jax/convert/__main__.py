@@ -1,19 +1,18 @@
-"""Converts a published checkpoint: `dials convert SRC DST`, or `python -m convert`."""
+"""Converts a published checkpoint: `dials convert SRC DST`, or `python -m convert`.
+
+What converts is imported once the options are read, so that --help waits for nothing.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import get_args
 
-import jax
-
-from dials_jax.config import ModelConfig
-from dials_jax.convert import lightning
-from dials_jax.convert.hugging_face import MODEL_TYPES, convert_folder, write_model_folder
+from dials_jax.config import ModelConfig, WeightDtype
 from dials_jax.errors import InputError, require
 from dials_jax.files import local_path
-from dials_jax.models.folders import WEIGHT_DTYPES
 from dials_jax.stopping import Stopped, keeping, obey_sigterm
 
 DESCRIPTION = """Convert a Hugging Face folder (config.json and safetensors) to a dials_jax model
@@ -34,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("target", metavar="DST", help="folder to write; it must not exist")
     parser.add_argument(
         "--dtype",
-        choices=WEIGHT_DTYPES,
+        choices=get_args(WeightDtype),
         help="of the written weights; default: bfloat16 if all of SRC is, otherwise float32",
     )
     parser.add_argument(
@@ -60,8 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="N",
         help="of a .ckpt: the id of the end of text, given with --mask-id",
     )
-    parser.epilog = f"Known model types: {', '.join(MODEL_TYPES)}."
+    parser.epilog = "A model type that is not known is refused, with those that are."
     options = parser.parse_args(arguments)
+    import jax
+
     jax.config.update("jax_platforms", "cpu")  # leave the GPU's memory to others
     obey_sigterm()
     try:
@@ -79,6 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def convert_source(options: argparse.Namespace) -> ModelConfig:
     """Converts a Hugging Face folder or a Lightning checkpoint, as the options ask."""
+    from dials_jax.convert import lightning
+    from dials_jax.convert.hugging_face import convert_folder, write_model_folder
+
     source = local_path(options.source, "SRC")
     local_path(options.target, "DST")
     if source.suffix != lightning.SUFFIX:

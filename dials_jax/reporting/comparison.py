@@ -1,6 +1,6 @@
 """Paired tests of any two rows of sweeps: policies, settings or models, on one set of items.
 
-`python -m dials_jax.compare` prints what stands here, and a sweep's report has it for its own rows.
+`dials compare` prints what stands here, and a sweep's report has it for its own rows.
 """
 
 from __future__ import annotations
