@@ -63,6 +63,8 @@ def test_a_line_is_what_generate_text_returns(run, model, capsys):
         assert line["settings"] == answer_file.settings_digest(identity)
     shown = capsys.readouterr()
     assert shown.out == f"4 answers are in {run.out}\n"
+    ahead = "4 of 4 prompts to answer, of 5 to 8 tokens: up to 4 new ones each, in at most 4 passes"
+    assert ahead in shown.err
     assert re.search(r"4 answers: .* tokens/s .*, 4 passes each, 75.0% of the layers\n$", shown.err)
 
 

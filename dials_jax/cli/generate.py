@@ -44,6 +44,7 @@ def generate_command(argv: list[str] | None = None) -> None:
     kept = f"the answers so far are in {given.out}; the same command continues with the rest"
     with open_answers(given.out, job, prompts) as answers, keeping(lambda: kept):
         done = len(prompts) - len(answers.remaining)
+        print(work_ahead(job, answers.remaining), file=sys.stderr)
 
         def written() -> Iterator[tuple[int, Any]]:
             for number, answer in job.answers(answers.remaining):
@@ -89,6 +90,19 @@ def read_prompts(given: argparse.Namespace) -> list[Any]:
             prompts += found
     require(bool(prompts), 'there are no prompts; give --prompt "..." or --file prompts.jsonl')
     return prompts
+
+
+def work_ahead(job: Any, remaining: list[int]) -> str:
+    """How much there is to do, in a line."""
+    from dials_jax.caching.plain import NoCache
+
+    lengths = [len(job.prompts[i]) for i in remaining] or [0]
+    steps = job.sampler.count_steps(job.cache or NoCache())
+    return (
+        f"{len(remaining)} of {len(job.prompts)} prompts to answer, of {min(lengths)} to "
+        f"{max(lengths)} tokens: up to {job.length} new ones each, in at most {steps} passes, "
+        f"{job.batch_size} prompts at a time"
+    )
 
 
 def with_progress(answers: Iterator[tuple[int, Any]], total: int, done: int) -> dict[int, Any]:
