@@ -215,7 +215,7 @@ def likelihood_batches(
     if keys is None:
         keys = request_keys(0, [request_hash(_as_tuple(prompt)) for prompt, _ in pairs])
     if remaining is None:
-        counts = [num_copies(len(answer), num_samples, policy) for _, answer in pairs]
+        counts = [num_copies(model.config, len(answer), num_samples, policy) for _, answer in pairs]
         remaining = (
             np.repeat(np.arange(len(pairs)), counts),
             np.concatenate(list(map(np.arange, counts))),

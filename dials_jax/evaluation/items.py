@@ -112,8 +112,6 @@ def load_items(
     if isinstance(task.data, ArithmeticData):
         tokenizer = ArithmeticTask(task.data).tokenizer
     require(tokenizer is not None, f"task {task.name!r} needs the model's tokenizer; pass it")
-    if not task.generates:
-        model_config.require_mask()
     check_tokenizer(tokenizer, model_config)
     if isinstance(task.data, TextData | CorpusData):
         return _text_items(task, task.data, tokenizer, model_config)

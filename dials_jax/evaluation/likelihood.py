@@ -1,8 +1,9 @@
-"""Monte-Carlo estimate of the log-likelihood of an answer given a prompt, as LLaDA evaluates it.
+"""The log-likelihood of an answer given a prompt, as LLaDA evaluates it.
 
-The estimate averages -CE / p over masked copies of the answer, where p is the share of the answer
-that is masked in the copy. Copies are stratified in rounds: within a round, the numbers of masked
-tokens are spread evenly over 1..L.
+Of a masked diffusion model it is a Monte-Carlo estimate: the mean of -CE / p over masked copies of
+the answer, where p is the share of the answer that is masked in the copy. Copies are stratified in
+rounds: within a round, the numbers of masked tokens are spread evenly over 1..L. A causal model's
+is exact: of each answer one copy is scored, in which no token is masked and every one counts.
 
 Source: `get_log_likelihood.py` and `eval_llada.py` of ML-GSAI/LLaDA.
 """
@@ -61,11 +62,10 @@ def log_likelihood(
 
     Args:
       num_samples: masked copies; a multiple of `batch_size`. Only one is run if all would be equal,
-        as for an answer of one token (see `num_copies`).
+        as for a causal model (see `num_copies`).
       batch_size: copies per round, over which the numbers of masked tokens are stratified.
       key: from `jax.random.key`; None: the key of seed 0.
     """
-    model.config.require_mask()
     check_policy(policy)
     _require_guidance(cfg_scale)
     require(batch_size > 0, f"batch_size={batch_size} must be positive")
@@ -74,7 +74,7 @@ def log_likelihood(
         f"num_samples={num_samples} must be a multiple of batch_size={batch_size}",
     )
     pairs = pad_pairs([(prompt_ids, answer_ids)], model.config)
-    num_samples = num_copies(len(answer_ids), num_samples, policy)
+    num_samples = num_copies(model.config, len(answer_ids), num_samples, policy)
     per_batch = min(batch_size, num_samples)
     copies = jax.tree.map(lambda x: np.repeat(x, per_batch, axis=0), pairs)
     keys = jnp.broadcast_to(sequence_keys(key, 1), (per_batch,))
@@ -88,13 +88,16 @@ def log_likelihood(
     return float(np.mean(estimates))
 
 
-def num_copies(answer_length: int, num_samples: int, policy: Policy | None) -> int:
+def num_copies(
+    cfg: ModelConfig, answer_length: int, num_samples: int, policy: Policy | None
+) -> int:
     """The number of masked copies to run: `num_samples`, or 1 if all copies would be equal.
 
-    An answer of one token is masked in every copy. Its copies differ only under a policy that uses
-    random keys.
+    An answer of one token is masked in every copy, and a causal model's copies have no masks. They
+    differ only under a policy that uses random keys.
     """
-    return 1 if answer_length == 1 and not uses_keys(policy) else num_samples
+    equal = cfg.causal or answer_length == 1
+    return 1 if equal and not uses_keys(policy) else num_samples
 
 
 @typed
@@ -198,6 +201,11 @@ def score_pairs(
       stratum: copies per round.
       fill_to: run the program for this batch size, or a multiple of it, also for fewer copies.
     """
+    require(
+        not (model.config.causal and cfg_scale > 0),
+        f"cfg_scale={cfg_scale} hides the prompt behind [MASK], and a causal model has none; "
+        "leave it out",
+    )
     count = len(samples)
     placed = model.place_sequences((pairs, threefry_key(keys), np.asarray(samples)), fill_to)
     scores, seconds = model.run(
@@ -260,6 +268,8 @@ def answer_log_probs(
     """Runs the model; returns log p of the answers' tokens where masked (0 elsewhere), whether each
     token is the most probable one, and gates.
 
+    A causal model sees all tokens; "masked" are then those that count.
+
     Args:
       tokens: [B, T], prompts and answers.
       time: [B], the masked share of each answer.
@@ -269,7 +279,8 @@ def answer_log_probs(
     """
     first = tokens.shape[1] - masked.shape[1]
     answers, whole = tokens[:, first:], ((0, 0), (first, 0))
-    tokens = jnp.where(jnp.pad(masked, whole), cfg.mask_id, tokens)
+    if not cfg.causal:
+        tokens = jnp.where(jnp.pad(masked, whole), cfg.mask_id, tokens)
     if cfg_scale > 0:
         tokens = with_unconditional(tokens, ~jnp.pad(in_answer, whole), cfg.mask_id)
         keys = jnp.concatenate([keys, jax.vmap(jax.random.fold_in, (0, None))(keys, 1)])
@@ -277,7 +288,8 @@ def answer_log_probs(
     out = transformer.run_layers(
         cfg, params, tokens, valid, policy, time=time, sequence_keys=keys, executor=executor
     )
-    h = transformer.shift_to_predicted(cfg, out.h, valid)[:, first:]
+    next_token = cfg.causal or cfg.right_shift
+    h = (transformer.move_right(out.h, valid) if next_token else out.h)[:, first:]
 
     def log_probs(h, answers, masked):
         logits = transformer.head_logits(cfg, params, h, time)
@@ -293,7 +305,7 @@ def score_pairs_program(params, pairs, keys, samples, policy, *, cfg, stratum, c
     """Masks one copy of each pair and estimates its log-likelihood; see `score_pairs`."""
     mask_keys, gate_keys = jax.vmap(jax.random.split)(keys).T
     draw = jax.vmap(draw_masked, (0, 0, 0, None))
-    masked = draw(mask_keys, samples, pairs.in_answer, stratum)
+    masked = pairs.in_answer if cfg.causal else draw(mask_keys, samples, pairs.in_answer, stratum)
     gate_keys = jax.vmap(jax.random.fold_in)(gate_keys, samples)
     share = jnp.sum(masked, axis=1) / jnp.sum(pairs.in_answer, axis=1)
     log_probs, is_best, gates = answer_log_probs(

@@ -36,8 +36,8 @@ def pad_pairs(
 ) -> Pairs:
     """Pads pairs to a common length T, and answers to A; both at least those given.
 
-    Raises: InputError for an empty answer, [MASK] or an unknown token in a pair, anything but
-      integers, or more tokens than the model has positions.
+    Raises: InputError for an empty answer, a causal model's empty prompt, [MASK] or an unknown
+      token in a pair, anything but integers, or more tokens than the model has positions.
     """
     require(isinstance(pairs, list | tuple), f"pairs={shown(pairs)} is no list of pairs")
     pairs = [_as_pair(pair, i) for i, pair in enumerate(pairs)]
@@ -66,6 +66,11 @@ def _check_pair(cfg: ModelConfig, i: int, prompt: np.ndarray, answer: np.ndarray
     require(
         not (prompt == cfg.mask_id).any() and not (answer == cfg.mask_id).any(),
         f"pair {i} contains [MASK] (id {cfg.mask_id}); remove it",
+    )
+    require(
+        len(prompt) > 0 or not cfg.causal,
+        f"pair {i}: nothing predicts a causal model's first token; give a prompt, such as the end "
+        "of text",
     )
     total = len(prompt) + len(answer)
     require(total <= cfg.max_length, f"pair {i}: {total} tokens for {cfg.max_length} positions")

@@ -99,12 +99,14 @@ class Responder:
         cfg, named = self.settings, _Named.of([self._fit_pair(*pair) for pair in enumerate(pairs)])
         names, distinct = list(named.requests), list(named.requests.values())
         copies = {
-            name: num_copies(len(answer), cfg.num_samples, self.policy)
+            name: num_copies(self.model.config, len(answer), cfg.num_samples, self.policy)
             for name, (_, answer) in named.requests.items()
         }
-        # Of an answer of one token with one copy, this copy is the whole one.
+        # Of a causal model, and of an answer of one token, one copy is the whole one.
         whole = {
-            name for name, (_, a) in named.requests.items() if len(a) == 1 and copies[name] == 1
+            name
+            for name, (_, answer) in named.requests.items()
+            if copies[name] == 1 and (self.model.config.causal or len(answer) == 1)
         }
 
         def records(tally: Tally) -> Iterator[Record]:

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
+from dials_jax.config import ModelConfig
 from dials_jax.data.tokenizer import Tokenizer
 from dials_jax.evaluation.batched import generation_batches, likelihood_batches, request_keys
 from dials_jax.evaluation.exact_match import cut_tokens
@@ -59,7 +60,7 @@ def score_task(
       on_record: called with the record of every batch as soon as it is scored.
     """
     check_task(task, items, model)
-    tally = Tally(model.num_layers, _copies_per_pair(task, items, policy), records)
+    tally = Tally(model.num_layers, _copies_per_pair(model.config, task, items, policy), records)
     on_progress(tally.num_done)
     measure = _generate_outputs if task.generates else _score_likelihoods
     for record in measure(tally, model, task, items, policy, batch_size, seed):
@@ -88,7 +89,7 @@ def time_task(
 
     The programs are those of `score_task`. Returns: seconds, without compilation.
     """
-    copies = _copies_per_pair(task, items, policy)
+    copies = _copies_per_pair(model.config, task, items, policy)
     tally = Tally(model.num_layers, copies)
     lengths = {
         pair: len(item.prompt) + len(answer)
@@ -178,19 +179,21 @@ def _pair_names(task: EvalTask, name: str, item: Item) -> list[str]:
 
 
 def _copies_per_pair(
-    task: EvalTask, items: Sequence[Item], policy: Policy | None
+    cfg: ModelConfig, task: EvalTask, items: Sequence[Item], policy: Policy | None
 ) -> dict[str, int]:
     """The number of copies to score of each pair of prompt and answer, by its name."""
     return {
-        pair: 1 if task.generates else num_copies(len(answer), task.num_samples, policy)
+        pair: 1 if task.generates else num_copies(cfg, len(answer), task.num_samples, policy)
         for name, item in zip(item_names(items), items, strict=True)
         for pair, answer in zip(_pair_names(task, name, item), item.answers, strict=True)
     }
 
 
-def count_sequences(task: EvalTask, items: Sequence[Item], policy: Policy | None) -> int:
+def count_sequences(
+    cfg: ModelConfig, task: EvalTask, items: Sequence[Item], policy: Policy | None
+) -> int:
     """The number of sequences that `score_task` scores, all copies counted."""
-    return sum(_copies_per_pair(task, items, policy).values())
+    return sum(_copies_per_pair(cfg, task, items, policy).values())
 
 
 def item_keys(seed: int, items: Sequence[Item]) -> jax.Array:
@@ -266,7 +269,7 @@ def _score_likelihoods(
     tally: Tally, model, task, items, policy, batch_size, seed
 ) -> Iterator[dict[str, Any]]:
     """Estimates log p (nats) of the copies without a score; yields the record of every batch."""
-    names = list(_copies_per_pair(task, items, policy))
+    names = list(_copies_per_pair(model.config, task, items, policy))
     item_of_pair = [i for i, item in enumerate(items) for _ in item.answers]
     for requests, copies, scores, flops in likelihood_batches(
         model,

@@ -158,7 +158,7 @@ def _score_candidate(
     """Scores one policy on one task, continuing from its records, and adds the run."""
     from tqdm import tqdm
 
-    total = count_sequences(task, items, candidate.policy)
+    total = count_sequences(model.config, task, items, candidate.policy)
     what = f"{task.name}, {candidate.label}"
     policy = candidate.describe()
     measured = timing_conditions(cfg, task, model)

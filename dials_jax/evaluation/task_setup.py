@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from dials_jax.caching.canvas import CanvasModel
 from dials_jax.caching.parse import cache_name
-from dials_jax.config import to_dict
+from dials_jax.config import ModelConfig, to_dict
 from dials_jax.errors import InputError, require
 from dials_jax.evaluation.batched import check_num_samples
 from dials_jax.evaluation.items import Item
@@ -91,11 +91,26 @@ def check_task(
     else:
         length = max(len(answer) for item in items for answer in item.answers)
         check_num_samples(task.num_samples)
+        _check_causal(task, items, model.config)
     total, limit = prompt_length + length, model.config.max_length
     require(
         total <= limit,
         f"task {task.name!r}: prompt and answer may take {total} tokens, but the model has "
         f"{limit} positions; shorten them",
+    )
+
+
+def _check_causal(task: EvalTask, items: Sequence[Item], cfg: ModelConfig) -> None:
+    """Raises: InputError for likelihoods that a causal model does not have."""
+    require(
+        not cfg.causal or all(item.prompt for item in items),
+        f"task {task.name!r} has empty prompts, and nothing predicts a causal model's first "
+        "token; give prompts, of rows of text by prompt_length=",
+    )
+    require(
+        not (cfg.causal and task.cfg_scale),
+        f"task {task.name!r}: cfg_scale={task.cfg_scale} hides the prompt behind [MASK], and a "
+        "causal model has none; leave it out",
     )
 
 

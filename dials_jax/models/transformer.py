@@ -266,6 +266,17 @@ def shift_to_predicted(
 ) -> Float[Array, "B T D"]:
     """Undoes the right shift: position i then predicts token i. As it is, unless `cfg.right_shift`.
 
+    Args:
+      valid: False at padding; None: no padding.
+    """
+    return move_right(h, valid) if cfg.right_shift else h
+
+
+def move_right(
+    h: Float[Array, "B T D"], valid: Bool[Array, "B T"] | None = None
+) -> Float[Array, "B T D"]:
+    """Moves the stream to the token that each position predicts where that is the next one.
+
     The stream is moved before the head, whose logits are many times as wide. Nothing predicts a
     sequence's first token: there its own state stays, so that padding on the left changes no
     prediction.
@@ -273,8 +284,6 @@ def shift_to_predicted(
     Args:
       valid: False at padding; None: no padding.
     """
-    if not cfg.right_shift:
-        return h
     left = jnp.concatenate([h[:, :1], h[:, :-1]], axis=1)
     if valid is None:
         return left

@@ -196,6 +196,35 @@ def test_logits_are_held_of_a_few_positions_at_a_time(model, cfg_scale, monkeypa
     assert widths == {2}  # the vocabulary is of 64 tokens
 
 
+# ---------------------------------------------------------------------------------- causal models
+
+
+@pytest.fixture(scope="module")
+def causal(model):
+    return Model(dataclasses.replace(model.config, causal=True), model.params)
+
+
+@pytest.mark.parametrize("policy, layers", [(None, ()), (Static((1,)), (1,))])
+def test_a_causal_models_log_likelihood_is_exact(causal, policy, layers):
+    (prompt, answer), tokens = PAIRS[1], np.array([[*PAIRS[1][0], *PAIRS[1][1]]])
+    logits = causal.apply(tokens, policy=policy).logits[0]
+    log_p = np.asarray(jax.nn.log_softmax(logits))
+    expected = log_p[np.arange(len(prompt) - 1, tokens.size - 1), answer].sum()
+    assert log_likelihood(causal, prompt, answer, 16, 4, policy=policy) == pytest.approx(
+        float(expected), rel=1e-5
+    )
+    batch, cost = scores_of(causal, PAIRS, policy=policy, length=9, answer_length=6, fill_to=4)
+    assert batch.log_likelihood[1] == pytest.approx(float(expected), rel=1e-4)
+    assert cost.layers_run == 1 - len(layers) / 4 and (batch.masked_share == 1).all()
+
+
+def test_a_causal_model_has_no_first_token_and_no_guidance(causal):
+    with pytest.raises(InputError, match="pair 0: nothing predicts a causal model's first token"):
+        log_likelihood(causal, (), (4, 5), 4, 4)
+    with pytest.raises(InputError, match=r"hides the prompt behind .MASK., and a causal model has"):
+        log_likelihood(causal, (3,), (4, 5), 4, 4, cfg_scale=1.0)
+
+
 # ------------------------------------------------------------------------------- log-likelihoods
 
 

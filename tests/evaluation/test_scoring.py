@@ -361,14 +361,14 @@ def test_execution_and_cost_cover_every_row(scorer, items, choices):
     static = Static((0,))
     out = run(scorer, GENERATION, items, policy=static, on_progress=done.append)
     steps = max(len(item.answers[0]) for item in items)
-    assert sum(done) == count_sequences(GENERATION, items, static) == 5
+    assert sum(done) == count_sequences(scorer.config, GENERATION, items, static) == 5
     assert out.layer_counts.calls.sum() == 5 * steps
     np.testing.assert_array_equal(out.layer_counts.executed.sum(axis=0), [0, 5 * steps])
     assert out.flops.layers_run == 0.5
     done.clear()
     out = run(scorer, CHOICE, choices, policy=static, on_progress=done.append)
     count = 3 * (2 + 1)  # two copies of the answer of two tokens, one of the other
-    assert sum(done) == count_sequences(CHOICE, choices, static) == count
+    assert sum(done) == count_sequences(scorer.config, CHOICE, choices, static) == count
     assert out.layer_counts.calls.sum() == count
 
 
@@ -430,7 +430,7 @@ def test_what_is_recorded_is_not_scored_again(scorer, batch_by_batch):
         )  # fmt: skip
         assert_same(found, whole)
         assert len(new) == len(records) - len({json.dumps(record) for record in kept})
-        assert sum(done) == count_sequences(task, items, Random(1))
+        assert sum(done) == count_sequences(scorer.config, task, items, Random(1))
 
 
 def test_the_rest_may_be_scored_in_other_batches(scorer, batch_by_batch):

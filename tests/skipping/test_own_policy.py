@@ -55,7 +55,7 @@ def test_generating_with_it_costs_what_routing_costs(lively, pair, cache):
     assert own.flops.flops_share > own.flops.layers_run * free.flops_share  # routers do cost
 
 
-def test_likelihoods_with_it_cost_what_routing_costs(lively, pair):
+def test_likelihoods_with_it_cost_what_routing_costs(lively, cfg, pair):
     texts = [([5, 6, 7], [8, 9, 10, 11]), ([5, 6], [9, 9])]
     keys, copies = jax.random.split(jax.random.key(0), 2), np.zeros(2, int)
     (routed, cost), (own, own_cost) = (
@@ -65,4 +65,4 @@ def test_likelihoods_with_it_cost_what_routing_costs(lively, pair):
     np.testing.assert_array_equal(routed.gates, own.gates)
     assert_same_cost(cost, own_cost)
     assert own_cost.flops_share > own_cost.layers_run * 0.9
-    assert num_copies(1, 128, pair[1]) == num_copies(1, 128, pair[0]) == 1
+    assert num_copies(cfg, 1, 128, pair[1]) == num_copies(cfg, 1, 128, pair[0]) == 1
