@@ -1,6 +1,7 @@
 """Standard errors, intervals and paired tests.
 
-All methods are classical, exact where possible, and resample nothing. Two policies are compared
+All methods are classical and exact where possible; only rank correlations resample, with seeded
+random numbers. Two policies are compared
 item by item: most of the noise comes from the items, so it cancels in the differences.
 """
 
@@ -9,8 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 from dials_jax.errors import InputError, require
 
@@ -158,3 +161,75 @@ def _paired_t(deltas: np.ndarray) -> float:
     mean, stderr = mean_and_stderr(deltas)
     t = abs(mean) / stderr if stderr else math.inf
     return float(2 * scipy.stats.t.sf(t, len(deltas) - 1))
+
+
+# -------------------------------------------------------------------------------- rank correlation
+
+
+class RankCorrelation(NamedTuple):
+    """Spearman's rank correlation of two means over samples."""
+
+    value: float  # NaN where all of one side are equal
+    low: float  # 95 % over samples; what is ranked stays as it is
+    high: float
+    p_value: float  # two-sided, over random orders; not corrected for the number of tests
+
+
+def spearman(
+    a: Float[np.ndarray, "*#R L"], b: Float[np.ndarray, "*#R L"]
+) -> Float[np.ndarray, "..."] | np.floating:
+    """Spearman's rank correlation over the last axis; ties share their mean rank.
+
+    NaN where all values of one side are equal. Source: Spearman (1904).
+    """
+    import scipy.stats
+
+    ranks = [scipy.stats.rankdata(x, axis=-1) for x in (a, b)]
+    x, y = (r - r.mean(axis=-1, keepdims=True) for r in ranks)
+    with np.errstate(invalid="ignore"):
+        return (x * y).sum(axis=-1) / np.sqrt((x**2).sum(axis=-1) * (y**2).sum(axis=-1))
+
+
+def bootstrap_means(
+    samples: Float[np.ndarray, "N L"], num_resamples: int, rng: np.random.Generator
+) -> Float[np.ndarray, "R L"]:
+    """Means of samples drawn with replacement. Source: Efron (1979)."""
+    number = len(samples)
+    counts = rng.multinomial(number, np.full(number, 1 / number), num_resamples)
+    return counts @ samples / number
+
+
+def rank_correlation(
+    a: Float[np.ndarray, "N L"],
+    b: Float[np.ndarray, "M L"],
+    seed: int = 0,
+    num_resamples: int = 500,
+) -> RankCorrelation:
+    """Correlates the ranks of two means over samples, and resamples both sides for an interval.
+
+    The two sides are resampled apart: they need not be of the same samples. One sample is a side
+    without noise. The interval is the union of the percentile and the reflected (basic) bootstrap
+    intervals (Davison and Hinkley 1997, sections 5.2 and 5.3), because noise in the means biases
+    correlations downwards, and resampling adds as much noise again. On subsets of the two searches
+    of docs/results/scheduling.md, intervals of 256 samples contained the correlation of all samples
+    in 87 to 100 of 100 draws, intervals of 64 samples in 71 to 95.
+
+    Raises: InputError for fewer than 3 numbers to rank, or sides without samples.
+    """
+    require(
+        a.shape[1] > 2 and 0 not in (len(a), len(b)),
+        f"samples of shapes {a.shape} and {b.shape}: a rank correlation needs samples of at least "
+        "3 numbers",
+    )
+    rng = np.random.default_rng(seed)
+    x, y = a.mean(axis=0), b.mean(axis=0)
+    value = float(spearman(x, y))
+    if not math.isfinite(value):
+        return RankCorrelation(*(math.nan,) * 4)
+    drawn = spearman(*(bootstrap_means(samples, num_resamples, rng) for samples in (a, b)))
+    low, high = np.nanquantile(drawn, (0.025, 0.975))
+    low, high = min(low, 2 * value - high), max(high, 2 * value - low)
+    orders = rng.permuted(np.tile(y, (num_resamples, 1)), axis=1)
+    as_far = np.abs(spearman(x, orders)) >= abs(value) - 1e-12
+    p_value = float((1 + np.sum(as_far)) / (1 + num_resamples))
+    return RankCorrelation(value, max(float(low), -1.0), min(float(high), 1.0), p_value)

@@ -13,6 +13,8 @@ from dials_jax.statistics import (
     mean_at_zero,
     mean_interval,
     paired_test,
+    rank_correlation,
+    spearman,
     wilson_interval,
 )
 
@@ -149,3 +151,47 @@ def test_an_interval_of_two_sources_covers_as_often_as_it_says():
         low, high = combined_interval(scores.mean(), [of_items, of_seeds])
         covered += low <= 0 <= high
     assert 0.93 < covered / 400 < 0.985
+
+
+def ranks_by_counting(values):
+    """1 for the smallest; equal values share the mean of their ranks."""
+    values = np.asarray(values)
+    below = (values[None] < values[:, None]).sum(axis=1)
+    equal = (values[None] == values[:, None]).sum(axis=1)
+    return below + (equal + 1) / 2
+
+
+@pytest.mark.parametrize(
+    "a, b",
+    [
+        ([0.1, 0.9, 0.5, 0.7], [3.0, 1.0, 2.5, 0.5]),
+        ([1.0, 1.0, 2.0, 5.0, 2.0], [2.0, 7.0, 1.0, 1.0, 3.0]),  # ties
+        ([1.0, 2.0, 3.0], [10.0, 20.0, 30.0]),
+    ],
+)
+def test_spearman_is_pearson_of_ranks(a, b):
+    expected = np.corrcoef(ranks_by_counting(a), ranks_by_counting(b))[0, 1]
+    assert spearman(np.array(a), np.array(b)) == pytest.approx(expected)
+    both = spearman(np.array([a, a]), np.array([b, b[::-1]]))
+    reversed_ = np.corrcoef(ranks_by_counting(a), ranks_by_counting(b[::-1]))[0, 1]
+    np.testing.assert_allclose(both, [expected, reversed_])
+    assert math.isnan(spearman(np.ones(4), np.arange(4.0)))
+
+
+def test_an_interval_of_a_rank_correlation_narrows_with_samples_and_p_does_not():
+    random = np.random.default_rng(0)
+    order = np.arange(8.0)
+
+    def noisy(number):
+        return order + random.normal(0, 6, (number, 8))
+
+    few, many = (rank_correlation(noisy(n), noisy(n)) for n in (20, 2000))
+    assert few.low < few.high and many.high - many.low < (few.high - few.low) / 2
+    assert many.value > 0.95 and many.p_value == 1 / 501  # none of the orders
+    samples = noisy(3), noisy(5)
+    assert rank_correlation(*samples, seed=1) == rank_correlation(*samples, seed=1)
+    unrelated = rank_correlation(order[None], order[None, [3, 0, 6, 5, 1, 7, 2, 4]])
+    assert unrelated.p_value > 0.3 and unrelated.low == unrelated.value  # without noise
+    assert all(map(math.isnan, rank_correlation(np.ones((2, 8)), samples[0])))
+    with pytest.raises(InputError, match=r"shapes \(4, 2\) and \(5, 2\).* at least 3"):
+        rank_correlation(np.ones((4, 2)), np.ones((5, 2)))

@@ -13,7 +13,7 @@ from dials_jax.config import ProposeStudy, to_dict
 from dials_jax.errors import require
 from dials_jax.reporting.publish import Figure, Report, Table, as_dicts
 from dials_jax.sampling.model_schedule import Schedule
-from dials_jax.statistics import mean_interval
+from dials_jax.statistics import RankCorrelation, mean_interval, rank_correlation
 from dials_jax.studies import plots, search
 from dials_jax.studies.from_studies import coarse_schedules, placements_of, read_harms, read_search
 from dials_jax.studies.placements import Placements
@@ -75,7 +75,7 @@ def run_proposals(cfg: ProposeStudy, workdir: Path) -> Report:
     }
     chosen = choose_with_all_samples(methods, values, budgets, coarse_schedules(searched), cfg.seed)
     correlations = {
-        name: search.rank_correlation(light @ harm, values, cfg.seed)
+        name: rank_correlation((light @ harm)[None], values.T, cfg.seed)
         for name, harm in harms.items()
     }
     results = {
@@ -161,7 +161,7 @@ def regret_table(regrets: Mapping[str, Sequence[Regret]], budgets: Sequence[int]
     return Table(("perplexity above the exhaustive choice, tried", *map(str, budgets)), lines)
 
 
-def correlation_table(correlations: Mapping[str, search.Correlation]) -> Table:
+def correlation_table(correlations: Mapping[str, RankCorrelation]) -> Table:
     lines = [(HARM_LABELS[name], correlation_text(c)) for name, c in correlations.items()]
     return Table(("predicted by", "Spearman, 95 % interval"), lines)
 
@@ -182,7 +182,7 @@ def choice_table(rows: Sequence[Choice]) -> Table:
     return Table(header, lines)
 
 
-def correlation_text(c: search.Correlation) -> str:
+def correlation_text(c: RankCorrelation) -> str:
     return f"{c.value:.2f} ({c.low:.2f} to {c.high:.2f})"
 
 
@@ -192,7 +192,7 @@ def proposal_figures(
     light: Bool[np.ndarray, "S n"],
     values: Float[np.ndarray, "S N"],
     harms: Mapping[str, Float[np.ndarray, "n"]],
-    correlations: Mapping[str, search.Correlation],
+    correlations: Mapping[str, RankCorrelation],
 ) -> list[Figure]:
     """A figure of the regret, and one per prediction against the measured perplexity."""
     data = {"budgets": budgets, "regrets": regrets}

@@ -82,42 +82,6 @@ def time_weights(
     return weights
 
 
-class Correlation(NamedTuple):
-    """Spearman's correlation, and its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-def rank_correlation(
-    predicted: Float[np.ndarray, "S"],
-    values: Float[np.ndarray, "S N"],
-    seed: int = 0,
-    num_draws: int = 500,
-) -> Correlation:
-    """Computes Spearman's correlation, with a 95 % bootstrap interval over samples.
-
-    The interval is the union of the percentile and the reflected (basic) bootstrap intervals
-    (Davison and Hinkley 1997, sections 5.2 and 5.3), because noise in the perplexities biases
-    correlations downwards, and resampling adds as much noise again. On subsets of the two searches
-    of docs/results/scheduling.md, intervals of 256 samples contained the correlation of all samples
-    in 87 to 100 of 100 draws, intervals of 64 samples in 71 to 95.
-    """
-    import scipy.stats
-
-    rng = np.random.default_rng(seed)
-    num_samples = values.shape[1]
-    draws = []
-    for _ in range(num_draws):
-        chosen = rng.integers(0, num_samples, num_samples)
-        draws.append(scipy.stats.spearmanr(predicted, values[:, chosen].mean(axis=1)).statistic)
-    value = scipy.stats.spearmanr(predicted, values.mean(axis=1)).statistic
-    low, high = np.quantile(draws, [0.025, 0.975])
-    low, high = min(low, 2 * value - high), max(high, 2 * value - low)
-    return Correlation(float(value), max(float(low), -1.0), min(float(high), 1.0))
-
-
 # ------------------------------------------------------------------- searching with fewer trials
 
 

@@ -3,10 +3,11 @@ import dataclasses
 import numpy as np
 
 from dials_jax.reporting.publish import draw_figures
+from dials_jax.statistics import RankCorrelation
 from dials_jax.studies import plots
 from dials_jax.studies.divergence import Curve
 from dials_jax.studies.placements import Placements
-from dials_jax.studies.search import Correlation, Influence, Regret
+from dials_jax.studies.search import Influence, Regret
 
 METHODS = ("a", "b", "c", "d", "e", "c + b", "d + b", "e + b")  # as many as a study has at most
 REGRETS = [Regret(1, 0, 2), Regret(0, 0, 0)]
@@ -95,7 +96,7 @@ def test_names_fit_into_the_figures(drawn, tmp_path):
         difference=0.0, difference_low=0.0, difference_high=0.0,
     )  # fmt: skip
     figures = predictions.prediction_figures([row, dataclasses.replace(row, quantity="kl")])
-    light, found = Placements(3, 1).table, Correlation(-0.36, -0.53, -0.02)
+    light, found = Placements(3, 1).table, RankCorrelation(-0.36, -0.53, -0.02, 0.01)
     harms = dict.fromkeys(proposals.HARM_LABELS, x)
     noise = np.ones((3, 2))
     figures += proposals.proposal_figures(
