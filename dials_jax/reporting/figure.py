@@ -6,20 +6,29 @@ Figures are made without pyplot: no window, no global state, and nothing to clos
 from __future__ import annotations
 
 import contextlib
+import itertools
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:  # matplotlib is optional
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # By kind of policy; other kinds take one of OTHER_COLORS.
 COLORS = {"routed": "#1f5fa8", "static": "#e07b1a", "random": "#3a9457", "full": "#e5ac00"}
 OTHER_COLORS = ("#7b4fa3", "#b03a5b", "#1f8a8a", "#6b6f00", "#a0522d", "#4a5560")
 GREY = "#8a8f98"
+# Of models, or of other lines that are compared. Colours differ for the colour-blind, too, and the
+# style of the line tells them apart in grey.
+SERIES = (
+    ("#1f5fa8", "-"), ("#e07b1a", "--"), ("#3a9457", "-."), ("#7b4fa3", ":"),
+    ("#b03a5b", (0, (7, 2))), ("#1f8a8a", (0, (3, 1, 1, 1, 1, 1))),
+)  # fmt: skip
+SEQUENTIAL = "viridis"  # of heat maps: brighter is more, and its lightness alone says so
 STYLE = {
     "font.size": 10,
     "axes.titlesize": 11,
@@ -58,6 +67,34 @@ def figure_at(path: str | Path, width: float, height: float) -> Iterator[Figure]
         figure.savefig(path, dpi=150)
         figure.set_layout_engine("none")  # as it is; otherwise it would be computed again
         figure.savefig(Path(path).with_suffix(".pdf"), metadata={"CreationDate": None})
+
+
+def series_styles(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """The colour and line style of each label, as arguments of `plot`."""
+    styles = itertools.cycle(SERIES)
+    return {
+        label: {"color": color, "linestyle": line, "linewidth": 2, "label": label}
+        for label, (color, line) in zip(labels, styles, strict=False)
+    }
+
+
+def shades(count: int) -> list:
+    """`count` colours of `SEQUENTIAL`, dark to bright, without its palest end."""
+    from matplotlib import colormaps
+
+    return [colormaps[SEQUENTIAL](x) for x in np.linspace(0.0, 0.85, count)]
+
+
+def log_y(ax: Axes, linear_below: float | None = None) -> None:
+    """A logarithmic y-axis with plain numbers. Args: linear_below: linear from there down to 0."""
+    from matplotlib.ticker import NullFormatter, StrMethodFormatter
+
+    if linear_below is None:
+        ax.set_yscale("log")
+    else:
+        ax.set_yscale("symlog", linthresh=linear_below)
+    ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    ax.yaxis.set_minor_formatter(NullFormatter())
 
 
 def blue_shades(count: int) -> list:

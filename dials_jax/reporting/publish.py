@@ -67,11 +67,20 @@ class Figure(NamedTuple):
         return self.plot(**self.data, path=folder / f"{self.name}.png")
 
 
+class Chapter(NamedTuple):
+    """A part of the page that reads for itself: what is asked, what was found, and its figures."""
+
+    title: str
+    html: str  # from functions of `reporting.html`
+    figures: Sequence[Figure] = ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """What a sweep or a study found.
 
-    The page shows, in this order: `above`, the tables, the legend, the figures, `below`.
+    The page shows, in this order: `above`, the chapters, the tables, the legend, the figures,
+    `below`.
     """
 
     title: str
@@ -85,6 +94,7 @@ class Report:
     above: Mapping[str, str]  # sections of HTML, by heading
     below: Mapping[str, str]
     paper: Table | None = None  # of results.tex
+    chapters: Sequence[Chapter] = ()
 
 
 def publish(report: Report, workdir: Path) -> None:
@@ -99,9 +109,13 @@ def publish(report: Report, workdir: Path) -> None:
         (workdir / "results.tex").write_text(
             latex_table(report.paper), encoding="utf-8", errors="backslashreplace"
         )
+    chapters = {
+        chapter.title: chapter.html + html.images(draw_figures(chapter.figures, workdir / "plots"))
+        for chapter in report.chapters
+    }
     captions = draw_figures(report.figures, workdir / "plots")
     (workdir / "report.html").write_text(
-        _page(report, captions), encoding="utf-8", errors="backslashreplace"
+        _page(report, chapters, captions), encoding="utf-8", errors="backslashreplace"
     )
 
 
@@ -175,9 +189,10 @@ def as_dicts(rows: Sequence[Any]) -> list[dict[str, Any]]:
     return [asdict(row) for row in rows]
 
 
-def _page(report: Report, captions: Mapping[Path, str]) -> str:
+def _page(report: Report, chapters: Mapping[str, str], captions: Mapping[Path, str]) -> str:
     sections = {
         **report.above,
+        **chapters,
         **{heading: table.html() for heading, table in report.tables.items()},
         "How to read the tables": html.definition_list(report.legend),
         "Plots": html.images(captions),

@@ -20,7 +20,7 @@ from dials_jax.errors import nearest, require
 from dials_jax.statistics import mean_interval
 from dials_jax.studies.profile import Profile
 
-Role = Literal["native", "causal", "adapted"]
+_Role = Literal["native", "causal", "adapted"]
 Verdict = Literal["supported", "not supported", "undecided", "not tested"]
 NUM_RESAMPLES = 2000
 
@@ -201,16 +201,16 @@ class Models:
         )
         self.profiles, self.adapted = profiles, tuple(adapted)
 
-    def role(self, label: str) -> Role:
+    def role(self, label: str) -> _Role:
         if label in self.adapted:
             return "adapted"
         return "causal" if self.profiles[label].facts.family == "causal" else "native"
 
-    def layers(self, role: Role) -> dict[str, Float[np.ndarray, "N L"]]:
+    def layers(self, role: _Role) -> dict[str, Float[np.ndarray, "N L"]]:
         """Of each model, by label."""
         return {x: p.sequence_layer for x, p in self.profiles.items() if self.role(x) == role}
 
-    def tokens(self, role: Role) -> dict[str, Float[np.ndarray, "N states"]]:
+    def tokens(self, role: _Role) -> dict[str, Float[np.ndarray, "N states"]]:
         """Of each model, by label."""
         return {x: p.sequence_token for x, p in self.profiles.items() if self.role(x) == role}
 
