@@ -28,7 +28,9 @@ def quick_plots():
         patch.setattr(
             study,
             "publish",
-            lambda report, folder: publish(dataclasses.replace(report, figures=(), chapters=()), folder),
+            lambda report, folder: publish(
+                dataclasses.replace(report, figures=(), chapters=()), folder
+            ),
         )
         yield
 
