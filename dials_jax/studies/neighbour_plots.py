@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from dials_jax.errors import require
 from dials_jax.reporting.figure import figure_at, series_styles
 from dials_jax.studies.profile import Profile
-from dials_jax.studies.representation_plots import POSITION, WIDTH, Profiles, at_decoded
+from dials_jax.studies.representation_plots import NARROWEST, POSITION, Profiles, at_decoded
 
 NEIGHBOURS = "cosine to the next token"
 QUARTERS = ("early", "early-middle", "late-middle", "late")
@@ -32,7 +32,9 @@ def neighbour_rows(profiles: Profiles, path: str | Path, num_decoded: int | None
     if num_decoded is None:
         times = {"all decoded": None}
     rows = ["first layer", *(f"end of the {name} layers" for name in QUARTERS)]
-    with figure_at(path, max(WIDTH, 1.2 + 3.4 * len(profiles)), 0.8 + 1.5 * len(rows)) as figure:
+    with figure_at(
+        path, max(NARROWEST, 1.2 + 3.4 * len(profiles)), 0.8 + 1.5 * len(rows)
+    ) as figure:
         axes = figure.subplots(len(rows), len(profiles), sharex="col", sharey=True, squeeze=False)
         for column, (label, profile) in zip(axes.T, profiles.items(), strict=True):
             states = [
@@ -96,7 +98,7 @@ def neighbour_grid(profile: Profile, path: str | Path, num_decoded: int | None =
     columns = min(6, math.ceil(math.sqrt(len(values))))
     rows = math.ceil(len(values) / columns)
     (style,) = series_styles([profile.facts.label]).values()
-    with figure_at(path, max(WIDTH, 0.8 + 1.7 * columns), 1.1 + 1.2 * rows) as figure:
+    with figure_at(path, max(NARROWEST, 0.8 + 1.7 * columns), 1.1 + 1.2 * rows) as figure:
         axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
         for state, ax in enumerate(axes.ravel()):
             if state >= len(values):

@@ -29,7 +29,7 @@ LAYER = "layer (from 0)"
 COSINE = "cosine of input and output"
 SINKS = 3  # that a figure names per model
 SINK = "#b03a5b"
-WIDTH = 6.6  # inches at least, so that text is as large as in other figures of a page
+NARROWEST = 6.6  # inches at least, so that text is as large as in other figures of a page
 
 
 def group_at(profile: Profile, num_decoded: int | None) -> int:
@@ -114,7 +114,7 @@ def norm_curves(profiles: Profiles, path: str | Path) -> Path:
     sink is named with its position and its multiple of that hidden state's mean norm.
     """
     _require_any(profiles)
-    with figure_at(path, max(WIDTH, 1.2 + 3.6 * len(profiles)), 3.8) as figure:
+    with figure_at(path, max(NARROWEST, 1.2 + 3.6 * len(profiles)), 3.8) as figure:
         axes = figure.subplots(1, len(profiles), sharey=True, squeeze=False)[0]
         labels = {}
         for ax, (label, style) in zip(axes, series_styles(profiles).items(), strict=True):
@@ -263,7 +263,7 @@ def change_curves(profiles: Profiles, path: str | Path) -> Path:
     """
     chosen = {label: profile for label, profile in profiles.items() if profile.change.mean.size}
     _require_any(chosen)
-    with figure_at(path, max(WIDTH, 1.6 + 4.0 * len(chosen)), 3.9) as figure:
+    with figure_at(path, max(NARROWEST, 1.6 + 4.0 * len(chosen)), 3.9) as figure:
         axes = figure.subplots(1, len(chosen), sharey=True, squeeze=False)[0]
         for ax, (label, profile) in zip(axes, chosen.items(), strict=True):
             layers = profile.facts.change_layers
