@@ -61,6 +61,7 @@ class ForwardOutputs(NamedTuple):
     active: Bool[Array, "B W"] | None  # False: too stale to be revealed; None: all fresh
     gates: Bool[Array, "L R"]
     cache_state: PyTree
+    seen: PyTree = None  # of the hidden states, by the observer of the canvas
 
 
 class Revealed(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from dials_jax.nn.modules import form_of
 from dials_jax.nn.policy import Denoising, Policy
 from dials_jax.nn.stack import Executor, StackOutput, run_stack
 from dials_jax.sharding import constrain_batch
+from dials_jax.skipping.observing import BatchObserver, seen_in, state_products
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class CanvasModel:
       sequence_keys: one per sequence, for random policies.
       prompt_mask: True at prompts, hidden from the unconditional half; None without guidance.
       prompt_length: no token before this position is ever masked; 0 under guidance.
+      observer: measures the hidden states of every call on the whole canvas; None: nothing does.
     """
 
     cfg: ModelConfig
@@ -42,6 +45,7 @@ class CanvasModel:
     sequence_keys: PyTree
     prompt_mask: Bool[Array, "B T"] | None
     prompt_length: int
+    observer: BatchObserver | None = None
 
     @property
     def logit_shift(self) -> int:
@@ -97,6 +101,7 @@ class CanvasModel:
         prompt_length: int = 0,
         output_positions: Int[Array, "R W"] | None = None,
         policy_state: PyTree = None,
+        observe: Callable[[Array, Array], PyTree] | None = None,
     ) -> StackOutput:
         """Runs the layers of `span` on the tokens of a window.
 
@@ -108,6 +113,7 @@ class CanvasModel:
           prompt_length: no token of the window before this one is masked.
           output_positions: in the window, of the tokens whose states are asked for; None: all.
           policy_state: what the span before left; None at the first layer.
+          observe: see `run_stack`.
         """
         active = window.slots.active
         masked = masked if active is None else masked & active
@@ -128,6 +134,7 @@ class CanvasModel:
             cache_state=cache_state,
             policy_state=policy_state,
             executor=self.executor,
+            observe=observe,
         )
 
     def run_range(
@@ -144,16 +151,61 @@ class CanvasModel:
         index = self.positions(start, size)
         seen = jnp.take_along_axis(self.with_unconditional(tokens), index, axis=1)
         window = self.window(index, active)
+        inputs = self.embed(seen, window), window, self.is_masked(seen, index), step
+        if self.observer is not None:
+            return self.run_observed(tokens, *inputs, output_positions)
         return self.run_layers(
-            self.embed(seen, window),
-            window,
-            self.is_masked(seen, index),
-            step,
+            *inputs,
             cache_state,
             contiguous=True,
             prompt_length=self.prompt_length if isinstance(start, int) and start == 0 else 0,
             output_positions=output_positions,
         )
+
+    def run_observed(
+        self,
+        tokens: Int[Array, "B T"],
+        h: Array,
+        window: BlockInputs,
+        masked: Bool[Array, "B T"],
+        step: Int[Array, "..."],
+        output_positions: Int[Array, "B _"] | None,
+    ) -> StackOutput:
+        """Runs all layers on the whole canvas, the last one too; `observed` is a `Seen`."""
+        parts, gates, states, policy_state = [], [], [], None
+        for span in self.observer.settings.spans(self.cfg.num_layers):
+            out = self.run_layers(
+                h,
+                window,
+                masked,
+                step,
+                span=span,
+                contiguous=True,
+                prompt_length=self.prompt_length,
+                policy_state=policy_state,
+                observe=state_products,
+            )
+            h, policy_state = out.h, out.policy_state
+            parts.append(out.observed)
+            gates.append(out.gates)
+            if span[1] - 1 in self.observer.settings.change_layers:
+                states.append(h[:, self.prompt_length :])
+        seen = seen_in(tokens, parts, h, tuple(states))
+        h = h if output_positions is None else gather(h, output_positions)
+        return StackOutput(h, jnp.concatenate(gates), None, seen, policy_state)
+
+    def start_observing(self, tokens: Int[Array, "B T"]) -> PyTree:
+        """What the record holds before the first call."""
+        return None if self.observer is None else self.observer.start(self.cfg, tokens)
+
+    def observe(
+        self, so_far: PyTree, seen: PyTree, step: Int[Array, "..."], own: Bool[Array, "B"]
+    ) -> PyTree:
+        """What the record of model calls holds of their hidden states, with one more call.
+
+        Args: as of `BatchObserver.fold`; all None without an observer.
+        """
+        return None if self.observer is None else self.observer.fold(so_far, seen, step, own)
 
     def init_cache(self, span: tuple[int, int] | None = None) -> Any:
         """A cache of zeros for the layers of `span`, laid out as they are."""

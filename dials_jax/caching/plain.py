@@ -82,7 +82,7 @@ def whole_canvas(net: CanvasModel, blocks: Blocks, due: Due) -> ForwardVariant:
         out = net.run_range(
             inputs.tokens, 0, net.length, inputs.step, cache_state, output_positions=in_window
         )
-        return ForwardOutputs(out.h, index, None, out.gates, out.cache_state)
+        return ForwardOutputs(out.h, index, None, out.gates, out.cache_state, out.observed)
 
     work = Work((net.length,) * net.cfg.num_layers, blocks.length, net.prompt_length)
     return ForwardVariant(due, forward, work)

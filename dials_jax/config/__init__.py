@@ -59,6 +59,7 @@ __all__ = [
     "OptimizerConfig",
     "ProposeStudy",
     "Range",
+    "RepresentationStudy",
     "RouterConfig",
     "SamplingStudy",
     "ScheduleStudy",
@@ -86,6 +87,7 @@ _ABOVE = {
     "EvalTask": "dials_jax.evaluation.task",
     "HarnessConfig": "dials_jax.evaluation.harness",
     "HarnessModel": "dials_jax.evaluation.harness",
+    "RepresentationStudy": "dials_jax.studies.settings",
 }
 
 

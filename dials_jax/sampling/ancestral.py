@@ -216,7 +216,9 @@ class ExactSteps:
         plan = draw_reveal_plan(sampler, self.keys, self.prompt_length)
         calls, record = (
             jnp.zeros(num_sequences, jnp.int32),
-            start_record(most, num_layers, num_sequences),
+            start_record(
+                most, num_layers, num_sequences, observed=self.net.start_observing(canvas)
+            ),
         )
         return AncestralState(canvas, jnp.asarray(0, jnp.int32), calls, plan, record)
 
@@ -249,7 +251,8 @@ class ExactSteps:
         new = draw_tokens(cfg, logits, token_keys(self.keys, index - self.prompt_length))
         tokens = write_tokens(state.tokens, jnp.where(fresh, index, seen.shape[1]), new)
         share = jnp.mean(hidden[:, self.prompt_length :], axis=1)
-        record = append_call(state.record, out.gates, share, 0, state.step, own)
+        observed = self.net.observe(state.record.observed, out.observed, step, own)
+        record = append_call(state.record, out.gates, share, 0, state.step, own, observed)
         calls = jnp.minimum(state.calls + 1, until)
         return AncestralState(tokens, state.step + 1, calls, plan, record)
 
@@ -328,7 +331,8 @@ class PublishedSteps:
         self.num_steps = sampler.steps
 
     def start(self, canvas: Int[Array, "B T"], num_layers: int) -> AncestralState:
-        record = start_record(self.num_steps + 1, num_layers, canvas.shape[0])
+        observed = self.net.start_observing(canvas)
+        record = start_record(self.num_steps + 1, num_layers, canvas.shape[0], observed=observed)
         zero = jnp.asarray(0, jnp.int32)
         return AncestralState(canvas, zero, jnp.zeros(canvas.shape[0], jnp.int32), None, record)
 
@@ -357,7 +361,9 @@ class PublishedSteps:
         new = lax.map(reveal, (out.h, answer, self.keys, time))
         tokens = state.tokens.at[:, prompt_length:].set(new)
         share = jnp.mean(transformer.is_masked(cfg, answer), axis=1)
-        record = append_call(state.record, out.gates, share, 0, state.step)
+        own = jnp.ones(len(tokens), bool)
+        observed = self.net.observe(state.record.observed, out.observed, state.step, own)
+        record = append_call(state.record, out.gates, share, 0, state.step, observed=observed)
         return AncestralState(tokens, state.step + 1, state.calls + 1, None, record)
 
     def draw_tokens(

@@ -39,6 +39,7 @@ from dials_jax.sampling.requests import (
     Role,
     check_arguments,
     check_empty_prompts,
+    check_observer,
     check_prompts,
     check_schedule,
     empty_prompts,
@@ -46,6 +47,7 @@ from dials_jax.sampling.requests import (
 )
 from dials_jax.sampling.sampler import CallRecord, Sampler, Steps, keep_log_probs
 from dials_jax.skipping.flops import Flops
+from dials_jax.skipping.observing import BatchObserver, Observed, Observer, of_sequences
 
 SHOWN_SEQUENCES = 8  # in a notebook
 
@@ -72,6 +74,7 @@ class Generation:
         that revealed it (see `sampler.keep_log_probs`); NaN where no step did, as after an end
         of text. Given the tokens known then, so their sum is no log-likelihood of the text. None
         unless asked for.
+      observed: what the hidden states were like, where an observer was given.
     """
 
     tokens: Int[np.ndarray, "B T"]
@@ -84,6 +87,7 @@ class Generation:
     steps: Int[np.ndarray, "S"]
     flops: Flops
     log_probs: Float[np.ndarray, "B G"] | None = None
+    observed: Observed | None = None
 
     def __repr__(self) -> str:
         """A line about the whole, and a row for each of the first sequences."""
@@ -137,6 +141,7 @@ def generate(
     executor: Executor = "auto",
     fill_to: int = 1,
     log_probs: bool = False,
+    observer: Observer | None = None,
 ) -> Generation:
     """Generates `sampler.gen_length` tokens after every prompt.
 
@@ -153,6 +158,8 @@ def generate(
         numbers do not depend on its batch. None is the key of seed 0.
       fill_to: run the program of this batch size, or of a multiple, also for fewer sequences.
       log_probs: keep those of the generated tokens.
+      observer: measures the hidden states of every model call. Of one model, without a cache and
+        without guidance: each call then sees every canvas once, and the whole of it.
 
     Raises: InputError for prompts with [MASK], padding that is not on the
       left, an empty prompt where logits are shifted, more tokens than the model has positions
@@ -182,6 +189,12 @@ def generate(
     batch = (prompts.astype(np.int32), valid, sequence_keys(key, num_sequences))
     batch = first.model.place_sequences(batch, fill_to)
     static = {"sampler": sampler, "cache": cache, "executor": executor, "log_probs": log_probs}
+    if observer is not None:
+        check_observer(observer, roles, sampler, cache)
+        # The last sequence is repeated until the batch is full, and counts once.
+        counted = np.arange(len(batch[0])) < num_sequences
+        counted = sharding.place_sequences(counted, first.model.mesh)
+        static |= {"observer": observer, "counted": counted}
     if schedule or not sampler.one_program:
         out, seconds = run_schedule(roles, turns, batch, **static)
     else:
@@ -206,28 +219,39 @@ def pad_sequences(
 
 # ---------------------------------------------------------------------------- compiled programs
 
-STATIC = ("cfg", "sampler", "cache", "executor", "log_probs")
+STATIC = ("cfg", "sampler", "cache", "executor", "log_probs", "observer")
 Generated = tuple[tuple[Int[Array, "B T"], CallRecord], float]  # canvas, record, and seconds
 
 
 def lay_out_canvas(
-    params, prompts, valid, keys, policy, *, cfg, sampler, cache, executor, log_probs=False
-) -> tuple[Int[Array, "B T"], Steps]:
-    """Prompts, then blanks, and the steps of a model on them."""
+    params, prompts, valid, keys, policy, *, cfg, sampler, cache, executor, log_probs=False,
+    observer=None, counted=None,
+) -> tuple[Int[Array, "B T"], Steps]:  # fmt: skip
+    """Prompts, then blanks, and the steps of a model on them.
+
+    Args:
+      counted: [B], False at sequences that the observer leaves out.
+    """
     answer = jnp.full((len(prompts), sampler.gen_length), sampler.blank_id(cfg), prompts.dtype)
     canvas = jnp.concatenate([prompts, answer], axis=1)
     if valid is not None:
         valid = jnp.concatenate([valid, jnp.ones_like(answer, bool)], axis=1)
     static = {"cfg": cfg, "sampler": sampler, "cache": cache, "executor": executor}
     length = prompts.shape[1]
+    if observer is not None:
+        present = jnp.broadcast_to(counted[:, None], canvas.shape)
+        present = present if valid is None else present & valid
+        steps = sampler.count_steps(cache)
+        static["observer"] = BatchObserver(observer, steps, length, present)
     return canvas, steps_on_canvas(
         params, canvas, valid, keys, policy, prompt_length=length, **static
     )
 
 
 def steps_on_canvas(
-    params, canvas, valid, keys, policy, *, prompt_length, cfg, sampler, cache, executor
-) -> Steps:
+    params, canvas, valid, keys, policy, *, prompt_length, cfg, sampler, cache, executor,
+    observer=None,
+) -> Steps:  # fmt: skip
     """The steps of a model on a canvas; three keys from each sequence's one.
 
     Under guidance the model sees every canvas twice, each time with other random gates.
@@ -241,7 +265,7 @@ def steps_on_canvas(
     block_inputs = transformer.block_inputs(cfg, valid, (len(gate_keys), canvas.shape[1]))
     never_masked = length if prompt_mask is None else 0
     net = CanvasModel(
-        cfg, params, policy, executor, block_inputs, gate_keys, prompt_mask, never_masked
+        cfg, params, policy, executor, block_inputs, gate_keys, prompt_mask, never_masked, observer
     )
     return sampler.make_steps(net, length, noise_keys, cache)
 
@@ -254,7 +278,7 @@ def generate_program(
     canvas, steps = lay_out_canvas(params, prompts, valid, keys, policy, **static)
     state = steps.start(canvas, static["cfg"].num_layers)
     state = steps.run(keep_log_probs(state) if static.get("log_probs") else state)
-    return state.tokens, state.record
+    return state.tokens, without_states(state.record)
 
 
 @timed_jit(*STATIC, "num_layers")
@@ -270,6 +294,13 @@ def segment_program(params, state, stop, prompts, valid, keys, policy, **static)
     """The steps of one model up to number `stop`."""
     _, steps = lay_out_canvas(params, prompts, valid, keys, policy, **static)
     return steps.run(state, stop)
+
+
+def without_states(record: CallRecord) -> CallRecord:
+    """The record without the hidden states that were kept for the next call."""
+    if record.observed is None:
+        return record
+    return record._replace(observed=record.observed._replace(previous=None))
 
 
 def run_alone(role: Role, batch: tuple, **static) -> Generated:
@@ -295,14 +326,18 @@ def run_schedule(roles: dict[str, Role], schedule: Schedule, batch: tuple, **sta
                 model.inference_params, state, np.int32(0), *batch, policy,
                 cfg=model.config, **static,
             )  # fmt: skip
+    counted = {name: x for name, x in static.items() if name == "counted"}
     jax.block_until_ready([(role.model.inference_params, role.policy) for role in acting.values()])
     start = time.perf_counter()
     for letter, stop in schedule.ends():
         model, policy = acting[letter]
-        state = programs[letter](model.inference_params, state, np.int32(stop), *batch, policy)
+        state = programs[letter](
+            model.inference_params, state, np.int32(stop), *batch, policy, **counted
+        )
         state = jax.device_put(state, placement)  # nothing moves unless a compiler chose otherwise
     jax.block_until_ready(state)
-    return (state.tokens, state.record), seconds + time.perf_counter() - start
+    out = state.tokens, without_states(state.record)
+    return out, seconds + time.perf_counter() - start
 
 
 # ------------------------------------------------------------------------------------- accounts
@@ -348,6 +383,7 @@ def account(
         steps=steps,
         flops=total_cost(parts, taken, gates, variant, length, seconds),
         log_probs=log_probs,
+        observed=of_sequences(record.observed, num_sequences),
     )
 
 

@@ -226,7 +226,10 @@ class Loop:
 
     def start(self, canvas: Int[Array, "B T"], num_layers: int) -> LoopState:
         num_sequences, zero = canvas.shape[0], jnp.asarray(0, jnp.int32)
-        record = start_record(self.num_steps, num_layers, num_sequences, self.net.num_sequences)
+        observed = self.net.start_observing(canvas)
+        record = start_record(
+            self.num_steps, num_layers, num_sequences, self.net.num_sequences, observed
+        )
         cache_state = self.cache.init_state(self.net, self.blocks)
         none = jnp.zeros(num_sequences, jnp.int32)
         edits_left = none if self.sampler.edits else None
@@ -300,8 +303,9 @@ class Loop:
         )
         out = self.variants[variant].forward(inputs, state.cache_state)
         tokens, revealed = self.reveal(out, inputs, info, state.record.log_probs is not None)
-        share = self.masked_share(masked)
-        record = append_call(state.record, out.gates, share, variant, step, unfinished)
+        share, record = self.masked_share(masked), state.record
+        observed = self.net.observe(record.observed, out.seen, inputs.step, unfinished)
+        record = append_call(record, out.gates, share, variant, step, unfinished, observed)
         state = state._replace(
             tokens=tokens,
             cache_state=self.cache.after_reveal(out.cache_state, revealed, self.net),

@@ -16,6 +16,7 @@ from dials_jax.models.model import Model, check_shapes, check_vocabulary
 from dials_jax.nn.policy import Policy, check_policy
 from dials_jax.sampling.model_schedule import Schedule
 from dials_jax.sampling.sampler import Sampler
+from dials_jax.skipping.observing import Observer
 
 ALONE = "M"  # the letter of a model that takes all steps
 
@@ -116,6 +117,29 @@ def check_arguments(sampler: object, cache: object, fill_to: int, log_probs: boo
         not log_probs or getattr(sampler, "gives_log_probs", False),
         f"{type(sampler).__name__} keeps no log-probabilities of tokens; leave out log_probs",
     )
+
+
+def check_observer(
+    observer: Observer, roles: dict[str, Role], sampler: Sampler, cache: Cache
+) -> None:
+    """Raises: InputError where a call does not see every canvas once, and the whole of it."""
+    require(isinstance(observer, Observer), f"observer={shown(observer)} is no Observer; give one")
+    require(
+        isinstance(cache, NoCache),
+        f"an observer looks at whole canvases, which {type(cache).__name__} does not run; leave "
+        "out `cache`",
+    )
+    require(
+        sampler.cfg_scale == 0,
+        "an observer looks at every canvas once, and guidance shows it twice; set cfg_scale=0",
+    )
+    require(len(roles) == 1, "an observer looks at one model; leave out the schedule's others")
+    (role,) = roles.values()
+    require(
+        not role.model.config.causal,
+        "a causal model decodes token by token; give its texts to `observe_texts`",
+    )
+    observer.check(role.model.num_layers)
 
 
 def check_empty_prompts(cfg: ModelConfig, present: Bool[np.ndarray, "B P"], cache: Cache) -> None:

@@ -114,22 +114,30 @@ class CallRecord(NamedTuple):
     step: Int[Array, "S"]  # that the call belongs to: it names the model, under a schedule
     own: Bool[Array, "S B"]  # False: made for other sequences, while this one was finished
     log_probs: Float[Array, "B T"] | None = None  # of the canvas: see `keep_log_probs`
+    observed: PyTree = None  # what the hidden states were like: see `CanvasModel.observe`
 
 
 def start_record(
-    num_calls: int, num_layers: int, num_sequences: int, num_gated: int | None = None
+    num_calls: int,
+    num_layers: int,
+    num_sequences: int,
+    num_gated: int | None = None,
+    observed: PyTree = None,
 ) -> CallRecord:
     """An empty record.
 
     Args:
       num_layers: of the deepest model; the gates of others are False beyond their own.
       num_gated: sequences that the model sees: twice as many under guidance. None: as many.
+      observed: what `CanvasModel.start_observing` returns.
     """
     calls = jnp.zeros(num_calls, jnp.int32)
     gates = jnp.zeros((num_calls, num_layers, num_gated or num_sequences), bool)
     share = jnp.zeros((num_calls, num_sequences))
     own = jnp.zeros(share.shape, bool)
-    return CallRecord(jnp.asarray(0, jnp.int32), gates, share, calls, calls, own)
+    return CallRecord(
+        jnp.asarray(0, jnp.int32), gates, share, calls, calls, own, observed=observed
+    )
 
 
 def append_call(
@@ -139,8 +147,14 @@ def append_call(
     variant: int,
     step: Array,
     own: Array | None = None,
+    observed: PyTree = None,
 ) -> CallRecord:
-    """The record with one more call. Args: own: see `CallRecord`; None: of every sequence."""
+    """The record with one more call.
+
+    Args:
+      own: see `CallRecord`; None: of every sequence.
+      observed: what `CanvasModel.observe` returns.
+    """
     at = record.nfe
     return record._replace(
         nfe=at + 1,
@@ -149,6 +163,7 @@ def append_call(
         variant=record.variant.at[at].set(variant),
         step=record.step.at[at].set(step),
         own=record.own.at[at].set(True if own is None else own),
+        observed=observed,
     )
 
 

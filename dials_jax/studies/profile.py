@@ -99,6 +99,8 @@ class ProfileFacts(Typed):
     gen_length: int
     change_layers: tuple[int, ...]  # whose output `change` compares; layers count from 0
     sink_factor: float  # a sink's norm exceeds the median of its layer this many times
+    fingerprint: str = ""  # of the weights
+    prompts: str = ""  # digest of the prompts of the whole study
 
 
 @dataclass(frozen=True)
