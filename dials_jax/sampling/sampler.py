@@ -135,9 +135,7 @@ def start_record(
     gates = jnp.zeros((num_calls, num_layers, num_gated or num_sequences), bool)
     share = jnp.zeros((num_calls, num_sequences))
     own = jnp.zeros(share.shape, bool)
-    return CallRecord(
-        jnp.asarray(0, jnp.int32), gates, share, calls, calls, own, observed=observed
-    )
+    return CallRecord(jnp.asarray(0, jnp.int32), gates, share, calls, calls, own, observed=observed)
 
 
 def append_call(
