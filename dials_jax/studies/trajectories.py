@@ -87,7 +87,7 @@ class Trajectories:
         )
         observed, seconds = out.observed, out.flops.seconds
         if causal:
-            written = written_positions(out, valid)
+            written = decoded_positions(out, valid)
             observed, more = observe_texts(
                 model, out.tokens, written, self.prompt_length, self.observer, self.batch_size
             )
@@ -127,7 +127,7 @@ def prompt_keys(prompts: Prompts) -> list[int]:
     return keys
 
 
-def written_positions(out: Generation, valid: Bool[np.ndarray, "B P"]) -> Bool[np.ndarray, "B T"]:
+def decoded_positions(out: Generation, valid: Bool[np.ndarray, "B P"]) -> Bool[np.ndarray, "B T"]:
     """Where a causal model's prompt is, and the answer up to and with its end of text."""
     answer = np.arange(out.tokens.shape[1] - valid.shape[1]) < out.num_tokens[:, None]
     return np.concatenate([valid, answer], axis=1)
