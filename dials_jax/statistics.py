@@ -128,20 +128,49 @@ def paired_test(scores: Mapping[str, int | float], baseline: Mapping[str, int | 
     Raises: InputError if the two do not score the same items.
     Source: McNemar (1947), in the exact binomial form over discordant pairs.
     """
-    unmatched = scores.keys() ^ baseline.keys()
-    if unmatched:
-        raise InputError(
-            f"{len(unmatched)} items are scored on one side only (such as {min(unmatched)!r}); "
-            "score both policies on the same items"
-        )
+    require_same_items(scores, baseline)
     pairs = np.array([(scores[key], baseline[key]) for key in scores], dtype=np.float64)
-    require(len(pairs) > 0, "no scores: a paired test needs at least one item")
     deltas = pairs[:, 0] - pairs[:, 1]
     if np.isin(pairs, (0, 1)).all():
         test, p_value = "McNemar", _mcnemar(deltas)
     else:
         test, p_value = "paired t", _paired_t(deltas)
     return Paired(*mean_and_stderr(deltas), p_value, len(deltas), test)
+
+
+def paired_ratio(
+    scores: Mapping[str, int | float], baseline: Mapping[str, int | float]
+) -> tuple[float, float, float] | None:
+    """Estimates mean score / mean of the baseline on the same items, with its 95 % interval.
+
+    The interval is that of the delta method, with Student's t: the ratio r has the standard error
+    of the mean of score - r * baseline, divided by the baseline's mean. It covers the choice of
+    items.
+
+    Returns: ratio, low, high; None where the baseline's mean is not positive. The interval is NaN
+      for a single item.
+    Raises: InputError if the two do not score the same items.
+    """
+    require_same_items(scores, baseline)
+    ours, base = (np.array([x[key] for key in scores], float) for x in (scores, baseline))
+    if not base.mean() > 0:
+        return None
+    ratio = float(ours.mean() / base.mean())
+    low, high = mean_interval((ours - ratio * base) / base.mean())
+    return ratio, ratio + low, ratio + high
+
+
+def require_same_items(
+    scores: Mapping[str, int | float], baseline: Mapping[str, int | float]
+) -> None:
+    """Raises: InputError if two policies do not score the same items, or none."""
+    unmatched = scores.keys() ^ baseline.keys()
+    if unmatched:
+        raise InputError(
+            f"{len(unmatched)} items are scored on one side only (such as {min(unmatched)!r}); "
+            "score both policies on the same items"
+        )
+    require(len(scores) > 0, "no scores: a paired test needs at least one item")
 
 
 def _mcnemar(deltas: np.ndarray) -> float:

@@ -32,6 +32,9 @@ COMMANDS = {
     "generate": SubCommand("cli.generate", "generate_command", "answers to prompts, as JSON lines"),
     "chat": SubCommand("cli.chat", "chat_command", "a conversation in the terminal"),
     "compare": SubCommand("cli.compare", "compare_command", "rows of sweeps, by a paired test"),
+    "retention": SubCommand(
+        "cli.retention", "retention_command", "score against skipped layers, of several models"
+    ),
     "lm-eval": SubCommand(
         "cli.harness", "harness_command", "lm-evaluation-harness, with --model dials"
     ),

@@ -19,6 +19,12 @@ def masked_log_probs(
     return jnp.where(masked, chosen - jax.nn.logsumexp(logits, axis=-1), 0.0)
 
 
+def token_kl(log_p: Float[Array, "*B V"], log_q: Float[Array, "*B V"]) -> Float[Array, "*B"]:
+    """KL(p || q) of every token, in nats; 0 where p is 0."""
+    p = jnp.exp(log_p)
+    return jnp.sum(jnp.where(p > 0, p * (log_p - log_q), 0.0), axis=-1)
+
+
 def diffusion_weights(
     masked: Bool[Array, "B T"], answer: Bool[Array, "B T"], weight: Float[Array, "B"]
 ) -> Float[Array, "B T"]:

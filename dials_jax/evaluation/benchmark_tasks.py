@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from dials_jax.config import TaskData
-from dials_jax.evaluation.task import EvalTask
+from dials_jax.evaluation.task import EvalTask, SamplerConfig
 from dials_jax.sampling.confidence import Confidence
 
 OUTPUT_LENGTH = 256  # tokens, as many steps, one block (DIALS, Table 3)
@@ -176,6 +176,20 @@ def math500(*paths: str) -> EvalTask:
         until=("Problem:",),
         compare="math",
     )
+
+
+def goel_tasks(sampler: SamplerConfig) -> tuple[EvalTask, ...]:
+    """The benchmarks of Goel, section 4, on files of data/: GSM8K, HumanEval, MBPP, MATH-500.
+
+    All models get the same prompts; how they generate is their own sampler's.
+    """
+    tasks = (
+        gsm8k("data/gsm8k_test.jsonl", examples="data/gsm8k_train.jsonl"),
+        humaneval("data/humaneval_test.jsonl"),
+        mbpp("data/mbpp_test.jsonl", examples="data/mbpp_prompt.jsonl"),
+        math500("data/math500_test.jsonl"),
+    )
+    return tuple(replace(task, sampler=sampler) for task in tasks)
 
 
 def _lengths(prompt: int, answer: int) -> dict[str, int]:

@@ -44,7 +44,7 @@ def compare_sweeps(
     require_packages("eval", "scipy")
     folders = [local_path(path, "workdir") for path in workdirs]
     require(len(set(folders)) == len(folders), "a workdir is given twice; name each once")
-    results = dict(zip(_names(folders), map(read_sweep, folders), strict=True))
+    results = dict(zip(workdir_names(folders), map(read_sweep, folders), strict=True))
     runs, rules = merge_results(results)
     groups = rows_by_items(_only(runs, only), rules)
     require_pairs(groups)
@@ -60,7 +60,7 @@ def compare_sweeps(
     return found
 
 
-def _names(folders: Sequence[Path]) -> list[str]:
+def workdir_names(folders: Sequence[Path]) -> list[str]:
     """The shortest ends of the paths that differ."""
     for count in range(1, max(len(path.parts) for path in folders) + 1):
         names = [os.path.join(*path.parts[-count:]) for path in folders]

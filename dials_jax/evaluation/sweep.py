@@ -19,6 +19,7 @@ from dials_jax.errors import require, require_packages
 from dials_jax.evaluation.calibration import load_calibration
 from dials_jax.evaluation.candidates import Candidate, random_candidates, routed_candidates
 from dials_jax.evaluation.exact_match import normalise_answer
+from dials_jax.evaluation.full_depth import measure_kl
 from dials_jax.evaluation.items import Item, Items, item_names, load_items
 from dials_jax.evaluation.outputs import rules_digest
 from dials_jax.evaluation.scoring import count_sequences, score_task
@@ -109,6 +110,9 @@ def _sweep(cfg: EvalConfig, workdir: Path) -> dict[str, Any]:
                 _score_candidate(records, cfg, model, task, items, tokenizer, candidate)
                 results = records.results(cfg, facts)
                 sharding.on_first_process(lambda r=results: write_json(workdir / "results.json", r))
+        if cfg.kl_items:
+            policies = [(one.describe(), one.policy) for one in candidates[task.name]]
+            measure_kl(records, cfg, model, task, items, policies)
         results = records.results(cfg, facts)
         if jax.process_index() == 0:
             rows = write_report(results, workdir)

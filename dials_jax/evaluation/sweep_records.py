@@ -68,6 +68,8 @@ class SweepRecords:
         self._batches: dict[str, list[dict[str, Any]]] = defaultdict(list)
         self._newest_rules: dict[str, str | None] = {}
         self._timings: dict[str, dict[str, dict[int, float]]] = defaultdict(dict)
+        self._outputs: dict[str, dict[str, list[int]]] = defaultdict(dict)
+        self._kl: dict[str, dict[str, float]] = defaultdict(dict)
         self._now = environment(model, identity["seed"])
         self._seed = identity["seed"]
         self._measuring = False
@@ -96,7 +98,11 @@ class SweepRecords:
             self.runs[_run_key(run)] = {**run, "items": items}
             self._newest_rules[_row_key(run)] = run.get("rules")
         elif "scores" in record or "verdicts" in record:
-            self._batches[_key(record["task"], record["policy"], record["seed"])].append(record)
+            key = _key(record["task"], record["policy"], record["seed"])
+            self._batches[key].append(record)
+            self._outputs[key] |= record.get("outputs", {})
+        elif "kl" in record:
+            self._kl[_key(record["task"], record["policy"], record["seed"])] |= record["kl"]
         elif "timing" in record:
             timing = record["timing"]
             conditions = json.dumps(timing["measured"], sort_keys=True)
@@ -129,6 +135,14 @@ class SweepRecords:
     def batches(self, task: str, policy: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The records of the batches of one policy on one task, whatever the items."""
         return self._batches[_key(**self.about(task, policy))]
+
+    def outputs(self, task: str, policy: Mapping[str, Any]) -> dict[str, list[int]]:
+        """The stored tokens of one policy's outputs on one task, by name of the item."""
+        return self._outputs[_key(**self.about(task, policy))]
+
+    def kl(self, task: str, policy: Mapping[str, Any]) -> dict[str, float]:
+        """The stored KL of one policy to the full model, by name of the item."""
+        return self._kl[_key(**self.about(task, policy))]
 
     def timings(self, task: str, policy: Mapping[str, Any], measured: Any) -> dict[int, float]:
         """The stored seconds of one policy under the same conditions, by repeat."""
@@ -174,11 +188,29 @@ class SweepRecords:
             "environment": self.environment or self._now,
             "commands": self.commands,
             "runs": [
-                {**run, **self._newest_timing(run), "task": title}
+                {**run, **self._newest_timing(run), **self._against_full(run), "task": title}
                 for title, group in groups.items()
                 for run in group
             ],
         }
+
+    def _against_full(self, run: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+        """What compares a run's tokens with the full model's, by name of the item.
+
+        `identical`: 1 where its output is the full model's, token for token, else 0; where both
+        have stored all of them. `kl`: nats per token, of the items that were measured.
+        """
+        if run["policy"]["kind"] == "full":
+            return {}
+        full = _key(run["task"], {"kind": "full"}, run["seed"])
+        own = _key(run["task"], run["policy"], run["seed"])
+        ours, theirs = self._outputs.get(own, {}), self._outputs.get(full, {})
+        found = {}
+        if run["items"].keys() <= ours.keys() & theirs.keys():
+            found["identical"] = {name: float(ours[name] == theirs[name]) for name in run["items"]}
+        measured = self._kl.get(own, {})
+        kl = {name: measured[name] for name in run["items"] if name in measured}
+        return found | ({"kl": kl} if kl else {})
 
     def _newest_timing(self, run: Mapping[str, Any]) -> dict[str, Any]:
         """The repeated times of a run, under the conditions that were measured last."""
@@ -272,6 +304,10 @@ def check_record(record: Any, num_layers: int) -> None:
         dict(record["policy"])
         for digest, verdict in record["verdicts"].values():
             require_texts(digest, verdict)
+    elif "kl" in record:
+        require_texts(record["task"], *record["kl"])
+        dict(record["policy"])
+        require_numbers([record["seed"], *record["kl"].values()])
     elif "timing" in record:
         require_texts(record["task"], record["items_digest"])
         dict(record["policy"])
@@ -299,6 +335,8 @@ def _check_run(run: Mapping[str, Any], num_layers: int) -> None:
     if not run["items"] or (run["metric"] != "nelbo" and None in run["items"].values()):
         raise ValueError("no items, or no score of one")
     require_numbers([run.get("num_dropped") or 0], 1)
+    for name in ("identical", "kl"):  # in results.json
+        require_numbers(list(run.get(name, {}).values()))
     _check_costs(run, num_layers)
     if run.get("generation"):
         require_texts(run["generation"]["sampler"], *run["generation"]["until"])

@@ -185,6 +185,9 @@ class EvalConfig(Typed):
     # Time every policy so many times in turns after scoring: results then have the median and the
     # spread. 0: times are those of scoring, measured once.
     timing_repeats: int = 0
+    # Items of every task whose token-level KL to the full model is measured, for every policy. 0:
+    # none. See evaluation/full_depth.py.
+    kl_items: int = 0
     mesh: MeshConfig = MeshConfig()
     layout: Literal["stacked", "unrolled", "fused", "auto"] = (
         "stacked"  # stacked compiles much faster
@@ -199,6 +202,7 @@ class EvalConfig(Typed):
             len(self.allow_adjacent) > 0,
             "allow_adjacent=() is neither kind of choice; give (False,), (True,) or (False, True)",
         )
+        require(self.kl_items >= 0, f"kl_items={self.kl_items} must not be negative; 0 is none")
         taus = self.skip_threshold if isinstance(self.skip_threshold, tuple) else ()
         for tau in taus or (self.skip_threshold or 0.0,):
             require(0 <= tau < 1, f"skip_threshold={tau} must lie in [0, 1)")

@@ -60,6 +60,12 @@ def _pool(runs: Sequence[SweepRun]) -> SweepRun:
         pooled["num_calls"] = sum(run["num_calls"] for run in runs) / count
     else:
         pooled.pop("passes", None)
+    for name in ("identical", "kl"):
+        own = [run.get(name, {}) for run in runs]
+        if all(x.keys() == own[0].keys() for x in own):
+            pooled |= {name: _mean(own)} if own[0] else {}
+        else:
+            pooled.pop(name, None)
     timings = [run["timing"] for run in runs if run.get("timing")]  # of some seeds, perhaps
     if timings:
         measured = timings[-1]["measured"]

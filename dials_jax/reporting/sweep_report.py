@@ -12,6 +12,7 @@ from dials_jax.reporting import html, sweep_plots
 from dials_jax.reporting.comparison import compare_all, pairs_legend, pairs_table, rows_by_items
 from dials_jax.reporting.layers_run import execution_figures, figure_over_tasks, short_label
 from dials_jax.reporting.publish import Figure, Report, publish
+from dials_jax.reporting.retention import choice_figures, kinds_tables
 from dials_jax.reporting.seeds import pool_seeds
 from dials_jax.reporting.speed import SpeedCurve, find_curves, rule_value, tokens_per_pass
 from dials_jax.reporting.sweep_rows import (
@@ -85,15 +86,18 @@ def sweep_report(results: Mapping[str, Any], rows: Sequence[SweepRow]) -> Report
     facts = html.describe_values(model) + html.describe_values(environment)
     runs = pool_seeds(results["runs"])
     curves = find_curves(runs)
-    speed = {"Accuracy against tokens a pass": speed_table(curves)} if curves else {}
+    tables = {"Results": page_table(rows)}
+    tables |= {"Accuracy against tokens a pass": speed_table(curves)} if curves else {}
+    tables |= kinds_tables(results)
+    plots = [*_speed_figure(curves), *_figures(runs, rows, results)] if rows else []
     return Report(
         title=f"Layer skipping on {Path(results['model'].get('path', 'a model')).name}",
         results=results,
         columns=csv_columns(),
         rows=csv_rows(rows),
-        tables={"Results": page_table(rows), **speed},
+        tables=tables,
         legend=SWEEP_LEGEND,
-        figures=[*_speed_figure(curves), *_figures(runs, rows)] if rows else [],
+        figures=plots,
         text=format_table(rows),
         above={"Model and environment": html.definition_list(facts, "facts")},
         below={
@@ -135,8 +139,10 @@ def _speed_point(run: Mapping[str, Any], timed: bool) -> sweep_plots.SpeedPoint:
     return sweep_plots.SpeedPoint(tokens_per_pass(run), seconds, value, low, high, rule_value(run))
 
 
-def _figures(runs: Sequence[Mapping], rows: Sequence[SweepRow]) -> list[Figure]:
-    """The trade-offs of all tasks, then which layers their policies executed."""
+def _figures(
+    runs: Sequence[Mapping], rows: Sequence[SweepRow], results: Mapping[str, Any]
+) -> list[Figure]:
+    """The trade-offs of all tasks, which layers their policies executed, and which were chosen."""
     next_rows = iter(rows)  # in the order of the groups
     groups = {
         task: list(zip(group, islice(next_rows, len(group)), strict=True))
@@ -152,7 +158,7 @@ def _figures(runs: Sequence[Mapping], rows: Sequence[SweepRow]) -> list[Figure]:
     figures += figure_over_tasks(groups)
     for task, group in groups.items():
         figures += execution_figures(task, [run for run, _ in group])
-    return figures
+    return figures + choice_figures({"": results})
 
 
 def _tradeoff(

@@ -18,7 +18,13 @@ from dials_jax.reporting.seeds import pool_seeds, seed_interval
 from dials_jax.reporting.speed import ACCURACIES, find_curves, pass_columns
 from dials_jax.sampling.confidence import PARALLEL_RULES
 from dials_jax.skipping.flops import KEYS as FLOPS_KEYS
-from dials_jax.statistics import mean_and_stderr, mean_interval, paired_test, wilson_interval
+from dials_jax.statistics import (
+    mean_and_stderr,
+    mean_interval,
+    paired_ratio,
+    paired_test,
+    wilson_interval,
+)
 
 GENERATED = ("exact_match", "code")  # metrics of generated texts
 
@@ -66,8 +72,19 @@ class SweepRow:
     skip_weight: float | None  # lambda of a router; so named in the CSV
     num_skipped: int | None  # layers of a static or random policy
     static_layers: str | None  # those of a static policy, counted from 0
+    adjacent: bool  # Goel, Algorithm 1 was allowed to choose neighbours
     per_token: float | None  # accuracy by log-likelihood per token (choice)
     chance: float | None  # accuracy of guessing (choice)
+    # Against the full model. None: not known, or of the full model itself; so are their intervals.
+    retention: float | None  # value / its value, for accuracies above 0
+    retention_low: float | None  # 95 % interval, like all of these
+    retention_high: float | None
+    equivalence: float | None  # share of generations that are identical, token for token
+    equivalence_low: float | None
+    equivalence_high: float | None
+    kl: float | None  # KL(full || this), nats per token
+    kl_low: float | None
+    kl_high: float | None
 
 
 def group_runs_by_task(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
@@ -107,6 +124,8 @@ def _row(run: Mapping[str, Any], full: Mapping[str, Any] | None, aup: float | No
         value, stderr = mean_and_stderr(scores)
         compare = full is not None and full is not run
         paired = paired_test(run["items"], full["items"]) if compare else None
+        accuracy = run["metric"] in ACCURACIES
+        retained = paired_ratio(run["items"], full["items"]) if compare and accuracy else None
         low, high = value_interval(run)
     except InputError as error:
         raise InputError(f"task {run['task']!r}, policy {label!r}: {error}") from error
@@ -135,7 +154,28 @@ def _row(run: Mapping[str, Any], full: Mapping[str, Any] | None, aup: float | No
         seed_stdev=float(np.std(seed_means, ddof=1)) if seed_means else None,
         **_timing_columns(run, full),
         **_setting_columns(run),
+        **_with_interval("retention", retained),
+        **_with_interval("equivalence", _equivalence(run.get("identical", {}))),
+        **_with_interval("kl", _mean_with_interval(run.get("kl", {}))),
     )
+
+
+def _with_interval(name: str, estimate: tuple[float, float, float] | None) -> dict[str, Any]:
+    """The columns of an estimate and of the ends of its interval."""
+    return dict(zip((name, f"{name}_low", f"{name}_high"), estimate or [None] * 3, strict=True))
+
+
+def _equivalence(identical: Mapping[str, float]) -> tuple[float, float, float] | None:
+    """The share of items that are 1, with Wilson's interval; of means over seeds Student's."""
+    if not identical or not set(identical.values()) <= {0, 1}:
+        return _mean_with_interval(identical)
+    same, count = int(sum(identical.values())), len(identical)
+    return same / count, *wilson_interval(same, count)
+
+
+def _mean_with_interval(values: Mapping[str, float]) -> tuple[float, float, float] | None:
+    numbers = list(values.values())
+    return (mean_and_stderr(numbers)[0], *mean_interval(numbers)) if numbers else None
 
 
 def _setting_columns(run: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,6 +187,7 @@ def _setting_columns(run: Mapping[str, Any]) -> dict[str, Any]:
         "skip_weight": policy.get("lambda"),
         "num_skipped": policy.get("num_skipped"),
         "static_layers": None if layers is None else " ".join(map(str, layers)),
+        "adjacent": policy.get("adjacent", False),
         "per_token": also.get("accuracy_per_token"),
         "chance": also.get("chance"),
     }

@@ -50,6 +50,13 @@ SWEEP_LEGEND = (
      "the full model's time / this time, where both were measured with the same device, mesh, "
      "layout, batch size and padding. It is one measurement, whose noise is not known, unless "
      "times were repeated (timing_repeats)."),
+    ("retention, %", "Value / the full model's value on the same items, with the 95 % interval of "
+     "the delta method over items; for accuracies."),
+    ("identical, %", "Equivalence rate: outputs that are the full model's token for token, up to "
+     "the first end of text, with Wilson's 95 % interval (Student's t over several seeds)."),
+    ("KL", "KL(full || policy) in nats per token ± half its 95 % interval (Student's t), of some "
+     "items (kl_items), on the full model's own outputs: of a masked diffusion model at randomly "
+     "masked tokens of them, of a causal one at every token."),
     ("repeated", "Times of the same few batches, measured for all policies in turns: the median of "
      "the repeats ± half their range, in seconds. Speed-up is then the ratio of the medians; it is "
      "\"in the noise\" where the median lies in the range of the full model's repeats."),
@@ -103,6 +110,23 @@ PASSES = {
     "tokens a pass": lambda r: _text(r.tokens_per_pass, ".2f"),
     "passes a second": lambda r: _text(r.passes_per_second, ".1f"),
 }
+
+
+AGAINST_FULL = {
+    "retention, %": lambda r: percent_interval(r.retention, r.retention_low, r.retention_high),
+    "identical, %": lambda r: percent_interval(
+        r.equivalence, r.equivalence_low, r.equivalence_high
+    ),
+    "KL": lambda r: _with_error(r.kl, None if r.kl is None else (r.kl_high - r.kl_low) / 2),
+}
+
+
+def percent_interval(value: float | None, low: float | None, high: float | None) -> str:
+    """A share in percent with its 95 % interval: `98.1 [95.0, 101.2]`."""
+    if value is None:
+        return UNKNOWN
+    ends = "" if math.isnan(low) else f" [{100 * low:.1f}, {100 * high:.1f}]"
+    return f"{100 * value:.1f}{ends}"
 
 
 def _columns(rows: Sequence[SweepRow]) -> dict[str, Callable[[SweepRow], str]]:
@@ -183,7 +207,7 @@ def speed_table(curves: Mapping[str, Sequence[SpeedCurve]]) -> Table:
 def page_table(rows: Sequence[SweepRow]) -> Table:
     """Makes the table of the page: a heading per task, and a line per policy."""
     generated = any(row.tokens_per_pass is not None for row in rows)
-    columns = _columns(rows) | INTERVAL | (PASSES if generated else {})
+    columns = _columns(rows) | INTERVAL | (PASSES if generated else {}) | _against_full(rows)
     return _table(rows, _with_per_token(rows, columns))
 
 
@@ -191,7 +215,15 @@ def paper_table(rows: Sequence[SweepRow]) -> Table:
     """Makes the table of results.tex: what a paper shows."""
     left_out = ("seconds", ONCE, "items")
     columns = {name: text for name, text in _columns(rows).items() if name not in left_out}
-    return _table(rows, _with_per_token(rows, columns))
+    return _table(rows, _with_per_token(rows, columns | _against_full(rows)))
+
+
+def _against_full(rows: Sequence[SweepRow]) -> Columns:
+    """What compares with the full model, where static policies are: the columns with values."""
+    if not any(row.kind == "static" for row in rows):
+        return {}
+    unknown = {name for name, text in AGAINST_FULL.items() if {*map(text, rows)} == {UNKNOWN}}
+    return {name: text for name, text in AGAINST_FULL.items() if name not in unknown}
 
 
 def _with_per_token(rows: Sequence[SweepRow], columns: Columns) -> Columns:

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from dials_jax import sharding, trees
 from dials_jax.compiling import timed_jit
 from dials_jax.config import ModelConfig
+from dials_jax.diffusion.objectives import token_kl
 from dials_jax.diffusion.subs import subs_log_probs
 from dials_jax.errors import require
 from dials_jax.evaluation.position_chunks import map_position_chunks
@@ -141,9 +142,8 @@ def _gap_and_kl(
     Args:
       heavy, other: log-probabilities.
     """
-    difference = heavy - other
-    gap = jnp.take_along_axis(difference, tokens[..., None], axis=-1)[..., 0]
-    return gap, jnp.sum(jnp.exp(heavy) * difference, axis=-1)
+    gap = jnp.take_along_axis(heavy - other, tokens[..., None], axis=-1)[..., 0]
+    return gap, token_kl(heavy, other)
 
 
 # ------------------------------------------------------------------------------------- curves
