@@ -12,6 +12,7 @@ from dials_jax.statistics import (
     mean_and_stderr,
     mean_at_zero,
     mean_interval,
+    paired_ratio,
     paired_test,
     rank_correlation,
     spearman,
@@ -195,3 +196,28 @@ def test_an_interval_of_a_rank_correlation_narrows_with_samples_and_p_does_not()
     assert all(map(math.isnan, rank_correlation(np.ones((2, 8)), samples[0])))
     with pytest.raises(InputError, match=r"shapes \(4, 2\) and \(5, 2\).* at least 3"):
         rank_correlation(np.ones((4, 2)), np.ones((5, 2)))
+
+
+def test_a_ratio_of_means_by_hand():
+    scores, baseline = {"a": 1, "b": 0, "c": 1, "d": 0}, {"a": 1, "b": 1, "c": 1, "d": 0}
+    ratio, low, high = paired_ratio(scores, baseline)
+    assert ratio == pytest.approx(2 / 3)
+    rest = (np.array([1, 0, 1, 0]) - 2 / 3 * np.array([1, 1, 1, 0])) / 0.75
+    half = scipy.stats.t.ppf(0.975, 3) * rest.std(ddof=1) / 2
+    assert (low, high) == pytest.approx((2 / 3 - half, 2 / 3 + half))
+    assert paired_ratio(baseline, baseline) == (1, 1, 1)
+    assert paired_ratio(scores, dict.fromkeys(scores, 0)) is None
+    with pytest.raises(InputError, match="1 items are scored on one side only"):
+        paired_ratio(scores, {"a": 1, "b": 1, "c": 1})
+
+
+def test_the_interval_of_a_ratio_covers_it():
+    """About 95 % of 300 samples of 80 items, where a policy loses a tenth of what is right."""
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(300):
+        base = (rng.random(80) < 0.7).astype(float)
+        own = np.where(rng.random(80) < 0.9, base, 1 - base)
+        ratio = paired_ratio(keyed(own.tolist()), keyed(base.tolist()))
+        truth = (0.9 * 0.7 + 0.1 * 0.3) / 0.7
+        covered += ratio[1] <= truth <= ratio[2]
+    assert 0.91 < covered / 300 < 0.98

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from dials_jax.config import ArithmeticData, CorpusData, TaskData, TextData
+from dials_jax.data.record_files import read_task_records
+from dials_jax.data.records import get_field
 from dials_jax.data.sources import load_data_tokenizer
 from dials_jax.data.tokenizer import Tokenizer
 from dials_jax.errors import require
@@ -69,5 +72,21 @@ def _training_task(task: EvalTask) -> EvalTask | None:
         return replace(task, data=replace(data, split="train"))
     if isinstance(data, TaskData) and data.few_shot is not None:
         paths = (data.few_shot[0],)  # the examples come from the training split
-        return replace(task, data=replace(data, paths=paths, too_long="drop"))
+        return replace(task, data=replace(_with_fewer_examples(data), paths=paths, too_long="drop"))
     return None
+
+
+def _with_fewer_examples(data: TaskData) -> TaskData:
+    """As many few-shot examples as a record of their own file has others, at most those asked for.
+
+    A file may hold just the examples, as MMLU's does for every subject; then it is one fewer.
+    """
+    path, number = data.few_shot
+    groups = Counter(
+        get_field(record, data.few_shot_by) if data.few_shot_by else None
+        for _, record in read_task_records((path,))
+    )
+    number = min(number, *(count - 1 for count in groups.values()))
+    if number < 1:
+        return replace(data, few_shot=None, few_shot_by="")
+    return replace(data, few_shot=(path, number))

@@ -17,6 +17,7 @@ from dials_jax.reporting.retention_plots import (
     ChoicePanel,
     RetentionLine,
     RetentionPanel,
+    RetentionPoint,
     chosen_layers,
     retention_curves,
 )
@@ -251,13 +252,15 @@ def retention_figures(rows: Sequence[RetentionRow]) -> list[Figure]:
     return [Figure("retention", RETENTION_CAPTION, retention_curves, data)] if panels else []
 
 
-def _points(group: Sequence[RetentionRow], model: str, adjacent: bool) -> list[tuple[float, ...]]:
-    """The layers left out, retention with its interval, all in percent, and k; by rising k."""
+def _points(group: Sequence[RetentionRow], model: str, adjacent: bool) -> list[RetentionPoint]:
+    """The points of one line, by rising k."""
     own = [one for one in group if one.model == model and one.row.retention is not None]
     return [
-        (
-            *(100 * x for x in (one.layers_out, one.row.retention)),
-            *(100 * x for x in (one.row.retention_low, one.row.retention_high)),
+        RetentionPoint(
+            100 * one.layers_out,
+            100 * one.row.retention,
+            100 * one.row.retention_low,
+            100 * one.row.retention_high,
             one.num_skipped,
         )
         for one in sorted(own, key=lambda one: one.num_skipped)

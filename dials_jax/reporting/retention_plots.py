@@ -16,12 +16,22 @@ if TYPE_CHECKING:  # matplotlib is optional
 MODEL_COLORS = (COLORS["routed"], COLORS["static"], COLORS["random"], *OTHER_COLORS)
 
 
+class RetentionPoint(NamedTuple):
+    """One number of skipped layers; all but it in percent."""
+
+    layers_out: float  # layers left out / layers
+    retention: float
+    low: float  # ends of the error bar
+    high: float
+    num_skipped: int
+
+
 class RetentionLine(NamedTuple):
-    """One model and kind of choice; each point has layers out, retention, low, high (%), and k."""
+    """One model and kind of choice, by rising number of skipped layers."""
 
     model: str
     adjacent: bool  # neighbours may be skipped
-    points: tuple[tuple[float, ...], ...]
+    points: tuple[RetentionPoint, ...]
 
 
 class RetentionPanel(NamedTuple):
@@ -55,8 +65,8 @@ def retention_curves(panels: Sequence[RetentionPanel], path: str | Path) -> Path
 
 def _retention_line(ax: Axes, line: RetentionLine, color: str) -> None:
     x, y, low, high, numbers = zip(*line.points, strict=True)
-    below = [max(0, b - a) for a, b in zip(low, y, strict=True)]
-    above = [max(0, b - a) for a, b in zip(y, high, strict=True)]
+    below = [b - a for a, b in zip(low, y, strict=True)]
+    above = [b - a for a, b in zip(y, high, strict=True)]
     ax.errorbar(
         x,
         y,
@@ -71,7 +81,7 @@ def _retention_line(ax: Axes, line: RetentionLine, color: str) -> None:
     )
     for at, value, k in zip(x, y, numbers, strict=True):
         offset = {"xytext": (3, 3), "textcoords": "offset points"}
-        ax.annotate(f"{k:g}", (at, value), color=color, fontsize=7, **offset)
+        ax.annotate(str(k), (at, value), color=color, fontsize=7, **offset)
 
 
 class ChoicePanel(NamedTuple):

@@ -21,7 +21,7 @@ from dials_jax.models import transformer
 from dials_jax.models.folders import save_model
 from dials_jax.reporting import sweep_report
 from dials_jax.sampling.confidence import Confidence
-from tests.conftest import small_config
+from tests.conftest import init_params, small_config
 
 pytestmark = pytest.mark.usefixtures("without_plots")
 CONFIGS = Path(__file__).parents[2] / "configs/llada"
@@ -224,3 +224,42 @@ def test_all_of_them_run(folder, tmp_path, monkeypatch):
     assert runs["mmlu"]["also"]["mean_over_subject"] in (0, 0.5, 1)
     for name in CODE:
         assert runs[name]["examples"][0]["verdict"] != PASSED
+
+
+# ---------------------------------------------------------- retention, as in Goel, Tables 1 to 3
+
+GOEL = {  # the task that is run, and what makes a small model of the family
+    "llada": ("gsm8k", {}),
+    "dream": ("humaneval", {"right_shift": True}),
+    "qwen2": ("math500", {"causal": True}),
+}
+
+
+@pytest.mark.parametrize("name", GOEL)
+def test_the_configurations_of_retention_run(name, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep_report, "_figures", lambda *args: [])
+    path = CONFIGS.parent / "representation" / f"retention_{name}.py"
+    cfg = runpy.run_path(str(path))["get_config"]()
+    assert [task.name for task in cfg.tasks] == ["gsm8k", "humaneval", "mbpp", "math500"]
+    assert cfg.num_static == tuple(range(1, 9)) and cfg.allow_adjacent == (False, True)
+    (chosen, changes), ids = GOEL[name], ("mask", "eos", "pad")
+    ids = {f"{x}_id": TOKENIZER.token_to_id(f"[{x.upper()}]") for x in ids}
+    model = small_config(vocab_size=TOKENIZER.vocab_size, max_length=512, **ids, **changes)
+    params, tokenizer = init_params(model), folder / "tokenizer.json"
+    save_model(tmp_path / "model", model, params, tokenizer_files=[tokenizer])
+    (task,) = (task for task in cfg.tasks if task.name == chosen)
+    task = dataclasses.replace(
+        task, data=local(folder, chosen).data, sampler=task.sampler.with_length(4), bucket=512,
+        compare="text", allow_code_execution=chosen in CODE,
+    )  # fmt: skip
+    small = dataclasses.replace(
+        cfg, model=str(tmp_path / "model"), tasks=(task,), num_static=(1, 2), batch_size=2
+    )
+    runs = sweep(small, tmp_path / "sweep")["runs"]
+    assert [run["policy"]["label"] for run in runs] == [
+        "full", "static k=1", "static k=1 adjacent", "static k=2", "static k=2 adjacent"
+    ]  # fmt: skip
+    for run in runs[1:]:
+        assert run["generation"]["sampler"] == type(task.sampler).__name__.lower()
+        assert run["flops"]["layers_run"] == 1 - run["policy"]["num_skipped"] / 4
+        assert run["identical"].keys() == run["items"].keys() == run["kl"].keys()

@@ -77,6 +77,19 @@ def test_without_training_data_the_report_says_that_test_prompts_were_used(cfg, 
     assert "test prompts, because it names no training data; set calibration=" in found.source
 
 
+@pytest.mark.parametrize("asked, most", [(1, 1), (2, 2), (3, 2)])
+def test_a_file_of_few_examples_is_training_data_too(cfg, model, records, asked, most):
+    """MMLU's and MBPP's files of examples hold no other records."""
+    few = dataclasses.replace(records.data, few_shot=(records.data.paths[0], asked))
+    few = dataclasses.replace(few, few_shot_delimiter="", prompt_length=28)
+    found = load_calibration(
+        cfg, dataclasses.replace(records, data=few), [], load_tokenizer(model.path), model
+    )
+    assert not found.of_test
+    one = len("+11,11=22")
+    assert [len(item.prompt) for item in found.items] == 3 * [most * one + len("+11,11=")]
+
+
 def test_static_layers_need_prompts(cfg, model, records):
     empty = dataclasses.replace(records, data=dataclasses.replace(records.data, prompt=""))
     with pytest.raises(InputError, match=r"'records' has empty prompts.*set num_static=\(\) or"):

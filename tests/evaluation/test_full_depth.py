@@ -7,6 +7,7 @@ import shutil
 from functools import cache
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
@@ -177,8 +178,8 @@ def kl_by_hand(model, key, prompt, answer, layers, longest):
         full, own = (f(tokens)[len(prompt) - 1 : -1] for f in log_probs)
         return (np.exp(full) * (full - own)).sum(axis=-1).mean()
     for copy in range(NUM_COPIES):
-        in_answer = np.arange(longest) >= longest - len(answer)
-        masked = draw_masked(jax.random.split(key)[0], copy, in_answer, NUM_COPIES)
+        in_answer = jnp.arange(longest) >= longest - len(answer)
+        masked = draw_masked(jax.random.split(key)[0], jnp.array(copy), in_answer, NUM_COPIES)
         masked = np.asarray(masked)[longest - len(answer) :]
         shown = tokens.copy()
         shown[0, len(prompt) :][masked] = cfg.mask_id
