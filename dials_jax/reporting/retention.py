@@ -23,7 +23,13 @@ from dials_jax.reporting.retention_plots import (
 )
 from dials_jax.reporting.seeds import pool_seeds
 from dials_jax.reporting.sweep_rows import SweepRow, compute_sweep_rows, group_runs_by_task
-from dials_jax.reporting.sweep_table import AGAINST_FULL, SWEEP_LEGEND, UNKNOWN, percent_interval
+from dials_jax.reporting.sweep_table import (
+    AGAINST_FULL,
+    SWEEP_LEGEND,
+    UNKNOWN,
+    p_text,
+    percent_interval,
+)
 from dials_jax.statistics import paired_test
 
 CHOSEN = "static k="  # how labels of layers that Goel, Algorithm 1 chose begin
@@ -208,7 +214,7 @@ def _kinds_table(rows: Sequence[RetentionRow]) -> Table:
                 p = kinds[True].p_kinds
                 name = f"{model}, k={k}" if several else f"k={k}"
                 cells = [_retention_cell(kinds[adjacent]) for adjacent in (False, True)]
-                lines.append((f"{task}, {name}", *cells, "<0.001" if p < 0.001 else f"{p:.3f}"))
+                lines.append((f"{task}, {name}", *cells, p_text(p)))
     return Table(("layers skipped", "not allowed", "allowed", "p"), lines, headings)
 
 
@@ -219,7 +225,7 @@ def _details_table(rows: Sequence[RetentionRow]) -> Table:
         "layers out, %": lambda r: f"{100 * (1 - r.layers_run):.2f}",
         "value": lambda r: f"{r.value:.4f}",
         **AGAINST_FULL,
-        "p": lambda r: UNKNOWN if r.p_value is None else f"{r.p_value:.3f}",
+        "p": lambda r: p_text(r.p_value),
         "seconds": lambda r: f"{r.seconds:.1f}",
         "speed-up": lambda r: UNKNOWN if r.speedup is None else f"{r.speedup:.2f}x",
         "items": lambda r: str(r.num_items),
@@ -229,7 +235,7 @@ def _details_table(rows: Sequence[RetentionRow]) -> Table:
         headings[len(lines)] = task, group[0].row.metric
         for one in group:
             cells = [text(one.row) for text in texts.values()]
-            lines.append((f"{one.model}: {one.row.policy}", *cells))
+            lines.append((f"{task}, {one.model}: {one.row.policy}", *cells))
     return Table(("policy", *texts), lines, headings)
 
 

@@ -81,7 +81,7 @@ def _median_and_range(row: SweepRow) -> str:
     return f"{row.timed_median:.3g} ±{(row.timed_high - row.timed_low) / 2:.2g}"
 
 
-def _p_text(p_value: float | None) -> str:
+def p_text(p_value: float | None) -> str:
     return "<0.001" if p_value is not None and p_value < 0.001 else _text(p_value, ".3f")
 
 
@@ -91,7 +91,7 @@ COLUMNS: Columns = {
     "policy": lambda r: r.policy,
     "value": lambda r: _with_error(r.value, r.stderr),
     "vs full": lambda r: _with_error(r.difference, r.difference_stderr, "+"),
-    "p": lambda r: _p_text(r.p_value),
+    "p": lambda r: p_text(r.p_value),
     "layers": lambda r: _text(r.layers_run, ".4f"),
     "model": lambda r: _text(r.flops_share, ".4f"),
     "seconds": lambda r: _text(r.seconds, ".1f"),

@@ -97,7 +97,7 @@ def test_tables_have_the_papers_forms(sweeps):
     assert kinds.lines[0][1].startswith(cell) and len(kinds.lines) == 2 * 4
     allowed = rows["llada", "sums", "static k=1 adjacent"]
     assert kinds.lines[0][2].startswith(f"{100 * allowed.retention:.1f} [")
-    of_own = next(line for line in details.lines if line[0] == "llada: static k=1")
+    of_own = next(line for line in details.lines if line[0] == "sums, llada: static k=1")
     values = dict(zip(details.header, of_own, strict=True))
     assert values["layers"] == "5" and values["layers out, %"] == "8.33"
     assert values["identical, %"].startswith("50.0 [") and values["KL"].startswith("0.2000 ±")
