@@ -12,6 +12,7 @@ from typing import Any
 
 from dials_jax.errors import require
 from dials_jax.reporting import html
+from dials_jax.reporting.comparison import Results
 from dials_jax.reporting.publish import Figure, Report, Table
 from dials_jax.reporting.retention_plots import (
     ChoicePanel,
@@ -33,7 +34,6 @@ from dials_jax.reporting.sweep_table import (
 from dials_jax.statistics import paired_test
 
 CHOSEN = "static k="  # how labels of layers that Goel, Algorithm 1 chose begin
-Results = Mapping[str, Any]  # results.json of a sweep
 
 RETENTION_CAPTION = (
     "Retention against the layers left out (Goel, Figure 1): a panel per benchmark, a line per "
@@ -43,7 +43,7 @@ CHOICE_CAPTION = (
     "Share of the calibration prompts whose own choice by Goel, Algorithm 1 holds each layer "
     "(Goel, Figure 8), for the most layers that the sweep skips."
 )
-LEGEND = (
+RETENTION_LEGEND = (
     ("not allowed, allowed", "Retention where Goel, Algorithm 1 may not, or may, choose two "
      "neighbours. p is of the paired test of the two on the same items; it is 1 where both choose "
      "the same layers."),
@@ -121,7 +121,7 @@ def retention_report(sweeps: Mapping[str, Results]) -> Report:
         columns=_columns(),
         rows=[_flat(one) for one in rows],
         tables=tables,
-        legend=(*LEGEND, *(entry for entry in SWEEP_LEGEND if entry[0] in _LEGEND_NAMES)),
+        legend=(*RETENTION_LEGEND, *(entry for entry in SWEEP_LEGEND if entry[0] in _LEGEND_NAMES)),
         figures=[*retention_figures(rows), *choice_figures(sweeps)],
         text="\n\n".join(f"{name}\n{table.text()}" for name, table in tables.items()),
         above={"Models": html.definition_list(_models(sweeps), "facts")},

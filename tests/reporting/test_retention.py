@@ -6,11 +6,11 @@ import json
 import numpy as np
 import pytest
 
+from dials_jax.cli.retention import retention_command
 from dials_jax.errors import InputError
 from dials_jax.reporting import retention
 from dials_jax.reporting.publish import draw_figures
 from dials_jax.reporting.retention import choice_figures, retention_report, retention_rows
-from dials_jax.retention import report_retention
 from dials_jax.statistics import paired_ratio, paired_test
 from tests.reporting.sweep_results import make_results, make_run
 
@@ -108,7 +108,7 @@ def test_the_command_writes_tables_and_figures(workdirs, tmp_path, monkeypatch, 
     monkeypatch.setattr(retention, "retention_curves", lambda **data: fake(drawn, data))
     monkeypatch.setattr(retention, "chosen_layers", lambda **data: fake(drawn, data))
     out = tmp_path / "report"
-    report_retention([*workdirs, "--out", str(out)])
+    retention_command([*workdirs, "--out", str(out)])
     shown = capsys.readouterr().out
     assert "Retention, %" in shown and f"report: {out / 'report.html'}" in shown
     curves, choices = drawn
@@ -121,7 +121,7 @@ def test_the_command_writes_tables_and_figures(workdirs, tmp_path, monkeypatch, 
         rows = list(csv.DictReader(file))
     assert {row["model"] for row in rows} == {"llada", "qwen2"} and rows[0]["retention"] == ""
     assert float(rows[1]["layers_out"]) == pytest.approx(1 / 12)
-    report_retention([*workdirs, "--out", str(out)])  # its own folder may be written again
+    retention_command([*workdirs, "--out", str(out)])  # its own folder may be written again
 
 
 def fake(drawn, data):
@@ -152,11 +152,11 @@ def test_what_has_no_retention_is_one_line(workdirs, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "results.json").write_text(json.dumps(without))
     with pytest.raises(InputError, match="other has no static layers beside a full model"):
-        report_retention([*workdirs, str(tmp_path / "other")])
+        retention_command([*workdirs, str(tmp_path / "other")])
     with pytest.raises(InputError, match="a workdir is given twice"):
-        report_retention([workdirs[0], workdirs[0]])
+        retention_command([workdirs[0], workdirs[0]])
     taken = tmp_path / "taken"
     taken.mkdir()
     (taken / "report.html").write_text("mine")
     with pytest.raises(InputError, match=r"report.html was not made by a run of this folder"):
-        report_retention([*workdirs, "--out", str(taken)])
+        retention_command([*workdirs, "--out", str(taken)])
