@@ -15,6 +15,7 @@ from dials_jax.evaluation.items import items_digest
 from dials_jax.evaluation.sweep_records import SweepRecords
 from dials_jax.evaluation.task import EvalConfig, EvalTask
 from dials_jax.models.model import Model
+from dials_jax.reporting.retention import chosen_label
 from dials_jax.skipping.policies import Static, StaticGates
 from dials_jax.skipping.similarity import (
     choice_shares,
@@ -41,7 +42,7 @@ def check_static(cfg: EvalConfig, num_layers: int) -> None:
 
 def static_placeholder(cfg: EvalConfig) -> list[Candidate]:
     """Stands for the static policies in checks, before their layers are chosen."""
-    labels = [_label(k, adjacent) for k, adjacent in _choices(cfg)]
+    labels = [chosen_label(k, adjacent) for k, adjacent in _choices(cfg)]
     labels += map(_set_label, cfg.static_layers)
     return [Candidate(label, Static(())) for label in labels[:1]]
 
@@ -64,7 +65,7 @@ def static_candidates(
         mean = _similarities(cfg, model, task, calibration, records)["similarities"]
         notes = {"calibration": calibration.source}
     for k, adjacent in _choices(cfg):
-        label = _label(k, adjacent)
+        label = chosen_label(k, adjacent)
         layers = choose_static_layers(mean, k, cfg.similarity_threshold, adjacent)
         if len(layers) == k:
             chosen.append((label, layers, {"adjacent": True} if adjacent else {}))
@@ -94,7 +95,7 @@ def describe_choice(
     found = records.similarities[_where(task, calibration, records)]
     by_prompt = np.array(found["by_prompt"])
     shares = {
-        _label(k, adjacent): choice_shares(
+        chosen_label(k, adjacent): choice_shares(
             by_prompt, k, cfg.similarity_threshold, adjacent
         ).tolist()
         for k, adjacent in _choices(cfg)
@@ -110,10 +111,6 @@ def describe_choice(
 def _choices(cfg: EvalConfig) -> Iterator[tuple[int, bool]]:
     """How many layers are chosen, and whether neighbours may be."""
     return ((k, adjacent) for adjacent in cfg.allow_adjacent for k in cfg.num_static)
-
-
-def _label(k: int, adjacent: bool) -> str:
-    return f"static k={k}{' adjacent' if adjacent else ''}"
 
 
 def _set_label(layers: Sequence[int]) -> str:

@@ -10,19 +10,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+import numpy as np
+
 from dials_jax.errors import require
 from dials_jax.reporting import html
 from dials_jax.reporting.comparison import Results
-from dials_jax.reporting.publish import Figure, Report, Table
-from dials_jax.reporting.retention_plots import (
-    ChoicePanel,
-    RetentionLine,
-    RetentionPanel,
-    RetentionPoint,
-    chosen_layers,
-    retention_curves,
-)
+from dials_jax.reporting.publish import Figure, Report, Table, file_name
 from dials_jax.reporting.seeds import pool_seeds
+from dials_jax.reporting.skipping_plots import Kept, choice_bars, retention_curves
 from dials_jax.reporting.sweep_rows import SweepRow, compute_sweep_rows, group_runs_by_task
 from dials_jax.reporting.sweep_table import (
     AGAINST_FULL,
@@ -34,10 +29,12 @@ from dials_jax.reporting.sweep_table import (
 from dials_jax.statistics import paired_test
 
 CHOSEN = "static k="  # how labels of layers that Goel, Algorithm 1 chose begin
+# Whether neighbours may both be chosen.
+CHOICE_RULES = {"neighbours not allowed": False, "neighbours allowed": True}
 
 RETENTION_CAPTION = (
-    "Retention against the layers left out (Goel, Figure 1): a panel per benchmark, a line per "
-    "model, dashed where neighbours may be chosen; at the points k. Bars are 95 % intervals."
+    "Retention against the share of layers left out, the FLOPs saved of the paper (Goel, Figure 1);"
+    " at the points k. Bars are 95 % intervals."
 )
 CHOICE_CAPTION = (
     "Share of the calibration prompts whose own choice by Goel, Algorithm 1 holds each layer "
@@ -49,6 +46,11 @@ RETENTION_LEGEND = (
      "the same layers."),
     ("layers out, %", "Layers left out / layers: the FLOPs reduction of the paper."),
 )  # fmt: skip
+
+
+def chosen_label(num_skipped: int, adjacent: bool) -> str:
+    """The label of so many layers that Goel, Algorithm 1 chose; adjacent: neighbours allowed."""
+    return f"{CHOSEN}{num_skipped}{' adjacent' if adjacent else ''}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,49 +245,51 @@ def _details_table(rows: Sequence[RetentionRow]) -> Table:
 
 
 def retention_figures(rows: Sequence[RetentionRow]) -> list[Figure]:
-    """Goel, Figure 1; none without retention."""
-    panels = []
+    """Goel, Figure 1 of every task: a line per model and kind of choice; none without retention."""
+    figures = []
     for task, group in _by_task(rows):
-        lines = [
-            RetentionLine(model, adjacent, tuple(points))
-            for model in dict.fromkeys(one.model for one in group)
-            for adjacent in (False, True)
-            if (points := _points(group, model, adjacent))
-        ]
+        lines = {}
+        for model in dict.fromkeys(one.model for one in group):
+            for rule, adjacent in CHOICE_RULES.items():
+                label = f"{model}, {rule}" if adjacent else model
+                own = [one for one in group if one.model == model and one.row.adjacent == adjacent]
+                if kept := _kept(own):
+                    lines[label] = kept
         if lines:
-            panels.append(RetentionPanel(task, tuple(lines)))
-    data = {"panels": panels}
-    return [Figure("retention", RETENTION_CAPTION, retention_curves, data)] if panels else []
+            data = {"models": lines, "title": task}
+            name = f"retention_{file_name(task)}"
+            figures.append(Figure(name, RETENTION_CAPTION, retention_curves, data))
+    return figures
 
 
-def _points(group: Sequence[RetentionRow], model: str, adjacent: bool) -> list[RetentionPoint]:
-    """The points of one line, by rising k."""
-    own = [one for one in group if one.model == model and one.row.retention is not None]
-    return [
-        RetentionPoint(
-            100 * one.layers_out,
-            100 * one.row.retention,
-            100 * one.row.retention_low,
-            100 * one.row.retention_high,
-            one.num_skipped,
-        )
-        for one in sorted(own, key=lambda one: one.num_skipped)
-        if one.row.adjacent == adjacent
-    ]
+def _kept(rows: Sequence[RetentionRow]) -> Kept | None:
+    """One line, by rising number of skipped layers; None without retention."""
+    known = [one for one in rows if one.row.retention is not None]
+    known.sort(key=lambda one: one.num_skipped)
+    return known and Kept(
+        [one.num_skipped for one in known],
+        [one.layers_out for one in known],
+        [one.row.retention for one in known],
+        [one.row.retention_low for one in known],
+        [one.row.retention_high for one in known],
+    )
 
 
 def choice_figures(sweeps: Mapping[str, Results]) -> list[Figure]:
     """Goel, Figure 8, a row per model and task; none for sweeps of earlier versions."""
-    panels = []
+    panels = {}
     for model, results in sweeps.items():
         for task, found in results.get("static_choice", {}).items():
-            title = f"{model}, {task}" if len(sweeps) > 1 else task
-            largest: dict[bool, tuple[int, Any]] = {}
-            for label, shares in found["shares"].items():
-                k, _, adjacent = label.removeprefix(CHOSEN).partition(" ")
-                kind = bool(adjacent)
-                largest[kind] = max(largest.get(kind, (0, None)), (int(k), shares))
-            own = {kind: (f"{title}, k={k}", shares) for kind, (k, shares) in largest.items()}
-            panels.append(ChoicePanel(own.get(True), own.get(False)))
-    data = {"panels": panels}
-    return [Figure("chosen_layers", CHOICE_CAPTION, chosen_layers, data)] if panels else []
+            largest = max(map(_chosen_number, found["shares"]))
+            title = f"{model}, {task}, k={largest}" if model else f"{task}, k={largest}"
+            unknown = np.full(len(found["similarities"]), np.nan)
+            panels[title] = {
+                rule: np.array(found["shares"].get(chosen_label(largest, adjacent), unknown))
+                for rule, adjacent in reversed(CHOICE_RULES.items())
+            }
+    data = {"shares": panels}
+    return [Figure("chosen_layers", CHOICE_CAPTION, choice_bars, data)] if panels else []
+
+
+def _chosen_number(label: str) -> int:
+    return int(label.removeprefix(CHOSEN).split()[0])

@@ -33,7 +33,10 @@ def sweep_of(path, both=True):
             other = make_run(task, policy | {"label": label})
             results["runs"].append(other | {"policy": policy | {"label": label, "adjacent": True}})
     results["static_choice"] = {
-        "sums": {"shares": {"static k=1": [0.0, 1.0], "static k=2": [0.25, 0.75]}}
+        "sums": {
+            "similarities": [0.9, 0.8],
+            "shares": {"static k=1": [0.0, 1.0], "static k=2": [0.25, 0.75]},
+        }
     }
     return results
 
@@ -106,17 +109,18 @@ def test_tables_have_the_papers_forms(sweeps):
 def test_the_command_writes_tables_and_figures(workdirs, tmp_path, monkeypatch, capsys):
     drawn = []
     monkeypatch.setattr(retention, "retention_curves", lambda **data: fake(drawn, data))
-    monkeypatch.setattr(retention, "chosen_layers", lambda **data: fake(drawn, data))
+    monkeypatch.setattr(retention, "choice_bars", lambda **data: fake(drawn, data))
     out = tmp_path / "report"
     retention_command([*workdirs, "--out", str(out)])
     shown = capsys.readouterr().out
     assert "Retention, %" in shown and f"report: {out / 'report.html'}" in shown
-    curves, choices = drawn
-    lines = [(line.model, line.adjacent) for line in curves["panels"][0].lines]
-    assert lines == [("llada", False), ("llada", True), ("qwen2", False)]
-    assert [point.num_skipped for point in curves["panels"][0].lines[0].points] == [1, 2, 3, 4]
-    assert choices["panels"][0].apart == ("llada, sums, k=2", [0.25, 0.75])
-    assert choices["panels"][0].allowed is None
+    curves, _, choices = drawn
+    assert curves["title"] == "sums"
+    assert list(curves["models"]) == ["llada", "llada, neighbours allowed", "qwen2"]
+    assert curves["models"]["llada"].num_skipped == [1, 2, 3, 4]
+    shares = choices["shares"]["llada, sums, k=2"]
+    np.testing.assert_array_equal(shares["neighbours not allowed"], [0.25, 0.75])
+    assert np.isnan(shares["neighbours allowed"]).all()
     with (out / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert {row["model"] for row in rows} == {"llada", "qwen2"} and rows[0]["retention"] == ""
@@ -136,14 +140,10 @@ def fake(drawn, data):
 def test_figures_are_drawn(sweeps, drawn, tmp_path):
     report = retention_report(sweeps)
     files = draw_figures(report.figures, tmp_path)
-    assert [path.name for path in files] == ["retention.png", "chosen_layers.png"]
-    assert (tmp_path / "retention.pdf").exists()
-    curves, choices = drawn
-    assert [ax.get_title() for ax in curves.axes] == ["sums", "piqa"]
-    names = [text.get_text() for text in curves.legends[0].get_texts()]
-    assert names == ["llada", "llada, neighbours allowed", "qwen2"]
-    heights = [bar.get_height() for bar in choices.axes[0].patches]
-    assert heights == [0.25, 0.75]
+    assert [path.stem for path in files] == ["retention_sums", "retention_piqa", "chosen_layers"]
+    assert [figure.axes[0].get_title() for figure in drawn[:2]] == ["sums", "piqa"]
+    heights = [bar.get_height() for bar in drawn[2].axes[1].patches]
+    assert heights == [25, 75]
     assert choice_figures({"": {"static_choice": {}}}) == []
 
 
