@@ -252,9 +252,13 @@ def retention_figures(rows: Sequence[RetentionRow]) -> list[Figure]:
         for model in dict.fromkeys(one.model for one in group):
             for rule, adjacent in CHOICE_RULES.items():
                 label = f"{model}, {rule}" if adjacent else model
-                own = [one for one in group if one.model == model and one.row.adjacent == adjacent]
-                if kept := _kept(own):
-                    lines[label] = kept
+                own = [
+                    one
+                    for one in group
+                    if (one.model, one.row.adjacent) == (model, adjacent)
+                    and one.row.retention is not None
+                ]
+                lines |= {label: _kept(own)} if own else {}
         if lines:
             data = {"models": lines, "title": task}
             name = f"retention_{file_name(task)}"
@@ -262,11 +266,10 @@ def retention_figures(rows: Sequence[RetentionRow]) -> list[Figure]:
     return figures
 
 
-def _kept(rows: Sequence[RetentionRow]) -> Kept | None:
-    """One line, by rising number of skipped layers; None without retention."""
-    known = [one for one in rows if one.row.retention is not None]
-    known.sort(key=lambda one: one.num_skipped)
-    return known and Kept(
+def _kept(rows: Sequence[RetentionRow]) -> Kept:
+    """One line, by rising number of skipped layers."""
+    known = sorted(rows, key=lambda one: one.num_skipped)
+    return Kept(
         [one.num_skipped for one in known],
         [one.layers_out for one in known],
         [one.row.retention for one in known],
