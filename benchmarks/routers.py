@@ -38,7 +38,7 @@ from dials_jax.data.records import read_jsonl
 from dials_jax.data.sources import load_training_data
 from dials_jax.errors import require
 from dials_jax.evaluation.batched import likelihood_batches
-from dials_jax.files import read_json, write_json
+from dials_jax.files import read_json, replacing, write_json
 from dials_jax.loading import load
 from dials_jax.models.families import llada_small
 from dials_jax.models.model import Model
@@ -95,7 +95,8 @@ def split_documents(path: Path, folder: Path) -> dict[str, Path]:
         folder.mkdir(parents=True, exist_ok=True)
         documents = [json.dumps(record) + "\n" for _, record in read_jsonl(path)]
         for number, file in enumerate(files.values()):
-            file.write_text("".join(documents[number::2]), encoding="utf-8")
+            with replacing(file) as opened:
+                opened.write("".join(documents[number::2]).encode())
     return files
 
 

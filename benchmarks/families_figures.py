@@ -1,0 +1,117 @@
+"""Figures of the page of `benchmarks.families`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from benchmarks.families_claims import Results, increases
+from dials_jax.reporting.figure import COLORS, GREY, blue_shades, figure_at
+
+if TYPE_CHECKING:  # matplotlib is optional
+    from matplotlib.axes import Axes
+
+FAMILY_COLORS = {
+    "native": COLORS["routed"], "causal": COLORS["static"], "continued": COLORS["random"],
+}  # fmt: skip
+NAMES = {
+    "layer": ("cosine of input and output", "layer"),
+    "token": ("cosine of neighbouring tokens", "hidden state"),
+}
+
+
+def draw_all(results: Results, folder: Path) -> dict[str, Path]:
+    """Writes every figure as PNG and PDF; returns the PNG files by name."""
+    figures = {
+        "profiles": draw_profiles, "training": draw_training, "skipping": draw_skipping,
+        "change": draw_change,
+    }  # fmt: skip
+    paths = {name: folder / f"{name}.png" for name in figures}
+    for name, draw in figures.items():
+        draw(results, paths[name])
+    return paths
+
+
+def draw_profiles(results: Results, path: Path) -> None:
+    """Cosines by depth: means over sequences, each seed a line (Goel, Figure 3)."""
+    rows = len(results.sizes)
+    with figure_at(path, 9.0, 3.2 * rows) as figure:
+        axes = figure.subplots(rows, 2, squeeze=False)
+        for size, pair in zip(results.sizes, axes, strict=True):
+            for name, ax in zip(NAMES, pair, strict=True):
+                for family, color in FAMILY_COLORS.items():
+                    for i, own in enumerate(results.by_sequence(name, size, family)):
+                        ax.plot(np.nanmean(own, axis=0), color=color, label=family if not i else "")
+                _label(ax, name, size)
+        axes[0, 0].legend()
+
+
+def draw_training(results: Results, path: Path) -> None:
+    """Layer cosines of the models along the way, first seed; darker is later."""
+    rows, families = len(results.sizes), list(FAMILY_COLORS)
+    with figure_at(path, 11.0, 3.2 * rows) as figure:
+        axes = figure.subplots(rows, len(families), squeeze=False, sharey="row")
+        for size, own_axes in zip(results.sizes, axes, strict=True):
+            for family, ax in zip(families, own_axes, strict=True):
+                steps = results.steps(size, family)
+                for step, color in zip(steps, blue_shades(len(steps)), strict=True):
+                    first = results.by_sequence("layer", size, family, step)[0]
+                    ax.plot(np.nanmean(first, axis=0), color=color, label=f"step {step}")
+                _label(ax, "layer", f"{family}, {size}")
+                ax.legend(fontsize=8)
+
+
+def draw_skipping(results: Results, path: Path) -> None:
+    """What leaving out a layer costs, against the similarity that Algorithm 1 goes by."""
+    with figure_at(path, 5.0 * len(results.sizes), 3.6) as figure:
+        axes = figure.subplots(1, len(results.sizes), squeeze=False)[0]
+        for size, ax in zip(results.sizes, axes, strict=True):
+            for family, color in FAMILY_COLORS.items():
+                for profile in results.profiles(size, family):
+                    (losses,) = results.of("losses", size=size, family=family, seed=profile["seed"])
+                    similar = np.nanmean(np.array(profile["prompt_layer"], float), axis=0)
+                    cost = np.maximum(increases(losses).mean(axis=0), 1e-6)
+                    first = profile["seed"] == results.seeds[0]
+                    ax.scatter(similar, cost, color=color, s=18, label=family if first else "")
+                    _number(ax, similar, cost)
+            ax.set(
+                title=size, xlabel="cosine of a layer's input and output, prompts",
+                ylabel="nats per token without it", yscale="log",
+            )  # fmt: skip
+        axes[0].legend()
+
+
+def draw_change(results: Results, path: Path) -> None:
+    """How much states change from step to step, by distance to the nearest token just revealed."""
+    families = ("native", "continued")
+    with figure_at(path, 9.0, 3.2 * len(results.sizes)) as figure:
+        axes = figure.subplots(len(results.sizes), 2, squeeze=False, sharey="row")
+        for size, own_axes in zip(results.sizes, axes, strict=True):
+            for family, ax in zip(families, own_axes, strict=True):
+                rows = results.profiles(size, family)
+                layers = rows[0]["change_layers"]
+                for i, color in enumerate(blue_shades(len(layers))):
+                    change = [np.array(row["change"][i], float) for row in rows]
+                    ax.plot(
+                        rows[0]["distances"], np.mean(change, axis=0), color=color,
+                        label=f"layer {layers[i]}",
+                    )  # fmt: skip
+                ax.set(
+                    title=f"{family}, {size}", xlabel="distance to the nearest token just revealed",
+                    ylabel="1 - cosine to the step before",
+                )  # fmt: skip
+        axes[0, 0].legend(fontsize=8)
+
+
+def _label(ax: Axes, name: str, title: str) -> None:
+    y, x = NAMES[name]
+    ax.set(title=title, xlabel=x, ylabel=y)
+    ax.xaxis.get_major_locator().set_params(integer=True)
+
+
+def _number(ax: Axes, x: Sequence[float] | np.ndarray, y: Any) -> None:
+    for layer, point in enumerate(zip(x, y, strict=True)):
+        ax.annotate(str(layer), point, fontsize=6, color=GREY)

@@ -1,0 +1,189 @@
+"""The three families: the page of made-up results whose claims are known, and a tiny run."""
+
+import json
+import lzma
+import string
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from benchmarks import command, families, families_page
+from benchmarks.families_claims import Results, claim_findings, correlations, find
+from benchmarks.families_page import page
+from dials_jax.data.tokenizer import character_tokenizer
+from dials_jax.evaluation import sweep as sweep_module
+from dials_jax.files import read_json
+from dials_jax.loading import load
+from dials_jax.studies.claims import judge
+from dials_jax.training.run import step_folder
+
+LAST = {"native": 6, "causal": 6, "continued": 3}  # steps of the tiny trainings
+FIGURES = ("profiles", "training", "skipping", "change")
+LAYERS, PROMPTS, TEXTS = 6, 12, 10
+EARLY_HIGH = np.array([0.3, 0.97, 0.95, 0.8, 0.75, 0.7])  # cosines of a native model's layers
+FLAT = np.array([0.3, 0.85, 0.85, 0.86, 0.86, 0.85])
+SMOOTH, RECENT = np.linspace(0.95, 0.8, LAYERS + 1), np.full(LAYERS + 1, 0.4)
+
+
+def results(continued_like=FLAT):
+    """Two sizes, two seeds: native models redundant early, causal ones recent, similarity right."""
+    rng = np.random.default_rng(0)
+    rows = {"trainings": [], "losses": [], "profiles": []}
+    shapes = {
+        "native": (EARLY_HIGH, SMOOTH),
+        "causal": (FLAT, RECENT),
+        "continued": (continued_like, RECENT),
+    }
+
+    def noisy(mean, number):
+        return (mean + rng.normal(0, 0.005, (number, len(mean)))).tolist()
+
+    for size, seed, family in (
+        (size, seed, family) for size in ("6x8", "6x16") for seed in (0, 1) for family in shapes
+    ):
+        layer, token = shapes[family]
+        where = {"size": size, "seed": seed, "family": family}
+        rows["trainings"].append(
+            where | {"parameters": 1000, "tokens": 640, "own_tokens": 320, "flops": 2.0,
+                     "seconds": 1.5, "steps": 6, "log": [[6, 1.0]]}
+        )  # fmt: skip
+        full = rng.normal(4, 0.3, TEXTS)
+        routed = {"routed λ=1": {"skips": [0.0] * LAYERS, "nats": 4.0}}
+        routed["routed λ=1 fitted to 0.75"] = {"skips": (layer - 0.1).tolist(), "nats": 4.1}
+        rows["losses"].append(
+            where | {"full": full.tolist(), "random": (full + 0.5).tolist(),
+                     "without": [(full + 1 - c).tolist() for c in layer],
+                     "routed": routed if family == "native" else {}}
+        )  # fmt: skip
+        for step in (0, 6):
+            rows["profiles"].append(
+                where | {"step": step, "label": f"{family} {step}", "causal": family == "causal",
+                         "layer": noisy(layer if step else FLAT, PROMPTS),
+                         "token": noisy(token, PROMPTS), "prompt_layer": noisy(layer, PROMPTS),
+                         "change_layers": [] if family == "causal" else [2, 5],
+                         "distances": [] if family == "causal" else list(range(-10, 11)),
+                         "change": [] if family == "causal" else [[0.1] * 21, [0.2] * 21]}
+            )  # fmt: skip
+    machine = {"device": "a GPU", "date": "today", "jax": "1", "command": "python -m it"}
+    settings = {"length": 16, "prompts": PROMPTS, "study_steps": 4, "items": TEXTS, "samples": 4}
+    return {"machine": machine, "settings": settings, "plan": [], **rows}
+
+
+def test_an_interval_covers_sequences_and_seeds():
+    rng = np.random.default_rng(0)
+    same = rng.normal(1, 0.1, 40)
+    alike, apart = find("", [same, same]), find("", [same - 0.3, same + 0.3])
+    assert alike.value == apart.value and alike.by_seed == (same.mean(), same.mean())
+    assert alike.sign == 1 and apart.sign == 0 and apart.high - apart.low > 1
+    assert find("", [-same]).sign == -1  # a single seed: over sequences alone
+    assert find("", [np.append(same, np.nan)]).value == pytest.approx(same.mean())
+
+
+CLAIMS = (
+    "early layers of native diffusion are redundant",
+    "causal models have a recency bias",
+    "the continued model keeps the causal structure",
+)
+
+
+def test_claims_are_found_and_their_opposites_too():
+    found = claim_findings(Results(results()), "6x8")
+    assert tuple(found) == CLAIMS
+    assert [judge(numbers) for numbers in found.values()] == ["supported"] * 3
+    layers, tokens = claim_findings(Results(results(continued_like=EARLY_HIGH)), "6x8")[CLAIMS[2]]
+    assert layers.sign == -1 and tokens.sign == 1 and len(tokens.by_seed) == 2
+
+
+def test_similarity_predicts_what_it_was_made_from():
+    found = list(correlations(Results(results()), "6x16", "native"))
+    assert len(found) == 2 * 4  # seeds, and pairs of what is compared
+    assert all(one.value > 0.8 and one.low <= one.value <= one.high for _, _, one in found)
+    assert len(list(correlations(Results(results()), "6x16", "causal"))) == 2 * 2
+
+
+def test_the_page_says_what_the_numbers_say(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "keep_programs", lambda: None)
+    (tmp_path / "families.json").write_text(json.dumps(results()))
+    assert families_page.main([str(tmp_path / "families.json"), str(tmp_path / "page.md")]) == 0
+    text = (tmp_path / "page.md").read_text()
+    for claim in CLAIMS:
+        assert f"That {claim} is supported." in text
+    assert "![cosines by depth; a line is a seed](page/profiles.png)" in text
+    for name in FIGURES:
+        assert (tmp_path / "page" / f"{name}.png").exists()
+        assert (tmp_path / "page" / f"{name}.pdf").exists()
+    assert "nan" not in text and "| 6x8 | native | 0 |" in text
+    (tmp_path / "other.json").write_text("{}")
+    assert families_page.main([str(tmp_path / "other.json"), str(tmp_path / "page.md")]) == 2
+    assert "is not of benchmarks.families" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (["--sizes", "3x32", "4x32"], "--steps has 1 numbers for 2 --sizes; give one per size"),
+        (["--sizes", "small"], "--sizes 'small' is no size; give layers x width, such as 12x640"),
+        (["--steps", "1"], "1 steps cannot be halved; train longer"),
+        (["--kept", "1"], "must be shares of a training, in [0, 1)"),
+    ],
+)
+def test_wrong_options_are_one_line(changes, message, arguments, capsys):
+    assert families.main([*arguments, *changes]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def arguments(tmp_path, monkeypatch):
+    """A tiny experiment on made-up text."""
+    monkeypatch.setattr(command, "keep_programs", lambda: None)
+    rng = np.random.default_rng(0)
+    character_tokenizer(string.ascii_lowercase + " ").save(tmp_path / "tokenizer")
+    for name, number in (("train", 60), ("validation", 40)):
+        lines = [
+            json.dumps({"text": "".join(rng.choice(list("abcde "), 40))}) for _ in range(number)
+        ]
+        with lzma.open(tmp_path / f"{name}.jsonl.xz", "wt") as file:
+            file.write("\n".join(lines))
+    return [
+        *("--text", str(tmp_path), "--tokenizer", str(tmp_path / "tokenizer")),
+        *("--workdir", str(tmp_path / "run"), "--out", str(tmp_path / "families.json")),
+        *("--sizes", "3x32", "--steps", "6", "--rates", "1"),
+        *("--seeds", "0", "--kept", "0", "--batch", "4", "--length", "16", "--prompts", "2"),
+        *("--study-steps", "2", "--items", "4", "--samples", "2", "--router-steps", "2"),
+        *("--layout", "stacked", "--execution", "0.6"),
+    ]
+
+
+def test_the_whole_experiment_goes_on_where_it_was_stopped(arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep_module, "write_report", lambda *_: [])  # its figures take long
+    monkeypatch.setattr(sweep_module, "format_table", lambda rows: "")
+    assert families.main([*arguments, "--stop-after", "1e-4"]) == 1
+    assert not (tmp_path / "families.json").exists()
+    assert families.main(arguments) == 0
+    found = read_json(tmp_path / "families.json")
+
+    unit = tmp_path / "run" / "3x32-0"
+    assert {row["tokens"] for row in found["trainings"]} == {6 * 4 * 16}
+    assert [row["own_tokens"] for row in found["trainings"]] == [384, 384, 192]
+    half, first = (
+        jax.device_get(load(step_folder(unit / family, step), layout="stacked").params)
+        for family, step in (("causal", 3), ("continued", 0))
+    )
+    chex.assert_trees_all_equal(half, first)
+    assert load(unit / "continued").config.right_shift
+
+    losses = {row["family"]: row for row in found["losses"]}
+    assert np.shape(losses["causal"]["without"]) == (3, 4)
+    assert len(losses["native"]["routed"]) == 2 and not losses["continued"]["routed"]
+    profiles = [(row["family"], row["step"]) for row in found["profiles"]]
+    assert profiles == [(f, s) for f, last in LAST.items() for s in (0, last)]
+    assert np.shape(found["profiles"][1]["layer"]) == (2, 3)
+
+    for name in ("train", "sweep", "measure_profile"):
+        monkeypatch.setattr(families, name, None)  # nothing is done again
+    assert families.main(arguments) == 0
+    assert read_json(tmp_path / "families.json") == found
+    text = page(Results(found), dict.fromkeys(FIGURES, tmp_path / "x.png"), tmp_path)
+    assert "| 3x32 | native | 0 |" in text
