@@ -112,7 +112,7 @@ def sampling_error(law, num_samples):
 # ----------------------------------------------------------------------------------- distribution
 
 
-@pytest.mark.parametrize("steps", [4, 16, 1000])
+@pytest.mark.parametrize("steps", [4, 16, 250])
 @pytest.mark.usefixtures("optimized")
 def test_samples_follow_the_enumerated_chain(toy, steps):
     law = chain(toy, steps)
