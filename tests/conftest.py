@@ -47,9 +47,12 @@ from dials_jax.models import families, transformer  # noqa: E402
 from dials_jax.models.folders import save_model  # noqa: E402
 from dials_jax.models.model import Model  # noqa: E402
 from dials_jax.nn import gates  # noqa: E402
+from dials_jax.reporting import figure, sweep_report  # noqa: E402
 from dials_jax.skipping.routed import init_routers  # noqa: E402
 
 jax.config.update("jax_default_matmul_precision", "highest")
+PDF_FONTS = figure.STYLE["pdf.fonttype"]
+figure.STYLE["pdf.fonttype"] = 3  # cutting fonts to the letters used takes half of all drawing
 gates.FEWEST_TOKENS = 1  # rows of tests are short, and would all be computed together
 
 # Collecting garbage went over all that JAX has traced and compiled: a tenth of the tests' time.
@@ -193,6 +196,26 @@ def arithmetic_model(tmp_path_factory):
 def other_model(tmp_path_factory):
     """The same with other weights."""
     return save_arithmetic_model(tmp_path_factory.mktemp("other"), seed=1)
+
+
+@pytest.fixture
+def draw_only(monkeypatch):
+    """`draw_only(*names)`: sweeps draw no other figures. Drawing is slow."""
+    figures = sweep_report._figures
+
+    def only(*names):
+        def chosen(*args):
+            return [figure for figure in figures(*args) if figure.name in names]
+
+        monkeypatch.setattr(sweep_report, "_figures", chosen)
+
+    return only
+
+
+@pytest.fixture
+def without_plots(draw_only):
+    """What is drawn is tested beside the plots."""
+    draw_only()
 
 
 @pytest.fixture

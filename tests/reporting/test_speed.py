@@ -98,7 +98,8 @@ def test_other_runs_make_none(results, change):
     assert "tokens_per_pass" not in [figure.name for figure in figures]
 
 
-def test_rows_and_page_show_passes(results, tmp_path, drawn):
+def test_rows_and_page_show_passes(results, tmp_path, drawn, draw_only):
+    draw_only("tokens_per_pass")
     rows = write_report(results, tmp_path)
     assert [row.nfe for row in rows] == [32, 4, 16, 8, 8, 4]
     assert [row.tokens_per_pass for row in rows] == [1, 8, 2, 4, 4, 8]
@@ -112,14 +113,15 @@ def test_rows_and_page_show_passes(results, tmp_path, drawn):
     assert [text.get_text() for text in left.texts] == ["64", "0.9", "0.7", "0.1", "0.1", "0.5"]
 
 
-def test_seconds_of_other_devices_are_not_compared(results, tmp_path, drawn):
+def test_seconds_of_other_devices_are_not_compared(results, tmp_path, drawn, draw_only):
+    draw_only("tokens_per_pass")
     results["runs"][0]["measured"] = [{"device": "another"}]
     write_report(results, tmp_path)
     (figure,) = (f for f in drawn if f.axes[0].get_xlabel() == "tokens a pass")
     assert len(figure.axes) == 1
 
 
-def test_a_sweep_without_generations_has_no_columns_of_passes(tmp_path):
+def test_a_sweep_without_generations_has_no_columns_of_passes(tmp_path, without_plots):
     rows = write_report(make_results(tasks=("text",)), tmp_path)
     assert {(row.nfe, row.aup) for row in rows} == {(None, None)}
     assert "tokens a pass" not in (tmp_path / "report.html").read_text().split("<tbody>")[0]

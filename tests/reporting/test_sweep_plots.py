@@ -5,9 +5,10 @@ import sys
 import numpy as np
 from matplotlib.text import Text
 
-from dials_jax.reporting import sweep_plots
+from dials_jax.reporting import figure, sweep_plots
 from dials_jax.reporting.figure import kind_color
 from dials_jax.reporting.labels import spread_out
+from tests.conftest import PDF_FONTS
 
 
 def texts(ax):
@@ -99,6 +100,13 @@ def test_guessing_is_a_dotted_line(drawn, tmp_path):
     assert "chance" in [text.get_text() for text in drawn[0].legends[0].texts]
     assert first.get_xlabel() == "seconds"
     assert (tmp_path / "t.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_letters_of_a_pdf_stay_text(monkeypatch, tmp_path):
+    monkeypatch.setitem(figure.STYLE, "pdf.fonttype", PDF_FONTS)
+    with figure.figure_at(tmp_path / "t.png", 2.0, 2.0) as one:
+        one.text(0.5, 0.5, "λ=1")
+    assert b"/CIDFontType2" in (tmp_path / "t.pdf").read_bytes()  # TrueType, and no shapes
 
 
 def test_heatmap_shows_each_share_from_layer_zero(drawn, tmp_path):

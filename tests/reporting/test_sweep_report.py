@@ -31,8 +31,7 @@ def test_the_report_holds_every_file_and_is_self_contained(tmp_path):
         assert fact in page.visible
 
 
-def test_csv_html_and_terminal_show_the_same_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep_report, "_figures", lambda *args: [])
+def test_csv_html_and_terminal_show_the_same_rows(tmp_path, without_plots):
     rows = write_report(make_results(tasks=("sums",)), tmp_path)
     with (tmp_path / "results.csv").open(encoding="utf-8") as file:
         records = list(csv.DictReader(file))
@@ -67,8 +66,7 @@ def test_figures_hold_the_shares_of_each_policy():
     assert np.all(np.diff(lines[-1].shares[2:]) > 0)
 
 
-def test_a_policy_of_any_kind_is_shown(tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep_report, "_figures", lambda *args: [])
+def test_a_policy_of_any_kind_is_shown(tmp_path, without_plots):
     results = make_results(tasks=("text",))
     policy = results["runs"][-1]["policy"]
     policy["kind"], policy["label"] = "early exit", "exit at 8"
@@ -183,9 +181,8 @@ DREAM = {
     ],
 )
 def test_report_and_csv_say_how_texts_are_made_and_how_many_items_are_left_out(
-    generation, columns, words, tmp_path, monkeypatch
+    generation, columns, words, tmp_path, without_plots
 ):
-    monkeypatch.setattr(sweep_report, "_figures", lambda *args: [])
     results = make_results(tasks=("sums",), kinds=("full",))
     results["runs"][0] |= {"generation": generation, "cache": generation["cache"], "num_dropped": 6}
     table = format_table(write_report(results, tmp_path))
@@ -235,8 +232,7 @@ def described():
     return results
 
 
-def test_the_page_holds_every_setting(described, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep_report, "_figures", lambda *args: [])
+def test_the_page_holds_every_setting(described, tmp_path, without_plots):
     write_report(described, tmp_path)
     visible = read_page(tmp_path).visible
     for text in (
@@ -262,8 +258,7 @@ def test_accuracy_per_token_stands_beside_accuracy_and_chance_is_named(described
     assert "per token" not in page_table(compute_sweep_rows(make_results(tasks=("sums",)))).header
 
 
-def test_the_csv_holds_settings_as_numbers(described, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep_report, "_figures", lambda *args: [])
+def test_the_csv_holds_settings_as_numbers(described, tmp_path, without_plots):
     write_report(described, tmp_path)
     with (tmp_path / "results.csv").open(encoding="utf-8") as file:
         records = {record["policy"]: record for record in csv.DictReader(file)}
@@ -310,8 +305,7 @@ def test_the_router_over_tasks_skips_most_without_a_loss(worse, chosen):
     np.testing.assert_allclose(task.by_layer, expected.mean(axis=0))
 
 
-def test_a_paper_includes_the_table_with_one_command(described, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep_report, "_figures", lambda *args: [])
+def test_a_paper_includes_the_table_with_one_command(described, tmp_path, without_plots):
     described["runs"][0]["task"] = "100%_of_$ & #1"
     described["runs"] = described["runs"][:3]
     write_report(described, tmp_path)
