@@ -66,8 +66,21 @@ def decode_to_end(
 
     A stop string that is a single token ends a text, too: special tokens may not be decoded.
     """
-    ends = (cfg.eos_id, cfg.eot_id, *map(tokenizer.token_to_id, until))
-    return tokenizer.decode(cut_tokens(ids, ends))
+    return tokenizer.decode(cut_tokens(ids, _ends(tokenizer, cfg, until)))
+
+
+def _ends(tokenizer: Tokenizer, cfg: ModelConfig, until: Sequence[str]) -> list[int | None]:
+    return [cfg.eos_id, cfg.eot_id, *map(tokenizer.token_to_id, until)]
+
+
+def is_ended(
+    ids: Sequence[int], tokenizer: Tokenizer, cfg: ModelConfig, until: Sequence[str]
+) -> bool:
+    """Whether more tokens after `ids` would change nothing of the text up to its stop string."""
+    text = decode_to_end(ids, tokenizer, cfg, until)
+    half_written = (stop[:n] for stop in until for n in range(1, len(stop)))
+    stopped = any(stop in text for stop in until) and not any(map(text.endswith, half_written))
+    return stopped or cut_tokens(ids, _ends(tokenizer, cfg, until)) != list(ids)
 
 
 def cut_tokens(ids: Sequence[int], ends: Sequence[int | None]) -> list[int]:

@@ -55,7 +55,7 @@ from dials_jax.evaluation.harness import (
     parse_model_arguments,
     tokenizer_path,
 )
-from dials_jax.evaluation.responder import Cost, Responder
+from dials_jax.evaluation.responder import Cost, Responder, Stop
 from dials_jax.evaluation.task_setup import warn_of_sampler
 from dials_jax.models.model import Model
 from dials_jax.nn.policy import Policy, policy_name
@@ -196,15 +196,16 @@ class DialsLM(LM):
         """The texts after the contexts, cut before the first stop string and the end of text."""
         draws = _draws(requests)
         plans = [self._plan(request.args[1]) for request in requests]
-        groups: dict[Sampler, list[int]] = {}
-        for index, (sampler, _, _) in enumerate(plans):
-            groups.setdefault(sampler, []).append(index)
-        self._samplers |= dict.fromkeys(groups)
+        groups: dict[tuple[Sampler, Stop], list[int]] = {}
+        for index, (sampler, until, _) in enumerate(plans):
+            stop = Stop(tuple(filter(None, until)), self.text)
+            groups.setdefault((sampler, stop), []).append(index)
+        self._samplers |= dict.fromkeys(sampler for sampler, _ in groups)
         texts: dict[int, str] = {}
-        for sampler, members in groups.items():
+        for (sampler, stop), members in groups.items():
             prompts = [self.text.encode(requests[i].args[0]) for i in members]
             prompts = [ids or [self._eos_id] for ids in prompts]
-            found = self.responder.generations(prompts, sampler, [draws[i] for i in members])
+            found = self.responder.generations(prompts, sampler, [draws[i] for i in members], stop)
             for place, ids in self._shown(found, len(members), disable_tqdm):
                 index = members[place]
                 _, until, length = plans[index]

@@ -347,16 +347,18 @@ def generate_refilled(
             if ended or (is_done is not None and is_done(one.request, answers[i])):
                 places[i] = None
                 canvas = np.concatenate([tokens[one.request], answers[i]])
-                out = _generation(one, canvas, length, part)
+                filled = one.num_blocks * sampler.block_length
+                out = _generation(one, canvas, length, filled, part)
                 if log_probs:
                     out = dataclasses.replace(out, log_probs=record.log_probs[i : i + 1])
                 yield Finished(one.request, out)
 
 
 def _generation(
-    one: _Occupant, canvas: Int[np.ndarray, "T"], length: int, part: Part
+    one: _Occupant, canvas: Int[np.ndarray, "T"], length: int, filled: int, part: Part
 ) -> Generation:
-    """The record of one sequence, whose prompt takes `length`; its seconds are its share."""
+    """The record of one sequence, whose prompt takes `length`, and its filled blocks the next
+    `filled` positions; its seconds are its share."""
     gates, share, own, variant, steps = (np.concatenate(x) for x in zip(*one.calls, strict=True))
     nfe = len(variant)
     return Generation(
@@ -365,7 +367,7 @@ def _generation(
         gates=gates,
         masked_share=share,
         own=own,
-        num_tokens=count_tokens(part.cfg, canvas[None, length:]),
+        num_tokens=count_tokens(part.cfg, canvas[None, length : length + filled]),
         tokens_run=part.tokens(variant),
         steps=steps,
         flops=total_cost([part], np.zeros(nfe, int), gates, variant, len(canvas), one.seconds),

@@ -19,12 +19,11 @@ from dials_jax.evaluation.run_code import PASSED, execute_programs
 from dials_jax.evaluation.sweep import sweep
 from dials_jax.models import transformer
 from dials_jax.models.folders import save_model
-from dials_jax.reporting import sweep_report
 from dials_jax.sampling.confidence import Confidence
 from tests.conftest import init_params, small_config
 
 pytestmark = pytest.mark.usefixtures("without_plots")
-CONFIGS = Path(__file__).parents[2] / "configs/llada"
+CONFIGS = Path(__file__).parents[2] / "configs"
 TOKENIZER = character_tokenizer(string.printable)
 ADD = "def add(a, b):\n    return a + b"
 TESTS = ["assert add(1, 2) == 3", "assert add(0, 0) == 0", "assert add(2, 2) == 4"]
@@ -87,8 +86,11 @@ TRAINED = [name for name in RECORDS if name not in ("humaneval", "math500")]
 EPOCHS = {"piqa": 10, "hellaswag": 10, "gsm8k": 10, "mbpp": 20, "mmlu": 30, "arc_challenge": 40}
 
 
-def config(name):
-    return runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"]()
+GENERATED = ("gsm8k", "mbpp", "humaneval", "math500")
+
+
+def config(name, family="llada"):
+    return runpy.run_path(str(CONFIGS / family / f"{name}.py"))["get_config"]()
 
 
 @pytest.fixture(scope="module")
@@ -105,13 +107,21 @@ def folder(made_once):
         cfg = small_config(vocab_size=TOKENIZER.vocab_size, num_layers=2, max_length=2048, **ids)
         params = transformer.init(cfg, jax.random.key(0))
         save_model(folder / "model", cfg, params, tokenizer_files=[folder / "tokenizer.json"])
+        changes = {"model_type": "dream", "right_shift": True, "num_layers": 5}  # as ES-dLLM needs
+        cfg = dataclasses.replace(cfg, **changes)
+        params = transformer.init(cfg, jax.random.key(0))
+        save_model(folder / "dream", cfg, params, tokenizer_files=[folder / "tokenizer.json"])
 
     return made_once("benchmarks", make)
 
 
-def local(folder, name):
+def local(folder, name, family="llada"):
     """The task of a configuration, on the records of `folder`."""
-    (task,) = config(f"sweep_{name}").tasks
+    (task,) = config(f"sweep_{name}", family).tasks
+    return on_records(folder, name, task)
+
+
+def on_records(folder, name, task):
     data = dataclasses.replace(task.data, paths=(str(folder / f"{name}_test.jsonl"),))
     if data.few_shot:
         examples = str(folder / f"{name}_examples.jsonl")
@@ -199,8 +209,45 @@ def test_settings_are_those_of_table_3():
     assert not any(task.allow_code_execution for task in tasks.values())
 
 
-def test_all_of_them_run(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep_report, "_figures", lambda *args: [])
+def test_dream_generates_as_its_published_scripts_set_it():
+    tasks = {name: config(f"sweep_{name}", "dream").tasks[0] for name in GENERATED}
+    found = {n: (t.sampler.gen_length, t.sampler.temperature) for n, t in tasks.items()}
+    assert found == {
+        "gsm8k": (256, 0.0), "mbpp": (512, 0.2), "humaneval": (512, 0.2), "math500": (512, 0.0),
+    }  # fmt: skip
+    for name, task in tasks.items():
+        sampler = task.sampler
+        assert (sampler.alg, sampler.top_p, sampler.steps) == ("entropy", 0.95, sampler.gen_length)
+        (other,) = config(f"sweep_{name}").tasks
+        assert dataclasses.replace(other, sampler=sampler) == task and not task.allow_code_execution
+
+
+def test_dream_runs_by_its_own_sampler_and_by_that_of_es_dllm(folder, tmp_path):
+    tasks = []
+    for task in [config(f"sweep_{name}", "dream").tasks[0] for name in GENERATED]:
+        small = dataclasses.replace(task.sampler, max_new_tokens=4, steps=4)
+        tasks.append(dataclasses.replace(task, sampler=small))
+    for task in config("sweep_es_dllm", "dream").tasks:
+        if task.name.startswith(("gsm8k", "math500")):  # cheaper than all twelve
+            small = dataclasses.replace(task.sampler, gen_length=8, block_length=8, steps=8)
+            tasks.append(dataclasses.replace(task, sampler=small))
+    for i, task in enumerate(tasks):
+        name = task.name.partition(" ")[0]
+        task = on_records(folder, name, dataclasses.replace(task, bucket=512, max_programs=1))
+        run = {"allow_code_execution": True, "time_limit": 1} if name in CODE else {}
+        compare = {} if name in CODE else {"compare": "text"}
+        tasks[i] = dataclasses.replace(task, **run, **compare)
+    cfg = EvalConfig(
+        model=str(folder / "dream"), tasks=tuple(tasks), num_static=(), num_random=(), batch_size=1
+    )
+    with pytest.warns(UserWarning, match="this Dream model is sampled by LLaDA's rules"):
+        runs = {run["task"]: run for run in sweep(cfg, tmp_path)["runs"]}
+    assert runs.keys() == {task.name for task in tasks} and len(runs) == 10
+    assert all(len(run["items"]) == 1 and run["num_dropped"] == 0 for run in runs.values())
+    assert runs["gsm8k ES-dLLM"]["flops"]["model"] < runs["gsm8k dual"]["flops"]["model"]
+
+
+def test_all_of_them_run(folder, tmp_path):
     tasks = []
     for name in RECORDS:
         small = {"bucket": 512, "max_programs": 1}

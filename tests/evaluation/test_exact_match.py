@@ -1,15 +1,18 @@
 """What exact match calls right. The values are lm-evaluation-harness's (0.4.13) unless said."""
 
 import dataclasses
+from itertools import product
 
 import pytest
 
 from dials_jax.config import ArithmeticData, EvalTask
+from dials_jax.data.tokenizer import character_tokenizer
 from dials_jax.errors import InputError
 from dials_jax.evaluation.exact_match import (
     check_reference,
     cut_at_stop,
     is_correct,
+    is_ended,
     normalise_answer,
     normalise_number,
 )
@@ -126,3 +129,24 @@ def test_a_reference_may_repeat_its_answer():
     check_reference(task, "#### 1,800 or #### 1800")
     check_reference(dataclasses.replace(task, extract=""), "9 and 18")
     check_reference(FLEXIBLE, REFERENCE)
+
+
+@pytest.mark.parametrize("until", [("ab",), ("bc", "ca"), ("aa", "aaa"), ("abc", "b"), ("[EOS]",)])
+def test_a_text_has_ended_once_nothing_behind_it_can_change_it(cfg, until):
+    """Over all texts of three letters; the harness cuts at one stop string after the other."""
+    text = character_tokenizer("abc")
+
+    def cut(ids):
+        whole = text.decode(ids[: ids.index(cfg.eos_id)] if cfg.eos_id in ids else ids)
+        for stop in until:
+            whole = whole.split(stop)[0]
+        return whole
+
+    letters = [*text.encode("abc"), cfg.eos_id]
+    ended = []
+    for ids in map(list, product(letters, repeat=4)):
+        if is_ended(ids, text, cfg, until):
+            ended.append(ids)
+            assert len({cut([*ids, *more]) for more in product(letters, repeat=2)}) == 1
+    assert [letters[0], letters[0], letters[3], letters[1]] in ended
+    assert until == ("[EOS]",) or any(cfg.eos_id not in ids for ids in ended)

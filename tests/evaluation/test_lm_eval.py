@@ -250,7 +250,7 @@ def writing(monkeypatch):
     """`writing(ids)`: every model generates these."""
 
     def write(ids):
-        def generations(self, prompts, sampler, draws=None):
+        def generations(self, prompts, sampler, draws=None, stop=None):
             yield from reversed(list(enumerate(ids[: len(prompts)])))
 
         monkeypatch.setattr(Responder, "generations", generations)
@@ -318,7 +318,7 @@ def planned(monkeypatch):
     """The samplers that generate; nothing runs."""
     samplers = []
 
-    def generations(self, prompts, sampler, draws=None):
+    def generations(self, prompts, sampler, draws=None, stop=None):
         samplers.append(sampler)
         yield from enumerate([[7, 0, 9] for _ in prompts])
 
@@ -354,7 +354,7 @@ def test_a_text_has_no_more_tokens_than_the_task_allows(make_lm, writing):
 
 
 def test_requests_of_several_lengths_keep_their_order(make_lm, monkeypatch):
-    def echo(self, prompts, sampler, draws=None):
+    def echo(self, prompts, sampler, draws=None, stop=None):
         yield from reversed([(i, list(ids)) for i, ids in enumerate(prompts)])
 
     monkeypatch.setattr(Responder, "generations", echo)

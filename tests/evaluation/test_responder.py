@@ -5,12 +5,14 @@ import numpy as np
 import pytest
 
 from dials_jax.caching.plain import DualCache
+from dials_jax.data.tokenizer import character_tokenizer
 from dials_jax.errors import InputError
 from dials_jax.evaluation import batched
 from dials_jax.evaluation.answer_store import AnswerSettings
 from dials_jax.evaluation.batched import request_hash, request_keys
+from dials_jax.evaluation.exact_match import cut_at_stop
 from dials_jax.evaluation.likelihood import log_likelihood
-from dials_jax.evaluation.responder import Responder
+from dials_jax.evaluation.responder import Responder, Stop
 from dials_jax.models.model import Model
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.generate import generate
@@ -113,6 +115,33 @@ def test_masks_depend_on_the_prompt_or_on_the_answer_too(lively):
     for (prompt, answer), key, one in zip(pairs, alone, found, strict=True):
         expected = log_likelihood(lively, prompt, answer, 4, 4, key=key)
         assert one.log_likelihood == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_stop_string_saves_steps_and_changes_no_text(lively):
+    text = character_tokenizer("".join(map(chr, range(48, 48 + 60))))
+    sampler = Confidence(gen_length=16, block_length=2, steps=16, stop_at_eos=True)
+    whole = Responder(lively, settings=SETTINGS)
+    plain = [text.decode(ids) for ids in generations(whole, sampler=sampler)]
+    until = (plain[1][2:4], plain[3][5])
+    stop, cut = Stop(until, text), Responder(lively, settings=SETTINGS)
+    found = dict(cut.generations(PROMPTS, sampler, stop=stop))
+    assert [cut_at_stop(text.decode(found[i]), until) for i in range(len(PROMPTS))] == [
+        cut_at_stop(one, until) for one in plain
+    ]
+    few, all_ = (one.costs["generation"][0].num_passes for one in (cut, whole))
+    assert few < all_ - 12  # the second text has eight blocks, of which two are written
+
+
+def test_other_stop_strings_reuse_no_text(lively, tmp_path, computed):
+    text = character_tokenizer("".join(map(chr, range(48, 48 + 60))))
+    early = Confidence(gen_length=4, block_length=2, steps=4, stop_at_eos=True)
+    responder = Responder(lively, settings=SETTINGS, folder=tmp_path)
+    for until in (("a", "b"), ("b", "a"), ("a",), ()):
+        dict(responder.generations(PROMPTS[:1], early, stop=Stop(until, text)))
+    assert len(list(tmp_path.iterdir())) == 3  # their order is no matter
+    for until in ((), ("a",)):  # a sampler that takes all steps: the texts hold all tokens
+        dict(responder.generations(PROMPTS[:1], SAMPLER, stop=Stop(until, text)))
+    assert len(list(tmp_path.iterdir())) == 4 and sum(computed) == 1
 
 
 # --------------------------------------------------------------------------------- what is kept

@@ -125,6 +125,7 @@ def test_a_caller_may_end_a_sequence(prompts, keys):
     assert order[0] == 1
     np.testing.assert_array_equal(cut[1].tokens[0, 8:12], whole[1].tokens[0, 8:12])
     assert (cut[1].tokens[0, 12:] == MASK).all() and cut[1].nfe < whole[1].nfe
+    assert cut[1].num_tokens == 4  # masks are none
     for i in (0, *range(2, len(prompts))):
         np.testing.assert_array_equal(cut[i].tokens, whole[i].tokens)
 
