@@ -69,3 +69,35 @@ def write_task_files(folder, cache):
         absent = {"train": "training_split", "validation": "validation_split"}
         settings |= {field: None for split, field in absent.items() if split not in splits}
         (folder / f"{task}.yaml").write_text(json.dumps(settings))  # JSON is YAML
+
+
+def write_demo_tasks(folder):
+    """The demo's items as tasks of the harness: a text to write, and a choice of two answers."""
+    from dials_jax.config import ArithmeticData
+    from dials_jax.data.arithmetic import ArithmeticTask
+
+    records = ArithmeticTask(ArithmeticData()).test_records(8)
+    lines = [r | {"choices": [r["answer"], r["answer"][:-1]]} for r in records]
+    file = folder / "demo.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    common = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(file)}, "cache_dir": str(folder / "cache")},
+        "test_split": "test",
+        "doc_to_text": "{{prompt}}",
+        "target_delimiter": "",
+    }
+    text = {
+        "output_type": "generate_until",
+        "doc_to_target": "{{answer}}",
+        "generation_kwargs": {"until": []},
+        "metric_list": [{"metric": "exact_match"}],
+    }
+    choice = {
+        "output_type": "multiple_choice",
+        "doc_to_choice": "choices",
+        "doc_to_target": "{{0}}",
+        "metric_list": [{"metric": "acc"}],
+    }
+    for name, settings in (("demo_text", text), ("demo_choice", choice)):
+        (folder / f"{name}.yaml").write_text(json.dumps({"task": name} | common | settings))

@@ -228,7 +228,7 @@ def test_dream_runs_by_its_own_sampler_and_by_that_of_es_dllm(folder, tmp_path):
         small = dataclasses.replace(task.sampler, max_new_tokens=4, steps=4)
         tasks.append(dataclasses.replace(task, sampler=small))
     for task in config("sweep_es_dllm", "dream").tasks:
-        if task.name.startswith(("gsm8k", "math500")):  # cheaper than all twelve
+        if task.name.startswith("gsm8k"):  # cheaper than all twelve
             small = dataclasses.replace(task.sampler, gen_length=8, block_length=8, steps=8)
             tasks.append(dataclasses.replace(task, sampler=small))
     for i, task in enumerate(tasks):
@@ -242,7 +242,7 @@ def test_dream_runs_by_its_own_sampler_and_by_that_of_es_dllm(folder, tmp_path):
     )
     with pytest.warns(UserWarning, match="this Dream model is sampled by LLaDA's rules"):
         runs = {run["task"]: run for run in sweep(cfg, tmp_path)["runs"]}
-    assert runs.keys() == {task.name for task in tasks} and len(runs) == 10
+    assert runs.keys() == {task.name for task in tasks} and len(runs) == 7
     assert all(len(run["items"]) == 1 and run["num_dropped"] == 0 for run in runs.values())
     assert runs["gsm8k ES-dLLM"]["flops"]["model"] < runs["gsm8k dual"]["flops"]["model"]
 

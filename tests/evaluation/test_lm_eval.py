@@ -37,7 +37,11 @@ from dials_jax.sampling.ancestral import Ancestral  # noqa: E402
 from dials_jax.sampling.confidence import Confidence  # noqa: E402
 from dials_jax.sampling.dream import Dream  # noqa: E402
 from dials_jax.sampling.generate import generate  # noqa: E402
-from tests.evaluation.harness_cases import make_model_folder, write_task_files  # noqa: E402
+from tests.evaluation.harness_cases import (  # noqa: E402
+    make_model_folder,
+    write_demo_tasks,
+    write_task_files,
+)
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = AnswerSettings(num_samples=4, batch_size=3, max_programs=2)
@@ -142,7 +146,8 @@ def plain_text(model, text, context):
     else:
         out = generate(model, np.array([prompt]), sampler=SAMPLERS["dream_tiny"])
         ids = out.tokens[0, len(prompt) :].tolist()
-    return text.decode(ids[: ids.index(0)] if 0 in ids else ids)
+    eos_id = model.config.eos_id
+    return text.decode(ids[: ids.index(eos_id)] if eos_id in ids else ids)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -162,6 +167,38 @@ def test_every_request_of_three_tasks_agrees_with_a_plain_reference(name, make_l
     assert (info["skip_rate"], info["flops_share"]) == (0.0, pytest.approx(1.0))
     assert info["costs"]["generation"]["nfe"] == 8 and info["seconds"] > 0
     json.dumps(info)
+
+
+def test_a_model_of_characters_and_the_task_of_the_demo_agree_with_it_too(
+    arithmetic_model, tmp_path
+):
+    model = load(arithmetic_model)
+    lm = DialsLM(
+        model, load_tokenizer(model.path), sampler=SAMPLERS["llada_tiny"], settings=SETTINGS
+    )
+    write_demo_tasks(tmp_path)
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    found = answered(evaluate(lm, manager, ("demo_text", "demo_choice"), limit=4))
+    assert len(found) == 4 + 4 * 2
+    for (task, context, rest), answer in found.items():
+        if task == "demo_text":
+            assert answer == plain_text(model, lm.text, context)
+        else:
+            value, is_greedy = plain_likelihood(model, lm.text, context, rest)
+            assert answer == (pytest.approx(value, abs=1e-4), is_greedy)
+
+
+def test_a_stop_string_saves_steps_and_changes_no_text(make_lm, manager):
+    """The third character that the model writes first, as a task's stop string."""
+    whole, early = Confidence(24, block_length=4), Confidence(24, block_length=4, stop_at_eos=True)
+    one = requests_of("generate_until", ("Planets orbit", {"until": []}))
+    [text] = make_lm(sampler=whole).generate_until(one)
+    arguments = [(p, {"until": [text[2], "no such text"]}) for p in ("Planets orbit", "1+1=", "A")]
+    requests = requests_of("generate_until", *arguments)
+    plain, cut = make_lm(sampler=whole), make_lm(sampler=early)
+    assert cut.generate_until(requests) == plain.generate_until(requests)
+    nfe = [lm.get_model_info()["nfe"] for lm in (cut, plain)]
+    assert nfe[0] < nfe[1] == 24
 
 
 def test_batch_size_and_order_change_no_answer(make_lm, manager):
