@@ -8,10 +8,16 @@ from pathlib import Path
 import pytest
 
 import dials_jax
+from dials_jax import errors
 from dials_jax.cli import main as cli
+from dials_jax.cli.compare import compare_command
+from dials_jax.cli.harness import harness_command
 from dials_jax.commands import CommandLine
 from dials_jax.config import TrainConfig
 from dials_jax.config_files import find_config, shipped_configs
+from dials_jax.convert import lightning
+from dials_jax.data.chat import render_chat
+from dials_jax.data.tokenizer import character_tokenizer, load_tokenizer
 from dials_jax.errors import InputError
 from dials_jax.reporting import environment
 
@@ -115,3 +121,25 @@ def test_public_names_are_those_that_type_checkers_see():
         assert getattr(dials_jax, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'generat'"):
         dials_jax.generat  # noqa: B018
+
+
+# ------------------------------------------------------------------------------ optional packages
+
+
+@pytest.mark.parametrize(
+    ("package", "extra", "use"),
+    [
+        ("tokenizers", "data", lambda: character_tokenizer("abc")),
+        ("tokenizers", "data", lambda: load_tokenizer("somewhere")),
+        ("jinja2", "data", lambda: render_chat("", [], character_tokenizer("a"), "somewhere")),
+        ("scipy", "eval", lambda: compare_command(["somewhere"])),
+        ("lm_eval", "eval", harness_command),
+        ("torch", "torch", lambda: lightning._read_pickle(Path("x.ckpt"))),
+    ],
+)
+def test_a_missing_package_is_one_line_with_its_extra(package, extra, use, monkeypatch):
+    find = errors.find_spec
+    monkeypatch.setattr(errors, "find_spec", lambda name: None if name == package else find(name))
+    with pytest.raises(InputError) as error:
+        use()
+    assert str(error.value).endswith(f"{package} missing; pip install 'dials_jax[{extra}]'")

@@ -201,6 +201,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 def character_tokenizer(characters: str) -> Tokenizer:
     """Makes a tokenizer with an id per character, after [PAD] = 0 and [EOS] = 1, before [MASK]."""
+    require_packages("data", "tokenizers")
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers
 
