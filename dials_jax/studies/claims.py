@@ -48,6 +48,7 @@ class Claim:
     sentence: str
     needs: str  # without which models there is no evidence
     evidence: tuple[Evidence, ...]
+    untested: str = ""  # a part of the sentence that the evidence says nothing about
 
     @property
     def verdict(self) -> Verdict:
@@ -237,6 +238,7 @@ def check_claims(
             "the late ones, and more so than in a causal model.",
             needs="a native diffusion model of at least 3 layers",
             evidence=tuple(_redundancy(models)),
+            untested="" if models.layers("causal") else "the comparison with a causal model",
         ),
         Claim(
             title="Causal models have a recency bias",

@@ -106,6 +106,7 @@ def neighbour_grid(profile: Profile, path: str | Path, num_decoded: int | None =
                 continue
             ax.plot(profile.positions[:-1], values[state], **style | {"linewidth": 1})
             ax.set_title(f"after layer {state - 1}" if state else "embedding", fontsize=9)
+            ax.xaxis.get_major_locator().set_params(integer=True, nbins=4)
             below = state + columns < len(values)
             ax.tick_params(labelsize=8, labelbottom=not below)
         figure.suptitle(profile.facts.label, fontsize=11, fontweight="bold")

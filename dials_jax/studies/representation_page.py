@@ -57,6 +57,7 @@ def claim_results(claims: Collection[Claim]) -> list[dict[str, Any]]:
         {
             "claim": claim.sentence,
             "verdict": claim.verdict,
+            "untested": claim.untested,
             "evidence": [
                 {"what": e.what, "value": e.value, "low": e.low, "high": e.high}
                 for e in claim.evidence
@@ -82,13 +83,14 @@ def claim_sentence(claim: Claim) -> str:
         case "not tested":
             return f"Not tested: that takes {claim.needs}."
         case "supported":
-            return f"Supported: {_count(len(claim.evidence))} above 0."
+            found = f"Supported: {_count(len(claim.evidence))} above 0."
         case "not supported":
             below = "; ".join(e.what for e in claim.evidence if e.sign < 0)
-            return f"Not supported: these lie below 0: {below}."
+            found = f"Not supported: these lie below 0: {below}."
         case _:
             unsure = "; ".join(e.what for e in claim.evidence if e.sign == 0)
-            return f"Undecided: the intervals of these do not leave out 0: {unsure}."
+            found = f"Undecided: the intervals of these do not leave out 0: {unsure}."
+    return f"{found} Not tested: {claim.untested}." if claim.untested else found
 
 
 def _count(number: int) -> str:
@@ -109,7 +111,7 @@ def _with_interval(evidence: Evidence) -> str:
 def profile_table(profiles: Mapping[str, Profile]) -> Table:
     """A line per model: cosines of layers and of neighbours in answers, norms and sinks."""
     header = ("model", "layers", "early layers", "late layers", "lowest layer", "neighbours",
-              "neighbours, at the end", "norm, last / first", "sinks", "sequences",
+              "neighbours, at the end", "norm, last / first", "sink positions", "sequences",
               "seconds")  # fmt: skip
     lines = []
     for label, profile in profiles.items():
@@ -139,7 +141,7 @@ PROFILE_LEGEND = (
     ("neighbours", "Mean cosine of neighbouring tokens in answers, over all hidden states but the "
      "embedding, and over all steps; at the end: in the last steps alone. " + NOTE),
     ("norm, last / first", "Mean L2 norm of what leaves the last layer and what leaves layer 0."),
-    ("sinks", "Positions whose norm exceeded sink_factor times the median of its hidden state."),
+    ("sink positions", "How many positions are a sink in any hidden state."),
 )  # fmt: skip
 
 

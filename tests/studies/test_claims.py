@@ -78,6 +78,8 @@ def test_noise_decides_nothing():
 def test_claims_about_models_that_are_not_there_are_not_tested():
     assert verdicts({"Qwen": QWEN}) == ["not tested"] * 3
     assert verdicts({"LLaDA": LLADA}) == ["supported", "not tested", "not tested"]
+    (redundancy, *_), (alone, *_) = check_claims(PAPER), check_claims({"LLaDA": LLADA})
+    assert not redundancy.untested and alone.untested == "the comparison with a causal model"
     shallow = made("shallow", FALLING[:2], FALLING[:3])
     assert verdicts({"shallow": shallow}) == ["not tested"] * 3
 

@@ -99,6 +99,11 @@ def test_quarters_hold_every_layer_once():
 # ----------------------------------------------------------------------------------------- page
 
 
+def test_what_was_not_tested_is_said():
+    partly = dataclasses.replace(claim((1, 2)), untested="the rest")
+    assert representation_page.claim_sentence(partly).endswith("above 0. Not tested: the rest.")
+
+
 def claim(*intervals):
     numbers = [
         Evidence(what=f"n{i}", value=0.0, low=float(x), high=float(y))
