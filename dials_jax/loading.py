@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
 
-from dials_jax.config import Layout, typed
+from dials_jax import trees
+from dials_jax.config import Layout, ModelConfig, typed
 from dials_jax.errors import InputError, require
 from dials_jax.files import local_path, read_json
 from dials_jax.models import folders, groups
@@ -29,6 +31,27 @@ def load(
 
     Raises: InputError for any other path, and for a folder that is broken.
     """
+    folder, is_own = _find_model(path)
+    if is_own:
+        return folders.load_model(folder, dtype, mesh, layout)
+    cfg, params = _open_hugging_face(folder, dtype)
+    return Model(cfg, groups.place(cfg, params, mesh, layout), mesh, str(folder.absolute()))
+
+
+def read_config(path: str | Path, dtype: Any = None) -> ModelConfig:
+    """The configuration of what `load` would load; no weight is read.
+
+    Raises: InputError as `load`.
+    """
+    folder, is_own = _find_model(path)
+    if not is_own:
+        return _open_hugging_face(folder, dtype)[0]
+    cfg = folders.read_info(folder).model
+    return cfg if dtype is None else replace(cfg, dtype=folders.dtype_name(dtype))
+
+
+def _find_model(path: str | Path) -> tuple[Path, bool]:
+    """The folder that holds the model, and whether it is one of this library."""
     folder = local_path(path, "model")
     may_be_name = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not folder.parent.exists()
     name = str(path).rpartition("/")[2].lower()
@@ -40,20 +63,19 @@ def load(
     require(folder.is_dir(), f"{path} is not a folder; give a model, a workdir or a download")
     for candidate in (folder, folder / "model"):
         if folders.is_model_folder(candidate):
-            return folders.load_model(candidate, dtype, mesh, layout)
+            return candidate, True
     config_file = folder / "config.json"
     if config_file.is_file() and "model_type" in read_json(config_file):
-        return _load_hugging_face(folder, dtype, mesh, layout)
+        return folder, False
     raise InputError(
         f"{path} holds no model: give a folder made by `dials convert`, a training workdir "
         "with model/ inside, or a Hugging Face folder with config.json and safetensors"
     )
 
 
-def _load_hugging_face(folder: Path, dtype: Any, mesh: Mesh | None, layout: Layout) -> Model:
+def _open_hugging_face(folder: Path, dtype: Any) -> tuple[ModelConfig, trees.Params]:
     from dials_jax.convert.hugging_face import (
         open_hugging_face,  # names of other libraries stay out of this one
     )
 
-    cfg, params = open_hugging_face(folder, dtype)
-    return Model(cfg, groups.place(cfg, params, mesh, layout), mesh, str(folder.absolute()))
+    return open_hugging_face(folder, dtype)

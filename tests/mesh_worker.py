@@ -43,6 +43,7 @@ from dials_jax.nn.kv import KV
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.generate import generate
 from dials_jax.sampling.refill import generate_refilled
+from dials_jax.skipping.observing import Observer
 from dials_jax.skipping.policies import Random
 from dials_jax.skipping.routed import Routed
 from dials_jax.training.losses import model_loss, router_loss
@@ -105,12 +106,23 @@ def evaluate(mesh, cfg, params, routers):
     pairs = pad_pairs([(p[:3].tolist(), p[3:].tolist()) for p in prompts], cfg)
     keys = sequence_keys(jax.random.key(7), 8)
     scores, _ = score_pairs(model, pairs, keys, np.arange(8), stratum=8, **how)
+    observer = Observer(num_step_bins=2, change_layers=(1,))
+    watched = {"sampler": Confidence(8, steps=4), "observer": observer}
+    seen = generate(model, prompts, valid, **watched).observed
     return {
         "tokens": out.tokens,
         "gates": out.gates,
         "log_likelihood": scores.log_likelihood,
         "scored_gates": scores.gates,
         "cached": cached,
+        "observed": {
+            "count": seen.layer_cosine.count,
+            "layers": seen.layer_cosine.mean,
+            "neighbours": seen.token_cosine.mean,
+            "histogram": seen.layer_histogram.sum(axis=1),
+            "sequence": seen.sequence_layer,
+            "change": seen.change.mean,
+        },
         "refilled": np.stack([one.out.tokens[0] for one in by_request]),
     }
 

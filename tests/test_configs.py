@@ -15,17 +15,17 @@ from dials_jax.config import (
     HarnessConfig,
     RouterConfig,
     ScheduleStudy,
-    StudyConfig,
     TrainConfig,
 )
 from dials_jax.models import families, transformer
 from dials_jax.sampling.model_schedule import Schedule
 from dials_jax.skipping.routed import init_routers
 from dials_jax.studies.samples import check_schedules
+from dials_jax.studies.settings import AnyStudy
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "configs").rglob("*.py"))
-COMMANDS = {"train.py": TrainConfig, "eval.py": EvalConfig | HarnessConfig | StudyConfig}
+COMMANDS = {"train.py": TrainConfig, "eval.py": EvalConfig | HarnessConfig | AnyStudy}
 
 
 def command_of(file):
@@ -52,7 +52,7 @@ def test_the_model_builds_with_a_place_for_every_parameter(file):
     if isinstance(config, EvalConfig | HarnessConfig):
         assert config.tasks
         return
-    if isinstance(config, StudyConfig):
+    if isinstance(config, AnyStudy):
         if isinstance(config, ScheduleStudy):
             check_schedules(config, [Schedule.parse(text) for text in config.schedules])
         return

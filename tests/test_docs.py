@@ -55,6 +55,12 @@ def test_the_examples_of_generation_run(arithmetic_model, capsys, untyped):
     assert "(2, 11) (8, 4, 2) (2, 8)" in capsys.readouterr().out
 
 
+def test_the_examples_of_representation_run(lively, tmp_path):
+    names = run_examples("docs/representation.md", model=lively, workdir=tmp_path)
+    assert names["profile"].layer_cosine.mean.shape == (4, lively.num_layers, 8)
+    assert (tmp_path / "profiles" / "A.npz").is_file()
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_links_lead_to_files(page):
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):

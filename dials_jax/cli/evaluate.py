@@ -1,5 +1,5 @@
 """Evaluates a model under several policies, evaluates it by lm-evaluation-harness, or studies model
-schedules, as the configuration says.
+schedules or representations, as the configuration says.
 
 dials eval --config demo/sweep --workdir runs/sweep [--batch-size 64]
 dials eval --config llada/harness --workdir runs/harness
@@ -15,14 +15,14 @@ from dials_jax.errors import require_packages
 def eval_command() -> None:
     """Runs the sweep, the harness or the study."""
     given = CommandLine.read(__doc__)
-    from dials_jax.config import StudyConfig
     from dials_jax.evaluation.harness import HarnessConfig
     from dials_jax.evaluation.sweep import sweep
     from dials_jax.evaluation.task import EvalConfig
     from dials_jax.stopping import keeping
+    from dials_jax.studies.settings import AnyStudy
     from dials_jax.studies.study import run_study
 
-    config = given.settings(EvalConfig | HarnessConfig | StudyConfig)
+    config = given.settings(EvalConfig | HarnessConfig | AnyStudy)
     workdir = given.folder()
     keep_programs()
     run = run_study

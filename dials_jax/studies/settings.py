@@ -18,7 +18,7 @@ from dials_jax.config import (
     WeightDtype,
     require_positive,
 )
-from dials_jax.errors import require
+from dials_jax.errors import nearest, require
 from dials_jax.sampling.ancestral import Ancestral
 from dials_jax.sampling.autoregressive import Autoregressive
 from dials_jax.sampling.confidence import Confidence
@@ -37,6 +37,7 @@ class RepresentationStudy(Typed):
     """
 
     models: tuple[tuple[str, str], ...]  # label and path of each
+    adapted: tuple[str, ...] = ()  # labels of the diffusion models that continue a causal one
     data: Data
     num_prompts: int = 64  # the first ones
     # Tokens of a prompt that the models see: the last ones of a question, the first ones of a row
@@ -67,6 +68,9 @@ class RepresentationStudy(Typed):
             len(set(labels)) == len(labels),
             f"models: labels {', '.join(labels)} name one twice; give each model its own",
         )
+        for label in self.adapted:
+            known = f"no model is called {label!r}{nearest(label, labels)}"
+            require(label in labels, f"adapted: {known}")
         require_positive(self, "batch_size")
         require(self.num_prompts > 1, f"num_prompts={self.num_prompts}: an interval needs two")
         require(self.gen_length > 1, f"gen_length={self.gen_length}: neighbours are two tokens")

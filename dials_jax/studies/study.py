@@ -1,4 +1,5 @@
-"""Runs studies of model schedules, from the configuration to the report (Sedykh)."""
+"""Runs studies, from the configuration to the report: of model schedules (Sedykh), and of
+representations (Goel)."""
 
 from __future__ import annotations
 
@@ -15,7 +16,6 @@ from dials_jax.config import (
     ProposeStudy,
     ScheduleStudy,
     SearchStudy,
-    StudyConfig,
     to_dict,
 )
 from dials_jax.errors import InputError, require, require_packages
@@ -34,15 +34,18 @@ from dials_jax.studies.from_studies import (
 from dials_jax.studies.importance import run_importance
 from dials_jax.studies.perplexity_run import PerplexityRun, ScoredSamples
 from dials_jax.studies.placements import Placements
+from dials_jax.studies.profile import PROFILES
 from dials_jax.studies.proposals import run_proposals
 from dials_jax.studies.report import study_report
+from dials_jax.studies.representation import run_representation
+from dials_jax.studies.settings import AnyStudy, RepresentationStudy
 from dials_jax.studies.study_records import STUDY
 from dials_jax.workdir import exclusive, require_unclaimed
 
-WRITTEN_FILES = (RECORDS, "results.csv", "report.html", "plots", "samples", "sweep.json")
+WRITTEN_FILES = (RECORDS, "results.csv", "report.html", "plots", "samples", "sweep.json", PROFILES)
 
 
-def run_study(cfg: StudyConfig, workdir: str | Path) -> Mapping[str, Any]:
+def run_study(cfg: AnyStudy, workdir: str | Path) -> Mapping[str, Any]:
     """Runs a study, except what the workdir holds already; writes results, plots and report.html.
 
     Raises: InputError for settings, models or data that would stop the study half-way.
@@ -52,6 +55,7 @@ def run_study(cfg: StudyConfig, workdir: str | Path) -> Mapping[str, Any]:
         SearchStudy: run_search,
         ImportanceStudy: run_importance,
         ProposeStudy: run_proposals,
+        RepresentationStudy: run_representation,
     }
     require_packages("eval", "matplotlib", "scipy")
     with exclusive(workdir) as workdir:

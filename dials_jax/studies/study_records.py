@@ -8,18 +8,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
-from dials_jax.config import StudyConfig, to_dict
+from dials_jax.config import to_dict
 from dials_jax.errors import InputError
 from dials_jax.records import Check, Lines, Records
+from dials_jax.studies.settings import AnyStudy
 from dials_jax.workdir import require_same
 
 STUDY = "study.json"
 # Settings that choose what is measured or how it is shown: a study continues when they change.
-DISPLAY_FIELDS = ("schedules", "figure", "aggregate", "num_extremes", "budget", "importance")
+DISPLAY_FIELDS = (
+    "schedules", "figure", "aggregate", "num_extremes", "budget", "importance", "adapted",
+)  # fmt: skip
 
 
 def study_records(
-    cfg: StudyConfig, weights: Mapping[str, Any], workdir: str | Path, check: Check
+    cfg: AnyStudy, weights: Mapping[str, Any], workdir: str | Path, check: Check
 ) -> Records:
     """Opens the records of a study, those of an earlier run of it first.
 
@@ -43,7 +46,7 @@ def continued_study(
 
 def _completed(old: Mapping[str, Any]) -> Mapping[str, Any]:
     """Gives its settings today's names, and defaults to those that are newer than it."""
-    kinds = {cls.__name__: cls for cls in get_args(StudyConfig)}
+    kinds = {cls.__name__: cls for cls in get_args(AnyStudy)}
     config = old.get("config")
     if old.get("kind") not in kinds or not isinstance(config, dict):
         return old
