@@ -18,8 +18,9 @@ from dials_jax.commands import load_config
 from dials_jax.config import ArithmeticData, ObjectiveConfig, RouterConfig, TextData, TrainConfig
 from dials_jax.errors import InputError
 from dials_jax.files import read_json, write_json
+from dials_jax.skipping.storage import router_facts
 from dials_jax.stopping import Stopped
-from dials_jax.training import loop
+from dials_jax.training import loop, run
 from dials_jax.training.checkpoint import Checkpoints
 from dials_jax.training.loop import train
 from dials_jax.training.metrics import MetricsWriter
@@ -69,6 +70,10 @@ def run_until(condition, config, workdir):
     assert process.returncode == -signal.SIGKILL, errors
 
 
+def interrupt(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
 def logged(workdir):
     path = workdir / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
@@ -92,16 +97,23 @@ def without_times(lines):
     ("kind", "kills"),
     [("model", [logged_step_10, saves_after_step_20]), ("routers", [saves_after_step_20])],
 )
-def test_killed_and_continued_equals_uninterrupted(kind, kills, arithmetic_model, tmp_path):
+def test_killed_and_continued_equals_uninterrupted(
+    kind, kills, arithmetic_model, tmp_path, monkeypatch
+):
     config = tmp_path / "config.py"
     backbone = f"backbone={str(arithmetic_model)!r}"
-    subject = "model=MODEL, dropout=0.1" if kind == "model" else backbone
+    validated = "validation=ArithmeticData(num_items=16), validate_every=10, fit_execution=(0.8,)"
+    subject = "model=MODEL, dropout=0.1" if kind == "model" else f"{backbone}, {validated}"
     config.write_text(CONFIG.format(subject=subject))
     cfg = load_config(str(config), TrainConfig)
 
     for condition in kills:
         run_until(condition, config, tmp_path / "killed")
     assert 10 <= logged(tmp_path / "killed")[-1]["step"] < 40
+    if kind == "routers":  # killed once more, behind the last step
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(run, "fit_thresholds", interrupt)
+            train(cfg, tmp_path / "killed")
     killed = train(cfg, tmp_path / "killed")
     whole = train(cfg, tmp_path / "whole")
 
@@ -116,6 +128,10 @@ def test_killed_and_continued_equals_uninterrupted(kind, kills, arithmetic_model
     assert lines == without_times(logged(tmp_path / "whole"))
     steps = [line["step"] for line in lines]
     assert steps == sorted(set(steps)) and {3, 4, 6, 39, 40} <= set(steps)
+    if kind == "routers":
+        fitted = [router_facts(tmp_path / name)[1].fitted for name in ("killed", "whole")]
+        assert fitted[0] == fitted[1] and len(fitted[0]) == 1
+        assert sum("validation/execution" in line for line in lines) == 4
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
@@ -321,7 +337,7 @@ def test_a_model_may_move_and_keeps_its_fingerprint(train_config, tmp_path):
     resumes(train_config("here/model"), train_config("there/model"), tmp_path)
 
 
-OURS = ["checkpoints", "metrics.jsonl", "tensorboard", "training.png", "steps"]
+OURS = ["checkpoints", "metrics.jsonl", "tensorboard", "training.png"]
 
 
 @pytest.mark.parametrize("name", [*OURS, "model", "model.unfinished", "tokenizer.json"])
