@@ -23,7 +23,7 @@ MASK_RATIO_CAPTION = (
 TASKS_CAPTION = (
     "Layers that routers ran on each task, over all calls and by the share of answer tokens still "
     "masked. Of each task, the router that ran the fewest layers while no worse than the full "
-    "model, or the best one if all are worse."
+    "model, or the best one if all are worse. No call was made at mask ratios without a row."
 )
 
 

@@ -254,7 +254,8 @@ def execution_by_task(tasks: Sequence[TaskLayers], path: str | Path) -> Path:
     require(len(tasks) > 0, "execution_by_task: no tasks; give at least one")
     num_bins, num_layers = np.shape(tasks[0].by_mask_ratio)
     heights = [len(tasks), *(num_bins / 2 for _ in tasks)]
-    width = max(5.0, 2.4 + 0.3 * num_layers)
+    longest = max(len(task.title) for task in tasks)  # beside the first panel, and above others
+    width = 1.8 + 0.075 * longest + max(0.11 * longest, 0.3 * num_layers)
     with figure_at(path, width, 0.9 + 0.3 * sum(heights) + 0.3 * len(heights)) as figure:
         axes = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
         image = _layer_cells(axes[0], np.stack([task.by_layer for task in tasks]))
@@ -265,7 +266,7 @@ def execution_by_task(tasks: Sequence[TaskLayers], path: str | Path) -> Path:
             _layer_cells(ax, task.by_mask_ratio)
             ax.set_yticks([0, num_bins / 2, num_bins], ["0", ".5", "1"], fontsize=9)
             ax.set_ylabel("mask ratio", fontsize=9)
-            ax.set_title(task.title)
+            ax.set_title(task.title, fontsize=10)
         _layer_ticks(axes[-1], num_layers)
         _share_bar(figure, image, list(axes))
     return Path(path)
@@ -288,7 +289,7 @@ def _layer_ticks(ax: Axes, num_layers: int) -> None:
 
 
 def _share_bar(figure: Figure, image: QuadMesh, axes: list[Axes]) -> None:
-    bar = figure.colorbar(image, ax=axes, pad=0.01, ticks=[0, 0.5, 1])
+    bar = figure.colorbar(image, ax=axes, pad=0.01, ticks=[0, 0.5, 1], fraction=0.05, aspect=40)
     bar.set_label("share executed")
     bar.outline.set_visible(False)
 

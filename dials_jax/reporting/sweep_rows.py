@@ -251,10 +251,14 @@ def timed_alike(run: Mapping[str, Any], full: Mapping[str, Any] | None) -> bool:
 
 
 def value_interval(run: Mapping[str, Any]) -> tuple[float, float]:
-    """95 % interval of the mean: Wilson's for an accuracy of one seed, else Student's t."""
+    """95 % interval of the mean: Wilson's for an accuracy of one seed, else Student's t.
+
+    That of an accuracy ends at 0 and 1.
+    """
     scores = list(run["items"].values())
     if "seed_means" in run:
-        return seed_interval(run)
+        low, high = seed_interval(run)
+        return (max(low, 0.0), min(high, 1.0)) if run["metric"] in ACCURACIES else (low, high)
     if run["metric"] in ACCURACIES:
         require(set(scores) <= {0, 1}, f"metric {run['metric']!r}: scores must be 0 or 1")
         return wilson_interval(int(sum(scores)), len(scores))

@@ -17,7 +17,10 @@ _SHARED = ("model", "routers", "tasks")  # fields of the sweep with a place of t
 
 def settings_html(results: Mapping[str, Any]) -> str:
     """Sections of the sweep, every task, the policies and every training."""
-    sections = [("Sweep", _facts(_without(results.get("config", {}), _SHARED)))]
+    config = _without(results.get("config", {}), _SHARED)
+    if seeds := sorted({run["seed"] for run in results["runs"] if "seed" in run}):
+        config["seed"] = seeds  # of all calls, of which the configuration is the last one's
+    sections = [("Sweep", _facts(config))]
     by_task: dict[str, Mapping[str, Any]] = {}
     for run in results["runs"]:
         by_task.setdefault(run["task"], run)
@@ -32,9 +35,10 @@ def settings_html(results: Mapping[str, Any]) -> str:
 
 def _policies(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     """What each policy does, and on which tasks if it is not the same on all."""
-    tasks_of: dict[tuple[str, str], list[str]] = {}
+    tasks_of: dict[tuple[str, str], dict[str, None]] = {}
     for run in runs:
-        tasks_of.setdefault((run["policy"]["label"], _describe_policy(run)), []).append(run["task"])
+        tasks = tasks_of.setdefault((run["policy"]["label"], _describe_policy(run)), {})
+        tasks[run["task"]] = None  # once, whatever the seeds
     every = {run["task"] for run in runs}
     return [
         (label, text if set(tasks) == every else f"{text} ({', '.join(tasks)})")
@@ -84,11 +88,11 @@ def _facts(settings: Mapping[str, Any]) -> str:
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Settings with a value, those of groups as `group.name`."""
+    """Settings with a value, those of groups as `group.name`. An empty delimiter is a value."""
     for name, value in settings.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{name}.")
-        elif value is not None and value not in EMPTY:
+        elif value is not None and (value not in EMPTY or name.endswith("delimiter")):
             yield f"{prefix}{name}", value
 
 
@@ -99,7 +103,8 @@ def _without(settings: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any
 def _text(value: Any) -> str:
     """Numbers as they are, texts of lists quoted, because they may hold spaces or line breaks."""
     if isinstance(value, str):
-        return value if value.isprintable() and value.strip() == value else json.dumps(value)
+        plain = value and value.isprintable() and value.strip() == value
+        return value if plain else json.dumps(value)
     if isinstance(value, list | tuple):
         return ", ".join(json.dumps(x, ensure_ascii=False) for x in value)
     return str(value)

@@ -3,7 +3,7 @@ import pytest
 
 from dials_jax.errors import InputError
 from dials_jax.reporting.seeds import pool_seeds, seed_interval
-from dials_jax.reporting.sweep_rows import compute_sweep_rows
+from dials_jax.reporting.sweep_rows import compute_sweep_rows, value_interval
 from dials_jax.reporting.sweep_table import format_table
 from dials_jax.statistics import mean_interval
 from tests.reporting.sweep_results import make_results
@@ -55,6 +55,8 @@ def test_the_interval_covers_items_and_seeds():
     assert seed_interval(alike) == pytest.approx(of_items)
     apart = {**one, "seed_means": [0.0, 1.0]}  # two seeds say little: the interval is Cauchy's
     assert seed_interval(apart)[1] - seed_interval(apart)[0] > 10
+    assert value_interval(apart | {"metric": "choice"}) == (0, 1)  # of an accuracy
+    assert value_interval(apart | {"metric": "nelbo"}) == seed_interval(apart)
 
 
 def test_a_row_says_how_many_seeds_it_has():

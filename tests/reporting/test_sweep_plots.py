@@ -144,11 +144,13 @@ def test_one_heatmap_shows_every_task_over_all_calls_and_by_mask_ratio(drawn, tm
         sweep_plots.TaskLayers(
             name, np.linspace(0, 1, 5), np.stack([np.full(5, np.nan), np.full(5, share)])
         )
-        for name, share in (("sums", 0.5), ("text", 1.0))
+        for name, share in (("sums", 0.5), ("text, a long name of λ=0.5 and τ=0.3", 1.0))
     ]
     sweep_plots.execution_by_task(tasks, tmp_path / "h.png")
-    whole, *by_ratio, _bar = drawn[0].axes
-    assert [tick.get_text() for tick in whole.get_yticklabels()] == ["sums", "text"]
+    whole, *by_ratio, bar = drawn[0].axes
+    assert [tick.get_text() for tick in whole.get_yticklabels()] == [x.title for x in tasks]
+    for ax in by_ratio:  # a title is no wider than the picture of a few layers, beside the bar
+        assert ax.title.get_window_extent().x1 < bar.get_window_extent().x0
     assert whole.yaxis_inverted() and not by_ratio[0].yaxis_inverted()  # 0 is at the bottom
     for ax, task in zip(by_ratio, tasks, strict=True):
         assert ax.get_title() == task.title

@@ -12,6 +12,7 @@ from dials_jax.reporting.figure import COLORS, kind_color
 from dials_jax.reporting.publish import latex_text
 from dials_jax.reporting.sweep_report import write_report
 from dials_jax.reporting.sweep_rows import compute_sweep_rows
+from dials_jax.reporting.sweep_settings import settings_html
 from dials_jax.reporting.sweep_table import WIDTH, format_table, page_table
 from tests.reporting.pages import HOSTILE, read_page
 from tests.reporting.sweep_results import make_results
@@ -208,7 +209,8 @@ def test_a_small_p_is_not_shown_as_zero():
 
 SETTINGS = {
     "name": "piqa", "metric": "choice", "num_samples": 128, "limit": 500, "cfg_scale": 0.0,
-    "data": {"kind": "task", "paths": ["piqa.jsonl"], "prompt": "{goal}\n", "few_shot": ["x", 5]},
+    "data": {"kind": "task", "paths": ["piqa.jsonl"], "prompt": "{goal}\n", "few_shot": ["x", 5],
+             "target_delimiter": ""},
     "sampler": None, "choices": [], "bucket": 64,
 }  # fmt: skip
 
@@ -246,6 +248,18 @@ def test_the_page_holds_every_setting(described, tmp_path, without_plots):
     ):  # fmt: skip
         assert text in visible, text
     assert "trained" not in visible
+    assert 'data.target_delimiter""' in visible  # empty, and yet a setting
+
+
+def test_the_page_names_all_seeds_and_each_task_once(described):
+    runs = described["runs"]
+    for run in runs:
+        run["seed"] = 3
+    other = [{**run, "task": "sums"} for run in runs if run["policy"]["kind"] == "full"]
+    again = [{**run, "seed": 11} for run in [*runs, *other]]
+    page = settings_html({**described, "runs": [*runs, *other, *again]})
+    assert "<dt>seed</dt><dd>3, 11</dd>" in page
+    assert "(piqa)" in page and "piqa, piqa" not in page
 
 
 def test_accuracy_per_token_stands_beside_accuracy_and_chance_is_named(described, tmp_path):
