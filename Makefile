@@ -25,6 +25,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python train.py --config configs/demo/router.py --workdir $(DEMO)/router-high \
 		--objective.skip-weight 2
 	$(BIN)/python eval.py --config configs/demo/sweep.py --workdir $(DEMO)/sweep
+	$(BIN)/python eval.py --config configs/demo/representation.py --workdir $(DEMO)/representation
 
 # Compiled programs are kept in .cache/tests: workers share them, and so does the next run.
 test: $(VENV)/.installed
