@@ -106,7 +106,9 @@ def run_representation(cfg: RepresentationStudy, workdir: Path) -> Report:
         [],
         "\n\n".join(f"{name}\n{table.text()}" for name, table in tables.items()),
     )
-    return dataclasses.replace(report, chapters=representation_chapters(profiles, cfg.adapted))
+    return dataclasses.replace(
+        report, chapters=representation_chapters(profiles, cfg.adapted, cfg.num_decoded)
+    )
 
 
 def measure_model(

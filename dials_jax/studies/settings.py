@@ -54,6 +54,7 @@ class RepresentationStudy(Typed):
     change_layers: tuple[int, ...] | None = None
     num_step_bins: int = 64  # groups of steps at most
     sink_factor: float = 5.0  # a sink's norm exceeds the median of its layer this many times
+    num_decoded: int = 32  # tokens, where the page's figures show the middle of a trajectory
     dtype: WeightDtype | None = "bfloat16"
     layout: Layout = "auto"
     mesh: MeshConfig = MeshConfig()
@@ -71,7 +72,7 @@ class RepresentationStudy(Typed):
         for label in self.adapted:
             known = f"no model is called {label!r}{nearest(label, labels)}"
             require(label in labels, f"adapted: {known}")
-        require_positive(self, "batch_size")
+        require_positive(self, "batch_size", "num_decoded")
         require(self.num_prompts > 1, f"num_prompts={self.num_prompts}: an interval needs two")
         require(self.gen_length > 1, f"gen_length={self.gen_length}: neighbours are two tokens")
         for name in ("window", "steps"):

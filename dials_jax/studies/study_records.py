@@ -18,6 +18,7 @@ STUDY = "study.json"
 # Settings that choose what is measured or how it is shown: a study continues when they change.
 DISPLAY_FIELDS = (
     "schedules", "figure", "aggregate", "num_extremes", "budget", "importance", "adapted",
+    "num_decoded",
 )  # fmt: skip
 
 
