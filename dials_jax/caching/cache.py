@@ -29,16 +29,22 @@ class Blocks(NamedTuple):
     Attributes:
       start: position where the first block begins.
       max_quota: tokens a step may reveal per sequence at most; None: any number.
+      appended: a block is no part of the sequence before its first step: no call computes it.
     """
 
     start: int
     length: int
     count: int
     max_quota: int | None
+    appended: bool = False
 
     @property
     def end(self) -> int:
         return self.start + self.length * self.count
+
+    def existing(self, block: Int[Array, ""]) -> Int[Array, ""] | None:
+        """While this block is filled, the canvas ends here; None: all of it is there."""
+        return self.start + (block + 1) * self.length if self.appended else None
 
 
 class ForwardInputs(NamedTuple):

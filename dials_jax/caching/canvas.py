@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -102,11 +102,12 @@ class CanvasModel:
         output_positions: Int[Array, "R W"] | None = None,
         policy_state: PyTree = None,
         observe: Callable[[Array, Array], PyTree] | None = None,
+        fills_cache: Bool[Array, ""] | None = None,
     ) -> StackOutput:
         """Runs the layers of `span` on the tokens of a window.
 
-        Tokens that are not active in the window do not vote. The first call fills an empty cache,
-        so no gate skips a layer there: later calls would attend to keys that were never computed.
+        Tokens that are not active in the window do not vote. In a call that fills an empty part of
+        a cache no gate skips a layer: later calls would attend to keys that were never computed.
 
         Args:
           contiguous: the window is one range, the same in every sequence.
@@ -114,7 +115,9 @@ class CanvasModel:
           output_positions: in the window, of the tokens whose states are asked for; None: all.
           policy_state: what the span before left; None at the first layer.
           observe: see `run_stack`.
+          fills_cache: whether the call does that; None: the first one does.
         """
+        fills_cache = step == 0 if fills_cache is None else fills_cache
         active = window.slots.active
         masked = masked if active is None else masked & active
         return run_stack(
@@ -128,7 +131,7 @@ class CanvasModel:
                 step,
                 self.sequence_keys,
                 prompt_length,
-                force_execute=None if cache_state is None else step == 0,
+                force_execute=None if cache_state is None else fills_cache,
             ),
             span=span,
             cache_state=cache_state,
@@ -146,11 +149,24 @@ class CanvasModel:
         cache_state: PyTree = None,
         active: Bool[Array, "R W"] | None = None,
         output_positions: Int[Array, "R _"] | None = None,
+        end: Int[Array, ""] | None = None,
+        fills_cache: Bool[Array, ""] | None = None,
     ) -> StackOutput:
-        """Runs all layers on the canvas's tokens from `start` on."""
+        """Runs all layers on the canvas's tokens from `start` on.
+
+        Args:
+          end: where the canvas ends at present; None: all of it is there.
+        """
         index = self.positions(start, size)
         seen = jnp.take_along_axis(self.with_unconditional(tokens), index, axis=1)
+        if end is not None:
+            active = index < end if active is None else active & (index < end)
         window = self.window(index, active)
+        if cache_state is None and size < self.length:
+            window = window._replace(mask=window.mask.of_first(size))
+        if end is not None:
+            written = jnp.broadcast_to(end, self.num_sequences)
+            window = window._replace(mask=replace(window.mask, written=written))
         inputs = self.embed(seen, window), window, self.is_masked(seen, index), step
         if self.observer is not None:
             return self.run_observed(tokens, *inputs, output_positions)
@@ -160,6 +176,7 @@ class CanvasModel:
             contiguous=True,
             prompt_length=self.prompt_length if isinstance(start, int) and start == 0 else 0,
             output_positions=output_positions,
+            fills_cache=fills_cache,
         )
 
     def run_observed(

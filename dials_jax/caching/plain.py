@@ -48,7 +48,7 @@ class NoCache(KeysAndValues):
         return None
 
     def forward_variants(self, net: CanvasModel, blocks: Blocks) -> list[ForwardVariant]:
-        return [whole_canvas(net, blocks, always)]
+        return canvas_so_far(net, blocks, always)
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class DualCache(KeysAndValues):
     """
 
     def forward_variants(self, net: CanvasModel, blocks: Blocks) -> list[ForwardVariant]:
-        return [whole_canvas(net, blocks, at_block_start), block_only(net, blocks)]
+        return [*canvas_so_far(net, blocks, at_block_start), block_only(net, blocks)]
 
 
 @dataclass(frozen=True)
@@ -67,25 +67,47 @@ class PrefixCache(KeysAndValues):
     """Caches keys and values before the block until the next block (Fast-dLLM).
 
     The first step of a block runs the whole canvas; the others run the block and all after it.
+    Where blocks are appended there is nothing after it.
     """
 
     def forward_variants(self, net: CanvasModel, blocks: Blocks) -> list[ForwardVariant]:
-        sizes = window_sizes(blocks.count)
-        return [whole_canvas(net, blocks, at_block_start), *(suffix(net, blocks, n) for n in sizes)]
+        if blocks.appended:
+            return DualCache().forward_variants(net, blocks)
+        suffixes = [suffix(net, blocks, n) for n in window_sizes(blocks.count)]
+        return [*canvas_so_far(net, blocks, at_block_start), *suffixes]
 
 
-def whole_canvas(net: CanvasModel, blocks: Blocks, due: Due) -> ForwardVariant:
-    """Runs everything, and writes all of the cache where there is one."""
+def canvas_so_far(net: CanvasModel, blocks: Blocks, due: Due) -> list[ForwardVariant]:
+    """Runs everything there is: one variant, or one for each size where blocks are appended."""
+    sizes = window_sizes(blocks.count) if blocks.appended else [blocks.count]
+    return [first_blocks(net, blocks, n, due) for n in sizes]
+
+
+def first_blocks(net: CanvasModel, blocks: Blocks, num_blocks: int, due: Due) -> ForwardVariant:
+    """Runs the canvas up to the end of so many blocks, and writes the cache where there is one."""
+    size = net.length - (blocks.count - num_blocks) * blocks.length
+
+    def due_and_enough(block: Number, step_in_block: Number, cache_state: PyTree) -> Any:
+        enough = True if num_blocks == blocks.count else block < num_blocks
+        return enough & due(block, step_in_block, cache_state)
 
     def forward(inputs: ForwardInputs, cache_state: PyTree) -> ForwardOutputs:
         in_window, index = block_positions(net, blocks, inputs, 0)
+        exact = cache_state is None and not is_rounded_up(blocks.count)
         out = net.run_range(
-            inputs.tokens, 0, net.length, inputs.step, cache_state, output_positions=in_window
+            inputs.tokens,
+            0,
+            size,
+            inputs.step,
+            cache_state,
+            output_positions=in_window,
+            end=None if exact else blocks.existing(inputs.block),
+            fills_cache=inputs.step_in_block == 0 if blocks.appended else None,
         )
         return ForwardOutputs(out.h, index, None, out.gates, out.cache_state, out.observed)
 
-    work = Work((net.length,) * net.cfg.num_layers, blocks.length, net.prompt_length)
-    return ForwardVariant(due, forward, work)
+    work = Work((size,) * net.cfg.num_layers, blocks.length, net.prompt_length)
+    return ForwardVariant(due_and_enough, forward, work)
 
 
 def block_only(net: CanvasModel, blocks: Blocks) -> ForwardVariant:
@@ -94,7 +116,10 @@ def block_only(net: CanvasModel, blocks: Blocks) -> ForwardVariant:
     def forward(inputs: ForwardInputs, cache_state: PyTree) -> ForwardOutputs:
         start = blocks.start + inputs.block * blocks.length - net.logit_shift
         active = written_positions(net, blocks, inputs, net.positions(start, blocks.length))
-        out = net.run_range(inputs.tokens, start, blocks.length, inputs.step, cache_state, active)
+        end = blocks.existing(inputs.block)
+        out = net.run_range(
+            inputs.tokens, start, blocks.length, inputs.step, cache_state, active, end=end
+        )
         index = net.positions(start + net.logit_shift, blocks.length)[: inputs.tokens.shape[0]]
         return ForwardOutputs(out.h, index, None, out.gates, out.cache_state)
 

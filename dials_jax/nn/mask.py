@@ -45,6 +45,10 @@ class Mask:
         """The same for queries at these positions."""
         return replace(self, positions=positions)
 
+    def of_first(self, num_keys: int) -> Mask:
+        """The same where only this many first keys are given."""
+        return self if self.valid is None else replace(self, valid=self.valid[:, :num_keys])
+
     def refusal(self, *known: str) -> str | None:
         """Why code that knows these members only cannot use the mask; None: it can."""
         given = [name for name, x in vars(self).items() if x is not None and x is not False]

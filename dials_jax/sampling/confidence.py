@@ -25,10 +25,13 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from dials_jax.caching.cache import Cache
 from dials_jax.config import ModelConfig, Typed, require_positive
 from dials_jax.errors import require
+from dials_jax.nn.policy import Policy
 from dials_jax.sampling.loop import BlockSampler, StepInfo
 from dials_jax.sampling.sampler import log_probability_of
 
@@ -70,6 +73,15 @@ class Confidence(Typed, BlockSampler):
         (ES-dLLM).
       stop_at_eos: a sequence ends at an end of text once all before it is known; the rest is filled
         with end of text, and costs no more steps.
+      stop_ids: a sequence ends with the block in which one of these tokens is. The block is kept
+        whole; the rest is filled with end of text, and costs no more steps (iLLaDA).
+      append_blocks: masks are appended one block at a time. Later ones are no part of the sequence
+        yet, so nothing attends to them, and a sequence that ends early was never longer
+        (`var_generate` of iLLaDA, whose `steps` are those of one block: here they are of all).
+      end_think_ids: tokens that end the model's thinking, as those of `</think>`. Until they are in
+        the answer, the next of them gains logits at the leftmost masked position of the block
+        (iLLaDA): `end_think_boost` times the position's share of `gen_length`, from 1 token on, to
+        the power of `end_think_power`.
     """
 
     gen_length: int
@@ -88,6 +100,11 @@ class Confidence(Typed, BlockSampler):
     entropy_bound: float | None = None
     edit_threshold: float | None = None
     max_edit_steps: int | None = None
+    stop_ids: tuple[int, ...] = ()
+    append_blocks: bool = False
+    end_think_ids: tuple[int, ...] = ()
+    end_think_boost: float = 0.0
+    end_think_power: float = 2.0
 
     def __post_init__(self):
         super().__post_init__()
@@ -106,12 +123,38 @@ class Confidence(Typed, BlockSampler):
             f"steps={self.steps} must be divisible by the {self.num_blocks} blocks "
             "(gen_length / block_length)",
         )
-        for name in ("temperature", "cfg_scale"):
+        for name in ("temperature", "cfg_scale", "end_think_boost", "end_think_power"):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
         for name in (*PARALLEL_RULES, "edit_threshold", "max_edit_steps"):
             value = getattr(self, name)
             require(value is None or value >= 0, f"{name}={value} must not be negative")
+        require(
+            bool(self.end_think_ids) == (self.end_think_boost > 0),
+            f"end_think_ids={self.end_think_ids} and end_think_boost={self.end_think_boost}: give "
+            "both the tokens and their gain, or neither",
+        )
         self._check_rules()
+
+    def check(
+        self,
+        cfg: ModelConfig,
+        present: Bool[np.ndarray, "B P"],
+        policy: Policy | None,
+        cache: Cache | None,
+    ) -> None:
+        super().check(cfg, present, policy, cache)
+        for name in ("stop_ids", "end_think_ids"):
+            for token in getattr(self, name):
+                require(
+                    0 <= token < cfg.vocab_size,
+                    f"{name} has {token}, outside the vocabulary of {cfg.vocab_size} tokens",
+                )
+        for name in ("logits_eos_inf", "confidence_eos_eot_inf"):
+            require(
+                not getattr(self, name) or cfg.model_type != "illada",
+                f"{name}=True is LLaDA's: the published code suppresses ids 126081 and 126348, "
+                "which are ordinary tokens of iLLaDA; leave it out",
+            )
 
     def _check_rules(self) -> None:
         given = [name for name in PARALLEL_RULES if getattr(self, name) is not None]
@@ -144,6 +187,9 @@ class Confidence(Typed, BlockSampler):
             name: gen_length if getattr(self, name) == self.gen_length else getattr(self, name)
             for name in ("block_length", "steps")
         }
+        if self.append_blocks:  # a block has as many steps as before
+            blocks = gen_length // follow["block_length"]
+            follow["steps"] = self.steps // self.num_blocks * max(blocks, 1)
         return replace(self, gen_length=gen_length, **follow)
 
     @property

@@ -64,7 +64,8 @@ class Generation:
         takes steps, and layers that a model does not have are False.
       masked_share: [nfe, R], masked share of the generated part before each call.
       own: [nfe, B], False where a sequence was finished and the call was made for others.
-      num_tokens: [B], tokens up to and with the first end of text or of turn; all without one.
+      num_tokens: [B], tokens up to and with the first end of text or of turn, or stop token of the
+        sampler; all without one.
       tokens_run: [nfe, L], tokens per sequence that a layer computes where it runs.
       steps: [nfe], the denoising step of each call. `Ancestral` leaves out the steps that reveal
         nothing in a sequence: with it, this only names the model's run of steps.
@@ -378,7 +379,9 @@ def account(
         gates=gates,
         masked_share=share,
         own=record.own[:nfe, :num_sequences],
-        num_tokens=count_tokens(parts[0].cfg, tokens[:, prompts.shape[1] :]),
+        num_tokens=count_tokens(
+            parts[0].cfg, tokens[:, prompts.shape[1] :], getattr(sampler, "stop_ids", ())
+        ),
         tokens_run=tokens_run,
         steps=steps,
         flops=total_cost(parts, taken, gates, variant, length, seconds),
@@ -387,7 +390,10 @@ def account(
     )
 
 
-def count_tokens(cfg: ModelConfig, answers: Int[np.ndarray, "B G"]) -> Int[np.ndarray, "B"]:
-    """Tokens of each answer up to and with its first end of text or of turn."""
-    ends = np.isin(answers, [i for i in (cfg.eos_id, cfg.eot_id) if i is not None])
+def count_tokens(
+    cfg: ModelConfig, answers: Int[np.ndarray, "B G"], stop_ids: tuple[int, ...] = ()
+) -> Int[np.ndarray, "B"]:
+    """Tokens of each answer up to and with its first end of text or of turn, or stop token."""
+    ends = [i for i in (cfg.eos_id, cfg.eot_id, *stop_ids) if i is not None]
+    ends = np.isin(answers, ends)
     return np.where(ends.any(axis=1), ends.argmax(axis=1) + 1, answers.shape[1])

@@ -35,6 +35,7 @@ from dials_jax.diffusion.guidance import guide
 from dials_jax.errors import require
 from dials_jax.models import transformer
 from dials_jax.nn.policy import Policy
+from dials_jax.sampling.end_of_thinking import boost_end_of_thinking
 from dials_jax.sampling.sampler import (
     CallRecord,
     append_call,
@@ -56,7 +57,8 @@ class BlockSampler:
       is_probability: whether confidences lie in [0, 1].
       edits: a step may also replace tokens that are revealed already, as `revise` says.
       edit_steps: steps at most that a full block takes for editing.
-      delay_eos, stop_at_eos: see `Confidence`.
+      delay_eos, stop_at_eos, stop_ids, append_blocks, end_think_ids, end_think_boost,
+        end_think_power: see `Confidence`.
     """
 
     gen_length: int
@@ -69,6 +71,11 @@ class BlockSampler:
     cfg_scale = 0.0
     delay_eos = False
     stop_at_eos = False
+    stop_ids: tuple[int, ...] = ()
+    append_blocks = False
+    end_think_ids: tuple[int, ...] = ()
+    end_think_boost = 0.0
+    end_think_power = 2.0
     takes_schedule = True
     one_program = True
     gives_log_probs = True
@@ -153,7 +160,9 @@ class LoopState(NamedTuple):
 
 def blocks_of(sampler: BlockSampler, prompt_length: int) -> Blocks:
     count = sampler.gen_length // sampler.block_length
-    return Blocks(prompt_length, sampler.block_length, count, sampler.max_quota)
+    return Blocks(
+        prompt_length, sampler.block_length, count, sampler.max_quota, sampler.append_blocks
+    )
 
 
 def variant_work(
@@ -188,7 +197,8 @@ def is_fixed(sampler: BlockSampler, cache: Cache) -> bool:
     The loops then have constant trip counts. The device waits for a condition only where the
     variant of a step depends on the block.
     """
-    by_quota = sampler.max_quota is not None and not sampler.stop_at_eos
+    ends_early = sampler.stop_at_eos or bool(sampler.stop_ids)
+    by_quota = sampler.max_quota is not None and not ends_early
     return by_quota and not (cache.drops_tokens and sampler.max_quota > 1)
 
 
@@ -212,6 +222,11 @@ class Loop:
             not (sampler.edits and cache.drops_tokens),
             "EarlySkip leaves revealed tokens out, so they cannot be revised; leave out "
             "edit_threshold, or take PrefixCache or DualCache",
+        )
+        require(
+            not (sampler.append_blocks and cache.drops_tokens),
+            "EarlySkip computes the whole canvas first, so it needs all blocks from the start; "
+            "leave out append_blocks, or take DualCache",
         )
         require(
             not sampler.edits or sampler.max_quota is None,
@@ -303,7 +318,7 @@ class Loop:
         )
         out = self.variants[variant].forward(inputs, state.cache_state)
         tokens, revealed = self.reveal(out, inputs, info, state.record.log_probs is not None)
-        share, record = self.masked_share(masked), state.record
+        share, record = self.masked_share(masked, state.block), state.record
         observed = self.net.observe(record.observed, out.seen, inputs.step, unfinished)
         record = append_call(record, out.gates, share, variant, step, unfinished, observed)
         state = state._replace(
@@ -316,6 +331,8 @@ class Loop:
             state = state._replace(edits_left=jnp.where(remaining > 0, state.edits_left, spent))
         if sampler.stop_at_eos:
             state = self.end_at_eos(state)
+        if sampler.stop_ids:
+            state = self.end_at_stop(state)
         return self.next_step(state)
 
     def is_unfinished(self, state: LoopState) -> Bool[Array, "B"]:
@@ -334,6 +351,16 @@ class Loop:
             filled = jnp.where(self.is_unfinished(state)[:, None], state.tokens, filled)
         return state._replace(tokens=filled)
 
+    def end_at_stop(self, state: LoopState) -> LoopState:
+        """At a block's end, fills what follows it with end of text where there is a stop token."""
+        generated = state.tokens[:, self.blocks.start :]
+        past = jnp.arange(generated.shape[1]) < (state.block + 1) * self.blocks.length
+        stops = jnp.isin(generated, jnp.array(self.sampler.stop_ids)) & past
+        stopped = jnp.any(stops, axis=1, keepdims=True)
+        stopped &= self.next_step(state).block > state.block
+        filled = jnp.where(stopped & ~past, self.net.cfg.eos_id, generated)
+        return state._replace(tokens=state.tokens.at[:, self.blocks.start :].set(filled))
+
     def reveal(
         self, out: ForwardOutputs, inputs: ForwardInputs, info: StepInfo, with_log_probs: bool
     ) -> tuple[Int[Array, "B T"], Revealed]:
@@ -348,6 +375,8 @@ class Loop:
         logits = transformer.head_logits(cfg, self.net.params, out.h)
         if self.net.prompt_mask is not None:
             logits = guide(logits, sampler.cfg_scale)
+        if sampler.end_think_ids:
+            logits = self.boost_end_of_thinking(logits, out.index, inputs)
         logits = transformer.apply_subs(cfg, logits)
         guess, confidence = sampler.propose(cfg, logits, keys)
         shown = jnp.where(masked, confidence, 0.0)
@@ -365,6 +394,21 @@ class Loop:
         log_probs = log_probability_of(guess, logits) if with_log_probs else None
         unfinished = inputs.unfinished
         return tokens, Revealed(out.index, out.active, shown, commit, unfinished, log_probs)
+
+    def boost_end_of_thinking(
+        self, logits: Float[Array, "B W V"], index: Int[Array, "B W"], inputs: ForwardInputs
+    ) -> Float[Array, "B W V"]:
+        answer = inputs.tokens[:, self.blocks.start :]
+        in_block = jnp.arange(answer.shape[1]) // self.blocks.length == inputs.block
+        return boost_end_of_thinking(
+            logits,
+            index - self.blocks.start,
+            answer,
+            transformer.is_masked(self.net.cfg, answer) & in_block,
+            self.sampler.end_think_ids,
+            self.sampler.end_think_boost,
+            self.sampler.end_think_power,
+        )
 
     def next_step(self, state: LoopState) -> LoopState:
         """The state at the block and step after this one.
@@ -389,9 +433,14 @@ class Loop:
         shape = (-1, self.blocks.count, self.blocks.length)
         return transformer.is_masked(self.net.cfg, answer).reshape(shape)
 
-    def masked_share(self, masked: Bool[Array, "B blocks W"]) -> Float[Array, "B"]:
-        """The masked share of each answer."""
-        return jnp.mean(masked, axis=(1, 2))
+    def masked_share(
+        self, masked: Bool[Array, "B blocks W"], block: Int[Array, ""]
+    ) -> Float[Array, "B"]:
+        """The masked share of each answer, or of what there is of it at this block."""
+        if not self.blocks.appended:
+            return jnp.mean(masked, axis=(1, 2))
+        exists = jnp.arange(self.blocks.count) <= block
+        return jnp.mean(masked & exists[:, None], axis=(1, 2)) / jnp.mean(exists)
 
     def place_of(self, block: Int[Array, ""]) -> Int[Array, ""]:
         """The number of the canvas's block that is block `block` of the loop."""

@@ -126,7 +126,9 @@ class RingLoop(Loop):
         shape = (-1, self.blocks.count, self.blocks.length)
         return transformer.is_masked(self.net.cfg, turned).reshape(shape)
 
-    def masked_share(self, masked: Bool[Array, "B blocks W"]) -> Float[Array, "B"]:
+    def masked_share(
+        self, masked: Bool[Array, "B blocks W"], block: Int[Array, ""]
+    ) -> Float[Array, "B"]:
         return jnp.sum(masked, axis=(1, 2)) / self.sampler.gen_length
 
     def place_of(self, block: Int[Array, ""]) -> Int[Array, ""]:
@@ -272,6 +274,8 @@ def why_not_refilled(sampler: Sampler, cache: Cache | None, cfg: ModelConfig) ->
         return f"{type(cache).__name__} counts positions from the canvas's end; use DualCache"
     if sampler.cfg_scale > 0 or sampler.delay_eos:
         return "guidance and delay_eos look at the canvas's order; set cfg_scale=0, delay_eos=False"
+    if sampler.append_blocks or sampler.stop_ids or sampler.end_think_ids:
+        return "append_blocks, stop_ids and end_think_ids need the canvas in order; leave them out"
     if cfg.causal or cfg.rope_theta is None:
         return "the model sees the canvas's order otherwise than by rotary positions"
     return None

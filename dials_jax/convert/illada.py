@@ -1,0 +1,63 @@
+"""iLLaDA checkpoints as published (GSAI-ML/iLLaDA-8B-Base and -Instruct): settings and names.
+
+LLaDA's successor under Llama's names: grouped heads, and a head tied to the embedding.
+
+Source: `configuration_illada.py` and `modeling_illada.py` of those checkpoints.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dials_jax.config import ModelConfig
+from dials_jax.convert import llama_names
+from dials_jax.convert.settings import (
+    derive_head_dim,
+    flag,
+    integer,
+    number,
+    require_options,
+)
+from dials_jax.errors import require
+
+TABLE = llama_names.TABLE
+
+ARCHITECTURES = ("ILLaDAForCausalLM", "ILLaDAModel")
+
+# The id of the published tokenizer's [MASK], which the configuration does not name.
+ILLADA_MASK_ID = 5
+
+
+def translate_config(values: dict[str, Any], dtype: str) -> ModelConfig:
+    """Translates a published `config.json` into a `ModelConfig`.
+
+    Raises: InputError for an option that is not implemented and for a missing number.
+    """
+    require_options(values, {"hidden_act": "silu"})
+    eps = values.get("layer_norm_eps")
+    require(
+        eps is None,
+        f"config.json: layer_norm_eps={eps!r} asks for layer norms; only rms_norm_eps is "
+        "implemented",
+    )
+    bias, eos_id = flag(values, "attention_bias"), integer(values, "eos_token_id")
+    return ModelConfig(
+        model_type="illada",
+        vocab_size=integer(values, "vocab_size"),
+        d_model=integer(values, "hidden_size"),
+        num_layers=integer(values, "num_hidden_layers"),
+        num_heads=integer(values, "num_attention_heads"),
+        num_kv_heads=integer(values, "num_key_value_heads"),
+        head_dim=derive_head_dim(values, "hidden_size", "num_attention_heads"),
+        d_ff=integer(values, "intermediate_size"),
+        max_length=integer(values, "max_position_embeddings"),
+        rope_theta=llama_names.rope_theta(values),
+        norm_eps=number(values, "rms_norm_eps"),
+        qkv_bias=bias,
+        o_bias=bias,
+        mlp_bias=flag(values, "mlp_bias"),
+        mask_id=integer(values, "mask_token_id", ILLADA_MASK_ID),
+        eos_id=eos_id,
+        pad_id=integer(values, "pad_token_id", eos_id),
+        dtype=dtype,
+    )

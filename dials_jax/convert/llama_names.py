@@ -1,0 +1,49 @@
+"""What the published models with Llama's names share: tensors, and the base of rotary angles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dials_jax.convert.settings import number, section
+from dials_jax.convert.table import TensorEntry
+from dials_jax.errors import require
+
+_BLOCK = "model.layers.{i}"
+
+# The entries of biases are used only if the configuration asks for biases.
+TABLE = (
+    TensorEntry("model.embed_tokens.weight", "embed/table"),
+    TensorEntry(f"{_BLOCK}.input_layernorm.weight", "layers/attention_norm/scale"),
+    TensorEntry(f"{_BLOCK}.self_attn.q_proj.weight", "layers/attention/q", 1),
+    TensorEntry(f"{_BLOCK}.self_attn.k_proj.weight", "layers/attention/k", 1),
+    TensorEntry(f"{_BLOCK}.self_attn.v_proj.weight", "layers/attention/v", 1),
+    TensorEntry(f"{_BLOCK}.self_attn.o_proj.weight", "layers/attention/o", 2),
+    TensorEntry(f"{_BLOCK}.self_attn.q_proj.bias", "layers/attention/q_bias", 0),
+    TensorEntry(f"{_BLOCK}.self_attn.k_proj.bias", "layers/attention/k_bias", 0),
+    TensorEntry(f"{_BLOCK}.self_attn.v_proj.bias", "layers/attention/v_bias", 0),
+    TensorEntry(f"{_BLOCK}.self_attn.o_proj.bias", "layers/attention/o_bias", 0),
+    TensorEntry(f"{_BLOCK}.post_attention_layernorm.weight", "layers/mlp_norm/scale"),
+    TensorEntry(f"{_BLOCK}.mlp.gate_proj.weight", "layers/mlp/gate", 1),
+    TensorEntry(f"{_BLOCK}.mlp.up_proj.weight", "layers/mlp/up", 1),
+    TensorEntry(f"{_BLOCK}.mlp.down_proj.weight", "layers/mlp/down", 1),
+    TensorEntry(f"{_BLOCK}.mlp.gate_proj.bias", "layers/mlp/gate_bias", 0),
+    TensorEntry(f"{_BLOCK}.mlp.up_proj.bias", "layers/mlp/up_bias", 0),
+    TensorEntry(f"{_BLOCK}.mlp.down_proj.bias", "layers/mlp/down_bias", 0),
+    TensorEntry("model.norm.weight", "final_norm/scale"),
+    TensorEntry("lm_head.weight", "head/kernel", 1, tied="model.embed_tokens.weight"),
+)
+
+
+def rope_theta(values: dict[str, Any]) -> float:
+    """Reads the base of the rotary angles, which transformers 5 moved into `rope_parameters`.
+
+    Raises: InputError for scaled angles, which are not implemented.
+    """
+    rope = section(values, "rope_parameters")
+    for options in (rope, section(values, "rope_scaling")):
+        kind = options.get("rope_type", options.get("type", "default"))
+        require(
+            kind == "default",
+            f"config.json: rope_type={kind!r} is not implemented; only 'default' is",
+        )
+    return number(rope if "rope_theta" in rope else values, "rope_theta")
