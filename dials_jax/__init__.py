@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dials_jax.config import ModelConfig, RouterConfig
     from dials_jax.data.tokenizer import load_tokenizer
     from dials_jax.errors import InputError
+    from dials_jax.evaluation.confidence_likelihood import confidence_log_likelihood
     from dials_jax.evaluation.likelihood import estimate_log_likelihood, log_likelihood
     from dials_jax.loading import load
     from dials_jax.models.model import Model
@@ -57,6 +58,7 @@ _HOMES = {
     "RouterConfig": "config",
     "Schedule": "sampling.model_schedule",
     "Static": "skipping.policies",
+    "confidence_log_likelihood": "evaluation.confidence_likelihood",
     "estimate_log_likelihood": "evaluation.likelihood",
     "generate": "sampling.generate",
     "generate_text": "text",

@@ -42,8 +42,12 @@ MODEL_TYPES = {  # the `model_type` of config.json
     "gpt2": gpt2,
 }
 
-# Only a mixture of experts has one of these options.
+# Only a mixture of experts has one of these options, or "moe" in its model type (LLaDA2, SDAR).
 MOE_OPTIONS = ("num_experts", "num_local_experts", "n_routed_experts", "expert_intermediate_size")
+# Diffusion models of today that work otherwise than those here, by how their model type begins.
+OTHER_DIFFUSION = {
+    "diffusion_gemma": "DiffusionGemma denoises random tokens, over Gemma's layers",
+}
 FLOAT_DTYPES = tuple(np.dtype(x) for x in (ml_dtypes.bfloat16, np.float32, np.float16))
 
 TOKENIZER_FILES = (
@@ -76,14 +80,20 @@ def open_hugging_face(source: str | Path, dtype: Any = None) -> tuple[ModelConfi
 
 
 def require_known_model_type(values: dict[str, Any], source: Path) -> None:
-    """Raises: InputError for a model type that is not in `MODEL_TYPES`, naming the nearest."""
+    """Raises: InputError for a model type that is not in `MODEL_TYPES`, naming those that are."""
     kind, found = values.get("model_type"), values.get("architectures")
     names = found if isinstance(found, list) else []
     names = [name for name in names if isinstance(name, str)]
     what = names[0] if names else f"model type {kind!r}"
-    for option in MOE_OPTIONS:
-        experts = values.get(option)
-        require(not experts, f"{source}: a mixture of experts ({what}) is not supported")
+    supported = f"is not supported; these are: {', '.join(MODEL_TYPES)}"
+    for beginning, difference in OTHER_DIFFUSION.items():
+        other = isinstance(kind, str) and kind.lower().startswith(beginning)
+        require(not other, f"{source}: model type {kind!r} {supported} ({difference})")
+    experts = any(values.get(option) for option in MOE_OPTIONS)
+    require(
+        not experts and "moe" not in str(kind).lower(),
+        f"{source}: a mixture of experts ({what}) {supported}",
+    )
     require(
         not values.get("quantization_config"),
         f"{source}: quantised weights are not supported; take the checkpoint in BF16 or F32",

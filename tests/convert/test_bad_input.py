@@ -211,6 +211,8 @@ def test_a_mask_outside_the_vocabulary_is_refused(write_folder, tmp_path, capsys
     [
         ({"num_experts": 64, "architectures": ["XMoE"]}, "a mixture of experts (XMoE)"),
         ({"model_type": "llada2_moe", "num_experts": 8}, "a mixture of experts"),
+        ({"model_type": "sdar_moe"}, "'sdar_moe') is not supported; these are: llada, illada"),
+        ({"model_type": "diffusion_gemma"}, "'diffusion_gemma' is not supported; these are: llada"),
         ({"architectures": ["LLaDAForImages"]}, "LLaDAForImages is not supported"),
         (
             {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
