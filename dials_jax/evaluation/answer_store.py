@@ -24,6 +24,15 @@ from dials_jax.records import Records, require_numbers
 from dials_jax.skipping.flops import KEYS as FLOPS_KEYS
 from dials_jax.workdir import exclusive
 
+# Settings that came later. At their defaults they are left out, so that answers are found that were
+# kept before.
+LATER_SETTINGS = (
+    "stop_ids",
+    "append_blocks",
+    "end_think_ids",
+    "end_think_boost",
+    "end_think_power",
+)
 ANSWER_RULES = 1  # raised where answers change under equal settings: kept ones are then not read
 SETTINGS_FILE = "settings.json"  # in a folder of kept answers: what they depend on
 BATCHING = ("batch_size", "bucket", "max_programs")  # settings that change no answer
@@ -131,7 +140,10 @@ def policy_digest(policy: Policy | None) -> str:
 def plain_settings(settings: Any) -> Any:
     """A sampler or cache as JSON values."""
     if dataclasses.is_dataclass(settings):
-        return {"kind": type(settings).__name__, **dataclasses.asdict(settings)}
+        default = {x.name: x.default for x in dataclasses.fields(settings)}
+        values = dataclasses.asdict(settings).items()
+        values = {n: x for n, x in values if n not in LATER_SETTINGS or x != default[n]}
+        return {"kind": type(settings).__name__, **values}
     return settings if isinstance(settings, int | float | str | None) else repr(settings)
 
 

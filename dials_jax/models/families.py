@@ -3,6 +3,8 @@
 Sources, for the shapes and for the numerics:
 - LLaDA: Nie et al. 2025, "Large Language Diffusion Models"; `modeling_llada.py` of the published
   checkpoints.
+- iLLaDA: `modeling_illada.py` of the published checkpoints (2026), whose sizes are read from their
+  config.json.
 - Dream: Ye et al. 2025, "Dream 7B: Diffusion Large Language Models"; `modeling_dream.py` of the
   published checkpoints.
 - Qwen2: Yang et al. 2024, "Qwen2.5 Technical Report"; `modeling_qwen2.py` of transformers.
