@@ -4,9 +4,9 @@ python eval.py --config configs/illada/harness_base.py --workdir runs/illada/bas
     --model.path iLLaDA-8B-Base
 
 At most 1,024 tokens, in blocks of 32 that are appended one at a time, a token per step: the
-authors' settings for GSM8K (8-shot chain of thought), MATH, BBH and MBPP. HumanEval has 512 tokens
-in one block, from the start: --tasks humaneval --model.sampler 'Confidence(512)'. The tasks download
-their data unless `include_path` names files that say where it is (docs/evaluation.md).
+authors' settings for GSM8K (8-shot chain of thought), MATH, BBH and MBPP. For HumanEval they take
+512 tokens in one block, which is there from the start: --model.sampler 'Confidence(512)'. The tasks
+download their data unless `include_path` names files that say where it is (docs/evaluation.md).
 """
 
 from dials_jax import Confidence
