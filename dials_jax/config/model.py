@@ -41,7 +41,10 @@ class ModelConfig(Typed):
     mlp: Literal["swiglu", "gelu"] = "swiglu"  # gelu: its tanh approximation, without a gate
     cond_dim: int = 0  # width of the vector that modulates the layers (adaLN); 0: nothing does
     time_conditioning: bool = False  # it depends on the time t; otherwise it is a learned constant
+    qk_norm: bool = False  # RMS norms of queries and keys, each head by itself, before they turn
     causal: bool = False  # a token sees itself and what is to its left only
+    # Block-causal: a token sees its own block of this many positions, and the blocks to its left.
+    block_length: int | None = None
     right_shift: bool = False  # the head predicts token i + 1 at i (Dream); `apply` undoes it
     subs: bool = False  # [MASK] is never predicted, whatever its logit (MDLM)
     mask_id: int | None  # id of [MASK]; None for a causal model that has none
@@ -83,6 +86,10 @@ class ModelConfig(Typed):
                 f"{name} is missing; only a causal model can do without",
             )
         require(
+            self.block_length is None or (self.block_length > 0 and not self.causal),
+            f"block_length={self.block_length} must be positive, without causal=True beside it",
+        )
+        require(
             not (self.causal and self.right_shift),
             "right_shift=True is for models that fill in [MASK]; a causal model predicts the next "
             "token",
@@ -99,10 +106,15 @@ class ModelConfig(Typed):
         return values
 
     def require_mask(self) -> None:
-        """Raises: InputError for a causal model, which has no [MASK] to fill in."""
+        """Raises: InputError for a model whose [MASK] nothing here fills in."""
         require(
             not self.causal,
             f"a causal model ({self.model_type}) fills in no [MASK]; give a masked diffusion model",
+        )
+        require(
+            self.block_length is None,
+            f"a block-causal model ({self.model_type}) runs by Model.apply only: sampling, "
+            "likelihoods and training of block diffusion are not here",
         )
 
 

@@ -1,4 +1,4 @@
-"""Attention with grouped key/value heads: bidirectional, or causal."""
+"""Attention with grouped key/value heads: bidirectional, causal or block-causal."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from dials_jax.nn.kv import KV
 from dials_jax.nn.linear import linear
 from dials_jax.nn.mask import Mask
 from dials_jax.nn.modules import normal, residual_depth, zeros_if
+from dials_jax.nn.norm import RMSNorm
 from dials_jax.nn.rope import apply_rope
 
 
@@ -30,6 +31,8 @@ class Attention(nnx.Module):
         for name, heads in ({"qkv": n + 2 * k} if fused else {"q": n, "k": k, "v": k}).items():
             setattr(self, name, nnx.Param(normal(rngs, (d, heads, h))))
             setattr(self, f"{name}_bias", zeros_if(cfg.qkv_bias, (heads, h)))
+        self.q_norm = RMSNorm(h, cfg.norm_eps, rngs) if cfg.qk_norm else None
+        self.k_norm = RMSNorm(h, cfg.norm_eps, rngs) if cfg.qk_norm else None
         self.o = nnx.Param(normal(rngs, (n, h, d), depth=residual_depth(cfg)))
         self.o_bias = zeros_if(cfg.o_bias, (d,))
 
@@ -45,6 +48,8 @@ class Attention(nnx.Module):
             q = project(self.q, self.q_bias)
             k = project(self.k, self.k_bias)
             v = project(self.v, self.v_bias)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         if sin_cos is None:
             return q, KV(k, v)
         return apply_rope(q, sin_cos), KV(apply_rope(k, sin_cos), v)

@@ -187,6 +187,8 @@ def check_objective(cfg: ModelConfig, objective: ObjectiveConfig, routers: bool 
         objective.kind != "mdlm" or objective.min_mask_ratio < 1,
         "objective.min_mask_ratio=1 leaves nothing to mask under kind='mdlm'; give a small one",
     )
+    if not causal:
+        cfg.require_mask()
     require(not (causal and routers), "routers vote at [MASK]; give a masked diffusion backbone")
 
 

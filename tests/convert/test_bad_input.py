@@ -218,7 +218,7 @@ def test_a_mask_outside_the_vocabulary_is_refused(write_folder, tmp_path, capsys
             {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
             "(LlamaForCausalLM) is not supported",
         ),
-        ({"model_type": "sdar", "architectures": ["SDAR"]}, "'sdar' (SDAR) is not supported"),
+        ({"model_type": "mamba", "architectures": ["M"]}, "'mamba' (M) is not supported; these"),
         ({"model_type": ["llada"]}, "['llada']"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantised weights"),
         ({"activation_type": "absent"}, "activation_type is missing"),

@@ -1,0 +1,58 @@
+"""SDAR checkpoints as published (JetLM/SDAR-1.7B to -8B, the dense sizes): settings and names.
+
+Qwen3's body under a block-causal mask. Only forward passes are here, not block diffusion.
+
+Source: `configuration_sdar.py` and `modeling_sdar.py` of those checkpoints.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dials_jax.config import ModelConfig
+from dials_jax.convert import llama_names
+from dials_jax.convert.settings import flag, integer, number, require_options
+from dials_jax.convert.table import TensorEntry
+
+_BLOCK = "model.layers.{i}"
+
+TABLE = (
+    *llama_names.TABLE,
+    TensorEntry(f"{_BLOCK}.self_attn.q_norm.weight", "layers/attention/q_norm/scale"),
+    TensorEntry(f"{_BLOCK}.self_attn.k_norm.weight", "layers/attention/k_norm/scale"),
+)
+
+ARCHITECTURES = ("SDARForCausalLM", "SDARModel")
+
+REQUIRED = {"hidden_act": "silu", "use_sliding_window": False}
+
+
+def translate_config(values: dict[str, Any], dtype: str) -> ModelConfig:
+    """Translates a published `config.json` into a `ModelConfig`.
+
+    Raises: InputError for an option that is not implemented and for a missing number, such as
+      `block_size` and `mask_token_id` in the oldest configurations.
+    """
+    require_options(values, REQUIRED)
+    bias, eos_id = flag(values, "attention_bias"), integer(values, "eos_token_id")
+    return ModelConfig(
+        model_type="sdar",
+        vocab_size=integer(values, "vocab_size"),
+        d_model=integer(values, "hidden_size"),
+        num_layers=integer(values, "num_hidden_layers"),
+        num_heads=integer(values, "num_attention_heads"),
+        num_kv_heads=integer(values, "num_key_value_heads"),
+        head_dim=integer(values, "head_dim"),
+        d_ff=integer(values, "intermediate_size"),
+        max_length=integer(values, "max_position_embeddings"),
+        rope_theta=llama_names.rope_theta(values),
+        norm_eps=number(values, "rms_norm_eps"),
+        qkv_bias=bias,
+        o_bias=bias,
+        qk_norm=True,
+        block_length=integer(values, "block_size"),
+        mask_id=integer(values, "mask_token_id"),
+        eos_id=eos_id,
+        pad_id=integer(values, "pad_token_id", eos_id),
+        dtype=dtype,
+    )
