@@ -133,6 +133,10 @@ def check_observer(
         sampler.cfg_scale == 0,
         "an observer looks at every canvas once, and guidance shows it twice; set cfg_scale=0",
     )
+    require(
+        not getattr(sampler, "append_blocks", False),
+        "an observer looks at whole canvases; leave out append_blocks",
+    )
     require(len(roles) == 1, "an observer looks at one model; leave out the schedule's others")
     (role,) = roles.values()
     require(
