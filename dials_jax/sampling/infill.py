@@ -134,7 +134,9 @@ def fitted(sampler: Confidence | Dream, length: int, most_masks: int) -> Confide
         sampler.block_length == sampler.gen_length,
         "masks inside a sequence are one block, the most confident first; leave out block_length",
     )
-    for name in ("cfg_scale", "stop_at_eos", "delay_eos"):
+    for name in (
+        "cfg_scale", "stop_at_eos", "delay_eos", "stop_ids", "append_blocks", "end_think_ids",
+    ):  # fmt: skip
         require(
             not getattr(sampler, name),
             f"{name} goes by what is prompt and what comes after, and masks inside a sequence have "
