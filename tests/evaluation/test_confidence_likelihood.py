@@ -24,8 +24,8 @@ def illada():
 
 @pytest.mark.parametrize("name, append_eos", [("", False), ("_padd_eos", True)])
 def test_the_authors_values_and_order_also_beside_a_longer_pair(golden, illada, name, append_eos):
-    prompt, answer = golden["ll_prompt"], golden["ll_answer"]
-    other = (np.concatenate([prompt, prompt]), np.concatenate([answer, answer[:3]]))
+    prompt, answer = golden["ll_prompt"].tolist(), golden["ll_answer"].tolist()
+    other = (prompt + prompt, answer + answer[:3])
     scores = confidence_scores(illada, [(prompt, answer), other], append_eos=append_eos)
     np.testing.assert_allclose(
         scores.log_likelihood[0], golden[f"ll_confidence{name}"], rtol=0, atol=1e-3
