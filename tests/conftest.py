@@ -7,12 +7,6 @@ import shutil
 from importlib.metadata import version
 from pathlib import Path
 
-from jaxtyping import config as jaxtyping_config
-
-from tests.type_checks import check_types
-
-check_types("dials_jax")
-
 # Tests compile many small programs and run each for a moment: these flags save two thirds of it.
 QUICK_TO_COMPILE = [
     "--xla_backend_optimization_level=0",
@@ -29,10 +23,16 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
+# JAX reads all this when it is imported: nothing above may import it.
+from tests.type_checks import check_types  # noqa: E402
+
+check_types("dials_jax")
+
 import chex  # noqa: E402
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from jaxtyping import config as jaxtyping_config  # noqa: E402
 
 from dials_jax import trees  # noqa: E402
 from dials_jax.compiling import forget_programs  # noqa: E402

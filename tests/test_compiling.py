@@ -127,3 +127,9 @@ def test_a_decorated_function_is_timed_and_can_be_traced_anew():
     assert anew(jnp.asarray(3.0), exponent=2)[0] == 11
     program.forget_programs()
     assert program.num_programs == 0 and anew.num_programs == 1
+
+
+def test_what_tests_compile_is_kept():
+    """JAX was imported after `conftest.py` had said so; otherwise every run compiles anew."""
+    assert jax.config.jax_compilation_cache_dir
+    assert jax.config.jax_persistent_cache_min_compile_time_secs == 0
