@@ -6,7 +6,8 @@ from typing import NamedTuple
 import numpy as np
 
 from dials_jax.reference import Decoder
-from dials_jax.skipping.observing import BINS, FARTHEST
+from dials_jax.skipping.observing import FARTHEST
+from dials_jax.skipping.streaming import BINS
 
 
 class Call(NamedTuple):
