@@ -119,6 +119,19 @@ def profile_correlation(
     return np.where(spread > 0, (a * b).sum(axis=-1) / np.where(spread > 0, spread, 1), np.nan)
 
 
+def recency_at_end(profile: Profile) -> tuple[float, float]:
+    """`recency` in the last group of steps, where hardly a [MASK] is left, and its standard error.
+
+    Profiles do not keep sequences apart there. The error is what it would be if all positions and
+    hidden states of a sequence erred together, and never larger.
+    """
+    answer, cosine = profile.positions[:-1] >= 0, profile.token_cosine
+    mean, std = (values[-1][1:, answer] for values in (cosine.mean, cosine.std))
+    if not np.isfinite(std).any():
+        return float(1 - np.nanmean(mean)), np.nan
+    return float(1 - np.nanmean(mean)), float(np.nanmean(std) / np.sqrt(profile.num_sequences))
+
+
 # --------------------------------------------------------------------------------------- evidence
 
 
@@ -129,6 +142,16 @@ def mean_evidence(what: str, values: Float[np.ndarray, "N"]) -> Evidence:
         return Evidence(what=what, value=np.nan, low=np.nan, high=np.nan)
     low, high = mean_interval(values)
     return Evidence(what=what, value=float(values.mean()), low=low, high=high)
+
+
+def end_evidence(what: str, more: Profile, less: Profile) -> Evidence:
+    """The difference of `recency_at_end`; the interval covers any dependence of the two."""
+    import scipy.stats
+
+    values, errors = zip(*map(recency_at_end, (more, less)), strict=True)
+    value = values[0] - values[1]
+    half = float(scipy.stats.t.ppf(0.975, max(1, more.num_sequences - 1)) * sum(errors))
+    return Evidence(what=what, value=value, low=value - half, high=value + half)
 
 
 def nearer_by_correlation(
@@ -275,6 +298,8 @@ def _recency_bias(models: Models) -> Iterator[Evidence]:
         for label, other in causal.items():
             what = f"1 - cosine of neighbouring tokens, {label} less {native}"
             yield mean_evidence(what, recency(other) - recency(own))
+            profiles = models.profiles[label], models.profiles[native]
+            yield end_evidence(f"the same in the last steps, {label} less {native}", *profiles)
         what = f"{native}: 1 - cosine of neighbouring tokens, late states less early ones"
         yield mean_evidence(what, recency_growth(own))
 

@@ -8,6 +8,7 @@ import pytest
 from dials_jax.errors import InputError
 from dials_jax.studies import claims
 from dials_jax.studies.claims import check_claims
+from dials_jax.studies.profile import Moments
 from tests.studies.profiles import random_profile
 
 N, L = 12, 8
@@ -21,10 +22,15 @@ def made(label, layer, token, family="diffusion", noise=0.004, seed=0):
     def by_sequence(mean):
         return np.asarray(mean) + noise * random.standard_normal((N, len(mean)))
 
+    tokens = by_sequence(token)
+    profile = random_profile(label, sequences=N, layers=len(layer), family=family)
+    steps, _, pairs = profile.token_cosine.mean.shape
+    everywhere = np.broadcast_to(tokens[:, None, :, None], (N, steps, len(token), pairs))
     return dataclasses.replace(
-        random_profile(label, sequences=N, layers=len(layer), family=family),
+        profile,
         sequence_layer=by_sequence(layer),
-        sequence_token=by_sequence(token),
+        sequence_token=tokens,
+        token_cosine=Moments.of(everywhere, axis=0),
     )
 
 
@@ -46,13 +52,14 @@ def verdicts(profiles, adapted=()):
 def test_models_like_those_of_the_paper_support_its_claims():
     found = check_claims(PAPER, ["Dream"])
     assert [claim.verdict for claim in found] == ["supported"] * 3
-    assert [len(claim.evidence) for claim in found] == [2, 2, 4]
+    assert [len(claim.evidence) for claim in found] == [2, 3, 4]
     excess, _ = found[0].evidence
     assert excess.value == pytest.approx(FALLING[1:4].mean() - FALLING[4:].mean(), abs=0.01)
     assert excess.low < excess.value < excess.high
-    bias, growth = found[1].evidence
+    bias, end, growth = found[1].evidence
     expected = LLADA.sequence_token[:, 1:].mean() - QWEN.sequence_token[:, 1:].mean()
-    assert bias.value == pytest.approx(expected)
+    assert bias.value == pytest.approx(expected) == end.value
+    assert end.low < bias.low < bias.high < end.high  # the end's interval is a cautious one
     assert growth.value == pytest.approx(
         LLADA.sequence_token[:, 1:5].mean() - LLADA.sequence_token[:, 5:].mean()
     )
@@ -65,6 +72,17 @@ def test_models_that_do_the_opposite_do_not():
         "adapted": made("adapted", RISING, smooth(RISING[::-1] - 0.5)[::-1], seed=3),
     }
     assert verdicts(profiles, ["adapted"]) == ["not supported"] * 3
+
+
+def test_masks_that_are_alike_support_no_recency_bias():
+    """Neighbouring masks are alike in any model; what counts is the end, where they are gone."""
+    moments = LLADA.token_cosine
+    low = dataclasses.replace(moments, mean=moments.mean.copy())
+    low.mean[-1] = 0.1
+    masks = dataclasses.replace(LLADA, token_cosine=low)
+    (claim,) = check_claims({"LLaDA": masks, "Qwen": QWEN})[1:2]
+    assert [number.sign for number in claim.evidence] == [1, -1, 1]
+    assert claim.verdict == "not supported"
 
 
 def test_noise_decides_nothing():
