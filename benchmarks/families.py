@@ -41,7 +41,6 @@ from benchmarks.command import make_main
 from benchmarks.families_claims import FAMILIES
 from benchmarks.families_results import (
     losses_of,
-    measure_profile,
     skips_of,
     summarise,
     training_facts,
@@ -67,6 +66,8 @@ from dials_jax.evaluation.sweep import sweep
 from dials_jax.files import read_json, write_json
 from dials_jax.models.families import llada_small
 from dials_jax.models.groups import group_shapes
+from dials_jax.studies.profile import load_profiles
+from dials_jax.studies.representation import run_representation
 from dials_jax.training.loop import train
 from dials_jax.training.optimizer import num_steps
 from dials_jax.training.run import step_folder
@@ -233,10 +234,11 @@ class Unit:
             found[family] = (family, self.own_steps(family), folder)
         return found
 
-    def study(self, label: str, path: Path, test: TextData) -> RepresentationStudy:
+    def study(self, test: TextData) -> RepresentationStudy:
         options = self.options
         return RepresentationStudy(
-            models=((label, str(path)),),
+            models=tuple((label, str(path)) for label, (_, _, path) in self.models().items()),
+            adapted=("continued",),
             data=test,
             num_prompts=options.prompts,
             gen_length=options.length - options.length // 4,
@@ -400,17 +402,20 @@ class Runner:
 
             yield where(unit, family) | once(folder / "losses.json", cfg, make)
 
-    def profile_unit(self, unit: Unit) -> Iterator[dict[str, Any]]:
-        """Yields the profiles of all models of a unit, also of those along the way."""
-        test = self._held_out(unit, "test")
-        for label, (family, step, path) in unit.models().items():
-            cfg, file = unit.study(label, path, test), unit.folder / "profiles" / f"{label}.json"
+    def profile_unit(self, unit: Unit) -> list[dict[str, Any]]:
+        """The profiles of all models of a unit, also of those along the way."""
+        cfg, folder = unit.study(self._held_out(unit, "test")), unit.folder / "study"
 
-            def make(cfg: RepresentationStudy = cfg) -> dict[str, Any]:
-                self._minutes_left()
-                return summarise(measure_profile(cfg))
+        def make() -> list[dict[str, Any]]:
+            self._minutes_left()
+            run_representation(cfg, folder)
+            profiles = load_profiles(folder, list(unit.models()))
+            return [
+                where(unit, family) | {"step": step} | summarise(profiles[label])
+                for label, (family, step, _) in unit.models().items()
+            ]
 
-            yield where(unit, family) | {"step": step, "label": label} | once(file, cfg, make)
+        return once(folder / "summary.json", cfg, make)
 
 
 def where(unit: Unit, family: str) -> dict[str, Any]:

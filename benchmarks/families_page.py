@@ -20,7 +20,6 @@ from benchmarks.families_claims import (
     FAMILIES,
     Finding,
     Results,
-    Row,
     claim_findings,
     correlations,
     find,
@@ -146,31 +145,26 @@ def training_table(results: Results) -> str:
 
 
 def change_part(results: Results) -> str:
-    """How much of the change between steps is beside what was just revealed, and far from it."""
+    """How much states change beside a token that was just revealed, and against far from it."""
 
     def lines() -> Iterator[tuple[str, ...]]:
         for size in results.sizes:
             for family in ("native", "continued"):
                 rows = results.profiles(size, family)
                 for i, layer in enumerate(rows[0]["change_layers"]):
-                    near, far = ([_change(row, i, near) for row in rows] for near in (True, False))
-                    ratio = [a / b if b else float("nan") for a, b in zip(near, far, strict=True)]
+                    near, ratio = (
+                        np.array([row[name][i] for row in rows], float)
+                        for name in ("change_near", "recency_ratio")
+                    )
                     yield size, family, str(layer), seen(near, ".4f"), seen(ratio, ".2f")
 
-    head = ("size", "family", "after layer", "change beside", "beside / far")
+    head = ("size", "family", "after layer", "change next to it", "near / far")
     return (
-        "Change is 1 - cosine of a position's states in two steps; beside is within 2 positions of "
-        "the nearest token that the step before revealed, far is beyond 8. A causal model's states "
-        "never change.\n\n" + table(head, lines())
+        "Change is 1 - cosine of a position's states in two model calls, next to a token that the "
+        "former call revealed; near / far is 1 without any recency bias "
+        "([how](../representation.md)). A causal model's states never change.\n\n"
+        + table(head, lines())
     )
-
-
-def _change(row: Row, i: int, near: bool) -> float:
-    distances = np.abs(row["distances"])
-    chosen = (distances > 0) & (distances <= 2) if near else distances > min(8, max(distances) - 1)
-    change = np.array(row["change"][i], float)[chosen]
-    change = change[np.isfinite(change)]
-    return float(change.mean()) if len(change) else float("nan")
 
 
 def seen(values: Sequence[float], form: str) -> str:

@@ -8,13 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from dials_jax.config import RepresentationStudy, TrainConfig
-from dials_jax.data.sources import load_training_data
-from dials_jax.loading import load
+from dials_jax.config import TrainConfig
 from dials_jax.models.folders import read_info
-from dials_jax.sharding import make_mesh
 from dials_jax.studies.profile import Profile
-from dials_jax.studies.trajectories import profile_model
+from dials_jax.studies.representation_tables import change_by_reach, recency_ratio
 
 
 def training_facts(folder: Path, cfg: TrainConfig) -> dict[str, Any]:
@@ -63,23 +60,6 @@ def skips_of(results: dict[str, Any]) -> dict[str, Any]:
     return {"routed": found}
 
 
-def measure_profile(cfg: RepresentationStudy) -> Profile:
-    """The profile of a study's one model, on prompts that are the first tokens of rows of text."""
-    ((label, path),) = cfg.models
-    model = load(path, cfg.dtype, make_mesh(cfg.mesh), cfg.layout)
-    rows, _ = load_training_data(cfg.data, model.config, model.path)
-    tokens = rows.rows(np.arange(min(cfg.num_prompts, rows.num_rows)))[0]
-    return profile_model(
-        model,
-        tokens[:, : cfg.data.prompt_length].tolist(),
-        cfg.sampler_of(model.config),
-        observer=cfg.observer_of(model.config),
-        batch_size=cfg.batch_size,
-        label=label,
-        seed=cfg.seed,
-    )
-
-
 def summarise(profile: Profile) -> dict[str, Any]:
     """Cosines per sequence and layer, means by step, the change by distance, and sinks."""
 
@@ -87,16 +67,23 @@ def summarise(profile: Profile) -> dict[str, Any]:
         return np.round(values, 6).tolist()
 
     answer = profile.positions >= 0
+    changes: dict[str, Any] = {}
+    if profile.facts.change_layers:
+        changes = {
+            "distances": profile.distances.tolist(),
+            "change": rounded(profile.change.mean),
+            "change_near": rounded(change_by_reach(profile)["next to it"]),
+            "recency_ratio": rounded(recency_ratio(profile)),
+        }
     return {
-        "causal": profile.facts.family == "causal",
+        "label": profile.facts.label,
         "layer": rounded(profile.sequence_layer),
         "token": rounded(profile.sequence_token),
         "prompt_layer": rounded(profile.prompt_layer),
         "layer_by_step": rounded(profile.layer_cosine.pooled(2).mean),
         "norm": rounded(np.nanmean(profile.norm.mean[:, :, answer], axis=(0, 2))),
         "change_layers": list(profile.facts.change_layers),
-        "distances": profile.distances.tolist() if profile.change.mean.size else [],
-        "change": rounded(profile.change.mean),
+        **changes,
         "sinks": int(profile.sinks.sum()),
         "seconds": profile.seconds,
     }

@@ -37,6 +37,11 @@ def results(continued_like=FLAT):
         "continued": (continued_like, RECENT),
     }
 
+    changes = {
+        "change_layers": [2, 5], "distances": list(range(-10, 11)),
+        "change": [[0.1] * 21, [0.2] * 21], "change_near": [0.1, 0.2], "recency_ratio": [2.5, None],
+    }  # fmt: skip
+
     def noisy(mean, number):
         return (mean + rng.normal(0, 0.005, (number, len(mean)))).tolist()
 
@@ -59,12 +64,10 @@ def results(continued_like=FLAT):
         )  # fmt: skip
         for step in (0, 6):
             rows["profiles"].append(
-                where | {"step": step, "label": f"{family} {step}", "causal": family == "causal",
+                where | {"step": step, "label": f"{family}-{step}",
                          "layer": noisy(layer if step else FLAT, PROMPTS),
                          "token": noisy(token, PROMPTS), "prompt_layer": noisy(layer, PROMPTS),
-                         "change_layers": [] if family == "causal" else [2, 5],
-                         "distances": [] if family == "causal" else list(range(-10, 11)),
-                         "change": [] if family == "causal" else [[0.1] * 21, [0.2] * 21]}
+                         "change_layers": [], **(changes if family != "causal" else {})}
             )  # fmt: skip
     machine = {"device": "a GPU", "date": "today", "jax": "1", "command": "python -m it"}
     settings = {"length": 16, "prompts": PROMPTS, "study_steps": 4, "items": TEXTS, "samples": 4}
@@ -115,6 +118,7 @@ def test_the_page_says_what_the_numbers_say(tmp_path, monkeypatch, capsys):
         assert (tmp_path / "page" / f"{name}.png").exists()
         assert (tmp_path / "page" / f"{name}.pdf").exists()
     assert "nan" not in text and "| 6x8 | native | 0 |" in text
+    assert "| 6x16 | continued | 5 | 0.2000 ± 0.0000 | not seen |" in text
     (tmp_path / "other.json").write_text("{}")
     assert families_page.main([str(tmp_path / "other.json"), str(tmp_path / "page.md")]) == 2
     assert "is not of benchmarks.families" in capsys.readouterr().err
@@ -181,7 +185,7 @@ def test_the_whole_experiment_goes_on_where_it_was_stopped(arguments, tmp_path, 
     assert profiles == [(f, s) for f, last in LAST.items() for s in (0, last)]
     assert np.shape(found["profiles"][1]["layer"]) == (2, 3)
 
-    for name in ("train", "sweep", "measure_profile"):
+    for name in ("train", "sweep", "run_representation"):
         monkeypatch.setattr(families, name, None)  # nothing is done again
     assert families.main(arguments) == 0
     assert read_json(tmp_path / "families.json") == found
