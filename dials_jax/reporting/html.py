@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -30,8 +31,15 @@ def describe_values(values: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def definition_list(values: Iterable[tuple[str, str]], style: str = "") -> str:
     """A list of names with their values or explanations."""
-    items = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>\n" for name, text in values)
+    items = "".join(
+        f"<dt>{_breakable(name)}</dt><dd>{escape(text)}</dd>\n" for name, text in values
+    )
     return f'<dl class="{style}">{items}</dl>' if items else ""
+
+
+def _breakable(name: str) -> str:
+    """The name of a setting, which narrow pages break behind its periods and underscores."""
+    return re.sub(r"(?<=[._])(?=[a-z])", "<wbr>", escape(name))
 
 
 def html_definition_list(values: Mapping[str, str], style: str = "") -> str:
