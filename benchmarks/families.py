@@ -302,6 +302,7 @@ def units(options: argparse.Namespace) -> list[Unit]:
         layers, width = map(int, parts)
         rate, tokens = options.rates[i], options.batch * options.length
         steps = options.steps[i] if options.steps else int(60 * options.minutes[i] * rate / tokens)
+        require(layers > 2, f"--sizes {size}: early and late layers need at least 3 of them")
         require(steps > 1, f"--sizes {size}: {steps} steps cannot be halved; train longer")
         found += [Unit(options, layers, width, steps, rate, seed) for seed in options.seeds]
     return found

@@ -129,6 +129,7 @@ def test_the_page_says_what_the_numbers_say(tmp_path, monkeypatch, capsys):
     [
         (["--sizes", "3x32", "4x32"], "--steps has 1 numbers for 2 --sizes; give one per size"),
         (["--sizes", "small"], "--sizes 'small' is no size; give layers x width, such as 12x640"),
+        (["--sizes", "2x32"], "--sizes 2x32: early and late layers need at least 3 of them"),
         (["--steps", "1"], "1 steps cannot be halved; train longer"),
         (["--kept", "1"], "must be shares of a training, in [0, 1)"),
     ],
