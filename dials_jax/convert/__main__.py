@@ -20,6 +20,9 @@ folder, which loads onto many devices and with its digests checked. Needs neithe
 and memory for one layer at a time. A Lightning checkpoint of MDLM (*.ckpt) needs PyTorch and
 --allow-pickle."""
 
+# Those of `hugging_face.MODEL_TYPES`, which --help does not wait for.
+CONVERTED_TYPES = ("llada", "illada", "Dream", "sdar", "qwen2", "mdlm", "gpt2")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command. Returns its exit status.
@@ -59,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="N",
         help="of a .ckpt: the id of the end of text, given with --mask-id",
     )
-    parser.epilog = "A model type that is not known is refused, with those that are."
+    parser.epilog = f"Model types of config.json that convert: {', '.join(CONVERTED_TYPES)}."
     options = parser.parse_args(arguments)
     import jax
 

@@ -6,7 +6,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dials_jax.convert.__main__ import main
+from dials_jax.convert import hugging_face
+from dials_jax.convert.__main__ import CONVERTED_TYPES, main
 from dials_jax.convert.safetensors_reader import open_safetensors
 from dials_jax.errors import InputError
 from dials_jax.loading import load
@@ -250,4 +251,7 @@ def test_help_says_what_the_command_needs(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
     text = capsys.readouterr().out
-    assert stop.value.code == 0 and "SRC" in text and "--dtype" in text and "llada" in text
+    assert stop.value.code == 0 and "SRC" in text and "--dtype" in text
+    assert tuple(hugging_face.MODEL_TYPES) == CONVERTED_TYPES and all(
+        kind in text for kind in CONVERTED_TYPES
+    )

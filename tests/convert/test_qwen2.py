@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -161,8 +162,9 @@ def test_dream_needs_its_special_tokens(edited, name):
         open_hugging_face(edited("dream_tiny", **{name: None}))
 
 
-def test_a_model_without_a_mask_scores_no_masked_copies():
+def test_a_model_without_a_mask_is_scored_by_its_own_next_tokens():
     model = load(GOLDEN / "qwen2_tiny")
     assert (model.config.mask_id, model.config.eos_id, model.config.pad_id) == (None, None, 0)
-    with pytest.raises(InputError, match="causal"):
-        log_likelihood(model, [3, 4], [5])
+    logits = model.apply(np.array([[3, 4, 5, 6]])).logits[0]
+    expected = jax.nn.log_softmax(logits)[np.arange(1, 3), [5, 6]].sum()
+    np.testing.assert_allclose(log_likelihood(model, [3, 4], [5, 6]), expected, rtol=1e-5)
