@@ -6,14 +6,16 @@ neither seed nor router. The earliest of them kept results.json alone, without r
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import MISSING, fields
+from typing import Any, get_args
 
 from dials_jax.caching.parse import cache_name, parse_cache
 from dials_jax.config import from_dict
 from dials_jax.digests import content_id
 from dials_jax.evaluation.items import Item, items_digest
-from dials_jax.evaluation.task import EvalConfig, EvalTask
+from dials_jax.evaluation.task import EvalConfig, EvalTask, SamplerConfig
 from dials_jax.evaluation.task_setup import generation_facts, score_settings
 from dials_jax.records import Check
 from dials_jax.sampling.confidence import Confidence
@@ -86,14 +88,26 @@ def complete_task(name: str, old: Any) -> Any:
     Returns: {} for what a newer version stored, or for damage: it differs from every task.
     """
     try:
-        beside = {key: old[key] for key in ("rules", "generation")}
+        generation = complete_generation(old["generation"])
+        beside = {"rules": old["rules"], "generation": generation}
         beside["outputs"] = old.get("outputs", old["metric"] == "choice")
         left_out = ("name", "items", *beside)
         settings = {key: value for key, value in old.items() if key not in left_out}
-        length = generated_length(beside["generation"])
+        length = generated_length(generation)
         return score_settings(read_task({"name": name, **settings}, length)) | beside
     except (AttributeError, KeyError, TypeError, ValueError):
         return {}
+
+
+def complete_generation(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Stored `generation_facts`, with the defaults of the sampler's settings that are newer."""
+    sampler = {cls.__name__.lower(): cls for cls in get_args(SamplerConfig)}.get(
+        stored.get("sampler")
+    )
+    if sampler is None:
+        return dict(stored)
+    defaults = {f.name: f.default for f in fields(sampler) if f.default is not MISSING}
+    return json.loads(json.dumps(defaults)) | stored
 
 
 def read_results(

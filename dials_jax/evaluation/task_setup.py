@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import jax
@@ -45,7 +44,7 @@ def generation_facts(task: EvalTask, items: Sequence[Item]) -> dict[str, Any]:
         return {}
     sampler = task_sampler(task, items)
     facts = {"sampler": type(sampler).__name__.lower(), "temperature": None, "steps": None}
-    return facts | asdict(sampler) | {"cache": cache_name(task.cache), "until": list(task.until)}
+    return facts | to_dict(sampler) | {"cache": cache_name(task.cache), "until": list(task.until)}
 
 
 def score_settings(task: EvalTask) -> dict[str, Any]:

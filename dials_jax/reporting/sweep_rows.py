@@ -204,7 +204,8 @@ def _generation_columns(generation: Mapping[str, Any]) -> dict[str, Any]:
     settings = [
         f"{name} {value}"
         for name, value in generation.items()
-        if name not in _OWN_COLUMN and value is not None and value is not False
+        if name not in _OWN_COLUMN and value is not None and value is not False and value != []
+        if not name.startswith("end_think_") or generation.get("end_think_ids")
     ]
     by_confidence = any(generation.get(rule) is not None for rule in PARALLEL_RULES)
     until = ["end of text", *map(repr, generation["until"])]

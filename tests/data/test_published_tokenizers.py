@@ -113,7 +113,7 @@ def test_a_saved_tokenizer_needs_nothing_else(folders, tmp_path, monkeypatch):
 
 def test_without_transformers_a_published_folder_names_the_extra(folders, monkeypatch):
     monkeypatch.setattr("dials_jax.errors.find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"transformers, tokenizers missing; pip install"):
+    with pytest.raises(InputError, match=r"tokenizers missing; pip install 'dials_jax\[data\]'"):
         load_tokenizer(folders / "dream")
 
 

@@ -283,9 +283,8 @@ GOEL = {  # the task that is run, and what makes a small model of the family
 
 
 @pytest.mark.parametrize("name", GOEL)
-def test_the_configurations_of_retention_run(name, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep_report, "_figures", lambda *args: [])
-    path = CONFIGS.parent / "representation" / f"retention_{name}.py"
+def test_the_configurations_of_retention_run(name, folder, tmp_path, without_plots):
+    path = CONFIGS / "representation" / f"retention_{name}.py"
     cfg = runpy.run_path(str(path))["get_config"]()
     assert [task.name for task in cfg.tasks] == ["gsm8k", "humaneval", "mbpp", "math500"]
     assert cfg.num_static == tuple(range(1, 9)) and cfg.allow_adjacent == (False, True)

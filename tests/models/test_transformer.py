@@ -22,7 +22,7 @@ OTHER = {
     "head_dim": 10, "d_ff": 96, "rope_theta": 100.0, "norm_eps": 1e-2, "qkv_bias": True,
     "o_bias": True, "mlp_bias": True, "head_bias": True, "norm": "layer", "mlp": "gelu",
     "norm_bias": True, "cond_dim": 8, "time_conditioning": True,
-    "causal": True, "right_shift": True, "dtype": "bfloat16",
+    "causal": True, "right_shift": True, "dtype": "bfloat16", "qk_norm": True, "block_length": 2,
 }  # fmt: skip
 # What else must hold, before and after, for a field to be there at all.
 WITH = {
