@@ -15,7 +15,6 @@ from dials_jax.convert.settings import (
     derive_head_dim,
     flag,
     integer,
-    number,
     require_options,
 )
 from dials_jax.errors import require
@@ -43,16 +42,8 @@ def translate_config(values: dict[str, Any], dtype: str) -> ModelConfig:
     bias, eos_id = flag(values, "attention_bias"), integer(values, "eos_token_id")
     return ModelConfig(
         model_type="illada",
-        vocab_size=integer(values, "vocab_size"),
-        d_model=integer(values, "hidden_size"),
-        num_layers=integer(values, "num_hidden_layers"),
-        num_heads=integer(values, "num_attention_heads"),
-        num_kv_heads=integer(values, "num_key_value_heads"),
+        **llama_names.sizes(values),
         head_dim=derive_head_dim(values, "hidden_size", "num_attention_heads"),
-        d_ff=integer(values, "intermediate_size"),
-        max_length=integer(values, "max_position_embeddings"),
-        rope_theta=llama_names.rope_theta(values),
-        norm_eps=number(values, "rms_norm_eps"),
         qkv_bias=bias,
         o_bias=bias,
         mlp_bias=flag(values, "mlp_bias"),

@@ -1,10 +1,10 @@
-"""What the published models with Llama's names share: tensors, and the base of rotary angles."""
+"""What the published models with Llama's names share: tensors, and most of `config.json`."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from dials_jax.convert.settings import number, section
+from dials_jax.convert.settings import integer, number, section
 from dials_jax.convert.table import TensorEntry
 from dials_jax.errors import require
 
@@ -32,6 +32,21 @@ TABLE = (
     TensorEntry("model.norm.weight", "final_norm/scale"),
     TensorEntry("lm_head.weight", "head/kernel", 1, tied="model.embed_tokens.weight"),
 )
+
+
+def sizes(values: dict[str, Any]) -> dict[str, Any]:
+    """Reads the fields of `ModelConfig` that all configurations with these names state alike."""
+    return {
+        "vocab_size": integer(values, "vocab_size"),
+        "d_model": integer(values, "hidden_size"),
+        "num_layers": integer(values, "num_hidden_layers"),
+        "num_heads": integer(values, "num_attention_heads"),
+        "num_kv_heads": integer(values, "num_key_value_heads"),
+        "d_ff": integer(values, "intermediate_size"),
+        "max_length": integer(values, "max_position_embeddings"),
+        "rope_theta": rope_theta(values),
+        "norm_eps": number(values, "rms_norm_eps"),
+    }
 
 
 def rope_theta(values: dict[str, Any]) -> float:

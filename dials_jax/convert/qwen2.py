@@ -12,7 +12,6 @@ from dials_jax.convert import llama_names
 from dials_jax.convert.settings import (
     derive_head_dim,
     integer,
-    number,
     require_options,
     token_id,
 )
@@ -40,16 +39,8 @@ def translate_config(values: dict[str, Any], dtype: str) -> ModelConfig:
     eos_id = token_id(values, "eos_token_id")
     return ModelConfig(
         model_type="qwen2",
-        vocab_size=integer(values, "vocab_size"),
-        d_model=integer(values, "hidden_size"),
-        num_layers=integer(values, "num_hidden_layers"),
-        num_heads=integer(values, "num_attention_heads"),
-        num_kv_heads=integer(values, "num_key_value_heads"),
+        **llama_names.sizes(values),
         head_dim=integer(values, "head_dim", head_dim),
-        d_ff=integer(values, "intermediate_size"),
-        max_length=integer(values, "max_position_embeddings"),
-        rope_theta=llama_names.rope_theta(values),
-        norm_eps=number(values, "rms_norm_eps"),
         qkv_bias=True,
         causal=True,
         mask_id=None,

@@ -11,7 +11,7 @@ from typing import Any
 
 from dials_jax.config import ModelConfig
 from dials_jax.convert import llama_names
-from dials_jax.convert.settings import flag, integer, number, require_options
+from dials_jax.convert.settings import flag, integer, require_options
 from dials_jax.convert.table import TensorEntry
 
 _BLOCK = "model.layers.{i}"
@@ -37,16 +37,8 @@ def translate_config(values: dict[str, Any], dtype: str) -> ModelConfig:
     bias, eos_id = flag(values, "attention_bias"), integer(values, "eos_token_id")
     return ModelConfig(
         model_type="sdar",
-        vocab_size=integer(values, "vocab_size"),
-        d_model=integer(values, "hidden_size"),
-        num_layers=integer(values, "num_hidden_layers"),
-        num_heads=integer(values, "num_attention_heads"),
-        num_kv_heads=integer(values, "num_key_value_heads"),
+        **llama_names.sizes(values),
         head_dim=integer(values, "head_dim"),
-        d_ff=integer(values, "intermediate_size"),
-        max_length=integer(values, "max_position_embeddings"),
-        rope_theta=llama_names.rope_theta(values),
-        norm_eps=number(values, "rms_norm_eps"),
         qkv_bias=bias,
         o_bias=bias,
         qk_norm=True,

@@ -51,7 +51,7 @@ def routed_candidates(cfg: EvalConfig, model: Model) -> tuple[list[Candidate], d
     Also describes them, by `router_id`. Routers of one lambda and one training but for its seed
     have one label, and make one row.
     """
-    found, routers = [], {}
+    found, routers, paths = [], {}, {}
     for path in cfg.routers:
         folder, info = router_facts(path)
         training = {"training": router_training(folder, info), "folder": Path(path).name}
@@ -61,7 +61,12 @@ def routed_candidates(cfg: EvalConfig, model: Model) -> tuple[list[Candidate], d
             if candidate.policy.votes != "hard":
                 known["votes"] = candidate.policy.votes
             number = router_id(known)
-            require(number not in routers, f"routers: {path} is given twice; remove one of them")
+            require(
+                number not in routers,
+                f"routers: {path} and {paths.get(number)} hold one router, weight for weight; "
+                "remove one of them",
+            )
+            paths[number] = path
             candidate.facts.update(training, router=number)
             notes = _router_notes(candidate.policy, path)
             found.append(dataclasses.replace(candidate, notes=notes))

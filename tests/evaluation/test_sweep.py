@@ -819,7 +819,7 @@ def test_seeds_of_one_training_are_told_from_other_trainings(folder, tmp_path):
 
 def test_a_router_that_is_given_twice_is_refused(cfg, folder, tmp_path):
     both = dataclasses.replace(cfg, routers=2 * (str(folder / "a"),))
-    with pytest.raises(InputError, match="is given twice"):
+    with pytest.raises(InputError, match="hold one router, weight for weight"):
         sweep.sweep(both, tmp_path)
 
 
