@@ -22,6 +22,7 @@ from dials_jax.statistics import (
     rank_correlation,
 )
 from dials_jax.studies.claims import (
+    AT_END,
     Evidence,
     early_excess,
     profile_distance,
@@ -31,6 +32,11 @@ from dials_jax.studies.claims import (
 
 Row = dict[str, Any]
 FAMILIES = ("native", "causal", "continued")
+PROFILES = {
+    "layer": "layer cosines",
+    "token": "cosines of neighbouring tokens",
+    "end": f"cosines of neighbouring tokens{AT_END}",
+}
 ALGORITHM_1 = "similarity in prompts (Algorithm 1), and loss"
 
 
@@ -93,7 +99,7 @@ def nearer_causal(results: Results, name: str, size: str, step: int | None = Non
     """How much nearer the continued model's profile is to the causal one's than to the native's.
 
     Args:
-      name: "layer", or "token"; their first number, of the embedding, is left out.
+      name: "layer", "token", or "end"; their first number, of the embedding, is left out.
       step: of the continued model; the others are finished.
     """
     own = results.by_sequence(name, size, "continued", step)
@@ -102,33 +108,38 @@ def nearer_causal(results: Results, name: str, size: str, step: int | None = Non
         profile_distance(x[:, 1:], y[:, 1:]) - profile_distance(x[:, 1:], z[:, 1:])
         for x, y, z in zip(own, native, causal, strict=True)
     ]
-    what = {"layer": "layer cosines", "token": "cosines of neighbouring tokens"}[name]
-    return find(f"continued, {what}: distance to native less that to causal", differences)
+    return find(f"continued, {PROFILES[name]}: distance to native less that to causal", differences)
 
 
 def claim_findings(results: Results, size: str) -> dict[str, tuple[Finding, ...]]:
     """What speaks for each claim where it is positive."""
-    excess, recent = (
-        {f: [number(x) for x in results.by_sequence(name, size, f)] for f in ("native", "causal")}
-        for name, number in (("layer", early_excess), ("token", recency))
-    )
-    growth = [recency_growth(x) for x in results.by_sequence("token", size, "native")]
+    excess = {
+        family: [early_excess(x) for x in results.by_sequence("layer", size, family)]
+        for family in ("native", "causal")
+    }
     return {
         "early layers of native diffusion are redundant": (
             find("native: cosine of early layers less that of late ones", excess["native"]),
             find("the same, native less causal", np.subtract(excess["native"], excess["causal"])),
         ),
-        "causal models have a recency bias": (
-            find(
-                "1 - cosine of neighbouring tokens, causal less native",
-                np.subtract(recent["causal"], recent["native"]),
-            ),
-            find("the same in native: late states less early ones", growth),
+        "causal models have a recency bias": tuple(
+            found
+            for name, when in (("token", ""), ("end", AT_END))
+            for found in recency_findings(results, size, name, when)
         ),
         "the continued model keeps the causal structure": tuple(
-            nearer_causal(results, name, size) for name in ("layer", "token")
+            nearer_causal(results, name, size) for name in PROFILES
         ),
     }
+
+
+def recency_findings(results: Results, size: str, name: str, when: str) -> Iterator[Finding]:
+    """Args: name: "token", or "end", where no mask makes neighbours alike."""
+    native, causal = (results.by_sequence(name, size, family) for family in ("native", "causal"))
+    what = f"1 - cosine of neighbouring tokens{when}"
+    differences = [recency(x) - recency(y) for x, y in zip(causal, native, strict=True)]
+    yield find(f"{what}, causal less native", differences)
+    yield find(f"native: {what}, late states less early ones", [recency_growth(x) for x in native])
 
 
 # ------------------------------------------------------------------------------------- skipping

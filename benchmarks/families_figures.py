@@ -10,6 +10,7 @@ import numpy as np
 
 from benchmarks.families_claims import Results, increases
 from dials_jax.reporting.figure import COLORS, GREY, blue_shades, figure_at
+from dials_jax.studies.claims import AT_END
 
 if TYPE_CHECKING:  # matplotlib is optional
     from matplotlib.axes import Axes
@@ -20,6 +21,7 @@ FAMILY_COLORS = {
 NAMES = {
     "layer": ("cosine of input and output", "layer"),
     "token": ("cosine of neighbouring tokens", "hidden state"),
+    "end": (f"the same{AT_END}", "hidden state"),
 }
 
 
@@ -38,10 +40,10 @@ def draw_all(results: Results, folder: Path) -> dict[str, Path]:
 def draw_profiles(results: Results, path: Path) -> None:
     """Cosines by depth: means over sequences, each seed a line (Goel, Figure 3)."""
     rows = len(results.sizes)
-    with figure_at(path, 9.0, 3.2 * rows) as figure:
-        axes = figure.subplots(rows, 2, squeeze=False)
-        for size, pair in zip(results.sizes, axes, strict=True):
-            for name, ax in zip(NAMES, pair, strict=True):
+    with figure_at(path, 13.0, 3.2 * rows) as figure:
+        axes = figure.subplots(rows, len(NAMES), squeeze=False)
+        for size, own_axes in zip(results.sizes, axes, strict=True):
+            for name, ax in zip(NAMES, own_axes, strict=True):
                 for family, color in FAMILY_COLORS.items():
                     for i, own in enumerate(results.by_sequence(name, size, family)):
                         ax.plot(np.nanmean(own, axis=0), color=color, label=family if not i else "")

@@ -18,6 +18,7 @@ from benchmarks.command import make_main
 from benchmarks.families_claims import (
     ALGORITHM_1,
     FAMILIES,
+    PROFILES,
     Finding,
     Results,
     claim_findings,
@@ -31,7 +32,7 @@ from benchmarks.routers_page import spread, table
 from dials_jax.errors import require
 from dials_jax.files import read_json
 from dials_jax.statistics import RankCorrelation
-from dials_jax.studies.claims import early_excess, judge, recency
+from dials_jax.studies.claims import AT_END, early_excess, judge, recency
 
 HEAD = """# Where redundancy lies: native, causal and continued models on equal data
 
@@ -45,8 +46,10 @@ the position to its left).
 Hardware: {device}, {date}, jax {jax}. Sizes (layers x width) {sizes}; seeds {seeds}. Rows of
 {length} tokens, a quarter of them the prompt; {prompts} prompts and {study_steps} denoising steps a
 profile; {items} held-out texts and {samples} masked copies of each for losses (a causal model's are
-exact). Intervals are of 95 % and cover sequences and seeds; in brackets behind them the value of
-each seed. Layers count from 0.
+exact). Neighbouring masks are alike whatever the model, so cosines of neighbouring tokens are also
+those of each text's last model call, without the few masks that are left in it. Intervals are of
+95 % and cover sequences and seeds; in brackets behind them the value of each seed. Layers count
+from 0.
 
 ```
 {command}
@@ -177,19 +180,21 @@ def during_table(results: Results) -> str:
         for size in results.sizes:
             for family in FAMILIES:
                 for step in results.steps(size, family):
-                    layer, token = (
-                        results.by_sequence(name, size, family, step) for name in ("layer", "token")
+                    layer, token, end = (
+                        results.by_sequence(name, size, family, step) for name in PROFILES
                     )
                     nearer = ""
                     if family == "continued":
                         nearer = str(nearer_causal(results, "layer", size, step))
                     yield (
                         size, family, str(step), str(find("", [early_excess(x) for x in layer])),
-                        str(find("", [recency(x) for x in token])), nearer,
+                        str(find("", [recency(x) for x in token])),
+                        str(find("", [recency(x) for x in end])), nearer,
                     )  # fmt: skip
 
     head = (
         "size", "family", "step", "early less late cosine", "1 - cosine of neighbours",
+        f"the same{AT_END}",
         "nearer to the finished causal model than to the native one",
     )  # fmt: skip
     return "Step 0 is before training: random weights, or those of the causal model.\n\n" + table(

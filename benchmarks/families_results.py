@@ -79,6 +79,7 @@ def summarise(profile: Profile) -> dict[str, Any]:
         "label": profile.facts.label,
         "layer": rounded(profile.sequence_layer),
         "token": rounded(profile.sequence_token),
+        "end": rounded(profile.end_token),
         "prompt_layer": rounded(profile.prompt_layer),
         "layer_by_step": rounded(profile.layer_cosine.pooled(2).mean),
         "norm": rounded(np.nanmean(profile.norm.mean[:, :, answer], axis=(0, 2))),

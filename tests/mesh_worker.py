@@ -121,6 +121,7 @@ def evaluate(mesh, cfg, params, routers):
             "neighbours": seen.token_cosine.mean,
             "histogram": seen.layer_histogram.sum(axis=1),
             "sequence": seen.sequence_layer,
+            "end": seen.end_token,
             "change": seen.change.mean,
         },
         "refilled": np.stack([one.out.tokens[0] for one in by_request]),

@@ -220,9 +220,12 @@ class CanvasModel:
     ) -> PyTree:
         """What the record of model calls holds of their hidden states, with one more call.
 
-        Args: as of `BatchObserver.fold`; all None without an observer.
+        Args: as of `BatchObserver.fold`; None without an observer.
         """
-        return None if self.observer is None else self.observer.fold(so_far, seen, step, own)
+        if self.observer is None:
+            return None
+        written = ~transformer.is_masked(self.cfg, seen.tokens)
+        return self.observer.fold(so_far, seen, written, step, own)
 
     def init_cache(self, span: tuple[int, int] | None = None) -> Any:
         """A cache of zeros for the layers of `span`, laid out as they are."""

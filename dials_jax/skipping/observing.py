@@ -165,6 +165,7 @@ class Observed(NamedTuple):
     calls: Int[Array, "B"]
     sequence_layer: Float[Array, "B L"]
     sequence_token: Float[Array, "B states"]
+    end_token: Float[Array, "B states"]
     prompt_layer: Float[Array, "B L"]
     change: Sums  # [K, D]
     previous: Previous | None
@@ -174,7 +175,7 @@ def of_sequences(observed: Observed | None, num_sequences: int) -> Observed | No
     """Leaves out the sequences that only pad the batch; the sums never counted them."""
     if observed is None:
         return None
-    names = ("calls", "sequence_layer", "sequence_token", "prompt_layer")
+    names = ("calls", "sequence_layer", "sequence_token", "end_token", "prompt_layer")
     return observed._replace(**{name: getattr(observed, name)[:num_sequences] for name in names})
 
 
@@ -224,17 +225,24 @@ class BatchObserver:
             calls=of_batch(dtype=jnp.int32),
             sequence_layer=of_batch(layers),
             sequence_token=of_batch(states),
+            end_token=of_batch(states),
             prompt_layer=of_batch(layers),
             change=Sums(zeros(1, distances), *(zeros(len(kept), distances) for _ in range(2))),
             previous=Previous(tokens, kept) if kept else None,
         )
 
     def fold(
-        self, so_far: Observed, seen: Seen, step: Int[Array, "..."], own: Bool[Array, "B"]
+        self,
+        so_far: Observed,
+        seen: Seen,
+        written: Bool[Array, "B T"],
+        step: Int[Array, "..."],
+        own: Bool[Array, "B"],
     ) -> Observed:
         """The sums with one more call.
 
         Args:
+          written: False at a [MASK].
           step: the denoising step, the same in all sequences or one for each.
           own: False where the call was made for other sequences.
         """
@@ -249,6 +257,9 @@ class BatchObserver:
             new = masked_mean(values[..., answer], where[:, answer])
             return mean + weight[:, None] * (new - mean)
 
+        both = (pairs & written[:, :-1] & written[:, 1:])[:, answer]
+        end = masked_mean(seen.token_cosine[..., answer], both)
+        end = jnp.where(jnp.any(both, axis=1)[:, None], end, jnp.nan)
         in_prompt = masked_mean(seen.layer_cosine[..., prompt], here[:, prompt])
         first = (own & (so_far.calls == 0))[:, None]
         change, previous = self.fold_change(so_far, seen, own)
@@ -264,6 +275,7 @@ class BatchObserver:
             calls,
             running(so_far.sequence_layer, seen.layer_cosine, here),
             running(so_far.sequence_token, seen.token_cosine, pairs),
+            jnp.where(own[:, None], end, so_far.end_token),  # a later call replaces it
             jnp.where(first, in_prompt, so_far.prompt_layer),
             change,
             previous,

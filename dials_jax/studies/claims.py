@@ -2,7 +2,9 @@
 
 Positive numbers speak for a claim. All models of a study continue the same prompts in the same
 order, so two models are compared sequence by sequence. Depth profiles are [N, L], of layers, or
-[N, L+1], of hidden states: `Profile.sequence_layer` and `Profile.sequence_token`.
+[N, L+1], of hidden states: `Profile.sequence_layer`, `Profile.sequence_token` and
+`Profile.end_token`. Neighbouring [MASK] have one embedding and are alike whatever the model, so
+what is said of neighbouring tokens must hold in the last model calls too, where they do not count.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from dials_jax.errors import nearest, require
 from dials_jax.statistics import mean_interval
 from dials_jax.studies.profile import Profile
 
+AT_END = " in the last model call"
 _Role = Literal["native", "causal", "adapted"]
 Verdict = Literal["supported", "not supported", "undecided", "not tested"]
 NUM_RESAMPLES = 2000
@@ -119,19 +122,6 @@ def profile_correlation(
     return np.where(spread > 0, (a * b).sum(axis=-1) / np.where(spread > 0, spread, 1), np.nan)
 
 
-def recency_at_end(profile: Profile) -> tuple[float, float]:
-    """`recency` in the last group of steps, where hardly a [MASK] is left, and its standard error.
-
-    Profiles do not keep sequences apart there. The error is what it would be if all positions and
-    hidden states of a sequence erred together, and never larger.
-    """
-    answer, cosine = profile.positions[:-1] >= 0, profile.token_cosine
-    mean, std = (values[-1][1:, answer] for values in (cosine.mean, cosine.std))
-    if not np.isfinite(std).any():
-        return float(1 - np.nanmean(mean)), np.nan
-    return float(1 - np.nanmean(mean)), float(np.nanmean(std) / np.sqrt(profile.num_sequences))
-
-
 # --------------------------------------------------------------------------------------- evidence
 
 
@@ -142,16 +132,6 @@ def mean_evidence(what: str, values: Float[np.ndarray, "N"]) -> Evidence:
         return Evidence(what=what, value=np.nan, low=np.nan, high=np.nan)
     low, high = mean_interval(values)
     return Evidence(what=what, value=float(values.mean()), low=low, high=high)
-
-
-def end_evidence(what: str, more: Profile, less: Profile) -> Evidence:
-    """The difference of `recency_at_end`; the interval covers any dependence of the two."""
-    import scipy.stats
-
-    values, errors = zip(*map(recency_at_end, (more, less)), strict=True)
-    value = values[0] - values[1]
-    half = float(scipy.stats.t.ppf(0.975, max(1, more.num_sequences - 1)) * sum(errors))
-    return Evidence(what=what, value=value, low=value - half, high=value + half)
 
 
 def nearer_by_correlation(
@@ -167,6 +147,8 @@ def nearer_by_correlation(
     covers what other prompts would change, not other layers or trainings (Efron 1979).
     """
     count = len(adapted)
+    if not count:
+        return mean_evidence(what, np.empty(0))
     rng = np.random.default_rng(seed)
     weights = rng.multinomial(count, np.full(count, 1 / count), NUM_RESAMPLES) / count
 
@@ -235,8 +217,12 @@ class Models:
         return {x: p.sequence_layer for x, p in self.profiles.items() if self.role(x) == role}
 
     def tokens(self, role: _Role) -> dict[str, Float[np.ndarray, "N states"]]:
-        """Of each model, by label."""
+        """Of each model, by label: neighbouring tokens over all model calls."""
         return {x: p.sequence_token for x, p in self.profiles.items() if self.role(x) == role}
+
+    def ends(self, role: _Role) -> dict[str, Float[np.ndarray, "N states"]]:
+        """Of each model, by label: neighbouring tokens in the last model call."""
+        return {x: p.end_token for x, p in self.profiles.items() if self.role(x) == role}
 
     @cached_property
     def depth(self) -> int:
@@ -293,20 +279,26 @@ def _redundancy(models: Models) -> Iterator[Evidence]:
 
 
 def _recency_bias(models: Models) -> Iterator[Evidence]:
-    causal = models.tokens("causal")
-    for native, own in models.tokens("native").items() if causal else ():
-        for label, other in causal.items():
-            what = f"1 - cosine of neighbouring tokens, {label} less {native}"
-            yield mean_evidence(what, recency(other) - recency(own))
-            profiles = models.profiles[label], models.profiles[native]
-            yield end_evidence(f"the same in the last steps, {label} less {native}", *profiles)
-        what = f"{native}: 1 - cosine of neighbouring tokens, late states less early ones"
-        yield mean_evidence(what, recency_growth(own))
+    """Of causal models against native ones, and of native ones alone."""
+    for when, tokens in (("", models.tokens), (AT_END, models.ends)):
+        native, causal = tokens("native"), tokens("causal")
+        what = f"1 - cosine of neighbouring tokens{when}"
+        for label, own in native.items() if causal else ():
+            for other, theirs in causal.items():
+                yield mean_evidence(f"{what}, {other} less {label}", recency(theirs) - recency(own))
+            yield mean_evidence(
+                f"{label}: {what}, late states less early ones", recency_growth(own)
+            )
 
 
 def _kept_structure(models: Models) -> Iterator[Evidence]:
     """Of each adapted model against each pair of a causal and a native one."""
-    profiles = {"layer cosines": models.layers, "cosines of neighbouring tokens": models.tokens}
+    neighbours = "cosines of neighbouring tokens"
+    profiles = {
+        "layer cosines": models.layers,
+        neighbours: models.tokens,
+        f"{neighbours}{AT_END}": models.ends,
+    }
     for what, of_role in profiles.items():
         own, causal, native = (
             # The first number is of the embedding; it would outweigh the rest.
@@ -314,9 +306,15 @@ def _kept_structure(models: Models) -> Iterator[Evidence]:
             for role in ("adapted", "causal", "native")
         )
         for label, one, two in itertools.product(own, causal, native):
-            three = own[label], causal[one], native[two]
+            three = with_numbers(own[label], causal[one], native[two])
             compared = f"{label}, {what}:"
             yield nearer_by_correlation(
                 f"{compared} correlation with {one} less that with {two}", *three
             )
             yield nearer_by_distance(f"{compared} distance to {two} less that to {one}", *three)
+
+
+def with_numbers(*profiles: Float[np.ndarray, "N L"]) -> list[Float[np.ndarray, "M L"]]:
+    """The sequences that have all numbers in every profile."""
+    here = np.isfinite(profiles).all(axis=(0, 2))
+    return [profile[here] for profile in profiles]

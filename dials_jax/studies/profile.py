@@ -122,6 +122,10 @@ class Profile:
       layer_histogram, token_histogram: [L, bins] and [L+1, bins], of the cosines over [-1, 1].
       sequence_layer: [N, L], each sequence's mean layer cosine over its answer and its model calls.
       sequence_token: [N, L+1], the same of `token_cosine`: pairs inside the answer.
+      end_token: [N, L+1], the same in each sequence's last model call, of the pairs without a
+        [MASK]: all but those of the tokens that this call reveals. Neighbouring [MASK] are alike
+        whatever the model; here they do not count. NaN without a pair, as where one call reveals
+        all. For causal models the same as `sequence_token`.
       prompt_layer: [N, L], each prompt's mean layer cosine in the first call: Goel, Algorithm 1.
         NaN without a prompt.
       change: [K, D], 1 - cosine of a position's states in two calls of its sequence that follow
@@ -141,6 +145,7 @@ class Profile:
     token_histogram: Int[np.ndarray, "states bins"]
     sequence_layer: Float[np.ndarray, "N L"]
     sequence_token: Float[np.ndarray, "N states"]
+    end_token: Float[np.ndarray, "N states"]
     prompt_layer: Float[np.ndarray, "N L"]
     change: Moments
     seconds: float = 0.0
@@ -188,7 +193,7 @@ class Profile:
 
 _MOMENTS = ("layer_cosine", "token_cosine", "norm", "change")
 _COUNTS = ("sinks", "layer_histogram", "token_histogram")
-_SEQUENCES = ("sequence_layer", "sequence_token", "prompt_layer")
+_SEQUENCES = ("sequence_layer", "sequence_token", "end_token", "prompt_layer")
 _ARRAYS = ("largest_norm", *_COUNTS, *_SEQUENCES)
 _MERGED: dict[tuple[str, ...], Callable[[Any, Any], Any]] = {
     _MOMENTS: Moments.merge,
@@ -227,6 +232,10 @@ def load_profile(path: str | Path) -> Profile:
             found = dict(stored)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f"{path} is damaged ({error}); {REMEASURE}") from error
+    require(
+        "end_token" in found or "sequence_token" not in found,
+        f"{path} is of an earlier version, which did not measure the last model call; {REMEASURE}",
+    )
     with require_sound(path, REMEASURE):
         moments = {
             name: Moments(*(found[f"{name}.{part.name}"] for part in _PARTS)) for name in _MOMENTS

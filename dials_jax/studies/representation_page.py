@@ -22,7 +22,7 @@ NUM_DECODED = 32  # tokens, of Goel, Figures 4 and 6
 SKIPPED_SHARE = 0.1875  # of the layers: 6 of 32 in Goel, Figure 8
 NOTE = (
     "Neighbouring [MASK] tokens have one embedding, so neighbours are more alike in a diffusion "
-    "model while much is masked, whatever it has learned; the figures show the end, too."
+    "model while much is masked, whatever it has learned; figures and claims show the end, too."
 )
 
 
@@ -116,8 +116,7 @@ def profile_table(profiles: Mapping[str, Profile]) -> Table:
     lines = []
     for label, profile in profiles.items():
         layer, early = profile.sequence_layer.mean(axis=0), early_layers(profile.num_layers)
-        answer = profile.positions >= 0
-        end = profile.token_cosine.mean[-1][1:, answer[:-1]]
+        end = profile.end_token[:, 1:]
         norm = profile.norm.pooled((0, 2)).mean
         cosines = (layer[early], layer[early.stop :], layer.min(), profile.sequence_token[:, 1:])
         lines.append(
@@ -125,7 +124,7 @@ def profile_table(profiles: Mapping[str, Profile]) -> Table:
                 label,
                 str(profile.num_layers),
                 *(f"{np.mean(x):.3f}" if np.size(x) else "-" for x in cosines),
-                f"{np.nanmean(end):.3f}",
+                f"{np.nanmean(end):.3f}" if np.isfinite(end).any() else "-",
                 f"{norm[-1] / norm[1]:.1f}",
                 str(int((profile.sinks.sum(axis=0) > 0).sum())),
                 str(profile.num_sequences),
@@ -139,7 +138,8 @@ PROFILE_LEGEND = (
     ("early, late layers", "Mean cosine of a layer's input and output in answers: of the first "
      "half without layer 0, whose input is an embedding, and of the second half."),
     ("neighbours", "Mean cosine of neighbouring tokens in answers, over all hidden states but the "
-     "embedding, and over all steps; at the end: in the last steps alone. " + NOTE),
+     "embedding, and over all steps; at the end: in each sequence's last model "
+     "call, where pairs with a mask do not count. " + NOTE),
     ("norm, last / first", "Mean L2 norm of what leaves the last layer and what leaves layer 0."),
     ("sink positions", "How many positions are a sink in any hidden state."),
 )  # fmt: skip

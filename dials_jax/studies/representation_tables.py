@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from dials_jax.config import to_dict
 from dials_jax.reporting.publish import Table
 from dials_jax.statistics import mean_interval
-from dials_jax.studies.profile import Profile
+from dials_jax.studies.profile import Moments, Profile
 
 DEPTHS = ("first quarter", "second", "third", "last")
 # Distances to the nearest token that the step before decoded, both ends included.
@@ -154,6 +154,7 @@ def profile_rows(profiles: Mapping[str, Profile]) -> list[dict[str, Any]]:
         quantities = {
             "layer_cosine": profile.sequence_layer,
             "token_cosine": profile.sequence_token,
+            "token_cosine_at_end": profile.end_token,
             "prompt_layer_cosine": profile.prompt_layer,
         }
         for quantity, by_sequence in quantities.items():
@@ -180,7 +181,7 @@ def _row(
 
 def profile_results(profile: Profile) -> dict[str, Any]:
     """What results.json says of a model; the arrays are in its profile."""
-    reach = change_by_reach(profile)
+    reach, end = change_by_reach(profile), profile.end_token
     return {
         **to_dict(profile.facts),
         "num_layers": profile.num_layers,
@@ -188,6 +189,7 @@ def profile_results(profile: Profile) -> dict[str, Any]:
         "seconds": profile.seconds,
         "layer_cosine": profile.sequence_layer.mean(axis=0).tolist(),
         "token_cosine": profile.sequence_token.mean(axis=0).tolist(),
+        "token_cosine_at_end": Moments.of(end, 0, np.isfinite(end)).mean.tolist(),
         "norm": profile.norm.pooled((0, 2)).mean.tolist(),
         "sinks": top_sinks(profile),
         "change": {name: values.tolist() for name, values in reach.items()},

@@ -186,6 +186,7 @@ def as_profile(
         token_histogram=np.asarray(observed.token_histogram, int),
         sequence_layer=np.asarray(observed.sequence_layer, float),
         sequence_token=np.asarray(observed.sequence_token, float),
+        end_token=np.asarray(observed.end_token, float),
         prompt_layer=np.where(prompted[:, None], np.asarray(observed.prompt_layer, float), np.nan),
         seconds=seconds,
     )

@@ -66,7 +66,8 @@ def results(continued_like=FLAT):
             rows["profiles"].append(
                 where | {"step": step, "label": f"{family}-{step}",
                          "layer": noisy(layer if step else FLAT, PROMPTS),
-                         "token": noisy(token, PROMPTS), "prompt_layer": noisy(layer, PROMPTS),
+                         "token": noisy(token, PROMPTS), "end": noisy(token, PROMPTS),
+                         "prompt_layer": noisy(layer, PROMPTS),
                          "change_layers": [], **(changes if family != "causal" else {})}
             )  # fmt: skip
     machine = {"device": "a GPU", "date": "today", "jax": "1", "command": "python -m it"}
@@ -95,8 +96,18 @@ def test_claims_are_found_and_their_opposites_too():
     found = claim_findings(Results(results()), "6x8")
     assert tuple(found) == CLAIMS
     assert [judge(numbers) for numbers in found.values()] == ["supported"] * 3
-    layers, tokens = claim_findings(Results(results(continued_like=EARLY_HIGH)), "6x8")[CLAIMS[2]]
-    assert layers.sign == -1 and tokens.sign == 1 and len(tokens.by_seed) == 2
+    found = claim_findings(Results(results(continued_like=EARLY_HIGH)), "6x8")[CLAIMS[2]]
+    assert [one.sign for one in found] == [-1, 1, 1] and len(found[0].by_seed) == 2
+
+
+def test_masks_that_are_alike_support_no_recency_bias():
+    """What counts is the last model call, where masks do not."""
+    rows = results()
+    for row in rows["profiles"]:
+        if row["family"] == "native":
+            row["end"] = (np.array(row["end"]) - 0.7).tolist()
+    signs = [one.sign for one in claim_findings(Results(rows), "6x8")[CLAIMS[1]]]
+    assert signs == [1, 1, -1, 1]
 
 
 def test_similarity_predicts_what_it_was_made_from():

@@ -42,7 +42,7 @@ def cosine(a, b):
     return (a * b).sum(-1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1))
 
 
-def plain_profile(sequences, prompt_length, gen_length, observer, num_steps):
+def plain_profile(sequences, prompt_length, gen_length, observer, num_steps, mask_id=None):
     """The numbers of a `Profile` by name.
 
     Args:
@@ -50,7 +50,8 @@ def plain_profile(sequences, prompt_length, gen_length, observer, num_steps):
     """
     length, bins = prompt_length + gen_length, min(observer.num_step_bins, num_steps)
     layers, tokens, norms, groups = [], [], [], []
-    found = {"sequence_layer": [], "sequence_token": [], "prompt_layer": []}
+    names = ("sequence_layer", "sequence_token", "end_token", "prompt_layer")
+    found = {name: [] for name in names}
     for calls in sequences:
         own = length - len(calls[0].tokens)  # padding on the left
 
@@ -66,6 +67,7 @@ def plain_profile(sequences, prompt_length, gen_length, observer, num_steps):
         found["sequence_layer"].append(np.mean(answers, axis=0))
         pairs = [x[:, prompt_length:].mean(axis=1) for x in of_token]
         found["sequence_token"].append(np.mean(pairs, axis=0))
+        found["end_token"].append(end_token(calls[-1], gen_length, mask_id))
         found["prompt_layer"].append(of_layer[0][:, own:prompt_length].mean(axis=1))
     groups = np.array(groups)
     for name, values in (("layer_cosine", layers), ("token_cosine", tokens), ("norm", norms)):
@@ -78,6 +80,14 @@ def plain_profile(sequences, prompt_length, gen_length, observer, num_steps):
     found["sinks"] = (norms > observer.sink_factor * median).sum(axis=0)
     found["change"] = change_by_distance(sequences, gen_length, observer.change_layers)
     return {name: x if name in NESTED else np.array(x) for name, x in found.items()}
+
+
+def end_token(call, gen_length, mask_id):
+    """[L+1], the mean cosine over the pairs of the answer without a mask; NaN without any."""
+    tokens, states = call.tokens[-gen_length:], call.states[:, -gen_length:]
+    cosines = cosine(states[:, :-1], states[:, 1:])
+    written = [mask_id not in pair for pair in pairwise(tokens.tolist())]
+    return cosines[:, written].mean(axis=1) if any(written) else np.full(len(states), np.nan)
 
 
 NESTED = ("layer_cosine", "token_cosine", "norm", "change")

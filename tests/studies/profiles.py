@@ -36,6 +36,7 @@ def random_profile(
         token_histogram=counts(states, BINS),
         sequence_layer=random.uniform(-1, 1, (sequences, layers)),
         sequence_token=random.uniform(-1, 1, (sequences, states)),
+        end_token=random.uniform(-1, 1, (sequences, states)),
         prompt_layer=random.uniform(-1, 1, (sequences, layers)),
         change=moments(len(looked_at), 7),
         seconds=float(sequences),

@@ -8,7 +8,6 @@ import pytest
 from dials_jax.errors import InputError
 from dials_jax.studies import claims
 from dials_jax.studies.claims import check_claims
-from dials_jax.studies.profile import Moments
 from tests.studies.profiles import random_profile
 
 N, L = 12, 8
@@ -23,14 +22,11 @@ def made(label, layer, token, family="diffusion", noise=0.004, seed=0):
         return np.asarray(mean) + noise * random.standard_normal((N, len(mean)))
 
     tokens = by_sequence(token)
-    profile = random_profile(label, sequences=N, layers=len(layer), family=family)
-    steps, _, pairs = profile.token_cosine.mean.shape
-    everywhere = np.broadcast_to(tokens[:, None, :, None], (N, steps, len(token), pairs))
     return dataclasses.replace(
-        profile,
+        random_profile(label, sequences=N, layers=len(layer), family=family),
         sequence_layer=by_sequence(layer),
         sequence_token=tokens,
-        token_cosine=Moments.of(everywhere, axis=0),
+        end_token=tokens,
     )
 
 
@@ -52,14 +48,14 @@ def verdicts(profiles, adapted=()):
 def test_models_like_those_of_the_paper_support_its_claims():
     found = check_claims(PAPER, ["Dream"])
     assert [claim.verdict for claim in found] == ["supported"] * 3
-    assert [len(claim.evidence) for claim in found] == [2, 3, 4]
+    assert [len(claim.evidence) for claim in found] == [2, 4, 6]
     excess, _ = found[0].evidence
     assert excess.value == pytest.approx(FALLING[1:4].mean() - FALLING[4:].mean(), abs=0.01)
     assert excess.low < excess.value < excess.high
-    bias, end, growth = found[1].evidence
+    bias, growth, *end = found[1].evidence
     expected = LLADA.sequence_token[:, 1:].mean() - QWEN.sequence_token[:, 1:].mean()
-    assert bias.value == pytest.approx(expected) == end.value
-    assert end.low < bias.low < bias.high < end.high  # the end's interval is a cautious one
+    assert bias.value == pytest.approx(expected) and bias.low < bias.value < bias.high
+    assert [e.value for e in end] == [bias.value, growth.value]  # the same tokens here
     assert growth.value == pytest.approx(
         LLADA.sequence_token[:, 1:5].mean() - LLADA.sequence_token[:, 5:].mean()
     )
@@ -76,13 +72,24 @@ def test_models_that_do_the_opposite_do_not():
 
 def test_masks_that_are_alike_support_no_recency_bias():
     """Neighbouring masks are alike in any model; what counts is the end, where they are gone."""
-    moments = LLADA.token_cosine
-    low = dataclasses.replace(moments, mean=moments.mean.copy())
-    low.mean[-1] = 0.1
-    masks = dataclasses.replace(LLADA, token_cosine=low)
+    masks = dataclasses.replace(LLADA, end_token=LLADA.end_token - 0.6)
     (claim,) = check_claims({"LLaDA": masks, "Qwen": QWEN})[1:2]
-    assert [number.sign for number in claim.evidence] == [1, -1, 1]
+    assert [number.sign for number in claim.evidence] == [1, 1, -1, 1]
     assert claim.verdict == "not supported"
+
+
+def test_sequences_without_a_number_at_the_end_are_left_out():
+    """Where one call reveals a whole answer, all that it sees is masks."""
+    some, none = LLADA.end_token.copy(), np.full_like(LLADA.end_token, np.nan)
+    some[0] = np.nan
+    for end, left in ((some, slice(1, None)), (none, slice(0, 0))):
+        native = dataclasses.replace(LLADA, end_token=end)
+        found = check_claims(PAPER | {"LLaDA": native}, ["Dream"])
+        *_, bias, growth = found[1].evidence
+        expected = claims.recency(QWEN.end_token[left]) - claims.recency(LLADA.end_token[left])
+        assert bias.sign == growth.sign == len(expected[:1])
+        np.testing.assert_allclose(bias.value, expected.mean() if len(expected) else np.nan)
+        assert [number.sign for number in found[2].evidence[4:]] == [bias.sign] * 2
 
 
 def test_noise_decides_nothing():

@@ -99,6 +99,9 @@ def test_a_missing_or_damaged_file_is_named(tmp_path):
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(InputError, match=r"tiny.npz is damaged .*; delete it"):
         load_profile(path)
+    np.savez(path, facts=np.array("{}"), sequence_token=np.ones((2, 3)))
+    with pytest.raises(InputError, match=r"tiny.npz is of an earlier version, .*; delete it"):
+        load_profile(path)
     np.savez(path, facts=np.array("{}"))
     with pytest.raises(InputError, match=r"tiny.npz is damaged .*; delete it"):
         load_profile(path)

@@ -28,6 +28,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 G = 6
 PROMPTS = [[5, 6, 7], [9, 10, 11, 12, 13], [3]]
 DIFFUSION = Observer(num_step_bins=3, change_layers=(1, 3), sink_factor=1.1)
+SEQUENCES = ("sequence_layer", "sequence_token", "end_token", "prompt_layer")
 CAUSAL = Observer(sink_factor=1.1)
 
 
@@ -37,7 +38,7 @@ def assert_profile(found, expected, tolerance=1e-5):
         np.testing.assert_array_equal(moments.count, expected[name][0], err_msg=name)
         for part, other in zip((moments.mean, moments.m2), expected[name][1:], strict=True):
             np.testing.assert_allclose(part, other, rtol=1e-4, atol=tolerance, err_msg=name)
-    for name in ("sequence_layer", "sequence_token", "prompt_layer", "largest_norm"):
+    for name in (*SEQUENCES, "largest_norm"):
         np.testing.assert_allclose(
             getattr(found, name), expected[name], rtol=1e-5, atol=tolerance, err_msg=name
         )
@@ -93,7 +94,7 @@ def test_llada_has_the_profile_of_plain_numpy(llada):
     model, sampler, profile = llada
     calls = [Watched(model, prompt, sampler).calls() for prompt in PROMPTS]
     assert [len(x) for x in calls] == [5] * 3
-    assert_profile(profile, plain_profile(calls, 5, G, DIFFUSION, 5))
+    assert_profile(profile, plain_profile(calls, 5, G, DIFFUSION, 5, model.config.mask_id))
     assert profile.change.count.sum() > 0 and profile.sinks.sum() > 0
 
 
@@ -110,7 +111,7 @@ def test_batches_and_order_do_not_matter(llada):
     model, sampler, profile = llada
     turned = profile_of(model, PROMPTS[::-1], sampler, batch_size=4)
     as_numbers = {name: list(vars(getattr(turned, name)).values()) for name in NESTED}
-    for name in ("sequence_layer", "sequence_token", "prompt_layer"):
+    for name in SEQUENCES:
         as_numbers[name] = getattr(turned, name)[::-1]
     for name in ("layer_histogram", "token_histogram", "sinks", "largest_norm"):
         as_numbers[name] = getattr(turned, name)
@@ -120,7 +121,7 @@ def test_batches_and_order_do_not_matter(llada):
 def test_dream_has_the_profile_of_all_states_at_once():
     model, sampler = load(GOLDEN / "dream_tiny", "float32"), Dream(G, 4)
     profile, calls = profile_of(model, PROMPTS, sampler), replay(model, PROMPTS, sampler)
-    assert_profile(profile, plain_profile(calls, 5, G, DIFFUSION, 4))
+    assert_profile(profile, plain_profile(calls, 5, G, DIFFUSION, 4, model.config.mask_id))
 
 
 def test_ancestral_sampling_counts_each_sequence_at_its_own_steps():
@@ -129,7 +130,7 @@ def test_ancestral_sampling_counts_each_sequence_at_its_own_steps():
     prompts = [[1, 2], [3, 4], [1, 2]]  # the equal ones are drawn independently
     profile, calls = profile_of(model, prompts, sampler), replay(model, prompts, sampler)
     assert len({len(x) for x in calls}) > 1  # so that some wait for others
-    assert_profile(profile, plain_profile(calls, 2, G, DIFFUSION, 9))
+    assert_profile(profile, plain_profile(calls, 2, G, DIFFUSION, 9, model.config.mask_id))
     assert profile.num_bins == 3
     assert not np.array_equal(profile.sequence_layer[0], profile.sequence_layer[2])
 
@@ -143,4 +144,5 @@ def test_a_causal_model_has_the_profile_of_one_forward_pass():
     states = states_of(model, tokens, present)
     calls = [[Call(0, tokens[i, here], states[:, i, here])] for i, here in enumerate(present)]
     assert_profile(profile, plain_profile(calls, 5, G, CAUSAL, 1))
+    np.testing.assert_array_equal(profile.end_token, profile.sequence_token)
     assert profile.facts.family == "causal" and profile.change.mean.shape[0] == 0
