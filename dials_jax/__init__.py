@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from dials_jax.errors import InputError
     from dials_jax.evaluation.confidence_likelihood import confidence_log_likelihood
     from dials_jax.evaluation.likelihood import estimate_log_likelihood, log_likelihood
+    from dials_jax.evaluation.sweep import sweep
     from dials_jax.loading import load
     from dials_jax.models.model import Model
+    from dials_jax.reporting.results import load_results
     from dials_jax.sampling.ancestral import Ancestral
     from dials_jax.sampling.autoregressive import Autoregressive
     from dials_jax.sampling.confidence import Confidence
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from dials_jax.skipping.routed import Routed
     from dials_jax.skipping.storage import load_router
     from dials_jax.text import GeneratedText, generate_text
+    from dials_jax.training.loop import train
 
 __version__ = "0.2.0"
 
@@ -64,9 +67,12 @@ _HOMES = {
     "generate_text": "text",
     "infill": "sampling.infill",
     "load": "loading",
+    "load_results": "reporting.results",
     "load_router": "skipping.storage",
     "load_tokenizer": "data.tokenizer",
     "log_likelihood": "evaluation.likelihood",
+    "sweep": "evaluation.sweep",
+    "train": "training.loop",
 }
 
 __all__ = sorted(_HOMES)

@@ -6,11 +6,13 @@ import inspect
 import re
 import runpy
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, get_args
 
 import dials_jax.config
+from dials_jax.config.typed import replaced
 from dials_jax.errors import InputError, nearest, require
 from dials_jax.files import local_path
 
@@ -54,13 +56,35 @@ def load_config(path: str, config_class: type[C] | UnionType) -> C:
     except (Exception, SystemExit) as error:
         where = f"configuration {path}{_line(str(file), error, make)}"
         raise InputError(f"{where}: {_reason(error)}") from error
+    require_kind(config, config_class, f"configuration {path}", "use the other command")
+    return config
+
+
+def open_config(
+    config: C | str | Path, config_class: type[C] | UnionType, overrides: Mapping[str, Any]
+) -> C:
+    """A configuration, or that of a file or of a shipped name, with other values of some fields.
+
+    Args:
+      overrides: values by dotted name, as {"optimizer.num_steps": 100}.
+
+    Raises: InputError for another kind of configuration, and for a name or value that does not fit.
+    """
+    if isinstance(config, str | Path):
+        config = load_config(str(config), config_class)
+    require_kind(config, config_class, "the configuration", "give one, or the name of its file")
+    for name, value in overrides.items():
+        config = replaced(config, name, value)
+    return config
+
+
+def require_kind(config: Any, config_class: Any, what: str, remedy: str) -> None:
+    """Raises: InputError for a configuration of another class."""
     taken = " or ".join(c.__name__ for c in get_args(config_class) or (config_class,))
     require(
         isinstance(config, config_class),
-        f"configuration {path} is a {type(config).__name__}, but this command takes a {taken}; "
-        "use the other command",
+        f"{what} is a {type(config).__name__}, but this command takes a {taken}; {remedy}",
     )
-    return config
 
 
 def _line(file: str, error: BaseException, make: Any) -> str:

@@ -8,8 +8,10 @@ import pytest
 
 from dials_jax.config import RouterConfig, TextData
 from dials_jax.data.tokenizer import character_tokenizer
+from dials_jax.files import write_json
 from dials_jax.skipping.storage import save_router
 from tests.conftest import MASK
+from tests.reporting.sweep_results import make_results
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -59,6 +61,19 @@ def test_the_examples_of_representation_run(lively, tmp_path):
     names = run_examples("docs/representation.md", model=lively, workdir=tmp_path)
     assert names["profile"].layer_cosine.mean.shape == (4, lively.num_layers, 8)
     assert (tmp_path / "profiles" / "A.npz").is_file()
+
+
+def test_the_examples_of_python_run(lively, tmp_path, monkeypatch, capsys):
+    sweep, training = tmp_path / "sweep", tmp_path / "training"
+    write_json(sweep / "results.json", make_results(("sums", "text")))
+    training.mkdir()
+    (training / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "loss": 1.5}\n')
+    monkeypatch.chdir(tmp_path)
+    run_examples(
+        "docs/python.md", model=lively, sweep_workdir=sweep, training_workdir=training
+    )  # fmt: skip
+    assert Path("tradeoff.png").is_file()
+    assert "step 2, loss 2.500 to 1.500" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

@@ -9,6 +9,7 @@ import dials_jax as dj
 from dials_jax.data.tokenizer import character_tokenizer
 from dials_jax.models.model import Model
 from dials_jax.skipping.routed import Routed
+from dials_jax.training.step import TrainState
 from tests.conftest import init_params, small_config
 
 
@@ -44,3 +45,11 @@ def test_a_generation_is_a_small_table(lively, routers):
     ran = out.gates[:, :, [1, 10]].mean()  # of its halves under guidance
     assert rows[1].split() == ["1", str(out.num_tokens[1]), "4", f"{out.num_tokens[1] / 4:.2f}",
                                f"{ran:.1%}"]  # fmt: skip
+
+
+def test_a_state_of_training_has_a_number_of_steps_or_only_shapes():
+    params = {"w": np.zeros((3, 4), np.float32)}
+    state = TrainState(np.int32(7), params, (), np.int32(-1))
+    assert repr(state) == "TrainState(step 7, 12 parameters)"
+    shapes = jax.eval_shape(lambda state: state, state)
+    assert repr(shapes) == "TrainState(traced, 12 parameters)"

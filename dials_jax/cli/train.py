@@ -31,5 +31,6 @@ def draw_curves(workdir: Path) -> None:
     if find_spec("matplotlib"):
         from dials_jax.reporting.training_plots import training_curves
 
-        path = training_curves(workdir / "metrics.jsonl", workdir / "training.png")
+        path = workdir / "training.png"
+        training_curves(workdir / "metrics.jsonl", path)
         print(f"curves: {path.absolute()}", flush=True)

@@ -6,11 +6,10 @@
 from __future__ import annotations
 
 import ast
-import dataclasses
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
-from dials_jax.config.typed import Typed, dataclasses_of, field_hints
+from dials_jax.config.typed import Typed, dataclasses_of, field_hints, replaced
 from dials_jax.errors import InputError, nearest, require
 
 C = TypeVar("C")
@@ -45,7 +44,7 @@ def apply_choices(config: C, arguments: list[str]) -> tuple[C, list[str]]:
         known, parent = dict(choice_flags(config)), flag.rpartition(".")[0]
         if (classes := known.get(flag.replace("_", "-"))) is not None:
             value = parse_choice(text if equals else next(given, ""), classes, flag)
-            config = _replaced(config, flag[2:].replace("-", "_").split("."), value)
+            config = replaced(config, flag[2:].replace("-", "_"), value)
             continue
         # No field of None can be set.
         if (classes := known.get(parent)) and _at(config, parent) is None:
@@ -92,14 +91,3 @@ def parse_choice(text: str, classes: tuple[type, ...], flag: str) -> Any:
         return kinds[name](*args, **settings)
     except TypeError as error:  # a field is missing, or given twice
         raise InputError(f"{flag}: {name}: {error}; give each field once") from error
-
-
-def _replaced(config: Any, path: list[str], value: Any) -> Any:
-    """Returns a copy of `config` with another value at `path`."""
-    if not path:
-        return value
-    if isinstance(config, tuple):
-        i = int(path[0])
-        return (*config[:i], _replaced(config[i], path[1:], value), *config[i + 1 :])
-    inner = _replaced(getattr(config, path[0]), path[1:], value)
-    return dataclasses.replace(config, **{path[0]: inner})

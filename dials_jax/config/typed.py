@@ -146,6 +146,31 @@ def _from_dict(cls: type[T], values: Any) -> T:
     return cls(**{name: as_type(hints[name], value, name) for name, value in values.items()})
 
 
+def replaced(config: T, name: str, value: Any) -> T:
+    """A configuration with another value of a field.
+
+    Args:
+      name: dotted, as "optimizer.num_steps" or "tasks.0.limit".
+
+    Raises: InputError for an unknown name, naming the nearest one, and for what the field refuses.
+    """
+    field, _, rest = name.partition(".")
+    if isinstance(config, tuple):
+        known = field.isdigit() and int(field) < len(config)
+        require(known, f"{name!r}: number {field!r} is none of the {len(config)} there are, from 0")
+        i = int(field)
+        return (*config[:i], replaced(config[i], rest, value) if rest else value, *config[i + 1 :])
+    known = isinstance(config, Typed)
+    require(known, f"{name!r}: {shown(config)} has no fields; give the field above as a whole")
+    fields = field_hints(type(config))
+    new = config.RENAMED.get(field)
+    require(new is None, f"{field!r} of {type(config).__name__} is now {new!r}; rename it")
+    hint = nearest(field, fields)
+    require(field in fields, f"{type(config).__name__} has no field {field!r}{hint}")
+    inner = replaced(getattr(config, field), rest, value) if rest else value
+    return dataclasses.replace(config, **{field: inner})
+
+
 # ------------------------------------------------------------------------- one value, one hint
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import jax
 from dials_jax import sharding, trees
 from dials_jax.caching.parse import cache_name
 from dials_jax.config import to_dict
+from dials_jax.config_files import open_config
 from dials_jax.data.sources import load_data_tokenizer
 from dials_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dials_jax.errors import require, require_packages
@@ -38,6 +39,7 @@ from dials_jax.files import write_json
 from dials_jax.loading import load
 from dials_jax.models.model import Model
 from dials_jax.reporting.environment import training_settings
+from dials_jax.reporting.results import SweepResults
 from dials_jax.reporting.sweep_report import write_report
 from dials_jax.reporting.sweep_table import format_table
 from dials_jax.skipping.routed import Routed, advice_if_idle
@@ -45,15 +47,23 @@ from dials_jax.skipping.similarity import require_enough_layers
 from dials_jax.workdir import exclusive
 
 
-def sweep(cfg: EvalConfig, workdir: str | Path) -> dict[str, Any]:
+def sweep(
+    config: EvalConfig | str | Path, workdir: str | Path, overrides: Mapping[str, Any] | None = None
+) -> SweepResults:
     """Scores every policy on every task, except what `workdir` holds already, and reports.
 
     Every batch is stored as soon as it is scored, results.json is written after every run, and the
     report with its plots after every task. Runs of other calls in the same workdir are kept.
 
+    Args:
+      config: settings, or a file with `get_config()`, or the name of a shipped one.
+      overrides: other values of its fields, as {"tasks.0.limit": 100}.
+
+    Returns: what results.json holds, as `load_results` reads it.
     Raises: InputError before the first run for tasks, routers or layers that do not fit, for a
       workdir that another process uses, and for one whose results depend on other settings.
     """
+    cfg = open_config(config, EvalConfig, overrides or {})
     require_packages("eval", "matplotlib", "scipy")
     require(bool(cfg.tasks), "the sweep has no tasks; add some to the configuration")
     for task in cfg.tasks:
@@ -62,7 +72,7 @@ def sweep(cfg: EvalConfig, workdir: str | Path) -> dict[str, Any]:
         if task.compare == "math":
             require_packages("math", "math_verify")
     with exclusive(workdir) as workdir:
-        return _sweep(cfg, workdir)
+        return SweepResults(_sweep(cfg, workdir), workdir)
 
 
 def _sweep(cfg: EvalConfig, workdir: Path) -> dict[str, Any]:

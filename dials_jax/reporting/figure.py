@@ -6,9 +6,11 @@ Figures are made without pyplot: no window, no global state, and nothing to clos
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import zlib
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,22 +53,33 @@ def kind_color(kind: str) -> str:
 
 
 @contextlib.contextmanager
-def figure_at(path: str | Path, width: float, height: float) -> Iterator[Figure]:
+def figure_at(path: str | Path | None, width: float, height: float) -> Iterator[Figure]:
     """Opens a figure of `width` x `height` inches, and writes it when the block ends.
 
     Args:
-      path: of the PNG file; a PDF file with vector graphics is written beside it.
+      path: of the PNG file; a PDF file with vector graphics is written beside it. None: nothing is
+        written, as in a notebook.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     with rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
+        figure._repr_png_ = partial(_png, figure)
         yield figure
+        if path is None:
+            return
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)
         figure.set_layout_engine("none")  # as it is; otherwise it would be computed again
         figure.savefig(Path(path).with_suffix(".pdf"), metadata={"CreationDate": None})
+
+
+def _png(figure: Figure) -> bytes:
+    """What a notebook shows. By itself it would show only figures of pyplot."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=100)
+    return file.getvalue()
 
 
 def series_styles(labels: Iterable[str]) -> dict[str, dict[str, Any]]:

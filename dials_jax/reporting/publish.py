@@ -60,11 +60,13 @@ class Figure(NamedTuple):
 
     name: str  # of its PNG file, without the ending
     caption: str  # how to read it
-    plot: Callable[..., Path]  # draws `data` into the file `path`
+    plot: Callable[..., Any]  # draws `data`, into the file `path` if one is given
     data: Mapping[str, Any]  # the other arguments of `plot`
 
     def draw(self, folder: Path) -> Path:
-        return self.plot(**self.data, path=folder / f"{self.name}.png")
+        path = folder / f"{self.name}.png"
+        self.plot(**self.data, path=path)
+        return path
 
 
 class Chapter(NamedTuple):

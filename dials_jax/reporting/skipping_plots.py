@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
 
 from dials_jax.errors import require
 from dials_jax.reporting.figure import GREY, figure_at, series_styles
+
+if TYPE_CHECKING:  # matplotlib is optional
+    from matplotlib.figure import Figure
 
 RUN, SKIPPED = "#1f5fa8", "#dfe4ea"
 
@@ -28,7 +31,9 @@ class Kept(NamedTuple):
     high: Sequence[float]
 
 
-def retention_curves(models: Mapping[str, Kept], path: str | Path, title: str = "") -> Path:
+def retention_curves(
+    models: Mapping[str, Kept], path: str | Path | None = None, title: str = ""
+) -> Figure:
     """Draws retention against FLOPs saved, a line per model (Goel, Figure 1).
 
     Points are labelled with the number of layers skipped. The dotted line is the whole model.
@@ -56,10 +61,12 @@ def retention_curves(models: Mapping[str, Kept], path: str | Path, title: str = 
         ax.axhline(100, color=GREY, linewidth=1, linestyle=":")
         ax.set(title=title, xlabel="FLOPs saved, %", ylabel="score kept, %")
         ax.legend(fontsize=9)
-    return Path(path)
+    return figure
 
 
-def skipping_grid(executed: Bool[np.ndarray, "steps L"], path: str | Path, title: str = "") -> Path:
+def skipping_grid(
+    executed: Bool[np.ndarray, "steps L"], path: str | Path | None = None, title: str = ""
+) -> Figure:
     """Draws which layers a sequence ran at each denoising step (Goel, Figure 2).
 
     Args:
@@ -83,12 +90,12 @@ def skipping_grid(executed: Bool[np.ndarray, "steps L"], path: str | Path, title
         ax.set(title=title, xlabel="denoising step", ylabel="layer (from 0)")
         patches = [Patch(color=RUN, label="run"), Patch(color=SKIPPED, label="skipped")]
         figure.legend(handles=patches, loc="outside right upper", fontsize=9)
-    return Path(path)
+    return figure
 
 
 def choice_bars(
-    shares: Mapping[str, Mapping[str, Float[np.ndarray, "L"]]], path: str | Path
-) -> Path:
+    shares: Mapping[str, Mapping[str, Float[np.ndarray, "L"]]], path: str | Path | None = None
+) -> Figure:
     """Draws how often each layer is chosen to be skipped (Goel, Figure 8).
 
     Args:
@@ -108,4 +115,4 @@ def choice_bars(
             row[0].set_ylabel("% of prompts")
         for ax in axes[-1]:
             ax.set_xlabel("layer (from 0)")
-    return Path(path)
+    return figure

@@ -1,6 +1,6 @@
-"""Draws the figures of an evaluation sweep as PNG and PDF files.
+"""Draws the figures of an evaluation sweep.
 
-Every function takes plain data and the path of the file to write, and returns that path.
+Every function takes plain data, returns the figure, and writes it to a file if a path is given.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ class TaskLayers(NamedTuple):
 
 
 def tradeoff_curve(
-    panels: Sequence[Panel], path: str | Path, xlabel: str = "layers run / layers"
-) -> Path:
+    panels: Sequence[Panel], path: str | Path | None = None, xlabel: str = "layers run / layers"
+) -> Figure:
     """Draws quality against a cost: a panel per task, a line per kind of policy.
 
     Args:
@@ -108,7 +108,7 @@ def tradeoff_curve(
         for ax, panel in zip(axes, panels, strict=False):
             named = [point for point in panel.points if point.kind != "full"]
             place_labels(ax, [Label(p.label, p.cost, p.value, kind_color(p.kind)) for p in named])
-    return Path(path)
+    return figure
 
 
 def _tradeoff_panel(ax: Axes, panel: Panel) -> None:
@@ -170,7 +170,7 @@ class SpeedPanel:
     lines: tuple[SpeedLine, ...]
 
 
-def speed_curves(panels: Sequence[SpeedPanel], path: str | Path) -> Path:
+def speed_curves(panels: Sequence[SpeedPanel], path: str | Path | None = None) -> Figure:
     """Accuracy against tokens per pass on the left, against seconds on the right; a row a panel."""
     require(len(panels) > 0, "speed_curves: no panels; give at least one")
     with figure_at(path, 9.4, 3.9 * len(panels)) as figure:
@@ -187,7 +187,7 @@ def speed_curves(panels: Sequence[SpeedPanel], path: str | Path) -> Path:
                 by_time.remove()
             by_pass.legend(loc="best", fontsize=8)
             by_pass.margins(0.1)
-    return Path(path)
+    return figure
 
 
 def _speed_line(ax: Axes, line: SpeedLine, x: Sequence[float], color: str) -> None:
@@ -205,8 +205,11 @@ def _speed_line(ax: Axes, line: SpeedLine, x: Sequence[float], color: str) -> No
 
 
 def execution_heatmap(
-    labels: Sequence[str], shares: Float[np.ndarray, "P L"], path: str | Path, title: str = ""
-) -> Path:
+    labels: Sequence[str],
+    shares: Float[np.ndarray, "P L"],
+    path: str | Path | None = None,
+    title: str = "",
+) -> Figure:
     """Draws how often each of P policies executes each of L layers.
 
     Args:
@@ -236,7 +239,7 @@ def execution_heatmap(
         ax.invert_yaxis()
         ax.set_title(title)
         _share_bar(figure, image, [ax])
-    return Path(path)
+    return figure
 
 
 def _share_text(value: float) -> str:
@@ -246,7 +249,7 @@ def _share_text(value: float) -> str:
     return f"{min(max(value, 0.01), 0.99):.2f}".removeprefix("0")
 
 
-def execution_by_task(tasks: Sequence[TaskLayers], path: str | Path) -> Path:
+def execution_by_task(tasks: Sequence[TaskLayers], path: str | Path | None = None) -> Figure:
     """Draws which layers run on each task: over all calls (DIALS, Figure 5), then by mask ratio.
 
     The first panel has a row per task, each of the others the mask ratios of one task.
@@ -269,7 +272,7 @@ def execution_by_task(tasks: Sequence[TaskLayers], path: str | Path) -> Path:
             ax.set_title(task.title, fontsize=10)
         _layer_ticks(axes[-1], num_layers)
         _share_bar(figure, image, list(axes))
-    return Path(path)
+    return figure
 
 
 def _layer_cells(ax: Axes, shares: Float[np.ndarray, "n L"]) -> QuadMesh:
@@ -294,7 +297,9 @@ def _share_bar(figure: Figure, image: QuadMesh, axes: list[Axes]) -> None:
     bar.outline.set_visible(False)
 
 
-def executed_by_mask_ratio(lines: Sequence[Line], path: str | Path, title: str = "") -> Path:
+def executed_by_mask_ratio(
+    lines: Sequence[Line], path: str | Path | None = None, title: str = ""
+) -> Figure:
     """Draws the share of layers executed against the mask ratio.
 
     Lines of static and random policies are thin, as references. Denoising moves from right (all
@@ -331,7 +336,7 @@ def executed_by_mask_ratio(lines: Sequence[Line], path: str | Path, title: str =
         handles = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
         if handles:
             figure.legend(handles.values(), handles, loc="outside right upper", fontsize=9)
-    return Path(path)
+    return figure
 
 
 def _filled_bins(line: Line) -> tuple[np.ndarray, np.ndarray]:

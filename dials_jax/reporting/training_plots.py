@@ -17,6 +17,7 @@ from dials_jax.reporting.figure import blue_shades, figure_at
 
 if TYPE_CHECKING:  # matplotlib is optional
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +26,9 @@ SAMPLED = f"{EXECUTION}_sampled"
 MAX_POINTS = 2000  # more than the pixels of a figure; smoothing costs its square
 
 
-def training_curves(metrics: str | Path | Sequence[str | Path], path: str | Path) -> Path:
+def training_curves(
+    metrics: str | Path | Sequence[str | Path], path: str | Path | None = None
+) -> Figure:
     """Draws the loss, and the skip rate of routers, against the step.
 
     A panel of its own shows the share of layers that routers run on held-out data, under the votes
@@ -37,13 +40,13 @@ def training_curves(metrics: str | Path | Sequence[str | Path], path: str | Path
 
     Args:
       metrics: one `metrics.jsonl`, or several, which are named by their folders.
-      path: of the PNG file to write.
-    Returns: the path.
+      path: of the PNG file to write; None: none.
+
     Raises: InputError if a file is missing or logs no loss.
     """
     files = [Path(m) for m in ([metrics] if isinstance(metrics, str | Path) else metrics)]
     require(len(files) > 0, "training_curves: no files; give at least one metrics.jsonl")
-    runs = {file: _read_metrics(file) for file in files}
+    runs = {file: read_metrics(file) for file in files}
     panels = [("loss", "loss")]
     names = {name for records in runs.values() for record in records for name in record}
     if "skip_rate" in names:
@@ -58,7 +61,7 @@ def training_curves(metrics: str | Path | Sequence[str | Path], path: str | Path
             _execution_panel(axes[-1], runs)
         if len(files) > 1:
             axes[0].legend(fontsize=9)
-    return Path(path)
+    return figure
 
 
 def _training_panel(ax: Axes, runs: Mapping[Path, list[dict]], name: str) -> None:
@@ -132,7 +135,7 @@ def _smooth(values: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
     return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
 
 
-def _read_metrics(file: Path) -> list[dict[str, Any]]:
+def read_metrics(file: Path) -> list[dict[str, Any]]:
     """Reads the records of a metrics.jsonl that have a loss, one per step, in order of steps."""
     require(file.is_file(), f"{file} is missing; give the metrics.jsonl of a training run")
     lines = Lines.read(file, _check_record)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -12,6 +13,9 @@ from dials_jax.errors import require
 from dials_jax.reporting.figure import figure_at, series_styles
 from dials_jax.studies.profile import Profile
 from dials_jax.studies.representation_plots import NARROWEST, POSITION, Profiles, at_decoded
+
+if TYPE_CHECKING:  # matplotlib is optional
+    from matplotlib.figure import Figure
 
 NEIGHBOURS = "cosine to the next token"
 QUARTERS = ("early", "early-middle", "late-middle", "late")
@@ -22,7 +26,9 @@ def quarter_states(num_layers: int) -> list[Int[np.ndarray, "n"]]:
     return np.array_split(np.arange(1, num_layers + 1), len(QUARTERS))
 
 
-def neighbour_rows(profiles: Profiles, path: str | Path, num_decoded: int | None = 32) -> Path:
+def neighbour_rows(
+    profiles: Profiles, path: str | Path | None = None, num_decoded: int | None = 32
+) -> Figure:
     """Draws neighbours by position: a row per depth, a column per model (Goel, Figure 6).
 
     Rows are the outputs of the first layer and of the last one of each quarter. Two lines: where
@@ -52,12 +58,12 @@ def neighbour_rows(profiles: Profiles, path: str | Path, num_decoded: int | None
         figure.legend(
             *axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=9
         )
-    return Path(path)
+    return figure
 
 
 def neighbour_quarters(
-    profiles: Profiles, path: str | Path, num_decoded: int | None = None
-) -> Path:
+    profiles: Profiles, path: str | Path | None = None, num_decoded: int | None = None
+) -> Figure:
     """Draws neighbours by position, a panel per quarter of the depth (Goel, Figures 9 to 12).
 
     A line per model: the mean over the layers of the quarter; the band reaches from the lowest to
@@ -78,7 +84,7 @@ def neighbour_quarters(
         for ax in axes[::2]:
             ax.set_ylabel(NEIGHBOURS)
         axes[0].legend(fontsize=9)
-    return Path(path)
+    return figure
 
 
 def _quarter(ax, positions, values: Float[np.ndarray, "n pairs"], style) -> None:
@@ -91,7 +97,9 @@ def _quarter(ax, positions, values: Float[np.ndarray, "n pairs"], style) -> None
     )  # fmt: skip
 
 
-def neighbour_grid(profile: Profile, path: str | Path, num_decoded: int | None = None) -> Path:
+def neighbour_grid(
+    profile: Profile, path: str | Path | None = None, num_decoded: int | None = None
+) -> Figure:
     """Draws neighbours by position within every hidden state (Goel, Figures 13 and 14)."""
     values = at_decoded(profile.token_cosine.mean, profile, num_decoded)
     require(len(values) > 0, "a profile without hidden states cannot be drawn; measure it again")
@@ -112,4 +120,4 @@ def neighbour_grid(profile: Profile, path: str | Path, num_decoded: int | None =
         figure.suptitle(profile.facts.label, fontsize=11, fontweight="bold")
         figure.supxlabel(POSITION, fontsize=9)
         figure.supylabel(NEIGHBOURS, fontsize=9)
-    return Path(path)
+    return figure

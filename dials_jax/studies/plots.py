@@ -1,6 +1,6 @@
 """Draws the figures of studies of model schedules (Sedykh) as PNG files.
 
-Every function takes plain data and the path of the file to write, and returns that path.
+Every function takes plain data, returns the figure, and writes it to a file if a path is given.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dials_jax.studies.search import Influence, Regret
 
 if TYPE_CHECKING:  # matplotlib is optional
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 LIGHT, HEAVY = COLORS["static"], "#dfe6ee"  # the light model stands out
 HARM, SAFE = "#c0392b", COLORS["random"]
@@ -35,11 +36,11 @@ def schedule_points(
     labels: Sequence[str],
     values: Float[np.ndarray, "S"],
     intervals: Float[np.ndarray, "2 S"],
-    path: str | Path,
+    path: str | Path | None = None,
     title: str = "",
     label: str = "generative perplexity (lower is better)",
     changes: Mapping[str, Series] | None = None,
-) -> Path:
+) -> Figure:
     """Draws one number per schedule with its interval, the lowest on top (Sedykh, Figure 1).
 
     Args:
@@ -64,7 +65,7 @@ def schedule_points(
             ax.tick_params(axis="y", length=0)
             ax.set(title=f"against {labels[0]}", xlabel="log perplexity above it, nats per token")
             ax.legend(fontsize=9)
-    return Path(path)
+    return figure
 
 
 def fraction_curves(
@@ -72,8 +73,8 @@ def fraction_curves(
     values: Float[np.ndarray, "S"],
     intervals: Float[np.ndarray, "2 S"],
     savings: Mapping[str, Float[np.ndarray, "S"]],
-    path: str | Path,
-) -> Path:
+    path: str | Path | None = None,
+) -> Figure:
     """Draws perplexity, and what is saved, against the share of light steps (Sedykh, Table 2)."""
     order = np.argsort(fractions)
     x = 100 * fractions[order]
@@ -86,15 +87,15 @@ def fraction_curves(
             right.plot(x, 100 * saved[order], color=color, marker="o", markersize=4, label=label)
         right.set(xlabel="light steps, %", ylabel="saved, %")
         right.legend(fontsize=9)
-    return Path(path)
+    return figure
 
 
 def placement_rows(
     best: Bool[np.ndarray, "k n"],
     worst: Bool[np.ndarray, "k n"],
     perplexities: tuple[Sequence[float], Sequence[float]],
-    path: str | Path,
-) -> Path:
+    path: str | Path | None = None,
+) -> Figure:
     """Draws which segments are light in the best and the worst schedules (Sedykh, Figure 2)."""
     with figure_at(path, 9.6, 1.4 + 0.36 * len(best)) as figure:
         axes = figure.subplots(1, 2)
@@ -111,12 +112,15 @@ def placement_rows(
             ax.grid(False)
             ax.invert_yaxis()
             ax.set(title=f"{name} (light in orange)", xlabel=SEGMENTS, ylabel="perplexity")
-    return Path(path)
+    return figure
 
 
 def segment_frequencies(
-    best: Int[np.ndarray, "n"], worst: Int[np.ndarray, "n"], num_extremes: int, path: str | Path
-) -> Path:
+    best: Int[np.ndarray, "n"],
+    worst: Int[np.ndarray, "n"],
+    num_extremes: int,
+    path: str | Path | None = None,
+) -> Figure:
     """Draws how often segments are light among the best and worst (Sedykh, Figures 3 and 4)."""
     with figure_at(path, 9.6, 3.2) as figure:
         axes = figure.subplots(1, 2, sharey=True)
@@ -126,10 +130,10 @@ def segment_frequencies(
             _label_segments(ax, len(count))
             ax.set(title=name)
         axes[0].set(ylabel="schedules in which it is light")
-    return Path(path)
+    return figure
 
 
-def influence_bars(influence: Influence, path: str | Path) -> Path:
+def influence_bars(influence: Influence, path: str | Path | None = None) -> Figure:
     """Draws the influence of segments (Sedykh, Figure 7); above 0 a light model does harm there."""
     with figure_at(path, 6.6, 3.4) as figure:
         ax = figure.subplots()
@@ -140,12 +144,15 @@ def influence_bars(influence: Influence, path: str | Path) -> Path:
         ax.axhline(0, color=GREY, linewidth=1)
         _label_segments(ax, len(segments))
         ax.set(ylabel="perplexity above the mean schedule")
-    return Path(path)
+    return figure
 
 
 def importance_curves(
-    curves: Mapping[str, Curve], labels: Mapping[str, str], ylabel: str, path: str | Path
-) -> Path:
+    curves: Mapping[str, Curve],
+    labels: Mapping[str, str],
+    ylabel: str,
+    path: str | Path | None = None,
+) -> Figure:
     """Draws light models against the heavy one by noise level (Sedykh, Figures 5 and 6)."""
     with figure_at(path, 6.6, 3.8) as figure:
         ax = figure.subplots()
@@ -164,12 +171,12 @@ def importance_curves(
             xlim=(0, 1),
         )
         ax.legend(fontsize=9)
-    return Path(path)
+    return figure
 
 
 def regret_curves(
-    budgets: Sequence[int], regrets: Mapping[str, Sequence[Regret]], path: str | Path
-) -> Path:
+    budgets: Sequence[int], regrets: Mapping[str, Sequence[Regret]], path: str | Path | None = None
+) -> Figure:
     """Draws what a method's choice loses to the exhaustive one, against the number of trials.
 
     The line of a method `X + Y` has the colour of X, and is dashed.
@@ -190,15 +197,15 @@ def regret_curves(
         ax.minorticks_off()
         ax.set(xlabel="schedules tried", ylabel="perplexity above the exhaustive choice")
         figure.legend(fontsize=9, loc="outside right center")  # lines may be anywhere in the axes
-    return Path(path)
+    return figure
 
 
 def predicted_scatter(
     predicted: Float[np.ndarray, "S"],
     measured: Float[np.ndarray, "S"],
     title: str,
-    path: str | Path,
-) -> Path:
+    path: str | Path | None = None,
+) -> Figure:
     """Draws each schedule's perplexity against the harm that the importance predicts."""
     with figure_at(path, 5.2, 3.8) as figure:
         ax = figure.subplots()
@@ -209,7 +216,7 @@ def predicted_scatter(
             ylabel="generative perplexity",
         )
         ax.locator_params(axis="x", nbins=6)
-    return Path(path)
+    return figure
 
 
 def _draw_points(

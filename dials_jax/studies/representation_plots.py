@@ -22,6 +22,7 @@ from dials_jax.studies.profile import Profile
 if TYPE_CHECKING:  # matplotlib is optional
     from matplotlib.axes import Axes
     from matplotlib.collections import QuadMesh
+    from matplotlib.figure import Figure
 
 Profiles = Mapping[str, Profile]  # by label
 POSITION = "position (0: first of the answer)"
@@ -58,7 +59,7 @@ def at_decoded(
 # ------------------------------------------------------------------------------------- by layer
 
 
-def depth_curves(profiles: Profiles, path: str | Path) -> Path:
+def depth_curves(profiles: Profiles, path: str | Path | None = None) -> Figure:
     """Draws the mean cosine of each layer's input and output in answers (Goel, Figure 3).
 
     Left: the band is a standard deviation over groups of steps, as in the paper; a causal model has
@@ -80,10 +81,10 @@ def depth_curves(profiles: Profiles, path: str | Path) -> Path:
             _whole_numbers(ax)
         axes[0].set_ylabel(COSINE)
         axes[0].legend(fontsize=9)
-    return Path(path)
+    return figure
 
 
-def depth_shapes(profiles: Profiles, path: str | Path) -> Path:
+def depth_shapes(profiles: Profiles, path: str | Path | None = None) -> Figure:
     """Draws the depth profiles that are correlated: at equal mean and deviation, by relative depth.
 
     Left: of layers, without layer 0; right: of neighbouring tokens, without the embedding.
@@ -104,10 +105,10 @@ def depth_shapes(profiles: Profiles, path: str | Path) -> Path:
             ax.set(title=title, xlabel="depth (0: after layer 0, 1: last layer)")
         axes[0].set_ylabel("cosine, in deviations from its mean")
         axes[0].legend(fontsize=9)
-    return Path(path)
+    return figure
 
 
-def norm_curves(profiles: Profiles, path: str | Path) -> Path:
+def norm_curves(profiles: Profiles, path: str | Path | None = None) -> Figure:
     """Draws the L2 norms of hidden states, and names the largest sinks (Goel, Figure 7).
 
     A line is the mean over positions and steps; the thin one the largest norm of any position. A
@@ -141,7 +142,7 @@ def norm_curves(profiles: Profiles, path: str | Path) -> Path:
         axes[0].legend(fontsize=9)
         for ax, sinks in labels.items():
             place_labels(ax, sinks)
-    return Path(path)
+    return figure
 
 
 def named_sinks(profile: Profile, count: int = SINKS) -> list[tuple[int, int]]:
@@ -162,7 +163,9 @@ def named_sinks(profile: Profile, count: int = SINKS) -> list[tuple[int, int]]:
 # ----------------------------------------------------------------------------------- heat maps
 
 
-def layer_heatmaps(profiles: Profiles, path: str | Path, num_decoded: int | None = None) -> Path:
+def layer_heatmaps(
+    profiles: Profiles, path: str | Path | None = None, num_decoded: int | None = None
+) -> Figure:
     """Draws the cosine of each layer's input and output by position, a row per model.
 
     Args:
@@ -184,10 +187,10 @@ def layer_heatmaps(profiles: Profiles, path: str | Path, num_decoded: int | None
             ax.set(title=_when(profiles[label], num_decoded), ylabel=LAYER)
         axes[-1].set_xlabel(POSITION)
         _cosine_bar(figure, image, axes)
-    return Path(path)
+    return figure
 
 
-def step_heatmaps(profiles: Profiles, path: str | Path) -> Path:
+def step_heatmaps(profiles: Profiles, path: str | Path | None = None) -> Figure:
     """Draws the mean cosine of each layer in answers by denoising step, a row per model.
 
     Causal models, which are looked at once, have none.
@@ -207,7 +210,7 @@ def step_heatmaps(profiles: Profiles, path: str | Path) -> Path:
             ax.set(title=label, ylabel=LAYER)
         axes[-1].set_xlabel("denoising step (0: all masked)")
         _cosine_bar(figure, image, axes)
-    return Path(path)
+    return figure
 
 
 def lowest(maps: Sequence[np.ndarray]) -> float:
@@ -255,7 +258,7 @@ def _when(profile: Profile, num_decoded: int | None) -> str:
 # --------------------------------------------------------------------------------------- recency
 
 
-def change_curves(profiles: Profiles, path: str | Path) -> Path:
+def change_curves(profiles: Profiles, path: str | Path | None = None) -> Figure:
     """Draws how far states move from one step to the next, by distance to the tokens just decoded.
 
     A panel per diffusion model, a line per layer. Distance 0 is the decoded position itself, which
@@ -282,7 +285,7 @@ def change_curves(profiles: Profiles, path: str | Path) -> Path:
                 columnspacing=1,
             )  # fmt: skip
         axes[0].set_ylabel("1 - cosine to the step before")
-    return Path(path)
+    return figure
 
 
 # ---------------------------------------------------------------------------------------- shared

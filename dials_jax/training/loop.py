@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ from jax.experimental import multihost_utils
 
 from dials_jax import sharding, trees
 from dials_jax.config import TrainConfig
+from dials_jax.config_files import open_config
 from dials_jax.data.batches import Batch, batch_at, prefetch, steps_per_epoch
 from dials_jax.errors import InputError, require
 from dials_jax.stopping import Request, Stopped, keeping
@@ -46,18 +48,29 @@ class NonFiniteLoss(InputError):
     """The loss or its gradient became NaN or infinite."""
 
 
-def train(cfg: TrainConfig, workdir: str | Path) -> TrainState:
+def train(
+    config: TrainConfig | str | Path,
+    workdir: str | Path,
+    overrides: Mapping[str, Any] | None = None,
+) -> TrainState:
     """Trains to the last step, or for `max_minutes` per call, and exports the result.
+
+    `dials_jax.load(workdir)` and `load_router` then read it, and `load_results` its metrics.
 
     It starts from the newest intact checkpoint in `workdir` if there is one. A run that was stopped
     anywhere and continued by another call ends bitwise as a run that was not stopped. Ctrl-C and
     SIGTERM end the call with a checkpoint of the current step.
+
+    Args:
+      config: settings, or a file with `get_config()`, or the name of a shipped one.
+      overrides: other values of its fields, as {"optimizer.num_steps": 100}.
 
     Raises:
       InputError: for settings or data that do not fit, before any expensive work.
       NonFiniteLoss: naming the step; the last good checkpoint stays.
       Stopped: after Ctrl-C or SIGTERM, with the step that is saved.
     """
+    cfg = open_config(config, TrainConfig, overrides or {})
     with exclusive(workdir) as workdir:
         checkpoints = Checkpoints(workdir / "checkpoints", cfg.keep_checkpoints)
         with keeping(lambda: _saved_message(checkpoints)):

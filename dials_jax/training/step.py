@@ -36,6 +36,14 @@ class TrainState(NamedTuple):
     bad_step: Int[Array, ""]
     average: trees.Params | None = None
 
+    def __repr__(self) -> str:
+        """A line without arrays; the step has no number where only shapes are known."""
+        try:
+            step = f"step {int(self.step):,}"
+        except TypeError:
+            step = "traced"
+        return f"TrainState({step}, {trees.count_parameters(self.params):,} parameters)"
+
     @property
     def result(self) -> trees.Params:
         """The result of training: the moving average, or else the parameters."""

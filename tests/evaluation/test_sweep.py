@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+import dials_jax as dj
 from dials_jax.caching.early_skip.settings import EarlySkip
 from dials_jax.caching.plain import DualCache
 from dials_jax.compiling import total_compile_seconds
@@ -153,7 +154,9 @@ def test_the_report_is_written_again_without_a_run(cfg, finished, tmp_path, monk
     monkeypatch.setattr(sweep, "score_task", None)
     figures = sweep_report._figures
     monkeypatch.setattr(sweep_report, "_figures", lambda *args: figures(*args)[:2])
-    sweep.sweep(cfg, workdir)
+    found = sweep.sweep(cfg, workdir)
+    assert found == dj.load_results(workdir)
+    assert [row.policy for row in found.rows] == 2 * LABELS
     with (workdir / "results.csv").open(newline="") as file:
         assert [row["policy"] for row in csv.DictReader(file)] == 2 * LABELS
     assert "routed λ=0.5" in (workdir / "report.html").read_text()

@@ -28,9 +28,8 @@ POINTS = (
 
 
 def test_tradeoff_joins_a_kind_by_share_and_marks_full(drawn, tmp_path):
-    path = sweep_plots.tradeoff_curve(
-        [sweep_plots.Panel("$um_^$", "accuracy", POINTS)], tmp_path / "new" / "t.png"
-    )
+    path = tmp_path / "new" / "t.png"
+    sweep_plots.tradeoff_curve([sweep_plots.Panel("$um_^$", "accuracy", POINTS)], path)
     assert path.read_bytes().startswith(b"\x89PNG")
     ax = drawn[0].axes[0]
     lines = {bars.get_label(): bars for bars in ax.containers}
