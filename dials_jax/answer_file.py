@@ -108,6 +108,7 @@ def identity_of(job: TextJob) -> dict[str, Any]:
         "log_probs": job.log_probs,
         "tokenizer": job.reader.tokenizer.fingerprint,
         "template": job.template and digest_text(job.template)[:16],
+        **({"stop": sorted(job.stop)} if job.stop else {}),  # files of earlier versions have none
     }
 
 

@@ -32,8 +32,8 @@ from dials_jax.evaluation.batched import (
     request_hash,
     request_keys,
 )
-from dials_jax.evaluation.exact_match import cut_tokens
 from dials_jax.evaluation.harness import DEFAULT_LENGTH, SAMPLERS, make_sampler
+from dials_jax.evaluation.text_end import Stop, cut_at_stop, cut_tokens, end_ids, tokens_of
 from dials_jax.models.model import Model
 from dials_jax.nn.policy import Policy
 from dials_jax.sampling.sampler import Sampler
@@ -47,11 +47,12 @@ class GeneratedText:
     """The answer to one prompt.
 
     Attributes:
-      text: up to the first end of text or of turn, which is left out; or all that was asked for.
-      tokens: those of the text.
+      text: up to the first end of text, end of turn or stop string, which is left out; or all that
+        was asked for.
+      tokens: those of the text. The last one may hold the beginning of the stop string, too.
       log_probs: in nats, of each token under the model at the step that revealed it, given what was
         known then (`Generation.log_probs`); None unless asked for.
-      ended: whether the model said an end.
+      ended: whether the model said an end, or a stop string.
       passes: model calls until the answer was complete.
       layers_run: share of the layers that ran in them.
       seconds: its share of the time of its batch, without compilation.
@@ -100,6 +101,7 @@ def text_job(
     policy: Policy | None = None,
     cache: Cache | None = None,
     chat: bool = False,
+    stop: str | tuple[str, ...] = (),
     tokenizer: Tokenizer | str | Path | None = None,
     log_probs: bool = False,
     seed: Seed = 0,
@@ -112,6 +114,8 @@ def text_job(
       sampler: None: the one of the model's family for `max_new_tokens`; see `text_sampler`.
       policy: which layers run; None runs all.
       chat: put texts into the chat template, as a user's message. Conversations always are.
+      stop: strings that end an answer. Where sequences make room for others, an answer ends after
+        the block with the first of them, which saves steps and changes no text.
       tokenizer: None: that of the model's folder.
       log_probs: keep those of the tokens.
       settings: of the sampler, such as temperature, steps, block_length or threshold.
@@ -119,6 +123,8 @@ def text_job(
     Raises: as `generate_text`.
     """
     require(batch_size > 0, f"batch_size={batch_size} must be positive")
+    stop = (stop,) if isinstance(stop, str) else stop
+    require(all(stop), f"stop={stop} has an empty text; remove it")
     reader = open_reader(model, tokenizer)
     is_chat = chat or not all(isinstance(prompt, str) for prompt in prompts)
     ids = [reader.tokenizer.encode(text) for text in reader.render(prompts, chat)]
@@ -133,8 +139,9 @@ def text_job(
     check_lengths(model.config, ids, sampler.gen_length, length)
     template = reader.template if is_chat else None
     return TextJob(
-        model, reader, ids, template, sampler, length, policy, cache, log_probs, seed, batch_size
-    )
+        model, reader, ids, template, sampler, length, policy, cache, stop, log_probs, seed,
+        batch_size,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, repr=False)
@@ -155,6 +162,7 @@ class TextJob:
     length: int
     policy: Policy | None
     cache: Cache | None
+    stop: tuple[str, ...]
     log_probs: bool
     seed: int
     batch_size: int
@@ -172,10 +180,11 @@ class TextJob:
         """
         for batch in self.batches(remaining):
             for place, number in enumerate(batch.requests):
-                yield number, self.reader.answer(batch, place, self.length)
+                yield number, self.reader.answer(batch, place, self.length, self.stop)
 
     def batches(self, remaining: Sequence[int] | None = None) -> Iterator[GenerationBatch]:
         """Yields batches with all that generation records."""
+        stop = Stop(self.stop, self.reader.tokenizer)
         yield from generation_batches(
             self.model,
             self.prompts,
@@ -185,6 +194,7 @@ class TextJob:
             keys=draw_keys(self.seed, self.prompts),
             batch_size=max(1, min(self.batch_size, len(self.prompts))),
             remaining=remaining,
+            is_done=stop.is_done(self.model, self.sampler, self.cache),
             log_probs=self.log_probs,
         )
 
@@ -231,16 +241,28 @@ class TextReader:
         """The chat template. Raises: InputError if there is none."""
         return find_template(self.folder)
 
-    def answer(self, batch: GenerationBatch, place: int, length: int) -> GeneratedText:
-        """The answer of one sequence of a batch. Args: length: tokens that were asked for."""
+    def answer(
+        self, batch: GenerationBatch, place: int, length: int, stop: Sequence[str] = ()
+    ) -> GeneratedText:
+        """The answer of one sequence of a batch.
+
+        Args:
+          length: tokens that were asked for.
+          stop: strings that end it.
+        """
         out, ids = batch.out, batch.answers[place, :length].tolist()
-        tokens = np.array(cut_tokens(ids, (self.cfg.eos_id, self.cfg.eot_id)), int)
+        tokens = cut_tokens(ids, end_ids(self.tokenizer, self.cfg, stop))
+        whole = self.tokenizer.decode(tokens)
+        text = cut_at_stop(whole, stop)
+        ended = len(tokens) < len(ids) or text != whole
+        if text != whole:
+            tokens = tokens_of(text, tokens, self.tokenizer)
         log_probs = None if out.log_probs is None else out.log_probs[place, : len(tokens)]
         return GeneratedText(
-            text=self.tokenizer.decode(tokens),
-            tokens=tokens,
+            text=text,
+            tokens=np.array(tokens, int),
             log_probs=log_probs,
-            ended=len(tokens) < len(ids),
+            ended=ended,
             passes=int(out.passes[place]),
             layers_run=float(out.layers_run[place]),
             seconds=out.flops.seconds / len(batch.requests),

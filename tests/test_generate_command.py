@@ -48,6 +48,18 @@ def run(model, prompts, tmp_path):
     return generate
 
 
+def test_stop_strings_are_settings_of_the_answers(run, model):
+    plain = generate_text(load(model), PROMPTS, max_new_tokens=4, block_length=2)
+    stop = plain[0].text[1]
+    lines = run("--stop", stop, "--stop", "xyz")
+    for number, answer in enumerate(plain):
+        assert lines[number]["text"] == answer.text.split(stop)[0]
+        assert lines[number]["ended"] or stop not in answer.text
+    assert read_json(run.out.with_name("answers.settings.json"))["stop"] == sorted([stop, "xyz"])
+    with pytest.raises(InputError, match=r"has answers under other settings \(stop\)"):
+        run()
+
+
 def test_a_line_is_what_generate_text_returns(run, model, capsys):
     lines = run("--static", "1", "--log-probs")
     settings = {"max_new_tokens": 4, "block_length": 2, "log_probs": True}

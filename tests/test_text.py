@@ -62,6 +62,25 @@ def test_an_answer_is_cut_before_the_end_of_text(model):
     assert cut.ended and not plain.ended and np.isfinite(cut.log_probs).all()
 
 
+def test_a_stop_string_cuts_the_text_and_saves_steps(model):
+    settings = {"max_new_tokens": 6, "block_length": 2, "log_probs": True}
+    plain = generate_text(model, PROMPTS[:2], **settings)
+    stop = plain[0].text[1:3]
+    [first, _] = cut = generate_text(model, PROMPTS[:2], stop=["no such text", stop], **settings)
+    assert [answer.text for answer in cut] == [answer.text.split(stop)[0] for answer in plain]
+    place = plain[0].text.index(stop)
+    assert first.ended and first.text == plain[0].text[:place]
+    np.testing.assert_array_equal(first.tokens, plain[0].tokens[:place])  # a token is a character
+    np.testing.assert_allclose(first.log_probs, plain[0].log_probs[:place], atol=2e-4)
+    assert (place, first.passes, plain[0].passes) == (1, 4, 6)  # it stands in the second block
+    [late] = generate_text(  # nothing ends early here, and the text is the same
+        model, PROMPTS[0], stop=stop, sampler=dj.Confidence(6, 2, 6, stop_at_eos=False)
+    )
+    assert (late.text, late.passes) == (first.text, 6)
+    with pytest.raises(InputError, match=r"stop=\('',\) has an empty text; remove it"):
+        generate_text(model, PROMPTS[0], stop="")
+
+
 def test_repeated_prompts_are_several_draws_and_what_remains_is_what_it_was(model):
     settings = {"max_new_tokens": 4, "temperature": 3.0, "seed": 5}
     job = text_job(model, [PROMPTS[0], *PROMPTS, PROMPTS[0]], **settings)

@@ -42,7 +42,8 @@ def open_model(given: argparse.Namespace, is_chat: bool) -> tuple[Model, dict[st
         seed=given.seed,
         cache=parse_cache(given.cache),
     )
-    job = {"cache": settings.cache, "seed": settings.seed, **sampling_settings(given)}
+    job = {"cache": settings.cache, "seed": settings.seed, "stop": given.stop}
+    job |= sampling_settings(given)
     model, _, policy = load_harness_model(settings)
     return model, job | {"policy": policy, "tokenizer": tokenizer_path(settings, model)}
 

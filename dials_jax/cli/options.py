@@ -79,6 +79,10 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--top-p", type=float, metavar="P", help="Dream only")
     group.add_argument("--top-k", type=int, metavar="K", help="Dream only")
     group.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT",
+        help="ends an answer, which is cut there; may be given again; a new line is $'\\n'",
+    )  # fmt: skip
+    group.add_argument(
         "--sampler", metavar="S", help="all settings, as 'Confidence(128, block_length=32)'"
     )
     group.add_argument("--seed", type=int, default=0)

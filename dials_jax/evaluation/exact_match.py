@@ -6,13 +6,11 @@ The rules are described in docs/evaluation.md.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from typing import Literal
 
-from dials_jax.config import ModelConfig
-from dials_jax.data.tokenizer import Tokenizer
 from dials_jax.errors import InputError, require
 from dials_jax.evaluation.task import EvalTask
+from dials_jax.evaluation.text_end import cut_at_stop
 
 Match = Literal["first", "last"] | None
 
@@ -57,40 +55,6 @@ def check_reference(task: EvalTask, reference: str) -> None:
         f"a string of until={task.until!r} stands before what counts in the answer {end!r}; "
         "correct until",
     )
-
-
-def decode_to_end(
-    ids: Sequence[int], tokenizer: Tokenizer, cfg: ModelConfig, until: Sequence[str]
-) -> str:
-    """Decodes the tokens before the first end of text or end of turn.
-
-    A stop string that is a single token ends a text, too: special tokens may not be decoded.
-    """
-    return tokenizer.decode(cut_tokens(ids, _ends(tokenizer, cfg, until)))
-
-
-def _ends(tokenizer: Tokenizer, cfg: ModelConfig, until: Sequence[str]) -> list[int | None]:
-    return [cfg.eos_id, cfg.eot_id, *map(tokenizer.token_to_id, until)]
-
-
-def is_ended(
-    ids: Sequence[int], tokenizer: Tokenizer, cfg: ModelConfig, until: Sequence[str]
-) -> bool:
-    """Whether more tokens after `ids` would change nothing of the text up to its stop string."""
-    text = decode_to_end(ids, tokenizer, cfg, until)
-    half_written = (stop[:n] for stop in until for n in range(1, len(stop)))
-    stopped = any(stop in text for stop in until) and not any(map(text.endswith, half_written))
-    return stopped or cut_tokens(ids, _ends(tokenizer, cfg, until)) != list(ids)
-
-
-def cut_tokens(ids: Sequence[int], ends: Sequence[int | None]) -> list[int]:
-    """Cuts tokens before the first that is one of `ends`."""
-    return list(ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids))])
-
-
-def cut_at_stop(text: str, until: Sequence[str]) -> str:
-    """Cuts a text before the first of the stop strings; returns all of it if there is none."""
-    return text[: min((text.find(stop) for stop in until if stop in text), default=len(text))]
 
 
 def normalise_answer(text: str, extract: str, match: Match = None) -> str:

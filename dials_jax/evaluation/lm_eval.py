@@ -47,7 +47,6 @@ from dials_jax.data.tasks import Pair
 from dials_jax.data.tokenizer import Tokenizer, encode_pair
 from dials_jax.errors import InputError, nearest, require
 from dials_jax.evaluation.answer_store import AnswerSettings, digest_text
-from dials_jax.evaluation.exact_match import decode_to_end
 from dials_jax.evaluation.harness import (
     HarnessModel,
     load_harness_model,
@@ -55,8 +54,9 @@ from dials_jax.evaluation.harness import (
     parse_model_arguments,
     tokenizer_path,
 )
-from dials_jax.evaluation.responder import Cost, Responder, Stop
+from dials_jax.evaluation.responder import Cost, Responder
 from dials_jax.evaluation.task_setup import warn_of_sampler
+from dials_jax.evaluation.text_end import Stop, decode_to_end
 from dials_jax.models.model import Model
 from dials_jax.nn.policy import Policy, policy_name
 from dials_jax.sampling.sampler import Sampler

@@ -14,10 +14,11 @@ from typing import Any
 
 from dials_jax import sharding
 from dials_jax.data.tokenizer import Tokenizer
-from dials_jax.evaluation.exact_match import cut_at_stop, cut_tokens, is_correct
+from dials_jax.evaluation.exact_match import is_correct
 from dials_jax.evaluation.items import OUTPUT, Item
 from dials_jax.evaluation.run_code import PASSED, execute_programs
 from dials_jax.evaluation.task import METRIC_RULES, RULE_FIELDS, EvalTask
+from dials_jax.evaluation.text_end import cut_at_stop, cut_tokens
 
 NUM_PROGRAMS = 64  # executed before their verdicts are stored
 

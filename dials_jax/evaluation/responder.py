@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from dials_jax.data.tasks import Pair
-from dials_jax.data.tokenizer import Ids, Tokenizer
+from dials_jax.data.tokenizer import Ids
 from dials_jax.errors import require
 from dials_jax.evaluation.answer_store import (
     BATCHING,
@@ -33,12 +33,11 @@ from dials_jax.evaluation.batched import (
     request_hash,
     request_keys,
 )
-from dials_jax.evaluation.exact_match import is_ended
 from dials_jax.evaluation.likelihood import WHOLE, num_copies
 from dials_jax.evaluation.tally import LayerCounts, Record, Tally, make_batch_record
+from dials_jax.evaluation.text_end import Stop
 from dials_jax.models.model import Model
 from dials_jax.nn.policy import Policy
-from dials_jax.sampling.refill import why_not_refilled
 from dials_jax.sampling.sampler import Sampler
 from dials_jax.skipping.flops import Flops
 
@@ -56,13 +55,6 @@ class Likelihood(NamedTuple):
 
     log_likelihood: float
     is_greedy: bool
-
-
-class Stop(NamedTuple):
-    """Strings that end a text, and the tokenizer that finds them."""
-
-    until: tuple[str, ...]
-    tokenizer: Tokenizer
 
 
 class Cost(NamedTuple):
@@ -164,12 +156,9 @@ class Responder:
         named = _Named.of(list(zip(fitted, draws or [0] * len(fitted), strict=True)))
         names, distinct = list(named.requests), list(named.requests.values())
         facts = {"sampler": plain_settings(sampler), "cache": plain_settings(self.settings.cache)}
-        is_done = None
-        if stop and stop.until and self._may_stop(sampler):
+        is_done = stop.is_done(self.model, sampler, self.settings.cache) if stop else None
+        if is_done:
             facts["stop"] = [stop.tokenizer.fingerprint, *sorted(stop.until)]
-
-            def is_done(_, ids: np.ndarray) -> bool:
-                return is_ended(ids.tolist(), stop.tokenizer, self.model.config, stop.until)
 
         def records(tally: Tally) -> Iterator[Record]:
             for batch in generation_batches(
@@ -292,10 +281,6 @@ class Responder:
         )
         self.num_cut += 1
         return prompt[-room:]
-
-    def _may_stop(self, sampler: Sampler) -> bool:
-        may_end = getattr(sampler, "stop_at_eos", False)
-        return may_end and why_not_refilled(sampler, self.settings.cache, self.model.config) is None
 
     def _keys(self, requests: Sequence[Any]) -> jax.Array:
         return request_keys(self.settings.seed, list(map(request_hash, requests)))

@@ -13,13 +13,13 @@ from jaxtyping import Float
 from dials_jax.config import ModelConfig
 from dials_jax.data.tokenizer import Tokenizer
 from dials_jax.evaluation.batched import generation_batches, likelihood_batches, request_keys
-from dials_jax.evaluation.exact_match import cut_tokens
 from dials_jax.evaluation.items import Item, item_names
 from dials_jax.evaluation.likelihood import num_copies
 from dials_jax.evaluation.outputs import execute_outputs, score_output
 from dials_jax.evaluation.tally import LayerCounts, Record, Tally, make_batch_record
 from dials_jax.evaluation.task import EvalTask
 from dials_jax.evaluation.task_setup import check_task, task_sampler
+from dials_jax.evaluation.text_end import cut_tokens
 from dials_jax.models.model import Model
 from dials_jax.nn.policy import Policy
 from dials_jax.skipping.flops import Flops

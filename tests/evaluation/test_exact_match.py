@@ -10,13 +10,11 @@ from dials_jax.data.tokenizer import character_tokenizer
 from dials_jax.errors import InputError
 from dials_jax.evaluation.exact_match import (
     check_reference,
-    cut_at_stop,
-    decode_to_end,
     is_correct,
-    is_ended,
     normalise_answer,
     normalise_number,
 )
+from dials_jax.evaluation.text_end import cut_at_stop, decode_to_end, is_ended
 
 STRICT = EvalTask(
     name="gsm8k",

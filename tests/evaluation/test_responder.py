@@ -10,9 +10,9 @@ from dials_jax.errors import InputError
 from dials_jax.evaluation import batched
 from dials_jax.evaluation.answer_store import AnswerSettings
 from dials_jax.evaluation.batched import request_hash, request_keys
-from dials_jax.evaluation.exact_match import cut_at_stop
 from dials_jax.evaluation.likelihood import log_likelihood
-from dials_jax.evaluation.responder import Responder, Stop
+from dials_jax.evaluation.responder import Responder
+from dials_jax.evaluation.text_end import Stop, cut_at_stop
 from dials_jax.models.model import Model
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.generate import generate

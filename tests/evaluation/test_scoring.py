@@ -15,12 +15,12 @@ from dials_jax.config import ArithmeticData, EvalTask
 from dials_jax.data.arithmetic import ArithmeticTask
 from dials_jax.errors import InputError
 from dials_jax.evaluation import batched, likelihood, outputs
-from dials_jax.evaluation.exact_match import cut_tokens
 from dials_jax.evaluation.items import load_items, make_item
 from dials_jax.evaluation.likelihood import log_likelihood
 from dials_jax.evaluation.scoring import count_sequences, item_keys, score_task
 from dials_jax.evaluation.tally import Tally
 from dials_jax.evaluation.task_setup import check_task, generation_facts
+from dials_jax.evaluation.text_end import cut_tokens
 from dials_jax.files import finite
 from dials_jax.models.model import Model
 from dials_jax.sampling import generate as generating
