@@ -76,6 +76,10 @@ class Timed:
             self.compile_seconds += time.perf_counter() - start
         return self._programs[key]
 
+    def largest_program(self) -> int:
+        """Bytes on a device that the largest program takes: arguments, results and temporaries."""
+        return max(map(_program_bytes, self._programs.values()), default=0)
+
     def forget_programs(self) -> None:
         """Drops the compiled programs and the memory they take."""
         self._programs.clear()
@@ -93,6 +97,19 @@ class Timed:
 _ALL: weakref.WeakSet[Timed] = weakref.WeakSet()
 
 
+def _program_bytes(program: Any) -> int:
+    sizes = program.memory_analysis()
+    shared = sizes.alias_size_in_bytes  # results that take the memory of arguments
+    return sum(
+        (
+            sizes.argument_size_in_bytes,
+            sizes.output_size_in_bytes,
+            sizes.temp_size_in_bytes,
+            -shared,
+        )
+    )
+
+
 def timed_jit(*static_argnames: str, donate: tuple[str, ...] = ()) -> Callable[[Callable], Timed]:
     """A decorator: the function as a `Timed` one."""
     return lambda fn: Timed(fn, static_argnames, donate)
@@ -101,6 +118,11 @@ def timed_jit(*static_argnames: str, donate: tuple[str, ...] = ()) -> Callable[[
 def total_compile_seconds() -> float:
     """Seconds that the programs of all `Timed` functions have taken to compile so far."""
     return sum(timed.compile_seconds for timed in _ALL)
+
+
+def largest_program() -> int:
+    """Bytes on a device that the largest program of all `Timed` functions takes."""
+    return max((timed.largest_program() for timed in _ALL), default=0)
 
 
 def forget_programs() -> None:
