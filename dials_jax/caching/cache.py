@@ -68,6 +68,7 @@ class ForwardOutputs(NamedTuple):
     gates: Bool[Array, "L R"]
     cache_state: PyTree
     seen: PyTree = None  # of the hidden states, by the observer of the canvas
+    depth: Int[Array, "R T"] | None = None  # see `CanvasModel.depth`
 
 
 class Revealed(NamedTuple):

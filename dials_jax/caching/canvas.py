@@ -35,6 +35,7 @@ class CanvasModel:
       prompt_mask: True at prompts, hidden from the unconditional half; None without guidance.
       prompt_length: no token before this position is ever masked; 0 under guidance.
       observer: measures the hidden states of every call on the whole canvas; None: nothing does.
+      keeps_depth: calls say how many layers each position went through; see `depth`.
     """
 
     cfg: ModelConfig
@@ -46,6 +47,7 @@ class CanvasModel:
     prompt_mask: Bool[Array, "B T"] | None
     prompt_length: int
     observer: BatchObserver | None = None
+    keeps_depth: bool = False
 
     @property
     def logit_shift(self) -> int:
@@ -76,6 +78,36 @@ class CanvasModel:
         """The inputs of the tokens at `index`."""
         angles = gather(self.block_inputs.angles, index)
         return self.block_inputs._replace(angles=angles, slots=Slots(index, active))
+
+    def depth(
+        self,
+        slots: Slots,
+        num_layers: int | None = None,
+        so_far: Int[Array, "R T"] | None = None,
+    ) -> Int[Array, "R T"] | None:
+        """After how many layers each position of the canvas leaves a call; None: not kept.
+
+        Args:
+          slots: the positions that go through `num_layers` layers (None: all) at least.
+          so_far: of all positions before; None: those outside the window go through no layer.
+        """
+        if not self.keeps_depth:
+            return None
+        shape = self.num_sequences, self.length
+        so_far = jnp.zeros(shape, jnp.int32) if so_far is None else so_far
+        reached = self.cfg.num_layers if num_layers is None else num_layers
+        active = True if slots.active is None else slots.active
+        reached = jnp.broadcast_to(jnp.where(active, reached, 0), slots.index.shape)
+        return jax.vmap(lambda x, at, n: x.at[at].max(n))(so_far, slots.index, reached)
+
+    def depth_of_range(
+        self, start: Int[Array, ""] | int, size: int, end: Int[Array, ""] | None = None
+    ) -> Int[Array, "R T"] | None:
+        """`depth` where the positions from `start` on, before `end`, go through all layers."""
+        if not self.keeps_depth:
+            return None
+        index = self.positions(start, size)
+        return self.depth(Slots(index, None if end is None else index < end))
 
     def embed(self, tokens: Int[Array, "R T"], window: BlockInputs) -> Array:
         return transformer.embed(self.cfg, self.params, tokens, window)

@@ -26,6 +26,7 @@ from dials_jax.caching.cache import (
 )
 from dials_jax.caching.canvas import CanvasModel
 from dials_jax.config import Typed
+from dials_jax.nn.kv import Slots
 
 
 class KeysAndValues(Typed):
@@ -94,6 +95,7 @@ def first_blocks(net: CanvasModel, blocks: Blocks, num_blocks: int, due: Due) ->
     def forward(inputs: ForwardInputs, cache_state: PyTree) -> ForwardOutputs:
         in_window, index = block_positions(net, blocks, inputs, 0)
         exact = cache_state is None and not is_rounded_up(blocks.count)
+        end = None if exact else blocks.existing(inputs.block)
         out = net.run_range(
             inputs.tokens,
             0,
@@ -101,10 +103,11 @@ def first_blocks(net: CanvasModel, blocks: Blocks, num_blocks: int, due: Due) ->
             inputs.step,
             cache_state,
             output_positions=in_window,
-            end=None if exact else blocks.existing(inputs.block),
+            end=end,
             fills_cache=inputs.step_in_block == 0 if blocks.appended else None,
         )
-        return ForwardOutputs(out.h, index, None, out.gates, out.cache_state, out.observed)
+        depth = net.depth_of_range(0, size, end)
+        return ForwardOutputs(out.h, index, None, out.gates, out.cache_state, out.observed, depth)
 
     work = Work((size,) * net.cfg.num_layers, blocks.length, net.prompt_length)
     return ForwardVariant(due_and_enough, forward, work)
@@ -115,13 +118,15 @@ def block_only(net: CanvasModel, blocks: Blocks) -> ForwardVariant:
 
     def forward(inputs: ForwardInputs, cache_state: PyTree) -> ForwardOutputs:
         start = blocks.start + inputs.block * blocks.length - net.logit_shift
-        active = written_positions(net, blocks, inputs, net.positions(start, blocks.length))
+        window = net.positions(start, blocks.length)
+        active = written_positions(net, blocks, inputs, window)
         end = blocks.existing(inputs.block)
         out = net.run_range(
             inputs.tokens, start, blocks.length, inputs.step, cache_state, active, end=end
         )
         index = net.positions(start + net.logit_shift, blocks.length)[: inputs.tokens.shape[0]]
-        return ForwardOutputs(out.h, index, None, out.gates, out.cache_state)
+        depth = net.depth(Slots(window, active))
+        return ForwardOutputs(out.h, index, None, out.gates, out.cache_state, depth=depth)
 
     return ForwardVariant(
         always, forward, Work((blocks.length,) * net.cfg.num_layers, blocks.length)
@@ -146,7 +151,8 @@ def suffix(net: CanvasModel, blocks: Blocks, num_blocks: int) -> ForwardVariant:
         out = net.run_range(
             inputs.tokens, first, size, inputs.step, cache_state, active, output_positions=in_window
         )
-        return ForwardOutputs(out.h, predicted, None, out.gates, out.cache_state)
+        depth = net.depth(Slots(index, active))
+        return ForwardOutputs(out.h, predicted, None, out.gates, out.cache_state, depth=depth)
 
     return ForwardVariant(due, forward, Work((size,) * net.cfg.num_layers, blocks.length))
 

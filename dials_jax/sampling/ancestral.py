@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, UInt
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt
 
 from dials_jax.caching.cache import Cache, Work
 from dials_jax.caching.canvas import CanvasModel
@@ -27,7 +27,14 @@ from dials_jax.models import transformer
 from dials_jax.nn.policy import Policy
 from dials_jax.nn.stack import StackOutput
 from dials_jax.sampling.confidence import gumbel_like
-from dials_jax.sampling.sampler import CallRecord, Steps, append_call, start_record
+from dials_jax.sampling.sampler import (
+    CallRecord,
+    Steps,
+    append_call,
+    log_probability_of,
+    start_record,
+)
+from dials_jax.sampling.trajectory import append_canvas
 
 Precision = Literal["exact", "float32"]
 
@@ -59,6 +66,8 @@ class Ancestral(Typed):
     cfg_scale = 0.0
     takes_schedule = True
     one_program = False
+    gives_log_probs = True
+    gives_trajectory = True
 
     length: int
     steps: int
@@ -249,10 +258,15 @@ class ExactSteps:
         out = call_model(self.net, seen, state.step, time, index)
         logits = transformer.head_logits(cfg, self.net.params, out.h, time)
         new = draw_tokens(cfg, logits, token_keys(self.keys, index - self.prompt_length))
-        tokens = write_tokens(state.tokens, jnp.where(fresh, index, seen.shape[1]), new)
+        at = jnp.where(fresh, index, seen.shape[1])
+        tokens = write_tokens(state.tokens, at, new)
         share = jnp.mean(hidden[:, self.prompt_length :], axis=1)
         observed = self.net.observe(state.record.observed, out.observed, step, own)
         record = append_call(state.record, out.gates, share, 0, state.step, own, observed)
+        if record.log_probs is not None:
+            log_probs = log_probability_of(new, transformer.apply_subs(cfg, logits))
+            record = record._replace(log_probs=write_tokens(record.log_probs, at, log_probs))
+        record = append_canvas(record, tokens, self.net.depth_of_range(0, self.net.length))
         calls = jnp.minimum(state.calls + 1, until)
         return AncestralState(tokens, state.step + 1, calls, plan, record)
 
@@ -305,9 +319,9 @@ def token_keys(keys: jax.Array, position: Int[Array, "B W"]) -> jax.Array:
 
 
 def write_tokens(
-    tokens: Int[Array, "B T"], index: Int[Array, "B W"], new: Int[Array, "B W"]
-) -> Int[Array, "B T"]:
-    """Writes tokens at their positions; one beyond the canvas is dropped."""
+    tokens: Shaped[Array, "B T"], index: Int[Array, "B W"], new: Shaped[Array, "B W"]
+) -> Shaped[Array, "B T"]:
+    """Writes tokens, or numbers of them, at their positions; one beyond the canvas is dropped."""
     write = jax.vmap(lambda sequence, at, x: sequence.at[at].set(x, mode="drop"))
     return write(tokens, index, new.astype(tokens.dtype))
 
@@ -356,14 +370,23 @@ class PublishedSteps:
             new = self.draw_tokens(
                 transformer.suppress_mask_token(cfg, logits), t, state.step, key
             ).astype(tokens.dtype)
-            return jnp.where(transformer.is_masked(cfg, tokens), new, tokens)
+            new = jnp.where(transformer.is_masked(cfg, tokens), new, tokens)
+            if state.record.log_probs is None:
+                return new, None
+            return new, log_probability_of(new, transformer.apply_subs(cfg, logits))
 
-        new = lax.map(reveal, (out.h, answer, self.keys, time))
+        new, log_probs = lax.map(reveal, (out.h, answer, self.keys, time))
         tokens = state.tokens.at[:, prompt_length:].set(new)
         share = jnp.mean(transformer.is_masked(cfg, answer), axis=1)
         own = jnp.ones(len(tokens), bool)
         observed = self.net.observe(state.record.observed, out.observed, state.step, own)
         record = append_call(state.record, out.gates, share, 0, state.step, observed=observed)
+        if log_probs is not None:
+            before = record.log_probs[:, prompt_length:]
+            log_probs = jnp.where(new != answer, log_probs, before)
+            known = record.log_probs.at[:, prompt_length:].set(log_probs)
+            record = record._replace(log_probs=known)
+        record = append_canvas(record, tokens, self.net.depth_of_range(0, self.net.length))
         return AncestralState(tokens, state.step + 1, state.calls + 1, None, record)
 
     def draw_tokens(

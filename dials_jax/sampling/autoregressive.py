@@ -21,6 +21,7 @@ from dials_jax.errors import require
 from dials_jax.models import transformer
 from dials_jax.nn.policy import Policy, skips_the_same
 from dials_jax.sampling.sampler import CallRecord, log_probability_of, start_record
+from dials_jax.sampling.trajectory import append_canvas
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Autoregressive(Typed):
     takes_schedule = False
     one_program = True
     gives_log_probs = True
+    gives_trajectory = True
 
     max_new_tokens: int
     temperature: float = 0.0
@@ -126,10 +128,13 @@ class DecodingSteps:
         def run_step(state: DecodingState) -> DecodingState:
             at = self.prompt_length + state.num_new - 1
             out = net.run_range(state.tokens, at, 1, state.num_new, state.cache_state)
-            return self.append_token(state._replace(cache_state=out.cache_state), out.h[:, 0])
+            state = state._replace(cache_state=out.cache_state)
+            return self.append_token(state, out.h[:, 0], net.depth_of_range(at, 1))
 
         out = net.run_range(state.tokens, 0, self.prompt_length, state.num_new, net.init_cache())
-        state = self.append_token(state._replace(cache_state=out.cache_state), out.h[:, -1])
+        state = state._replace(cache_state=out.cache_state)
+        depth = net.depth_of_range(0, self.prompt_length)
+        state = self.append_token(state, out.h[:, -1], depth)
         state = lax.while_loop(is_due, run_step, state)
         record = state.record._replace(
             nfe=state.num_new,
@@ -146,8 +151,10 @@ class DecodingSteps:
         ends = jnp.zeros(answer.shape, bool) if eos is None else answer == eos
         return jnp.cumsum(ends, axis=1) - ends == 0
 
-    def append_token(self, state: DecodingState, h: Float[Array, "B D"]) -> DecodingState:
-        """The state with the token that `h` predicts."""
+    def append_token(
+        self, state: DecodingState, h: Float[Array, "B D"], depth: Int[Array, "B T"] | None
+    ) -> DecodingState:
+        """The state with the token that `h` predicts. Args: depth: see `CanvasModel.depth`."""
         cfg, tokens = self.net.cfg, state.tokens
         keys = jax.vmap(jax.random.fold_in, (0, None))(self.keys, state.num_new)
         logits = transformer.head_logits(cfg, self.net.params, h[:, None])[:, 0]
@@ -159,6 +166,7 @@ class DecodingSteps:
         if record.log_probs is not None:
             new = jnp.where(state.ended, jnp.nan, log_probability_of(token, logits))
             record = record._replace(log_probs=record.log_probs.at[:, at].set(new))
+        record = append_canvas(record, tokens, depth, state.num_new)
         ended = state.ended if cfg.eos_id is None else token == cfg.eos_id
         num_new = state.num_new + 1
         return state._replace(tokens=tokens, ended=ended, num_new=num_new, record=record)

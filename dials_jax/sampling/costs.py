@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
 from dials_jax.caching.cache import Work
 from dials_jax.config import ModelConfig
@@ -70,11 +70,46 @@ def total_cost(
             own = gates[mine, : part.cfg.num_layers]
             costs.append(part.cost(own, variant[mine], num_tokens).model_total)
             layers_run += int(own.sum())
-    head = max(w.head for i, part in enumerate(parts) for w in _used(part, variant[taken == i]))
-    whole = max(parts, key=lambda part: part.full_cost(1, 1, num_tokens, head))
+    whole, head = _largest(parts, taken, variant, num_tokens)
     full = whole.full_cost(len(taken), num_sequences, num_tokens, head)
     layers = layers_run / (len(taken) * num_sequences * whole.cfg.num_layers)
     return Flops(layers, sum(costs) / full, float(sum(costs)), seconds)
+
+
+def call_costs(
+    parts: Sequence[Part],
+    taken: Int[np.ndarray, "S"],
+    gates: Bool[np.ndarray, "S L R"],
+    variant: Int[np.ndarray, "S"],
+    num_tokens: int,
+    num_sequences: int,
+) -> tuple[Float[np.ndarray, "S {num_sequences}"], float]:
+    """FLOPs of each call on each sequence, of both halves under guidance, and those of a full call.
+
+    Their sums over all calls and sequences are the `total_cost`, and what it is a share of.
+    """
+    found = np.zeros((len(taken), gates.shape[-1]))
+    for call, number in enumerate(taken):
+        part, one = parts[number], slice(call, call + 1)
+        own = gates[one, : part.cfg.num_layers]
+        for row in range(gates.shape[-1]):
+            cost = part.cost(own[..., row : row + 1], variant[one], num_tokens)
+            found[call, row] = cost.model_total
+    copies = gates.shape[-1] // num_sequences
+    whole, head = _largest(parts, taken, variant, num_tokens)
+    full = whole.full_cost(1, copies, num_tokens, head)
+    return found.reshape(len(taken), copies, num_sequences).sum(axis=1), full
+
+
+def _largest(
+    parts: Sequence[Part],
+    taken: Int[np.ndarray, "S"],
+    variant: Int[np.ndarray, "S"],
+    num_tokens: int,
+) -> tuple[Part, int]:
+    """The model whose full call costs most, and the most tokens whose logits a call computed."""
+    head = max(w.head for i, part in enumerate(parts) for w in _used(part, variant[taken == i]))
+    return max(parts, key=lambda part: part.full_cost(1, 1, num_tokens, head)), head
 
 
 def _used(part: Part, variant: Int[np.ndarray, "S"]) -> list[Work]:

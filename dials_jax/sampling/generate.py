@@ -32,7 +32,7 @@ from dials_jax.models.model import Model, as_ids, as_valid, sequence_keys
 from dials_jax.models.padding import differ_in_length, pad_prompts
 from dials_jax.nn.policy import Policy
 from dials_jax.nn.stack import Executor
-from dials_jax.sampling.costs import Part, total_cost
+from dials_jax.sampling.costs import Part, call_costs, total_cost
 from dials_jax.sampling.model_schedule import Schedule
 from dials_jax.sampling.requests import (
     ALONE,
@@ -46,6 +46,7 @@ from dials_jax.sampling.requests import (
     roles_of,
 )
 from dials_jax.sampling.sampler import CallRecord, Sampler, Steps, keep_log_probs
+from dials_jax.sampling.trajectory import Trajectory, keep_trajectory
 from dials_jax.skipping.flops import Flops
 from dials_jax.skipping.observing import BatchObserver, Observed, Observer, of_sequences
 
@@ -76,6 +77,7 @@ class Generation:
         of text. Given the tokens known then, so their sum is no log-likelihood of the text. None
         unless asked for.
       observed: what the hidden states were like, where an observer was given.
+      trajectory: what every call did to every canvas. None unless asked for.
     """
 
     tokens: Int[np.ndarray, "B T"]
@@ -89,6 +91,7 @@ class Generation:
     flops: Flops
     log_probs: Float[np.ndarray, "B G"] | None = None
     observed: Observed | None = None
+    trajectory: Trajectory | None = None
 
     def __repr__(self) -> str:
         """A line about the whole, and a row for each of the first sequences."""
@@ -142,6 +145,7 @@ def generate(
     executor: Executor = "auto",
     fill_to: int = 1,
     log_probs: bool = False,
+    trajectory: bool = False,
     observer: Observer | None = None,
 ) -> Generation:
     """Generates `sampler.gen_length` tokens after every prompt.
@@ -159,6 +163,8 @@ def generate(
         numbers do not depend on its batch. None is the key of seed 0.
       fill_to: run the program of this batch size, or of a multiple, also for fewer sequences.
       log_probs: keep those of the generated tokens.
+      trajectory: keep the canvas after every call, how deep each position went in it and what it
+        cost, and `log_probs`.
       observer: measures the hidden states of every model call. Of one model, without a cache and
         without guidance: each call then sees every canvas once, and the whole of it.
 
@@ -167,7 +173,7 @@ def generate(
       for, or settings that do not compose.
     """
     cache_given, cache = cache, NoCache() if cache is None else cache
-    check_arguments(sampler, cache, fill_to, log_probs)
+    check_arguments(sampler, cache, fill_to, log_probs, trajectory)
     roles = roles_of(model, schedule, policy)
     prompts = empty_prompts(num_sequences) if prompts is None else prompts
     pad_id = next(iter(roles.values())).model.config.pad_id
@@ -189,7 +195,8 @@ def generate(
     first, num_sequences = next(iter(roles.values())), len(prompts)
     batch = (prompts.astype(np.int32), valid, sequence_keys(key, num_sequences))
     batch = first.model.place_sequences(batch, fill_to)
-    static = {"sampler": sampler, "cache": cache, "executor": executor, "log_probs": log_probs}
+    static = {"sampler": sampler, "cache": cache, "executor": executor}
+    static |= {"log_probs": log_probs, "trajectory": trajectory}
     if observer is not None:
         check_observer(observer, roles, sampler, cache)
         # The last sequence is repeated until the batch is full, and counts once.
@@ -220,13 +227,13 @@ def pad_sequences(
 
 # ---------------------------------------------------------------------------- compiled programs
 
-STATIC = ("cfg", "sampler", "cache", "executor", "log_probs", "observer")
+STATIC = ("cfg", "sampler", "cache", "executor", "log_probs", "trajectory", "observer")
 Generated = tuple[tuple[Int[Array, "B T"], CallRecord], float]  # canvas, record, and seconds
 
 
 def lay_out_canvas(
     params, prompts, valid, keys, policy, *, cfg, sampler, cache, executor, log_probs=False,
-    observer=None, counted=None,
+    trajectory=False, observer=None, counted=None,
 ) -> tuple[Int[Array, "B T"], Steps]:  # fmt: skip
     """Prompts, then blanks, and the steps of a model on them.
 
@@ -238,6 +245,7 @@ def lay_out_canvas(
     if valid is not None:
         valid = jnp.concatenate([valid, jnp.ones_like(answer, bool)], axis=1)
     static = {"cfg": cfg, "sampler": sampler, "cache": cache, "executor": executor}
+    static["trajectory"] = trajectory
     length = prompts.shape[1]
     if observer is not None:
         present = jnp.broadcast_to(counted[:, None], canvas.shape)
@@ -251,7 +259,7 @@ def lay_out_canvas(
 
 def steps_on_canvas(
     params, canvas, valid, keys, policy, *, prompt_length, cfg, sampler, cache, executor,
-    observer=None,
+    trajectory=False, observer=None,
 ) -> Steps:  # fmt: skip
     """The steps of a model on a canvas; three keys from each sequence's one.
 
@@ -266,8 +274,9 @@ def steps_on_canvas(
     block_inputs = transformer.block_inputs(cfg, valid, (len(gate_keys), canvas.shape[1]))
     never_masked = length if prompt_mask is None else 0
     net = CanvasModel(
-        cfg, params, policy, executor, block_inputs, gate_keys, prompt_mask, never_masked, observer
-    )
+        cfg, params, policy, executor, block_inputs, gate_keys, prompt_mask, never_masked, observer,
+        keeps_depth=trajectory,
+    )  # fmt: skip
     return sampler.make_steps(net, length, noise_keys, cache)
 
 
@@ -277,8 +286,8 @@ def generate_program(
 ) -> tuple[Int[Array, "B T"], CallRecord]:
     """All steps by one model."""
     canvas, steps = lay_out_canvas(params, prompts, valid, keys, policy, **static)
-    state = steps.start(canvas, static["cfg"].num_layers)
-    state = steps.run(keep_log_probs(state) if static.get("log_probs") else state)
+    state = with_records(steps.start(canvas, static["cfg"].num_layers), **static)
+    state = steps.run(state)
     return state.tokens, without_states(state.record)
 
 
@@ -286,8 +295,7 @@ def generate_program(
 def start_program(params, prompts, valid, keys, *, num_layers, **static) -> PyTree:
     """The state before the first step. Args: num_layers: of the deepest model."""
     canvas, steps = lay_out_canvas(params, prompts, valid, keys, None, **static)
-    state = steps.start(canvas, num_layers)
-    return keep_log_probs(state) if static.get("log_probs") else state
+    return with_records(steps.start(canvas, num_layers), **static)
 
 
 @timed_jit(*STATIC)
@@ -295,6 +303,13 @@ def segment_program(params, state, stop, prompts, valid, keys, policy, **static)
     """The steps of one model up to number `stop`."""
     _, steps = lay_out_canvas(params, prompts, valid, keys, policy, **static)
     return steps.run(state, stop)
+
+
+def with_records(state: PyTree, *, log_probs=False, trajectory=False, **_) -> PyTree:
+    """The state before the first step, with the records that were asked for."""
+    if trajectory:
+        return keep_trajectory(state)
+    return keep_log_probs(state) if log_probs else state
 
 
 def without_states(record: CallRecord) -> CallRecord:
@@ -370,6 +385,11 @@ def account(
         mine = taken == i
         if mine.any():
             tokens_run[mine, : part.cfg.num_layers] = part.tokens(variant[mine])
+    trajectory = None
+    if record.canvases is not None:
+        costs = call_costs(parts, taken, gates, variant, length, num_sequences)
+        canvases = (x[:nfe, :num_sequences] for x in record.canvases)
+        trajectory = Trajectory(*canvases, *costs)
     tokens, log_probs = tokens[:num_sequences], record.log_probs
     if log_probs is not None:
         log_probs = log_probs[:num_sequences, prompts.shape[1] :]
@@ -387,6 +407,7 @@ def account(
         flops=total_cost(parts, taken, gates, variant, length, seconds),
         log_probs=log_probs,
         observed=of_sequences(record.observed, num_sequences),
+        trajectory=trajectory,
     )
 
 

@@ -35,10 +35,11 @@ from dials_jax.sampling.generate import (
     account,
     pad_sequences,
     steps_on_canvas,
+    with_records,
 )
 from dials_jax.sampling.model_schedule import Schedule
 from dials_jax.sampling.requests import ALONE, check_arguments, roles_of
-from dials_jax.sampling.sampler import CallRecord, keep_log_probs
+from dials_jax.sampling.sampler import CallRecord
 
 
 @typed
@@ -53,6 +54,7 @@ def infill(
     executor: Executor = "auto",
     fill_to: int = 1,
     log_probs: bool = False,
+    trajectory: bool = False,
 ) -> Generation:
     """Fills every [MASK] of the sequences.
 
@@ -60,14 +62,14 @@ def infill(
       sequences: token ids, as lists of any lengths or as an array, padded on the left.
       sampler: its length becomes that of the part from the first mask on. Steps that were one per
         token become as many as the sequence with most masks has; fewer steps stay.
-      policy, key, executor, fill_to, log_probs: as in `generate`.
+      policy, key, executor, fill_to, log_probs, trajectory: as in `generate`.
 
     Returns: what `generate` does; the answer is the part from the first mask of any sequence on.
 
     Raises: InputError for a sequence without [MASK], and for samplers that fill from left to right
       or look at the canvas's order.
     """
-    check_arguments(sampler, NoCache(), fill_to, log_probs)
+    check_arguments(sampler, NoCache(), fill_to, log_probs, trajectory)
     roles, cfg = roles_of(model, None, policy), model.config
     cfg.require_mask()
     canvas, valid = pad_sequences(sequences, valid, cfg.pad_id, "sequence")
@@ -79,7 +81,8 @@ def infill(
     batch = (canvas.astype(np.int32), valid, sequence_keys(key, len(canvas)))
     out, seconds = model.run(
         infill_program, *model.place_sequences(batch, fill_to), policy,
-        sampler=sampler, cache=NoCache(), executor=executor, log_probs=log_probs, first=first,
+        sampler=sampler, cache=NoCache(), executor=executor, first=first,
+        log_probs=log_probs, trajectory=trajectory,
     )  # fmt: skip
     turns = Schedule(((ALONE, sampler.count_steps(NoCache())),))
     prompts = canvas[:, :first]
@@ -88,12 +91,13 @@ def infill(
 
 @timed_jit(*STATIC, "first")
 def infill_program(
-    params, canvas, valid, keys, policy, *, first, log_probs, **static
+    params, canvas, valid, keys, policy, *, first, log_probs, trajectory, **static
 ) -> tuple[Int[Array, "B T"], CallRecord]:
     """All steps. Args: first: where the block begins."""
+    static["trajectory"] = trajectory
     steps = steps_on_canvas(params, canvas, valid, keys, policy, prompt_length=first, **static)
     state = steps.start(canvas, static["cfg"].num_layers)
-    state = steps.run(keep_log_probs(state) if log_probs else state)
+    state = steps.run(with_records(state, log_probs=log_probs, trajectory=trajectory))
     return state.tokens, state.record
 
 

@@ -43,6 +43,7 @@ from dials_jax.sampling.sampler import (
     start_record,
 )
 from dials_jax.sampling.timetable import block_steps, run_length_encode, run_program
+from dials_jax.sampling.trajectory import append_canvas
 
 
 class BlockSampler:
@@ -79,6 +80,7 @@ class BlockSampler:
     takes_schedule = True
     one_program = True
     gives_log_probs = True
+    gives_trajectory = True
 
     def propose(
         self, cfg: ModelConfig, logits: Float[Array, "B W V"], keys: jax.Array
@@ -333,7 +335,8 @@ class Loop:
             state = self.end_at_eos(state)
         if sampler.stop_ids:
             state = self.end_at_stop(state)
-        return self.next_step(state)
+        record = append_canvas(state.record, state.tokens, out.depth)
+        return self.next_step(state._replace(record=record))
 
     def is_unfinished(self, state: LoopState) -> Bool[Array, "B"]:
         """Sequences with masked tokens in the block, or that may still edit it."""

@@ -101,9 +101,15 @@ def check_schedule(
     )
 
 
-def check_arguments(sampler: object, cache: object, fill_to: int, log_probs: bool = False) -> None:
+def check_arguments(
+    sampler: object,
+    cache: object,
+    fill_to: int,
+    log_probs: bool = False,
+    trajectory: bool = False,
+) -> None:
     """Raises: InputError for objects that are not samplers or caches, for an empty batch, and for
-    log-probabilities that a sampler does not keep."""
+    records that a sampler does not keep."""
     require(
         isinstance(sampler, Sampler) and not isinstance(sampler, type),
         f"sampler={shown(sampler)} is no sampler; give one, as Confidence(gen_length=128)",
@@ -116,6 +122,10 @@ def check_arguments(sampler: object, cache: object, fill_to: int, log_probs: boo
     require(
         not log_probs or getattr(sampler, "gives_log_probs", False),
         f"{type(sampler).__name__} keeps no log-probabilities of tokens; leave out log_probs",
+    )
+    require(
+        not trajectory or getattr(sampler, "gives_trajectory", False),
+        f"{type(sampler).__name__} keeps no trajectory; leave out trajectory",
     )
 
 

@@ -60,6 +60,7 @@ class Sampler(Protocol):
       one_program: without a schedule, one program makes all steps. False: the programs of a
         schedule make them, so that one compilation serves all schedules and none.
       gives_log_probs: its steps fill `CallRecord.log_probs`. False where a class does not say.
+      gives_trajectory: its steps fill `CallRecord.canvases`. False where a class does not say.
     """
 
     gen_length: int
@@ -115,6 +116,7 @@ class CallRecord(NamedTuple):
     own: Bool[Array, "S B"]  # False: made for other sequences, while this one was finished
     log_probs: Float[Array, "B T"] | None = None  # of the canvas: see `keep_log_probs`
     observed: PyTree = None  # what the hidden states were like: see `CanvasModel.observe`
+    canvases: PyTree = None  # after every call: see `trajectory.keep_trajectory`
 
 
 def start_record(

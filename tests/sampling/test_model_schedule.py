@@ -162,7 +162,7 @@ def test_schedules_share_programs_and_fetch_nothing(models):
         )
         roles = {letter: generating.Role(model, None) for letter, model in models.items()}
         static = {"sampler": STEPS, "cache": NoCache(), "executor": "auto"}
-        static["log_probs"] = False
+        static |= {"log_probs": False, "trajectory": False}
         for text in ("L3,H6,L3", "H2,L5,H2,L1,H2", "H11,L1"):
             generating.run_schedule(roles, Schedule.parse(text), rows, **static)
     assert generating.segment_program.num_programs == before

@@ -138,15 +138,18 @@ def run_spans(
     *,
     output_positions: Int[Array, "R _"] | None = None,
     prompt_length: int = 0,
-) -> tuple[ActiveTokens, Bool[Array, "L R"], EarlySkipState]:
+) -> tuple[ActiveTokens, Bool[Array, "L R"], EarlySkipState, Int[Array, "R T"] | None]:
     """Runs all layers on a window; `keep` chooses the tokens to keep at each layer of the plan.
 
     Args:
       keep: None: all tokens are kept.
       output_positions: in the window, of the tokens whose outputs are asked for; None: of all.
       prompt_length: no token of the window before this one is masked, and none is skipped.
+
+    Returns: the tokens that are left, the gates, the state, and `CanvasModel.depth`.
     """
     kv, seen, gates, policy_state = list(state.kv), list(state.seen), [], None
+    reached = None
     for i, span in enumerate(plan.spans(net.cfg.num_layers)):
         depth = plan.depth(span[0])
         if plan.skips_inside and span[0] in plan.layers:
@@ -154,7 +157,9 @@ def run_spans(
                 plan, net, span[0], tokens, kv[i], seen[depth - 1], keep
             )
             gates.append(jnp.ones((1, tokens.h.shape[0]), bool))
+            reached = net.depth(tokens.window.slots, span[1], reached)
             continue
+        reached = net.depth(tokens.window.slots, span[1], reached)
         out = net.run_layers(
             tokens.h, tokens.window, tokens.masked, inputs.step, kv[i],
             span=span, contiguous=keep is None or depth == 0, prompt_length=prompt_length,
@@ -166,7 +171,8 @@ def run_spans(
             tokens, _ = skip_tokens(depth + 1, tokens, out.h, seen[depth], keep)
             slots = tokens.window.slots
             seen[depth] = write_slots(seen[depth], tokens.h, slots, contiguous=keep is None)
-    return tokens, jnp.concatenate(gates), state._replace(kv=tuple(kv), seen=tuple(seen))
+    state = state._replace(kv=tuple(kv), seen=tuple(seen))
+    return tokens, jnp.concatenate(gates), state, reached
 
 
 def skip_inside_layer(

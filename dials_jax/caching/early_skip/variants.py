@@ -152,11 +152,12 @@ class EarlySkipVariants:
             tokens = enter_window(self.plan, self.net, inputs, state, index, active)
             revealed = state.revealed if whole_window else None
             keep = partial(self.keep, revealed)
-            tokens, gates, state = run_spans(self.plan, self.net, inputs, state, tokens, keep)
-            slots = tokens.window.slots
-            return ForwardOutputs(
-                tokens.h, slots.index + self.net.logit_shift, slots.active, gates, state
+            tokens, gates, state, depth = run_spans(
+                self.plan, self.net, inputs, state, tokens, keep
             )
+            slots = tokens.window.slots
+            index = slots.index + self.net.logit_shift
+            return ForwardOutputs(tokens.h, index, slots.active, gates, state, depth=depth)
 
         kept = [length if whole_window else self.plan.kept[self.plan.depth(layer)]
                 for layer in range(num_layers)]  # fmt: skip
@@ -196,11 +197,11 @@ class EarlySkipVariants:
         """Runs a range of the canvas, which begins with `prompt_length` tokens of the prompt."""
         tokens = enter_window(self.plan, self.net, inputs, state, index, active)
         in_window, predicted = block_positions(self.net, self.blocks, inputs, index[0, 0])
-        tokens, gates, state = run_spans(
+        tokens, gates, state, depth = run_spans(
             self.plan, self.net, inputs, state, tokens, None,
             output_positions=in_window, prompt_length=prompt_length,
         )  # fmt: skip
-        return ForwardOutputs(tokens.h, predicted, None, gates, state)
+        return ForwardOutputs(tokens.h, predicted, None, gates, state, depth=depth)
 
     def writing_sequences(self, inputs: ForwardInputs) -> Bool[Array, "R 1"] | None:
         """Sequences that write to the cache; None: all.
