@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LEVELS = (
-    {"compiling", "errors", "stopping"},
+    {"compiling", "errors", "progress", "stopping"},
     {"files"},
     {"config"},
     {"config_files"},
@@ -21,7 +21,7 @@ LEVELS = (
     {"skipping"},
     {"caching"},
     {"sampling"},
-    {"convert"},
+    {"convert", "estimates"},
     {"loading"},
     {"reporting"},
     {"training"},

@@ -21,6 +21,8 @@ from dials_jax.commands import keep_programs
 from dials_jax.errors import require
 from dials_jax.stopping import keeping
 
+LESS_MEMORY = "lower --batch-size, or give a larger mesh, as --mesh.tensor 4"
+
 
 def generate_command(argv: list[str] | None = None) -> None:
     """Answers the prompts, and says what they cost."""
@@ -29,6 +31,7 @@ def generate_command(argv: list[str] | None = None) -> None:
     keep_programs()
     from dials_jax.answer_file import open_answers
     from dials_jax.cli.open_model import open_model
+    from dials_jax.estimates import print_cost
     from dials_jax.text import text_job
 
     is_chat = given.chat or not all(isinstance(prompt, str) for prompt in prompts)
@@ -38,13 +41,16 @@ def generate_command(argv: list[str] | None = None) -> None:
         **settings,
     )  # fmt: skip
     if given.out is None:
+        if warning := job.cost().warning(LESS_MEMORY):
+            say(warning)
         for number, answer in sorted(with_progress(job.answers(), len(prompts), 0).items()):
             print(answer.text if len(prompts) == 1 else f"[{number}] {answer.text}", flush=True)
         return
     kept = f"the answers so far are in {given.out}; the same command continues with the rest"
     with open_answers(given.out, job, prompts) as answers, keeping(lambda: kept):
         done = len(prompts) - len(answers.remaining)
-        print(work_ahead(job, answers.remaining), file=sys.stderr)
+        say(work_ahead(job, answers.remaining))
+        print_cost("generation", job.cost(answers.remaining), LESS_MEMORY, say)
 
         def written() -> Iterator[tuple[int, Any]]:
             for number, answer in job.answers(answers.remaining):
@@ -92,6 +98,10 @@ def read_prompts(given: argparse.Namespace) -> list[Any]:
     return prompts
 
 
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 def work_ahead(job: Any, remaining: list[int]) -> str:
     """How much there is to do, in a line."""
     from dials_jax.caching.plain import NoCache
@@ -111,13 +121,16 @@ def with_progress(answers: Iterator[tuple[int, Any]], total: int, done: int) -> 
     Args:
       done: answers of an earlier run.
     """
-    from dials_jax.training.metrics import progress_bar
+    from dials_jax.estimates import Pace
+    from dials_jax.progress import progress_bar
 
     found: dict[int, Any] = {}
+    pace = Pace(total - done, "generation", say)
     start = time.perf_counter()
     with progress_bar(total, done, "answers", "answer") as bar:
         for number, answer in answers:
             found[number] = answer
+            pace.measured(1, answer.seconds)
             bar.set_postfix_str(speed(found, time.perf_counter() - start), refresh=False)
             bar.update()
     if found:

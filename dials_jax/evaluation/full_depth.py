@@ -64,15 +64,16 @@ def measure_kl(
     Args:
       policies: as `Candidate.describe` describes them, and themselves. The full one is first.
     """
-    from tqdm import tqdm
-
     (full, _), *others = policies
     texts = _full_texts(task, items, records.outputs(task.name, full), model)[: cfg.kl_items]
-    for described, policy in tqdm(others, f"{task.name}, KL", unit="policy", disable=None):
+    progress = progress_bar(len(others), 0, f"{task.name}, KL", "policy")
+    for described, policy in others:
         known = records.kl(task.name, described)
         left = [text for text in texts if text.name not in known]
         for found in kl_batches(model, task, left, policy, cfg.batch_size, cfg.seed):
             records.add(records.about(task.name, described) | {"kl": found})
+        progress.update()
+    progress.close()
 
 
 def _full_texts(

@@ -47,6 +47,11 @@ def static_placeholder(cfg: EvalConfig) -> list[Candidate]:
     return [Candidate(label, Static(())) for label in labels[:1]]
 
 
+def num_static_policies(cfg: EvalConfig) -> int:
+    """How many there are if the algorithm reaches every number of layers."""
+    return len(list(_choices(cfg))) + len(cfg.static_layers)
+
+
 def static_candidates(
     cfg: EvalConfig,
     model: Model,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from dials_jax.config_files import open_config
 from dials_jax.data.sources import load_data_tokenizer
 from dials_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dials_jax.errors import require, require_packages
+from dials_jax.estimates import Pace, print_cost
 from dials_jax.evaluation.calibration import load_calibration
 from dials_jax.evaluation.candidates import Candidate, random_candidates, routed_candidates
 from dials_jax.evaluation.exact_match import normalise_answer
@@ -27,9 +27,11 @@ from dials_jax.evaluation.scoring import count_sequences, score_task
 from dials_jax.evaluation.static_choice import (
     check_static,
     describe_choice,
+    num_static_policies,
     static_candidates,
     static_placeholder,
 )
+from dials_jax.evaluation.sweep_cost import sweep_cost
 from dials_jax.evaluation.sweep_identity import sweep_identity
 from dials_jax.evaluation.sweep_records import SweepRecords, timing_conditions
 from dials_jax.evaluation.task import EvalConfig, EvalTask
@@ -38,6 +40,7 @@ from dials_jax.evaluation.timing import time_policies
 from dials_jax.files import write_json
 from dials_jax.loading import load
 from dials_jax.models.model import Model
+from dials_jax.progress import progress_bar
 from dials_jax.reporting.environment import training_settings
 from dials_jax.reporting.results import SweepResults
 from dials_jax.reporting.sweep_report import write_report
@@ -108,6 +111,11 @@ def _sweep(cfg: EvalConfig, workdir: Path) -> dict[str, Any]:
         "routers": routers,
         "static_choice": {},  # of each task
     }
+    planned = 1 + len(routed) + len(random) + num_static_policies(cfg)
+    cost = sweep_cost(cfg, model, tasks, planned, records)
+    if cost is not None:
+        print_cost("what is left to score", cost, "lower batch_size, or give a larger mesh")
+    pace = Pace(cost.flops if cost else 0.0, "the sweep")
     candidates = {}
     for (task, items), tokenizer, calibration in zip(tasks, tokenizers, calibrations, strict=True):
         static = static_candidates(cfg, model, task, calibration, records)
@@ -117,7 +125,7 @@ def _sweep(cfg: EvalConfig, workdir: Path) -> dict[str, Any]:
         candidates[task.name] = [full, *static, *routed, *random]
         for candidate in candidates[task.name]:
             if not records.is_finished(task.name, candidate.describe()):
-                _score_candidate(records, cfg, model, task, items, tokenizer, candidate)
+                _score_candidate(records, cfg, model, task, items, tokenizer, candidate, pace)
                 results = records.results(cfg, facts)
                 sharding.on_first_process(lambda r=results: write_json(workdir / "results.json", r))
         if cfg.kl_items:
@@ -168,10 +176,9 @@ def _score_candidate(
     items: Items,
     tokenizer: Tokenizer,
     candidate: Candidate,
+    pace: Pace,
 ) -> None:
     """Scores one policy on one task, continuing from its records, and adds the run."""
-    from tqdm import tqdm
-
     total = count_sequences(model.config, task, items, candidate.policy)
     what = f"{task.name}, {candidate.label}"
     policy = candidate.describe()
@@ -186,11 +193,16 @@ def _score_candidate(
     )
     if done and jax.process_index() == 0:
         print(f"{what}: continues after {done} of {total} sequences", flush=True)
-    with tqdm(total=total, desc=what, unit="sequence", disable=not sys.stderr.isatty()) as bar:
+
+    def keep(record: dict[str, Any]) -> None:
+        records.add(about | {"measured": measured} | record)
+        if "flops" in record:
+            pace.measured(record["flops"]["model_total"], record["flops"]["seconds"])
+
+    with progress_bar(total, 0, what, "sequence") as bar:
         scores = score_task(
             model, task, items, tokenizer, candidate.policy, cfg.batch_size, cfg.seed, bar.update,
-            records=earlier,
-            on_record=lambda record: records.add(about | {"measured": measured} | record),
+            records=earlier, on_record=keep,
         )  # fmt: skip
     run = {
         "metric": task.metric,

@@ -162,6 +162,11 @@ class SweepRecords:
         newest = self._newest_rules.get(_row_key(run))
         return _run_key(run) in self.runs and newest == self._rules[task]
 
+    def num_finished(self, task: str) -> int:
+        """How many policies have a run on exactly these items."""
+        of = self.names[task], self._digests[task]
+        return sum((run["task"], run["items_digest"]) == of for run in self.runs.values())
+
     def _run(self, task: str, policy: Mapping[str, Any]) -> dict[str, Any]:
         """What a run says that its scores depend on."""
         rules = {"rules": self._rules[task]} if self._rules[task] else {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -16,8 +15,16 @@ from dials_jax.config import ImportanceStudy, to_dict
 from dials_jax.data.batches import random_generator
 from dials_jax.data.sources import load_training_data
 from dials_jax.errors import require
+from dials_jax.estimates import (
+    RunEstimate,
+    activation_bytes,
+    device_bytes,
+    forward_flops,
+    print_cost,
+)
 from dials_jax.loading import load
 from dials_jax.models.model import Model
+from dials_jax.progress import progress_bar
 from dials_jax.records import require_numbers
 from dials_jax.reporting.environment import environment
 from dials_jax.reporting.publish import Figure, Report, Table, as_dicts
@@ -45,10 +52,25 @@ IMPORTANCE_LEGEND = (
 )  # fmt: skip
 
 
+def _print_estimate(
+    cfg: ImportanceStudy, models: Mapping[str, Model], length: int, num_times: int
+) -> None:
+    """Says what the noise levels will take that are left. Args: length: tokens of a sequence."""
+    if not num_times:
+        return
+    configs = [model.config for model in models.values()]
+    batch = -(-cfg.batch_size // sharding.num_batch_shards(next(iter(models.values())).mesh))
+    count = num_times * cfg.num_sequences
+    memory = {
+        "weights": sum(device_bytes(model.params) for model in models.values()),
+        "activations": max(activation_bytes(each, batch, length, length) for each in configs),
+    }
+    flops = count * sum(forward_flops(each, length) for each in configs)
+    print_cost("noise levels", RunEstimate(count * length, flops, memory), "lower batch_size")
+
+
 def run_importance(cfg: ImportanceStudy, workdir: Path) -> Report:
     """Measures the curves of Sedykh, Figures 5 and 6, and predicts what schedules would lose."""
-    from tqdm import tqdm
-
     schedules = [Schedule.parse(text) for text in cfg.schedules]
     require_known_letters(schedules, [letter for letter, _ in cfg.models])
     mesh = sharding.make_mesh(cfg.mesh)
@@ -60,10 +82,15 @@ def run_importance(cfg: ImportanceStudy, workdir: Path) -> Report:
     weights |= {cfg.heavy: heavy.fingerprint, "data": data}
     records = study_records(cfg, weights, workdir, partial(_check_time, letters=set(models)))
     done = {record["time"] for record in records.all}
-    quiet = not sys.stderr.isatty()
-    for time in tqdm([t for t in cfg.times if t not in done], unit="time", disable=quiet):
-        found = divergences(heavy, models, tokens, time, seed=cfg.seed, batch_size=cfg.batch_size)
-        records.add({"time": time, "models": {k: _to_lists(v) for k, v in found.items()}})
+    every = {cfg.heavy: heavy} | models
+    _print_estimate(cfg, every, tokens.shape[1], len(cfg.times) - len(done))
+    with progress_bar(len(cfg.times), len(done), "noise levels", "time") as bar:
+        for time in (t for t in cfg.times if t not in done):
+            found = divergences(
+                heavy, models, tokens, time, seed=cfg.seed, batch_size=cfg.batch_size
+            )
+            records.add({"time": time, "models": {k: _to_lists(v) for k, v in found.items()}})
+            bar.update()
     measured_at = {record["time"]: record["models"] for record in records.all}
     by_letter = {
         letter: [_from_lists(measured_at[t][letter]) for t in cfg.times] for letter in models

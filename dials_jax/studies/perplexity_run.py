@@ -13,6 +13,7 @@ from dials_jax import sharding
 from dials_jax.config import SamplingStudy
 from dials_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dials_jax.errors import require
+from dials_jax.estimates import Pace
 from dials_jax.evaluation.perplexity import (
     Aggregate,
     SampleScores,
@@ -50,7 +51,11 @@ class ScoredSamples(NamedTuple):
 
 
 class PerplexityRun:
-    """The samples, the scorer and the records of one study; `measure` scores a schedule."""
+    """The samples, the scorer and the records of one study; `measure` scores a schedule.
+
+    Attributes:
+      pace: is told the time of every batch that is drawn; None: nothing is.
+    """
 
     def __init__(self, cfg: SamplingStudy, schedules: Sequence[Schedule], workdir: str | Path):
         """Loads all models, or finds the samples of an earlier study.
@@ -71,6 +76,7 @@ class PerplexityRun:
         weights = {"models": fingerprints, "scorer": self.scorer.fingerprint}
         self.records = study_records(cfg, weights, workdir, check_batch_record)
         self._batches = group_by_schedule(self.records.all)
+        self.pace: Pace | None = None
 
     def _load_tokenizers(self) -> tuple[Tokenizer, Tokenizer] | None:
         """The tokenizers of samples and scorer; None if the scorer takes the samples' ids."""
@@ -107,6 +113,11 @@ class PerplexityRun:
         }
 
     @property
+    def num_done(self) -> int:
+        """Samples that the records hold."""
+        return sum(len(record["nll"]) for record in self.records.all)
+
+    @property
     def depths(self) -> dict[str, int]:
         """The number of layers that each model runs, by letter."""
         skipped = {x: len(policy.layers) for x, policy in static_policies(self.cfg).items()}
@@ -132,6 +143,8 @@ class PerplexityRun:
                 done[first] = batch.record | found
                 self.records.add(done[first])
                 on_progress(len(batch.tokens))
+                if self.pace and isinstance(self.samples, SampledSource):
+                    self.pace.measured(len(batch.tokens), batch.record["seconds"])
             first += len(done[first]["nll"])
         return join_batches(done)
 

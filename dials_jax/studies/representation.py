@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,10 +19,12 @@ from dials_jax.caching.plain import NoCache
 from dials_jax.config import CorpusData, Data, ModelConfig, TextData, to_dict
 from dials_jax.data.sources import load_data_tokenizer, load_training_data
 from dials_jax.errors import require
+from dials_jax.estimates import format_duration, measure_speed, print_cost
 from dials_jax.evaluation.items import load_items
 from dials_jax.evaluation.task import EvalTask
 from dials_jax.loading import load, read_config
 from dials_jax.models.padding import pad_prompts
+from dials_jax.progress import progress_bar
 from dials_jax.records import Records, require_numbers, require_texts
 from dials_jax.reporting.environment import environment
 from dials_jax.reporting.publish import Report
@@ -31,7 +32,7 @@ from dials_jax.sampling.requests import check_empty_prompts, check_prompts
 from dials_jax.sampling.sampler import Sampler
 from dials_jax.skipping.observing import Observer
 from dials_jax.studies.claims import check_claims
-from dials_jax.studies.estimate import describe, estimate_cost, measure_speed
+from dials_jax.studies.estimate import profile_cost
 from dials_jax.studies.profile import (
     Profile,
     ProfileFacts,
@@ -78,14 +79,11 @@ def run_representation(cfg: RepresentationStudy, workdir: Path) -> Report:
 
     Raises: InputError for models or data that would stop the study half-way.
     """
-    from tqdm import tqdm
-
     plans = [make_plan(cfg, label, path) for label, path in cfg.models]
     sharding.on_first_process(lambda: _print_estimates(cfg, plans))
     records = study_records(cfg, {}, workdir, _check_batch)
     profiles, settings = {}, {}
-    quiet = not sys.stderr.isatty()
-    with tqdm(total=len(plans) * cfg.num_prompts, unit="prompt", disable=quiet) as bar:
+    with progress_bar(len(plans) * cfg.num_prompts, 0, "profiles", "prompt") as bar:
         for plan in plans:
             bar.set_description(plan.label)
             profiles[plan.label], settings = measure_model(cfg, plan, workdir, records, bar.update)
@@ -235,8 +233,9 @@ def _read_prompts(
 def _print_estimates(cfg: RepresentationStudy, plans: list[Plan]) -> None:
     speeds = {dtype: measure_speed(dtype) for dtype in {plan.config.dtype for plan in plans}}
     for plan in plans:
-        found = estimate_cost(
+        cost, seconds = profile_cost(
             plan.config, plan.sampler, plan.observer, plan.prompt_length, cfg.num_prompts,
             cfg.batch_size, cfg.mesh, speeds[plan.config.dtype],
         )  # fmt: skip
-        print(describe(plan.label, found), flush=True)
+        label = f"{plan.label}: about {format_duration(seconds)} without compiling"
+        print_cost(label, cost, "lower batch_size, or give a larger mesh")

@@ -18,6 +18,7 @@ from dials_jax import sharding, trees
 from dials_jax.config import SamplingStudy, to_dict
 from dials_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dials_jax.errors import InputError, nearest, require
+from dials_jax.estimates import RunEstimate, activation_bytes, device_bytes, generation_flops
 from dials_jax.evaluation.perplexity import unigram_entropy
 from dials_jax.files import read_json, replacing, write_json
 from dials_jax.keys import fold_in_each, seed_key
@@ -97,6 +98,26 @@ class SampledSource:
         self.environment = environment(first, cfg.seed)
         self._described = False
 
+    @property
+    def sampler(self) -> Ancestral:
+        return Ancestral(self.cfg.length, self.cfg.steps, self.cfg.precision)
+
+    def cost(self, schedules: Sequence[Schedule], count: int) -> RunEstimate:
+        """What drawing so many samples takes, of the schedules' mean."""
+        models = self.models.values()
+        of_letter = {
+            letter: generation_flops(model.config, self.sampler, None, 0)
+            for letter, model in self.models.items()
+        }
+        flops = np.mean([sum(s.share(x) * of_letter[x] for x in s.letters) for s in schedules])
+        mesh = next(iter(models)).mesh
+        batch, length = -(-self.cfg.batch_size // sharding.num_batch_shards(mesh)), self.cfg.length
+        memory = {
+            "weights": sum(device_bytes(model.params) for model in models),
+            "activations": max(activation_bytes(m.config, batch, length, length) for m in models),
+        }
+        return RunEstimate(count * length, count * float(flops), memory)
+
     def batch(self, schedule: Schedule, first: int) -> SampleBatch:
         """Draws at most `batch_size` samples, starting with number `first`."""
         cfg = self.cfg
@@ -105,7 +126,7 @@ class SampledSource:
         out = generate(
             self.models,
             None,
-            sampler=Ancestral(cfg.length, cfg.steps, cfg.precision),
+            sampler=self.sampler,
             schedule=schedule,
             policy=self.policies,
             key=keys,

@@ -3,8 +3,7 @@ representations (Goel)."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,9 @@ from dials_jax.config import (
     to_dict,
 )
 from dials_jax.errors import InputError, require, require_packages
+from dials_jax.estimates import Pace, device_bytes, print_cost
 from dials_jax.files import read_json
+from dials_jax.progress import progress_bar
 from dials_jax.records import RECORDS
 from dials_jax.reporting.publish import Figure, Report, as_dicts, publish
 from dials_jax.sampling.model_schedule import Schedule
@@ -38,6 +39,7 @@ from dials_jax.studies.profile import PROFILES
 from dials_jax.studies.proposals import run_proposals
 from dials_jax.studies.report import study_report
 from dials_jax.studies.representation import run_representation
+from dials_jax.studies.samples import SampledSource
 from dials_jax.studies.settings import AnyStudy, RepresentationStudy
 from dials_jax.studies.study_records import STUDY
 from dials_jax.workdir import exclusive, require_unclaimed
@@ -93,6 +95,7 @@ def run_schedules(cfg: ScheduleStudy, workdir: Path) -> Report:
     """Measures given schedules, as in Sedykh, Figures 1 and 8 to 11, Tables 1 and 2."""
     schedules = [Schedule.parse(text) for text in cfg.schedules]
     run = PerplexityRun(cfg, schedules, workdir)
+    _print_estimate(run, schedules, len(schedules))
     with _progress_bar(run, len(schedules)) as bar:
         found = {}
         for schedule in schedules:
@@ -140,13 +143,27 @@ def _schedule_report(
     )
 
 
+def _print_estimate(run: PerplexityRun, schedules: Sequence[Schedule], count: int) -> None:
+    """Says what drawing the samples that are missing will take.
+
+    Args:
+      schedules: some of those that are measured, of the mean cost of all.
+      count: of schedules in all.
+    """
+    left = count * run.cfg.num_samples - run.num_done
+    if isinstance(run.samples, SampledSource) and left > 0:
+        cost = run.samples.cost(schedules, left)
+        weights = cost.memory["weights"] + device_bytes(run.scorer.params)
+        cost = cost._replace(memory={**cost.memory, "weights": weights})
+        print_cost("samples", cost, "lower batch_size, or give a larger mesh")
+    run.pace = Pace(left, "sampling")
+
+
 def _progress_bar(run: PerplexityRun, num_schedules: int) -> Any:
     """Makes a progress bar over samples, which starts with those that the records hold."""
-    from tqdm import tqdm
-
-    done = sum(len(record["nll"]) for record in run.records.all)
+    done = run.num_done
     total = max(num_schedules * run.cfg.num_samples, done)
-    return tqdm(total=total, initial=done, unit="sample", disable=not sys.stderr.isatty())
+    return progress_bar(total, done, "samples", "sample")
 
 
 def _print_above(bar: Any, line: str) -> None:
@@ -167,6 +184,7 @@ def run_search(cfg: SearchStudy, workdir: Path) -> Report:
     propose = _choose_method(cfg, placements)
     run = PerplexityRun(cfg, checked, workdir)
     found: dict[int, tuple[Schedule, ScoredSamples]] = {}
+    _print_estimate(run, checked, budget)
     with _progress_bar(run, budget) as bar:
 
         def measure(number: int) -> float:

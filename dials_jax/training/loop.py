@@ -19,9 +19,19 @@ from dials_jax.config import TrainConfig
 from dials_jax.config_files import open_config
 from dials_jax.data.batches import Batch, batch_at, prefetch, steps_per_epoch
 from dials_jax.errors import InputError, require
+from dials_jax.estimates import (
+    Pace,
+    RunEstimate,
+    activation_bytes,
+    device_bytes,
+    kept_bytes,
+    print_cost,
+    training_flops,
+)
+from dials_jax.progress import progress_bar
 from dials_jax.stopping import Request, Stopped, keeping
 from dials_jax.training.checkpoint import Checkpoints
-from dials_jax.training.metrics import MetricsWriter, progress_bar
+from dials_jax.training.metrics import MetricsWriter
 from dials_jax.training.optimizer import make_lr_schedule, make_optimizer, num_steps
 from dials_jax.training.run import (
     Run,
@@ -104,6 +114,9 @@ def _train(cfg: TrainConfig, workdir: Path, checkpoints: Checkpoints) -> TrainSt
     claim_workdir(workdir, cfg, run.identity)
     run = dataclasses.replace(run, source=())  # its memory is needed
     _print_start(cfg, run, state, total, epoch)
+    if left := total - int(state.step):
+        cost = _estimate(cfg, run, shapes, mesh, left)
+        print_cost("training", cost, "lower batch_size, raise num_microbatches, or set remat")
 
     step = make_train_step(run.loss_fn, optimizer, cfg.seed, cfg.num_microbatches, ema)
     step_fn = jit_train_step(step, state, mesh, run.prefix)
@@ -141,6 +154,7 @@ def _run_steps(
     clock = Clock(cfg.max_minutes)
     trained = "routers" if cfg.backbone else "model"
     validation = run.validation
+    pace, began = Pace(total - start, "training"), since
     if start == 0 and 0 in cfg.keep_models_at:
         run.export(step_folder(workdir, 0), state.result)
 
@@ -162,6 +176,11 @@ def _run_steps(
             window.append(values)
             done = step + 1
             bar.update()
+            if done - start <= 2:  # the first step was compiled, the second one is timed
+                jax.block_until_ready(values)
+                if done - start == 2:
+                    pace.measured(1, time.perf_counter() - began)
+                began = time.perf_counter()
             saving = done % cfg.save_every == 0 or done == total
             validating = validation is not None and validation.is_due(done, total)
             keeping_model = done in cfg.keep_models_at
@@ -197,6 +216,24 @@ def _run_steps(
         if request.came(True):
             raise Stopped(_saved_message(checkpoints), request.signum)
     return state
+
+
+def _estimate(
+    cfg: TrainConfig, run: Run, shapes: TrainState, mesh: jax.sharding.Mesh, num_steps: int
+) -> RunEstimate:
+    """What the steps take, validation and saving left out. Args: shapes: of the state."""
+    model = cfg.model or run.backbone
+    length = run.data.rows(np.arange(1))[0].shape[1]
+    batch = cfg.batch_size // cfg.num_microbatches // sharding.num_batch_shards(mesh)
+    sequences, routers = num_steps * cfg.batch_size, bool(cfg.backbone)
+    memory = {
+        "weights and state": device_bytes(shapes) + device_bytes(run.frozen),
+        "gradients": device_bytes(shapes.params),
+        "activations": kept_bytes(model, batch, length, cfg.remat)
+        + activation_bytes(model, batch, length, length),
+    }
+    one = training_flops(model, length, frozen=routers, remat=cfg.remat)
+    return RunEstimate(sequences * length, sequences * one, memory)
 
 
 def _saved_message(checkpoints: Checkpoints) -> str:

@@ -1,10 +1,9 @@
-"""Writes training metrics to `metrics.jsonl` and TensorBoard, and draws a progress bar."""
+"""Writes training metrics to `metrics.jsonl` and TensorBoard."""
 
 from __future__ import annotations
 
 import json
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,6 @@ import jax
 from dials_jax.records import Lines
 
 log = logging.getLogger(__name__)
-
-LINE_SECONDS = 15  # between two lines of progress in a log file
 
 
 class MetricsWriter:
@@ -73,38 +70,3 @@ def _open_tensorboard(folder: Path, step: int):
     except ImportError:
         return None
     return SummaryWriter(str(folder), purge_step=step + 1)
-
-
-def progress_bar(total: int, start: int, what: str, unit: str = "step"):
-    """Returns a tqdm bar on standard error; in a log file it is a line every `LINE_SECONDS`.
-
-    Args:
-      what: is trained or made; the text before the bar.
-    """
-    from tqdm import tqdm
-
-    live = sys.stderr.isatty()
-    return tqdm(
-        total=total,
-        initial=start,
-        desc=what,
-        unit=unit,
-        disable=jax.process_index() != 0,
-        file=sys.stderr if live else ProgressLines(sys.stderr),
-        mininterval=0.5 if live else LINE_SECONDS,
-        miniters=1,  # read the clock after every one
-    )
-
-
-class ProgressLines:
-    """A file for tqdm that writes every state of the bar as a line of its own."""
-
-    def __init__(self, file: Any):
-        self._file = file
-
-    def write(self, text: str) -> None:
-        if text.strip():
-            self._file.write(text.strip() + "\n")
-
-    def flush(self) -> None:
-        self._file.flush()

@@ -99,6 +99,7 @@ class Run(Trainee):
       export: writes the result of the training into the workdir.
       source: arrays that `init` makes the parameters from.
       validation: scores held-out data; None: there is none.
+      backbone: the frozen model that routers are trained on.
     """
 
     data: TrainingData
@@ -107,6 +108,7 @@ class Run(Trainee):
     export: Callable[[Path, trees.Params], None]
     source: tuple = ()
     validation: Validation | None = None
+    backbone: ModelConfig | None = None
 
 
 def make_trainee(cfg: TrainConfig, backbone: ModelConfig | None = None) -> Trainee:
@@ -214,6 +216,7 @@ def _router_run(cfg: TrainConfig, mesh: Mesh) -> Run:
         },
         export=export,
         validation=_open_validation(cfg, mesh, trainee, data, backbone.config, backbone.path),
+        backbone=backbone.config,
     )
 
 

@@ -149,12 +149,13 @@ def test_every_policy_is_scored_on_every_task(finished):
     assert len({json.dumps(r["items"]) for r in runs if r["task"] == "records"}) == len(LABELS)
 
 
-def test_the_report_is_written_again_without_a_run(cfg, finished, tmp_path, monkeypatch):
+def test_the_report_is_written_again_without_a_run(cfg, finished, tmp_path, monkeypatch, capsys):
     workdir = shutil.copytree(finished, tmp_path / "sweep")
     monkeypatch.setattr(sweep, "score_task", None)
     figures = sweep_report._figures
     monkeypatch.setattr(sweep_report, "_figures", lambda *args: figures(*args)[:2])
     found = sweep.sweep(cfg, workdir)
+    assert "what is left to score" not in capsys.readouterr().out
     assert found == dj.load_results(workdir)
     assert [row.policy for row in found.rows] == 2 * LABELS
     with (workdir / "results.csv").open(newline="") as file:
@@ -176,19 +177,27 @@ class Scorer:
         return self.score_task(*args, **kwargs)
 
 
+def flops_ahead(shown):
+    """FLOPs that a sweep says are left."""
+    [line] = [line for line in shown.splitlines() if line.startswith("what is left to score: ")]
+    return float(line.split(", ")[1].split()[0].rpartition(" ")[2])
+
+
 def test_an_interrupted_sweep_goes_on_where_it_stopped(
-    cfg, finished, tmp_path, monkeypatch, without_plots
+    cfg, finished, tmp_path, monkeypatch, without_plots, capsys
 ):
     first = Scorer(stop=5)
     monkeypatch.setattr(sweep, "score_task", first)
     with pytest.raises(KeyboardInterrupt):
         sweep.sweep(cfg, tmp_path)
     assert len(runs_of(tmp_path)) == 5
+    before = flops_ahead(capsys.readouterr().out)
     monkeypatch.undo()
     monkeypatch.setattr(sweep_report, "_figures", lambda *args: [])
     second = Scorer(stop=None)
     monkeypatch.setattr(sweep, "score_task", second)
     sweep.sweep(cfg, tmp_path)
+    assert 0 < flops_ahead(capsys.readouterr().out) < before
     assert first.calls + second.calls == len(runs_of(finished))
     assert runs_of(tmp_path) == runs_of(finished)
 

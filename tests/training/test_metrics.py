@@ -5,8 +5,9 @@ import json
 
 import pytest
 
-from dials_jax.training import metrics
-from dials_jax.training.metrics import MetricsWriter, ProgressLines, progress_bar
+from dials_jax import progress
+from dials_jax.progress import ProgressLines, progress_bar
+from dials_jax.training.metrics import MetricsWriter
 
 
 def write(workdir, start, values):
@@ -93,7 +94,7 @@ def test_a_log_gets_whole_lines_and_few_of_them(run_bar):
 
 
 def test_a_log_gets_a_line_whenever_it_is_time(run_bar, monkeypatch):
-    monkeypatch.setattr(metrics, "LINE_SECONDS", 0)
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0)
     lines = run_bar(terminal=False).splitlines()
     assert len(lines) >= 50 and "\r" not in "".join(lines)
 
