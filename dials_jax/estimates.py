@@ -116,20 +116,21 @@ def generation_flops(
 ) -> int | float:
     """One sequence, all of its steps; where a cache makes several kinds of calls, about.
 
-    The dearest kind begins a block (without blocks: the generation), the mean of the others makes
-    the other steps.
+    The dearest kind begins a block (without blocks: the generation), the mean of the cheaper ones
+    makes the other steps.
     """
     length = prompt_length + sampler.gen_length
     work = sampler.work(cfg, cache or NoCache(), prompt_length)
-    calls = sorted(
+    calls = [
         sum(layer_flops(cfg, tokens, length) for tokens in w.tokens) + head_flops(cfg, w.head)
         for w in work
-    )
+    ]
     steps = sampler.count_steps(cache or NoCache())
     block = getattr(sampler, "block_length", None) or sampler.gen_length
     starts = min(-(-sampler.gen_length // block), steps)
-    others = np.mean(calls[:-1] or calls)
-    return (1 + (sampler.cfg_scale > 0)) * float(starts * calls[-1] + (steps - starts) * others)
+    dearest = max(calls)
+    others = np.mean([flops for flops in calls if flops < dearest] or dearest)
+    return (1 + (sampler.cfg_scale > 0)) * float(starts * dearest + (steps - starts) * others)
 
 
 # ----------------------------------------------------------------------------------------- memory

@@ -36,6 +36,7 @@ from dials_jax.keys import threefry_key
 from dials_jax.models import transformer
 from dials_jax.models.model import Model
 from dials_jax.nn.policy import Policy
+from dials_jax.progress import progress_bar
 
 NUM_COPIES = 8  # masked copies of a text; their numbers of masked tokens are spread evenly
 KL_CHUNK = 64  # positions whose logits, of both, are in memory at a time
