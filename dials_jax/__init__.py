@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from dials_jax.evaluation.confidence_likelihood import confidence_log_likelihood
     from dials_jax.evaluation.likelihood import estimate_log_likelihood, log_likelihood
     from dials_jax.evaluation.sweep import sweep
+    from dials_jax.export import export_model
     from dials_jax.loading import load
     from dials_jax.models.model import Model
     from dials_jax.reporting.results import load_results
@@ -63,6 +64,7 @@ _HOMES = {
     "Static": "skipping.policies",
     "confidence_log_likelihood": "evaluation.confidence_likelihood",
     "estimate_log_likelihood": "evaluation.likelihood",
+    "export_model": "export",
     "generate": "sampling.generate",
     "generate_text": "text",
     "infill": "sampling.infill",

@@ -31,7 +31,7 @@ def load(
 
     Raises: InputError for any other path, and for a folder that is broken.
     """
-    folder, is_own = _find_model(path)
+    folder, is_own = find_model(path)
     if is_own:
         return folders.load_model(folder, dtype, mesh, layout)
     cfg, params = _open_hugging_face(folder, dtype)
@@ -43,14 +43,14 @@ def read_config(path: str | Path, dtype: Any = None) -> ModelConfig:
 
     Raises: InputError as `load`.
     """
-    folder, is_own = _find_model(path)
+    folder, is_own = find_model(path)
     if not is_own:
         return _open_hugging_face(folder, dtype)[0]
     cfg = folders.read_info(folder).model
     return cfg if dtype is None else replace(cfg, dtype=folders.dtype_name(dtype))
 
 
-def _find_model(path: str | Path) -> tuple[Path, bool]:
+def find_model(path: str | Path) -> tuple[Path, bool]:
     """The folder that holds the model, and whether it is one of this library."""
     folder = local_path(path, "model")
     may_be_name = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not folder.parent.exists()

@@ -1,12 +1,13 @@
-"""Trees of arrays on disk, compared with their digests when they are read.
+"""Trees of arrays on disk, compared with their digests when they are read; folders that are whole.
 
-Orbax writes and reads them. It loads a flipped bit silently, and raises errors of many kinds.
+Orbax writes and reads arrays. It loads a flipped bit silently, and raises errors of many kinds.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,10 +18,12 @@ from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
 from dials_jax import digests, sharding
-from dials_jax.errors import InputError
+from dials_jax.errors import InputError, require
 
 # Out of memory, for example, which says nothing about the files.
 OF_THE_DEVICE = (MemoryError, jax.errors.JaxRuntimeError)
+
+MARK = "UNFINISHED"  # a file in a folder that is being written
 
 
 class UnreadableTree(Exception):
@@ -91,6 +94,64 @@ def writing(path: Path, rest: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise InputError(f"{path} could not be written ({_reason(error)}); {rest}") from error
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path, rest: str) -> Iterator[Path]:
+    """A folder to write into, which gets the name `folder`, or replaces it, once it is whole.
+
+    What is left by a process that stopped has another name and a mark; the next one removes it.
+    Every process calls this.
+    """
+    unfinished = unfinished_name(folder)
+
+    def begin():
+        if unfinished.exists():
+            shutil.rmtree(unfinished)
+        unfinished.mkdir(parents=True)
+        (unfinished / MARK).write_text("left by a save that was stopped; the next one removes it\n")
+
+    def finish():
+        (unfinished / MARK).unlink()
+        if folder.exists():
+            shutil.rmtree(folder)
+        unfinished.rename(folder)
+
+    with writing(unfinished, rest):
+        sharding.on_first_process(begin)
+    yield unfinished
+    with writing(unfinished, rest):
+        sharding.on_first_process(finish)
+
+
+def unfinished_name(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".unfinished")
+
+
+def require_new(folder: Path) -> None:
+    """Raises: InputError where `new_folder` would replace or remove anything but its own."""
+    require(not os.path.lexists(folder), f"{folder} exists; name another folder")
+    left = unfinished_name(folder)
+    own = is_empty(left) or (not left.is_symlink() and (left / MARK).is_file())
+    require(
+        not os.path.lexists(left) or own,
+        f"{left} was not left by a save that was stopped, and would be removed; move it away",
+    )
+
+
+def is_empty(folder: Path) -> bool:
+    return not folder.is_symlink() and folder.is_dir() and not any(folder.iterdir())
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Raises: InputError if the disk has fewer free bytes than are needed."""
+    existing = next(p for p in folder.parents if p.exists())
+    free = shutil.disk_usage(existing).free
+    require(
+        free >= needed,
+        f"{existing} has {free / 1e9:.1f} GB free and the weights need {needed / 1e9:.1f} GB; "
+        "make room or name another folder",
+    )
 
 
 def _is_news(record: logging.LogRecord) -> bool:

@@ -6,8 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import dials_jax
+import dials_jax.config
 from dials_jax.config import RouterConfig, TextData
 from dials_jax.data.tokenizer import character_tokenizer
+from dials_jax.data.tokenizer_training import train_tokenizer
 from dials_jax.files import write_json
 from dials_jax.skipping.storage import save_router
 from tests.conftest import MASK
@@ -55,6 +58,18 @@ def test_the_examples_of_generation_run(arithmetic_model, capsys, untyped):
     out = names["out"]
     assert (out.tokens.shape, out.gates.shape) == ((2, 11), (8, 4, 2))
     assert "(2, 11) (8, 4, 2) (2, 8)" in capsys.readouterr().out
+
+
+def test_the_examples_of_export_run(arithmetic_model, tmp_path, capsys):
+    run_examples("docs/export.md", dj=dials_jax, folder=arithmetic_model, out=tmp_path / "out")
+    assert capsys.readouterr().out == "True\n"
+
+
+def test_the_examples_of_data_run(tmp_path):
+    (tmp_path / "a.txt").write_text("a text to train on, a text to train on")
+    train_tokenizer([str(tmp_path / "a.txt")], 270, tmp_path / "tokenizer")
+    names = run_examples("docs/data.md", tokenizer=tmp_path / "tokenizer", **vars(dials_jax.config))
+    assert names["model"].mask_id == 2
 
 
 def test_the_examples_of_representation_run(lively, tmp_path):

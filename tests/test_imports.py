@@ -23,6 +23,7 @@ LEVELS = (
     {"sampling"},
     {"convert", "estimates"},
     {"loading"},
+    {"export"},
     {"reporting"},
     {"training"},
     {"evaluation"},

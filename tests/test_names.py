@@ -15,7 +15,8 @@ ALLOWED = {
     "TABLE": "a kind of checkpoint: its tensors and ours",
     "REQUIRED": "a kind of checkpoint: options with the one value that is implemented",
     "translate_config": "a kind of checkpoint: its config.json as a ModelConfig",
-    "rename_tensors": "a kind of checkpoint: its tensors as the table has them",
+    "publish_config": "a kind of checkpoint: a ModelConfig as its config.json",
+    "LAYOUT": "a kind of checkpoint: how it stores the tensors of its table",
 }
 
 

@@ -26,6 +26,8 @@ class SubCommand(NamedTuple):
 
 COMMANDS = {
     "convert": SubCommand("convert.__main__", "main", "a published checkpoint, to load faster"),
+    "export": SubCommand("cli.export", "export_command", "a model, to the layout of its authors"),
+    "tokenizer": SubCommand("cli.tokenizer", "tokenizer_command", "trained on text"),
     "prepare": SubCommand("cli.prepare", "prepare_command", "tokenise and pack a corpus, once"),
     "train": SubCommand("cli.train", "train_command", "a model, or routers on a frozen one"),
     "eval": SubCommand("cli.evaluate", "eval_command", "policies on tasks; studies"),

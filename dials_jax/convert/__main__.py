@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import get_args
 
 from dials_jax.config import ModelConfig, WeightDtype
@@ -18,7 +19,7 @@ from dials_jax.stopping import Stopped, keeping, obey_sigterm
 DESCRIPTION = """Convert a Hugging Face folder (config.json and safetensors) to a dials_jax model
 folder, which loads onto many devices and with its digests checked. Needs neither PyTorch nor a GPU,
 and memory for one layer at a time. A Lightning checkpoint of MDLM (*.ckpt) needs PyTorch and
---allow-pickle."""
+--allow-pickle. A router's file (*.safetensors, of `dials export`) becomes its folder again."""
 
 # Those of `hugging_face.MODEL_TYPES`, which --help does not wait for.
 CONVERTED_TYPES = ("llada", "illada", "Dream", "sdar", "qwen2", "mdlm", "gpt2")
@@ -31,7 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="dials convert", description=DESCRIPTION)
     parser.add_argument(
-        "source", metavar="SRC", help="folder with config.json and *.safetensors, or a .ckpt"
+        "source",
+        metavar="SRC",
+        help="folder with config.json and *.safetensors, a .ckpt, or a router's file",
     )
     parser.add_argument("target", metavar="DST", help="folder to write; it must not exist")
     parser.add_argument(
@@ -70,24 +73,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     obey_sigterm()
     try:
         with keeping(lambda: "what is not whole is not kept; the same command starts again"):
-            cfg = convert_source(options)
+            made = convert_source(options)
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except Stopped as stop:
         print(f"stopped: {stop.message}", file=sys.stderr)
         return stop.status
-    print(f"{options.target}: {cfg.model_type}, {cfg.num_layers} layers, {cfg.dtype}")
+    print(f"{options.target}: {made}")
     return 0
 
 
-def convert_source(options: argparse.Namespace) -> ModelConfig:
-    """Converts a Hugging Face folder or a Lightning checkpoint, as the options ask."""
-    from dials_jax.convert import lightning
-    from dials_jax.convert.hugging_face import convert_folder, write_model_folder
+def convert_source(options: argparse.Namespace) -> str:
+    """Converts what SRC is, as the options ask; returns what it is in a few words."""
+    from dials_jax.convert.router import SUFFIX_OF_ROUTERS, import_router
 
     source = local_path(options.source, "SRC")
     local_path(options.target, "DST")
+    if source.suffix == SUFFIX_OF_ROUTERS:
+        info = import_router(source, options.target)
+        return f"router, {info.num_layers} layers of width {info.d_model}"
+    cfg = convert_model(source, options)
+    return f"{cfg.model_type}, {cfg.num_layers} layers, {cfg.dtype}"
+
+
+def convert_model(source: Path, options: argparse.Namespace) -> ModelConfig:
+    """Converts a Hugging Face folder or a Lightning checkpoint."""
+    from dials_jax.convert import lightning
+    from dials_jax.convert.hugging_face import convert_folder, write_model_folder
+
     if source.suffix != lightning.SUFFIX:
         require(
             options.mask_id is None and options.eos_id is None,

@@ -12,7 +12,7 @@ from typing import Any
 
 from dials_jax.config import ModelConfig
 from dials_jax.convert import qwen2
-from dials_jax.convert.settings import integer
+from dials_jax.convert.settings import integer, token_id
 
 TABLE = qwen2.TABLE
 
@@ -40,5 +40,14 @@ def translate_config(values: dict[str, Any], dtype: str) -> ModelConfig:
         right_shift=True,
         mask_id=mask_id,
         eos_id=integer(values, "eos_token_id"),
-        eot_id=DREAM_EOT_ID if mask_id == DREAM_MASK_ID else None,
+        eot_id=token_id(values, "eot_token_id", DREAM_EOT_ID if mask_id == DREAM_MASK_ID else None),
     )
+
+
+def publish_config(cfg: ModelConfig) -> dict[str, Any]:
+    """The inverse of `translate_config`; the authors' heads are always the width over their number.
+
+    Their configuration has no `eot_token_id`, and keeps it.
+    """
+    values = qwen2.publish_config(cfg) | {"eot_token_id": cfg.eot_id}
+    return {name: value for name, value in values.items() if name != "head_dim"}

@@ -5,28 +5,24 @@ Source: `configuration_gpt2.py` and `modeling_gpt2.py` of transformers.
 
 from __future__ import annotations
 
-import re
 from typing import Any
-
-import numpy as np
 
 from dials_jax.config import ModelConfig
 from dials_jax.convert.settings import (
     derive_head_dim,
-    flag,
     integer,
     number,
     require_options,
     token_id,
 )
-from dials_jax.convert.table import TensorEntry, split_projections
+from dials_jax.convert.table import TensorEntry, TensorLayout
 from dials_jax.models import families
 
-_BLOCK = "h.{i}"
+_BLOCK = "transformer.h.{i}"
 
 TABLE = (
-    TensorEntry("wte.weight", "embed/table"),
-    TensorEntry("wpe.weight", "embed/positions"),
+    TensorEntry("transformer.wte.weight", "embed/table"),
+    TensorEntry("transformer.wpe.weight", "embed/positions"),
     TensorEntry(f"{_BLOCK}.ln_1.weight", "layers/attention_norm/scale"),
     TensorEntry(f"{_BLOCK}.ln_1.bias", "layers/attention_norm/bias"),
     TensorEntry(f"{_BLOCK}.attn.c_attn.q.weight", "layers/attention/q", 1),
@@ -43,9 +39,9 @@ TABLE = (
     TensorEntry(f"{_BLOCK}.mlp.c_fc.bias", "layers/mlp/up_bias", 0),
     TensorEntry(f"{_BLOCK}.mlp.c_proj.weight", "layers/mlp/down", 1),
     TensorEntry(f"{_BLOCK}.mlp.c_proj.bias", "layers/mlp/down_bias", 0),
-    TensorEntry("ln_f.weight", "final_norm/scale"),
-    TensorEntry("ln_f.bias", "final_norm/bias"),
-    TensorEntry("lm_head.weight", "head/kernel", 1),
+    TensorEntry("transformer.ln_f.weight", "final_norm/scale"),
+    TensorEntry("transformer.ln_f.bias", "final_norm/bias"),
+    TensorEntry("lm_head.weight", "head/kernel", 1, tied="transformer.wte.weight"),
 )
 
 ARCHITECTURES = ("GPT2LMHeadModel", "GPT2Model")
@@ -57,7 +53,12 @@ REQUIRED = {
     "scale_attn_by_inverse_layer_idx": False,
 }
 
-CONV1D = re.compile(r"h\.\d+\.(attn|mlp)\.c_\w+\.weight")  # stored [in, out], unlike a torch Linear
+LAYOUT = TensorLayout(
+    prefix="transformer.",
+    joined=r"(transformer\.)?h\.\d+\.attn\.c_attn",
+    transposed=r"(transformer\.)?h\.\d+\.(attn|mlp)\.c_\w+\.weight",
+    tied=True,
+)
 # The causal mask, in files of transformers before version 5.
 BUFFERS = r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias"
 
@@ -81,6 +82,7 @@ def translate_config(values: dict[str, Any], dtype: str) -> ModelConfig:
         vocab_size,
         eos_id,
         pad_id,
+        token_id(values, "mask_token_id"),  # of one that was made to be continued with it
         head_dim=derive_head_dim(values, "n_embd", "n_head"),
         d_ff=integer(values, "n_inner", 4 * d_model),
         max_length=integer(values, "n_positions"),
@@ -89,10 +91,19 @@ def translate_config(values: dict[str, Any], dtype: str) -> ModelConfig:
     )
 
 
-def rename_tensors(values: dict[str, Any], tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Names tensors as the table does: without prefix, projections split, tied head filled in."""
-    plain = {name.removeprefix("transformer."): x for name, x in tensors.items()}
-    plain = {name: x.T if CONV1D.fullmatch(name) else x for name, x in plain.items()}
-    if flag(values, "tie_word_embeddings", True) and "wte.weight" in plain:
-        plain.setdefault("lm_head.weight", plain["wte.weight"])
-    return split_projections(plain, r"h\.\d+\.attn\.c_attn", ("q", "k", "v"), axis=0)
+def publish_config(cfg: ModelConfig) -> dict[str, Any]:
+    """The inverse of `translate_config`."""
+    return {
+        **DEFAULTS,
+        "vocab_size": cfg.vocab_size,
+        "n_layer": cfg.num_layers,
+        "n_embd": cfg.d_model,
+        "n_head": cfg.num_heads,
+        "n_inner": cfg.d_ff,
+        "n_positions": cfg.max_length,
+        "layer_norm_epsilon": cfg.norm_eps,
+        "mask_token_id": cfg.mask_id,
+        "bos_token_id": cfg.eos_id,
+        "eos_token_id": cfg.eos_id,
+        "pad_token_id": cfg.pad_id,
+    }

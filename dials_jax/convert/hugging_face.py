@@ -5,8 +5,10 @@ To add a kind of model, write a module and list it in `MODEL_TYPES`. The module 
     ARCHITECTURES                       the classes that its config.json may name
     TABLE                               the names of its tensors and ours
     translate_config(values, dtype)     its config.json as a ModelConfig
-    rename_tensors(values, tensors)     optional: its tensors under the names of TABLE
+    publish_config(cfg)                 the inverse: what its authors' code needs in config.json
+    LAYOUT                              optional: how it stores the tensors of TABLE
     BUFFERS                             optional: a pattern of names of tensors that are no weights
+    computed_tensors(cfg)               optional: such tensors that its authors' code has to find
 
 `llada.py` is an example; `settings.py` reads numbers from a config.json.
 """
@@ -16,6 +18,7 @@ from __future__ import annotations
 import tempfile
 import warnings
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import ml_dtypes
@@ -26,7 +29,7 @@ from dials_jax.config import ModelConfig
 from dials_jax.convert import dream, gpt2, illada, llada, mdlm, qwen2, sdar
 from dials_jax.convert.safetensors_reader import open_tensors
 from dials_jax.convert.settings import flag
-from dials_jax.convert.table import fill_params, is_buffer, strip_wrappers
+from dials_jax.convert.table import TensorLayout, fill_params, is_buffer, strip_wrappers
 from dials_jax.data.tokenizer import has_tokenizer, load_tokenizer
 from dials_jax.errors import InputError, nearest, require
 from dials_jax.files import read_json
@@ -123,7 +126,7 @@ def translate_checkpoint(
       source: where they come from, for messages.
     """
     family = MODEL_TYPES[values["model_type"]]
-    own_buffers = getattr(family, "BUFFERS", "")
+    own_buffers, layout = getattr(family, "BUFFERS", ""), layout_of(family)
     tensors = strip_wrappers(tensors, source)
     tensors = {name: x for name, x in tensors.items() if not is_buffer(name, own_buffers)}
     for name, x in tensors.items():
@@ -135,12 +138,14 @@ def translate_checkpoint(
     dtype = dtype_name(dtype) or ("bfloat16" if all_bfloat16 else "float32")
     try:
         cfg = family.translate_config(values, dtype)
-        tied = flag(values, "tie_word_embeddings")
+        tied = flag(values, "tie_word_embeddings", layout.tied)
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
-    if hasattr(family, "rename_tensors"):
-        tensors = family.rename_tensors(values, tensors)
-    return cfg, fill_params(family.TABLE, abstract_params(cfg), tensors, source, tied)
+    return cfg, fill_params(family.TABLE, abstract_params(cfg), tensors, source, tied, layout)
+
+
+def layout_of(family: ModuleType) -> TensorLayout:
+    return getattr(family, "LAYOUT", TensorLayout())
 
 
 def convert_folder(source: str | Path, target: str | Path, dtype: Any = None) -> ModelConfig:

@@ -42,7 +42,7 @@ def translate_config(values: dict[str, Any], dtype: str) -> ModelConfig:
     bias, eos_id = flag(values, "attention_bias"), integer(values, "eos_token_id")
     return ModelConfig(
         model_type="illada",
-        **llama_names.sizes(values),
+        **llama_names.read_shape(values),
         head_dim=derive_head_dim(values, "hidden_size", "num_attention_heads"),
         qkv_bias=bias,
         o_bias=bias,
@@ -52,3 +52,16 @@ def translate_config(values: dict[str, Any], dtype: str) -> ModelConfig:
         pad_id=integer(values, "pad_token_id", eos_id),
         dtype=dtype,
     )
+
+
+def publish_config(cfg: ModelConfig) -> dict[str, Any]:
+    """The inverse of `translate_config`."""
+    return {
+        **llama_names.publish_shape(cfg),
+        "attention_bias": cfg.qkv_bias,
+        "mlp_bias": cfg.mlp_bias,
+        "layer_norm_eps": None,
+        "mask_token_id": cfg.mask_id,
+        "eos_token_id": cfg.eos_id,
+        "pad_token_id": cfg.pad_id,
+    }

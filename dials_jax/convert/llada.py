@@ -8,7 +8,16 @@ from __future__ import annotations
 from typing import Any
 
 from dials_jax.config import ModelConfig
-from dials_jax.convert.settings import derive_head_dim, flag, integer, number, require_options
+from dials_jax.convert.settings import (
+    derive_head_dim,
+    flag,
+    integer,
+    integers,
+    number,
+    require_options,
+    stated,
+    token_id,
+)
 from dials_jax.convert.table import TensorEntry
 
 _BLOCK = "model.transformer.blocks.{i}"
@@ -54,6 +63,35 @@ REQUIRED = {
     "weight_tying": False,
 }
 
+# What the authors' code has to be told besides: its defaults are those of another model.
+PUBLISHED = {
+    **REQUIRED,
+    "clip_qkv": None,
+    "rope_full_precision": True,
+    "block_group_size": 1,
+    "layer_norm_with_affine": True,
+    "attention_layer_norm_with_affine": True,
+    "bias_for_layer_norm": False,
+    "attention_dropout": 0.0,
+    "residual_dropout": 0.0,
+    "embedding_dropout": 0.0,
+    "flash_attention": False,
+    "multi_query_attention": None,
+    "init_device": "cpu",
+    "init_fn": "mitchell",
+    "init_std": 0.02,
+    "mlp_ratio": 4,
+    "precision": "amp_bf16",
+    "use_cache": False,
+}
+_SIZES = {  # fields of `ModelConfig` and the options that state them
+    "d_model": "d_model",
+    "num_layers": "n_layers",
+    "num_heads": "n_heads",
+    "d_ff": "mlp_hidden_size",
+    "max_length": "max_sequence_length",
+}
+
 # The published tokenizer's [MASK] and end-of-turn token; the configuration names only the first.
 LLADA_MASK_ID, LLADA_EOT_ID = 126336, 126348
 
@@ -64,22 +102,18 @@ def translate_config(values: dict[str, Any], dtype: str) -> ModelConfig:
     Raises: InputError for an option that is not implemented and for a missing number.
     """
     require_options(values, REQUIRED)
-    num_heads, head_dim = integer(values, "n_heads"), derive_head_dim(values, "d_model", "n_heads")
+    sizes, head_dim = integers(values, _SIZES), derive_head_dim(values, "d_model", "n_heads")
     vocab_size = integer(values, "embedding_size", values.get("vocab_size"))
     mask_id, eos_id = integer(values, "mask_token_id"), integer(values, "eos_token_id")
-    num_kv_heads = 1 if flag(values, "multi_query_attention") else num_heads
+    num_kv_heads = 1 if flag(values, "multi_query_attention") else sizes["num_heads"]
     bias = flag(values, "include_bias")
     has_eot = mask_id == LLADA_MASK_ID and vocab_size > LLADA_EOT_ID
     return ModelConfig(
         model_type="llada",
         vocab_size=vocab_size,
-        d_model=integer(values, "d_model"),
-        num_layers=integer(values, "n_layers"),
-        num_heads=num_heads,
+        **sizes,
         num_kv_heads=integer(values, "n_kv_heads", num_kv_heads),
         head_dim=head_dim,
-        d_ff=integer(values, "mlp_hidden_size"),
-        max_length=integer(values, "max_sequence_length"),
         rope_theta=number(values, "rope_theta"),
         norm_eps=number(values, "rms_norm_eps"),
         qkv_bias=flag(values, "include_qkv_bias") or bias,
@@ -89,6 +123,28 @@ def translate_config(values: dict[str, Any], dtype: str) -> ModelConfig:
         mask_id=mask_id,
         eos_id=eos_id,
         pad_id=integer(values, "pad_token_id", eos_id),
-        eot_id=LLADA_EOT_ID if has_eot else None,
+        eot_id=token_id(values, "eot_token_id", LLADA_EOT_ID if has_eot else None),
         dtype=dtype,
     )
+
+
+def publish_config(cfg: ModelConfig) -> dict[str, Any]:
+    """The inverse of `translate_config`.
+
+    The authors' configuration has no `eot_token_id`, and keeps it.
+    """
+    return {
+        **PUBLISHED,
+        **stated(cfg, _SIZES),
+        "vocab_size": cfg.vocab_size,
+        "embedding_size": cfg.vocab_size,
+        "n_kv_heads": cfg.num_kv_heads,
+        "rope_theta": cfg.rope_theta,
+        "rms_norm_eps": cfg.norm_eps,
+        "include_bias": cfg.o_bias,
+        "include_qkv_bias": cfg.qkv_bias,
+        "mask_token_id": cfg.mask_id,
+        "eos_token_id": cfg.eos_id,
+        "pad_token_id": cfg.pad_id,
+        "eot_token_id": cfg.eot_id,
+    }

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from dials_jax.convert.settings import integer, number, section
+from dials_jax.config import ModelConfig
+from dials_jax.convert.settings import integers, number, section, stated
 from dials_jax.convert.table import TensorEntry
 from dials_jax.errors import require
 
@@ -34,18 +35,35 @@ TABLE = (
 )
 
 
-def sizes(values: dict[str, Any]) -> dict[str, Any]:
+_SIZES = {  # fields of `ModelConfig` and the options that state them
+    "vocab_size": "vocab_size",
+    "d_model": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "d_ff": "intermediate_size",
+    "max_length": "max_position_embeddings",
+}
+
+
+def read_shape(values: dict[str, Any]) -> dict[str, Any]:
     """Reads the fields of `ModelConfig` that all configurations with these names state alike."""
     return {
-        "vocab_size": integer(values, "vocab_size"),
-        "d_model": integer(values, "hidden_size"),
-        "num_layers": integer(values, "num_hidden_layers"),
-        "num_heads": integer(values, "num_attention_heads"),
-        "num_kv_heads": integer(values, "num_key_value_heads"),
-        "d_ff": integer(values, "intermediate_size"),
-        "max_length": integer(values, "max_position_embeddings"),
+        **integers(values, _SIZES),
         "rope_theta": rope_theta(values),
         "norm_eps": number(values, "rms_norm_eps"),
+    }
+
+
+def publish_shape(cfg: ModelConfig) -> dict[str, Any]:
+    """The inverse of `read_shape`."""
+    return {
+        **stated(cfg, _SIZES),
+        "rope_theta": cfg.rope_theta,
+        "rope_scaling": None,
+        "rms_norm_eps": cfg.norm_eps,
+        "hidden_act": "silu",
+        "attention_dropout": 0.0,
     }
 
 

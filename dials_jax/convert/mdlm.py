@@ -11,19 +11,19 @@ import numpy as np
 
 from dials_jax.config import ModelConfig
 from dials_jax.convert.settings import derive_head_dim, flag, integer, token_id
-from dials_jax.convert.table import TensorEntry, split_projections
+from dials_jax.convert.table import TensorEntry, TensorLayout
 from dials_jax.errors import require
 from dials_jax.models import families
 
-_BLOCK = "blocks.{i}"
-_OUT = "output_layer"
+_BLOCK = "backbone.blocks.{i}"
+_OUT = "backbone.output_layer"
 
 TABLE = (
-    TensorEntry("vocab_embed.embedding", "embed/table"),
-    TensorEntry("sigma_map.mlp.0.weight", "time/up", 1),
-    TensorEntry("sigma_map.mlp.0.bias", "time/up_bias", 0),
-    TensorEntry("sigma_map.mlp.2.weight", "time/down", 1),
-    TensorEntry("sigma_map.mlp.2.bias", "time/down_bias", 0),
+    TensorEntry("backbone.vocab_embed.embedding", "embed/table"),
+    TensorEntry("backbone.sigma_map.mlp.0.weight", "time/up", 1),
+    TensorEntry("backbone.sigma_map.mlp.0.bias", "time/up_bias", 0),
+    TensorEntry("backbone.sigma_map.mlp.2.weight", "time/down", 1),
+    TensorEntry("backbone.sigma_map.mlp.2.bias", "time/down_bias", 0),
     TensorEntry(f"{_BLOCK}.norm1.weight", "layers/attention_norm/scale"),
     TensorEntry(f"{_BLOCK}.attn_qkv.q.weight", "layers/attention/q", 1),
     TensorEntry(f"{_BLOCK}.attn_qkv.k.weight", "layers/attention/k", 1),
@@ -42,6 +42,8 @@ TABLE = (
     TensorEntry(f"{_OUT}.linear.weight", "head/kernel", 1),
     TensorEntry(f"{_OUT}.linear.bias", "head/bias", 0),
 )
+
+LAYOUT = TensorLayout(prefix="backbone.", joined=r"(backbone\.)?blocks\.\d+\.attn_qkv")
 
 ARCHITECTURES = ("MDLM",)
 
@@ -102,7 +104,25 @@ def translate_config(values: dict[str, Any], dtype: str) -> ModelConfig:
     )
 
 
-def rename_tensors(values: dict[str, Any], tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Names tensors as the table does: without prefix, projections split."""
-    plain = {name.removeprefix("backbone."): x for name, x in tensors.items()}
-    return split_projections(plain, r"blocks\.\d+\.attn_qkv", ("q", "k", "v"), axis=0)
+def publish_config(cfg: ModelConfig) -> dict[str, Any]:
+    """The inverse of `translate_config`."""
+    return {
+        "vocab_size": cfg.vocab_size,
+        "hidden_dim": cfg.d_model,
+        "cond_dim": cfg.cond_dim,
+        "n_blocks": cfg.num_layers,
+        "n_heads": cfg.num_heads,
+        "model_length": cfg.max_length,
+        "time_conditioning": cfg.time_conditioning,
+        "dropout": 0.1,  # the published one; only training reads it
+        "mask_token_id": cfg.mask_id,
+        "eos_token_id": cfg.eos_id,
+        "pad_token_id": cfg.pad_id,
+    }
+
+
+def computed_tensors(cfg: ModelConfig) -> dict[str, np.ndarray]:
+    """The rotary angles, which the authors' class takes from the file."""
+    exponents = np.arange(0, cfg.head_dim, 2, dtype=np.float32) / np.float32(cfg.head_dim)
+    powers = cfg.rope_theta ** exponents.astype(np.float64)  # NumPy's float32 rounds unlike torch's
+    return {"backbone.rotary_emb.inv_freq": 1 / powers.astype(np.float32)}

@@ -39,13 +39,26 @@ def translate_config(values: dict[str, Any], dtype: str) -> ModelConfig:
     eos_id = token_id(values, "eos_token_id")
     return ModelConfig(
         model_type="qwen2",
-        **llama_names.sizes(values),
+        **llama_names.read_shape(values),
         head_dim=integer(values, "head_dim", head_dim),
         qkv_bias=True,
         causal=True,
-        mask_id=None,
+        mask_id=token_id(values, "mask_token_id"),  # of one that was made to be continued with it
         eos_id=eos_id,
         # Padding is never attended to, so any id serves.
         pad_id=integer(values, "pad_token_id", eos_id or 0),
         dtype=dtype,
     )
+
+
+def publish_config(cfg: ModelConfig) -> dict[str, Any]:
+    """The inverse of `translate_config`."""
+    own_head_dim = cfg.head_dim * cfg.num_heads != cfg.d_model
+    return {
+        **llama_names.publish_shape(cfg),
+        **({"head_dim": cfg.head_dim} if own_head_dim else {}),
+        "use_sliding_window": False,
+        "mask_token_id": cfg.mask_id,
+        "eos_token_id": cfg.eos_id,
+        "pad_token_id": cfg.pad_id,
+    }

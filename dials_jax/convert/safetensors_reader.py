@@ -102,15 +102,20 @@ def open_safetensors(path: Path) -> dict[str, np.ndarray]:
     try:
         with safe_open(path, framework="numpy"):
             pass
-        header, start = _read_header(path)
+        header, _, start = _read_header(path)
     except (SafetensorError, ValueError) as error:
         raise InputError(f"{path} {_reason(path, error)}; download it again") from error
     data = np.asarray(np.memmap(path, np.uint8, mode="r"))[start:]
     return {name: _tensor_view(path, name, entry, data) for name, entry in header.items()}
 
 
-def _read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """Returns the entries by name, and the byte where the data begins."""
+def read_metadata(path: Path) -> dict[str, str]:
+    """Returns the texts in the header of a file that `open_safetensors` has checked."""
+    return _read_header(path)[1]
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, str], int]:
+    """Returns the entries by name, the metadata, and the byte where the data begins."""
 
     def to_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)
@@ -121,8 +126,8 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length), object_pairs_hook=to_dict)
-    header.pop("__metadata__", None)
-    return header, 8 + length
+    about = header.pop("__metadata__", None) or {}
+    return header, about, 8 + length
 
 
 def _reason(path: Path, error: Exception) -> str:
@@ -130,7 +135,7 @@ def _reason(path: Path, error: Exception) -> str:
     text = str(error).removeprefix("Error while deserializing header: ").partition("\n")[0]
     if "not fully covered" not in text:
         return f"has an unreadable safetensors header ({text})"
-    header, start = _read_header(path)
+    header, _, start = _read_header(path)
     end = start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     return f"has {path.stat().st_size} bytes and its header promises {end}"
 

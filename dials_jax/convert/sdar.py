@@ -37,7 +37,7 @@ def translate_config(values: dict[str, Any], dtype: str) -> ModelConfig:
     bias, eos_id = flag(values, "attention_bias"), integer(values, "eos_token_id")
     return ModelConfig(
         model_type="sdar",
-        **llama_names.sizes(values),
+        **llama_names.read_shape(values),
         head_dim=integer(values, "head_dim"),
         qkv_bias=bias,
         o_bias=bias,
@@ -48,3 +48,17 @@ def translate_config(values: dict[str, Any], dtype: str) -> ModelConfig:
         pad_id=integer(values, "pad_token_id", eos_id),
         dtype=dtype,
     )
+
+
+def publish_config(cfg: ModelConfig) -> dict[str, Any]:
+    """The inverse of `translate_config`."""
+    return {
+        **llama_names.publish_shape(cfg),
+        "head_dim": cfg.head_dim,
+        "attention_bias": cfg.qkv_bias,
+        "use_sliding_window": False,
+        "block_size": cfg.block_length,
+        "mask_token_id": cfg.mask_id,
+        "eos_token_id": cfg.eos_id,
+        "pad_token_id": cfg.pad_id,
+    }

@@ -1,12 +1,13 @@
 """Reads numbers and options from a published `config.json`; null counts as absent.
 
-Every function raises InputError, naming the option, for a value of another kind.
+Every function that reads raises InputError, naming the option, for a value of another kind.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from dials_jax.config import ModelConfig
 from dials_jax.errors import require
 
 
@@ -59,9 +60,19 @@ def section(values: dict[str, Any], name: str) -> dict[str, Any]:
     return value
 
 
-def token_id(values: dict[str, Any], name: str) -> int | None:
-    """Reads the id of a special token; None if it is absent."""
-    return None if values.get(name) is None else integer(values, name)
+def token_id(values: dict[str, Any], name: str, default: int | None = None) -> int | None:
+    """Reads the id of a special token; the `default` if it is absent."""
+    return default if values.get(name) is None else integer(values, name)
+
+
+def integers(values: dict[str, Any], names: dict[str, str]) -> dict[str, int]:
+    """Reads fields of `ModelConfig`; `names` maps each to the option that states it."""
+    return {field: integer(values, option) for field, option in names.items()}
+
+
+def stated(cfg: ModelConfig, names: dict[str, str]) -> dict[str, Any]:
+    """The inverse of `integers`."""
+    return {option: getattr(cfg, field) for field, option in names.items()}
 
 
 def derive_head_dim(values: dict[str, Any], width: str, heads: str) -> int:

@@ -1,4 +1,4 @@
-"""Fills a parameter tree from the tensors of a published checkpoint, by a table of names."""
+"""Published tensors as our parameters, and back, by one table of names."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
+from jaxtyping import PyTree
 
 from dials_jax import trees
 from dials_jax.errors import require
@@ -35,31 +36,54 @@ class TensorEntry(NamedTuple):
     tied: str = ""
 
 
+class TensorLayout(NamedTuple):
+    """How a kind of checkpoint stores the tensors of its table.
+
+    Attributes:
+      prefix: may be missing from the names that begin with it.
+      joined: a pattern of modules that hold several projections, which are separate in the table:
+        `x.weight` holds `x.q.weight`, `x.k.weight` and `x.v.weight`, along its first axis. The
+        default fits nothing.
+      parts: the names of these projections, in their order.
+      transposed: a pattern of weights that are stored [in, out], unlike those of a torch Linear.
+      tied: whether a config.json that does not say so ties the head to the embedding.
+    """
+
+    prefix: str = "model."
+    joined: str = "(?!)"
+    parts: tuple[str, ...] = ("q", "k", "v")
+    transposed: str = "(?!)"
+    tied: bool = False
+
+
 def fill_params(
     table: Iterable[TensorEntry],
     shapes: trees.Params,
     tensors: dict[str, np.ndarray],
     source: Path,
     tied: bool = False,
+    layout: TensorLayout = TensorLayout(),
 ) -> trees.Params:
     """Returns our tree, layers unrolled, as views of the tensors: nothing is read or copied.
 
     Args:
       shapes: the tree to fill, layers stacked.
-      tensors: by published name, with or without the leading `model.`.
+      tensors: by published name, with or without the prefix of the `layout`.
       source: where the tensors come from, for messages.
       tied: fill a missing tensor with the one that its entry is tied to.
 
     Raises: InputError for a tensor that is missing, unknown or of another shape.
     """
     entries = {entry.ours: entry for entry in table}
+    tensors = _separated(tensors, layout)
     unused = set(tensors)
 
     def take_tensor(name: str, shape: tuple[int, ...], layer: int | None = None) -> np.ndarray:
         entry = entries[name]
         key = entry.upstream.format(i=layer)
         keys = (key, entry.tied) if tied else (key,)
-        found = next((n for k in keys for n in (k, k.removeprefix("model.")) if n in tensors), None)
+        bare = layout.prefix
+        found = next((n for k in keys for n in (k, k.removeprefix(bare)) if n in tensors), None)
         require(found is not None, f"{source} lacks tensor {key!r}, which fills {name}")
         unused.discard(found)
         return _reshaped_view(found, tensors[found], shape, entry.num_inputs)
@@ -78,6 +102,27 @@ def fill_params(
         f"{min(unused, default='')!r} first",
     )
     return params
+
+
+def published_tensors(
+    table: Iterable[TensorEntry], layout: TensorLayout, group: str, params: PyTree
+) -> dict[str, np.ndarray]:
+    """Returns a group of parameters under published names: the inverse of `fill_params`.
+
+    Args:
+      group: its name, as in `models.groups`: "embed", "layers/003".
+      params: its arrays, on the host.
+
+    Returns: views of the arrays, but for the modules that hold several projections.
+    """
+    entries = {entry.ours: entry for entry in table}
+    room, _, number = group.partition("/")
+    out = {}
+    for name, x in trees.named_leaves(params):
+        entry = entries[f"{room}/{name}"]
+        view = x if entry.num_inputs is None else _torch_view(x, entry.num_inputs)
+        out[entry.upstream.format(i=int(number or 0))] = view
+    return _joined(out, layout)
 
 
 # A wrapper of a module adds its name to those of the tensors inside: torch.compile, data
@@ -119,29 +164,38 @@ def is_buffer(name: str, also: str = "") -> bool:
     return bool(re.fullmatch(COMMON_BUFFERS, name) or (also and re.fullmatch(also, name)))
 
 
-def split_projections(
-    tensors: dict[str, np.ndarray], module: str, parts: tuple[str, ...], axis: int
-) -> dict[str, np.ndarray]:
-    """Splits tensors that hold several projections into equal parts, as `x.weight` to `x.q.weight`.
+def _separated(tensors: dict[str, np.ndarray], layout: TensorLayout) -> dict[str, np.ndarray]:
+    """Names and turns tensors as the table does: a Linear is [out, in], projections are separate.
 
-    Args:
-      module: a pattern of the names to split, without `.weight` or `.bias`.
-      parts: the names of the projections, in their order along `axis`.
-
-    Raises: InputError for a tensor that does not divide into these parts.
+    Raises: InputError for a tensor that does not divide into its projections.
     """
     out = {}
     for name, x in tensors.items():
+        x = x.T if re.fullmatch(layout.transposed, name) else x
         stem, _, kind = name.rpartition(".")
-        if re.fullmatch(module, stem) is None:
+        if re.fullmatch(layout.joined, stem) is None:
             out[name] = x
             continue
         require(
-            x.shape[axis] % len(parts) == 0,
-            f"{name} has shape {x.shape}, which does not divide into {', '.join(parts)}",
+            len(x) % len(layout.parts) == 0,
+            f"{name} has shape {x.shape}, which does not divide into {', '.join(layout.parts)}",
         )
-        pieces = np.split(x, len(parts), axis)
-        out |= {f"{stem}.{part}.{kind}": y for part, y in zip(parts, pieces, strict=True)}
+        pieces = np.split(x, len(layout.parts))
+        out |= {f"{stem}.{p}.{kind}": y for p, y in zip(layout.parts, pieces, strict=True)}
+    return out
+
+
+def _joined(tensors: dict[str, np.ndarray], layout: TensorLayout) -> dict[str, np.ndarray]:
+    """The inverse of `_separated`."""
+    out: dict[str, np.ndarray] = {}
+    for name, x in tensors.items():
+        module, _, kind = name.rpartition(".")
+        stem, _, part = module.rpartition(".")
+        if part in layout.parts and re.fullmatch(layout.joined, stem):
+            pieces = [tensors[f"{stem}.{p}.{kind}"] for p in layout.parts]
+            name, x = f"{stem}.{kind}", np.concatenate(pieces)
+        if name not in out:
+            out[name] = x.T if re.fullmatch(layout.transposed, name) else x
     return out
 
 
@@ -164,3 +218,9 @@ def _torch_shape(shape: tuple[int, ...], num_inputs: int) -> tuple[int, ...]:
     """Returns the shape that torch gives a Linear's kernel (or its bias, without inputs)."""
     out = math.prod(shape[num_inputs:])
     return (out, math.prod(shape[:num_inputs])) if num_inputs else (out,)
+
+
+def _torch_view(x: np.ndarray, num_inputs: int) -> np.ndarray:
+    """The inverse of `_reshaped_view`."""
+    shape = _torch_shape(x.shape, num_inputs)
+    return x.reshape(shape[::-1]).T

@@ -47,13 +47,22 @@ from dials_jax.errors import InputError, require
 from dials_jax.files import local_path, read_json, write_json
 from dials_jax.models import groups
 from dials_jax.models.model import Model
-from dials_jax.stored import UnreadableTree, load_tree, save_tree, writing
+from dials_jax.stored import (
+    MARK,
+    UnreadableTree,
+    is_empty,
+    load_tree,
+    new_folder,
+    require_space,
+    save_tree,
+    unfinished_name,
+    writing,
+)
 
 MODEL_FORMAT = "dials_jax model"
 VERSION = 1
 WEIGHT_DTYPES = get_args(WeightDtype)
 GROUP_NAMES = ("embed", "time", "layers", "final_norm", "head")
-MARK = "UNFINISHED"  # a file in a folder that is being written
 CHUNK_BYTES = 2**26  # small enough that a device reads little more than its own slice
 
 
@@ -98,61 +107,49 @@ def save_model(
     num_parameters = trees.count_parameters(params)
     require(overwrite or not folder.exists(), f"{folder} exists; name another folder")
     require_replaceable_model(folder)
-    _require_space(folder, num_parameters * jnp.dtype(dtype).itemsize)
-    unfinished = _unfinished(folder)
+    require_space(folder, num_parameters * jnp.dtype(dtype).itemsize)
     again = "make room and run the command again"
-    with writing(unfinished, again):
-        sharding.on_first_process(lambda: _begin(unfinished))
-
-    stored_digests, fingerprint = {}, digests.Fingerprint()
-    for name in groups.progress(groups.group_shapes(cfg), "saving"):
-        group = jax.tree.map(
-            partial(groups.materialise, dtype=dtype), groups.get_group(cfg, params, name)
+    with new_folder(folder, again) as unfinished:
+        stored_digests, fingerprint = {}, digests.Fingerprint()
+        for name in groups.progress(groups.group_shapes(cfg), "saving"):
+            group = jax.tree.map(
+                partial(groups.materialise, dtype=dtype), groups.get_group(cfg, params, name)
+            )
+            stored_digests[name] = group_digest(group)
+            key, _, layer = name.partition("/")
+            if layer:
+                fingerprint.add_layer(int(layer), group)
+            else:
+                fingerprint.add({key: group})
+            save_tree(unfinished / "params" / name, group, again, CHUNK_BYTES)
+        info = ModelInfo(
+            model=cfg,
+            dtype=dtype,
+            parameters=num_parameters,
+            fingerprint=fingerprint.hex(),
+            digests=stored_digests,
         )
-        stored_digests[name] = group_digest(group)
-        key, _, layer = name.partition("/")
-        if layer:
-            fingerprint.add_layer(int(layer), group)
-        else:
-            fingerprint.add({key: group})
-        save_tree(unfinished / "params" / name, group, again, CHUNK_BYTES)
 
-    info = ModelInfo(
-        model=cfg,
-        dtype=dtype,
-        parameters=num_parameters,
-        fingerprint=fingerprint.hex(),
-        digests=stored_digests,
-    )
+        def describe():
+            for file in tokenizer_files:
+                shutil.copy(file, unfinished)
+            write_json(unfinished / "config.json", to_dict(info))
 
-    def finish():
-        for file in tokenizer_files:
-            shutil.copy(file, unfinished)
-        write_json(unfinished / "config.json", to_dict(info))
-        (unfinished / MARK).unlink()
-        if folder.exists():
-            shutil.rmtree(folder)
-        unfinished.rename(folder)
-
-    with writing(unfinished, again):
-        sharding.on_first_process(finish)
+        with writing(unfinished, again):
+            sharding.on_first_process(describe)
 
 
 def require_replaceable_model(folder: Path) -> None:
     """Raises: InputError where `save_model` would remove a folder that it did not make."""
-    unfinished = _unfinished(folder)
+    unfinished = unfinished_name(folder)
     require(
-        not os.path.lexists(folder) or _is_empty(folder) or _says_model(folder),
+        not os.path.lexists(folder) or is_empty(folder) or _says_model(folder),
         f"{folder} is no {MODEL_FORMAT} and would be overwritten; move it away",
     )
     require(
-        not os.path.lexists(unfinished) or _is_empty(unfinished) or _is_unfinished(unfinished),
+        not os.path.lexists(unfinished) or is_empty(unfinished) or _is_unfinished(unfinished),
         f"{unfinished} was not left by a save that was stopped, and would be removed; move it away",
     )
-
-
-def _unfinished(folder: Path) -> Path:
-    return folder.with_name(folder.name + ".unfinished")
 
 
 def _says_model(folder: Path) -> bool:
@@ -172,27 +169,6 @@ def _is_unfinished(folder: Path) -> bool:
     groups_there = {path.name.partition(".")[0] for path in (folder / "params").glob("*")}
     others = [path for path in folder.iterdir() if path.is_dir() and path.name != "params"]
     return not others and 0 < len(groups_there) and groups_there <= set(GROUP_NAMES)
-
-
-def _is_empty(folder: Path) -> bool:
-    return not folder.is_symlink() and folder.is_dir() and not any(folder.iterdir())
-
-
-def _require_space(folder: Path, needed: int) -> None:
-    existing = next(p for p in folder.parents if p.exists())
-    free = shutil.disk_usage(existing).free
-    require(
-        free >= needed,
-        f"{existing} has {free / 1e9:.1f} GB free and the weights need {needed / 1e9:.1f} GB; "
-        "make room or name another folder",
-    )
-
-
-def _begin(unfinished: Path) -> None:
-    if unfinished.exists():
-        shutil.rmtree(unfinished)
-    unfinished.mkdir(parents=True)
-    (unfinished / MARK).write_text("left by a save that was stopped; the next one removes it\n")
 
 
 # ----------------------------------------------------------------------------------- loading
@@ -234,21 +210,28 @@ def load_model(
     cfg = info.model if dtype is None else dataclasses.replace(info.model, dtype=dtype)
     shapes = groups.group_shapes(cfg)
 
-    def abstract(x, sharding):
-        return jax.ShapeDtypeStruct(x.shape, info.dtype, sharding=sharding)
-
     def read(name: str, shardings: PyTree) -> PyTree:
-        path, again = folder / "params" / name, "convert or copy the model again"
-        require(path.is_dir(), f"{path} is missing; {again}")
-        like = jax.tree.map(abstract, shapes[name], shardings)
-        try:
-            stored = load_tree(path, like, info.digests.get(name), group_digest)
-        except UnreadableTree as error:
-            raise InputError(f"{path} cannot be read ({error}); {again}") from error
-        return trees.cast(stored, dtype)
+        return trees.cast(read_group(folder, info, name, shapes[name], shardings), dtype)
 
     mesh = mesh or sharding.make_mesh()
     return Model(cfg, groups.assemble(cfg, read, mesh, layout), mesh, str(folder))
+
+
+def read_group(
+    folder: Path, info: ModelInfo, name: str, shapes: PyTree, shardings: PyTree
+) -> PyTree:
+    """Reads one group as it is stored. Raises: InputError if it is missing, broken or changed."""
+
+    def abstract(x, sharding):
+        return jax.ShapeDtypeStruct(x.shape, info.dtype, sharding=sharding)
+
+    path, again = folder / "params" / name, "convert or copy the model again"
+    require(path.is_dir(), f"{path} is missing; {again}")
+    like = jax.tree.map(abstract, shapes, shardings)
+    try:
+        return load_tree(path, like, info.digests.get(name), group_digest)
+    except UnreadableTree as error:
+        raise InputError(f"{path} cannot be read ({error}); {again}") from error
 
 
 # ----------------------------------------------------------------------------------- helpers

@@ -91,8 +91,6 @@ def save_router(
     Raises: InputError if the folder is something else than a router, or cannot be written.
     """
     folder = local_path(folder, "the router's folder")
-    require_replaceable_router(folder)
-    save_tree(folder / "params", routers, AGAIN)
     info = RouterInfo(
         router=cfg,
         num_layers=backbone.config.num_layers,
@@ -101,6 +99,13 @@ def save_router(
         skip_weight=skip_weight,
         digests=digests.digest_hex(routers),
     )
+    write_router(folder, routers, info)
+
+
+def write_router(folder: Path, routers: trees.Params, info: RouterInfo) -> None:
+    """As `save_router`, of a router whose facts are known."""
+    require_replaceable_router(folder)
+    save_tree(folder / "params", routers, AGAIN)
     _write_info(folder, info)
 
 
@@ -133,6 +138,15 @@ def require_replaceable_router(folder: Path) -> None:
             )
         own = own or all(name.startswith("params") for name in names)
     require(own, f"{folder} is no {ROUTER_FORMAT} and would be overwritten; move it away")
+
+
+def holds_router(path: str | Path) -> bool:
+    """Whether `router_facts` finds a router there, and no model beside it."""
+    path = local_path(path, "router")
+    if (path / "router" / "config.json").exists():
+        return not (path / "model").exists()
+    config = path / "config.json"
+    return config.is_file() and read_json(config).get("format") == ROUTER_FORMAT
 
 
 def router_facts(path: str | Path) -> tuple[Path, RouterInfo]:
@@ -189,20 +203,28 @@ def load_router(
         f"router {folder} is for {info.num_layers} layers of width {info.d_model}, this model has "
         f"{size[0]} of {size[1]}; {AGAIN}",
     )
-    shape = info.d_model, info.num_layers, info.router
-    abstract = jax.eval_shape(lambda: init_routers(*shape, seed_key(0)))
-    whole = sharding.replicated(model.mesh)
-    placed = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), abstract
-    )
-    try:
-        routers = load_tree(folder / "params", placed, info.digests)
-    except UnreadableTree as error:
-        raise InputError(f"router {folder} cannot be read ({error}); {AGAIN}") from error
-    routers = rounded(routers, model.config.dtype)
+    routers = rounded(read_routers(folder, info, model.mesh), model.config.dtype)
     # In the layout of the layers: a slice of a stack would be copied at every layer.
     unrolled = trees.is_unrolled(model.params["layers"])
     return dataclasses.replace(rule, router=trees.unstack(routers) if unrolled else routers)
+
+
+def read_routers(folder: Path, info: RouterInfo, mesh: Mesh) -> trees.Params:
+    """The stored arrays, layers stacked. Raises: InputError if they are missing or damaged."""
+    whole = sharding.replicated(mesh)
+    placed = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), router_shapes(info)
+    )
+    try:
+        return load_tree(folder / "params", placed, info.digests)
+    except UnreadableTree as error:
+        raise InputError(f"router {folder} cannot be read ({error}); {AGAIN}") from error
+
+
+def router_shapes(info: RouterInfo) -> trees.Params:
+    """Shapes of the arrays, layers stacked."""
+    shape = info.d_model, info.num_layers, info.router
+    return jax.eval_shape(lambda: init_routers(*shape, seed_key(0)))
 
 
 def _rule(

@@ -1,0 +1,95 @@
+"""A tokenizer that is trained here is read by every reader, with ids that a model can take."""
+
+import gzip
+import json
+
+import pytest
+
+from dials_jax.cli.tokenizer import tokenizer_command
+from dials_jax.data.chat import read_chat_templates
+from dials_jax.data.tokenizer import check_tokenizer, load_tokenizer
+from dials_jax.data.tokenizer_training import model_ids, train_tokenizer
+from dials_jax.errors import InputError
+from dials_jax.models.families import llada_small, mdlm_small
+
+TEXT = "the cat sat on the mat, and the cat sat on the hat. " * 4
+
+
+@pytest.fixture
+def text(tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text(TEXT)
+    with gzip.open(tmp_path / "texts" / "b.jsonl.gz", "wt") as file:
+        file.write(json.dumps({"text": "zebra zebra zebra"}) + "\n")
+    return str(tmp_path / "texts")
+
+
+def test_every_text_comes_back_and_words_of_the_files_are_tokens(text, tmp_path):
+    tokenizer = train_tokenizer([text], 280, tmp_path / "out")
+    assert tokenizer.vocab_size == 280
+    for word in ("the", " cat", " zebra"):
+        assert len(tokenizer.encode(word)) < len(word)
+    odd = "Größe \x00 日本 [MASK] <|endoftext|>"
+    ids = tokenizer.for_documents().encode(odd)
+    assert min(ids) > 2 and tokenizer.decode(ids) == odd
+    assert tokenizer.encode("a[MASK]")[-1] == 2
+    assert tokenizer.spells_all
+
+
+def test_equal_text_gives_an_equal_tokenizer_and_readers_agree(text, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    first, second = (train_tokenizer([text], 270, tmp_path / name) for name in "ab")
+    loaded = load_tokenizer(tmp_path / "a")
+    assert first.fingerprint == second.fingerprint == loaded.fingerprint
+    assert load_tokenizer(tmp_path / "a" / "tokenizer.json").fingerprint == loaded.fingerprint
+    theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path / "a"))
+    assert theirs(TEXT + "[MASK]").input_ids == loaded.encode(TEXT + "[MASK]")
+    special = theirs.mask_token_id, theirs.eos_token_id, theirs.pad_token_id
+    assert special == (2, 1, 0)
+
+
+def test_the_command_prints_what_a_model_needs(text, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    tokenizer_command(["train", "--text", text, "--vocab-size", "300", "--out", out, "--chat"])
+    shown = capsys.readouterr().out
+    ids = model_ids(out)
+    assert ids.items() >= {"mask_id": 2, "eos_id": 1, "pad_id": 0, "eot_id": 4}.items()
+    assert f"--model.vocab-size {ids['vocab_size']} --model.pad-id 0" in shown
+    missing = 300 - ids["vocab_size"]
+    assert missing > 0 and f"{missing} fewer tokens than asked for" in shown
+    for make in (llada_small, mdlm_small):
+        check_tokenizer(load_tokenizer(out), make(2, 64, **ids))
+    assert read_chat_templates(out)["default"].startswith("{% for message")
+
+
+@pytest.mark.parametrize(
+    "paths, size, message",
+    [
+        (["nowhere"], 300, "nowhere is missing"),
+        (["texts"], 259, "vocab_size=259 is too small: bytes and special tokens take 259"),
+        (["empty.txt"], 300, "there is no text in 1 files"),
+        (["odd.jsonl"], 300, "odd.jsonl:1: no field 'text'; did you mean 'txt'?"),
+    ],
+)
+def test_what_is_wrong_is_a_line_and_nothing_is_written(
+    paths, size, message, text, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "odd.jsonl").write_text('{"txt": "a"}\n')
+    with pytest.raises(InputError) as caught:
+        train_tokenizer(paths, size, "out")
+    assert message in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_an_existing_folder_stays(text, tmp_path):
+    with pytest.raises(InputError, match="texts exists; name another folder"):
+        train_tokenizer([text], 300, text)
+
+
+def test_a_folder_without_a_mask_is_named(text, tmp_path):
+    train_tokenizer([text], 270, tmp_path / "out")
+    file = tmp_path / "out" / "tokenizer_config.json"
+    file.write_text(file.read_text().replace('"mask_token"', '"other"'))
+    with pytest.raises(InputError, match="names no mask_token; add it"):
+        model_ids(tmp_path / "out")
