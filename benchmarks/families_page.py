@@ -208,9 +208,7 @@ def skipping_part(results: Results) -> Iterator[str]:
         "Nats per token that leaving out one layer costs, over the layers; the mean over seeds and "
         "its standard deviation.\n"
     )
-    yield table(
-        ("size", "family", "mean", "cheapest layer", "median", "random layer"), costs(results)
-    )
+    yield table(("size", "family", "mean", "cheapest layer", "median"), costs(results))
     yield (
         "\nSpearman's rank correlation over the layers, its interval over sequences (bootstrap) "
         "and p over orders of the layers. 1: the most similar layer is the cheapest; for routers: "
@@ -231,12 +229,11 @@ def costs(results: Results) -> Iterator[tuple[str, ...]]:
         for family in FAMILIES:
             rows = results.of("losses", size=size, family=family)
             by_layer = [increases(row).mean(axis=0) for row in rows]
-            random = [float(np.mean(np.subtract(row["random"], row["full"]))) for row in rows]
             cheapest = ", ".join(str(int(np.argmin(cost))) for cost in by_layer)
             yield (
                 size, family, spread([float(c.mean()) for c in by_layer], ".4f"),
                 f"{spread([float(c.min()) for c in by_layer], '.4f')} (layer {cheapest})",
-                spread([float(np.median(c)) for c in by_layer], ".4f"), spread(random, ".4f"),
+                spread([float(np.median(c)) for c in by_layer], ".4f"),
             )  # fmt: skip
 
 

@@ -41,7 +41,6 @@ def losses_of(results: dict[str, Any]) -> dict[str, Any]:
 
     return {
         "full": items("full"),
-        "random": items("random k=1"),
         "without": [items(f"static {{{layer}}}") for layer in layers],
     }
 

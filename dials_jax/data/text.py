@@ -257,10 +257,8 @@ def _temporary_file(packed: Path) -> Iterator[BinaryIO]:
     try:
         packed.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(packed.parent)
-        path = packed.with_name(f"{packed.stem}.{uuid.uuid4().hex}{UNFINISHED_SUFFIX}")
-        with path.open("wb") as out:
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(out, fcntl.LOCK_EX)
+        path, out = _open_locked(packed)
+        with out:
             try:
                 yield out
             finally:
@@ -269,6 +267,18 @@ def _temporary_file(packed: Path) -> Iterator[BinaryIO]:
         raise InputError(
             f"{packed.parent} cannot be written to ({error.strerror}); choose another cache"
         ) from error
+
+
+def _open_locked(packed: Path) -> tuple[Path, BinaryIO]:
+    """Opens a new file beside `packed`. One that is not locked yet may be taken for abandoned."""
+    while True:
+        path = packed.with_name(f"{packed.stem}.{uuid.uuid4().hex}{UNFINISHED_SUFFIX}")
+        out = path.open("wb")
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(out, fcntl.LOCK_EX)
+        if path.exists():
+            return path, out
+        out.close()
 
 
 def _remove_abandoned(cache: Path) -> None:

@@ -1,8 +1,12 @@
 """The three families: the page of made-up results whose claims are known, and a tiny run."""
 
+import argparse
 import json
 import lzma
+import os
+import signal
 import string
+import time
 
 import chex
 import jax
@@ -58,7 +62,7 @@ def results(continued_like=FLAT):
         routed = {"routed λ=1": {"skips": [0.0] * LAYERS, "nats": 4.0}}
         routed["routed λ=1 fitted to 0.75"] = {"skips": (layer - 0.1).tolist(), "nats": 4.1}
         rows["losses"].append(
-            where | {"full": full.tolist(), "random": (full + 0.5).tolist(),
+            where | {"full": full.tolist(),
                      "without": [(full + 1 - c).tolist() for c in layer],
                      "routed": routed if family == "native" else {}}
         )  # fmt: skip
@@ -170,6 +174,24 @@ def arguments(tmp_path, monkeypatch):
         *("--study-steps", "2", "--items", "4", "--samples", "2", "--router-steps", "2"),
         *("--layout", "stacked", "--execution", "0.6"),
     ]
+
+
+def test_the_time_ends_what_is_running(monkeypatch, capsys):
+    """A sweep or a study has stored its batches; the same command goes on with them."""
+
+    def leave(status):
+        raise SystemExit(status)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    runner = families.Runner(argparse.Namespace(stop_after=0.002))
+    with pytest.raises(SystemExit, match="1"), runner.while_there_is_time():
+        time.sleep(20)
+    assert "the same command goes on" in capsys.readouterr().out
+    with pytest.raises(families.OutOfTime), runner.while_there_is_time():
+        raise AssertionError("nothing begins without time")
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+    with families.Runner(argparse.Namespace(stop_after=None)).while_there_is_time():
+        assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
 def test_the_whole_experiment_goes_on_where_it_was_stopped(arguments, tmp_path, monkeypatch):

@@ -193,6 +193,21 @@ def test_a_packing_holds_a_lock_until_its_rows_have_their_name(cfg, pack, monkey
     assert len(locked) == 1
 
 
+def test_a_file_that_another_process_took_for_dead_before_its_lock_is_made_anew(
+    cfg, pack, monkeypatch
+):
+    lock, taken = fcntl.flock, []
+
+    def late(file, how):
+        if how == fcntl.LOCK_EX and not taken:
+            taken.append(file.name)
+            Path(file.name).unlink()
+        lock(file, how)
+
+    monkeypatch.setattr(text.fcntl, "flock", late)
+    assert pack(cfg).num_rows > 0 and taken
+
+
 def test_a_cache_that_cannot_be_written_is_an_input_error(cfg, pack, tmp_path):
     (tmp_path / "file").write_text("")
     for cache in ("file", "file/cache"):
