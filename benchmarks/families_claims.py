@@ -47,6 +47,8 @@ class Finding(Evidence):
     by_seed: tuple[float, ...]
 
     def __str__(self) -> str:
+        if not self.by_seed:
+            return "no sequence has this number in all seeds"
         seeds = ", ".join(f"{value:+.4f}" for value in self.by_seed)
         return f"{self.value:+.4f} [{self.low:+.4f}, {self.high:+.4f}] ({seeds})"
 
@@ -55,6 +57,8 @@ def find(what: str, by_seed: Sequence[Float[np.ndarray, "N"]]) -> Finding:
     """Args: by_seed: the number of every sequence, for each seed. NaN: it has none."""
     per_sequence = np.mean(by_seed, axis=0)
     per_sequence = per_sequence[np.isfinite(per_sequence)]
+    if not len(per_sequence):
+        return Finding(what=what, value=np.nan, low=np.nan, high=np.nan, by_seed=())
     value, stderr = mean_and_stderr(per_sequence)
     sources = [(stderr, len(per_sequence) - 1)]
     means = tuple(float(np.nanmean(values)) for values in by_seed)

@@ -46,10 +46,10 @@ the position to its left).
 Hardware: {device}, {date}, jax {jax}. Sizes (layers x width) {sizes}; seeds {seeds}. Rows of
 {length} tokens, a quarter of them the prompt; {prompts} prompts and {study_steps} denoising steps a
 profile; {items} held-out texts and {samples} masked copies of each for losses (a causal model's are
-exact). Neighbouring masks are alike whatever the model, so cosines of neighbouring tokens are also
-those of each text's last model call, without the few masks that are left in it. Intervals are of
-95 % and cover sequences and seeds; in brackets behind them the value of each seed. Layers count
-from 0.
+exact). Neighbouring masks, and repeated tokens, are alike whatever the model. So cosines of
+neighbouring tokens are also those of each text's last model call, of different tokens that are
+written. Intervals are of 95 % and cover sequences and seeds; in brackets behind them the value of
+each seed. Layers count from 0.
 
 ```
 {command}

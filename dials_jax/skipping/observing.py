@@ -253,13 +253,16 @@ class BatchObserver:
         group = self.group_of(jnp.broadcast_to(step, own.shape))
         weight = own / jnp.maximum(calls, 1)
 
-        def running(mean: Array, values: Array, where: Array) -> Array:
-            new = masked_mean(values[..., answer], where[:, answer])
-            return mean + weight[:, None] * (new - mean)
+        def in_answer(values: Array, where: Array) -> Array:
+            some = jnp.any(where[:, answer], axis=1)[:, None]
+            return jnp.where(some, masked_mean(values[..., answer], where[:, answer]), jnp.nan)
 
-        both = (pairs & written[:, :-1] & written[:, 1:])[:, answer]
-        end = masked_mean(seen.token_cosine[..., answer], both)
-        end = jnp.where(jnp.any(both, axis=1)[:, None], end, jnp.nan)
+        def running(mean: Array, values: Array, where: Array) -> Array:
+            new = mean + weight[:, None] * (in_answer(values, where) - mean)
+            return jnp.where(own[:, None], new, mean)
+
+        differ = seen.tokens[:, :-1] != seen.tokens[:, 1:]
+        end = in_answer(seen.token_cosine, pairs & written[:, :-1] & written[:, 1:] & differ)
         in_prompt = masked_mean(seen.layer_cosine[..., prompt], here[:, prompt])
         first = (own & (so_far.calls == 0))[:, None]
         change, previous = self.fold_change(so_far, seen, own)

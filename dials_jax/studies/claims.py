@@ -4,7 +4,8 @@ Positive numbers speak for a claim. All models of a study continue the same prom
 order, so two models are compared sequence by sequence. Depth profiles are [N, L], of layers, or
 [N, L+1], of hidden states: `Profile.sequence_layer`, `Profile.sequence_token` and
 `Profile.end_token`. Neighbouring [MASK] have one embedding and are alike whatever the model, so
-what is said of neighbouring tokens must hold in the last model calls too, where they do not count.
+what is said of neighbouring tokens must hold in the last model calls too, where neither they nor
+repeated tokens count.
 """
 
 from __future__ import annotations

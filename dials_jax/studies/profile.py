@@ -121,11 +121,12 @@ class Profile:
         sequence, hidden state and call; `norm.count` summed over S is out of how many.
       layer_histogram, token_histogram: [L, bins] and [L+1, bins], of the cosines over [-1, 1].
       sequence_layer: [N, L], each sequence's mean layer cosine over its answer and its model calls.
-      sequence_token: [N, L+1], the same of `token_cosine`: pairs inside the answer.
-      end_token: [N, L+1], the same in each sequence's last model call, of the pairs without a
-        [MASK]: all but those of the tokens that this call reveals. Neighbouring [MASK] are alike
-        whatever the model; here they do not count. NaN without a pair, as where one call reveals
-        all. For causal models the same as `sequence_token`.
+      sequence_token: [N, L+1], the same of `token_cosine`: pairs inside the answer. NaN without a
+        pair, as in an answer of one token.
+      end_token: [N, L+1], the same in each sequence's last model call, of the pairs of two
+        different tokens, neither a [MASK]. Masks and repeated tokens are alike whatever the model;
+        masks are left where this call reveals tokens. NaN without a pair, as where one call
+        reveals all.
       prompt_layer: [N, L], each prompt's mean layer cosine in the first call: Goel, Algorithm 1.
         NaN without a prompt.
       change: [K, D], 1 - cosine of a position's states in two calls of its sequence that follow
@@ -162,6 +163,11 @@ class Profile:
     @property
     def num_sequences(self) -> int:
         return len(self.sequence_layer)
+
+    @staticmethod
+    def over_sequences(values: Float[np.ndarray, "N L"]) -> Float[np.ndarray, "L"]:
+        """The mean over the sequences that have a number; NaN without any."""
+        return Moments.of(values, 0, np.isfinite(values)).mean
 
     @property
     def positions(self) -> Int[np.ndarray, "T"]:

@@ -115,16 +115,18 @@ def profile_table(profiles: Mapping[str, Profile]) -> Table:
               "seconds")  # fmt: skip
     lines = []
     for label, profile in profiles.items():
-        layer, early = profile.sequence_layer.mean(axis=0), early_layers(profile.num_layers)
-        end = profile.end_token[:, 1:]
+        early = early_layers(profile.num_layers)
+        layer, token, end = map(
+            profile.over_sequences,
+            (profile.sequence_layer, profile.sequence_token, profile.end_token),
+        )
         norm = profile.norm.pooled((0, 2)).mean
-        cosines = (layer[early], layer[early.stop :], layer.min(), profile.sequence_token[:, 1:])
+        cosines = (layer[early], layer[early.stop :], layer.min(), token[1:], end[1:])
         lines.append(
             (
                 label,
                 str(profile.num_layers),
-                *(f"{np.mean(x):.3f}" if np.size(x) else "-" for x in cosines),
-                f"{np.nanmean(end):.3f}" if np.isfinite(end).any() else "-",
+                *(f"{np.mean(x):.3f}" if np.isfinite(x).any() else "-" for x in cosines),
                 f"{norm[-1] / norm[1]:.1f}",
                 str(int((profile.sinks.sum(axis=0) > 0).sum())),
                 str(profile.num_sequences),
@@ -139,7 +141,7 @@ PROFILE_LEGEND = (
      "half without layer 0, whose input is an embedding, and of the second half."),
     ("neighbours", "Mean cosine of neighbouring tokens in answers, over all hidden states but the "
      "embedding, and over all steps; at the end: in each sequence's last model "
-     "call, where pairs with a mask do not count. " + NOTE),
+     "call, of written tokens that differ. " + NOTE),
     ("norm, last / first", "Mean L2 norm of what leaves the last layer and what leaves layer 0."),
     ("sink positions", "How many positions are a sink in any hidden state."),
 )  # fmt: skip

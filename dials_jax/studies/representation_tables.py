@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from dials_jax.config import to_dict
 from dials_jax.reporting.publish import Table
 from dials_jax.statistics import mean_interval
-from dials_jax.studies.profile import Moments, Profile
+from dials_jax.studies.profile import Profile
 
 DEPTHS = ("first quarter", "second", "third", "last")
 # Distances to the nearest token that the step before decoded, both ends included.
@@ -66,7 +66,8 @@ def _by_quarter(values: Mapping[str, Float[np.ndarray, "N L"]]) -> Table:
 
 
 def _with_interval(values: Float[np.ndarray, "N _"]) -> str:
-    if not values.shape[1]:
+    values = values[np.isfinite(values).all(axis=1)]
+    if not values.size:
         return "-"
     means = values.mean(axis=1)
     low, high = mean_interval(means)
@@ -181,15 +182,15 @@ def _row(
 
 def profile_results(profile: Profile) -> dict[str, Any]:
     """What results.json says of a model; the arrays are in its profile."""
-    reach, end = change_by_reach(profile), profile.end_token
+    reach = change_by_reach(profile)
     return {
         **to_dict(profile.facts),
         "num_layers": profile.num_layers,
         "num_sequences": profile.num_sequences,
         "seconds": profile.seconds,
-        "layer_cosine": profile.sequence_layer.mean(axis=0).tolist(),
-        "token_cosine": profile.sequence_token.mean(axis=0).tolist(),
-        "token_cosine_at_end": Moments.of(end, 0, np.isfinite(end)).mean.tolist(),
+        "layer_cosine": profile.over_sequences(profile.sequence_layer).tolist(),
+        "token_cosine": profile.over_sequences(profile.sequence_token).tolist(),
+        "token_cosine_at_end": profile.over_sequences(profile.end_token).tolist(),
         "norm": profile.norm.pooled((0, 2)).mean.tolist(),
         "sinks": top_sinks(profile),
         "change": {name: values.tolist() for name, values in reach.items()},

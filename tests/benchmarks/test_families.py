@@ -87,6 +87,8 @@ def test_an_interval_covers_sequences_and_seeds():
     assert alike.sign == 1 and apart.sign == 0 and apart.high - apart.low > 1
     assert find("", [-same]).sign == -1  # a single seed: over sequences alone
     assert find("", [np.append(same, np.nan)]).value == pytest.approx(same.mean())
+    none = find("", [np.full(3, np.nan)])
+    assert none.sign == 0 and str(none).startswith("no sequence has this number")
 
 
 CLAIMS = (

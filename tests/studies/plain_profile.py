@@ -83,11 +83,11 @@ def plain_profile(sequences, prompt_length, gen_length, observer, num_steps, mas
 
 
 def end_token(call, gen_length, mask_id):
-    """[L+1], the mean cosine over the pairs of the answer without a mask; NaN without any."""
+    """[L+1], the mean cosine over the answer's pairs of different tokens; NaN without any."""
     tokens, states = call.tokens[-gen_length:], call.states[:, -gen_length:]
     cosines = cosine(states[:, :-1], states[:, 1:])
-    written = [mask_id not in pair for pair in pairwise(tokens.tolist())]
-    return cosines[:, written].mean(axis=1) if any(written) else np.full(len(states), np.nan)
+    here = [mask_id not in (a, b) and a != b for a, b in pairwise(tokens.tolist())]
+    return cosines[:, here].mean(axis=1) if any(here) else np.full(len(states), np.nan)
 
 
 NESTED = ("layer_cosine", "token_cosine", "norm", "change")

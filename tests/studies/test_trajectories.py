@@ -21,7 +21,7 @@ from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.dream import Dream
 from dials_jax.sampling.generate import generate
 from dials_jax.skipping.observing import Observer
-from dials_jax.studies.trajectories import profile_model, prompt_keys
+from dials_jax.studies.trajectories import observe_texts, profile_model, prompt_keys
 from tests.studies.plain_profile import NESTED, Call, Watched, plain_profile
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -144,5 +144,26 @@ def test_a_causal_model_has_the_profile_of_one_forward_pass():
     states = states_of(model, tokens, present)
     calls = [[Call(0, tokens[i, here], states[:, i, here])] for i, here in enumerate(present)]
     assert_profile(profile, plain_profile(calls, 5, G, CAUSAL, 1))
-    np.testing.assert_array_equal(profile.end_token, profile.sequence_token)
     assert profile.facts.family == "causal" and profile.change.mean.shape[0] == 0
+
+
+def test_an_answer_of_one_token_has_no_neighbours():
+    """Its cosine is unknown, not 0, which would count as the largest recency bias."""
+    model = load(GOLDEN / "qwen2_tiny", "float32")
+    tokens, present = np.tile(np.arange(5 + G), (2, 1)), np.ones((2, 5 + G), bool)
+    present[1, 6:] = False
+    seen, _ = observe_texts(model, tokens, present, 5, CAUSAL, 2)
+    for found in (seen.sequence_token, seen.end_token):
+        assert np.isfinite(found[0]).all() and np.isnan(found[1]).all()
+    np.testing.assert_array_equal(seen.end_token[0], seen.sequence_token[0])
+    assert np.isfinite(seen.sequence_layer).all()
+
+
+def test_neighbours_of_one_token_say_nothing_at_the_end():
+    """They are alike in any model."""
+    model = load(GOLDEN / "qwen2_tiny", "float32")
+    tokens, present = np.full((2, 5 + G), 7), np.ones((2, 5 + G), bool)
+    tokens[0, -1] = 8
+    seen, _ = observe_texts(model, tokens, present, 5, CAUSAL, 2)
+    assert np.isfinite(seen.sequence_token).all()
+    assert np.isfinite(seen.end_token[0]).all() and np.isnan(seen.end_token[1]).all()
