@@ -32,9 +32,10 @@ from benchmarks.command import (
 )
 from benchmarks.profile import profile_calls
 from benchmarks.random_model import make_config, make_model, make_routers
-from benchmarks.report import LiveTable, peak_gigabytes, run_and_count_compilation
+from benchmarks.report import LiveTable, peak_gigabytes
 from dials_jax.caching.parse import parse_cache
 from dials_jax.errors import nearest, require
+from dials_jax.evaluation.timing import time_in_turns
 from dials_jax.models.model import Model
 from dials_jax.nn.policy import Policy
 from dials_jax.sampling.confidence import Confidence
@@ -108,19 +109,18 @@ def run_case(model: Model, options: argparse.Namespace, cache: str, policy: str)
         "cache": parse_cache(cache),
         "policy": parse_policy(policy, model.num_layers, partial(make_routers, model)),
     }  # fmt: skip
-    first, compile_seconds = run_and_count_compilation(generate, model, prompts, **settings)
-    runs = [generate(model, prompts, **settings) for _ in range(options.repeats)] or [first]
-    median = sorted(runs, key=lambda r: r.flops.seconds)[len(runs) // 2]
+    [times] = time_in_turns([lambda: [generate(model, prompts, **settings)]], options.repeats)
+    [out], seconds = times.outs, times.median
     if options.profile:
         folder = Path(options.profile) / f"{cache}_{policy}"
         profile_calls(folder, lambda: generate(model, prompts, **settings).nfe)
     return {
-        "cache": cache, "policy": policy, "batch": options.batch, "nfe": median.nfe,
-        "ms_a_call": 1e3 * median.flops.seconds / median.nfe,
-        "tokens_a_second": options.batch * options.gen / median.flops.seconds,
-        "layers_run": median.flops.layers_run, "flops_share": median.flops.flops_share,
-        "seconds": median.flops.seconds, "all_seconds": [r.flops.seconds for r in runs],
-        "compile_s": compile_seconds, "peak_gb": peak_gigabytes(),
+        "cache": cache, "policy": policy, "batch": options.batch, "nfe": out.nfe,
+        "ms_a_call": 1e3 * seconds / out.nfe,
+        "tokens_a_second": options.batch * options.gen / seconds,
+        "layers_run": out.flops.layers_run, "flops_share": out.flops.flops_share,
+        "seconds": seconds, "all_seconds": times.seconds or [seconds],
+        "compile_s": times.compile_seconds, "peak_gb": peak_gigabytes(),
         "model": dataclasses.asdict(cfg),
     }  # fmt: skip
 

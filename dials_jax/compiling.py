@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -74,11 +75,13 @@ class Timed:
             start = time.perf_counter()
             self._programs[key] = self.lower(*args, **kwargs).compile(compiler_options())
             self.compile_seconds += time.perf_counter() - start
+        for used in _USED:
+            used.append(self._programs[key])
         return self._programs[key]
 
     def largest_program(self) -> int:
         """Bytes on a device that the largest program takes: arguments, results and temporaries."""
-        return max(map(_program_bytes, self._programs.values()), default=0)
+        return max(map(program_bytes, self._programs.values()), default=0)
 
     def forget_programs(self) -> None:
         """Drops the compiled programs and the memory they take."""
@@ -97,7 +100,22 @@ class Timed:
 _ALL: weakref.WeakSet[Timed] = weakref.WeakSet()
 
 
-def _program_bytes(program: Any) -> int:
+_USED: list[list[Any]] = []
+
+
+@contextlib.contextmanager
+def programs_used() -> Iterator[list[Any]]:
+    """A list of the programs of `Timed` functions that are used from here on, until it is left."""
+    used: list[Any] = []
+    _USED.append(used)
+    try:
+        yield used
+    finally:
+        _USED[:] = [each for each in _USED if each is not used]
+
+
+def program_bytes(program: Any) -> int:
+    """Bytes on a device that a program takes: arguments, results and temporaries."""
     sizes = program.memory_analysis()
     shared = sizes.alias_size_in_bytes  # results that take the memory of arguments
     return sum(

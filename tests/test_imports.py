@@ -28,7 +28,7 @@ LEVELS = (
     {"training"},
     {"evaluation"},
     {"text"},
-    {"answer_file"},
+    {"answer_file", "bench"},
     {"studies"},
     {"commands"},
     {"cli"},

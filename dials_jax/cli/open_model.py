@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+from dials_jax.bench import Bench, Case, random_prompts
 from dials_jax.caching.parse import parse_cache
+from dials_jax.cli.bench import parse_policy
 from dials_jax.cli.options import SAMPLING
 from dials_jax.config import MeshConfig, shown
 from dials_jax.config.choices import parse_choice
 from dials_jax.errors import require
-from dials_jax.evaluation.harness import HarnessModel, load_harness_model, tokenizer_path
+from dials_jax.evaluation.harness import (
+    HarnessModel,
+    load_harness_model,
+    load_policy,
+    tokenizer_path,
+)
 from dials_jax.evaluation.task import SamplerConfig
+from dials_jax.loading import load
 from dials_jax.models.model import Model
-from dials_jax.text import find_template
+from dials_jax.sharding import make_mesh
+from dials_jax.text import (
+    check_lengths,
+    find_template,
+    fitting_length,
+    open_reader,
+    text_sampler,
+)
 
 
 def open_model(given: argparse.Namespace, is_chat: bool) -> tuple[Model, dict[str, Any]]:
@@ -28,7 +44,6 @@ def open_model(given: argparse.Namespace, is_chat: bool) -> tuple[Model, dict[st
     folder = Path(given.tokenizer or given.model).expanduser()
     if is_chat and folder.is_dir():
         find_template(folder, folder / "model")
-    mesh = {axis: getattr(given, f"mesh.{axis}") for axis in ("data", "fsdp", "tensor")}
     settings = HarnessModel(
         path=given.model,
         tokenizer=given.tokenizer,
@@ -38,7 +53,7 @@ def open_model(given: argparse.Namespace, is_chat: bool) -> tuple[Model, dict[st
         static=given.static,
         num_random=given.random,
         dtype=given.dtype,
-        mesh=MeshConfig(**{axis: n for axis, n in mesh.items() if n is not None}),
+        mesh=mesh_of(given),
         seed=given.seed,
         cache=parse_cache(given.cache),
     )
@@ -46,6 +61,40 @@ def open_model(given: argparse.Namespace, is_chat: bool) -> tuple[Model, dict[st
     job |= sampling_settings(given)
     model, _, policy = load_harness_model(settings)
     return model, job | {"policy": policy, "tokenizer": tokenizer_path(settings, model)}
+
+
+def open_bench(given: argparse.Namespace, texts: Sequence[Any]) -> Bench:
+    """Loads the model, all policies and the prompts of `dials bench`.
+
+    Args:
+      texts: none: prompts are random tokens.
+
+    Raises: InputError for options that do not fit each other or the model.
+    """
+    caches = [parse_cache(name) for name in given.caches]
+    policies = {
+        text: HarnessModel(path=given.model, **parse_policy(text)) for text in given.policies
+    }
+    model = load(given.model, given.dtype, make_mesh(mesh_of(given)))
+    settings = sampling_settings(given)
+    if texts:
+        reader = open_reader(model, given.tokenizer or None)
+        prompts = [reader.tokenizer.encode(text) for text in reader.render(texts, given.chat)]
+    else:
+        prompts = random_prompts(model.config, given.num_prompts, given.prompt_length, given.seed)
+    longest, asked = max(map(len, prompts)), settings.pop("max_new_tokens", None)
+    length = fitting_length(model.config, longest, asked)
+    sampler = settings.get("sampler") or text_sampler(model.config, length, **settings)
+    check_lengths(model.config, prompts, sampler.gen_length, length)
+    loaded = {text: load_policy(one, model) for text, one in policies.items()}
+    cases = [Case(text, policy, cache) for text, policy in loaded.items() for cache in caches]
+    return Bench(model, prompts, sampler, cases, given.batch_size, given.seed)
+
+
+def mesh_of(given: argparse.Namespace) -> MeshConfig:
+    """The mesh that the options name."""
+    mesh = {axis: getattr(given, f"mesh.{axis}") for axis in ("data", "fsdp", "tensor")}
+    return MeshConfig(**{axis: n for axis, n in mesh.items() if n is not None})
 
 
 def sampling_settings(given: argparse.Namespace) -> dict[str, Any]:

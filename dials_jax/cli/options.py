@@ -53,6 +53,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--cache", default="none", help="none, prefix, dual, or es-PROMPT-BLOCK, as es-64-4"
     )
+    add_place_options(parser)
+
+
+def add_place_options(parser: argparse.ArgumentParser) -> None:
+    """The number format, the devices and the tokenizer."""
     group = parser.add_argument_group("where it runs")
     group.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: as stored")
     for axis in ("data", "fsdp", "tensor"):

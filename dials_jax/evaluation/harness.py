@@ -161,21 +161,29 @@ def load_harness_model(cfg: HarnessModel) -> tuple[Model, Tokenizer, Policy | No
     model = load(cfg.path, cfg.dtype, sharding.make_mesh(cfg.mesh), cfg.layout)
     tokenizer = load_tokenizer(tokenizer_path(cfg, model))
     check_tokenizer(tokenizer, model.config)
-    policy: Policy | None = None
+    return model, tokenizer, load_policy(cfg, model)
+
+
+def load_policy(cfg: HarnessModel, model: Model) -> Policy | None:
+    """The policy that the settings name; None runs all layers.
+
+    Raises: InputError for one that does not fit the model.
+    """
     if cfg.router:
-        policy = load_router(
+        return load_router(
             cfg.router, model, cfg.skip_threshold, execution_ratio=cfg.execution_ratio
         )
-    elif cfg.static:
-        policy = Static(cfg.static)
-        policy.check(model.num_layers)
-    elif cfg.num_random:
+    if cfg.static:
+        static = Static(cfg.static)
+        static.check(model.num_layers)
+        return static
+    if cfg.num_random:
         require(
             0 < cfg.num_random < model.num_layers,
             f"num_random={cfg.num_random}: cannot skip as many of {model.num_layers} layers",
         )
-        policy = Random(cfg.num_random)
-    return model, tokenizer, policy
+        return Random(cfg.num_random)
+    return None
 
 
 def tokenizer_path(cfg: HarnessModel, model: Model) -> Path:
