@@ -14,6 +14,7 @@ import pytest
 
 import dials_jax
 from dials_jax.config_files import shipped_configs
+from dials_jax.convert.safetensors_reader import open_tensors
 from tests.evaluation.harness_cases import make_model_folder
 
 ROOT = Path(__file__).parents[1]
@@ -41,6 +42,7 @@ sweep = "--model model --routers --num-static --num-random --batch-size 8 "
 sweep += "--tasks.0.limit 8"
 dials(["eval", "--config", "demo/sweep", "--workdir", "sweep", *sweep.split()])
 dials(["convert", "published", "converted"])
+dials(["export", "converted", "--out", "exported"])
 """
 
 
@@ -122,3 +124,5 @@ def test_an_installed_wheel_works_in_another_folder(installed, tmp_path):
     assert json.loads(line)["prompt"] == "s12,3="
     assert json.loads((tmp_path / "sweep" / "results.json").read_text())["runs"]
     assert json.loads((tmp_path / "converted" / "config.json").read_text())["model"]
+    exported = open_tensors(tmp_path / "exported")
+    assert exported.keys() == open_tensors(tmp_path / "published").keys()

@@ -64,7 +64,7 @@ REQUIRED = {
 }
 
 # What the authors' code has to be told besides: its defaults are those of another model.
-PUBLISHED = {
+_PUBLISHED = {
     **REQUIRED,
     "clip_qkv": None,
     "rope_full_precision": True,
@@ -134,7 +134,7 @@ def publish_config(cfg: ModelConfig) -> dict[str, Any]:
     The authors' configuration has no `eot_token_id`, and keeps it.
     """
     return {
-        **PUBLISHED,
+        **_PUBLISHED,
         **stated(cfg, _SIZES),
         "vocab_size": cfg.vocab_size,
         "embedding_size": cfg.vocab_size,

@@ -109,9 +109,10 @@ def all_tensors(
     module = family_of(cfg).module
     names = [name for name in group_shapes(cfg) if not (tied and name == "head")]
     for name in progress(names, label) if label else names:
-        group = read(name)
-        for key, x in published_tensors(module.TABLE, layout_of(module), name, group).items():
-            yield key, x.astype(dtype, copy=False)
+        tensors = published_tensors(module.TABLE, layout_of(module), name, read(name))
+        while tensors:  # each one, and so the group, is released before the next is read
+            key = next(iter(tensors))
+            yield key, tensors.pop(key).astype(dtype, copy=False)
     yield from getattr(module, "computed_tensors", lambda cfg: {})(cfg).items()
 
 

@@ -26,6 +26,17 @@ ARCHITECTURES = ("SDARForCausalLM", "SDARModel")
 
 REQUIRED = {"hidden_act": "silu", "use_sliding_window": False}
 
+# Of the authors' training; their class has no defaults for what it may read of it.
+_PUBLISHED = {
+    "attn_implementation": "flex_attention",
+    "debug": False,
+    "ep_size": 1,
+    "fuse_cross_entropy": True,
+    "micro_forward": False,
+    "skip_checkpoint": False,
+    "use_deepep": False,
+}
+
 
 def translate_config(values: dict[str, Any], dtype: str) -> ModelConfig:
     """Translates a published `config.json` into a `ModelConfig`.
@@ -53,6 +64,7 @@ def translate_config(values: dict[str, Any], dtype: str) -> ModelConfig:
 def publish_config(cfg: ModelConfig) -> dict[str, Any]:
     """The inverse of `translate_config`."""
     return {
+        **_PUBLISHED,
         **llama_names.publish_shape(cfg),
         "head_dim": cfg.head_dim,
         "attention_bias": cfg.qkv_bias,

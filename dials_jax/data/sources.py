@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from dials_jax.config import ArithmeticData, CorpusData, Data, ModelConfig, TextData
 from dials_jax.data.arithmetic import ArithmeticTask
@@ -60,6 +61,18 @@ def load_data_tokenizer(
     if not cfg.tokenizer:
         paths = [path for path in paths if has_tokenizer(path)] or paths
     return load(paths[0] if paths else "")
+
+
+def tokenizer_descriptions(cfg: Data) -> list[Path]:
+    """Files in the tokenizer's folder that say more: the names of special tokens, the template.
+
+    They belong to the tokenizer.json of a model that is trained on this data.
+    """
+    path = "" if isinstance(cfg, ArithmeticData) else cfg.tokenizer
+    files = [
+        Path(path).expanduser() / name for name in ("tokenizer_config.json", "chat_template.jinja")
+    ]
+    return [file for file in files if path and file.is_file()]
 
 
 def _open_rows(

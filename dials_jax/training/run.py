@@ -22,7 +22,7 @@ from dials_jax.config import (
     to_dict,
 )
 from dials_jax.data.batches import TrainingData
-from dials_jax.data.sources import load_training_data
+from dials_jax.data.sources import load_training_data, tokenizer_descriptions
 from dials_jax.errors import InputError, require
 from dials_jax.files import write_json
 from dials_jax.keys import seed_key
@@ -172,7 +172,7 @@ def _model_run(cfg: TrainConfig, mesh: Mesh) -> Run:
     def export(workdir: Path, params: trees.Params) -> None:
         with writing(workdir / "tokenizer.json", "make room and run the same command again"):
             on_first_process(lambda: tokenizer.save(workdir))
-        files = [workdir / "tokenizer.json"]
+        files = [workdir / "tokenizer.json", *tokenizer_descriptions(cfg.data)]
         save_model(workdir / "model", cfg.model, params, tokenizer_files=files, overwrite=True)
 
     return Run(

@@ -6,11 +6,17 @@ import json
 import pytest
 
 from dials_jax.cli.tokenizer import tokenizer_command
+from dials_jax.config import TextData
 from dials_jax.data.chat import read_chat_templates
 from dials_jax.data.tokenizer import check_tokenizer, load_tokenizer
-from dials_jax.data.tokenizer_training import model_ids, train_tokenizer
+from dials_jax.data.tokenizer_training import CHAT_TEMPLATE, model_ids, train_tokenizer
 from dials_jax.errors import InputError
+from dials_jax.export import export_model
 from dials_jax.models.families import llada_small, mdlm_small
+from dials_jax.sharding import make_mesh
+from dials_jax.text import find_template
+from dials_jax.training.run import prepare_run
+from tests.conftest import init_params, small_config
 
 TEXT = "the cat sat on the mat, and the cat sat on the hat. " * 4
 
@@ -80,6 +86,18 @@ def test_what_is_wrong_is_a_line_and_nothing_is_written(
     with pytest.raises(InputError) as caught:
         train_tokenizer(paths, size, "out")
     assert message in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_a_model_that_is_trained_with_it_keeps_names_and_template(text, tmp_path, train_config):
+    train_tokenizer([text], 280, tmp_path / "tokenizer", chat=True)
+    cfg = train_config(
+        data=TextData(paths=(text,), tokenizer=str(tmp_path / "tokenizer"), length=8),
+        model=small_config(num_layers=1, **model_ids(tmp_path / "tokenizer")),
+    )
+    prepare_run(cfg, make_mesh()).export(tmp_path, init_params(cfg.model))
+    folder = export_model(tmp_path, tmp_path / "out")
+    assert model_ids(folder) == model_ids(tmp_path / "tokenizer")
+    assert find_template(tmp_path / "model") == find_template(folder) == CHAT_TEMPLATE
 
 
 def test_an_existing_folder_stays(text, tmp_path):
