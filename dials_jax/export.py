@@ -70,8 +70,10 @@ def export_model(
     require_new(target)
     weights = _open_model(model) if isinstance(model, Model) else _open_folder(model)
     dtype = folders.dtype_name(dtype) or weights.dtype
+    values = publish.published_config(weights.config, dtype)
     tied = publish.is_tied(weights.config, weights.read)
-    values = publish.published_config(weights.config, dtype, tied)
+    if tied:
+        values["tie_word_embeddings"] = True
     shapes = publish.tensor_shapes(weights.config, dtype, tied)
     require_space(target, sum(map(num_bytes, shapes.values())))
     again = "make room and run the command again"

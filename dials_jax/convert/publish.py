@@ -40,12 +40,11 @@ def family_of(cfg: ModelConfig) -> Family:
     )
 
 
-def published_config(cfg: ModelConfig, dtype: str, tied: bool) -> dict[str, Any]:
-    """The content of config.json.
+def published_config(cfg: ModelConfig, dtype: str) -> dict[str, Any]:
+    """The content of config.json, of a model whose head is not tied to its embedding.
 
     Args:
       dtype: of the weights.
-      tied: whether the head is the embedding and left out.
 
     Raises: InputError if the layout cannot say what `cfg` says, naming the setting.
     """
@@ -57,7 +56,7 @@ def published_config(cfg: ModelConfig, dtype: str, tied: bool) -> dict[str, Any]
         "torch_dtype": dtype,
     }
     if can_tie(module):
-        values["tie_word_embeddings"] = tied
+        values["tie_word_embeddings"] = False
     _require_same(cfg, values, module)
     return values
 

@@ -69,9 +69,8 @@ def tokenizer_descriptions(cfg: Data) -> list[Path]:
     They belong to the tokenizer.json of a model that is trained on this data.
     """
     path = "" if isinstance(cfg, ArithmeticData) else cfg.tokenizer
-    files = [
-        Path(path).expanduser() / name for name in ("tokenizer_config.json", "chat_template.jinja")
-    ]
+    names = ("tokenizer_config.json", "chat_template.jinja")
+    files = [Path(path).expanduser() / name for name in names]
     return [file for file in files if path and file.is_file()]
 
 

@@ -150,7 +150,7 @@ def test_a_model_that_was_trained_here_takes_its_tokenizer_along(arithmetic_mode
     ids=lambda cfg: f"{cfg.model_type}-{cfg.num_layers}-{cfg.eot_id}",
 )
 def test_presets_can_be_said(cfg):
-    values = publish.published_config(cfg, cfg.dtype, tied=False)
+    values = publish.published_config(cfg, cfg.dtype)
     again = publish.family_of(cfg).module.translate_config(values, cfg.dtype)
     assert dataclasses.replace(again, eot_id=cfg.eot_id) == cfg
     json.dumps(values)
@@ -175,7 +175,7 @@ def test_presets_can_be_said(cfg):
 )
 def test_what_a_layout_cannot_say_is_refused_in_a_line(cfg, message):
     with pytest.raises(InputError) as caught:
-        publish.published_config(cfg, "float32", tied=False)
+        publish.published_config(cfg, "float32")
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
