@@ -35,7 +35,7 @@ class Case(NamedTuple):
     cache: Cache | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Bench:
     """What is generated, and under what.
 
@@ -49,6 +49,9 @@ class Bench:
     cases: Sequence[Case]
     batch_size: int = 8
     seed: int = 0
+
+    def __repr__(self) -> str:
+        return f"Bench({self.model!r}, {len(self.prompts)} prompts, {len(self.cases)} cases)"
 
     def measure(self, repeats: int) -> list[dict[str, Any]]:
         """A row per case: its median time of `repeats`, its spread, and what it computes.

@@ -176,6 +176,11 @@ class TextJob:
     seed: int
     batch_size: int
 
+    def __repr__(self) -> str:
+        return (
+            f"TextJob({len(self.prompts)} prompts, {self.length} new tokens each, {self.sampler})"
+        )
+
     def answers(
         self, remaining: Sequence[int] | None = None
     ) -> Iterator[tuple[int, GeneratedText]]:

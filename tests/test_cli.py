@@ -5,21 +5,28 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import dials_jax
+import dials_jax as dj
 from dials_jax import errors
 from dials_jax.cli import main as cli
 from dials_jax.cli.compare import compare_command
 from dials_jax.cli.harness import harness_command
 from dials_jax.commands import CommandLine
-from dials_jax.config import TrainConfig
+from dials_jax.config import ArithmeticData, CorpusData, EvalConfig, EvalTask, TrainConfig
 from dials_jax.config_files import find_config, shipped_configs
 from dials_jax.convert import lightning
 from dials_jax.data.chat import render_chat
+from dials_jax.data.documents import open_documents
+from dials_jax.data.record_files import _read_parquet, _read_prepared, read_task_records
 from dials_jax.data.tokenizer import character_tokenizer, load_tokenizer
+from dials_jax.data.tokenizer_files import _read_published
 from dials_jax.errors import InputError
 from dials_jax.reporting import environment
+from dials_jax.reporting.results import SweepResults
+from dials_jax.reporting.skipping_plots import skipping_grid
 
 ROOT = Path(__file__).parents[1]
 
@@ -125,6 +132,11 @@ def test_public_names_are_those_that_type_checkers_see():
 
 # ------------------------------------------------------------------------------ optional packages
 
+MATHS = EvalConfig(
+    model="somewhere",
+    tasks=(EvalTask(name="m", metric="exact_match", compare="math", data=ArithmeticData()),),
+)
+
 
 @pytest.mark.parametrize(
     ("package", "extra", "use"),
@@ -134,6 +146,14 @@ def test_public_names_are_those_that_type_checkers_see():
         ("jinja2", "data", lambda: render_chat("", [], character_tokenizer("a"), "somewhere")),
         ("scipy", "eval", lambda: compare_command(["somewhere"])),
         ("lm_eval", "eval", harness_command),
+        ("scipy", "eval", lambda: SweepResults({"runs": []}, "somewhere").rows),
+        ("pandas", "eval", lambda: SweepResults({"runs": []}, "somewhere").to_dataframe()),
+        ("matplotlib", "eval", lambda: skipping_grid(np.ones((2, 3), bool))),
+        ("math_verify", "math", lambda: dj.sweep(MATHS, "somewhere")),
+        ("transformers", "data", lambda: _read_published(Path("somewhere"))),
+        ("datasets", "data", lambda: open_documents(CorpusData(dataset="x/y", folder="z"))),
+        ("pyarrow", "data", lambda: next(_read_parquet(Path("x.parquet")))),
+        ("importlib_resources", "data", lambda: next(_read_prepared(Path("x"), "train"))),
         ("torch", "torch", lambda: lightning._read_pickle(Path("x.ckpt"))),
     ],
 )
@@ -143,3 +163,19 @@ def test_a_missing_package_is_one_line_with_its_extra(package, extra, use, monke
     with pytest.raises(InputError) as error:
         use()
     assert str(error.value).endswith(f"{package} missing; pip install 'dials_jax[{extra}]'")
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        dj.load, dj.load_tokenizer, dj.load_results, find_config,
+        lambda path: dj.load_router(path, None),
+        lambda path: dj.train("demo/model", path),
+        lambda path: next(read_task_records([path])),
+    ],
+)  # fmt: skip
+def test_an_address_of_another_file_system_is_one_line(read, untyped):
+    with pytest.raises(
+        InputError, match=r"=gs://bucket/x is no local path, and only those are read"
+    ):
+        read("gs://bucket/x")

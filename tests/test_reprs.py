@@ -6,9 +6,11 @@ import jax
 import numpy as np
 
 import dials_jax as dj
+from dials_jax.bench import Bench
 from dials_jax.data.tokenizer import character_tokenizer
 from dials_jax.models.model import Model
 from dials_jax.skipping.routed import Routed
+from dials_jax.text import text_job
 from dials_jax.training.step import TrainState
 from tests.conftest import init_params, small_config
 
@@ -53,3 +55,18 @@ def test_a_state_of_training_has_a_number_of_steps_or_only_shapes():
     assert repr(state) == "TrainState(step 7, 12 parameters)"
     shapes = jax.eval_shape(lambda state: state, state)
     assert repr(shapes) == "TrainState(traced, 12 parameters)"
+
+
+def test_what_a_forward_pass_returns(lively):
+    assert repr(lively.apply(np.ones((2, 5), int))) == (
+        "Output(logits (2, 5, 64) float32, gates (4, 2))"
+    )
+
+
+def test_work_ahead_shows_counts(arithmetic_model):
+    model = dj.load(arithmetic_model / "model")
+    job = text_job(model, ["+12,34=", "s7,5="], max_new_tokens=4)
+    assert repr(job).startswith("TextJob(2 prompts, 4 new tokens each, Confidence(")
+    assert repr(Bench(model, [[2, 3]], dj.Confidence(4), [])) == (
+        f"Bench({model!r}, 1 prompts, 0 cases)"
+    )

@@ -64,7 +64,7 @@ def _read_prepared(folder: Path, split: str) -> Iterator[tuple[str, dict[str, An
 
     Classes stay numbers, as the files hold them.
     """
-    require_packages("data", "tensorflow_datasets", "array_record")
+    require_packages("data", "tensorflow_datasets", "array_record", "importlib_resources")
     source = _open_prepared(folder, split)
     for index in range(len(source)):
         yield f"{folder}:{split}:{index + 1}", _plain(_read_prepared_record(source, index, folder))

@@ -38,6 +38,10 @@ class Output(NamedTuple):
     logits: Float[Array, "B T V"]
     gates: Bool[Array, "L B"]
 
+    def __repr__(self) -> str:
+        logits = f"{jnp.shape(self.logits)} {jnp.result_type(self.logits)}"
+        return f"Output(logits {logits}, gates {jnp.shape(self.gates)})"
+
 
 class Model:
     """A language model, masked diffusion or causal, with its weights.

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dials_jax.errors import require_packages
+
 if TYPE_CHECKING:  # matplotlib is optional
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -60,6 +62,7 @@ def figure_at(path: str | Path | None, width: float, height: float) -> Iterator[
       path: of the PNG file; a PDF file with vector graphics is written beside it. None: nothing is
         written, as in a notebook.
     """
+    require_packages("eval", "matplotlib")
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
