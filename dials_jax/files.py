@@ -99,10 +99,10 @@ def local_path(path: str | Path, name: str) -> Path:
     """
     text = str(path)
     require(bool(text), f"{name} is empty; give a folder (is a variable of the shell unset?)")
+    given = re.sub(":/(?!/)", "://", text, count=1)  # pathlib takes `gs://` for `gs:/`
     require(
         not SCHEME.match(text),
-        f"{name}={re.sub(':/(?!/)', '://', text, count=1)} is no local path, and only those are read "
-        "and written; mount or copy it",
+        f"{name}={given} is no local path, and only those are read and written; mount or copy it",
     )
     try:
         text.encode()  # a name that is no UTF-8 could not be printed in a report

@@ -175,7 +175,5 @@ def test_a_missing_package_is_one_line_with_its_extra(package, extra, use, monke
     ],
 )  # fmt: skip
 def test_an_address_of_another_file_system_is_one_line(read, untyped):
-    with pytest.raises(
-        InputError, match=r"=gs://bucket/x is no local path, and only those are read"
-    ):
+    with pytest.raises(InputError, match=r"=gs://bucket/x is no local path, and only"):
         read("gs://bucket/x")
