@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from dials_jax.reporting.results import load_results
     from dials_jax.sampling.ancestral import Ancestral
     from dials_jax.sampling.autoregressive import Autoregressive
+    from dials_jax.sampling.block_diffusion import BlockDiffusion
     from dials_jax.sampling.confidence import Confidence
     from dials_jax.sampling.dream import Dream
     from dials_jax.sampling.generate import generate
@@ -48,6 +49,7 @@ __version__ = "0.2.0"
 _HOMES = {
     "Ancestral": "sampling.ancestral",
     "Autoregressive": "sampling.autoregressive",
+    "BlockDiffusion": "sampling.block_diffusion",
     "Confidence": "sampling.confidence",
     "Dream": "sampling.dream",
     "DualCache": "caching.plain",

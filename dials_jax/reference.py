@@ -49,7 +49,7 @@ class Decoder:
         for block in range(self.sampler.num_blocks):
             first = self.prompt_length + block * length
             block_tokens, step = np.arange(first, first + length), 0
-            full, edits_left = False, self.sampler.edit_steps
+            full, edits_left = False, self.sampler.full_steps
             while not full or edits_left:
                 gates[block, step] = self.step(block, step, block_tokens)
                 if full:  # a step that changes nothing is the last

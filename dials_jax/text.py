@@ -369,13 +369,16 @@ def check_lengths(
 def text_sampler(cfg: ModelConfig, max_new_tokens: int, **settings: Any) -> Any:
     """The sampler of a model's family, for at least this many tokens.
 
-    Causal models: `Autoregressive`; Dream: `Dream`; MDLM: `Ancestral`; others: `Confidence` in
-    equal blocks of at most 32 tokens, which ends at the end of text. Blocks of another length,
-    and steps, are rounded up until they fit; what is generated beyond `max_new_tokens` is cut.
+    Causal models: `Autoregressive`; Dream: `Dream`; MDLM: `Ancestral`; block-causal models:
+    `BlockDiffusion` in blocks of the model's length; others: `Confidence` in equal blocks of at
+    most 32 tokens. Both end at the end of text. Blocks of another length, and steps, are rounded up
+    until they fit; what is generated beyond `max_new_tokens` is cut.
 
     Raises: InputError for a setting that this sampler does not have, naming the nearest one.
     """
     kind = sampler_kind(cfg)
+    if kind == "block_diffusion":
+        settings = block_settings(cfg, max_new_tokens, settings)
     fields = field_hints(SAMPLERS[kind])
     length_field = next(iter(fields))
     for name in settings:
@@ -395,9 +398,31 @@ def sampler_kind(cfg: ModelConfig) -> str:
     """The name, in `SAMPLERS`, of the sampler that a model's family is published with."""
     if cfg.causal:
         return "autoregressive"
+    if cfg.block_length is not None:
+        return "block_diffusion"
     if cfg.model_type == "dream":
         return "dream"
     return "ancestral" if cfg.subs or cfg.time_conditioning else "confidence"
+
+
+def block_settings(cfg: ModelConfig, length: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of `BlockDiffusion` as the model's family is published, with its own blocks.
+
+    Models without a shift (SDAR) end with the block of their end of text, others at it.
+
+    Args:
+      settings: `steps` among them are those of the whole answer.
+    """
+    settings = {"block_length": cfg.block_length, "stop_at_eos": cfg.right_shift} | settings
+    if not cfg.right_shift:
+        ends = tuple(i for i in (cfg.eos_id, cfg.eot_id) if i is not None)
+        settings.setdefault("stop_ids", ends)
+    steps, block = settings.pop("steps", None), settings["block_length"]
+    require(steps is None or steps > 0, f"steps={steps} must be positive")
+    require(block > 0, f"block_length={block} must be positive")
+    if steps is not None:
+        settings.setdefault("steps_per_block", min(block, -(-steps // -(-length // block))))
+    return settings
 
 
 def whole_blocks(length: int, settings: dict[str, Any]) -> dict[str, int]:

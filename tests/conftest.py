@@ -176,11 +176,11 @@ def routers(cfg):
     return random_routers(cfg)
 
 
-def save_arithmetic_model(folder, seed=0):
+def save_arithmetic_model(folder, seed=0, **changes):
     """A random model over the characters of the arithmetic task, as training leaves it."""
     tokenizer = ArithmeticTask(ArithmeticData()).tokenizer
     tokenizer.save(folder)
-    cfg = small_config(vocab_size=19, mask_id=18, max_length=32)
+    cfg = small_config(vocab_size=19, mask_id=18, max_length=32, **changes)
     params = init_params(cfg, seed)
     save_model(folder / "model", cfg, params, tokenizer_files=[folder / "tokenizer.json"])
     return folder

@@ -6,6 +6,7 @@ import re
 import pytest
 
 from dials_jax import answer_file, text
+from dials_jax.caching.plain import PrefixCache
 from dials_jax.cli.chat import chat_command, talk
 from dials_jax.cli.generate import generate_command
 from dials_jax.errors import InputError
@@ -78,6 +79,23 @@ def test_a_line_is_what_generate_text_returns(run, model, capsys):
     ahead = "4 of 4 prompts to answer, of 5 to 8 tokens: up to 4 new ones each, in at most 4 passes"
     assert ahead in shown.err
     assert re.search(r"4 answers: .* tokens/s .*, 4 passes each, 75.0% of the layers\n$", shown.err)
+
+
+@pytest.mark.parametrize("shifted", [False, True], ids=["as SDAR", "as Fast-dLLM v2"])
+def test_a_block_causal_model_answers(prompts, tmp_path, shifted, monkeypatch):
+    monkeypatch.setattr(text, "render_chat", render_plainly)
+    save_arithmetic_model(tmp_path, block_length=4, right_shift=shifted)
+    (tmp_path / "model" / "chat_template.jinja").write_text(TEMPLATE)
+    out = tmp_path / "answers.jsonl"
+    settings = ["--max-new-tokens", "6", "--threshold", "0.2", "--cache", "dual", "--chat"]
+    generate_command([str(tmp_path / "model"), "--file", prompts, "--out", str(out), *settings])
+    lines = {line["number"]: line for line in map(json.loads, out.read_text().splitlines())}
+    [alone] = generate_text(
+        load(tmp_path / "model"), PROMPTS[1], max_new_tokens=6, threshold=0.2, chat=True,
+        cache=PrefixCache(),
+    )  # fmt: skip
+    assert (lines[1]["text"], lines[1]["passes"]) == (alone.text, alone.passes)
+    assert lines.keys() == set(range(4)) and all(line["num_tokens"] <= 6 for line in lines.values())
 
 
 def test_a_killed_run_continues(run, monkeypatch):

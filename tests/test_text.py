@@ -129,10 +129,14 @@ def test_a_family_is_sampled_as_it_is_published():
         dj.Autoregressive(9): {"causal": True},
         dj.Dream(9, steps=4): {"model_type": "dream", "right_shift": True},
         dj.Ancestral(9, 9): {"model_type": "mdlm", "subs": True},
+        dj.BlockDiffusion(9, 4, stop_ids=(1,)): {"block_length": 4},
+        dj.BlockDiffusion(9, 4, stop_at_eos=True): {"block_length": 4, "right_shift": True},
     }
     for sampler, changes in kinds.items():
         steps = {"steps": sampler.steps} if isinstance(sampler, dj.Dream) else {}
         assert text_sampler(small_config(**changes), 9, **steps) == sampler
+    block_causal = small_config(block_length=4)
+    assert text_sampler(block_causal, 9, steps=6).steps_per_block == 2  # of 3 blocks
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,8 @@ class Blocks(NamedTuple):
       start: position where the first block begins.
       max_quota: tokens a step may reveal per sequence at most; None: any number.
       appended: a block is no part of the sequence before its first step: no call computes it.
+      causal: nothing sees a block to its right, so that a finished block never changes.
+      part: tokens of a sub-block; the parts of a block are filled from left to right.
     """
 
     start: int
@@ -37,6 +39,8 @@ class Blocks(NamedTuple):
     count: int
     max_quota: int | None
     appended: bool = False
+    causal: bool = False
+    part: int | None = None
 
     @property
     def end(self) -> int:
@@ -45,6 +49,15 @@ class Blocks(NamedTuple):
     def existing(self, block: Int[Array, ""]) -> Int[Array, ""] | None:
         """While this block is filled, the canvas ends here; None: all of it is there."""
         return self.start + (block + 1) * self.length if self.appended else None
+
+    def lead(self, logit_shift: int) -> int:
+        """How far to the left of a block its predictions begin.
+
+        A shifted model predicts a block's first token at the position before it. If that belongs to
+        a block which never changes, it has done so when that block was finished: what then comes
+        out of the block itself are its other tokens, and the first of the next one.
+        """
+        return 0 if self.causal else logit_shift
 
 
 class ForwardInputs(NamedTuple):
@@ -144,10 +157,11 @@ def block_positions(
 
     Returns: the indices in the window, and the canvas positions of the predicted tokens.
     """
-    index = net.positions(blocks.start + inputs.block * blocks.length, blocks.length)
+    start = blocks.start + inputs.block * blocks.length - blocks.lead(net.logit_shift)
+    index = net.positions(start, blocks.length)
     # In a shifted model nothing predicts the canvas's first token; prompts are never empty there.
-    in_window = jnp.maximum(index - net.logit_shift - first, 0)
-    return in_window, index[: inputs.tokens.shape[0]]
+    in_window = jnp.maximum(index - first, 0)
+    return in_window, index[: inputs.tokens.shape[0]] + net.logit_shift
 
 
 def unfinished_sequences(net: CanvasModel, inputs: ForwardInputs) -> Bool[Array, "R 1"]:

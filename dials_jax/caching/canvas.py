@@ -134,7 +134,7 @@ class CanvasModel:
         output_positions: Int[Array, "R W"] | None = None,
         policy_state: PyTree = None,
         observe: Callable[[Array, Array], PyTree] | None = None,
-        fills_cache: Bool[Array, ""] | None = None,
+        fills_cache: Bool[Array, "..."] | None = None,
     ) -> StackOutput:
         """Runs the layers of `span` on the tokens of a window.
 
@@ -182,7 +182,7 @@ class CanvasModel:
         active: Bool[Array, "R W"] | None = None,
         output_positions: Int[Array, "R _"] | None = None,
         end: Int[Array, ""] | None = None,
-        fills_cache: Bool[Array, ""] | None = None,
+        fills_cache: Bool[Array, "..."] | None = None,
     ) -> StackOutput:
         """Runs all layers on the canvas's tokens from `start` on.
 

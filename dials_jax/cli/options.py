@@ -70,7 +70,8 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "how answers are generated",
         "By default as the model's family is published: LLaDA and others by confidence,\n"
-        "in blocks of at most 32 tokens; Dream by entropy; MDLM by ancestral sampling.",
+        "in blocks of at most 32 tokens; Dream by entropy; MDLM by ancestral sampling; SDAR and\n"
+        "Fast-dLLM v2 in blocks of their own length.",
     )
     group.add_argument(
         "--max-new-tokens", type=int, metavar="N", help="default: 256, or what there is room for"
@@ -81,8 +82,8 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--threshold", type=float, metavar="P", help="reveal all tokens of this confidence"
     )
-    group.add_argument("--top-p", type=float, metavar="P", help="Dream only")
-    group.add_argument("--top-k", type=int, metavar="K", help="Dream only")
+    group.add_argument("--top-p", type=float, metavar="P", help="Dream, SDAR, Fast-dLLM v2")
+    group.add_argument("--top-k", type=int, metavar="K", help="Dream, SDAR, Fast-dLLM v2")
     group.add_argument(
         "--stop", action="append", default=[], metavar="TEXT",
         help="ends an answer, which is cut there; may be given again; a new line is $'\\n'",

@@ -113,8 +113,8 @@ class ModelConfig(Typed):
         )
         require(
             self.block_length is None,
-            f"a block-causal model ({self.model_type}) runs by Model.apply only: sampling, "
-            "likelihoods and training of block diffusion are not here",
+            f"a block-causal model ({self.model_type}) generates by BlockDiffusion; likelihoods, "
+            "filling masks and training of block diffusion are not here",
         )
 
 

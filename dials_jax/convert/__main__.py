@@ -22,7 +22,7 @@ and memory for one layer at a time. A Lightning checkpoint of MDLM (*.ckpt) need
 --allow-pickle. A router's file (*.safetensors, of `dials export`) becomes its folder again."""
 
 # Those of `hugging_face.MODEL_TYPES`, which --help does not wait for.
-CONVERTED_TYPES = ("llada", "illada", "Dream", "sdar", "qwen2", "mdlm", "gpt2")
+CONVERTED_TYPES = ("llada", "illada", "Dream", "sdar", "Fast_dLLM_Qwen", "qwen2", "mdlm", "gpt2")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -26,7 +26,7 @@ import numpy as np
 
 from dials_jax import trees
 from dials_jax.config import ModelConfig
-from dials_jax.convert import dream, gpt2, illada, llada, mdlm, qwen2, sdar
+from dials_jax.convert import dream, fast_dllm, gpt2, illada, llada, mdlm, qwen2, sdar
 from dials_jax.convert.safetensors_reader import open_tensors
 from dials_jax.convert.settings import flag
 from dials_jax.convert.table import TensorLayout, fill_params, is_buffer, strip_wrappers
@@ -41,6 +41,7 @@ MODEL_TYPES = {  # the `model_type` of config.json
     "illada": illada,
     "Dream": dream,
     "sdar": sdar,
+    "Fast_dLLM_Qwen": fast_dllm,
     "qwen2": qwen2,
     "mdlm": mdlm,
     "gpt2": gpt2,

@@ -1,6 +1,6 @@
 """SDAR checkpoints as published (JetLM/SDAR-1.7B to -8B, the dense sizes): settings and names.
 
-Qwen3's body under a block-causal mask. Only forward passes are here, not block diffusion.
+Qwen3's body under a block-causal mask. `BlockDiffusion` generates by it.
 
 Source: `configuration_sdar.py` and `modeling_sdar.py` of those checkpoints.
 """

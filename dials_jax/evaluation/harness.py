@@ -24,6 +24,7 @@ from dials_jax.models.model import Model
 from dials_jax.nn.policy import Policy
 from dials_jax.sampling.ancestral import Ancestral
 from dials_jax.sampling.autoregressive import Autoregressive
+from dials_jax.sampling.block_diffusion import BlockDiffusion
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.dream import Dream
 from dials_jax.skipping.policies import Random, Static
@@ -35,6 +36,7 @@ SAMPLERS = {
     "dream": Dream,
     "ancestral": Ancestral,
     "autoregressive": Autoregressive,
+    "block_diffusion": BlockDiffusion,
 }
 
 
@@ -127,7 +129,9 @@ def make_sampler(kind: str = "confidence", settings: Mapping[str, Any] | None = 
     cls = SAMPLERS[kind]
     length_field = next(iter(field_hints(cls)))
     defaults: dict[str, Any] = {length_field: DEFAULT_LENGTH}
-    if cls is Confidence:
+    if cls is BlockDiffusion:
+        defaults["block_length"] = 32
+    if cls in (Confidence, BlockDiffusion):
         defaults["stop_at_eos"] = True  # changes nothing before the end of text
     settings = defaults | dict(settings or {})
     if cls is Ancestral:

@@ -24,10 +24,11 @@ from dials_jax.config import (
 from dials_jax.errors import require
 from dials_jax.sampling.ancestral import Ancestral
 from dials_jax.sampling.autoregressive import Autoregressive
+from dials_jax.sampling.block_diffusion import BlockDiffusion
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.dream import Dream
 
-SamplerConfig = Confidence | Dream | Ancestral | Autoregressive
+SamplerConfig = Confidence | Dream | Ancestral | Autoregressive | BlockDiffusion
 CacheConfig = PrefixCache | DualCache | EarlySkip
 
 # Fields of a task that decide how sequences are padded: cost depends on them, scores do not.

@@ -23,7 +23,6 @@ from dials_jax.models.model import Model
 from dials_jax.models.padding import pad_prompts
 from dials_jax.nn.policy import Policy
 from dials_jax.sampling.confidence import Confidence
-from dials_jax.sampling.loop import blocks_of
 from dials_jax.sampling.sampler import Sampler
 
 
@@ -144,6 +143,6 @@ def check_generation(
     block_inputs = jax.eval_shape(lambda: transformer.block_inputs(cfg, None, shape))
     guided = jnp.ones(shape, bool) if sampler.cfg_scale > 0 else None
     net = CanvasModel(cfg, model.params, policy, "auto", block_inputs, None, guided, prompt_length)
-    blocks = blocks_of(sampler, prompt_length)
+    blocks = sampler.blocks(prompt_length)
     jax.eval_shape(lambda: cache.init_state(net, blocks))
     sampler.make_steps(net, prompt_length, seed_key(0)[None], cache)

@@ -13,7 +13,6 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from dials_jax import trees
 from dials_jax.config import ModelConfig
 from dials_jax.diffusion.subs import suppress_token
-from dials_jax.errors import require
 from dials_jax.keys import threefry_key
 from dials_jax.nn.block import VOCABULARY_UNIT, Block, BlockInputs, Embed, Head, pad_vocabulary
 from dials_jax.nn.dropout import Dropout, numbered
@@ -124,11 +123,6 @@ def block_inputs(
     Args:
       positions: None: they count from the first token not padding. Rotary embeddings only.
     """
-    require(
-        valid is None or cfg.block_length is None,
-        f"a block-causal model ({cfg.model_type}) takes no padding, since its blocks count from "
-        "the first position; give sequences of one length",
-    )
     index = jnp.broadcast_to(jnp.arange(shape[1]), shape)
     mask = Mask(valid, cfg.causal, cfg.block_length)
     if cfg.rope_theta is None:

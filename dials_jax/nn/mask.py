@@ -24,7 +24,7 @@ class Mask:
       valid: False at keys that are padding; None: no padding.
       causal: a query sees no key to its right.
       block_length: block-causal: a query sees the keys of its own block of this many positions and
-        of the blocks before it; None: no blocks.
+        of the blocks before it; None: no blocks. Blocks count from each sequence's first valid key.
       positions: of the queries among the keys, which `causal` and `block_length` compare; None:
         query i stands at key i.
       written: keys at this position and beyond are not written yet; None: all are.
@@ -73,9 +73,15 @@ class Mask:
             if self.causal:
                 parts.append(queries >= keys)
             else:
-                parts.append(queries // self.block_length >= keys // self.block_length)
+                first = self._first_keys()
+                own_block = (queries - first) // self.block_length
+                parts.append(own_block >= (keys - first) // self.block_length)
         if self.written is not None:
             parts.append(jnp.arange(num_keys) < self.written[:, None, None, None])
         if self.valid is not None:
             parts.append(self.valid[:, None, None, :])
         return reduce(and_, parts) if parts else None
+
+    def _first_keys(self) -> Int[Array, "B 1 1 1"] | int:
+        """Where each sequence begins."""
+        return 0 if self.valid is None else jnp.argmax(self.valid, axis=1)[:, None, None, None]

@@ -210,7 +210,7 @@ class Confidence(Typed, BlockSampler):
         return self.edit_threshold is not None
 
     @property
-    def edit_steps(self) -> int:
+    def full_steps(self) -> int:
         return self.max_edit_steps or 0
 
     @property

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from dials_jax import sharding
 from dials_jax.caching.cache import Cache
@@ -240,13 +240,15 @@ def lay_out_canvas(
     Args:
       counted: [B], False at sequences that the observer leaves out.
     """
-    answer = jnp.full((len(prompts), sampler.gen_length), sampler.blank_id(cfg), prompts.dtype)
-    canvas = jnp.concatenate([prompts, answer], axis=1)
-    if valid is not None:
-        valid = jnp.concatenate([valid, jnp.ones_like(answer, bool)], axis=1)
+    if hasattr(sampler, "lay_out"):
+        canvas, valid, length = sampler.lay_out(cfg, prompts, valid)
+    else:
+        answer = jnp.full((len(prompts), sampler.gen_length), sampler.blank_id(cfg), prompts.dtype)
+        canvas, length = jnp.concatenate([prompts, answer], axis=1), prompts.shape[1]
+        if valid is not None:
+            valid = jnp.concatenate([valid, jnp.ones_like(answer, bool)], axis=1)
     static = {"cfg": cfg, "sampler": sampler, "cache": cache, "executor": executor}
     static["trajectory"] = trajectory
-    length = prompts.shape[1]
     if observer is not None:
         present = jnp.broadcast_to(counted[:, None], canvas.shape)
         present = present if valid is None else present & valid
@@ -287,8 +289,22 @@ def generate_program(
     """All steps by one model."""
     canvas, steps = lay_out_canvas(params, prompts, valid, keys, policy, **static)
     state = with_records(steps.start(canvas, static["cfg"].num_layers), **static)
-    state = steps.run(state)
-    return state.tokens, without_states(state.record)
+    return read_canvas(static["sampler"], steps.run(state), prompts, valid)
+
+
+def read_canvas(sampler, state, prompts, valid) -> tuple[Int[Array, "B T"], CallRecord]:
+    """Prompts and answers, and the record, where a sampler arranges canvases otherwise."""
+    tokens, record = state.tokens, without_states(state.record)
+    if not hasattr(sampler, "lay_out"):
+        return tokens, record
+
+    def as_given(x: Shaped[Array, "B T"]) -> Shaped[Array, "B _"]:
+        return sampler.lay_back(x, prompts, valid)
+
+    tokens = as_given(tokens).at[:, : prompts.shape[1]].set(prompts)
+    log_probs, canvases = record.log_probs, jax.tree.map(jax.vmap(as_given), record.canvases)
+    log_probs = None if log_probs is None else as_given(log_probs)
+    return tokens, record._replace(log_probs=log_probs, canvases=canvases)
 
 
 @timed_jit(*STATIC, "num_layers")

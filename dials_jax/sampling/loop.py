@@ -57,7 +57,7 @@ class BlockSampler:
       max_quota: tokens that a step reveals per sequence at most; None: any number.
       is_probability: whether confidences lie in [0, 1].
       edits: a step may also replace tokens that are revealed already, as `revise` says.
-      edit_steps: steps at most that a full block takes for editing.
+      full_steps: steps at most that a full block takes, for editing or storing it.
       delay_eos, stop_at_eos, stop_ids, append_blocks, end_think_ids, end_think_boost,
         end_think_power: see `Confidence`.
     """
@@ -68,7 +68,7 @@ class BlockSampler:
     max_quota: int | None
     is_probability: bool
     edits = False
-    edit_steps = 0
+    full_steps = 0
     cfg_scale = 0.0
     delay_eos = False
     stop_at_eos = False
@@ -120,9 +120,14 @@ class BlockSampler:
     def blank_id(self, cfg: ModelConfig) -> int:
         return cfg.mask_id
 
+    def blocks(self, prompt_length: int) -> Blocks:
+        """The blocks of an answer that begins at this position."""
+        count = self.gen_length // self.block_length
+        return Blocks(prompt_length, self.block_length, count, self.max_quota, self.append_blocks)
+
     def count_steps(self, cache: Cache) -> int:
         """Steps of all blocks, at most."""
-        return self.gen_length // self.block_length * step_limit(self, cache)
+        return self.blocks(0).count * step_limit(self, cache)
 
     def make_steps(
         self, net: CanvasModel, prompt_length: int, keys: jax.Array, cache: Cache
@@ -132,15 +137,16 @@ class BlockSampler:
     def work(self, cfg: ModelConfig, cache: Cache, prompt_length: int) -> list[Work]:
         known = prompt_length if self.cfg_scale == 0 else 0
         length = prompt_length + self.gen_length
-        return variant_work(cfg, cache, blocks_of(self, prompt_length), length, known)
+        return variant_work(cfg, cache, self.blocks(prompt_length), length, known)
 
 
 class StepInfo(NamedTuple):
     """What a sampler may know of a step."""
 
-    step_in_block: Int[Array, ""]
+    step_in_block: Int[Array, ""]  # -1: the call before the first step of a block-causal model
     present: Int[Array, "B"]  # masked tokens of the block at its first step
     remaining: Int[Array, "B"]  # masked tokens of the block now
+    place: Int[Array, "B W"] | None = None  # of the tokens proposed, counted from the block's first
 
 
 class LoopState(NamedTuple):
@@ -148,23 +154,18 @@ class LoopState(NamedTuple):
 
     Attributes:
       present: see `StepInfo`.
-      edits_left: steps at most that a full block may still take for editing; None if none may.
+      full_steps_left: steps at most that a block may still take once it is full; None if none may.
+      answer_start: where each sequence's answer begins; None: where the first block does.
     """
 
     tokens: Int[Array, "B T"]
     block: Int[Array, ""]
     step_in_block: Int[Array, ""]
     present: Int[Array, "B"]
-    edits_left: Int[Array, "B"] | None
+    full_steps_left: Int[Array, "B"] | None
     cache_state: PyTree
     record: CallRecord
-
-
-def blocks_of(sampler: BlockSampler, prompt_length: int) -> Blocks:
-    count = sampler.gen_length // sampler.block_length
-    return Blocks(
-        prompt_length, sampler.block_length, count, sampler.max_quota, sampler.append_blocks
-    )
+    answer_start: Int[Array, "B"] | None = None
 
 
 def variant_work(
@@ -183,13 +184,13 @@ def variant_work(
 def step_limit(sampler: BlockSampler, cache: Cache) -> int:
     """Steps of a block at most. They bound the record of model calls, too.
 
-    A full block may take further steps for editing. Where a cache skips masked tokens in a call, a
+    A full block may take further steps. Where a cache skips masked tokens in a call, a
     step may find fewer of them than its quota. The block then takes more steps than the sampler's
     own, each of which reveals at least one token. A quota of one is always found: the leftmost
     masked token is never skipped.
     """
     if not cache.drops_tokens or sampler.max_quota in (None, 1) or is_fixed(sampler, cache):
-        return sampler.steps_per_block + sampler.edit_steps
+        return sampler.steps_per_block + sampler.full_steps
     return sampler.steps_per_block + sampler.block_length
 
 
@@ -205,7 +206,14 @@ def is_fixed(sampler: BlockSampler, cache: Cache) -> bool:
 
 
 class Loop:
-    """The steps of one generation, as functions from state to state."""
+    """The steps of one generation, as functions from state to state.
+
+    Attributes:
+      full_steps: see `BlockSampler`.
+      calls_before: model calls before the first step, which then has number -1.
+    """
+
+    calls_before = 0
 
     def __init__(
         self,
@@ -235,7 +243,7 @@ class Loop:
             "a sampler with a fixed quota does not edit; set max_quota=None",
         )
         self.sampler, self.cache, self.net = sampler, cache, net
-        self.blocks = blocks_of(sampler, prompt_length)
+        self.blocks, self.full_steps = sampler.blocks(prompt_length), sampler.full_steps
         self.noise_keys = noise_keys
         self.variants = cache.forward_variants(net, self.blocks)
         self.limit = step_limit(sampler, cache)
@@ -245,12 +253,16 @@ class Loop:
         num_sequences, zero = canvas.shape[0], jnp.asarray(0, jnp.int32)
         observed = self.net.start_observing(canvas)
         record = start_record(
-            self.num_steps, num_layers, num_sequences, self.net.num_sequences, observed
+            self.num_steps + self.calls_before,
+            num_layers,
+            num_sequences,
+            self.net.num_sequences,
+            observed,
         )
         cache_state = self.cache.init_state(self.net, self.blocks)
         none = jnp.zeros(num_sequences, jnp.int32)
-        edits_left = none if self.sampler.edits else None
-        return LoopState(canvas, zero, zero, none, edits_left, cache_state, record)
+        full_steps_left = none if self.full_steps else None
+        return LoopState(canvas, zero, zero, none, full_steps_left, cache_state, record)
 
     def run(self, state: LoopState, stop: Int[Array, ""] | None = None) -> LoopState:
         """Takes the steps before number `stop`; None: all of them."""
@@ -310,15 +322,16 @@ class Loop:
         masked, block = self.masked_by_block(state.tokens), self.place_of(state.block)
         remaining = jnp.sum(jnp.take(masked, block, axis=1), axis=1)
         state = state._replace(present=jnp.where(first, remaining, state.present))
-        if sampler.edits:
-            edits_left = jnp.where(first, sampler.edit_steps, state.edits_left)
-            state = state._replace(edits_left=edits_left)
-        info = StepInfo(state.step_in_block, state.present, remaining)
+        if self.full_steps:
+            left = jnp.where(first, self.full_steps, state.full_steps_left)
+            state = state._replace(full_steps_left=left)
         step, unfinished = self.step_number(state), self.is_unfinished(state)
         inputs = ForwardInputs(
             state.tokens, self.own_step(step), block, state.step_in_block, unfinished
         )
         out = self.variants[variant].forward(inputs, state.cache_state)
+        place = out.index - self.blocks.start - block * self.blocks.length
+        info = StepInfo(state.step_in_block, state.present, remaining, place)
         tokens, revealed = self.reveal(out, inputs, info, state.record.log_probs is not None)
         share, record = self.masked_share(masked, state.block), state.record
         observed = self.net.observe(record.observed, out.seen, inputs.step, unfinished)
@@ -328,9 +341,10 @@ class Loop:
             cache_state=self.cache.after_reveal(out.cache_state, revealed, self.net),
             record=record._replace(log_probs=write_log_probs(record.log_probs, revealed)),
         )
-        if sampler.edits:
-            spent = jnp.where(jnp.any(revealed.commit, axis=1), state.edits_left - 1, 0)
-            state = state._replace(edits_left=jnp.where(remaining > 0, state.edits_left, spent))
+        if self.full_steps:
+            left = state.full_steps_left
+            spent = jnp.where(jnp.any(revealed.commit, axis=1), left - 1, 0)
+            state = state._replace(full_steps_left=jnp.where(remaining > 0, left, spent))
         if sampler.stop_at_eos:
             state = self.end_at_eos(state)
         if sampler.stop_ids:
@@ -339,13 +353,13 @@ class Loop:
         return self.next_step(state._replace(record=record))
 
     def is_unfinished(self, state: LoopState) -> Bool[Array, "B"]:
-        """Sequences with masked tokens in the block, or that may still edit it."""
+        """Sequences with masked tokens in the block, or with steps left for a full one."""
         block = self.place_of(state.block)
         masked = jnp.take(self.masked_by_block(state.tokens), block, axis=1)
         unfinished = jnp.any(masked, axis=1)
-        if state.edits_left is None:
+        if state.full_steps_left is None:
             return unfinished
-        return unfinished | (state.present > 0) & (state.edits_left > 0)
+        return unfinished | (state.present > 0) & (state.full_steps_left > 0)
 
     def end_at_eos(self, state: LoopState) -> LoopState:
         """Fills what follows an end of text. One that may still be edited ends nothing yet."""
@@ -356,13 +370,21 @@ class Loop:
 
     def end_at_stop(self, state: LoopState) -> LoopState:
         """At a block's end, fills what follows it with end of text where there is a stop token."""
-        generated = state.tokens[:, self.blocks.start :]
+        canvas, generated = state.tokens[:, self.blocks.start :], self.generated(state)
         past = jnp.arange(generated.shape[1]) < (state.block + 1) * self.blocks.length
         stops = jnp.isin(generated, jnp.array(self.sampler.stop_ids)) & past
         stopped = jnp.any(stops, axis=1, keepdims=True)
         stopped &= self.next_step(state).block > state.block
-        filled = jnp.where(stopped & ~past, self.net.cfg.eos_id, generated)
+        filled = jnp.where(stopped & ~past, self.net.cfg.eos_id, canvas)
         return state._replace(tokens=state.tokens.at[:, self.blocks.start :].set(filled))
+
+    def generated(self, state: LoopState) -> Int[Array, "B G"]:
+        """The canvas from the first block on; -1 where a prompt reaches into that."""
+        answer = state.tokens[:, self.blocks.start :]
+        if state.answer_start is None:
+            return answer
+        start = state.answer_start[:, None] - self.blocks.start
+        return jnp.where(jnp.arange(answer.shape[1]) < start, -1, answer)
 
     def reveal(
         self, out: ForwardOutputs, inputs: ForwardInputs, info: StepInfo, with_log_probs: bool
@@ -494,10 +516,14 @@ def fill_after_eos(
 ) -> Int[Array, "B T"]:
     """Fills everything after an end of text with it, once no token before it is masked."""
     answer = tokens[:, prompt_length:]
-    masked = transformer.is_masked(cfg, answer)
-    known = jnp.cumsum(masked, axis=1) == 0
-    ended = jnp.cumsum((answer == cfg.eos_id) & known, axis=1) > 0
-    return tokens.at[:, prompt_length:].set(jnp.where(ended & masked, cfg.eos_id, answer))
+    fill = from_eos_on(cfg, answer) & transformer.is_masked(cfg, answer)
+    return tokens.at[:, prompt_length:].set(jnp.where(fill, cfg.eos_id, answer))
+
+
+def from_eos_on(cfg: ModelConfig, answer: Int[Array, "B G"]) -> Bool[Array, "B G"]:
+    """From an answer's first end of text on, if no token before that is masked."""
+    known = jnp.cumsum(transformer.is_masked(cfg, answer), axis=1) == 0
+    return jnp.cumsum((answer == cfg.eos_id) & known, axis=1) > 0
 
 
 def write_log_probs(

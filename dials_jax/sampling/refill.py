@@ -268,6 +268,8 @@ class _Occupant:
 
 def why_not_refilled(sampler: Sampler, cache: Cache | None, cfg: ModelConfig) -> str | None:
     """Why sequences cannot make room for others under these settings; None: they can."""
+    if cfg.block_length is not None:
+        return "a block-causal model counts its blocks from each prompt's first token"
     if not isinstance(sampler, BlockSampler):  # `RingLoop` runs its two methods
         return f"{type(sampler).__name__} does not fill blocks"
     if not isinstance(cache or NoCache(), NoCache | DualCache):

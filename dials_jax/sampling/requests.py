@@ -145,7 +145,8 @@ def check_observer(
     )
     require(
         not getattr(sampler, "append_blocks", False),
-        "an observer looks at whole canvases; leave out append_blocks",
+        "an observer looks at whole canvases, not at blocks that are appended; leave out "
+        "append_blocks, or take another sampler",
     )
     require(len(roles) == 1, "an observer looks at one model; leave out the schedule's others")
     (role,) = roles.values()

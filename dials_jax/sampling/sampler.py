@@ -53,6 +53,9 @@ class Steps(Protocol):
 class Sampler(Protocol):
     """How a canvas is filled. Settings only: hashable.
 
+    A sampler may arrange canvases otherwise than prompts, then blanks: see `lay_out` and
+    `lay_back` of `BlockDiffusion`.
+
     Attributes:
       gen_length: tokens to generate.
       cfg_scale: above 0, the model sees every canvas twice: with and without its prompt.

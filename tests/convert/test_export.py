@@ -31,7 +31,8 @@ from tests.convert.test_convert import assert_same_bits
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FAMILIES = (
-    "llada_tiny", "llada_instruct_tiny", "illada_tiny", "dream_tiny", "sdar_tiny", "qwen2_tiny",
+    "llada_tiny", "llada_instruct_tiny", "illada_tiny", "dream_tiny", "sdar_tiny",
+    "fast_dllm_v2_tiny", "qwen2_tiny",
     "mdlm_tiny", "gpt2_tiny",
 )  # fmt: skip
 

@@ -6,11 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dials_jax.errors import InputError
 from dials_jax.loading import load
 from dials_jax.models.model import Model
-from dials_jax.sampling.confidence import Confidence
-from dials_jax.sampling.generate import generate
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "sdar_tiny"
 
@@ -38,11 +35,3 @@ def test_a_block_that_is_noisy_sees_the_clean_blocks_before_it(golden, sdar):
     tokens = np.concatenate([golden["input_ids"][:, :prefix], golden["noisy_block"]], axis=1)
     logits = sdar.apply(tokens).logits[:, prefix:]
     np.testing.assert_allclose(logits, golden["noisy_logits"], rtol=0, atol=2e-4)
-
-
-def test_what_is_not_there_is_refused(golden, sdar):
-    tokens = golden["input_ids"]
-    with pytest.raises(InputError, match=r"block-causal model \(sdar\) takes no padding"):
-        sdar.apply(tokens, np.arange(tokens.shape[1]) > np.zeros((2, 1)))
-    with pytest.raises(InputError, match=r"block-causal model \(sdar\) runs by Model.apply only"):
-        generate(sdar, tokens, sampler=Confidence(4))

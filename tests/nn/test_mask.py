@@ -27,10 +27,12 @@ SUBSETS = [
 def sees(members, sequence, query, key):
     position = members["positions"][sequence, query] if "positions" in members else query
     length = members.get("block_length", 1)
+    first = np.argmax(members["valid"][sequence]) if "valid" in members else 0  # of the blocks
+    own_block = (position - first) // length
     return (
         ("valid" not in members or members["valid"][sequence, key])
         and ("causal" not in members or key <= position)
-        and ("block_length" not in members or key // length <= position // length)
+        and ("block_length" not in members or (key - first) // length <= own_block)
         and ("written" not in members or key < members["written"][sequence])
     )
 
