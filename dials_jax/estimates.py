@@ -150,22 +150,30 @@ def _shard_bytes(x: Any) -> int:
 def activation_bytes(cfg: ModelConfig, batch: int, length: int, head: int) -> int | float:
     """One layer at a time, as XLA plans it, and float32 logits, twice.
 
-    A kernel is assumed that does not spread attention over all pairs of positions.
-
     Args:
       batch: sequences per device.
       head: positions with logits.
     """
-    width = jnp.dtype(cfg.dtype).itemsize
-    layer = batch * length * (8 * cfg.d_model + 2 * cfg.d_ff) * width
-    return layer + 2 * batch * head * cfg.vocab_size * 4
+    layer = batch * length * (8 * cfg.d_model + 2 * cfg.d_ff) * _width(cfg)
+    return layer + _attention_bytes(cfg, batch, length) + 2 * batch * head * cfg.vocab_size * 4
 
 
 def kept_bytes(cfg: ModelConfig, batch: int, length: int, remat: bool) -> int | float:
     """What all layers keep for the backward pass: under `remat` their inputs alone."""
-    width = jnp.dtype(cfg.dtype).itemsize
-    per_token = cfg.d_model if remat else 8 * cfg.d_model + 3 * cfg.d_ff
-    return cfg.num_layers * batch * length * per_token * width
+    if remat:
+        return cfg.num_layers * batch * length * cfg.d_model * _width(cfg)
+    one = batch * length * (8 * cfg.d_model + 3 * cfg.d_ff) * _width(cfg)
+    return cfg.num_layers * (one + _attention_bytes(cfg, batch, length))
+
+
+def _width(cfg: ModelConfig) -> int:
+    """Bytes of an activation. XLA computes bfloat16 as float32 on a CPU."""
+    return 4 if jax.default_backend() == "cpu" else jnp.dtype(cfg.dtype).itemsize
+
+
+def _attention_bytes(cfg: ModelConfig, batch: int, length: int) -> int:
+    """Scores and probabilities of all pairs of positions, which a fused kernel never holds."""
+    return 12 * batch * cfg.num_heads * length**2 if jax.default_backend() == "cpu" else 0
 
 
 def cache_bytes(cfg: ModelConfig, cache: Cache | None, batch: int, length: int) -> int | float:
