@@ -26,6 +26,8 @@ demo: $(VENV)/.installed
 		--objective.skip-weight 2
 	$(BIN)/python eval.py --config configs/demo/sweep.py --workdir $(DEMO)/sweep
 	$(BIN)/python eval.py --config configs/demo/representation.py --workdir $(DEMO)/representation
+	$(BIN)/dials watch $(DEMO)/model --router $(DEMO)/router-high --max-new-tokens 5 \
+		--prompt "s37,58=" --prompt "r12,34=" --out $(DEMO)/replay.html
 
 # Compiled programs are kept in .cache/tests: workers share them, and so does the next run.
 test: $(VENV)/.installed

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from dials_jax.skipping.storage import load_router
     from dials_jax.text import GeneratedText, generate_text
     from dials_jax.training.loop import train
+    from dials_jax.watching import replay
 
 __version__ = "0.2.0"
 
@@ -75,6 +76,7 @@ _HOMES = {
     "load_router": "skipping.storage",
     "load_tokenizer": "data.tokenizer",
     "log_likelihood": "evaluation.likelihood",
+    "replay": "watching",
     "sweep": "evaluation.sweep",
     "train": "training.loop",
 }

@@ -28,7 +28,7 @@ LEVELS = (
     {"training"},
     {"evaluation"},
     {"text"},
-    {"answer_file", "bench"},
+    {"answer_file", "bench", "watching"},
     {"studies"},
     {"commands"},
     {"cli"},

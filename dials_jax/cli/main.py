@@ -33,6 +33,7 @@ COMMANDS = {
     "eval": SubCommand("cli.evaluate", "eval_command", "policies on tasks; studies"),
     "generate": SubCommand("cli.generate", "generate_command", "answers to prompts, as JSON lines"),
     "chat": SubCommand("cli.chat", "chat_command", "a conversation in the terminal"),
+    "watch": SubCommand("cli.watch", "watch_command", "plays a generation again, call by call"),
     "bench": SubCommand("cli.bench", "bench_command", "times policies and caches, in turns"),
     "compare": SubCommand("cli.compare", "compare_command", "rows of sweeps, by a paired test"),
     "retention": SubCommand(

@@ -1,0 +1,90 @@
+"""Plays a generation again, call by call: which token when, by which layers, at what cost.
+
+dials watch MODEL --prompt "1 + 1 =" --router runs/router --out replay.html
+dials watch MODEL --prompt "1 + 1 =" --cache es-64-4
+dials watch HEAVY --light LIGHT --schedule L2,H4,L2 --max-new-tokens 8 --prompt "1 + 1 ="
+
+A terminal shows every call beside that of full depth; elsewhere there is a line for each block. The
+page of --out is one file that needs no network. [MASK] in a prompt is filled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from dials_jax.cli.options import Options, add_model_options, add_sampling_options
+from dials_jax.commands import keep_programs
+from dials_jax.errors import require
+
+
+def watch_command(argv: list[str] | None = None) -> None:
+    """Generates, plays it in the terminal and writes the page."""
+    given = watch_options().read(argv)
+    check_watch(given)
+    keep_programs()
+    from dials_jax.cli.open_model import open_model
+    from dials_jax.reporting.replay_terminal import play
+    from dials_jax.watching import replay
+
+    model, settings = open_model(given, given.chat)
+    if given.schedule:
+        model, settings = take_turns(given, model, settings)
+    settings |= {"chat": given.chat, "compare": not given.no_compare}
+    found = replay(model, given.prompt, **settings)
+    if given.out is not None:
+        path = found.save(given.out)
+    play(found, delay=given.delay)
+    if given.out is not None:
+        print(f"the page is {path}", flush=True)
+
+
+def watch_options() -> Options:
+    parser = Options("watch", __doc__)
+    add_model_options(parser)
+    group = parser.add_argument_group("a model that takes some of the steps")
+    group.add_argument("--light", metavar="DIR", help="the model L; MODEL is H")
+    group.add_argument("--schedule", metavar="TEXT", help="who takes which steps, as L2,H4,L2")
+    group = parser.add_argument_group("prompts and the page")
+    group.add_argument(
+        "--prompt", action="append", default=[], metavar="TEXT", help="may be given again"
+    )
+    group.add_argument("--chat", action="store_true", help="put prompts into the chat template")
+    group.add_argument("--out", metavar="HTML", help="the page, as replay.html")
+    group.add_argument("--no-compare", action="store_true", help="do not run full depth as well")
+    group.add_argument(
+        "--delay", type=float, default=0.1, metavar="S", help="seconds between calls; default 0.1"
+    )
+    add_sampling_options(parser)
+    return parser
+
+
+def check_watch(given: argparse.Namespace) -> None:
+    """Raises: InputError for options without sense, before a model is loaded."""
+    require(bool(given.prompt), 'there are no prompts; give --prompt "..."')
+    require(not given.stop, "--stop cuts a text, and a replay shows every call; leave it out")
+    require(given.delay >= 0, f"--delay={given.delay} must not be negative")
+    require(
+        (given.light is None) == (given.schedule is None),
+        "--light is the model L of --schedule; give both, or neither",
+    )
+    if given.out is not None:
+        from dials_jax.files import local_path
+
+        path = local_path(given.out, "--out")
+        require(not path.is_dir(), f"--out={given.out} is a folder; name a file, as replay.html")
+
+
+def take_turns(
+    given: argparse.Namespace, model: Any, settings: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Both models by letter, and the settings with their schedule; the policy is H's."""
+    from dials_jax.loading import load
+    from dials_jax.sampling.model_schedule import Schedule
+
+    schedule = Schedule.parse(given.schedule)
+    print(f"schedule {schedule}: H is {given.model}, L is {given.light}", file=sys.stderr)
+    models = {"H": model, "L": load(given.light, given.dtype, model.mesh)}
+    policy = settings["policy"] and {"H": settings["policy"]}
+    return models, settings | {"policy": policy, "schedule": schedule}
