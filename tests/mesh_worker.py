@@ -4,6 +4,7 @@ A process of its own, since the number of devices is fixed when JAX starts: `tes
 it and compares what it writes for each mesh. Usage: python mesh_worker.py FOLDER MESH...
 """
 
+import dataclasses
 import os
 import re
 import sys
@@ -40,6 +41,7 @@ from dials_jax.nn.kernels import per_device
 from dials_jax.nn.kernels.dispatch import LOOKUP, dispatch
 from dials_jax.nn.kernels.tpu_attention import splash_attention
 from dials_jax.nn.kv import KV
+from dials_jax.sampling.block_diffusion import BlockDiffusion
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.generate import generate
 from dials_jax.sampling.refill import generate_refilled
@@ -102,6 +104,10 @@ def evaluate(mesh, cfg, params, routers):
         model, [p[:n] for p in prompts for n in (4, 6)],
         sampler=ends, keys=keys, batch_size=8, length=6, **wide,
     )  # fmt: skip
+    causal = dataclasses.replace(cfg, block_length=4, right_shift=True)
+    parts = BlockDiffusion(8, 4, threshold=0.1, sub_block_length=2)
+    block_causal = Model(causal, params, mesh)
+    in_parts = generate(block_causal, prompts, valid, sampler=parts, **wide)
     by_request = sorted(refilled, key=lambda one: one.request)
     pairs = pad_pairs([(p[:3].tolist(), p[3:].tolist()) for p in prompts], cfg)
     keys = sequence_keys(jax.random.key(7), 8)
@@ -115,6 +121,7 @@ def evaluate(mesh, cfg, params, routers):
         "log_likelihood": scores.log_likelihood,
         "scored_gates": scores.gates,
         "cached": cached,
+        "blocks": {"tokens": in_parts.tokens, "gates": in_parts.gates},
         "observed": {
             "count": seen.layer_cosine.count,
             "layers": seen.layer_cosine.mean,

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -19,8 +20,9 @@ from dials_jax.sampling.block_diffusion import BlockDiffusion
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.generate import generate
 from dials_jax.sampling.infill import infill
+from dials_jax.sampling.loop import StepInfo
 from dials_jax.sampling.refill import why_not_refilled
-from dials_jax.skipping.policies import Static
+from dials_jax.skipping.policies import Random, Static
 from dials_jax.skipping.routed import Routed
 from tests.conftest import random_routers
 
@@ -161,16 +163,16 @@ def test_padding_on_the_left_changes_no_logits(name, request):
 @pytest.mark.parametrize("family", ["sdar", "fast"])
 def test_each_sequence_of_a_padded_batch_is_what_it_is_alone(family, request):
     """Drawn tokens, gates, log-probabilities and calls, too; one prompt fills no block."""
-    golden = request.getfixturevalue(family)
-    shifted = family == "fast"
+    golden, shifted = request.getfixturevalue(family), family == "fast"
+    policy = Routed(random_routers(golden.model.config), 0.4) if shifted else Random(2)
     sampler = BlockDiffusion(
         11, 8, threshold=0.1, temperature=0.5, sub_block_length=4 if shifted else None
     )
     run = {
         "sampler": sampler,
         "cache": DualCache() if shifted else PrefixCache(),
-        "policy": Routed(random_routers(golden.model.config), 0.4),
-        "log_probs": True,
+        "policy": policy,
+        "trajectory": True,
     }
     prompts = [golden.prompts[0][:n] for n in (9, 3)]
     keys = sequence_keys(jax.random.key(3), 2)
@@ -182,6 +184,9 @@ def test_each_sequence_of_a_padded_batch_is_what_it_is_alone(family, request):
         assert together.passes[row] == alone.nfe
         own = together.gates[together.own[:, row], :, row]
         np.testing.assert_array_equal(own, alone.gates[:, :, 0])
+        np.testing.assert_array_equal(alone.trajectory.tokens[-1], alone.tokens)
+        stores = alone.masked_share[:, 0] == 0
+        assert stores.sum() > 1 and alone.gates[stores].all()  # later calls read what they store
     assert not together.own.all() and not together.gates.all()
 
 
@@ -196,6 +201,37 @@ def test_finished_blocks_that_are_cached_are_exact(sdar, fast):
         np.testing.assert_allclose(cached.log_probs, plain.log_probs, atol=2e-4)
         assert (cached.nfe > plain.nfe) == (golden is sdar)
         assert cached.tokens_run.sum() < plain.tokens_run.sum()
+
+
+def test_a_step_reveals_what_is_above_the_threshold_and_a_quota(sdar):
+    """Of the first part with masked tokens; the next block's first token by itself."""
+    unknown = -np.inf
+    confidence = np.array(
+        [
+            [unknown, 0.5, 0.3, 0.6, 0.9],  # 0.5 is not above 0.5, and the best one is revealed
+            [unknown, unknown, 0.7, 0.6, 0.9],
+            [unknown, unknown, unknown, unknown, 0.1],
+        ]
+    )
+    info = StepInfo(
+        jnp.asarray(0),
+        jnp.zeros(3, int),
+        jnp.zeros(3, int),
+        jnp.broadcast_to(jnp.arange(5), (3, 5)),
+    )
+    expected = {
+        BlockDiffusion(8, 4, threshold=0.5): [[0, 0, 0, 1, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]],
+        BlockDiffusion(8, 4, threshold=0.2, sub_block_length=2): [
+            [0, 1, 0, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1],
+        ],
+        BlockDiffusion(8, 4, 3): [[0, 1, 0, 1, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]],
+        BlockDiffusion(8, 4, 4, "sequential"): [
+            [0, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 0, 0, 1],
+        ],
+    }  # fmt: skip
+    for sampler, chosen in expected.items():
+        found = sampler.choose(jnp.asarray(confidence, jnp.float32), info, jax.random.key(0))
+        np.testing.assert_array_equal(found, np.array(chosen, bool), err_msg=str(sampler))
 
 
 def test_leaving_layers_out_is_a_model_without_them(fast):
