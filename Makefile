@@ -8,12 +8,12 @@ DEMO := runs/demo
 # tests start many processes, and each would compile all that it imports.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: demo test lint format clean
+.PHONY: demo test docs lint format clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable ".[data,eval,dev]"
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable ".[data,eval,dev,docs]"
 	touch $@
 
 demo: $(VENV)/.installed
@@ -35,6 +35,11 @@ test: $(VENV)/.installed
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
+# The site, into site/; a warning is an error. tests/test_docs_site.py builds it, too.
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	@echo site/index.html
+
 lint: $(VENV)/.installed
 	$(BIN)/python -m ruff check .
 
@@ -43,4 +48,4 @@ format: $(VENV)/.installed
 	$(BIN)/python -m ruff check --fix .
 
 clean:
-	rm -rf $(DEMO) .pytest_cache .ruff_cache .cache
+	rm -rf $(DEMO) site .pytest_cache .ruff_cache .cache
