@@ -72,6 +72,20 @@ def test_the_examples_of_data_run(tmp_path):
     assert names["model"].mask_id == 2
 
 
+def test_the_examples_of_the_first_pages_run(arithmetic_model, routers, tmp_path, monkeypatch):
+    model = dials_jax.load(arithmetic_model)
+    folder = tmp_path / "runs/demo/router-high"
+    save_router(folder, routers, RouterConfig(d_hidden=8), model, skip_weight=1.0)
+    (tmp_path / "runs/demo/model").symlink_to(arithmetic_model)
+    monkeypatch.chdir(tmp_path)
+    run_examples("docs/install.md")
+    names = run_examples("docs/quickstart.md")
+    assert len(names["answers"]) == 2
+    write_json(tmp_path / "sweep/results.json", make_results(("sums", "text")))
+    run_examples("docs/reports.md", sweep_workdir=tmp_path / "sweep")
+    assert Path("tradeoff.png").is_file()
+
+
 def test_the_examples_of_representation_run(lively, tmp_path):
     names = run_examples("docs/representation.md", model=lively, workdir=tmp_path)
     assert names["profile"].layer_cosine.mean.shape == (4, lively.num_layers, 8)

@@ -44,4 +44,6 @@ def test_the_site_shows_every_public_name(site):
 def test_the_site_loads_nothing_from_elsewhere(site):
     for page in site.rglob("*.html"):
         text = page.read_text(encoding="utf-8")
-        assert not re.search(r'<(?:script|link rel="stylesheet"|img)[^>]*(?:src|href)="https?:', text)
+        assert not re.search(
+            r'<(?:script|link rel="stylesheet"|img)[^>]*(?:src|href)="https?:', text
+        )
