@@ -14,7 +14,7 @@ from dials_jax.cli.watch import watch_command
 from dials_jax.errors import InputError
 from dials_jax.models.model import Model
 from dials_jax.reporting import replay_terminal
-from dials_jax.reporting.replay import page_data
+from dials_jax.reporting.replay import page_data, written_by
 from dials_jax.sampling import generate as generating
 from dials_jax.skipping.routed import Routed
 from dials_jax.text import draw_keys
@@ -155,6 +155,21 @@ def test_masks_in_a_text_are_filled(model):
     ):
         with pytest.raises(InputError, match=message):
             replay(model, texts, **settings)
+
+
+@pytest.mark.parametrize(
+    ("canvas", "tokens", "log_probs", "written"),
+    [
+        # the second call says an end of text, and what follows it is filled
+        ([9, 9, 9], [[5, 9, 9], [5, 1, 1]], [[-1, np.nan, np.nan], [-1, -2, np.nan]],
+         [[1, 0, 0], [0, 1, 1]]),
+        # a causal model writes the token that stood for the blank
+        ([1, 1], [[1, 1], [1, 1]], [[-1, np.nan], [-1, -2]], [[1, 0], [0, 1]]),
+    ],
+)  # fmt: skip
+def test_what_a_call_wrote(canvas, tokens, log_probs, written):
+    found = written_by(np.array(tokens), np.array(log_probs, np.float32), np.array(canvas))
+    np.testing.assert_array_equal(found, np.array(written, bool))
 
 
 class Terminal(io.StringIO):
