@@ -105,6 +105,15 @@ def test_the_examples_of_python_run(lively, tmp_path, monkeypatch, capsys):
     assert "step 2, loss 2.500 to 1.500" in capsys.readouterr().out
 
 
+def test_the_site_has_every_page_and_every_public_name():
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    pages = [path.relative_to(ROOT / "docs") for path in (ROOT / "docs").rglob("*.md")]
+    assert not [page for page in pages if f": {page}\n" not in nav], "add them to mkdocs.yml"
+    names = (ROOT / "docs/api.md").read_text(encoding="utf-8")
+    homes = [f"dials_jax.{module}.{name}" for name, module in dials_jax._HOMES.items()]
+    assert not [home for home in homes if f"::: {home}\n" not in names], "add them to docs/api.md"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_links_lead_to_files(page):
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):

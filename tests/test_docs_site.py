@@ -1,4 +1,4 @@
-"""The site of the documentation builds without a warning, and shows every public name."""
+"""The site of the documentation builds without a warning, and needs no network."""
 
 import logging
 import re
@@ -6,8 +6,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-
-import dials_jax
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(
@@ -32,13 +30,6 @@ def site(tmp_path_factory):
         logging.getLogger("mkdocs").removeHandler(handler)
     assert not warnings
     return folder
-
-
-def test_the_site_shows_every_public_name(site):
-    page = (site / "api.html").read_text(encoding="utf-8")
-    homes = {f"dials_jax.{module}.{name}" for name, module in dials_jax._HOMES.items()}
-    missing = {home for home in homes if f'id="{home}"' not in page}
-    assert not missing, "add them to docs/api.md"
 
 
 def test_the_site_loads_nothing_from_elsewhere(site):

@@ -47,7 +47,8 @@ def commands(page):
 def follow(page, in_small, changes=()):
     """Runs a guide: writes its files, runs its programs and commands.
 
-    `in_small` has more options of commands; `changes` replaces texts of the page's files.
+    `in_small` has more options of the commands that run, the others are read; `changes` replaces
+    texts of the page's files.
     """
     for _, language, text in blocks(page):
         if title := re.search(r'title="([^"]+)"', language):
@@ -57,8 +58,10 @@ def follow(page, in_small, changes=()):
     for first, *words in commands(page):
         if first == "python":
             runpy.run_path(words[0])
+        elif first == "dials" and in_small.get(words[0]) is None:
+            check_command(words[0], words[1:])
         elif first == "dials":
-            dials([*words, *in_small.get(words[0], ())])
+            dials([*words, *in_small[words[0]]])
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -104,7 +107,7 @@ def test_the_guide_to_an_own_task(tmp_path, monkeypatch, capsys, draw_only):
     monkeypatch.chdir(tmp_path)
     steps = ["--optimizer.num-steps", "2", "--optimizer.warmup-steps", "1", "--batch-size", "4"]
     few = ["--tasks.0.limit", "4", "--num-static", "1", "--num-random", "--batch-size", "4"]
-    small = {"train": steps, "eval": few, "bench": ["--repeats", "2", "--policies", "full"]}
+    small = {"tokenizer": (), "train": steps, "eval": few}  # tests of text generate and bench
     changes = [("20_000", "600"), ("num_layers=6", "num_layers=2"), ("d_model=96", "d_model=32")]
     follow("own_task.md", small, changes)
     shown = next(text for _, kind, text in blocks("own_task.md") if kind == "json")
@@ -158,3 +161,24 @@ def test_quoted_errors_are_those_of_the_code():
     for message in quoted:
         start = message.removesuffix("...")
         assert any(start in text for text in found), f"no error says: {message}"
+
+
+def test_the_notebook(tmp_path, monkeypatch, draw_only):
+    """Its cells run in small. It is stored without outputs."""
+    draw_only("tradeoff")
+    monkeypatch.chdir(tmp_path)
+    cells = json.loads((ROOT / "examples/first_steps.ipynb").read_text())["cells"]
+    codes = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert not any(cell["outputs"] for cell in codes)
+    small = {
+        "1000, 300, 200": "10, 5, 4",
+        "steps = {": 'steps = {"model.num_layers": 2, "batch_size": 4, ',
+        '"num_random": (1,)': '"num_random": ()',
+    }
+    names = {}
+    for cell in codes:
+        source = "".join(cell["source"])
+        for old, new in small.items():
+            source = source.replace(old, new)
+        exec(source, names)
+    assert len(names["results"].rows) == 3
