@@ -40,6 +40,8 @@ def save_tree(folder: Path, tree: PyTree, rest: str, chunk_bytes: int | None = N
     """
     context = ocp.Context()
     context.array.saving.storage_options.chunk_byte_size = chunk_bytes
+    # Who loads says where the arrays go, so a file of where they were is never read.
+    context.array.saving.enable_write_sharding_file = False
     with writing(folder, rest), context:
         # Orbax's own `overwrite` can hang: a process that looks for the old folder after another
         # has removed it does not wait where the other waits for it.

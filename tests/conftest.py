@@ -22,6 +22,8 @@ CACHE = Path(__file__).parents[1] / ".cache" / "tests"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+# Where in the source an operation is from: no test asks, and every stack would be written down.
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 
 # JAX reads all this when it is imported: nothing above may import it.
 from tests.type_checks import check_types  # noqa: E402
@@ -58,6 +60,12 @@ gates.FEWEST_TOKENS = 1  # rows of tests are short, and would all be computed to
 # Collecting garbage went over all that JAX has traced and compiled: a tenth of the tests' time.
 gc.freeze()
 gc.set_threshold(50_000, 20, 100)
+
+
+def pytest_sessionfinish():
+    """pytest ends with five collections of all garbage, which would go over everything again."""
+    gc.freeze()
+
 
 MASK, EOS, PAD = 63, 1, 0
 # Every compiled program takes some of the 65,530 regions of memory that Linux gives a process;
