@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,7 @@ class Checkpoints:
         """Removes unfinished checkpoints of all steps: a continued run may save at other steps."""
         for folder in self.folder.glob("*.partial"):
             if _made_by_a_save(folder):
-                shutil.rmtree(folder, ignore_errors=True)
+                _remove(folder)
 
     def _prune(self, newest: int) -> None:
         """Removes checkpoints older than the `keep` newest good ones.
@@ -144,6 +145,15 @@ class Checkpoints:
         for step in self.steps():
             if step < good[-self.keep :][0]:
                 shutil.rmtree(self.folder / f"{step:08d}")
+
+
+def _remove(folder: Path) -> None:
+    """Removes a folder in which threads of a save that failed may still write, for two seconds."""
+    for _ in range(20):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.1)
 
 
 @contextlib.contextmanager
