@@ -70,11 +70,10 @@ def replay(
     left_out = {name: value for name, value in left_out.items() if value is not None}
     for name in left_out.keys() & {"cache", "schedule"} if task.fills_masks else ():
         require(False, f"{name} has no meaning where [MASK] is filled; leave it out")
-    names = [run_name(left_out), *([FULL_DEPTH] if left_out and compare else [])][::-1]
-    outs = [
-        task.run(largest, {}, seed) if name == FULL_DEPTH else task.run(model, left_out, seed)
-        for name in names
-    ]
+    runs = {run_name(left_out): (model, left_out)}
+    if left_out and compare:
+        runs = {FULL_DEPTH: (largest, {})} | runs
+    names, outs = list(runs), [task.run(*one, seed) for one in runs.values()]
     scenes = tuple(_scene(task, number, names, outs, schedule) for number in range(len(prompts)))
     seen = {int(token) for scene in scenes for run in scene.runs for token in np.unique(run.tokens)}
     seen |= {int(token) for scene in scenes for token in scene.canvas}
@@ -83,7 +82,7 @@ def replay(
         pieces={token: token_text(task.tokenizer, token) for token in sorted(seen)},
         special=frozenset(token for token in seen if task.tokenizer.is_added(token)),
         settings=shown_settings(models, left_out, task.sampler, seed),
-        block_length=getattr(task.sampler, "block_length", task.sampler.gen_length),
+        block_length=task.block_length,
         shift=int(largest.config.right_shift or largest.config.causal),
     )
 
@@ -97,6 +96,13 @@ class _Task:
     sampler: Sampler
     blank_id: int
     fills_masks: bool
+
+    @property
+    def block_length(self) -> int:
+        """Tokens that are filled before those to their right; texts with [MASK] are one block."""
+        if self.fills_masks:
+            return max(map(len, self.prompts))
+        return getattr(self.sampler, "block_length", self.sampler.gen_length)
 
     def run(self, model: Any, left_out: Mapping[str, Any], seed: int) -> Generation:
         settings = {"sampler": self.sampler, "key": draw_keys(seed, self.prompts)} | dict(left_out)
@@ -132,14 +138,19 @@ def _read(
         f"{with_masks.index(False) if not all(with_masks) else 0} none; watch them one by one",
     )
     if not any(with_masks):
-        job = text_job(model, prompts, tokenizer=reader.tokenizer, **settings)
+        job = text_job(model, prompts, tokenizer=tokenizer, **settings)
         return _Task(reader.tokenizer, ids, job.sampler, job.sampler.blank_id(cfg), False)
     settings.pop("chat", None)
     known = field_hints(Confidence).keys() - {"gen_length"} | {"sampler"}
     for name in settings:
         hint = nearest(name, known)
         require(name in known, f"{name} has no meaning where [MASK] is filled{hint}")
-    sampler = settings.pop("sampler", None) or Confidence(1, **settings)
+    sampler = settings.pop("sampler", None)
+    require(
+        sampler is None or not settings,
+        f"sampler= has its own {' and '.join(settings)}; set it there",
+    )
+    sampler = Confidence(1, **settings) if sampler is None else sampler
     return _Task(reader.tokenizer, ids, sampler, cfg.mask_id, True)
 
 
@@ -196,7 +207,7 @@ def shown_value(value: Any) -> str:
     given = [
         f"{field.name}={getattr(value, field.name)!r}"
         for field in dataclasses.fields(value)
-        if getattr(value, field.name) != field.default
+        if field.default is dataclasses.MISSING or getattr(value, field.name) != field.default
     ]
     return f"{type(value).__name__}({', '.join(given)})"
 

@@ -69,6 +69,10 @@ def check_watch(given: argparse.Namespace) -> None:
         (given.light is None) == (given.schedule is None),
         "--light is the model L of --schedule; give both, or neither",
     )
+    if given.schedule:
+        from dials_jax.sampling.model_schedule import Schedule
+
+        Schedule.parse(given.schedule)
     if given.out is not None:
         from dials_jax.files import local_path
 

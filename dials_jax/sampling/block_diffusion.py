@@ -136,6 +136,11 @@ class BlockDiffusion(Typed, BlockSampler):
             f"BlockDiffusion generates by block-causal models, and {cfg.model_type} is none; take "
             "Confidence",
         )
+        require(
+            not cfg.right_shift or self.block_length > 1,
+            "block_length=1: a block's first token comes out of the block before it, which leaves "
+            "no token to fill; give at least 2",
+        )
         for token in self.stop_ids:
             require(
                 0 <= token < cfg.vocab_size,

@@ -375,8 +375,14 @@ class Loop:
         stops = jnp.isin(generated, jnp.array(self.sampler.stop_ids)) & past
         stopped = jnp.any(stops, axis=1, keepdims=True)
         stopped &= self.next_step(state).block > state.block
-        filled = jnp.where(stopped & ~past, self.net.cfg.eos_id, canvas)
-        return state._replace(tokens=state.tokens.at[:, self.blocks.start :].set(filled))
+        after, record = stopped & ~past, state.record
+        filled = jnp.where(after, self.net.cfg.eos_id, canvas)
+        tokens = state.tokens.at[:, self.blocks.start :].set(filled)
+        if record.log_probs is not None:  # a block-causal model may know the next block's first
+            known = jnp.where(after, jnp.nan, record.log_probs[:, self.blocks.start :])
+            log_probs = record.log_probs.at[:, self.blocks.start :].set(known)
+            record = record._replace(log_probs=log_probs)
+        return state._replace(tokens=tokens, record=record)
 
     def generated(self, state: LoopState) -> Int[Array, "B G"]:
         """The canvas from the first block on; -1 where a prompt reaches into that."""
