@@ -23,6 +23,7 @@ from dials_jax.errors import nearest, require
 from dials_jax.models.model import Model
 from dials_jax.nn.policy import Policy, policy_name
 from dials_jax.reporting.replay import Replay, Scene, run_of
+from dials_jax.sampling.block_diffusion import BlockDiffusion
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.generate import Generation, generate
 from dials_jax.sampling.infill import infill
@@ -170,7 +171,9 @@ def _scene(
     if task.fills_masks:  # an end of text inside a text ends nothing
         runs = tuple(dataclasses.replace(run, num_tokens=len(canvas) - start) for run in runs)
     blank = (canvas == task.blank_id) & (np.arange(len(canvas)) >= start)
-    return Scene(canvas, blank, start, runs)
+    # Blocks of block diffusion count from the prompt's first token.
+    taken = start % task.block_length if isinstance(task.sampler, BlockDiffusion) else 0
+    return Scene(canvas, blank, start, start - taken, runs)
 
 
 def run_name(left_out: Mapping[str, Any]) -> str:

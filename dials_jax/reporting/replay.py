@@ -79,12 +79,14 @@ class Scene:
       canvas: before the first call.
       blank: where nothing stands in it yet.
       start: where the answer begins.
+      first_block: where the first block begins that the answer has a part of.
       runs: what is watched comes last; full depth, if there is one, first.
     """
 
     canvas: Int[np.ndarray, "T"]
     blank: Bool[np.ndarray, "T"]
     start: int
+    first_block: int
     runs: tuple[ReplayRun, ...]
 
     def answer(self, run: ReplayRun) -> list[int]:
@@ -231,6 +233,7 @@ def _scene_data(scene: Scene) -> dict[str, Any]:
     return {
         "canvas": np.where(scene.blank, -1, scene.canvas).tolist(),
         "start": scene.start,
+        "first_block": scene.first_block,
         "full": scene.full_flops,
         "runs": [
             {

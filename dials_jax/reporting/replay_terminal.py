@@ -100,10 +100,11 @@ def colored_answer(
 def block_lines(replay: Replay, scene: Scene) -> Iterator[str]:
     """The prompt, and each run's blocks as they were when they were filled."""
     yield "> " + "".join(printable(replay, token) for token in scene.canvas[: scene.start])
-    starts = range(scene.start, scene.start + max(run.num_tokens for run in scene.runs))
+    starts = range(scene.first_block, scene.start + max(run.num_tokens for run in scene.runs))
     for run in scene.runs:
-        for number, start in enumerate(starts[:: replay.block_length]):
-            end = min(start + replay.block_length, scene.start + run.num_tokens)
+        for number, first in enumerate(starts[:: replay.block_length]):
+            end = min(first + replay.block_length, scene.start + run.num_tokens)
+            start = max(first, scene.start)
             if start >= end:
                 break
             call = 1 + max(int(np.flatnonzero(w).max(initial=0)) for w in run.written.T[start:end])
