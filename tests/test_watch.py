@@ -16,6 +16,7 @@ from dials_jax.models.model import Model
 from dials_jax.reporting import replay_terminal
 from dials_jax.reporting.replay import page_data, written_by
 from dials_jax.sampling import generate as generating
+from dials_jax.skipping.policies import StaticGates
 from dials_jax.skipping.routed import Routed
 from dials_jax.text import draw_keys
 from dials_jax.watching import FULL_DEPTH, replay, shown_value
@@ -123,6 +124,7 @@ def test_tokens_that_leave_early_and_what_follows_an_end(model):
     assert run.name == "EarlySkip" and set(np.unique(run.depth)) == {0, 3, 4}
     computed = (run.depth[..., None] > np.arange(4)).sum(axis=1)
     np.testing.assert_array_equal(computed, run.tokens_run)
+    assert shown_value(StaticGates(np.ones(2, bool))).startswith("StaticGates(gates=")
     assert shown_value(cache).startswith("EarlySkip(proportions=(1.0, 0.5), depths=(0.0, 0.3), ")
 
 
@@ -146,12 +148,14 @@ def test_masks_in_a_text_are_filled(model):
     assert [int(scene.blank.sum()) for scene in filled.scenes] == [2, 1]
     assert [scene.runs[0].nfe for scene in filled.scenes] == [2, 1]
     assert filled.scenes[1].start == 0
+    assert filled.block_length == len(filled.scenes[0].canvas)
     with pytest.raises(InputError, match=r"prompt 1 has \[MASK\] and prompt 0 none"):
         replay(model, ["+1=", texts[0]])
     for settings, message in (
         ({"cache": dj.DualCache()}, r"cache has no meaning where \[MASK\] is filled; leave it out"),
         ({"treshold": 0.9}, r"treshold has no meaning .* did you mean 'threshold'\?"),
         ({"stop": ";"}, "stop has no meaning in a replay"),
+        ({"sampler": dj.Confidence(1), "threshold": 0.9}, "sampler= has its own threshold; set it"),
     ):
         with pytest.raises(InputError, match=message):
             replay(model, texts, **settings)
@@ -218,6 +222,7 @@ def test_the_command(arithmetic_model, tmp_path, capsys):
         ((), 'there are no prompts; give --prompt "..."'),
         (("--prompt", "1", "--delay", "-1"), "--delay=-1.0 must not be negative"),
         (("--prompt", "1", "--light", "x"), "--light is the model L of --schedule; give both"),
+        (("--prompt", "1", "--light", "x", "--schedule", "H"), "schedule 'H': 'H' is not"),
         (("--prompt", "1", "--out", "/"), "--out=/ is a folder; name a file, as replay.html"),
         (("--prompt", "1", "--stop", ";"), "--stop cuts a text, and a replay shows every call"),
         (("--prompt", "1", "--routr", "x"), "did you mean '--router'"),

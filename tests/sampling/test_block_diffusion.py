@@ -301,6 +301,8 @@ def test_what_has_no_meaning_here_is_refused(sdar, fast, model):
         generate(model, [[3]], sampler=sampler)
     with pytest.raises(InputError, match="EarlySkip follows a canvas that every token sees"):
         generate(sdar.model, prompts, sampler=sampler, cache=EarlySkip())
+    with pytest.raises(InputError, match="a block's first token comes out of the block before it"):
+        generate(fast.model, [[3]], sampler=BlockDiffusion(8, 1))
     with pytest.raises(InputError, match="prompt 1 is empty"):
         generate(fast.model, [[3], []], sampler=sampler, cache=PrefixCache())
     with pytest.raises(InputError, match="stop_ids has 200, outside the vocabulary"):
