@@ -26,11 +26,13 @@ def watch_command(argv: list[str] | None = None) -> None:
     keep_programs()
     from dials_jax.cli.open_model import open_model
     from dials_jax.reporting.replay_terminal import play
+    from dials_jax.sampling.model_schedule import Schedule
     from dials_jax.watching import replay
 
+    schedule = None if given.schedule is None else Schedule.parse(given.schedule)
     model, settings = open_model(given, given.chat)
-    if given.schedule:
-        model, settings = take_turns(given, model, settings)
+    if schedule is not None:
+        model, settings = take_turns(given, schedule, model, settings)
     settings |= {"chat": given.chat, "compare": not given.no_compare}
     found = replay(model, given.prompt, **settings)
     if given.out is not None:
@@ -81,13 +83,11 @@ def check_watch(given: argparse.Namespace) -> None:
 
 
 def take_turns(
-    given: argparse.Namespace, model: Any, settings: dict[str, Any]
+    given: argparse.Namespace, schedule: Any, model: Any, settings: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Both models by letter, and the settings with their schedule; the policy is H's."""
     from dials_jax.loading import load
-    from dials_jax.sampling.model_schedule import Schedule
 
-    schedule = Schedule.parse(given.schedule)
     print(f"schedule {schedule}: H is {given.model}, L is {given.light}", file=sys.stderr)
     models = {"H": model, "L": load(given.light, given.dtype, model.mesh)}
     policy = settings["policy"] and {"H": settings["policy"]}

@@ -21,7 +21,7 @@ from dials_jax.config import from_dict, to_dict
 from dials_jax.convert.safetensors_reader import open_safetensors, read_metadata
 from dials_jax.convert.safetensors_writer import write_safetensors
 from dials_jax.errors import require
-from dials_jax.files import local_path, replacing
+from dials_jax.files import local_path, parse_json, replacing
 from dials_jax.skipping.storage import (
     ROUTER_FORMAT,
     RouterInfo,
@@ -69,7 +69,8 @@ def import_router(file: str | Path, folder: str | Path) -> RouterInfo:
         about.get("format") == json.dumps(ROUTER_FORMAT),
         f"{file} is no router that this library exported; of a model give the folder",
     )
-    info = from_dict(RouterInfo, {name: json.loads(x) for name, x in about.items()}, str(file))
+    facts = {name: parse_json(x, f"{file}: {name}") for name, x in about.items()}
+    info = from_dict(RouterInfo, facts, str(file))
     shapes = router_shapes(info)
     names = {name.replace("/", ".") for name, _ in trees.named_leaves(shapes)}
     require(named.keys() == names, f"{file} holds other arrays than a router; {_AGAIN}")
