@@ -52,7 +52,8 @@ def export_model(
     """Writes config.json, safetensors and the tokenizer's files as the family's authors publish.
 
     `dials_jax.load` reads the folder, with the same weights bit by bit; so does the authors' code.
-    One group of parameters is in memory at a time, beside the model itself if that is given.
+    One group of parameters is in memory at a time (embedding and head together where the family
+    may tie them), beside the model itself if that is given.
 
     Args:
       model: one in memory, or what `load` takes.

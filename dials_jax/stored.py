@@ -114,10 +114,10 @@ def new_folder(folder: Path, rest: str) -> Iterator[Path]:
         (unfinished / MARK).write_text("left by a save that was stopped; the next one removes it\n")
 
     def finish():
-        (unfinished / MARK).unlink()
         if folder.exists():
             shutil.rmtree(folder)
-        unfinished.rename(folder)
+        unfinished.rename(folder)  # with the mark: whatever has the other name may be removed
+        (folder / MARK).unlink()
 
     with writing(unfinished, rest):
         sharding.on_first_process(begin)

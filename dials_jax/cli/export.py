@@ -31,9 +31,12 @@ def export_command(argv: list[str] | None = None) -> None:
     with keeping(lambda: "what is not whole is not kept; the same command starts again"):
         if holds_router(given.source):
             require(given.dtype is None, "--dtype is for models; a router's file is float32")
+            size = given.max_shard_size
+            require(size is None, "--max-shard-size is for models; a router is one file")
             written = [export_router(given.source, given.out)]
         else:
-            folder = export_model(given.source, given.out, given.dtype, given.max_shard_size)
+            sharded = {"max_shard_size": given.max_shard_size} if given.max_shard_size else {}
+            folder = export_model(given.source, given.out, given.dtype, **sharded)
             written = sorted(folder.iterdir())
     size = sum(file.stat().st_size for file in written)
     print(f"{given.out}: {', '.join(file.name for file in written)}; {size / 1e9:.3g} GB")
@@ -50,7 +53,5 @@ def export_options() -> Options:
     parser.add_argument(
         "--dtype", choices=get_args(WeightDtype), help="of the written weights; default: as stored"
     )
-    parser.add_argument(
-        "--max-shard-size", default="5GB", metavar="SIZE", help="of a file; default: 5GB"
-    )
+    parser.add_argument("--max-shard-size", metavar="SIZE", help="of a file; default: 5GB")
     return parser

@@ -180,7 +180,6 @@ def _run_steps(
                 jax.block_until_ready(values)
                 if done - start == 2:
                     pace.measured(1, time.perf_counter() - began)
-                began = time.perf_counter()
             saving = done % cfg.save_every == 0 or done == total
             validating = validation is not None and validation.is_due(done, total)
             keeping_model = done in cfg.keep_models_at
@@ -213,6 +212,8 @@ def _run_steps(
                 # A signal during the save needs no further step.
                 if stop or (saving and request.came(True)):
                     break
+            if done - start == 1:  # saved and validated: the next step is timed alone
+                began = time.perf_counter()
         if request.came(True):
             raise Stopped(_saved_message(checkpoints), request.signum)
     return state

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from dials_jax.cli.export import export_command
 from dials_jax.config import RouterConfig
@@ -14,6 +15,7 @@ from dials_jax.convert.__main__ import main
 from dials_jax.convert.router import export_router, import_router
 from dials_jax.errors import InputError
 from dials_jax.skipping.storage import (
+    ROUTER_FORMAT,
     FittedThresholds,
     load_router,
     router_facts,
@@ -82,11 +84,18 @@ def test_other_files_and_names_are_refused_in_a_line(workdir, tmp_path, monkeypa
         export_router(workdir, tmp_path / "r")
     with pytest.raises(InputError, match="--dtype is for models"):
         export_command([str(workdir), "--out", str(tmp_path / "r"), "--dtype", "bfloat16"])
+    with pytest.raises(InputError, match="--max-shard-size is for models"):
+        export_command([str(workdir), "--out", str(tmp_path / "r"), "--max-shard-size", "5GB"])
     file = export_router(workdir, tmp_path / "router.safetensors")
     with pytest.raises(InputError, match="exists; name another file"):
         export_router(workdir, file)
     with pytest.raises(InputError, match="exists; name another folder"):
         import_router(file, workdir)
+    noted = tmp_path / "noted.safetensors"
+    about = {"format": json.dumps(ROUTER_FORMAT), "note": "hello"}
+    save_file({"x": np.zeros(1, np.float32)}, noted, about)
+    with pytest.raises(InputError, match=r"noted\.safetensors: note is not"):
+        import_router(noted, tmp_path / "again")
     model = tmp_path / "model.safetensors"
     model.write_bytes((2).to_bytes(8, "little") + b"{}")
     with pytest.raises(InputError, match="is no router that this library exported"):
