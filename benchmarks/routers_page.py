@@ -37,7 +37,8 @@ Hardware: {device}, {date}, jax {jax}. LLaDA of {layers} layers of width {width}
 {model_steps} steps of {tokens} tokens; routers for {router_steps} steps, seeds {seeds}. One model:
 the seeds are of the routers alone. Scores are NELBO in nats per token of the last three quarters of
 {items} held-out texts of {length} tokens, {samples} masked copies each; thresholds were fitted on
-{calibration} other texts.
+{calibration} other texts. All layers cost the same, and routers under every rule: between rules,
+equal layers are equal FLOPs. Static layers need no routers, so their FLOPs are fewer.
 
 ```
 {command}
@@ -229,10 +230,12 @@ def best_against_static(rows: Rows) -> Iterator[str]:
         if cases:
             _, rule, weight, found = min(cases, key=lambda case: case[0])
             paired = compare(found, [static])
+            flops = float(np.mean([row["flops_share"] for row in found]))
             yield (
                 f"- {ratio:.3f} of the layers: the best of {len(cases)} routed cases (*{rule}*, "
                 f"λ={weight:g}) less static k={static['k']} is {paired.difference:+.4f} ± "
-                f"{paired.stderr:.4f} nats (p={paired.p_value:.2g}, not corrected for the choice)."
+                f"{paired.stderr:.4f} nats (p={paired.p_value:.2g}, not corrected for the choice), "
+                f"at {flops:.3f} of the model's FLOPs against {static['flops_share']:.3f}."
             )
 
 

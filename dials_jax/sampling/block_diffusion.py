@@ -44,6 +44,7 @@ from dials_jax.sampling.loop import (
     from_eos_on,
     variant_work,
 )
+from dials_jax.sampling.sampler import require_ids
 
 
 @dataclass(frozen=True)
@@ -141,11 +142,7 @@ class BlockDiffusion(Typed, BlockSampler):
             "block_length=1: a block's first token comes out of the block before it, which leaves "
             "no token to fill; give at least 2",
         )
-        for token in self.stop_ids:
-            require(
-                0 <= token < cfg.vocab_size,
-                f"stop_ids has {token}, outside the vocabulary of {cfg.vocab_size} tokens",
-            )
+        require_ids(cfg, stop_ids=self.stop_ids)
         require(
             cache is None or not cache.drops_tokens,
             f"{type(cache).__name__} follows a canvas that every token sees, not one of finished "

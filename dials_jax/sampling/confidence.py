@@ -33,7 +33,7 @@ from dials_jax.config import ModelConfig, Typed, require_positive
 from dials_jax.errors import require
 from dials_jax.nn.policy import Policy
 from dials_jax.sampling.loop import BlockSampler, StepInfo
-from dials_jax.sampling.sampler import log_probability_of
+from dials_jax.sampling.sampler import log_probability_of, require_ids
 
 # Rules of which one at most is set: a step reveals what the model is sure of, not a quota.
 PARALLEL_RULES = ("threshold", "factor", "entropy_threshold", "entropy_bound")
@@ -143,12 +143,7 @@ class Confidence(Typed, BlockSampler):
         cache: Cache | None,
     ) -> None:
         super().check(cfg, present, policy, cache)
-        for name in ("stop_ids", "end_think_ids"):
-            for token in getattr(self, name):
-                require(
-                    0 <= token < cfg.vocab_size,
-                    f"{name} has {token}, outside the vocabulary of {cfg.vocab_size} tokens",
-                )
+        require_ids(cfg, stop_ids=self.stop_ids, end_think_ids=self.end_think_ids)
         for name in ("logits_eos_inf", "confidence_eos_eot_inf"):
             require(
                 not getattr(self, name) or cfg.model_type != "illada",

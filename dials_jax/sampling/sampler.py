@@ -31,6 +31,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from dials_jax.caching.cache import Cache, Work
 from dials_jax.caching.canvas import CanvasModel
 from dials_jax.config import ModelConfig
+from dials_jax.errors import require
 from dials_jax.nn.policy import Policy
 
 
@@ -186,3 +187,13 @@ def log_probability_of(
 ) -> Float[Array, "*batch"]:
     chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def require_ids(cfg: ModelConfig, **settings: tuple[int, ...]) -> None:
+    """Raises: InputError for a token of a setting that the model's vocabulary lacks."""
+    for name, ids in settings.items():
+        for token in ids:
+            require(
+                0 <= token < cfg.vocab_size,
+                f"{name} has {token}, outside the vocabulary of {cfg.vocab_size} tokens",
+            )
