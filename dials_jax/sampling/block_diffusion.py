@@ -12,6 +12,7 @@ sequences. What is stored never changes again, since nothing sees a block to its
 Sources:
 - SDAR (JetLM/SDAR, 2025): `generate` of the evaluation code. Each step reveals all tokens above
   `threshold`, and at least a quota. Logits are those of the token at their position.
+  `entropy_bound` is `entropy_bounded` of its inference engine (JetEngine).
 - Fast-dLLM v2 (Wu et al. 2025, arXiv 2509.26328): `generate` of NVlabs/Fast-dLLM, in sub-blocks.
   Logits are those of the next token, so a block's first token comes out of the call that stores
   the block before it, or the prompt.
@@ -34,7 +35,7 @@ from dials_jax.config import ModelConfig, Typed, require_positive
 from dials_jax.errors import require
 from dials_jax.models import transformer
 from dials_jax.nn.policy import Policy
-from dials_jax.sampling.confidence import gumbel_like, probability_of, ranks
+from dials_jax.sampling.confidence import entropy_of, gumbel_like, probability_of, ranks
 from dials_jax.sampling.dream import most_probable
 from dials_jax.sampling.loop import (
     BlockSampler,
@@ -61,6 +62,9 @@ class BlockDiffusion(Typed, BlockSampler):
         token per step. A block of which the prompt has a part takes fewer steps.
       remasking: reveal the most confident tokens, or from left to right (sequential).
       threshold: also reveal every token of more than this probability. None: the quota only.
+      entropy_bound: instead reveal the tokens of least entropy, as many as have together less than
+        this (nats), and always the first (SDAR, 0.35 there). Unlike that of `Confidence` the
+        largest counts, too. The entropy is that of the confidence's distribution.
       sub_block_length: fill the parts of a block from left to right (Fast-dLLM v2). None: a block
         is one part.
       temperature: of the distribution that tokens are drawn from; 0 takes the most probable. The
@@ -83,9 +87,9 @@ class BlockDiffusion(Typed, BlockSampler):
     top_k: int | None = None
     stop_at_eos: bool = False
     stop_ids: tuple[int, ...] = ()
+    entropy_bound: float | None = None
 
     max_quota = None
-    is_probability = True
     append_blocks = True
     full_steps = 1
     takes_schedule = False
@@ -114,13 +118,22 @@ class BlockDiffusion(Typed, BlockSampler):
             "threshold goes by confidence, remasking='sequential' from left to right; leave out "
             "one of them",
         )
+        for name in ("threshold", "entropy_bound"):
+            value = getattr(self, name)
+            require(value is None or value >= 0, f"{name}={value} must not be negative")
         require(
-            self.threshold is None or self.threshold >= 0,
-            f"threshold={self.threshold} must not be negative",
+            self.entropy_bound is None
+            or (self.threshold is None and self.remasking == "low_confidence" and steps == length),
+            "entropy_bound is a rule of its own; leave out threshold, remasking and "
+            "steps_per_block",
         )
         require(self.temperature >= 0, f"temperature={self.temperature} must not be negative")
         require(self.top_p is None or 0 < self.top_p <= 1, f"top_p={self.top_p} must lie in (0, 1]")
         require(self.top_k is None or self.top_k > 0, f"top_k={self.top_k} must be positive")
+
+    @property
+    def is_probability(self) -> bool:
+        return self.entropy_bound is None
 
     def with_length(self, gen_length: int) -> BlockDiffusion:
         return replace(self, gen_length=gen_length)
@@ -238,6 +251,8 @@ class BlockDiffusion(Typed, BlockSampler):
             drawn = most_probable(drawn, self.top_p, self.top_k)
             drawn = drawn + gumbel_like(drawn, keys)
         guess = jnp.argmax(drawn, axis=-1)
+        if self.entropy_bound is not None:
+            return guess, -entropy_of(logits)
         return guess, probability_of(guess, logits)
 
     def choose(
@@ -251,6 +266,10 @@ class BlockDiffusion(Typed, BlockSampler):
         masked &= info.place // part == first // part
         order = -info.place if self.remasking == "sequential" else confidence
         order = jnp.where(masked, order, -jnp.inf)
+        if self.entropy_bound is not None:
+            total = jnp.cumsum(jnp.sort(-order, axis=-1), axis=-1)
+            count = jnp.sum(total < self.entropy_bound, axis=-1, keepdims=True)
+            return masked & (ranks(order) < jnp.maximum(count, 1))
         quota, more = divmod(length, self.steps_per_block)
         chosen = ranks(order) < quota + (info.step_in_block < more)
         if self.threshold is not None:
@@ -299,10 +318,13 @@ class BlockLoop(Loop):
         after = super().next_step(state)
         if not self.calls_before:
             return after
-        before, zero = state.step_in_block < 0, jnp.asarray(0, jnp.int32)
+        # The prompt's call may have ended all: it gave the only token asked for, or an end of text.
+        left = jnp.any(self.masked_by_block(state.tokens))
+        first = jnp.where(left, 0, self.blocks.count).astype(jnp.int32)
+        before = state.step_in_block < 0
         return after._replace(
-            block=jnp.where(before, zero, after.block),
-            step_in_block=jnp.where(before, zero, after.step_in_block),
+            block=jnp.where(before, first, after.block),
+            step_in_block=jnp.where(before, 0, after.step_in_block),
         )
 
     def generated(self, state: LoopState) -> Int[Array, "B G"]:

@@ -9,11 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dials_jax.caching import sub_blocks
+from dials_jax.caching.cache import Blocks, ForwardInputs
+from dials_jax.caching.canvas import CanvasModel
 from dials_jax.caching.early_skip.settings import EarlySkip
 from dials_jax.caching.plain import DualCache, PrefixCache
 from dials_jax.errors import InputError
 from dials_jax.evaluation.batched import generation_batches
 from dials_jax.loading import load
+from dials_jax.models import transformer
 from dials_jax.models.model import Model, sequence_keys
 from dials_jax.sampling import generate as generating
 from dials_jax.sampling.block_diffusion import BlockDiffusion
@@ -22,7 +26,7 @@ from dials_jax.sampling.generate import generate
 from dials_jax.sampling.infill import infill
 from dials_jax.sampling.loop import StepInfo
 from dials_jax.sampling.refill import why_not_refilled
-from dials_jax.skipping.policies import Random, Static
+from dials_jax.skipping.policies import Static
 from dials_jax.skipping.routed import Routed
 from tests.conftest import random_routers
 
@@ -146,6 +150,37 @@ def test_logits_of_fast_dllm_v2_are_the_authors_shifted(fast):
     np.testing.assert_allclose(logits, fast["noisy_logits"][:, :-1], rtol=0, atol=2e-4)
 
 
+def test_a_sub_block_reads_what_the_last_whole_call_left(fast, monkeypatch):
+    """The authors' logits of the third sub-block, of which other tokens are known by then."""
+    prefix, place = int(fast["noisy_prefix_length"]), int(fast["sub_position"])
+    canvas = np.concatenate([fast["input_ids"][:, :prefix], fast["noisy_block"]], axis=1)
+    later = canvas.copy()
+    later[:, prefix + place : prefix + place + 4] = fast["sub_ids"]
+    cfg, params = fast.model.config, fast.model.params
+    blocks = Blocks(prefix, 16, 1, None, appended=True, causal=True, part=4)
+    monkeypatch.setattr(sub_blocks, "current_part", lambda masked, _: jnp.full(2, place // 4))
+
+    @jax.jit
+    def run(canvas, later):
+        inputs, number = transformer.block_inputs(cfg, None, canvas.shape), jnp.asarray
+        net = CanvasModel(cfg, params, None, "auto", inputs, None, None, 0)
+        state, logits = DualCache().init_state(net, blocks), []
+        variants = DualCache().forward_variants(net, blocks)
+        for step, variant, tokens in zip(
+            (-1, 0, 1), variants, (canvas, canvas, later), strict=True
+        ):
+            at = number(step), number(0), number(step)
+            inputs = ForwardInputs(tokens, *at, jnp.ones(2, bool))
+            out = variant.forward(inputs, state)
+            state = out.cache_state
+            logits.append(transformer.head_logits(cfg, params, out.h))
+        return logits
+
+    _, whole, part = run(canvas, later)
+    np.testing.assert_allclose(whole, fast["sub_full_logits"], rtol=0, atol=2e-4)
+    np.testing.assert_allclose(part, fast["sub_logits"], rtol=0, atol=2e-4)
+
+
 @pytest.mark.parametrize("name", ["sdar", "fast"])
 def test_padding_on_the_left_changes_no_logits(name, request):
     golden = request.getfixturevalue(name)
@@ -164,7 +199,7 @@ def test_padding_on_the_left_changes_no_logits(name, request):
 def test_each_sequence_of_a_padded_batch_is_what_it_is_alone(family, request):
     """Drawn tokens, gates, log-probabilities and calls, too; one prompt fills no block."""
     golden, shifted = request.getfixturevalue(family), family == "fast"
-    policy = Routed(random_routers(golden.model.config), 0.4) if shifted else Random(2)
+    policy = Routed(random_routers(golden.model.config), 0.4)
     sampler = BlockDiffusion(
         11, 8, threshold=0.1, temperature=0.5, sub_block_length=4 if shifted else None
     )
@@ -231,14 +266,50 @@ def test_a_step_reveals_what_is_above_the_threshold_and_a_quota(sdar):
         np.testing.assert_array_equal(found, np.array(chosen, bool), err_msg=str(sampler))
 
 
-def test_leaving_layers_out_is_a_model_without_them(fast):
-    cfg, params = fast.model.config, fast.model.params
+@pytest.mark.parametrize("bound", [0.0, 1.0, 6.0, 1e3])
+def test_an_entropy_bound_reveals_what_adds_up_to_less(sdar, bound):
+    """As many tokens as have less entropy than this together, and one at least."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(3, 8, 200)) * rng.uniform(1, 6, size=(3, 8, 1))
+    p = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
+    masked, expected = rng.random((3, 8)) < 0.7, np.zeros((3, 8), bool)
+    for row, entropies in enumerate(-(p * np.log(p)).sum(axis=-1)):
+        total = 0.0
+        for place in sorted(np.flatnonzero(masked[row]), key=lambda i: entropies[i]):
+            total += entropies[place]
+            if total >= bound and expected[row].any():
+                break
+            expected[row, place] = True
+    sampler = BlockDiffusion(16, 8, entropy_bound=bound)
+    zero = jnp.zeros(3, int)
+    info = StepInfo(zero[0], zero, zero, jnp.broadcast_to(jnp.arange(8), (3, 8)))
+    _, confidence = sampler.propose(sdar.model.config, jnp.asarray(logits, jnp.float32), zero)
+    confidence = jnp.where(masked, confidence, -jnp.inf)
+    found = sampler.choose(confidence, info, zero)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_all_that_the_prompts_call_ends_takes_no_other_call(fast):
+    """It gives the token behind a prompt of whole blocks: the only one asked for, or the end."""
+    [prompt] = [p for p in fast.prompts if len(p) == 16]
+    out = generate(fast.model, prompt[None], sampler=BlockDiffusion(1, 16), cache=PrefixCache())
+    assert out.nfe == out.passes[0] == 1 and (out.tokens[:, :16] == prompt).all()
+    model, ends = fast.ending_at(int(out.tokens[0, -1])), BlockDiffusion(20, 16, stop_at_eos=True)
+    ended = generate(model, prompt[None], sampler=ends, cache=PrefixCache())
+    assert ended.nfe == 1 and ended.num_tokens[0] == 1
+    assert (ended.tokens[:, 16:] == model.config.eos_id).all()
+
+
+@pytest.mark.parametrize("family", ["sdar", "fast"])
+def test_leaving_layers_out_is_a_model_without_them(family, request):
+    golden, shifted = request.getfixturevalue(family), family == "fast"
+    cfg, params = golden.model.config, golden.model.params
     kept = jax.tree.map(lambda x: x[np.array([0, 2])], params["layers"])
     shallow = Model(dataclasses.replace(cfg, num_layers=2), {**params, "layers": kept})
-    sampler = BlockDiffusion(20, 8, threshold=0.2, sub_block_length=4)
+    sampler = BlockDiffusion(20, 8, threshold=0.2, sub_block_length=4 if shifted else None)
     run = {"sampler": sampler, "cache": DualCache()}
-    skipped = generate(fast.model, fast.prompts[:2], policy=Static((1, 3)), **run)
-    expected = generate(shallow, fast.prompts[:2], **run)
+    skipped = generate(golden.model, golden.prompts[:2], policy=Static((1, 3)), **run)
+    expected = generate(shallow, golden.prompts[:2], **run)
     np.testing.assert_array_equal(skipped.tokens, expected.tokens)
     assert skipped.flops.layers_run == 0.5 and skipped.nfe == expected.nfe
 
@@ -283,6 +354,7 @@ def test_prompts_of_one_bucket_share_a_program(sdar, traced_once):
         ({"sub_block_length": 4, "steps_per_block": 4}, "sub_block_length=4 knows no quota"),
         ({"threshold": 0.5, "remasking": "sequential"}, "leave out one of them"),
         ({"threshold": -0.5}, "threshold=-0.5 must not be negative"),
+        ({"threshold": 0.5, "entropy_bound": 0.35}, "entropy_bound is a rule of its own"),
         ({"top_p": 1.5}, r"top_p=1.5 must lie in \(0, 1\]"),
     ],
 )
