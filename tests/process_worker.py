@@ -4,7 +4,6 @@
 one process alone does. Usage: python process_worker.py NUMBER COUNT PORT FOLDER
 """
 
-import faulthandler
 import sys
 from pathlib import Path
 from unittest import mock
@@ -29,7 +28,6 @@ from dials_jax.studies.study import run_study
 from dials_jax.training.loop import train
 from tests import conftest  # noqa: F401  exact products
 
-END_AFTER = 400  # seconds: a process that still waits for the other one shows where, and ends
 DATA = ArithmeticData(num_items=40)
 
 
@@ -97,7 +95,6 @@ def work_without_figures(folder: Path, mesh: MeshConfig) -> None:
 
 
 if __name__ == "__main__":
-    faulthandler.dump_traceback_later(END_AFTER, exit=True)
     number, count, port, folder = sys.argv[1:]
     jax.distributed.initialize(f"localhost:{port}", int(count), int(number))
     work(Path(folder), MeshConfig(data=1, fsdp=int(count)))

@@ -3,9 +3,14 @@
 import contextlib
 import json
 import os
+import re
+import shutil
 import socket
 import subprocess
 import sys
+import time
+import warnings
+from collections import Counter
 from pathlib import Path
 
 import jax
@@ -17,9 +22,10 @@ from dials_jax.config import MeshConfig
 from dials_jax.data.arithmetic import ArithmeticTask
 from dials_jax.models.folders import save_model
 from tests.conftest import init_params
-from tests.process_worker import DATA, END_AFTER, tiny, work
+from tests.process_worker import DATA, tiny, work
 
 ROOT = Path(__file__).parents[1]
+QUIET = 60  # seconds without any work: a process that waits for another, which waits, too
 TIME = ("tokens_per_second", "seconds", "digest")  # and digests of lines that hold times
 
 
@@ -31,30 +37,83 @@ def folders(made_once):
 
 
 def run_both(folder):
-    one, two = folder / "one", folder / "two"
+    """Runs the work in this process and, beside it, in two.
+
+    Between processes on CPUs, XLA has stood still twice in some hundreds of these runs, both
+    processes waiting inside one program, and nobody could make it do so again. Such a pair shows
+    its stacks as a warning and is started once more; a second one fails.
+    """
     save_scorer(folder)
+    with pair(folder) as processes:
+        work(folder / "one", MeshConfig())
+        stacks = standstill(processes)
+    if stacks:
+        warnings.warn(f"two processes stood still and were started again\n{stacks}", stacklevel=2)
+        shutil.rmtree(folder / "two")
+        with pair(folder) as processes:
+            stacks = standstill(processes)
+    ends = "\n".join(f"--- {n}\n{(folder / f'{n}.txt').read_text()[-6000:]}" for n in range(2))
+    assert not stacks, f"two processes stood still again\n{stacks}\n{ends}"
+    assert [process.returncode for process in processes] == [0, 0], ends
+
+
+@contextlib.contextmanager
+def pair(folder):
+    """Two processes that share `folder / "two"` and print to `0.txt` and `1.txt`."""
     with socket.socket() as found:
         found.bind(("localhost", 0))
         port = found.getsockname()[1]
     worker = str(ROOT / "tests" / "process_worker.py")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    logs = [folder / f"{number}.txt" for number in range(2)]
     with contextlib.ExitStack() as stack:
+        logs = [stack.enter_context((folder / f"{n}.txt").open("w")) for n in range(2)]
         processes = [
             subprocess.Popen(
-                [sys.executable, worker, str(number), "2", str(port), str(two)],
-                env=environment, stdout=stack.enter_context(log.open("w")),
-                stderr=subprocess.STDOUT,
+                [sys.executable, worker, str(n), "2", str(port), str(folder / "two")],
+                env=environment, stdout=logs[n], stderr=subprocess.STDOUT,
             )
-            for number, log in enumerate(logs)
+            for n in range(2)
         ]  # fmt: skip
         for process in processes:
+            stack.callback(process.wait)
             stack.callback(process.kill)
-        work(one, MeshConfig())
-        for process in processes:  # `END_AFTER` ends one that hangs, but not at its very end
-            process.wait(2 * END_AFTER)
-    ends = "\n".join(f"--- {log.name}\n{log.read_text()[-6000:]}" for log in logs)
-    assert [process.returncode for process in processes] == [0, 0], ends
+        yield processes
+
+
+def standstill(processes):
+    """Waits until all have ended; returns the stacks if they compute nothing for a minute."""
+    used, since = cpu_seconds(processes), time.monotonic()
+    while any(process.poll() is None for process in processes):
+        now = cpu_seconds(processes)
+        if now - used > 1:  # one that waits still takes some milliseconds
+            used, since = now, time.monotonic()
+        elif time.monotonic() - since > QUIET:
+            return "\n".join(native_stacks(process.pid) for process in processes)
+        time.sleep(0.5)
+    return None
+
+
+def cpu_seconds(processes):
+    """What processes have computed; those that have ended count as nothing."""
+    total = 0
+    for process in processes:
+        with contextlib.suppress(OSError):
+            fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+            total += int(fields[11]) + int(fields[12])
+    return total / os.sysconf("SC_CLK_TCK")
+
+
+def native_stacks(pid):
+    """Where the threads of a process are, also inside XLA: a line for those in one place."""
+    if not shutil.which("gdb"):
+        return f"process {pid}: its stacks need gdb"
+    command = ["gdb", "-p", str(pid), "-batch", "-ex", "thread apply all bt 20"]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=300).stdout
+    threads = [
+        " < ".join(re.findall(r"^#\d+ +(?:0x\w+ in )?(\S+) ", thread, re.MULTILINE))
+        for thread in re.split(r"^Thread ", shown, flags=re.MULTILINE)[1:]
+    ]
+    return "\n".join([f"process {pid}", *(f"{n} x {x}" for x, n in Counter(threads).items())])
 
 
 def save_scorer(folder):
