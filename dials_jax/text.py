@@ -139,7 +139,7 @@ def text_job(
     ids = [reader.tokenizer.encode(text) for text in reader.render(prompts, chat)]
     if sampler is None:
         longest = max(map(len, ids), default=0)
-        length = fitting_length(model.config, longest, max_new_tokens)
+        length = fitting_length(model.config, longest, max_new_tokens, settings.get("block_length"))
         sampler = text_sampler(model.config, length, **settings)
     else:
         given = [*settings, *(["max_new_tokens"] if max_new_tokens is not None else [])]
@@ -338,8 +338,14 @@ def draw_keys(seed: int, prompts: Sequence[Sequence[int]]) -> jax.Array:
 # ----------------------------------------------------------------------------- lengths and samplers
 
 
-def fitting_length(cfg: ModelConfig, longest: int, max_new_tokens: int | None) -> int:
-    """How many tokens to generate. Args: longest: tokens of the longest prompt."""
+def fitting_length(
+    cfg: ModelConfig, longest: int, max_new_tokens: int | None, block_length: int | None = None
+) -> int:
+    """How many tokens to generate: by default, as many whole blocks as there is room for.
+
+    Args:
+      longest: tokens of the longest prompt.
+    """
     room = cfg.max_length - longest
     require(
         room > 0,
@@ -350,7 +356,13 @@ def fitting_length(cfg: ModelConfig, longest: int, max_new_tokens: int | None) -
         max_new_tokens is None or max_new_tokens > 0,
         f"max_new_tokens={max_new_tokens} must be positive",
     )
-    return min(DEFAULT_LENGTH, room) if max_new_tokens is None else max_new_tokens
+    if max_new_tokens is not None:
+        return max_new_tokens
+    length = min(DEFAULT_LENGTH, room)
+    if sampler_kind(cfg) != "confidence":  # the others need no whole blocks
+        return length
+    parts = min(block_length, length) if block_length else -(-length // MAX_BLOCK)
+    return length - length % max(1, parts)
 
 
 def check_lengths(

@@ -13,7 +13,7 @@ from dials_jax.errors import InputError
 from dials_jax.loading import load
 from dials_jax.models.model import Model
 from dials_jax.skipping.routed import Routed
-from dials_jax.text import generate_text, text_job, text_sampler
+from dials_jax.text import fitting_length, generate_text, text_job, text_sampler
 from tests.conftest import amplify, random_routers, save_arithmetic_model, silence, small_config
 
 PROMPTS = ["+12,34=", "s7,5=", "r123,45=", "+1,2="]
@@ -122,6 +122,15 @@ def test_a_conversation_is_read_through_the_template(plainly, tmp_path, monkeypa
 )  # fmt: skip
 def test_blocks_and_steps_always_fit(length, settings, expected):
     assert text_sampler(small_config(), length, **settings) == expected
+
+
+@pytest.mark.parametrize("block", [{}, {"block_length": 5}, {"block_length": 200}])
+def test_the_default_length_fits_in_whole_blocks(block):
+    for room in range(1, 100):
+        cfg = small_config(max_length=room + 7)
+        length = fitting_length(cfg, 7, None, *block.values())
+        sampler = text_sampler(cfg, length, **block)
+        assert room / 2 < length <= sampler.gen_length <= room
 
 
 def test_a_family_is_sampled_as_it_is_published():

@@ -83,7 +83,7 @@ def open_bench(given: argparse.Namespace, texts: Sequence[Any]) -> Bench:
     else:
         prompts = random_prompts(model.config, given.num_prompts, given.prompt_length, given.seed)
     longest, asked = max(map(len, prompts)), settings.pop("max_new_tokens", None)
-    length = fitting_length(model.config, longest, asked)
+    length = fitting_length(model.config, longest, asked, settings.get("block_length"))
     sampler = settings.get("sampler") or text_sampler(model.config, length, **settings)
     check_lengths(model.config, prompts, sampler.gen_length, length)
     loaded = {text: load_policy(one, model) for text, one in policies.items()}

@@ -83,7 +83,7 @@ def check_scorer(cfg: ModelConfig, length: int) -> None:
     require(
         length <= cfg.max_length,
         f"samples of {length} tokens do not fit the scorer's {cfg.max_length} positions; "
-        "lower score_length",
+        "lower score_length, or the length of the samples",
     )
 
 

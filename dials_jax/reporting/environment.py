@@ -9,13 +9,13 @@ import platform
 import shlex
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import flax
 import jax
 
+import dials_jax
 from dials_jax.errors import InputError
 from dials_jax.files import read_json
 from dials_jax.models.model import Model
@@ -49,10 +49,7 @@ def command() -> str:
 @functools.cache
 def library() -> str:
     """The version of this library, and of a checkout the commit and whether it was changed."""
-    try:
-        version = f"dials_jax {metadata.version('dials_jax')}"
-    except metadata.PackageNotFoundError:  # a checkout that is not installed
-        version = "dials_jax"
+    version = f"dials_jax {dials_jax.__version__}"
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():  # installed into another project's folders
         return version

@@ -126,7 +126,10 @@ body { max-width: 80rem; margin: 3rem auto; padding: 0 1.5rem; color: #1f2933; b
 h1 { font-size: 1.8rem; margin-bottom: .5rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 2.5rem 0 .8rem; padding-bottom: .3rem;
      border-bottom: 1px solid #e3e7ec; }
-.scroll { overflow-x: auto; }
+/* A shadow at the right edge while there is more to scroll to. */
+.scroll { overflow-x: auto;
+          background: linear-gradient(to left, #fff 40%, #fff0) right / 3rem 100% no-repeat local,
+                      linear-gradient(to left, #1f293333, #1f293300) right / 1rem 100% no-repeat; }
 table { border-collapse: collapse; width: 100%; font-size: .84rem;
         font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .45rem; text-align: right; white-space: nowrap; }

@@ -279,7 +279,10 @@ def _kept(rows: Sequence[RetentionRow]) -> Kept:
 
 
 def choice_figures(sweeps: Mapping[str, Results]) -> list[Figure]:
-    """Goel, Figure 8, a row per model and task; none for sweeps of earlier versions."""
+    """Goel, Figure 8, a row per model and task; none for sweeps of earlier versions.
+
+    A column per rule by which any of them chose; a panel is empty where its model did not.
+    """
     panels = {}
     for model, results in sweeps.items():
         for task, found in results.get("static_choice", {}).items():
@@ -290,6 +293,12 @@ def choice_figures(sweeps: Mapping[str, Results]) -> list[Figure]:
                 rule: np.array(found["shares"].get(chosen_label(largest, adjacent), unknown))
                 for rule, adjacent in reversed(CHOICE_RULES.items())
             }
+    used = [
+        rule
+        for rule in reversed(CHOICE_RULES)
+        if any(np.isfinite(own[rule]).any() for own in panels.values())
+    ]
+    panels = {title: {rule: own[rule] for rule in used} for title, own in panels.items()}
     data = {"shares": panels}
     return [Figure("chosen_layers", CHOICE_CAPTION, choice_bars, data)] if panels else []
 

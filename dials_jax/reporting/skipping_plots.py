@@ -104,7 +104,7 @@ def choice_bars(
     """
     require(len(shares) > 0, "choice_bars: no models; give at least one")
     rules = list(next(iter(shares.values())))
-    with figure_at(path, 9.6, 1.0 + 1.7 * len(shares)) as figure:
+    with figure_at(path, 4.8 * len(rules), 1.0 + 1.7 * len(shares)) as figure:
         axes = figure.subplots(len(shares), len(rules), sharey=True, squeeze=False)
         for row, (label, own) in zip(axes, shares.items(), strict=True):
             for ax, rule in zip(row, rules, strict=True):

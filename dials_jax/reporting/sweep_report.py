@@ -43,9 +43,10 @@ YLABELS = {
 }
 
 TRADEOFF_CAPTION = (
-    "Quality against the share of layers run; dotted is what guessing gets. A policy that beats "
-    "the random one at the same share chose its layers well; bars are 95 % intervals of each value "
-    "alone, so take the paired p of the table to compare two policies."
+    "Quality against the share of layers run; dashed is the full model, dotted what guessing gets "
+    "in multiple choice. A policy that beats the random one at the same share chose its layers "
+    "well; bars are 95 % intervals of each value alone, so take the paired p of the table to "
+    "compare two policies."
 )
 COSTS = {  # figure and label of the axis, by the cost of a row
     "layers_run": ("tradeoff", "layers run / layers"),
@@ -63,6 +64,11 @@ SPEED_CAPTION = (
 SECONDS_CAPTION = (
     "The same against measured seconds, for runs that were timed under the same conditions."
 )
+
+
+def _short(path: str) -> str:
+    """Its last two names: the last one of a workdir is often `model`."""
+    return "/".join(Path(path).parts[-2:])
 
 
 def write_report(results: Mapping[str, Any], folder: str | Path) -> list[SweepRow]:
@@ -91,7 +97,7 @@ def sweep_report(results: Mapping[str, Any], rows: Sequence[SweepRow]) -> Report
     tables |= kinds_tables(results)
     plots = [*_speed_figure(curves), *_figures(runs, rows, results)] if rows else []
     return Report(
-        title=f"Layer skipping on {Path(results['model'].get('path', 'a model')).name}",
+        title=f"Layer skipping on {_short(results['model'].get('path', 'a model'))}",
         results=results,
         columns=csv_columns(),
         rows=csv_rows(rows),

@@ -47,6 +47,8 @@ IMPORTANCE_LEGEND = (
     ("gap", "Cross-entropy above the heavy model's, nats: below 0 the model is the better one."),
     ("kl", "KL divergence of the model from the heavy one, nats: Sedykh (7)."),
     ("relative_kl", "The same, minus that of a second heavy model, sequence by sequence."),
+    ("lowest t, highest t", "The curve where least and where most is masked."),
+    ("peak", "Its largest value, ± half its 95 % interval, and the noise level t of it."),
     ("what schedules would lose", "Integrals over the steps that they give to other models, nats "
      "per token, on masked text. That later steps build on a light model's tokens is left out."),
 )  # fmt: skip

@@ -65,7 +65,8 @@ def run_proposals(cfg: ProposeStudy, workdir: Path) -> Report:
     harms = read_harms(cfg.importance, letter, num_segments) if cfg.importance else {}
     require(
         max(cfg.budgets) <= len(light),
-        f"budgets {cfg.budgets} ask for more than the {len(light)} schedules of the search",
+        f"budgets {cfg.budgets} ask for more than the {len(light)} schedules of the search; "
+        "lower them",
     )
     methods = make_methods(placements, harms)
     budgets = sorted(cfg.budgets)

@@ -31,7 +31,7 @@ FREQUENCIES_CAPTION = "How often a segment is light among the best and the worst
 STUDY_LEGEND = (
     ("gen. PPL", "The mean of the samples' perplexities under the scorer, or that of all tokens "
      "together where aggregate is corpus. ± is half the 95 % interval."),
-    ("change", "To the first schedule, sample by sample, and its 95 % interval in perplexity."),
+    ("change", "To the first schedule, sample by sample, and its 95 % interval."),
     ("p", "Two-sided paired t-test, not corrected for the number of rows."),
     ("entropy", "Of the tokens within a sample, nats. Repetition lowers it, and perplexity too."),
     ("equal entropy", "What is left of the change in log perplexity between samples of equal "
@@ -156,7 +156,7 @@ def schedule_table(rows: Sequence[ScheduleRow]) -> Table:
             r.schedule,
             f"{r.perplexity:.2f} ±{(r.high - r.low) / 2:.2f}",
             f"{r.difference / base:+.2%}",
-            f"{r.difference_low:+.2f} to {r.difference_high:+.2f}",
+            f"{r.difference_low / base:+.2%} to {r.difference_high / base:+.2%}",
             "<0.001" if r.p_value < 0.001 else f"{r.p_value:.3f}",
             f"{r.entropy:.3f} ±{(r.entropy_high - r.entropy_low) / 2:.3f}",
             f"{r.equal_entropy:+.3f} ±{(r.equal_entropy_high - r.equal_entropy_low) / 2:.3f}",

@@ -91,7 +91,8 @@ class EarlySkip(Typed):
         """Raises: InputError for arguments that these settings do not compose with."""
         require(
             blocks.length % self.block_every == 0,
-            f"block_every={self.block_every} must divide block_length={blocks.length}",
+            f"block_every={self.block_every} must divide block_length={blocks.length}; "
+            "change one of them",
         )
         require(
             net.prompt_mask is None,
