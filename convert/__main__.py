@@ -1,6 +1,7 @@
-"""`python -m convert SRC DST`: see `dials_jax.convert`."""
+"""`python -m convert SRC DST`: as `dials convert`, from a clone."""
 
-from dials_jax.convert.__main__ import main
+from dials_jax.cli.convert import convert_command
+from dials_jax.commands import run_command
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(convert_command)

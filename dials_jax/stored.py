@@ -131,7 +131,9 @@ def unfinished_name(folder: Path) -> Path:
 
 
 def require_new(folder: Path) -> None:
-    """Raises: InputError where `new_folder` would replace or remove anything but its own."""
+    """Raises: InputError where `new_folder` would replace or remove anything but its own, or where
+    no folder can be made."""
+    require_parent(folder)
     require(not os.path.lexists(folder), f"{folder} exists; name another folder")
     left = unfinished_name(folder)
     own = is_empty(left) or (not left.is_symlink() and (left / MARK).is_file())
@@ -139,6 +141,12 @@ def require_new(folder: Path) -> None:
         not os.path.lexists(left) or own,
         f"{left} was not left by a save that was stopped, and would be removed; move it away",
     )
+
+
+def require_parent(path: Path) -> None:
+    """Raises: InputError for an absolute path in which a file stands where a folder has to."""
+    parent = next(one for one in path.parents if os.path.lexists(one))
+    require(parent.is_dir(), f"{path} cannot be made: {parent} is no folder; name another one")
 
 
 def is_empty(folder: Path) -> bool:

@@ -7,7 +7,7 @@ import pytest
 
 from dials_jax import digests, stored
 from dials_jax.errors import InputError
-from dials_jax.stored import UnreadableTree, load_tree, save_tree
+from dials_jax.stored import UnreadableTree, load_tree, require_new, save_tree
 
 TREE = {"a": np.array([1.5, np.nan, -0.0], np.float32), "b": {"c": np.arange(6).reshape(2, 3)}}
 
@@ -80,3 +80,10 @@ def test_the_earlier_tree_is_gone_before_orbax_saves(tree, saved, monkeypatch):
     monkeypatch.setattr(stored.ocp, "save", save)
     save_tree(saved, tree, "make room")
     load_tree(saved, tree, digests.digest_hex(tree))
+
+
+def test_a_file_in_the_place_of_a_folder_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file" / "x", tmp_path / "file" / "y" / "x"):
+        with pytest.raises(InputError, match=r"x cannot be made: .*file is no folder; name anoth"):
+            require_new(path)

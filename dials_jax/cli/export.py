@@ -15,6 +15,7 @@ from typing import get_args
 from dials_jax.cli.options import Options
 from dials_jax.config import WeightDtype
 from dials_jax.errors import require
+from dials_jax.files import local_path
 from dials_jax.stopping import keeping
 
 
@@ -29,7 +30,7 @@ def export_command(argv: list[str] | None = None) -> None:
     from dials_jax.skipping.storage import holds_router
 
     with keeping(lambda: "what is not whole is not kept; the same command starts again"):
-        if holds_router(given.source):
+        if holds_router(local_path(given.source, "MODEL")):
             require(given.dtype is None, "--dtype is for models; a router's file is float32")
             size = given.max_shard_size
             require(size is None, "--max-shard-size is for models; a router is one file")

@@ -25,7 +25,9 @@ class SubCommand(NamedTuple):
 
 
 COMMANDS = {
-    "convert": SubCommand("convert.__main__", "main", "a published checkpoint, to load faster"),
+    "convert": SubCommand(
+        "cli.convert", "convert_command", "a published checkpoint, to load faster"
+    ),
     "export": SubCommand("cli.export", "export_command", "a model, to the layout of its authors"),
     "tokenizer": SubCommand("cli.tokenizer", "tokenizer_command", "trained on text"),
     "prepare": SubCommand("cli.prepare", "prepare_command", "tokenise and pack a corpus, once"),
@@ -62,10 +64,7 @@ def start(name: str, *arguments: str) -> None:
     require(name in COMMANDS, known)
     command = COMMANDS[name]
     sys.argv = [f"dials {name}", *arguments]  # what usage lines, and records of a run, show
-    function = getattr(import_module(f"dials_jax.{command.module}"), command.function)
-    status = function()
-    if isinstance(status, int) and status:
-        raise SystemExit(status)
+    getattr(import_module(f"dials_jax.{command.module}"), command.function)()
 
 
 def help_text() -> str:

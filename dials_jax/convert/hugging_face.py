@@ -33,7 +33,7 @@ from dials_jax.convert.table import TensorLayout, fill_params, is_buffer, strip_
 from dials_jax.data.tokenizer import has_tokenizer, load_tokenizer
 from dials_jax.errors import InputError, nearest, require
 from dials_jax.files import read_json
-from dials_jax.models.folders import dtype_name, save_model
+from dials_jax.models.folders import MODEL_FORMAT, dtype_name, save_model
 from dials_jax.models.groups import abstract_params
 
 MODEL_TYPES = {  # the `model_type` of config.json
@@ -86,6 +86,10 @@ def open_hugging_face(source: str | Path, dtype: Any = None) -> tuple[ModelConfi
 
 def require_known_model_type(values: dict[str, Any], source: Path) -> None:
     """Raises: InputError for a model type that is not in `MODEL_TYPES`, naming those that are."""
+    require(
+        values.get("format") != MODEL_FORMAT,
+        f"{source} is a model folder of this library already; load it, or `dials export` it",
+    )
     kind, found = values.get("model_type"), values.get("architectures")
     names = found if isinstance(found, list) else []
     names = [name for name in names if isinstance(name, str)]

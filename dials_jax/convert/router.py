@@ -30,6 +30,7 @@ from dials_jax.skipping.storage import (
     router_shapes,
     write_router,
 )
+from dials_jax.stored import new_folder, require_new, require_parent
 
 SUFFIX_OF_ROUTERS = ".safetensors"
 _AGAIN = "copy or export it again"
@@ -45,6 +46,7 @@ def export_router(path: str | Path, file: str | Path) -> Path:
         file.suffix == SUFFIX_OF_ROUTERS,
         f"{file} is no name for a router's file; end it with {SUFFIX_OF_ROUTERS}",
     )
+    require_parent(file)
     require(not file.exists(), f"{file} exists; name another file")
     folder, info = router_facts(path)
     mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
@@ -63,7 +65,7 @@ def import_router(file: str | Path, folder: str | Path) -> RouterInfo:
     Raises: InputError if the file is something else, or damaged.
     """
     file, folder = local_path(file, "SRC"), local_path(folder, "DST")
-    require(not folder.exists(), f"{folder} exists; name another folder")
+    require_new(folder)
     named, about = open_safetensors(file), read_metadata(file)
     require(
         about.get("format") == json.dumps(ROUTER_FORMAT),
@@ -79,5 +81,6 @@ def import_router(file: str | Path, folder: str | Path) -> RouterInfo:
         digests.digest_hex(routers) == info.digests,
         f"{file} is damaged: its arrays do not match their digests; {_AGAIN}",
     )
-    write_router(folder, routers, info)
+    with new_folder(folder, _AGAIN) as unfinished:
+        write_router(unfinished, routers, info)
     return info

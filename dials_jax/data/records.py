@@ -49,11 +49,12 @@ def expand_paths(
 
     Raises: InputError if a path is missing, has another suffix, or is a folder without such files.
     """
-    paths, wanted = [Path(p) for p in paths], ", ".join(suffixes)
+    paths, wanted = list(paths), ", ".join(suffixes)
     require(bool(paths), f"paths is empty; name at least one file or folder ({wanted})")
     files = []
-    for path in paths:
-        local_path(path, "paths")
+    for given in paths:
+        local_path(given, "paths")  # Path("") would be the current folder
+        path = Path(given)
         require(path.exists(), f"{path} is missing; correct paths")
         try:
             there = sorted(_visible_files(path)) if path.is_dir() else [path]

@@ -53,6 +53,7 @@ from dials_jax.stored import (
     is_empty,
     load_tree,
     new_folder,
+    require_parent,
     require_space,
     save_tree,
     unfinished_name,
@@ -106,6 +107,7 @@ def save_model(
     dtype = dtype_name(dtype) or jnp.result_type(*leaves).name
     num_parameters = trees.count_parameters(params)
     require(overwrite or not folder.exists(), f"{folder} exists; name another folder")
+    require_parent(folder)
     require_replaceable_model(folder)
     require_space(folder, num_parameters * jnp.dtype(dtype).itemsize)
     again = "make room and run the command again"

@@ -21,7 +21,7 @@ from dials_jax.errors import InputError, require
 from dials_jax.files import local_path, read_json, write_json
 from dials_jax.keys import seed_key
 from dials_jax.skipping.routed import Routed, init_routers, rounded
-from dials_jax.stored import UnreadableTree, load_tree, save_tree, writing
+from dials_jax.stored import MARK, UnreadableTree, load_tree, save_tree, writing
 
 ROUTER_FORMAT = "dials_jax router"
 AGAIN = "run its training command again, which writes it from the last checkpoint"
@@ -136,7 +136,7 @@ def require_replaceable_router(folder: Path) -> None:
             own = not names or (
                 config.exists() and read_json(config).get("format") == ROUTER_FORMAT
             )
-        own = own or all(name.startswith("params") for name in names)
+        own = own or all(name == MARK or name.startswith("params") for name in names)
     require(own, f"{folder} is no {ROUTER_FORMAT} and would be overwritten; move it away")
 
 

@@ -8,6 +8,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from dials_jax.cli.convert import convert_command
+from dials_jax.commands import run_command
+
 KINDS = {
     "float32": "F32",
     "float16": "F16",
@@ -99,3 +102,12 @@ def sharded(tmp_path):
     """A copy of the golden LLaDA, in two shards with an index, for tests to damage."""
     golden = Path(__file__).parents[1] / "golden" / "llada_tiny"
     return shutil.copytree(golden, tmp_path / "sharded", ignore=shutil.ignore_patterns("*.npz"))
+
+
+def main(arguments):
+    """Runs `dials convert`; returns its exit status."""
+    try:
+        run_command(lambda: convert_command(arguments))
+    except SystemExit as stop:
+        return stop.code or 0
+    return 0

@@ -6,11 +6,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dials_jax.convert import hugging_face
-from dials_jax.convert.__main__ import CONVERTED_TYPES, main
+from dials_jax.cli.convert import CONVERTED_TYPES
+from dials_jax.convert import hugging_face, lightning
 from dials_jax.convert.safetensors_reader import open_safetensors
 from dials_jax.errors import InputError
 from dials_jax.loading import load
+from tests.convert.conftest import main
 
 SHARD = "model-00002-of-00002.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -247,11 +248,45 @@ def test_an_existing_target_is_left_alone(sharded, tmp_path, capsys):
     assert not list((tmp_path / "target").iterdir())
 
 
+def test_what_is_wrong_with_a_target_is_said_before_a_checkpoint_is_read(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(lightning, "open_lightning", lambda *args, **kwargs: pytest.fail("read"))
+    (tmp_path / "file").touch()
+    for target, words in ((tmp_path, "exists"), (tmp_path / "file" / "x", "file is no folder")):
+        assert main(["last.ckpt", str(target), "--allow-pickle"]) == 2
+        assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("source", ["sharded", "router.safetensors"])
+@pytest.mark.parametrize("option", [["--no-ema"], ["--ema"], ["--allow-pickle"], ["--eos-id", "1"]])
+def test_options_of_a_checkpoint_are_refused_for_others(source, option, tmp_path, capsys):
+    assert main([source, str(tmp_path / "target"), *option]) == 2
+    line = f"error: {option[0]} is for a .ckpt, and {source} is none; leave it out\n"
+    assert capsys.readouterr().err == line
+
+
+def test_a_number_format_is_refused_for_a_router(tmp_path, capsys):
+    assert main(["r.safetensors", str(tmp_path / "target"), "--dtype", "bfloat16"]) == 2
+    assert "--dtype is for models" in capsys.readouterr().err
+
+
+def test_an_unknown_option_is_one_line(capsys):
+    assert main(["source", "target", "--alow-pickle"]) == 2
+    assert capsys.readouterr().err == (
+        "error: '--alow-pickle' is no option of dials convert; did you mean '--allow-pickle'?\n"
+    )
+
+
+def test_a_folder_that_is_converted_already_is_named(arithmetic_model, tmp_path, capsys):
+    assert main([str(arithmetic_model / "model"), str(tmp_path / "target")]) == 2
+    assert "is a model folder of this library already" in capsys.readouterr().err
+
+
 def test_help_says_what_the_command_needs(capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["--help"])
+    assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert stop.value.code == 0 and "SRC" in text and "--dtype" in text
+    assert "SRC" in text and "--dtype" in text
     assert tuple(hugging_face.MODEL_TYPES) == CONVERTED_TYPES and all(
         kind in text for kind in CONVERTED_TYPES
     )

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from dials_jax import trees
-from dials_jax.convert.__main__ import main
 from dials_jax.convert.hugging_face import convert_folder, open_hugging_face, write_model_folder
 from dials_jax.data.tokenizer import character_tokenizer, load_tokenizer
 from dials_jax.errors import InputError
@@ -19,6 +18,7 @@ from dials_jax.loading import load
 from dials_jax.models import families, folders, transformer
 from dials_jax.nn.block import Embed
 from dials_jax.nn.modules import bind
+from tests.convert.conftest import main
 from tests.data import published
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llada_tiny"

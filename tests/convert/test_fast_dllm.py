@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from dials_jax.convert import fast_dllm
-from dials_jax.convert.__main__ import main
 from dials_jax.errors import InputError
 from dials_jax.loading import load
+from tests.convert.conftest import main
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "fast_dllm_v2_tiny"
 VALUES = json.loads((GOLDEN / "config.json").read_text())

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from dials_jax.convert import gpt2, mdlm
-from dials_jax.convert.__main__ import main
 from dials_jax.convert.hugging_face import open_hugging_face
 from dials_jax.convert.lightning import open_lightning
 from dials_jax.convert.safetensors_reader import open_tensors
@@ -20,7 +19,7 @@ from dials_jax.errors import InputError
 from dials_jax.files import read_json
 from dials_jax.loading import load
 from dials_jax.models import families
-from tests.convert.conftest import write_safetensors
+from tests.convert.conftest import main, write_safetensors
 from tests.convert.test_convert import TOLERANCE, assert_same_bits
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from dials_jax.convert import dream, qwen2
-from dials_jax.convert.__main__ import main
 from dials_jax.convert.hugging_face import convert_folder, open_hugging_face
 from dials_jax.convert.safetensors_reader import open_tensors
 from dials_jax.errors import InputError
@@ -21,7 +20,7 @@ from dials_jax.loading import load
 from dials_jax.models import transformer
 from dials_jax.models.families import dream_7b, qwen2_5_7b
 from dials_jax.models.model import Model
-from tests.convert.conftest import write_safetensors
+from tests.convert.conftest import main, write_safetensors
 from tests.convert.test_convert import TOLERANCE, assert_same_bits
 
 GOLDEN = Path(__file__).parents[1] / "golden"

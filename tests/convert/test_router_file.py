@@ -11,9 +11,9 @@ from safetensors.numpy import save_file
 
 from dials_jax.cli.export import export_command
 from dials_jax.config import RouterConfig
-from dials_jax.convert.__main__ import main
 from dials_jax.convert.router import export_router, import_router
 from dials_jax.errors import InputError
+from dials_jax.skipping import storage
 from dials_jax.skipping.storage import (
     ROUTER_FORMAT,
     FittedThresholds,
@@ -23,6 +23,7 @@ from dials_jax.skipping.storage import (
     save_router,
 )
 from tests.conftest import jitted_init_routers
+from tests.convert.conftest import main
 
 CFG = RouterConfig(d_hidden=8, depth=3, execute_bias=0.5)
 FITTED = FittedThresholds(
@@ -77,6 +78,20 @@ def test_a_flipped_bit_is_found(workdir, tmp_path):
     with pytest.raises(InputError, match="is damaged: its arrays do not match"):
         import_router(file, tmp_path / "again")
     assert not (tmp_path / "again").exists()
+
+
+def test_a_folder_is_whole_or_not_there(workdir, tmp_path, monkeypatch):
+    file, folder = export_router(workdir, tmp_path / "r.safetensors"), tmp_path / "again"
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(storage, "_write_info", stop)
+        import_router(file, folder)
+    assert not folder.exists()
+    assert import_router(file, folder) == router_facts(folder)[1]
+    assert {path.name for path in folder.iterdir()} == {"config.json", "params"}
 
 
 def test_other_files_and_names_are_refused_in_a_line(workdir, tmp_path, monkeypatch):

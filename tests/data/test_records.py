@@ -169,6 +169,13 @@ def test_impossible_names_are_input_errors(path):
         expand_paths([path])
 
 
+def test_an_empty_path_is_not_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    with pytest.raises(InputError, match=r"^paths is empty; give a folder"):
+        expand_paths(["a.jsonl", ""])
+
+
 def test_paths_that_name_nothing_are_input_errors(tmp_path):
     (tmp_path / "notes.md").write_text("")
     for paths in ([], [str(tmp_path / "none")], [str(tmp_path)], [str(tmp_path / "notes.md")]):
