@@ -28,7 +28,7 @@ from dials_jax.evaluation.answer_store import (
 from dials_jax.files import local_path
 from dials_jax.records import Records, require_numbers, require_texts
 from dials_jax.text import GeneratedText, Prompt, TextJob
-from dials_jax.workdir import differences, exclusive, require_unclaimed
+from dials_jax.workdir import differences, exclusive, require_unclaimed, require_writable
 
 
 class AnswerFile:
@@ -38,9 +38,9 @@ class AnswerFile:
       remaining: numbers of the prompts to answer.
     """
 
-    def __init__(self, records: Records, prompts: Sequence[Prompt]):
+    def __init__(self, records: Records, prompts: Sequence[Prompt], job: TextJob):
         """Raises: InputError if the file answers other prompts."""
-        self._records, self._prompts = records, list(prompts)
+        self._records, self._prompts, self._job = records, list(prompts), job
         self._settings = settings_digest(records.identity)
         done = set()
         for record in records.all:
@@ -51,8 +51,19 @@ class AnswerFile:
                 f"{records.path} answers {shown(record['prompt'])} as prompt {number}, which is "
                 "another now; choose another --out",
             )
+            chat = self._facts(number).get("chat")
+            require(
+                record.get("chat", chat) == chat,
+                f"{records.path} answers prompt {number} {'with' if chat is False else 'without'} "
+                "the chat template, unlike now; choose another --out",
+            )
             done.add(number)
         self.remaining = [i for i in range(len(prompts)) if i not in done]
+
+    def _facts(self, number: int) -> dict[str, bool]:
+        """Whether a prompt went through the chat template, where some of the prompts did."""
+        text = isinstance(self._prompts[number], str)
+        return {} if self._job.template is None else {"chat": self._job.chat or not text}
 
     def add(self, number: int, answer: GeneratedText) -> dict[str, Any]:
         """Writes an answer; returns its line."""
@@ -68,6 +79,7 @@ class AnswerFile:
         }
         if answer.log_probs is not None:
             record |= {"tokens": answer.tokens.tolist(), "log_probs": answer.log_probs.tolist()}
+        record |= self._facts(number)
         self._records.add(record | {"settings": self._settings})
         return record
 
@@ -81,9 +93,8 @@ def open_answers(path: str | Path, job: TextJob, prompts: Sequence[Prompt]) -> I
 
     Raises: InputError if the file was written under other settings, or is none of this kind.
     """
-    file = local_path(path, "--out")
+    file = answers_path(path)
     mark = f"{file.stem}.settings.json"
-    require(not file.is_dir(), f"--out={path} is a folder; name a file in it, as answers.jsonl")
 
     def agree(old: Mapping[str, Any], new: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
         names = ", ".join(differences(old, new))
@@ -94,9 +105,16 @@ def open_answers(path: str | Path, job: TextJob, prompts: Sequence[Prompt]) -> I
 
     with exclusive(file.parent, "--out", f".{file.name}.lock") as folder:
         require_unclaimed(folder, mark, (file.name,))
-        yield AnswerFile(
-            Records(folder, identity_of(job), _check, mark, agree, name=file.name), prompts
-        )
+        records = Records(folder, identity_of(job), _check, mark, agree, name=file.name)
+        yield AnswerFile(records, prompts, job)
+
+
+def answers_path(path: str | Path) -> Path:
+    """The absolute path of a file of answers. Raises: InputError where none can be."""
+    file = local_path(path, "--out")
+    require(not file.is_dir(), f"--out={path} is a folder; name a file in it, as answers.jsonl")
+    require_writable(file.parent, "--out")
+    return file
 
 
 def identity_of(job: TextJob) -> dict[str, Any]:

@@ -148,7 +148,7 @@ def text_job(
     check_lengths(model.config, ids, sampler.gen_length, length)
     template = reader.template if is_chat else None
     return TextJob(
-        model, reader, ids, template, sampler, length, policy, cache, stop, log_probs, seed,
+        model, reader, ids, chat, template, sampler, length, policy, cache, stop, log_probs, seed,
         batch_size,
     )  # fmt: skip
 
@@ -159,6 +159,7 @@ class TextJob:
 
     Attributes:
       prompts: as token ids.
+      chat: texts went through the chat template, too, and not conversations alone.
       template: the chat template that they went through; None: none did.
       length: tokens that were asked for; the sampler may generate more, to fill its blocks.
     """
@@ -166,6 +167,7 @@ class TextJob:
     model: Model
     reader: TextReader
     prompts: list[list[int]]
+    chat: bool
     template: str | None
     sampler: Sampler
     length: int
@@ -203,7 +205,7 @@ class TextJob:
         lengths = [len(self.prompts[i]) for i in numbers] or [0]
         longest, copies = max(lengths), 1 + (sampler.cfg_scale > 0)
         flops = generation_flops(cfg, sampler, self.cache, sum(lengths) // len(lengths))
-        batch = copies * -(-self.batch_size // num_batch_shards(self.model.mesh))
+        batch = copies * -(-self.used_batch_size // num_batch_shards(self.model.mesh))
         head = max(work.head for work in sampler.work(cfg, self.cache or NoCache(), longest))
         length = longest + sampler.gen_length
         memory = {
@@ -212,6 +214,11 @@ class TextJob:
             "cache": cache_bytes(cfg, self.cache, batch, length),
         }
         return RunEstimate(len(numbers) * self.length, len(numbers) * flops, memory)
+
+    @property
+    def used_batch_size(self) -> int:
+        """Sequences per batch: no more than there are prompts."""
+        return max(1, min(self.batch_size, len(self.prompts)))
 
     def batches(self, remaining: Sequence[int] | None = None) -> Iterator[GenerationBatch]:
         """Yields batches with all that generation records."""
@@ -223,7 +230,7 @@ class TextJob:
             policy=self.policy,
             cache=self.cache,
             keys=draw_keys(self.seed, self.prompts),
-            batch_size=max(1, min(self.batch_size, len(self.prompts))),
+            batch_size=self.used_batch_size,
             remaining=remaining,
             is_done=stop.is_done(self.model, self.sampler, self.cache),
             log_probs=self.log_probs,

@@ -52,6 +52,7 @@ def test_json_has_every_time_and_where_it_was_measured(bench):
         (["--policies", "static=9"], "9"),
         (["--caches", "duel"], "cache 'duel' is not known; did you mean 'dual'"),
         (["--repeats", "0"], "--repeats=0 must be positive"),
+        (["--batch-size", "0"], "--batch-size=0 must be positive"),
         (["--prompt-length", "900"], "a prompt has 900 tokens, and the model"),
         (["--stop", "x"], "--stop: answers are timed as a whole"),
     ],

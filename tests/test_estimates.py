@@ -9,9 +9,11 @@ from jax.sharding import PartitionSpec as P
 import dials_jax as dj
 from dials_jax import estimates
 from dials_jax.cli.generate import generate_command
+from dials_jax.config import EvalTask, TaskData
 from dials_jax.estimates import (
     Pace,
     RunEstimate,
+    activation_bytes,
     cache_bytes,
     device_bytes,
     forward_flops,
@@ -19,6 +21,9 @@ from dials_jax.estimates import (
     print_cost,
     training_flops,
 )
+from dials_jax.evaluation.items import make_item
+from dials_jax.evaluation.likelihood import ANSWER_CHUNK
+from dials_jax.evaluation.sweep_cost import task_memory
 from dials_jax.text import text_job
 from tests.conftest import small_config
 
@@ -45,6 +50,26 @@ def test_flops_of_a_generation_are_those_that_it_takes(sampler, cache, tolerance
     out = dj.generate(lively, PROMPTS, sampler=sampler, cache=cache)
     expected = 2 * generation_flops(lively.config, sampler, cache, 5)
     assert expected == pytest.approx(out.flops.model_total, rel=tolerance)
+
+
+def test_a_likelihood_holds_the_logits_of_a_chunk_and_of_both_halves_of_guidance():
+    cfg, items = small_config(max_length=2000), [make_item([5], [[7] * 1000])]
+    data = TaskData(paths=("x.jsonl",), prompt_length=8, answer_length=4)
+
+    def memory(**settings):
+        task = EvalTask(name="text", metric="nelbo", data=data, num_samples=4, **settings)
+        return task_memory(task, items, cfg, batch=3)["activations"]
+
+    assert memory() == activation_bytes(cfg, 3, 1001, head=ANSWER_CHUNK)
+    assert memory(cfg_scale=0.5) == 2 * memory()
+
+
+def test_few_prompts_need_the_memory_of_few(arithmetic_model):
+    model = dj.load(arithmetic_model / "model")
+    one, two = (
+        text_job(model, ["s7,5="], max_new_tokens=4, batch_size=size).cost() for size in (1, 32)
+    )
+    assert one == two
 
 
 def test_training_costs_three_passes_and_a_frozen_model_one_less():

@@ -9,7 +9,9 @@ from dials_jax import answer_file, text
 from dials_jax.caching.plain import PrefixCache
 from dials_jax.cli.chat import chat_command, talk
 from dials_jax.cli.generate import generate_command
+from dials_jax.data.tokenizer import character_tokenizer
 from dials_jax.errors import InputError
+from dials_jax.evaluation import harness
 from dials_jax.files import read_json
 from dials_jax.loading import load
 from dials_jax.skipping.policies import Static
@@ -133,6 +135,40 @@ def test_other_settings_and_other_prompts_never_reuse_answers(run, prompts, tmp_
     run.out.with_name("answers.settings.json").unlink()
     with pytest.raises(InputError, match=r"was not made by a run of this folder"):
         run()
+
+
+def test_a_text_that_went_through_the_template_is_another_prompt(tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "render_chat", render_plainly)
+    folder, file = save_arithmetic_model(tmp_path) / "model", tmp_path / "prompts.jsonl"
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    message = {"role": "user", "content": "1"}
+    file.write_text(json.dumps({"prompt": "1"}) + "\n" + json.dumps({"messages": [message]}))
+    out = tmp_path / "answers.jsonl"
+    arguments = [str(folder), "--file", str(file), "--max-new-tokens", "4", "--out", str(out)]
+    generate_command(arguments)
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {line["number"]: line["chat"] for line in lines} == {0: False, 1: True}
+    with pytest.raises(InputError, match="answers prompt 0 without the chat template, unlike now"):
+        generate_command([*arguments, "--chat"])
+
+
+def test_what_is_wrong_with_options_is_said_before_a_model_is_loaded(tmp_path):
+    for options, message in (
+        (["--out", str(tmp_path)], "is a folder; name a file in it"),
+        (["--out", f"{__file__}/x.jsonl"], "is no folder that can be written to"),
+        (["--log-probs"], "--log-probs are kept in the file of --out"),
+        (["--batch-size", "0"], "--batch-size=0 must be positive"),
+        (["--stop", ""], "--stop has an empty text"),
+    ):
+        with pytest.raises(InputError, match=re.escape(message)):
+            generate_command(["nowhere", "--prompt", "1", *options])
+
+
+def test_another_tokenizer_is_seen_before_weights_are_read(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "load", lambda *args: pytest.fail("weights were read"))
+    character_tokenizer("ab").save(tmp_path)
+    with pytest.raises(InputError, match="the tokenizer has no token"):
+        generate_command([model, "--prompt", "1", "--tokenizer", str(tmp_path)])
 
 
 def test_without_a_file_answers_are_printed(model, capsys):

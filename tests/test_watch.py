@@ -220,7 +220,9 @@ def test_the_command(arithmetic_model, tmp_path, capsys):
     ("options", "message"),
     [
         ((), 'there are no prompts; give --prompt "..."'),
-        (("--prompt", "1", "--delay", "-1"), "--delay=-1.0 must not be negative"),
+        (("--prompt", "1", "--delay", "-1"), "--delay=-1 must lie in 0 to 3600 seconds"),
+        (("--prompt", "1", "--delay", "inf"), "--delay=inf must lie in 0 to 3600 seconds"),
+        (("--prompt", "1", "--out", f"{__file__}/x.html"), "is no folder that can be written to"),
         (("--prompt", "1", "--light", "x"), "--light is the model L of --schedule; give both"),
         (("--prompt", "1", "--light", "x", "--schedule", "H"), "schedule 'H': 'H' is not"),
         (("--prompt", "1", "--out", "/"), "--out=/ is a folder; name a file, as replay.html"),

@@ -28,7 +28,8 @@ BENCH_NOTE = (
 def bench_command(argv: list[str] | None = None) -> None:
     """Times all combinations, and prints a table, or JSON."""
     given = bench_options().read(argv)
-    require(given.repeats > 0, f"--repeats={given.repeats} must be positive")
+    for option, value in (("repeats", given.repeats), ("batch-size", given.batch_size)):
+        require(value > 0, f"--{option}={value} must be positive")
     require(not given.stop, "--stop: answers are timed as a whole here; leave it out")
     texts = read_texts(given)
     keep_programs()

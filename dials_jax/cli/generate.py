@@ -27,6 +27,7 @@ LESS_MEMORY = "lower --batch-size, or give a larger mesh, as --mesh.tensor 4"
 def generate_command(argv: list[str] | None = None) -> None:
     """Answers the prompts, and says what they cost."""
     given = generate_options().read(argv)
+    check_generate(given)
     prompts = read_prompts(given)
     keep_programs()
     from dials_jax.answer_file import open_answers
@@ -75,6 +76,20 @@ def generate_options() -> Options:
     group.add_argument("--batch-size", type=int, default=32, metavar="N", help="prompts at a time")
     add_sampling_options(parser)
     return parser
+
+
+def check_generate(given: argparse.Namespace) -> None:
+    """Raises: InputError for options without sense, before a model is loaded."""
+    require(given.batch_size > 0, f"--batch-size={given.batch_size} must be positive")
+    require(all(given.stop), "--stop has an empty text; leave it out")
+    require(
+        given.out is not None or not given.log_probs,
+        "--log-probs are kept in the file of --out; give one, as --out answers.jsonl",
+    )
+    if given.out is not None:
+        from dials_jax.answer_file import answers_path
+
+        answers_path(given.out)
 
 
 def read_prompts(given: argparse.Namespace) -> list[Any]:

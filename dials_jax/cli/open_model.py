@@ -60,7 +60,7 @@ def open_model(given: argparse.Namespace, is_chat: bool) -> tuple[Model, dict[st
     job = {"cache": settings.cache, "seed": settings.seed, "stop": given.stop}
     job |= sampling_settings(given)
     model, _, policy = load_harness_model(settings)
-    return model, job | {"policy": policy, "tokenizer": tokenizer_path(settings, model)}
+    return model, job | {"policy": policy, "tokenizer": tokenizer_path(settings)}
 
 
 def open_bench(given: argparse.Namespace, texts: Sequence[Any]) -> Bench:

@@ -18,6 +18,8 @@ from dials_jax.cli.options import Options, add_model_options, add_sampling_optio
 from dials_jax.commands import keep_programs
 from dials_jax.errors import require
 
+LONGEST_DELAY = 3600  # seconds
+
 
 def watch_command(argv: list[str] | None = None) -> None:
     """Generates, plays it in the terminal and writes the page."""
@@ -66,7 +68,10 @@ def check_watch(given: argparse.Namespace) -> None:
     """Raises: InputError for options without sense, before a model is loaded."""
     require(bool(given.prompt), 'there are no prompts; give --prompt "..."')
     require(not given.stop, "--stop cuts a text, and a replay shows every call; leave it out")
-    require(given.delay >= 0, f"--delay={given.delay} must not be negative")
+    require(
+        0 <= given.delay <= LONGEST_DELAY,
+        f"--delay={given.delay:g} must lie in 0 to {LONGEST_DELAY} seconds",
+    )
     require(
         (given.light is None) == (given.schedule is None),
         "--light is the model L of --schedule; give both, or neither",
@@ -77,9 +82,11 @@ def check_watch(given: argparse.Namespace) -> None:
         Schedule.parse(given.schedule)
     if given.out is not None:
         from dials_jax.files import local_path
+        from dials_jax.workdir import require_writable
 
         path = local_path(given.out, "--out")
         require(not path.is_dir(), f"--out={given.out} is a folder; name a file, as replay.html")
+        require_writable(path.parent, "--out")
 
 
 def take_turns(

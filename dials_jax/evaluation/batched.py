@@ -103,6 +103,7 @@ def generation_batches(
 
     Raises: InputError for settings under which sequences cannot make room, if `refill` asks for it.
     """
+    require(batch_size > 0, f"batch_size={batch_size} must be positive")
     if not len(prompts):
         return
     if keys is None:
@@ -210,6 +211,7 @@ def likelihood_batches(
     Raises: InputError if the model outputs NaN, because the first choice would look like the best.
     """
     check_num_samples(num_samples)
+    require(batch_size > 0, f"batch_size={batch_size} must be positive")
     if not len(pairs):
         return
     if keys is None:

@@ -19,7 +19,7 @@ from dials_jax.data.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
 from dials_jax.errors import nearest, require
 from dials_jax.evaluation.answer_store import AnswerSettings
 from dials_jax.evaluation.task import SamplerConfig
-from dials_jax.loading import load
+from dials_jax.loading import find_model, load, read_config
 from dials_jax.models.model import Model
 from dials_jax.nn.policy import Policy
 from dials_jax.sampling.ancestral import Ancestral
@@ -162,9 +162,10 @@ def load_harness_model(cfg: HarnessModel) -> tuple[Model, Tokenizer, Policy | No
 
     Raises: InputError for what is missing or does not fit the model.
     """
-    model = load(cfg.path, cfg.dtype, sharding.make_mesh(cfg.mesh), cfg.layout)
-    tokenizer = load_tokenizer(tokenizer_path(cfg, model))
-    check_tokenizer(tokenizer, model.config)
+    mesh = sharding.make_mesh(cfg.mesh)
+    tokenizer = load_tokenizer(tokenizer_path(cfg))
+    check_tokenizer(tokenizer, read_config(cfg.path, cfg.dtype))  # before the weights
+    model = load(cfg.path, cfg.dtype, mesh, cfg.layout)
     return model, tokenizer, load_policy(cfg, model)
 
 
@@ -190,6 +191,7 @@ def load_policy(cfg: HarnessModel, model: Model) -> Policy | None:
     return None
 
 
-def tokenizer_path(cfg: HarnessModel, model: Model) -> Path:
+def tokenizer_path(cfg: HarnessModel) -> Path:
     """The file or folder of the tokenizer; its folder may have chat templates."""
-    return Path(cfg.tokenizer or model.path).expanduser()
+    model = find_model(cfg.path)[0]
+    return Path(cfg.tokenizer).expanduser() if cfg.tokenizer else model

@@ -110,7 +110,7 @@ class DialsLM(LM):
             sampler=cfg.sampler,
             settings=settings,
             store=cfg.store or None,
-            tokenizer_folder=tokenizer_path(cfg, model),
+            tokenizer_folder=tokenizer_path(cfg),
         )
         lm.described = {"settings": to_dict(cfg)}
         return lm

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from dials_jax.evaluation.calibration import load_calibration
 from dials_jax.evaluation.candidates import Candidate, random_candidates, routed_candidates
 from dials_jax.evaluation.exact_match import normalise_answer
 from dials_jax.evaluation.full_depth import measure_kl
-from dials_jax.evaluation.items import Item, Items, item_names, load_items
+from dials_jax.evaluation.items import Items, item_names, load_items
 from dials_jax.evaluation.outputs import rules_digest
 from dials_jax.evaluation.scoring import count_sequences, score_task
 from dials_jax.evaluation.static_choice import (
@@ -38,7 +38,7 @@ from dials_jax.evaluation.task import EvalConfig, EvalTask
 from dials_jax.evaluation.task_setup import check_permission, check_task, generation_facts
 from dials_jax.evaluation.timing import time_policies
 from dials_jax.files import write_json
-from dials_jax.loading import load
+from dials_jax.loading import find_model, load, read_config
 from dials_jax.models.model import Model
 from dials_jax.progress import progress_bar
 from dials_jax.reporting.environment import training_settings
@@ -79,40 +79,24 @@ def sweep(
 
 
 def _sweep(cfg: EvalConfig, workdir: Path) -> dict[str, Any]:
+    tasks, tokenizers = _load_tasks(cfg)
     model = load(cfg.model, cfg.dtype, sharding.make_mesh(cfg.mesh), cfg.layout)
-    load_once = functools.cache(load_tokenizer)
-    tokenizers = [load_data_tokenizer(task.data, model.path, load_once) for task in cfg.tasks]
-    tasks = [
-        (task, load_items(task, tokenizer, model.config))
-        for task, tokenizer in zip(cfg.tasks, tokenizers, strict=True)
-    ]
-    _check_sweep(cfg, model, tasks)
     calibrations = [
         load_calibration(cfg, task, items, tokenizer, model) if cfg.num_static else None
         for (task, items), tokenizer in zip(tasks, tokenizers, strict=True)
     ]
     routed, routers = routed_candidates(cfg, model)
     full, random = Candidate("full", None), random_candidates(cfg)
-    to_check = [full, *routed, *random, *static_placeholder(cfg)]
+    known = [full, *routed, *random]
+    to_check = [*known, *static_placeholder(cfg)]
     for task, items in tasks:
         check_task(task, items, model, {c.label: c.policy for c in to_check})
     items_of = {task.name: items for task, items in tasks}
     rules = {task.name: rules_digest(task, items) for task, items in tasks}
     identity = sweep_identity(cfg, model, tasks, routers)
     records = SweepRecords(workdir, identity, items_of, model, rules)
-    facts = {
-        "model": {
-            "path": cfg.model,
-            "num_layers": model.num_layers,
-            "parameters": trees.count_parameters(model.params),
-            "fingerprint": model.fingerprint,
-            "trained": training_settings(cfg.model),
-        },
-        "routers": routers,
-        "static_choice": {},  # of each task
-    }
-    planned = 1 + len(routed) + len(random) + num_static_policies(cfg)
-    cost = sweep_cost(cfg, model, tasks, planned, records)
+    facts = {"model": _model_facts(cfg, model), "routers": routers, "static_choice": {}}
+    cost = sweep_cost(cfg, model, tasks, known, num_static_policies(cfg), records)
     if cost is not None:
         print_cost("what is left to score", cost, "lower batch_size, or give a larger mesh")
     pace = Pace(cost.flops if cost else 0.0, "the sweep")
@@ -147,15 +131,41 @@ def _sweep(cfg: EvalConfig, workdir: Path) -> dict[str, Any]:
     return results
 
 
-def _check_sweep(
-    cfg: EvalConfig, model: Model, tasks: Sequence[tuple[EvalTask, list[Item]]]
-) -> None:
+def _load_tasks(cfg: EvalConfig) -> tuple[list[tuple[EvalTask, Items]], list[Tokenizer]]:
+    """The tasks with their items, and their tokenizers; no weight is read.
+
+    Weights take minutes, and what is wrong with settings and data takes a moment to see.
+    """
+    sharding.make_mesh(cfg.mesh)
+    folder, model_config = str(find_model(cfg.model)[0]), read_config(cfg.model, cfg.dtype)
+    _check_sweep(cfg, model_config.num_layers)
+    load_once = functools.cache(load_tokenizer)
+    tokenizers = [load_data_tokenizer(task.data, folder, load_once) for task in cfg.tasks]
+    tasks = [
+        (task, load_items(task, tokenizer, model_config))
+        for task, tokenizer in zip(cfg.tasks, tokenizers, strict=True)
+    ]
+    return tasks, tokenizers
+
+
+def _model_facts(cfg: EvalConfig, model: Model) -> dict[str, Any]:
+    """What results.json says of the model."""
+    return {
+        "path": cfg.model,
+        "num_layers": model.num_layers,
+        "parameters": trees.count_parameters(model.params),
+        "fingerprint": model.fingerprint,
+        "trained": training_settings(cfg.model),
+    }
+
+
+def _check_sweep(cfg: EvalConfig, num_layers: int) -> None:
     """Raises: InputError for what would stop the sweep half-way, or for two runs of one label."""
     taus = cfg.skip_threshold
     repeatable = {
         "skip_threshold": taus if isinstance(taus, tuple) else (),
         "execution_ratios": cfg.execution_ratios,
-        "tasks": [t.name for t, _ in tasks],
+        "tasks": [task.name for task in cfg.tasks],
         "num_static": cfg.num_static,
         "allow_adjacent": cfg.allow_adjacent,
         "static_layers": [tuple(sorted(set(layers))) for layers in cfg.static_layers],
@@ -164,8 +174,8 @@ def _check_sweep(
     for name, values in repeatable.items():
         require(len(set(values)) == len(values), f"{name}: {values} names one twice; remove it")
     for k in cfg.num_random:
-        require_enough_layers(k, model.num_layers, allow_adjacent=True)
-    check_static(cfg, model.num_layers)
+        require_enough_layers(k, num_layers, allow_adjacent=True)
+    check_static(cfg, num_layers)
 
 
 def _score_candidate(

@@ -14,8 +14,9 @@ from dials_jax.estimates import (
     forward_flops,
     generation_flops,
 )
+from dials_jax.evaluation.candidates import Candidate
 from dials_jax.evaluation.items import Item
-from dials_jax.evaluation.likelihood import num_copies
+from dials_jax.evaluation.likelihood import ANSWER_CHUNK, num_copies
 from dials_jax.evaluation.sweep_records import SweepRecords
 from dials_jax.evaluation.task import EvalConfig, EvalTask
 from dials_jax.evaluation.task_setup import task_sampler
@@ -27,18 +28,21 @@ def sweep_cost(
     cfg: EvalConfig,
     model: Model,
     tasks: Sequence[tuple[EvalTask, Sequence[Item]]],
-    planned: int,
+    known: Sequence[Candidate],
+    num_static: int,
     records: SweepRecords,
 ) -> RunEstimate | None:
     """The cost of the runs that are not finished, if every layer runs; None if all are.
 
     Args:
-      planned: policies of every task.
+      known: policies of every task, but for static ones.
+      num_static: of these, whose layers may not be chosen yet.
     """
     tokens, flops, working = 0, 0.0, {"activations": 0.0, "cache": 0.0}
     batch = -(-cfg.batch_size // num_batch_shards(model.mesh))
     for task, items in tasks:
-        left = max(0, planned - records.num_finished(task.name))
+        left = max(0, num_static - records.num_finished(task.name, "static"))
+        left += sum(not records.is_finished(task.name, one.describe()) for one in known)
         if not (left and len(items)):
             continue
         own_tokens, own_flops = task_work(task, items, model.config)
@@ -62,8 +66,8 @@ def task_work(task: EvalTask, items: Sequence[Item], cfg: ModelConfig) -> tuple[
     for item in items:
         for answer in item.answers:
             copies = num_copies(cfg, len(answer), task.num_samples, None)
-            copies *= 1 + (task.cfg_scale > 0)
             tokens += copies * len(answer)
+            copies *= 1 + (task.cfg_scale > 0)
             flops += copies * forward_flops(cfg, len(item.prompt) + len(answer), len(answer))
     return tokens, flops
 
@@ -79,6 +83,7 @@ def task_memory(
         head = max(work.head for work in sampler.work(cfg, task.cache or NoCache(), prompt))
         kept = cache_bytes(cfg, task.cache, batch, length)
     else:
-        head = max(len(answer) for item in items for answer in item.answers)
-        length, kept = prompt + head, 0.0
+        answer = max(len(answer) for item in items for answer in item.answers)
+        length, batch, kept = prompt + answer, batch * (1 + (task.cfg_scale > 0)), 0.0
+        head = min(answer, ANSWER_CHUNK)
     return {"activations": activation_bytes(cfg, batch, length, head), "cache": kept}

@@ -162,10 +162,16 @@ class SweepRecords:
         newest = self._newest_rules.get(_row_key(run))
         return _run_key(run) in self.runs and newest == self._rules[task]
 
-    def num_finished(self, task: str) -> int:
-        """How many policies have a run on exactly these items."""
-        of = self.names[task], self._digests[task]
-        return sum((run["task"], run["items_digest"]) == of for run in self.runs.values())
+    def num_finished(self, task: str, kind: str) -> int:
+        """How many policies of this kind have a finished run on exactly these items."""
+        here = self.names[task], self._digests[task], self._seed
+        found = {
+            _row_key(run): run["policy"]
+            for run in self.runs.values()
+            if (run["task"], run["items_digest"], run["seed"]) == here
+        }
+        policies = [policy for policy in found.values() if policy["kind"] == kind]
+        return sum(self.is_finished(task, policy) for policy in policies)
 
     def _run(self, task: str, policy: Mapping[str, Any]) -> dict[str, Any]:
         """What a run says that its scores depend on."""

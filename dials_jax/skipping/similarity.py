@@ -121,6 +121,7 @@ def prompt_similarities(
       prompt, unknown tokens, and more tokens than the model has positions.
     """
     cfg = model.config
+    require(batch_size > 0, f"batch_size={batch_size} must be positive")
     require(len(prompts) > 0, "there are no prompts to compare layers on; give at least one")
     for i, prompt in enumerate(prompts):
         require(len(prompt) > 0, f"prompt {i} is empty, so it has no similarities; leave it out")

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import re
 import shutil
 from functools import cache, partial
 from types import SimpleNamespace
@@ -130,6 +131,38 @@ def runs_of(workdir):
     for run in runs:
         assert run["flops"].pop("seconds") > 0
     return runs
+
+
+def test_data_that_is_wrong_is_seen_before_weights_are_read(cfg, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "load", lambda *args: pytest.fail("weights were read"))
+    lost = TaskData(paths=(str(tmp_path / "none.jsonl"),), prompt_length=8, answer_length=4)
+    changes = [
+        ({"tasks": (dataclasses.replace(cfg.tasks[1], data=lost),)}, r"none\.jsonl is missing"),
+        ({"tasks": cfg.tasks[:1] * 2}, "tasks: .* names one twice"),
+        ({"num_random": (9,)}, "9"),
+        ({"mesh": MeshConfig(data=7)}, "does not fit"),
+    ]
+    for change, message in changes:
+        with pytest.raises(InputError, match=message):
+            sweep.sweep(dataclasses.replace(cfg, **change), tmp_path / "run")
+
+
+def test_what_is_left_to_score_is_counted_by_policy(cfg, finished, tmp_path, capsys, monkeypatch):
+    """Policies of an earlier call are not those of this one."""
+    monkeypatch.setattr(sweep, "_score_candidate", lambda *args: pytest.fail("begins"))
+    shutil.copytree(finished, tmp_path / "run")
+
+    def left(**changes):
+        with pytest.raises(pytest.fail.Exception):
+            sweep.sweep(dataclasses.replace(cfg, **changes), tmp_path / "run")
+        found = re.findall(r"what is left to score: ([\d,]+) tokens", capsys.readouterr().out)
+        return [int(tokens.replace(",", "")) for tokens in found]
+
+    of_sums, of_records = 6 * 4, 4 * sum(len(record["answer"]) for record in RECORDS)
+    one = of_sums + of_records  # of one policy
+    assert left(num_random=(1, 3), num_static=(), routers=()) == [2 * one]
+    assert left(num_random=(2,), static_layers=((0, 2),)) == [one]
+    assert left(seed=1, num_static=()) == [3 * one]
 
 
 def test_every_policy_is_scored_on_every_task(finished):
