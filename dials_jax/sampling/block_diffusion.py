@@ -37,14 +37,9 @@ from dials_jax.models import transformer
 from dials_jax.nn.policy import Policy
 from dials_jax.sampling.confidence import entropy_of, gumbel_like, probability_of, ranks
 from dials_jax.sampling.dream import most_probable
-from dials_jax.sampling.loop import (
-    BlockSampler,
-    Loop,
-    LoopState,
-    StepInfo,
-    from_eos_on,
-    variant_work,
-)
+from dials_jax.sampling.end_of_text import from_eos_on
+from dials_jax.sampling.loop import BlockSampler, Loop, LoopState, variant_work
+from dials_jax.sampling.reveal import StepInfo
 from dials_jax.sampling.sampler import require_ids
 
 

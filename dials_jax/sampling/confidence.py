@@ -32,7 +32,8 @@ from dials_jax.caching.cache import Cache
 from dials_jax.config import ModelConfig, Typed, require_positive
 from dials_jax.errors import require
 from dials_jax.nn.policy import Policy
-from dials_jax.sampling.loop import BlockSampler, StepInfo
+from dials_jax.sampling.loop import BlockSampler
+from dials_jax.sampling.reveal import StepInfo
 from dials_jax.sampling.sampler import log_probability_of, require_ids
 
 # Rules of which one at most is set: a step reveals what the model is sure of, not a quota.

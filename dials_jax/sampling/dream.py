@@ -18,7 +18,8 @@ from jaxtyping import Array, Bool, Float, Int
 from dials_jax.config import ModelConfig, Typed, require_positive
 from dials_jax.errors import require
 from dials_jax.sampling.confidence import gumbel_like, ranks
-from dials_jax.sampling.loop import BlockSampler, StepInfo
+from dials_jax.sampling.loop import BlockSampler
+from dials_jax.sampling.reveal import StepInfo
 
 Algorithm = Literal["origin", "maskgit_plus", "topk_margin", "entropy"]
 

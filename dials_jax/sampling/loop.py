@@ -31,35 +31,38 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from dials_jax.caching.cache import Blocks, Cache, ForwardInputs, ForwardOutputs, Revealed, Work
 from dials_jax.caching.canvas import CanvasModel
 from dials_jax.config import ModelConfig
-from dials_jax.diffusion.guidance import guide
 from dials_jax.errors import require
 from dials_jax.models import transformer
 from dials_jax.nn.policy import Policy
-from dials_jax.sampling.end_of_thinking import boost_end_of_thinking
+from dials_jax.sampling.end_of_text import after_stop, fill_after_eos
+from dials_jax.sampling.reveal import (
+    StepInfo,
+    StepSampler,
+    position_keys,
+    reveal,
+    write_log_probs,
+)
 from dials_jax.sampling.sampler import (
     CallRecord,
     append_call,
-    log_probability_of,
     start_record,
 )
 from dials_jax.sampling.timetable import block_steps, run_length_encode, run_program
 from dials_jax.sampling.trajectory import append_canvas
 
 
-class BlockSampler:
+class BlockSampler(StepSampler):
     """A sampler that fills blocks from left to right and reveals tokens by their confidence.
 
     A class of this kind sets the attributes below, and says with `propose` and `choose` which
-    tokens a step reveals. Keys are one per position, [B, W].
+    tokens a step reveals.
 
     Attributes:
       steps_per_block: at most; a block also ends when it is full.
       max_quota: tokens that a step reveals per sequence at most; None: any number.
       is_probability: whether confidences lie in [0, 1].
-      edits: a step may also replace tokens that are revealed already, as `revise` says.
       full_steps: steps at most that a full block takes, for editing or storing it.
-      delay_eos, stop_at_eos, stop_ids, append_blocks, end_think_ids, end_think_boost,
-        end_think_power: see `Confidence`.
+      stop_at_eos, stop_ids, append_blocks: see `Confidence`.
     """
 
     gen_length: int
@@ -67,41 +70,14 @@ class BlockSampler:
     steps_per_block: int
     max_quota: int | None
     is_probability: bool
-    edits = False
     full_steps = 0
-    cfg_scale = 0.0
-    delay_eos = False
     stop_at_eos = False
     stop_ids: tuple[int, ...] = ()
     append_blocks = False
-    end_think_ids: tuple[int, ...] = ()
-    end_think_boost = 0.0
-    end_think_power = 2.0
     takes_schedule = True
     one_program = True
     gives_log_probs = True
     gives_trajectory = True
-
-    def propose(
-        self, cfg: ModelConfig, logits: Float[Array, "B W V"], keys: jax.Array
-    ) -> tuple[Int[Array, "B W"], Float[Array, "B W"]]:
-        """A token for every position, and how confident the model is in it."""
-        raise NotImplementedError
-
-    def choose(
-        self, confidence: Float[Array, "B W"], info: StepInfo, keys: jax.Array
-    ) -> Bool[Array, "B W"]:
-        """The positions to reveal. The confidence is -inf where there is nothing to reveal."""
-        raise NotImplementedError
-
-    def revise(
-        self,
-        logits: Float[Array, "B W V"],
-        guess: Int[Array, "B W"],
-        tokens: Int[Array, "B W"],
-    ) -> Bool[Array, "B W"]:
-        """Where a revealed token is to be replaced by the one proposed now, if `edits`."""
-        raise NotImplementedError
 
     def check(
         self,
@@ -138,15 +114,6 @@ class BlockSampler:
         known = prompt_length if self.cfg_scale == 0 else 0
         length = prompt_length + self.gen_length
         return variant_work(cfg, cache, self.blocks(prompt_length), length, known)
-
-
-class StepInfo(NamedTuple):
-    """What a sampler may know of a step."""
-
-    step_in_block: Int[Array, ""]  # -1: the call before the first step of a block-causal model
-    present: Int[Array, "B"]  # masked tokens of the block at its first step
-    remaining: Int[Array, "B"]  # masked tokens of the block now
-    place: Int[Array, "B W"] | None = None  # of the tokens proposed, counted from the block's first
 
 
 class LoopState(NamedTuple):
@@ -370,17 +337,18 @@ class Loop:
 
     def end_at_stop(self, state: LoopState) -> LoopState:
         """At a block's end, fills what follows it with end of text where there is a stop token."""
-        canvas, generated = state.tokens[:, self.blocks.start :], self.generated(state)
-        past = jnp.arange(generated.shape[1]) < (state.block + 1) * self.blocks.length
-        stops = jnp.isin(generated, jnp.array(self.sampler.stop_ids)) & past
-        stopped = jnp.any(stops, axis=1, keepdims=True)
-        stopped &= self.next_step(state).block > state.block
-        after, record = stopped & ~past, state.record
+        blocks, record = self.blocks, state.record
+        ends = self.next_step(state).block > state.block
+        after = after_stop(
+            self.generated(state), self.sampler.stop_ids, (state.block + 1) * blocks.length
+        )
+        after &= ends
+        canvas = state.tokens[:, blocks.start :]
         filled = jnp.where(after, self.net.cfg.eos_id, canvas)
-        tokens = state.tokens.at[:, self.blocks.start :].set(filled)
+        tokens = state.tokens.at[:, blocks.start :].set(filled)
         if record.log_probs is not None:  # a block-causal model may know the next block's first
-            known = jnp.where(after, jnp.nan, record.log_probs[:, self.blocks.start :])
-            log_probs = record.log_probs.at[:, self.blocks.start :].set(known)
+            known = jnp.where(after, jnp.nan, record.log_probs[:, blocks.start :])
+            log_probs = record.log_probs.at[:, blocks.start :].set(known)
             record = record._replace(log_probs=log_probs)
         return state._replace(tokens=tokens, record=record)
 
@@ -396,50 +364,9 @@ class Loop:
         self, out: ForwardOutputs, inputs: ForwardInputs, info: StepInfo, with_log_probs: bool
     ) -> tuple[Int[Array, "B T"], Revealed]:
         """The canvas after a forward call, and what the cache is told of it."""
-        sampler, cfg, blocks = self.sampler, self.net.cfg, self.blocks
-        tokens = inputs.tokens
-        window = jnp.take_along_axis(tokens, out.index, axis=1)
-        masked = transformer.is_masked(cfg, window)
-        if out.active is not None:
-            masked &= out.active
         keys = position_keys(self.noise_keys, inputs.step, self.answer_positions(out.index))
-        logits = transformer.head_logits(cfg, self.net.params, out.h)
-        if self.net.prompt_mask is not None:
-            logits = guide(logits, sampler.cfg_scale)
-        if sampler.end_think_ids:
-            logits = self.boost_end_of_thinking(logits, out.index, inputs)
-        logits = transformer.apply_subs(cfg, logits)
-        guess, confidence = sampler.propose(cfg, logits, keys)
-        shown = jnp.where(masked, confidence, 0.0)
-        if sampler.delay_eos:
-            delayed = (guess == cfg.eos_id) & too_early(cfg, blocks, inputs, out.index)
-            confidence = jnp.where(delayed, 0.0, confidence)
-            # The published code shows a delayed token's own confidence to a shifted model's cache.
-            shown = shown if cfg.right_shift else jnp.where(masked, confidence, 0.0)
-        commit = masked & sampler.choose(jnp.where(masked, confidence, -jnp.inf), info, keys)
-        if sampler.edits:
-            known = inputs.unfinished[:, None] & ~transformer.is_masked(cfg, window)
-            known &= ~transformer.is_masked(cfg, guess)  # nothing is masked again
-            commit |= known & sampler.revise(logits, guess, window)
-        tokens = _put(tokens, out.index, jnp.where(commit, guess, window))
-        log_probs = log_probability_of(guess, logits) if with_log_probs else None
-        unfinished = inputs.unfinished
-        return tokens, Revealed(out.index, out.active, shown, commit, unfinished, log_probs)
-
-    def boost_end_of_thinking(
-        self, logits: Float[Array, "B W V"], index: Int[Array, "B W"], inputs: ForwardInputs
-    ) -> Float[Array, "B W V"]:
-        answer = inputs.tokens[:, self.blocks.start :]
-        in_block = jnp.arange(answer.shape[1]) // self.blocks.length == inputs.block
-        return boost_end_of_thinking(
-            logits,
-            index - self.blocks.start,
-            answer,
-            transformer.is_masked(self.net.cfg, answer) & in_block,
-            self.sampler.end_think_ids,
-            self.sampler.end_think_boost,
-            self.sampler.end_think_power,
-        )
+        parts = self.sampler, self.net, self.blocks
+        return reveal(*parts, out, inputs, info, keys, with_log_probs=with_log_probs)
 
     def next_step(self, state: LoopState) -> LoopState:
         """The state at the block and step after this one.
@@ -487,62 +414,3 @@ class Loop:
 
     def fill_after_eos(self, tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
         return fill_after_eos(self.net.cfg, tokens, self.blocks.start)
-
-
-def position_keys(
-    noise_keys: jax.Array, step: Int[Array, "..."], position: Int[Array, "B W"]
-) -> jax.Array:
-    """One key per position of the answer: its noise is the same in any batch and any window.
-
-    Args:
-      step: the same in all sequences, or one for each.
-    """
-    steps = jnp.broadcast_to(step, noise_keys.shape)
-    of_step = jax.vmap(jax.random.fold_in)(noise_keys, steps)
-    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(of_step, position)
-
-
-def too_early(
-    cfg: ModelConfig, blocks: Blocks, inputs: ForwardInputs, index: Int[Array, "B W"]
-) -> Bool[Array, "B W"]:
-    """Where ES-dLLM delays an end of text.
-
-    It does so while the sequence has none, unless the token before it is known or in an earlier
-    block.
-    """
-    generated = inputs.tokens[:, blocks.start :]
-    without = ~jnp.any(generated == cfg.eos_id, axis=1, keepdims=True)
-    before = jnp.take_along_axis(inputs.tokens, jnp.maximum(index - 1, 0), axis=1)
-    inside = index > blocks.start + inputs.block * blocks.length
-    return without & transformer.is_masked(cfg, before) & inside
-
-
-def fill_after_eos(
-    cfg: ModelConfig, tokens: Int[Array, "B T"], prompt_length: int
-) -> Int[Array, "B T"]:
-    """Fills everything after an end of text with it, once no token before it is masked."""
-    answer = tokens[:, prompt_length:]
-    fill = from_eos_on(cfg, answer) & transformer.is_masked(cfg, answer)
-    return tokens.at[:, prompt_length:].set(jnp.where(fill, cfg.eos_id, answer))
-
-
-def from_eos_on(cfg: ModelConfig, answer: Int[Array, "B G"]) -> Bool[Array, "B G"]:
-    """From an answer's first end of text on, if no token before that is masked."""
-    known = jnp.cumsum(transformer.is_masked(cfg, answer), axis=1) == 0
-    return jnp.cumsum((answer == cfg.eos_id) & known, axis=1) > 0
-
-
-def write_log_probs(
-    known: Float[Array, "B T"] | None, revealed: Revealed
-) -> Float[Array, "B T"] | None:
-    """The canvas's log-probabilities with those of the tokens written now; None: not kept."""
-    if known is None:
-        return None
-    before = jnp.take_along_axis(known, revealed.index, axis=1)
-    return _put(known, revealed.index, jnp.where(revealed.commit, revealed.log_probs, before))
-
-
-def _put(tokens: Array, index: Array, new: Array) -> Array:
-    return jax.vmap(lambda tokens, at, x: tokens.at[at].set(x, unique_indices=True))(
-        tokens, index, new
-    )

@@ -24,8 +24,8 @@ from dials_jax.sampling.block_diffusion import BlockDiffusion
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.generate import generate
 from dials_jax.sampling.infill import infill
-from dials_jax.sampling.loop import StepInfo
 from dials_jax.sampling.refill import why_not_refilled
+from dials_jax.sampling.reveal import StepInfo
 from dials_jax.skipping.policies import Static
 from dials_jax.skipping.routed import Routed
 from tests.conftest import random_routers

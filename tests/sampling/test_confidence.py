@@ -24,7 +24,9 @@ from dials_jax.sampling.confidence import (
     within_entropy_bound,
 )
 from dials_jax.sampling.dream import Dream
-from dials_jax.sampling.loop import Loop, StepInfo, fill_after_eos
+from dials_jax.sampling.end_of_text import fill_after_eos
+from dials_jax.sampling.loop import Loop
+from dials_jax.sampling.reveal import StepInfo
 from tests.conftest import EOS, MASK, small_config
 
 EOT = 2

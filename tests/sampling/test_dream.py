@@ -13,7 +13,7 @@ from dials_jax.loading import load
 from dials_jax.models.model import Model
 from dials_jax.sampling.dream import Dream, most_probable, revealed_shares
 from dials_jax.sampling.generate import generate
-from dials_jax.sampling.loop import StepInfo
+from dials_jax.sampling.reveal import StepInfo
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "dream_tiny"
 P, G = 6, 8
