@@ -1,6 +1,7 @@
 """Shared by all tests: shapes checked at run time, exact products, and a small model."""
 
 import fcntl
+import functools
 import gc
 import os
 import shutil
@@ -34,6 +35,7 @@ import chex  # noqa: E402
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from jax._src.interpreters import mlir  # noqa: E402
 from jaxtyping import config as jaxtyping_config  # noqa: E402
 
 from dials_jax import trees  # noqa: E402
@@ -67,6 +69,24 @@ def pytest_sessionfinish():
     gc.freeze()
 
 
+new_context = mlir.make_ir_context
+common_context = functools.cache(new_context)
+
+
+def ir_context():
+    """One for all programs: to make one takes half of the time of a program of one operation.
+
+    A program that is made while another is lowered would be written into that one.
+    """
+    try:
+        within = mlir.ir.Context.current is not None
+    except ValueError:
+        within = False
+    return new_context() if within else common_context()
+
+
+mlir.make_ir_context = ir_context
+
 MASK, EOS, PAD = 63, 1, 0
 # Every compiled program takes some of the 65,530 regions of memory that Linux gives a process;
 # without any left, the compiler crashes.
@@ -80,6 +100,7 @@ def few_programs():
     if regions.exists() and regions.read_bytes().count(b"\n") > MAX_REGIONS:
         forget_programs()
         jax.clear_caches()
+        common_context.cache_clear()
         gc.collect()
 
 
@@ -257,7 +278,7 @@ def train_config():
             "optimizer": OptimizerConfig(learning_rate=1e-2, num_steps=6, warmup_steps=1),
             "batch_size": 8,
             "log_every": 2,
-            "save_every": 2,
+            "save_every": 6,  # a save takes a third of such a training
         }
         return TrainConfig(**(values | changes))
 

@@ -18,7 +18,7 @@ from dials_jax.sampling.autoregressive import Autoregressive
 from dials_jax.sampling.generate import generate
 from dials_jax.skipping.policies import Random, Static
 from dials_jax.skipping.routed import Routed
-from tests.conftest import random_routers
+from tests.conftest import init_params, random_routers
 
 MASK = 62
 SPECIAL = {"vocab_size": 63, "eos_id": 1, "pad_id": 0, "dtype": "float32", "max_length": 32}
@@ -171,10 +171,9 @@ def test_the_noise_of_the_time_by_hand():
 
 def test_blocks_begin_as_the_identity():
     cfg = FAMILIES["mdlm"]
-    params = transformer.init(cfg, jax.random.key(0))
-    tokens = jnp.asarray(TOKENS, jnp.int32)
-    h = transformer.run_layers(cfg, params, tokens, None).h
-    np.testing.assert_array_equal(h, params["embed"]["table"][tokens])
+    params, tokens = init_params(cfg), jnp.asarray(TOKENS, jnp.int32)
+    h = jax.jit(lambda params: transformer.run_layers(cfg, params, tokens, None).h)(params)
+    np.testing.assert_array_equal(h, params["embed"]["table"][TOKENS])
 
 
 @pytest.mark.parametrize("timed", [False, True])
@@ -211,14 +210,19 @@ def test_gpt2_decodes_as_whole_passes_would():
 def test_a_whole_causal_pass_needs_no_array_of_who_sees_whom():
     cfg = FAMILIES["gpt2"]
     params, tokens = random_params(cfg), jnp.asarray(TOKENS, jnp.int32)
-    params = transformer.prepare_for_inference(cfg, params)
-    layer = trees.layer_slice(params["layers"], 0)
-    part = transformer.layer_of(cfg, params["form"])
-    rows = transformer.block_inputs(cfg, None, tokens.shape)
-    h = transformer.embed(cfg, params, tokens, rows)
-    q, new = part.project(layer, h, rows)
-    by_positions = part.mix(layer, h, q, new, rows)
-    np.testing.assert_allclose(part.block(layer, h, rows), by_positions, atol=1e-5)
+
+    @jax.jit
+    def first_layer(params):
+        params = transformer.prepare_for_inference(cfg, params)
+        layer = trees.layer_slice(params["layers"], 0)
+        part = transformer.layer_of(cfg, params["form"])
+        rows = transformer.block_inputs(cfg, None, tokens.shape)
+        h = transformer.embed(cfg, params, tokens, rows)
+        q, new = part.project(layer, h, rows)
+        return part.block(layer, h, rows), part.mix(layer, h, q, new, rows)
+
+    whole, by_positions = first_layer(params)
+    np.testing.assert_allclose(whole, by_positions, atol=1e-5)
 
 
 def test_the_presets_have_the_sizes_of_the_paper():

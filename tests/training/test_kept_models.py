@@ -44,7 +44,7 @@ def test_a_kept_model_is_bitwise_that_of_a_training_which_ends_there(constant, t
 
 
 def test_no_kept_model_is_lost_where_a_run_is_killed_as_it_saves(constant, tmp_path, monkeypatch):
-    cfg = constant(keep_models_at=(2, 4))
+    cfg = constant(keep_models_at=(2, 4), save_every=2)
     save = Checkpoints.save
 
     def save_and_die(self, step, state):

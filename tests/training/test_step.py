@@ -213,7 +213,8 @@ def test_all_steps_are_one_program(kind, train_config, arithmetic_model, tmp_pat
     chex.clear_trace_counter()
     monkeypatch.setattr(loop, "make_train_step", make_once)
     data = ArithmeticData(num_items=20)  # two steps an epoch
-    loop.train(train_config(arithmetic_model if kind == "routers" else "", data=data), tmp_path)
+    backbone = arithmetic_model if kind == "routers" else ""
+    loop.train(train_config(backbone, data=data, save_every=2), tmp_path)
     assert logged(tmp_path)[-1]["epoch"] == 3
 
 

@@ -89,19 +89,19 @@ def test_what_is_logged_is_what_inference_runs(run, config, arithmetic_model):
     rows, _ = load_training_data(DATA, model.config, held_out=True)
     policy = load_router(run[0], model)
     total, sampled, runs = 0.0, 0.0, 0
+    metrics = jax.jit(routed_metrics(model.config, cfg.objective))
+    loss = jax.jit(router_loss(model.config, cfg.router, cfg.objective, False))
     for number in range(2):
         batch = held_out_batch(rows, number, 8, model.mesh)
         draws = Draws.of(held_out_key(number), batch.sequence_index, 8, 6)
-        metrics = routed_metrics(model.config, cfg.objective)
         found = metrics(policy, model.params, batch, draws)
-        total += found["execution"].total
-        loss = router_loss(model.config, cfg.router, cfg.objective, False)
+        total += float(found["execution"].total)
         _, of_training = loss(run[1].params, model.params, batch, draws)
-        sampled += of_training["skip_rate"].total
-        runs += found["execution"].count
+        sampled += float(of_training["skip_rate"].total)
+        runs += float(found["execution"].count)
     last = logged(run[0])[-1]
-    assert last["validation/execution"] == pytest.approx(float(total / runs), rel=1e-6)
-    assert last["validation/execution_sampled"] == pytest.approx(1 - float(sampled / runs))
+    assert last["validation/execution"] == pytest.approx(total / runs, rel=1e-6)
+    assert last["validation/execution_sampled"] == pytest.approx(1 - sampled / runs)
     assert last["validation/execution@0.3"] <= last["validation/execution"]
     assert last["validation/execution@0.6"] >= last["validation/execution"]
     assert 0 < last["validation/execution_sampled"] < 1
