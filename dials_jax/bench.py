@@ -140,13 +140,17 @@ class Bench:
         return Table(header, lines)
 
 
-def random_prompts(cfg: ModelConfig, count: int, length: int | None, seed: int) -> list[list[int]]:
+def random_prompts(
+    cfg: ModelConfig, count: int | None, length: int | None, seed: int
+) -> list[list[int]]:
     """Prompts of random tokens, special ones left out.
 
     Args:
+      count: None: 8.
       length: None: 64 tokens, or half of the model's positions.
     """
     length = min(64, cfg.max_length // 2) if length is None else length
+    count = 8 if count is None else count
     require(count > 0 and length > 0, f"{count} prompts of {length} tokens: give positive numbers")
     special = [cfg.mask_id, cfg.pad_id, cfg.eos_id, cfg.eot_id]
     plain = np.setdiff1d(np.arange(cfg.vocab_size), [x for x in special if x is not None])

@@ -34,6 +34,7 @@ def find_config(path: str) -> Path:
     file = local_path(path, "--config")
     if file.is_file():
         return file
+    require(not file.is_dir(), f"configuration {path} is a folder; name a file in it")
     shipped, name = shipped_configs(), path.removeprefix("configs/").removesuffix(".py")
     if name in shipped:
         return shipped[name]

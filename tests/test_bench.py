@@ -15,6 +15,7 @@ def bench(arithmetic_model, capsys):
 
     def run(*options):
         sizes = ["--num-prompts", "3", "--prompt-length", "4", "--max-new-tokens", "4"]
+        sizes = sizes[4 * bool({"--prompt", "--file"} & {*options}) :]  # of random prompts
         bench_command([str(arithmetic_model / "model"), *sizes, "--batch-size", "2", *options])
         return capsys.readouterr().out
 
@@ -48,6 +49,13 @@ def test_json_has_every_time_and_where_it_was_measured(bench):
         (["--policies", "ful"], "policy 'ful' is not known; did you mean 'full'"),
         (["--policies", "static=x"], "give numbers, as static=7"),
         (["--policies", "random=1+2"], "give numbers, as static=7"),
+        (["--policies", "random=0"], "give numbers, as static=7"),
+        (["--policies", "full", "full"], "--policies full full names one twice"),
+        (["--caches", "none", "none"], "--caches none none names one twice"),
+        (["--num-prompts", "0"], "--num-prompts=0 must be positive"),
+        (["--prompt", "1", "--prompt-length", "4"], "--prompt-length is of random prompts"),
+        (["--chat"], "--chat: random prompts are no text"),
+        (["--seed", "-3"], "seed=-3 must lie in 0 to"),
         (["--policies", "router"], "give a value, as router=DIR"),
         (["--policies", "static=9"], "9"),
         (["--caches", "duel"], "cache 'duel' is not known; did you mean 'dual'"),
@@ -56,7 +64,7 @@ def test_json_has_every_time_and_where_it_was_measured(bench):
         (["--prompt-length", "900"], "a prompt has 900 tokens, and the model"),
         (["--stop", "x"], "--stop: answers are timed as a whole"),
     ],
-    ids=lambda x: x[1] if isinstance(x, list) else "",
+    ids=lambda x: x[-1] if isinstance(x, list) else "",
 )
 def test_wrong_options_are_one_line_before_anything_is_timed(options, message, bench, monkeypatch):
     monkeypatch.setattr("dials_jax.bench.time_in_turns", None)

@@ -108,6 +108,11 @@ def test_a_name_that_is_missing(name, hint):
     assert hint in str(error.value) and len(str(error.value)) < 200
 
 
+def test_a_folder_is_no_configuration(tmp_path):
+    with pytest.raises(InputError, match="is a folder; name a file in it"):
+        find_config(str(tmp_path))
+
+
 def test_all_configurations_are_shipped():
     files = (ROOT / "configs").rglob("*.py")
     assert shipped_configs().keys() == {

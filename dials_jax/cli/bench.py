@@ -28,9 +28,7 @@ BENCH_NOTE = (
 def bench_command(argv: list[str] | None = None) -> None:
     """Times all combinations, and prints a table, or JSON."""
     given = bench_options().read(argv)
-    for option, value in (("repeats", given.repeats), ("batch-size", given.batch_size)):
-        require(value > 0, f"--{option}={value} must be positive")
-    require(not given.stop, "--stop: answers are timed as a whole here; leave it out")
+    check_bench(given)
     texts = read_texts(given)
     keep_programs()
     from dials_jax.cli.open_model import open_bench
@@ -42,6 +40,25 @@ def bench_command(argv: list[str] | None = None) -> None:
         return
     print(bench.table(rows).text())
     print(BENCH_NOTE.format(given.repeats))
+
+
+def check_bench(given: argparse.Namespace) -> None:
+    """Raises: InputError for options without sense, before a model is loaded."""
+    for option, value in (("repeats", given.repeats), ("batch-size", given.batch_size)):
+        require(value > 0, f"--{option}={value} must be positive")
+    require(not given.stop, "--stop: answers are timed as a whole here; leave it out")
+    for option, names in (("policies", given.policies), ("caches", given.caches)):
+        twice = len(set(names)) < len(names)
+        require(not twice, f"--{option} {' '.join(names)} names one twice; remove it")
+    has_text = bool(given.prompt or given.file)
+    of_random = {"num-prompts": given.num_prompts, "prompt-length": given.prompt_length}
+    for option, value in of_random.items():
+        alone = value is None or not has_text
+        require(alone, f"--{option} is of random prompts, and prompts are given; leave it out")
+        require(value is None or value > 0, f"--{option}={value} must be positive")
+    require(
+        has_text or not given.chat, "--chat: random prompts are no text; give --prompt or --file"
+    )
 
 
 def read_texts(given: argparse.Namespace) -> list[Any]:
@@ -70,9 +87,7 @@ def bench_options() -> Options:
     )
     group.add_argument("--file", metavar="JSONL", help="prompts, one JSON object per line")
     group.add_argument("--chat", action="store_true", help="put prompts into the chat template")
-    group.add_argument(
-        "--num-prompts", type=int, default=8, metavar="N", help="of random tokens; default: 8"
-    )
+    group.add_argument("--num-prompts", type=int, metavar="N", help="of random tokens; default: 8")
     group.add_argument(
         "--prompt-length", type=int, metavar="N",
         help="of those; default: 64, or half of what the model has room for",
@@ -95,7 +110,9 @@ def parse_policy(text: str) -> dict[str, Any]:
     if name == "router":
         return {"router": value}
     numbers = value.split("+")
-    known = all(x.isdecimal() for x in numbers) and (name == "static" or len(numbers) == 1)
+    known = all(x.isdecimal() for x in numbers)
+    if name == "random":
+        known = known and len(numbers) == 1 and int(value) > 0
     require(known, f"policy {text!r}: give numbers, as static=7+9 or random=2")
     layers = tuple(map(int, numbers))
     return {"static": layers} if name == "static" else {"num_random": layers[0]}

@@ -73,7 +73,8 @@ def open_bench(given: argparse.Namespace, texts: Sequence[Any]) -> Bench:
     """
     caches = [parse_cache(name) for name in given.caches]
     policies = {
-        text: HarnessModel(path=given.model, **parse_policy(text)) for text in given.policies
+        text: HarnessModel(path=given.model, seed=given.seed, **parse_policy(text))
+        for text in given.policies
     }
     model = load(given.model, given.dtype, make_mesh(mesh_of(given)))
     settings = sampling_settings(given)

@@ -17,6 +17,7 @@ from dials_jax.data.sources import load_data_tokenizer
 from dials_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dials_jax.errors import require, require_packages
 from dials_jax.estimates import Pace, print_cost
+from dials_jax.evaluation.batched import check_num_samples
 from dials_jax.evaluation.calibration import load_calibration
 from dials_jax.evaluation.candidates import Candidate, random_candidates, routed_candidates
 from dials_jax.evaluation.exact_match import normalise_answer
@@ -72,6 +73,7 @@ def sweep(
     for task in cfg.tasks:
         normalise_answer("", task.extract)
         check_permission(task)
+        check_num_samples(task.num_samples)
         if task.compare == "math":
             require_packages("math", "math_verify")
     with exclusive(workdir) as workdir:

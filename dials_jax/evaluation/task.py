@@ -108,6 +108,11 @@ class EvalTask(Typed):
     def __post_init__(self):
         super().__post_init__()
         require_positive(self, "num_samples", "bucket", "max_programs", "time_limit")
+        require(bool(self.name.strip()), "a task has an empty name; give it one")
+        require(
+            self.cfg_scale >= 0,
+            f"task {self.name!r}: cfg_scale={self.cfg_scale} must not be negative",
+        )
         require(
             self.limit is None or self.limit > 0,
             f"task {self.name!r}: limit={self.limit} must be positive, or None",
@@ -202,6 +207,11 @@ class EvalConfig(Typed):
         require(
             len(self.allow_adjacent) > 0,
             "allow_adjacent=() is neither kind of choice; give (False,), (True,) or (False, True)",
+        )
+        tau = self.similarity_threshold
+        require(
+            tau is None or -1 <= tau <= 1,
+            f"similarity_threshold={tau} must be a cosine, in -1 to 1",
         )
         require(self.kl_items >= 0, f"kl_items={self.kl_items} must not be negative; 0 is none")
         taus = self.skip_threshold if isinstance(self.skip_threshold, tuple) else ()

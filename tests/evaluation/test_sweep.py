@@ -140,6 +140,7 @@ def test_data_that_is_wrong_is_seen_before_weights_are_read(cfg, tmp_path, monke
         ({"tasks": (dataclasses.replace(cfg.tasks[1], data=lost),)}, r"none\.jsonl is missing"),
         ({"tasks": cfg.tasks[:1] * 2}, "tasks: .* names one twice"),
         ({"num_random": (9,)}, "9"),
+        ({"tasks": (dataclasses.replace(cfg.tasks[1], num_samples=17),)}, "a multiple of 16"),
         ({"mesh": MeshConfig(data=7)}, "does not fit"),
     ]
     for change, message in changes:
