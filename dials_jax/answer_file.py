@@ -25,10 +25,10 @@ from dials_jax.evaluation.answer_store import (
     digest_text,
     plain_settings,
 )
-from dials_jax.files import local_path
+from dials_jax.files import file_to_write
 from dials_jax.records import Records, require_numbers, require_texts
 from dials_jax.text import GeneratedText, Prompt, TextJob
-from dials_jax.workdir import differences, exclusive, require_unclaimed, require_writable
+from dials_jax.workdir import differences, exclusive, require_unclaimed
 
 
 class AnswerFile:
@@ -93,7 +93,7 @@ def open_answers(path: str | Path, job: TextJob, prompts: Sequence[Prompt]) -> I
 
     Raises: InputError if the file was written under other settings, or is none of this kind.
     """
-    file = answers_path(path)
+    file = file_to_write(path, "--out", "answers.jsonl")
     mark = f"{file.stem}.settings.json"
 
     def agree(old: Mapping[str, Any], new: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
@@ -107,14 +107,6 @@ def open_answers(path: str | Path, job: TextJob, prompts: Sequence[Prompt]) -> I
         require_unclaimed(folder, mark, (file.name,))
         records = Records(folder, identity_of(job), _check, mark, agree, name=file.name)
         yield AnswerFile(records, prompts, job)
-
-
-def answers_path(path: str | Path) -> Path:
-    """The absolute path of a file of answers. Raises: InputError where none can be."""
-    file = local_path(path, "--out")
-    require(not file.is_dir(), f"--out={path} is a folder; name a file in it, as answers.jsonl")
-    require_writable(file.parent, "--out")
-    return file
 
 
 def identity_of(job: TextJob) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from types import UnionType
 from typing import Any, TypeVar, get_args
 
 import dials_jax.config
-from dials_jax.config.typed import replaced
+from dials_jax.config.typed import replaced, shown
 from dials_jax.errors import InputError, nearest, require
 from dials_jax.files import local_path
 
@@ -74,6 +74,10 @@ def open_config(
     if isinstance(config, str | Path):
         config = load_config(str(config), config_class)
     require_kind(config, config_class, "the configuration", "give one, or the name of its file")
+    require(
+        isinstance(overrides, Mapping),
+        f'overrides={shown(overrides)}: give values by name, as {{"seed": 1}}',
+    )
     for name, value in overrides.items():
         config = replaced(config, name, value)
     return config

@@ -119,6 +119,37 @@ def local_path(path: str | Path, name: str) -> Path:
     return absolute
 
 
+def require_writable(folder: str | Path, name: str = "--workdir") -> None:
+    """Raises: InputError for a folder that cannot be made or written to. Makes nothing.
+
+    Args:
+      name: of the option or field that gave the folder, for the message.
+    """
+    folder = Path(folder).absolute()
+    nearest_existing = next(path for path in (folder, *folder.parents) if path.exists())
+    require(
+        nearest_existing.is_dir() and os.access(nearest_existing, os.W_OK),
+        f"{nearest_existing} is no folder that can be written to; choose another {name}",
+    )
+
+
+def file_to_write(path: str | Path, name: str, example: str) -> Path:
+    """Returns the absolute path of a file that may be written: call it before long work.
+
+    Args:
+      name: of the option or field that gave it, for messages.
+      example: a file's name, for messages.
+    Raises: InputError for a folder, for a file in a folder that cannot be made or written to, and
+      for what is no path.
+    """
+    file = local_path(path, name)
+    require(not file.is_dir(), f"{name}={path} is a folder; name a file in it, as {example}")
+    require_writable(file.parent, name)
+    writable = not file.exists() or os.access(file, os.W_OK)
+    require(writable, f"{name}={path} cannot be written to; name another file")
+    return file
+
+
 def _shortened(text: str, most: int = 80) -> str:
     printable = text.encode(errors="backslashreplace").decode().replace("\0", "\\0")
     return printable if len(printable) <= most else f"{printable[:most]}..."

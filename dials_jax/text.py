@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 
 from dials_jax.caching.cache import Cache
 from dials_jax.caching.plain import NoCache
-from dials_jax.config import ModelConfig, Seed, shown, typed
+from dials_jax.config import ModelConfig, Seed, as_list, as_type, shown, typed
 from dials_jax.config.typed import field_hints
 from dials_jax.data.chat import Message, choose_template, read_chat_templates, render_chat
 from dials_jax.data.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
@@ -94,7 +94,7 @@ def generate_text(
     Raises: InputError for a prompt that is too long, for chat without a template, and for settings
       that do not compose.
     """
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    prompts = as_list(prompts)
     job = text_job(model, prompts, max_new_tokens=max_new_tokens, **settings)
     answers = dict(job.answers())
     return [answers[i] for i in range(len(prompts))]
@@ -103,7 +103,7 @@ def generate_text(
 @typed
 def text_job(
     model: Model,
-    prompts: Sequence[Prompt],
+    prompts: str | Sequence[Prompt],
     *,
     max_new_tokens: int | None = None,
     sampler: Sampler | None = None,
@@ -132,7 +132,7 @@ def text_job(
     Raises: as `generate_text`.
     """
     require(batch_size > 0, f"batch_size={batch_size} must be positive")
-    stop = (stop,) if isinstance(stop, str) else stop
+    prompts, stop = as_list(prompts), tuple(as_list(stop))
     require(all(stop), f"stop={stop} has an empty text; remove it")
     reader = open_reader(model, tokenizer)
     is_chat = chat or not all(isinstance(prompt, str) for prompt in prompts)
@@ -345,6 +345,7 @@ def draw_keys(seed: int, prompts: Sequence[Sequence[int]]) -> jax.Array:
 # ----------------------------------------------------------------------------- lengths and samplers
 
 
+@typed
 def fitting_length(
     cfg: ModelConfig, longest: int, max_new_tokens: int | None, block_length: int | None = None
 ) -> int:
@@ -396,6 +397,8 @@ def text_sampler(cfg: ModelConfig, max_new_tokens: int, **settings: Any) -> Any:
     Raises: InputError for a setting that this sampler does not have, naming the nearest one.
     """
     kind = sampler_kind(cfg)
+    for name in settings.keys() & {"block_length", "steps"}:
+        settings[name] = as_type(int | None, settings[name], name)
     if kind == "block_diffusion":
         settings = block_settings(cfg, max_new_tokens, settings)
     fields = field_hints(SAMPLERS[kind])
@@ -432,7 +435,9 @@ def block_settings(cfg: ModelConfig, length: int, settings: dict[str, Any]) -> d
     Args:
       settings: `steps` among them are those of the whole answer.
     """
-    settings = {"block_length": cfg.block_length, "stop_at_eos": cfg.right_shift} | settings
+    settings = {"stop_at_eos": cfg.right_shift} | settings
+    if settings.get("block_length") is None:
+        settings["block_length"] = cfg.block_length
     if not cfg.right_shift:
         ends = tuple(i for i in (cfg.eos_id, cfg.eot_id) if i is not None)
         settings.setdefault("stop_ids", ends)

@@ -16,7 +16,7 @@ from jaxtyping import Int
 
 import dials_jax
 from dials_jax.caching.cache import Cache
-from dials_jax.config import Seed, typed
+from dials_jax.config import Seed, as_list, typed
 from dials_jax.config.typed import field_hints
 from dials_jax.data.tokenizer import Tokenizer
 from dials_jax.errors import nearest, require
@@ -61,7 +61,7 @@ def replay(
 
     Raises: InputError for what `generate` or `infill` refuse.
     """
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    prompts = as_list(prompts)
     require(len(prompts) > 0, "there are no prompts; give at least one")
     models = dict(model) if isinstance(model, Mapping) else {"": model}
     require(bool(models), "there are no models; give at least one")

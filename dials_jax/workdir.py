@@ -24,7 +24,7 @@ from typing import Any
 
 from dials_jax import digests, sharding
 from dials_jax.errors import InputError, require
-from dials_jax.files import local_path, read_json
+from dials_jax.files import local_path, read_json, require_writable
 
 log = logging.getLogger(__name__)
 
@@ -107,20 +107,6 @@ def _remove_empty(folders: Iterable[Path]) -> None:
     with contextlib.suppress(OSError):
         for folder in folders:
             folder.rmdir()
-
-
-def require_writable(workdir: str | Path, name: str = "--workdir") -> None:
-    """Raises: InputError for a folder that cannot be made or written to. Makes nothing.
-
-    Args:
-      name: of the option or field that gave the folder, for the message.
-    """
-    workdir = Path(workdir).absolute()
-    nearest_existing = next(path for path in (workdir, *workdir.parents) if path.exists())
-    require(
-        nearest_existing.is_dir() and os.access(nearest_existing, os.W_OK),
-        f"{nearest_existing} is no folder that can be written to; choose another {name}",
-    )
 
 
 def require_unclaimed(

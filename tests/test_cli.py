@@ -135,6 +135,46 @@ def test_public_names_are_those_that_type_checkers_see():
         dials_jax.generat  # noqa: B018
 
 
+# ---------------------------------------------------------------------------------- where it goes
+
+OUTPUTS = {
+    "watch": ("nowhere --prompt 1 --out", "replay.html"),
+    "generate": ("nowhere --prompt 1 --out", "answers.jsonl"),
+    "export": ("nowhere --out", "model"),
+    "convert": ("nowhere", "model"),
+    "tokenizer": ("train --text nowhere --vocab-size 300 --out", "tokenizer"),
+    "compare": ("nowhere --out", "comparison"),
+    "retention": ("nowhere --out", "report"),
+    "train": ("--config demo/router --backbone nowhere --workdir", "run"),
+    "eval": ("--config demo/sweep --model nowhere --workdir", "run"),
+    "eval study": ("--config mdlm/study_search --workdir", "run"),
+    "prepare": ("--config mdlm/blocks_12 --data.tokenizer nowhere --data.folder", "corpus"),
+}
+
+
+@pytest.mark.parametrize("command", OUTPUTS)
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_read(
+    command, tmp_path, capsys, monkeypatch
+):
+    """The place is below a file; what would be read is missing, too."""
+    monkeypatch.setattr(sys, "argv", [])  # commands set it
+    (tmp_path / "file").touch()
+    options, name = OUTPUTS[command]
+    with pytest.raises(SystemExit) as stop:
+        cli.dials([command.split()[0], *options.split(), str(tmp_path / "file" / name)])
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("error: ") and f"{tmp_path / 'file'} is no folder" in lines[-1]
+    assert [line for line in lines if "error" in line] == lines[-1:]
+
+
+@pytest.mark.parametrize("command", ["watch", "generate"])
+def test_an_output_that_is_a_folder_is_refused_before_anything_is_read(command, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        cli.dials([command, "nowhere", "--prompt", "1", "--out", str(tmp_path)])
+    assert f"--out={tmp_path} is a folder; name a file in it, as " in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------ optional packages
 
 MATHS = EvalConfig(

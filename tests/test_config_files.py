@@ -18,13 +18,15 @@ def test_fields_are_replaced_by_dotted_names():
     assert open_config(config, TrainConfig, again) == shipped
 
 
-def test_a_field_of_one_of_several_tasks():
+def test_a_field_of_one_of_several_tasks(untyped):
     config = open_config(
         "demo/sweep", EvalConfig, {"tasks.0.limit": 7, "tasks.0.sampler": dj.Dream(4)}
     )
     assert config.tasks[0].limit == 7 and config.tasks[0].sampler.max_new_tokens == 4
     with pytest.raises(InputError, match=r"number '9' is none of the \d there are"):
         open_config(config, EvalConfig, {"tasks.9.limit": 7})
+    with pytest.raises(InputError, match="overrides='x': give values by name"):
+        open_config(config, EvalConfig, "x")
 
 
 @pytest.mark.parametrize(

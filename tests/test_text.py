@@ -106,6 +106,7 @@ def test_a_conversation_is_read_through_the_template(plainly, tmp_path, monkeypa
     assert job.prompts == [encode("1,2,="), encode("1")] and job.template == TEMPLATE
     assert text_job(chatting, ["1"], chat=True, max_new_tokens=4).prompts == [encode("1,=")]
     assert text_job(chatting, ["1"], max_new_tokens=4).template is None
+    assert text_job(chatting, "1,2", max_new_tokens=4).prompts == [encode("1,2")]
 
 
 @pytest.mark.parametrize(
@@ -145,6 +146,7 @@ def test_a_family_is_sampled_as_it_is_published():
         steps = {"steps": sampler.steps} if isinstance(sampler, dj.Dream) else {}
         assert text_sampler(small_config(**changes), 9, **steps) == sampler
     block_causal = small_config(block_length=4)
+    assert text_sampler(block_causal, 9, block_length=None) == text_sampler(block_causal, 9)
     assert text_sampler(block_causal, 9, steps=6).steps_per_block == 2  # of 3 blocks
 
 
@@ -156,6 +158,7 @@ def test_a_family_is_sampled_as_it_is_published():
         (["1" * 33], {}, "a prompt has 33 tokens, and the model 32 positions"),
         (["1"], {"max_new_tokens": 0}, "max_new_tokens=0 must be positive"),
         (["1"], {"block_length": 0}, "block_length=0 must be positive"),
+        (["1"], {"block_length": "4"}, "block_length='4' must be an integer"),
         (["1"], {"temprature": 1.0}, "no setting 'temprature'; did you mean 'temperature'?"),
         (["1"], {"gen_length": 8}, "no setting 'gen_length'"),
         (["1"], {"chat": True}, "has no chat template"),

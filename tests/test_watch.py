@@ -225,7 +225,7 @@ def test_the_command(arithmetic_model, tmp_path, capsys):
         (("--prompt", "1", "--out", f"{__file__}/x.html"), "is no folder that can be written to"),
         (("--prompt", "1", "--light", "x"), "--light is the model L of --schedule; give both"),
         (("--prompt", "1", "--light", "x", "--schedule", "H"), "schedule 'H': 'H' is not"),
-        (("--prompt", "1", "--out", "/"), "--out=/ is a folder; name a file, as replay.html"),
+        (("--prompt", "1", "--out", "/"), "--out=/ is a folder; name a file in it, as replay.html"),
         (("--prompt", "1", "--stop", ";"), "--stop cuts a text, and a replay shows every call"),
         (("--prompt", "1", "--routr", "x"), "did you mean '--router'"),
     ],

@@ -19,6 +19,7 @@ from typing import Any
 from dials_jax.cli.options import Options, add_model_options, add_sampling_options
 from dials_jax.commands import keep_programs
 from dials_jax.errors import require
+from dials_jax.files import file_to_write
 from dials_jax.stopping import keeping
 
 LESS_MEMORY = "lower --batch-size, or give a larger mesh, as --mesh.tensor 4"
@@ -87,9 +88,7 @@ def check_generate(given: argparse.Namespace) -> None:
         "--log-probs are kept in the file of --out; give one, as --out answers.jsonl",
     )
     if given.out is not None:
-        from dials_jax.answer_file import answers_path
-
-        answers_path(given.out)
+        file_to_write(given.out, "--out", "answers.jsonl")
 
 
 def read_prompts(given: argparse.Namespace) -> list[Any]:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
+
 from dials_jax.commands import keep_programs, run_command
 from dials_jax.errors import require_packages
+from dials_jax.files import local_path, require_writable
 
 
 def harness_command() -> None:
     """Runs the harness."""
     require_packages("eval", "lm_eval")
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-o", "--output_path")
+    if out := parser.parse_known_args()[0].output_path:  # the harness writes it at its very end
+        folder = local_path(out, "--output_path")
+        require_writable(folder if folder.suffix != ".json" else folder.parent, "--output_path")
     keep_programs()
     from lm_eval.__main__ import cli_evaluate
 

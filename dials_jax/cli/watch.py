@@ -17,6 +17,7 @@ from typing import Any
 from dials_jax.cli.options import Options, add_model_options, add_sampling_options
 from dials_jax.commands import keep_programs
 from dials_jax.errors import require
+from dials_jax.files import file_to_write
 
 LONGEST_DELAY = 3600  # seconds
 
@@ -81,12 +82,7 @@ def check_watch(given: argparse.Namespace) -> None:
 
         Schedule.parse(given.schedule)
     if given.out is not None:
-        from dials_jax.files import local_path
-        from dials_jax.workdir import require_writable
-
-        path = local_path(given.out, "--out")
-        require(not path.is_dir(), f"--out={given.out} is a folder; name a file, as replay.html")
-        require_writable(path.parent, "--out")
+        file_to_write(given.out, "--out", "replay.html")
 
 
 def take_turns(

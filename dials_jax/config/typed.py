@@ -19,6 +19,7 @@ import os
 import typing
 from collections.abc import Callable
 from numbers import Real
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union
 
@@ -116,6 +117,11 @@ def typed(function: F) -> F:
         return function(*bound.args, **bound.kwargs)
 
     return checked
+
+
+def as_list(values: Any) -> list[Any]:
+    """A list; of one, where there is a text or a path alone, whose letters nobody means."""
+    return [values] if isinstance(values, str | Path) else list(values)
 
 
 def from_dict(cls: type[T], values: Any, where: str = "") -> T:

@@ -40,7 +40,7 @@ def prefix_errors(where: str) -> Iterator[None]:
 
 
 def expand_paths(
-    paths: Iterable[str], suffixes: tuple[str, ...] = JSON_LINES_SUFFIXES
+    paths: Iterable[str | Path], suffixes: tuple[str, ...] = JSON_LINES_SUFFIXES
 ) -> list[Path]:
     """Returns the files among `paths`, and for each folder the sorted files at any depth.
 

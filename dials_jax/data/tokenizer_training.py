@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dials_jax.config import typed
+from dials_jax.config import as_list, typed
 from dials_jax.data.records import (
     JSON_LINES_SUFFIXES,
     TEXT_SUFFIXES,
@@ -38,7 +38,7 @@ FEWEST_PAIRS = 2  # of tokens in the text that become one token
 
 @typed
 def train_tokenizer(
-    paths: Sequence[str],
+    paths: str | Path | Sequence[str | Path],
     vocab_size: int,
     folder: str | Path,
     *,
@@ -50,7 +50,7 @@ def train_tokenizer(
     Equal text gives an equal tokenizer. The special tokens have the first ids.
 
     Args:
-      paths: .txt and .jsonl (.gz, .xz) files, or folders of them.
+      paths: .txt and .jsonl (.gz, .xz) files, or folders of them; one, or several.
       vocab_size: number of ids, special tokens included; fewer if the text has no more pairs that
         occur twice.
       chat: adds the tokens and the template of conversations (ChatML).
@@ -67,7 +67,7 @@ def train_tokenizer(
     )
     target = local_path(folder, "the tokenizer's folder")
     require_new(target)
-    files = expand_paths(paths, TEXT_SUFFIXES + JSON_LINES_SUFFIXES)
+    files = expand_paths(as_list(paths), TEXT_SUFFIXES + JSON_LINES_SUFFIXES)
     tokenizer = Tokenizer(_trained(files, vocab_size, special, text_field))
     again = "make room and run the command again"
     with new_folder(target, again) as unfinished, writing(unfinished, again):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from dials_jax.config import as_list
 from dials_jax.errors import require, require_packages
 from dials_jax.evaluation.compare_sweeps import read_sweep, workdir_names
-from dials_jax.files import local_path, write_json
+from dials_jax.files import local_path, require_writable, write_json
 from dials_jax.reporting.publish import Report, publish
 from dials_jax.reporting.retention import retention_report
 from dials_jax.workdir import exclusive, require_unclaimed
@@ -15,7 +16,7 @@ RETENTION_MARK = "retention.json"  # marks a folder as one of this report
 REPORT_FILES = ("results.json", "results.csv", "results.tex", "report.html", "plots")
 
 
-def compare_retention(workdirs: Sequence[str], out: str | None = None) -> Report:
+def compare_retention(workdirs: str | Sequence[str], out: str | None = None) -> Report:
     """Prints the tables of Goel, Tables 1 to 3; returns the report.
 
     Args:
@@ -23,8 +24,10 @@ def compare_retention(workdirs: Sequence[str], out: str | None = None) -> Report
       out: folder for tables, figures and a page.
     """
     require_packages("eval", "matplotlib", "scipy")
-    folders = [local_path(path, "workdir") for path in workdirs]
+    folders = [local_path(path, "workdir") for path in as_list(workdirs)]
     require(len(set(folders)) == len(folders), "a workdir is given twice; name each once")
+    if out is not None:
+        require_writable(local_path(out, "--out"), "--out")
     sweeps = dict(zip(workdir_names(folders), map(read_sweep, folders), strict=True))
     report = retention_report(sweeps)
     print(report.text)

@@ -9,9 +9,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from dials_jax.config import as_list
 from dials_jax.errors import nearest, require, require_packages
 from dials_jax.evaluation.sweep_records import check_record
-from dials_jax.files import local_path, read_json, write_json
+from dials_jax.files import local_path, read_json, require_writable, write_json
 from dials_jax.records import require_sound
 from dials_jax.reporting.comparison import (
     Comparison,
@@ -31,7 +32,10 @@ COMPARED, CSV = "comparison.json", "comparison.csv"  # the first marks the folde
 
 
 def compare_sweeps(
-    workdirs: Sequence[str], only: Sequence[str] = (), holm: bool = False, out: str | None = None
+    workdirs: str | Sequence[str],
+    only: str | Sequence[str] = (),
+    holm: bool = False,
+    out: str | None = None,
 ) -> list[Comparison]:
     """Prints a matrix of all pairs of rows per task; returns what it found.
 
@@ -42,11 +46,13 @@ def compare_sweeps(
       out: folder for a CSV with intervals.
     """
     require_packages("eval", "scipy")
-    folders = [local_path(path, "workdir") for path in workdirs]
+    folders = [local_path(path, "workdir") for path in as_list(workdirs)]
     require(len(set(folders)) == len(folders), "a workdir is given twice; name each once")
+    if out is not None:
+        require_writable(local_path(out, "--out"), "--out")
     results = dict(zip(workdir_names(folders), map(read_sweep, folders), strict=True))
     runs, rules = merge_results(results)
-    groups = rows_by_items(_only(runs, only), rules)
+    groups = rows_by_items(_only(runs, as_list(only)), rules)
     require_pairs(groups)
     found = []
     print(textwrap.fill(pairs_legend(holm), WIDTH))

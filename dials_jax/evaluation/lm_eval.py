@@ -57,6 +57,7 @@ from dials_jax.evaluation.harness import (
 from dials_jax.evaluation.responder import Cost, Responder
 from dials_jax.evaluation.task_setup import warn_of_sampler
 from dials_jax.evaluation.text_end import Stop, decode_to_end
+from dials_jax.files import local_path, require_writable
 from dials_jax.models.model import Model
 from dials_jax.nn.policy import Policy, policy_name
 from dials_jax.sampling.sampler import Sampler
@@ -101,6 +102,8 @@ class DialsLM(LM):
     @classmethod
     def load(cls, cfg: HarnessModel) -> DialsLM:
         """Loads what the settings name."""
+        if cfg.store:
+            require_writable(local_path(cfg.store, "store"), "store")
         model, tokenizer, policy = load_harness_model(cfg)
         settings = AnswerSettings(**{n: getattr(cfg, n) for n in field_hints(AnswerSettings)})
         lm = cls(

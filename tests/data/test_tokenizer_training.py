@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from pathlib import Path
 
 import pytest
 
@@ -44,9 +45,11 @@ def test_every_text_comes_back_and_words_of_the_files_are_tokens(text, tmp_path)
 
 def test_equal_text_gives_an_equal_tokenizer_and_readers_agree(text, tmp_path):
     transformers = pytest.importorskip("transformers")
-    first, second = (train_tokenizer([text], 270, tmp_path / name) for name in "ab")
+    """One folder may be given alone, as a text or a path."""
+    given = {"a": [text], "b": text, "c": Path(text)}
+    first, *others = (train_tokenizer(paths, 270, tmp_path / x) for x, paths in given.items())
     loaded = load_tokenizer(tmp_path / "a")
-    assert first.fingerprint == second.fingerprint == loaded.fingerprint
+    assert {x.fingerprint for x in (first, *others)} == {loaded.fingerprint}
     assert load_tokenizer(tmp_path / "a" / "tokenizer.json").fingerprint == loaded.fingerprint
     theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path / "a"))
     assert theirs(TEXT + "[MASK]").input_ids == loaded.encode(TEXT + "[MASK]")
