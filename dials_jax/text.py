@@ -265,12 +265,14 @@ class TextReader:
                 return prompt
             prompt = [{"role": "user", "content": prompt}]
         is_chat = isinstance(prompt, list | tuple) and all(
-            isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in prompt
+            isinstance(turn, dict)
+            and all(isinstance(turn.get(name), str) for name in ("role", "content"))
+            for turn in prompt
         )
         require(
             is_chat and len(prompt) > 0,
             f"prompt {number} is {shown(prompt)}; give a text, or a list of "
-            "{'role': 'user', 'content': ...}",
+            "{'role': 'user', 'content': ...}, both of them texts",
         )
         return render_chat(self.template, prompt, self.tokenizer, self.folder)
 

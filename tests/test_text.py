@@ -1,6 +1,7 @@
 """Text in, text out: prompts of mixed lengths, conversations, cuts, settings that always fit."""
 
 import dataclasses
+import json
 import re
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 
 import dials_jax as dj
 from dials_jax import text
+from dials_jax.data.chat import read_chat_templates
 from dials_jax.data.tokenizer import load_tokenizer
 from dials_jax.errors import InputError
 from dials_jax.loading import load
@@ -109,6 +111,26 @@ def test_a_conversation_is_read_through_the_template(plainly, tmp_path, monkeypa
     assert text_job(chatting, "1,2", max_new_tokens=4).prompts == [encode("1,2")]
 
 
+@pytest.mark.parametrize("template", ["{{ 1 + 'a' }}", "{{ x.y }}", "{{ 1 // 0 }}", "{% for %}"])
+def test_whatever_a_template_raises_is_one_line(template, tmp_path):
+    pytest.importorskip("jinja2")
+    folder = save_arithmetic_model(tmp_path) / "model"
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(InputError, match="the chat template refuses these messages"):
+        text_job(load(folder), ["1"], chat=True, max_new_tokens=4)
+
+
+@pytest.mark.parametrize("stored", [5, ["a"], [{"nome": "x"}], {"default": 5}])
+def test_templates_that_are_none_are_named(stored, tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": stored}))
+    with pytest.raises(InputError, match=r"tokenizer_config\.json: chat_template is neither a tex"):
+        read_chat_templates(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match=r"chat_template\.jinja cannot be read as text"):
+        read_chat_templates(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("length", "settings", "expected"),
     [
@@ -164,6 +186,8 @@ def test_a_family_is_sampled_as_it_is_published():
         (["1"], {"chat": True}, "has no chat template"),
         ([[{"role": "user", "content": "1"}]], {}, "has no chat template"),
         ([["1", "2"]], {}, "prompt 0 is ['1', '2']; give a text, or a list of"),
+        ([[{"role": "user", "content": None}]], {}, "'content': ...}, both of them texts"),
+        ([[{"role": 1, "content": "1"}]], {}, "'content': ...}, both of them texts"),
         ([3], {}, "prompt 0 is 3; give a text"),
         (["1"], {"sampler": dj.Confidence(8), "steps": 3}, "sampler= has its own steps"),
         (["1"], {"batch_size": 0}, "batch_size=0 must be positive"),

@@ -18,21 +18,36 @@ def read_chat_templates(folder: str | Path) -> dict[str, str]:
     """The templates of a tokenizer's folder by name, the usual one as "default"; {} without any.
 
     They are in chat_template.jinja, in chat_templates/NAME.jinja, or in tokenizer_config.json.
+
+    Raises: InputError for a file that cannot be read, or that holds something else.
     """
     folder = Path(folder)
-    found: dict[str, str] = {}
-    if (folder / "tokenizer_config.json").is_file():
-        stored = read_json(folder / "tokenizer_config.json").get("chat_template") or {}
-        if isinstance(stored, str):
-            stored = {"default": stored}
-        if isinstance(stored, list):  # as older versions of transformers store several
-            stored = {one["name"]: one["template"] for one in stored}
-        found |= stored
-    for file in (folder / "chat_templates").glob("*.jinja"):
-        found[file.stem] = file.read_text(encoding="utf-8")
-    if (folder / "chat_template.jinja").is_file():
-        found["default"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    file, default = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    found = _stored_templates(file) if file.is_file() else {}
+    found |= {one.stem: _read_text(one) for one in (folder / "chat_templates").glob("*.jinja")}
+    if default.is_file():
+        found["default"] = _read_text(default)
     return found
+
+
+def _stored_templates(file: Path) -> dict[str, str]:
+    """Those of tokenizer_config.json."""
+    stored = read_json(file).get("chat_template") or {}
+    if isinstance(stored, str):
+        stored = {"default": stored}
+    if isinstance(stored, list):  # as older versions of transformers store several
+        known = all(isinstance(x, dict) and {"name", "template"} <= x.keys() for x in stored)
+        stored = {x["name"]: x["template"] for x in stored} if known else None
+    known = isinstance(stored, dict) and all(isinstance(x, str) for x in stored.values())
+    require(known, f"{file}: chat_template is neither a text nor a list of names and templates")
+    return stored
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} cannot be read as text ({error}); put it back") from error
 
 
 def choose_template(templates: dict[str, str], name: str = "default") -> str:
@@ -59,7 +74,6 @@ def render_chat(
     Raises: InputError for messages that the template refuses.
     """
     require_packages("data", "transformers", "jinja2")
-    import jinja2
     from transformers import PreTrainedTokenizerFast
 
     file = Path(folder) / "tokenizer_config.json"
@@ -74,9 +88,10 @@ def render_chat(
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
         )
-    except jinja2.exceptions.TemplateError as error:
+    except Exception as error:  # a template is a program, and may raise anything
+        reason = " ".join(str(error).split())
         raise InputError(
-            f"the chat template refuses these messages ({error}); leave out the system "
+            f"the chat template refuses these messages ({reason}); leave out the system "
             "instruction, or the template"
         ) from error
 

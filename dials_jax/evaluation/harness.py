@@ -107,12 +107,12 @@ def parse_model_arguments(arguments: Mapping[str, Any]) -> HarnessModel:
     Raises: InputError for an unknown name, naming the nearest valid one.
     """
     given = {name: value for name, value in arguments.items() if value is not None}
-    require("path" in given, "model arguments: path is missing; give path=FOLDER")
     kind = str(given.pop("sampler", "confidence"))
     require(kind in SAMPLERS, f"sampler={kind!r} is not known{nearest(kind, SAMPLERS)}")
     own, of_sampler = field_hints(HarnessModel), field_hints(SAMPLERS[kind])
     for name in given:
         _require_known(name, kind, {*own, *of_sampler} - {"mesh"})
+    require("path" in given, "model arguments: path is missing; give path=FOLDER")
     if "cache" in given:
         given["cache"] = parse_cache(str(given["cache"]))
     if "static" in given:

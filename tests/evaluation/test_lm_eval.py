@@ -449,6 +449,7 @@ def test_model_arguments_name_fields_of_the_model_and_of_its_sampler():
         ({"path": "m", "execution_ratio": 0.5}, "execution_ratio is of a router; give router"),
         ({"path": "m", "steps": 0.5}, "steps=0.5 must be an integer"),
         ({"steps": 4}, "path is missing"),
+        ({"pth": "m"}, "'pth'; did you mean 'path'"),
     ],
 )
 def test_wrong_model_arguments_are_refused_in_one_line(given, message, untyped):
