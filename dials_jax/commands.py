@@ -180,9 +180,18 @@ def _unframed(message: str) -> str:
     """One line from tyro's framed error, with or without Unicode: a title, the message, a hint."""
     words = " ".join(re.sub("[│╭╮╰╯]", " ", message).split())
     title, *blocks = re.split(r" ?[─-]{3,} ?", words)
+    return f"{blocks[0] if blocks else title}; {_hint(words)}"
+
+
+def _hint(words: str) -> str:
+    """What to do about an error of tyro, whose hints know no switches."""
+    unknown = words.partition("Unrecognized options: ")[2]
+    if turned_off := re.match(r"--no-([\w.-]+)\.([\w-]+)", unknown):
+        return f"did you mean --{turned_off[1]}.no-{turned_off[2]}?"
+    if re.match(r"(True|False)\b", unknown):
+        return "a switch has no value: --part.name turns it on, --part.no-name off"
     close = re.search(r"Perhaps you meant: (--[\w.-]+)", words)
-    hint = f"did you mean {close[1]}?" if close else "--help lists all options"
-    return f"{blocks[0] if blocks else title}; {hint}"
+    return f"did you mean {close[1]}?" if close else "--help lists all options"
 
 
 def keep_programs() -> None:

@@ -47,6 +47,19 @@ def test_the_file_decides_and_flags_override(config):
     assert cfg.backbone == "model" and cfg.optimizer.warmup_steps == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["--no-data.skip"], r"did you mean --data.no-skip\?"),
+        (["--objective.scale-skip-by-mask-ratio", "False"], "a switch has no value"),
+        (["--optimizer.num-step", "3"], r"did you mean --optimizer.num-steps\?"),
+    ],
+)
+def test_wrong_options_have_a_remedy(config, arguments, hint):
+    with pytest.raises(InputError, match=hint):
+        parsed(config, *arguments)
+
+
 EVALUATION = """
 from dials_jax.config import *
 

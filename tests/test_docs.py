@@ -1,5 +1,6 @@
 """The examples of pages of docs/ run; links between pages lead somewhere."""
 
+import json
 import re
 from pathlib import Path
 
@@ -8,25 +9,13 @@ import pytest
 
 import dials_jax
 import dials_jax.config
-from dials_jax.config import RouterConfig, TextData
-from dials_jax.data.tokenizer import character_tokenizer
+from dials_jax.config import RouterConfig
 from dials_jax.data.tokenizer_training import train_tokenizer
-from dials_jax.files import write_json
 from dials_jax.skipping.storage import save_router
-from tests.conftest import MASK
 from tests.reporting.sweep_results import make_results
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-
-
-def write_text(folder):
-    """Text of 61 characters, which with the special tokens are all ids of the small model."""
-    characters = "".join(map(chr, range(ord("A"), ord("A") + MASK - 2)))
-    character_tokenizer(characters).save(folder)
-    (folder / "text.txt").write_text(characters * 8)
-    paths = (str(folder / "text.txt"),)
-    return TextData(paths=paths, tokenizer=str(folder), length=8, cache=str(folder))
 
 
 def run_examples(page, **names):
@@ -37,13 +26,24 @@ def run_examples(page, **names):
     return names
 
 
-def test_the_examples_of_skipping_run(lively, routers, tmp_path):
-    save_router(tmp_path / "router", routers, RouterConfig(d_hidden=8), lively, skip_weight=1.0)
-    names = run_examples(
-        "docs/skipping.md", model=lively, routers=routers, router_folder=tmp_path / "router",
-        held_out=write_text(tmp_path / "text"),
-    )  # fmt: skip
-    assert names["out"].gates.shape == (4, lively.num_layers, 2)
+@pytest.fixture
+def demo(arithmetic_model, routers, tmp_path, monkeypatch):
+    """A folder in which runs/demo is what `make demo` leaves, in small."""
+    router = tmp_path / "runs/demo/router-high"
+    model = dials_jax.load(arithmetic_model)
+    save_router(router, routers, RouterConfig(d_hidden=8), model, skip_weight=1.0)
+    (router / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "loss": 1.5}\n')
+    (tmp_path / "runs/demo/model").symlink_to(arithmetic_model)
+    results = json.dumps(make_results(("sums", "text"))).replace('"sums"', '"arithmetic"')
+    (tmp_path / "runs/demo/sweep").mkdir()
+    (tmp_path / "runs/demo/sweep/results.json").write_text(results)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_examples_of_skipping_run(demo):
+    names = run_examples("docs/skipping.md")
+    assert names["out"].gates.shape == (5, names["model"].num_layers, 2)
 
 
 def test_the_examples_of_sampling_run(lively):
@@ -72,35 +72,22 @@ def test_the_examples_of_data_run(tmp_path):
     assert names["model"].mask_id == 2
 
 
-def test_the_examples_of_the_first_pages_run(arithmetic_model, routers, tmp_path, monkeypatch):
-    model = dials_jax.load(arithmetic_model)
-    folder = tmp_path / "runs/demo/router-high"
-    save_router(folder, routers, RouterConfig(d_hidden=8), model, skip_weight=1.0)
-    (tmp_path / "runs/demo/model").symlink_to(arithmetic_model)
-    monkeypatch.chdir(tmp_path)
+def test_the_examples_of_the_first_pages_run(demo):
     run_examples("docs/install.md")
     names = run_examples("docs/quickstart.md")
     assert len(names["answers"]) == 2
-    write_json(tmp_path / "sweep/results.json", make_results(("sums", "text")))
-    run_examples("docs/reports.md", sweep_workdir=tmp_path / "sweep")
+    run_examples("docs/reports.md")
     assert Path("tradeoff.png").is_file()
 
 
-def test_the_examples_of_representation_run(lively, tmp_path):
-    names = run_examples("docs/representation.md", model=lively, workdir=tmp_path)
-    assert names["profile"].layer_cosine.mean.shape == (4, lively.num_layers, 8)
-    assert (tmp_path / "profiles" / "A.npz").is_file()
+def test_the_examples_of_representation_run(demo):
+    names = run_examples("docs/representation.md")
+    assert names["profile"].layer_cosine.mean.shape == (4, names["model"].num_layers, 8)
+    assert Path("runs/profiles/profiles/A.npz").is_file()
 
 
-def test_the_examples_of_python_run(lively, tmp_path, monkeypatch, capsys):
-    sweep, training = tmp_path / "sweep", tmp_path / "training"
-    write_json(sweep / "results.json", make_results(("sums", "text")))
-    training.mkdir()
-    (training / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "loss": 1.5}\n')
-    monkeypatch.chdir(tmp_path)
-    run_examples(
-        "docs/python.md", model=lively, sweep_workdir=sweep, training_workdir=training
-    )  # fmt: skip
+def test_the_examples_of_python_run(demo, capsys):
+    run_examples("docs/python.md")
     assert Path("tradeoff.png").is_file()
     assert "step 2, loss 2.500 to 1.500" in capsys.readouterr().out
 

@@ -22,7 +22,7 @@ FENCE = re.compile(r"(<!-- needs: [^\n]*-->\n)?^```([^\n]*)\n(.*?)^```", re.M | 
 RUN = {
     "README.md", "caching.md", "data.md", "evaluation.md", "export.md", "generate.md", "install.md",
     "own_task.md", "python.md", "quickstart.md", "reports.md", "representation.md", "sampling.md",
-    "scheduling.md", "scheduling_study.md", "skipping.md",
+    "scheduling.md", "scheduling_study.md", "skipping.md", "training.md",
 }  # fmt: skip
 SETTINGS = {
     "train": TrainConfig, "prepare": TrainConfig, "eval": EvalConfig | HarnessConfig | AnyStudy,
@@ -34,10 +34,12 @@ def blocks(page):
     return FENCE.findall(PAGES[page].read_text(encoding="utf-8"))
 
 
-def commands(page):
-    """The command lines of the blocks without a language."""
-    for _, language, text in blocks(page):
-        for line in [] if language else text.replace("\\\n", " ").splitlines():
+def commands(page, everything=True):
+    """The command lines of the blocks without a language, or of those that need nothing."""
+    for needs, language, text in blocks(page):
+        if language or (needs and not everything):
+            continue
+        for line in text.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
             if words:
                 end = words.index(">") if ">" in words else len(words)
@@ -55,7 +57,7 @@ def follow(page, in_small, changes=()):
             for old, new in changes:
                 text = text.replace(old, new)
             Path(title[1]).write_text(text, encoding="utf-8")
-    for first, *words in commands(page):
+    for first, *words in commands(page, everything=False):
         if first == "python":
             runpy.run_path(words[0])
         elif first == "dials" and in_small.get(words[0]) is None:
@@ -89,7 +91,7 @@ def check_command(name, words):
         return
     if name in SETTINGS and "--config" in words:
         given = CommandLine.read("", words, needs_workdir=name != "prepare")
-        if "/" in given.config:  # the others stand on the page, or for any
+        if "/" in given.config or Path(given.config).is_file():  # the others stand for any
             assert isinstance(given.settings(SETTINGS[name]), SETTINGS[name])
     elif name not in SETTINGS:
         check_options(name, words)
@@ -120,19 +122,15 @@ def test_the_guide_to_an_own_task(tmp_path, monkeypatch, capsys, draw_only):
     assert "runs/sweep" in capsys.readouterr().out
 
 
-def test_the_guide_to_training(tmp_path, monkeypatch):
+def test_the_guides_to_training_and_to_schedules(tmp_path, monkeypatch):
+    """The second goes on in the first one's folder; its studies are tested where they are."""
     monkeypatch.chdir(tmp_path)
-    Path("texts").mkdir()
-    for name in "abc":
-        words = " ".join(f"{name}{number} and {number * 7}" for number in range(900))
-        Path(f"texts/{name}.txt").write_text(words)
     steps = ["--optimizer.num-steps", "2", "--optimizer.warmup-steps", "1"]
-    unmarked = [text for needs, _, text in blocks("training.md") if not needs]
-    for line in "".join(unmarked).replace("\\\n", " ").splitlines():
-        first, *words = shlex.split(line)
-        assert first == "dials"
-        dials([*words, *(steps if words[0] == "train" else ())])
+    small = {"tokenizer": (), "train": steps, "generate": ()}
+    follow("training.md", small, [("topics.items()", "sorted(topics.items())[:9]")])
     assert Path("runs/small/model/config.json").is_file()
+    follow("scheduling_study.md", {})
+    assert runpy.run_path("small.py")["get_config"]().model.mask_id == 2
 
 
 # ------------------------------------------------------------------------ the page of errors
