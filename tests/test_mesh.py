@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 
 HERE = Path(__file__).parent
-# What one process computes: two of them, since compiling takes nearly all of their time.
-TOGETHER = (("one", "data8"), ("data2_fsdp4", "data2_fsdp2_tensor2"))
 MESHES = ("data8", "data2_fsdp4", "data2_fsdp2_tensor2")
 
 
@@ -19,19 +17,14 @@ MESHES = ("data8", "data2_fsdp4", "data2_fsdp2_tensor2")
 def results(made_once):
     """`results(mesh)`: arrays by name, from a process with 8 fake CPU devices."""
 
-    @cache
-    def arrays_of(mesh):
-        [meshes] = [meshes for meshes in TOGETHER if mesh in meshes]
+    def make(folder):
+        command = [sys.executable, str(HERE / "mesh_worker.py"), str(folder), "one", *MESHES]
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)])}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=1200)
+        assert done.returncode == 0, done.stderr[-3000:]
 
-        def make(folder):
-            command = [sys.executable, str(HERE / "mesh_worker.py"), str(folder), *meshes]
-            env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)])}
-            done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=1200)
-            assert done.returncode == 0, done.stderr[-3000:]
-
-        return dict(np.load(made_once(f"mesh_{meshes[0]}", make) / f"{mesh}.npz"))
-
-    return arrays_of
+    folder = made_once("mesh", make)
+    return cache(lambda mesh: dict(np.load(folder / f"{mesh}.npz")))
 
 
 @pytest.mark.parametrize("mesh", MESHES)

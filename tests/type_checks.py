@@ -28,16 +28,22 @@ def checked(fn=None, *, typechecker=None):
         return fn
     if not fn.__annotations__:
         return fn
-    strict = beartype(with_known_hints(fn))
-    if any("{" in str(hint) for hint in fn.__annotations__.values()):  # sizes of its arguments
-        strict = with_arguments(strict, typechecker=None)
+
+    known_hints = with_known_hints(fn)
+
+    @functools.cache  # made at the first call: most functions are never called by a process
+    def strict():
+        checks = beartype(known_hints)
+        if any("{" in str(hint) for hint in fn.__annotations__.values()):  # sizes of its arguments
+            checks = with_arguments(checks, typechecker=None)
+        return checks
 
     @functools.wraps(fn)
     def call(*args, **kwargs):
         if jaxtyping.config.jaxtyping_disable:
             return fn(*args, **kwargs)
         with scope:
-            return strict(*args, **kwargs)
+            return strict()(*args, **kwargs)
 
     return call
 

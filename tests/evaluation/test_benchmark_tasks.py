@@ -6,7 +6,6 @@ import runpy
 import string
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -17,7 +16,6 @@ from dials_jax.data.tokenizer import character_tokenizer
 from dials_jax.evaluation.items import OUTPUT, load_items
 from dials_jax.evaluation.run_code import PASSED, execute_programs
 from dials_jax.evaluation.sweep import sweep
-from dials_jax.models import transformer
 from dials_jax.models.folders import save_model
 from dials_jax.sampling.confidence import Confidence
 from tests.conftest import init_params, small_config
@@ -105,11 +103,11 @@ def folder(made_once):
         TOKENIZER.save(folder)
         ids = {f"{x}_id": TOKENIZER.token_to_id(f"[{x.upper()}]") for x in ("mask", "eos", "pad")}
         cfg = small_config(vocab_size=TOKENIZER.vocab_size, num_layers=2, max_length=2048, **ids)
-        params = transformer.init(cfg, jax.random.key(0))
+        params = init_params(cfg)
         save_model(folder / "model", cfg, params, tokenizer_files=[folder / "tokenizer.json"])
         changes = {"model_type": "dream", "right_shift": True, "num_layers": 5}  # as ES-dLLM needs
         cfg = dataclasses.replace(cfg, **changes)
-        params = transformer.init(cfg, jax.random.key(0))
+        params = init_params(cfg)
         save_model(folder / "dream", cfg, params, tokenizer_files=[folder / "tokenizer.json"])
 
     return made_once("benchmarks", make)

@@ -404,7 +404,7 @@ PARTS = {"exact_match": (FIRST, 2), "choice": (CHOICE, 3), "nelbo": (NELBO, 5)}
 def batch_by_batch(request, scorer, mixed, choices):
     """A task with its items, all its records as JSON keeps them, and its scores."""
     task, batch_size = PARTS[request.param]
-    task = dataclasses.replace(task, bucket=1)
+    task = dataclasses.replace(task, bucket=1, max_programs=2)
     items = choices if task.metric == "choice" else mixed[:7]
     records = []
     whole = run(scorer, task, items, batch_size, Random(1), on_record=records.append)

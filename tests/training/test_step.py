@@ -28,6 +28,7 @@ from dials_jax.training import loop
 from dials_jax.training.losses import Draws, Mean, model_loss, router_loss
 from dials_jax.training.optimizer import make_optimizer
 from dials_jax.training.step import TrainState, init_train_state, make_train_step
+from tests.conftest import jitted_init_routers
 
 ROUTER = RouterConfig(d_hidden=8)
 
@@ -106,7 +107,7 @@ def test_only_routers_have_optimiser_state(backbone):
 def test_a_skipped_layer_passes_gradient_to_its_router(backbone, batch):
     cfg = backbone.config
     router = RouterConfig(d_hidden=8, execute_bias=-2.0)  # nearly every token votes to skip
-    routers = init_routers(cfg.d_model, cfg.num_layers, router, jax.random.key(0))
+    routers = jitted_init_routers(cfg.d_model, cfg.num_layers, router, jax.random.key(0))
     objective = ObjectiveConfig(skip_weight=0.0)  # the skip loss would reach routers by itself
     loss_fn = router_loss(cfg, router, objective, remat=False)
     batch = jax.tree.map(jnp.asarray, batch)
