@@ -80,10 +80,6 @@ def logged(workdir):
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
-def logged_step_10(workdir):
-    return any(line["step"] >= 10 for line in logged(workdir))
-
-
 def saves_after_step_20(workdir):
     partial = (workdir / "checkpoints").glob("*.partial")
     return any(int(p.name.partition(".")[0]) > 20 for p in partial)
@@ -91,6 +87,13 @@ def saves_after_step_20(workdir):
 
 class Killed(BaseException):
     """Stands for SIGKILL: nothing is written after it."""
+
+
+def killed_at_step_10(writer, step, values, write=MetricsWriter.write):
+    """`MetricsWriter.write`, until step 10 is written."""
+    write(writer, step, values)
+    if step >= 10:
+        raise Killed
 
 
 def killed_after_step_20(path, values):
@@ -104,13 +107,15 @@ def without_times(lines):
     return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
 
 
-@pytest.mark.parametrize(
-    ("kind", "kills"),
-    [("model", [logged_step_10, saves_after_step_20]), ("routers", [])],
-)
-def test_killed_and_continued_equals_uninterrupted(
-    kind, kills, arithmetic_model, tmp_path, monkeypatch
-):
+# Without a process of its own: behind a step, or within a save.
+KILLS = {
+    "model": (MetricsWriter, "write", killed_at_step_10),
+    "routers": (checkpoint, "write_json", killed_after_step_20),
+}
+
+
+@pytest.mark.parametrize("kind", KILLS)
+def test_killed_and_continued_equals_uninterrupted(kind, arithmetic_model, tmp_path, monkeypatch):
     config = tmp_path / "config.py"
     backbone = f"backbone={str(arithmetic_model)!r}"
     validated = "validation=ArithmeticData(num_items=16), validate_every=10, fit_execution=(0.8,)"
@@ -118,14 +123,13 @@ def test_killed_and_continued_equals_uninterrupted(
     config.write_text(CONFIG.format(subject=subject))
     cfg = load_config(str(config), TrainConfig)
 
-    for condition in kills:
-        run_until(condition, config, tmp_path / "killed")
-    if kind == "routers":  # without a process of its own: within a save, and behind the last step
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(checkpoint, "write_json", killed_after_step_20)
-            train(cfg, tmp_path / "killed")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(*KILLS[kind])
+        train(cfg, tmp_path / "killed")
+    if kind == "model":
+        run_until(saves_after_step_20, config, tmp_path / "killed")
     assert 10 <= logged(tmp_path / "killed")[-1]["step"] < 40
-    if kind == "routers":
+    if kind == "routers":  # killed once more, behind the last step
         assert saves_after_step_20(tmp_path / "killed")
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(run, "fit_thresholds", interrupt)
