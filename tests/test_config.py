@@ -101,7 +101,7 @@ def optimizer(**changes):
 
 
 def task(**changes):
-    return EvalTask(name="text", metric="nelbo", data=TextData(), **changes)
+    return EvalTask(**({"name": "text", "metric": "nelbo", "data": TextData()} | changes))
 
 
 def generation(**changes):
@@ -138,6 +138,8 @@ def generation(**changes):
         (lambda: dataclasses.replace(TRAIN, model=None), "either backbone= .* or model="),
         (lambda: task(bucket=0), "bucket=0 must be positive"),
         (lambda: task(max_programs=0), "max_programs=0 must be positive"),
+        (lambda: task(name=" "), "a task has an empty name"),
+        (lambda: task(cfg_scale=-1.0), "cfg_scale=-1.0 must not be negative"),
         (lambda: task(cache=DualCache()), r"cache=DualCache\(\) is for generation, but metric 'ne"),
         (lambda: task(sampler=Confidence(4)), r"sampler=Confidence\(.*\) is for generation"),
         (lambda: generation(cfg_scale=0.5), "cfg_scale=0.5 is of likelihoods"),
