@@ -13,12 +13,11 @@ from dials_jax.caching.cache import Cache
 from dials_jax.caching.parse import cache_name
 from dials_jax.config import ModelConfig
 from dials_jax.errors import require
-from dials_jax.estimates import format_bytes
 from dials_jax.evaluation.batched import generation_batches
 from dials_jax.evaluation.timing import Timings, time_in_turns
 from dials_jax.models.model import Model
 from dials_jax.nn.policy import Policy, check_policy
-from dials_jax.progress import progress_bar
+from dials_jax.progress import format_bytes, progress_bar
 from dials_jax.reporting.environment import environment
 from dials_jax.reporting.publish import Table
 from dials_jax.sampling.generate import Generation

@@ -19,10 +19,9 @@ from jaxtyping import PyTree
 from dials_jax.caching.cache import Cache
 from dials_jax.caching.plain import NoCache
 from dials_jax.config import ModelConfig
+from dials_jax.progress import format_bytes
 from dials_jax.sampling.sampler import Sampler
 from dials_jax.skipping.flops import head_flops, layer_flops
-
-LONG = 10.0  # seconds: of a shorter run no line says how long it takes
 
 
 class RunEstimate(NamedTuple):
@@ -73,23 +72,6 @@ def print_cost(
         say(f"{label}: {cost}")
         if warning := cost.warning(remedy):
             say(warning)
-
-
-class Pace:
-    """Says once, after the first measured part of a run, how long the rest takes at this pace."""
-
-    def __init__(self, total: int | float, label: str, say: Callable[[str], Any] = print):
-        """Args: total: of what `measured` counts: steps, FLOPs or samples."""
-        self.total, self.label, self.say = total, label, say
-        self.done, self._said = 0.0, False
-
-    def measured(self, amount: int | float, seconds: int | float) -> None:
-        """A part has taken so many seconds, without compilation."""
-        self.done += amount
-        left = (self.total - self.done) * seconds / max(amount, 1e-9)
-        if not self._said and left >= LONG and jax.process_index() == 0:
-            self.say(f"{self.label}: about {format_duration(left)} at this pace")
-        self._said = True
 
 
 # ------------------------------------------------------------------------------------------ FLOPs
@@ -224,16 +206,3 @@ def _shorter_of_two(fn: Callable[[jax.Array], jax.Array], x: jax.Array) -> int |
         program(x).block_until_ready()
         times.append(time.perf_counter() - start)
     return min(times)
-
-
-# ------------------------------------------------------------------------------------------- words
-
-
-def format_bytes(count: int | float) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
-
-
-def format_duration(seconds: int | float) -> str:
-    if seconds >= 5400:
-        return f"{seconds / 3600:.1f} hours"
-    return f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{max(seconds, 1):.0f} s"

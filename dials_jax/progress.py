@@ -1,13 +1,16 @@
-"""Progress on standard error: a bar in a terminal, a line now and then in a log file."""
+"""Progress on standard error: a bar in a terminal, a line now and then in a log file; and, once the
+first part of a run is done, how long the rest takes."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
 LINE_SECONDS = 15  # between two lines of progress in a log file
+LONG = 10.0  # seconds: of a shorter run no line says how long it takes
 
 
 def progress_bar(total: int, start: int, what: str, unit: str = "step"):
@@ -44,3 +47,30 @@ class ProgressLines:
 
     def flush(self) -> None:
         self._file.flush()
+
+
+class Pace:
+    """Says once, after the first measured part of a run, how long the rest takes at this pace."""
+
+    def __init__(self, total: int | float, label: str, say: Callable[[str], Any] = print):
+        """Args: total: of what `measured` counts: steps, FLOPs or samples."""
+        self.total, self.label, self.say = total, label, say
+        self.done, self._said = 0.0, False
+
+    def measured(self, amount: int | float, seconds: int | float) -> None:
+        """A part has taken so many seconds, without compilation."""
+        self.done += amount
+        left = (self.total - self.done) * seconds / max(amount, 1e-9)
+        if not self._said and left >= LONG and jax.process_index() == 0:
+            self.say(f"{self.label}: about {format_duration(left)} at this pace")
+        self._said = True
+
+
+def format_bytes(count: int | float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def format_duration(seconds: int | float) -> str:
+    if seconds >= 5400:
+        return f"{seconds / 3600:.1f} hours"
+    return f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{max(seconds, 1):.0f} s"

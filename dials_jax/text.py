@@ -21,19 +21,12 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from dials_jax.caching.cache import Cache
-from dials_jax.caching.plain import NoCache
 from dials_jax.config import ModelConfig, Seed, as_list, as_type, shown, typed
 from dials_jax.config.typed import field_hints
 from dials_jax.data.chat import Message, choose_template, read_chat_templates, render_chat
 from dials_jax.data.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
 from dials_jax.errors import InputError, nearest, require
-from dials_jax.estimates import (
-    RunEstimate,
-    activation_bytes,
-    cache_bytes,
-    device_bytes,
-    generation_flops,
-)
+from dials_jax.estimates import RunEstimate
 from dials_jax.evaluation.batched import (
     GenerationBatch,
     generation_batches,
@@ -41,11 +34,11 @@ from dials_jax.evaluation.batched import (
     request_keys,
 )
 from dials_jax.evaluation.harness import DEFAULT_LENGTH, SAMPLERS, make_sampler
+from dials_jax.evaluation.request_cost import generation_cost
 from dials_jax.evaluation.text_end import Stop, cut_at_stop, cut_tokens, end_ids, tokens_of
 from dials_jax.models.model import Model
 from dials_jax.nn.policy import Policy
 from dials_jax.sampling.sampler import Sampler
-from dials_jax.sharding import num_batch_shards
 
 MAX_BLOCK = 32  # tokens of a block where nothing says otherwise, as LLaDA is usually evaluated
 Prompt = str | Sequence[Message]  # a conversation goes through the chat template
@@ -200,20 +193,13 @@ class TextJob:
 
     def cost(self, remaining: Sequence[int] | None = None) -> RunEstimate:
         """What the answers take at most, if every layer runs."""
-        cfg, sampler = self.model.config, self.sampler
         numbers = range(len(self.prompts)) if remaining is None else remaining
-        lengths = [len(self.prompts[i]) for i in numbers] or [0]
-        longest, copies = max(lengths), 1 + (sampler.cfg_scale > 0)
-        flops = generation_flops(cfg, sampler, self.cache, sum(lengths) // len(lengths))
-        batch = copies * -(-self.used_batch_size // num_batch_shards(self.model.mesh))
-        head = max(work.head for work in sampler.work(cfg, self.cache or NoCache(), longest))
-        length = longest + sampler.gen_length
-        memory = {
-            "weights": device_bytes(self.model.params),
-            "activations": activation_bytes(cfg, batch, length, head),
-            "cache": cache_bytes(cfg, self.cache, batch, length),
-        }
-        return RunEstimate(len(numbers) * self.length, len(numbers) * flops, memory)
+        lengths = [len(self.prompts[i]) for i in numbers]
+        settings = self.sampler, self.cache, self.used_batch_size
+        cost = generation_cost(self.model, lengths or [0], *settings)
+        return cost._replace(
+            tokens=len(lengths) * self.length, flops=cost.flops if lengths else 0.0
+        )
 
     @property
     def used_batch_size(self) -> int:

@@ -7,11 +7,10 @@ from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import dials_jax as dj
-from dials_jax import estimates
+from dials_jax import estimates, progress
 from dials_jax.cli.generate import generate_command
 from dials_jax.config import EvalTask, TaskData
 from dials_jax.estimates import (
-    Pace,
     RunEstimate,
     activation_bytes,
     cache_bytes,
@@ -23,9 +22,11 @@ from dials_jax.estimates import (
 )
 from dials_jax.evaluation.items import make_item
 from dials_jax.evaluation.likelihood import ANSWER_CHUNK
-from dials_jax.evaluation.sweep_cost import task_memory
+from dials_jax.evaluation.sweep_cost import task_cost
+from dials_jax.models.model import Model
+from dials_jax.progress import Pace
 from dials_jax.text import text_job
-from tests.conftest import small_config
+from tests.conftest import init_params, small_config
 
 PROMPTS = np.random.default_rng(0).integers(2, 60, (2, 5))
 
@@ -54,11 +55,12 @@ def test_flops_of_a_generation_are_those_that_it_takes(sampler, cache, tolerance
 
 def test_a_likelihood_holds_the_logits_of_a_chunk_and_of_both_halves_of_guidance():
     cfg, items = small_config(max_length=2000), [make_item([5], [[7] * 1000])]
+    model = Model(cfg, init_params(cfg))
     data = TaskData(paths=("x.jsonl",), prompt_length=8, answer_length=4)
 
     def memory(**settings):
         task = EvalTask(name="text", metric="nelbo", data=data, num_samples=4, **settings)
-        return task_memory(task, items, cfg, batch=3)["activations"]
+        return task_cost(task, items, model, batch_size=3).memory["activations"]
 
     assert memory() == activation_bytes(cfg, 3, 1001, head=ANSWER_CHUNK)
     assert memory(cfg_scale=0.5) == 2 * memory()
@@ -128,7 +130,7 @@ def test_the_pace_of_the_first_part_is_said_once_if_the_rest_is_long(capsys):
 
 
 def test_a_training_says_what_its_remaining_steps_take(train_config, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(estimates, "LONG", 0.0)
+    monkeypatch.setattr(progress, "LONG", 0.0)
     config = train_config()
     dj.train(config, tmp_path / "run")
     lines = capsys.readouterr().out.splitlines()

@@ -3,12 +3,14 @@
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from dials_jax import sharding
+from dials_jax import progress, sharding
 from dials_jax.commands import load_config
 from dials_jax.config import TrainConfig
+from dials_jax.data import prepare
 from dials_jax.training import run
 
 ROOT = Path(__file__).parents[1]
@@ -60,6 +62,20 @@ def test_training_reads_what_the_command_prepared(config, prepare_py, tmp_path, 
     assert prepare_py("--config", config) == out  # verified
     cfg = load_config(str(config), TrainConfig)
     assert run.prepare_run(cfg, sharding.make_mesh(cfg.mesh)).data.num_rows == 47
+
+
+def test_what_the_corpus_will_take_is_said_after_its_first_documents(
+    config, prepare_py, monkeypatch
+):
+    monkeypatch.setattr(prepare, "PROBE_DOCUMENTS", 2)
+    monkeypatch.setattr(progress, "LONG", 0.0)
+    monkeypatch.setattr(prepare.shutil, "disk_usage", lambda folder: SimpleNamespace(free=100))
+    shown = prepare_py("--config", config).splitlines()
+    # Each text has 40 characters, and an end of text behind it; a token takes 1 byte.
+    assert "train: 7 documents, about 287 tokens, 0.0 MB on the disk" in shown
+    [line] = {x for x in shown if x.startswith("this will not fit")}
+    assert line.endswith("corpus/parts has 0.0 MB free; make room, or choose another data.folder")
+    assert any(x.startswith("train: the rest: about ") for x in shown)
 
 
 @pytest.mark.parametrize("file, message", [("demo/model", "is not a CorpusData")])

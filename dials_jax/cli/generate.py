@@ -135,8 +135,7 @@ def with_progress(answers: Iterator[tuple[int, Any]], total: int, done: int) -> 
     Args:
       done: answers of an earlier run.
     """
-    from dials_jax.estimates import Pace
-    from dials_jax.progress import progress_bar
+    from dials_jax.progress import Pace, progress_bar
 
     found: dict[int, Any] = {}
     pace = Pace(total - done, "generation", say)

@@ -7,6 +7,8 @@ continues after its last part, and the result has the same bytes as without the 
 
 from __future__ import annotations
 
+import shutil
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -38,9 +40,11 @@ from dials_jax.data.records import Document, file_sha256
 from dials_jax.data.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
 from dials_jax.errors import InputError, require
 from dials_jax.files import read_json, replacing, write_json
+from dials_jax.progress import Pace, format_bytes, progress_bar
 from dials_jax.workdir import differences, exclusive, read_mark, require_unclaimed
 
 SETTINGS = "settings.json"  # the settings that a folder was started with
+PROBE_DOCUMENTS, PROBE_TOKENS = 1000, 10**6  # after as many a split's size and time are told
 PART_BATCHES = 20  # batches of documents per part: a stop loses at most a minute's work
 
 
@@ -155,20 +159,19 @@ class _Packer:
         Args:
           numbers: of the split's documents in the corpus.
         """
-        from tqdm import tqdm
-
         self.folder.mkdir(parents=True, exist_ok=True)
         size, rest, parts = PART_BATCHES * BATCH_DOCUMENTS, [], []
         # One pass over the corpus, from the first missing part on.
         documents, next_document = iter(()), None
-        # disable=None: no bar where stderr is a file.
-        with tqdm(desc=split, total=len(numbers), unit=" documents", disable=None) as progress:
+        with progress_bar(len(numbers), 0, split, "document") as progress:
+            outlook = None
             for part, first in enumerate(range(0, len(numbers), size)):
                 entry_file = self.folder / f"{split}-{part:05d}.json"
                 if not entry_file.exists():
                     if next_document != first:
                         documents = self.documents.read(numbers[first], numbers.stop)
-                    self._write_part(entry_file, documents, rest, progress.update)
+                    outlook = outlook or self._outlook(split, len(numbers) - first, progress)
+                    self._write_part(entry_file, documents, rest, outlook.advance)
                     next_document = first + size
                 parts.append(_read_part_entry(entry_file))
                 rest = parts[-1].pop("rest")
@@ -181,16 +184,15 @@ class _Packer:
         entry_file: Path,
         documents: Iterator[Document],
         rest: list[int],
-        advance: Callable[[int], Any],
+        advance: Callable[[int, int], Any],
     ) -> None:
         """Writes the rows of the next documents, then the part's entry, with the tokens left over.
 
         Args:
           rest: the tokens left over from the part before.
-          advance: is told the number of documents that are done.
+          advance: is told the numbers of documents and tokens that are done.
         """
-        dtype = token_dtype(self.tokenizer.vocab_size - 1, self.model_config.eos_id)
-        counts, rest = {"documents": 0, "tokens": 0}, list(rest)
+        dtype, counts, rest = self._dtype, {"documents": 0, "tokens": 0}, list(rest)
         rows = self._pack_rows(documents, rest, dtype, counts, advance)
         data = entry_file.with_suffix(".npy")
         with replacing(data) as file:
@@ -198,13 +200,21 @@ class _Packer:
         digest = file_sha256(data)
         write_json(entry_file, {"file": data.name, **counts, "sha256": digest, "rest": rest})
 
+    @property
+    def _dtype(self) -> np.dtype:
+        return token_dtype(self.tokenizer.vocab_size - 1, self.model_config.eos_id)
+
+    def _outlook(self, split: str, left: int, bar: Any) -> _Outlook:
+        copies = 1 + (self.cfg.reader == "grain")  # which has its rows in files of its own
+        return _Outlook(split, left, copies * self._dtype.itemsize, self.folder, bar)
+
     def _pack_rows(
         self,
         documents: Iterator[Document],
         rest: list[int],
         dtype: np.dtype,
         counts: dict[str, int],
-        advance: Callable[[int], Any],
+        advance: Callable[[int, int], Any],
     ) -> Iterator[PackedRows]:
         """Yields the rows of a few documents at a time; updates `rest` and `counts`."""
         packing, length = PACKINGS[self.cfg.packing], self.cfg.length
@@ -214,12 +224,44 @@ class _Packer:
             for pieces in encode_documents(thousand, self.tokenizer, eos_id, mask_id):
                 rows, rest[:] = packing.pack(pieces, rest, length, eos_id, dtype)
                 ended = sum(piece.ends_document for piece in pieces)
+                tokens = sum(len(piece.ids) for piece in pieces)
                 counts["documents"] += ended
-                counts["tokens"] += sum(len(piece.ids) for piece in pieces)
-                advance(ended)
+                counts["tokens"] += tokens
+                advance(ended, tokens)
                 yield rows
             if not packing.keeps_rest:
                 rest.clear()
+
+
+class _Outlook:
+    """The progress of a split, and once, from its first documents, what the rest takes."""
+
+    def __init__(self, split: str, left: int, token_bytes: int, folder: Path, bar: Any):
+        """Args: left: documents to do. token_bytes: that a token takes on the disk."""
+        self.split, self.left, self.token_bytes = split, left, token_bytes
+        self.folder, self.bar = folder, bar
+        self.documents, self.tokens, self.began = 0, 0, time.perf_counter()
+        self.pace: Pace | None = Pace(left, f"{split}: the rest", say=bar.write)
+
+    def advance(self, documents: int, tokens: int) -> None:
+        self.bar.update(documents)
+        self.documents, self.tokens = self.documents + documents, self.tokens + tokens
+        enough = self.documents >= PROBE_DOCUMENTS or self.tokens >= PROBE_TOKENS
+        if self.pace is None or not (enough and self.documents):
+            return
+        total = self.tokens / self.documents * self.left
+        needed, free = total * self.token_bytes, shutil.disk_usage(self.folder).free
+        self.bar.write(
+            f"{self.split}: {self.left:,} documents, about {total:,.0f} tokens, "
+            f"{format_bytes(needed)} on the disk"
+        )
+        if needed > free:
+            self.bar.write(
+                f"this will not fit: {self.folder} has {format_bytes(free)} free; make room, or "
+                "choose another data.folder"
+            )
+        self.pace.measured(self.documents, time.perf_counter() - self.began)
+        self.pace = None
 
 
 def _verify_split(

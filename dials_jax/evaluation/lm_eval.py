@@ -60,6 +60,7 @@ from dials_jax.evaluation.text_end import Stop, decode_to_end
 from dials_jax.files import local_path, require_writable
 from dials_jax.models.model import Model
 from dials_jax.nn.policy import Policy, policy_name
+from dials_jax.progress import progress_bar
 from dials_jax.sampling.sampler import Sampler
 from dials_jax.skipping.flops import Flops
 
@@ -94,7 +95,7 @@ class DialsLM(LM):
         warn_of_sampler("lm-eval", model, self.sampler)
         folder = Path(tokenizer_folder or model.path)
         self.tokenizer_folder = folder.parent if folder.is_file() else folder
-        self.text, self.responder = tokenizer, Responder(model, policy, settings, store)
+        self.text, self.responder = tokenizer, Responder(model, policy, settings, store, _say)
         self.described = {"settings": to_dict(settings)}
         self._samplers: dict[Sampler, None] = {}
         self._template: str | None = None  # None: the default one
@@ -336,10 +337,18 @@ class DialsLM(LM):
     def _shown(
         self, answers: Iterator[tuple[int, Any]], total: int, disable: bool
     ) -> Iterator[tuple[int, Any]]:
-        from tqdm import tqdm
+        if disable:
+            yield from answers
+            return
+        with progress_bar(total, 0, "requests", "request") as bar:
+            for answer in answers:
+                bar.update()
+                yield answer
 
-        hidden = disable or not sys.stderr.isatty()
-        yield from tqdm(answers, total=total, desc="requests", unit="request", disable=hidden)
+
+def _say(line: str) -> None:
+    """On standard error: the harness prints its tables on the other."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def _draws(requests: Sequence[Instance]) -> list[int]:

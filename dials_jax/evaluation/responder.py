@@ -8,6 +8,7 @@ killed, and another task. What was kept under other settings is never read.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ import numpy as np
 from dials_jax.data.tasks import Pair
 from dials_jax.data.tokenizer import Ids
 from dials_jax.errors import require
+from dials_jax.estimates import RunEstimate, print_cost
 from dials_jax.evaluation.answer_store import (
     BATCHING,
     AnswerSettings,
@@ -34,10 +36,12 @@ from dials_jax.evaluation.batched import (
     request_keys,
 )
 from dials_jax.evaluation.likelihood import WHOLE, num_copies
+from dials_jax.evaluation.request_cost import LOWER_BATCH_SIZE, generation_cost, likelihood_cost
 from dials_jax.evaluation.tally import LayerCounts, Record, Tally, make_batch_record
 from dials_jax.evaluation.text_end import Stop
 from dials_jax.models.model import Model
 from dials_jax.nn.policy import Policy
+from dials_jax.progress import Pace
 from dials_jax.sampling.sampler import Sampler
 from dials_jax.skipping.flops import Flops
 
@@ -79,11 +83,12 @@ class Responder:
         policy: Policy | None = None,
         settings: AnswerSettings = AnswerSettings(),
         folder: str | Path | None = None,
+        say: Callable[[str], Any] = lambda line: None,
     ):
-        """Answers are kept in `folder`; None: in memory only."""
+        """Answers are kept in `folder`; None: in memory only. `say` is told what they take."""
         self.model, self.policy, self.settings = model, policy, settings
         self.store = AnswerStore(model, policy, settings, folder)
-        self.num_cut = 0
+        self.num_cut, self.say = 0, say
         self.costs: dict[str, list[Cost]] = {"likelihood": [], "generation": []}
 
     def likelihoods(
@@ -128,11 +133,15 @@ class Responder:
                 return None
             return Likelihood(tally.mean(name), tally.examples[name])
 
+        def cost(left: Mapping[str, int]) -> RunEstimate:
+            pairs = [(*map(len, named.requests[name]), n) for name, n in left.items()]
+            return likelihood_cost(self.model, pairs, cfg.cfg_scale, cfg.batch_size)
+
         facts = {name: getattr(cfg, name) for name in ("num_samples", "cfg_scale")}
         facts["key_of_answer"] = key_of_answer
         passes = sum(copies.values()) + len(names) - len(whole)
         yield from self._answer(
-            "likelihood", facts, named, copies, records, answer, lambda tally: passes
+            "likelihood", facts, named, copies, records, answer, lambda tally: passes, cost
         )
 
     def generations(
@@ -174,6 +183,12 @@ class Responder:
             ):
                 yield self._generation_record(batch, names)
 
+        def cost(left: Mapping[str, int]) -> RunEstimate:
+            lengths = [len(named.requests[name][0]) for name in left]
+            return generation_cost(
+                self.model, lengths, sampler, self.settings.cache, self.settings.batch_size
+            )
+
         yield from self._answer(
             "generation",
             facts,
@@ -182,6 +197,7 @@ class Responder:
             records,
             lambda tally, name: tally.examples.get(name),
             lambda tally: sum(map(tally.mean, names)),
+            cost,
         )
 
     def _answer(
@@ -193,6 +209,7 @@ class Responder:
         records: Callable[[Tally], Iterator[Record]],
         answer: Callable[[Tally, str], Any],
         num_passes: Callable[[Tally], float],
+        cost: Callable[[Mapping[str, int]], RunEstimate],
     ) -> Iterator[tuple[int, Any]]:
         """Yields what is kept, then what the new records complete, and keeps these.
 
@@ -200,6 +217,7 @@ class Responder:
           facts: what answers of this kind depend on, beside model, policy and seed.
           copies: of each request, how many sequences have scores.
           answer: to the request of this name; None as long as something is missing.
+          cost: of the requests of these names, each with so many sequences without scores.
         """
         if not copies:
             return
@@ -214,7 +232,13 @@ class Responder:
                         yield from ((index, found) for index in waiting.pop(name))
 
             yield from finished(list(waiting))
+            names = list(copies)
+            left = Counter(names[i] for i in tally.unscored(names)[0])
+            if left:
+                print_cost(kind, cost(left), LOWER_BATCH_SIZE, self.say)
+            pace = Pace(sum(left.values()), kind, self.say)
             for record in records(tally):
+                pace.measured(len(record["scores"]), record["flops"]["seconds"])
                 kept.add(record)
                 tally.add(record)
                 touched = [entry[0] for entry in record["scores"]]

@@ -9,9 +9,11 @@ import numpy as np
 
 from dials_jax import trees
 from dials_jax.errors import require
+from dials_jax.estimates import print_cost
 from dials_jax.evaluation.calibration import CalibrationPrompts
 from dials_jax.evaluation.candidates import Candidate
 from dials_jax.evaluation.items import items_digest
+from dials_jax.evaluation.request_cost import LOWER_BATCH_SIZE, likelihood_cost
 from dials_jax.evaluation.sweep_records import SweepRecords
 from dials_jax.evaluation.task import EvalConfig, EvalTask
 from dials_jax.models.model import Model
@@ -154,6 +156,9 @@ def _similarities(
             print(f"{task.name}: static layers are chosen on {calibration.source}")
         length = max(len(answer) for item in calibration.items for answer in item.answers)
         prompts = [item.prompt for item in calibration.items if item.prompt]
+        pairs = [(len(prompt), 0 if model.config.causal else length, 1) for prompt in prompts]
+        label = f"{task.name}, similarity of layers on {len(prompts)} prompts"
+        print_cost(label, likelihood_cost(model, pairs, 0.0, cfg.batch_size), LOWER_BATCH_SIZE)
         found = prompt_similarities(model, prompts, length, cfg.batch_size)
         mean = known.get("similarities") or found.mean(axis=0).tolist()
         new = {"similarities": mean, "by_prompt": found.tolist()}

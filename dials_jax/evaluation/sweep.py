@@ -16,7 +16,7 @@ from dials_jax.config_files import open_config
 from dials_jax.data.sources import load_data_tokenizer
 from dials_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dials_jax.errors import require, require_packages
-from dials_jax.estimates import Pace, print_cost
+from dials_jax.estimates import print_cost
 from dials_jax.evaluation.batched import check_num_samples
 from dials_jax.evaluation.calibration import load_calibration
 from dials_jax.evaluation.candidates import Candidate, random_candidates, routed_candidates
@@ -24,6 +24,7 @@ from dials_jax.evaluation.exact_match import normalise_answer
 from dials_jax.evaluation.full_depth import measure_kl
 from dials_jax.evaluation.items import Items, item_names, load_items
 from dials_jax.evaluation.outputs import rules_digest
+from dials_jax.evaluation.request_cost import LOWER_BATCH_SIZE
 from dials_jax.evaluation.scoring import count_sequences, score_task
 from dials_jax.evaluation.static_choice import (
     check_static,
@@ -41,7 +42,7 @@ from dials_jax.evaluation.timing import time_policies
 from dials_jax.files import write_json
 from dials_jax.loading import find_model, load, read_config
 from dials_jax.models.model import Model
-from dials_jax.progress import progress_bar
+from dials_jax.progress import Pace, progress_bar
 from dials_jax.reporting.environment import training_settings
 from dials_jax.reporting.results import SweepResults
 from dials_jax.reporting.sweep_report import write_report
@@ -100,7 +101,7 @@ def _sweep(cfg: EvalConfig, workdir: Path) -> dict[str, Any]:
     facts = {"model": _model_facts(cfg, model), "routers": routers, "static_choice": {}}
     cost = sweep_cost(cfg, model, tasks, known, num_static_policies(cfg), records)
     if cost is not None:
-        print_cost("what is left to score", cost, "lower batch_size, or give a larger mesh")
+        print_cost("what is left to score", cost, LOWER_BATCH_SIZE)
     pace = Pace(cost.flops if cost else 0.0, "the sweep")
     candidates = {}
     for (task, items), tokenizer, calibration in zip(tasks, tokenizers, calibrations, strict=True):

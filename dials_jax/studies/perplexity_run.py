@@ -13,7 +13,6 @@ from dials_jax import sharding
 from dials_jax.config import SamplingStudy
 from dials_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dials_jax.errors import require
-from dials_jax.estimates import Pace
 from dials_jax.evaluation.perplexity import (
     Aggregate,
     SampleScores,
@@ -23,6 +22,7 @@ from dials_jax.evaluation.perplexity import (
     score_samples,
 )
 from dials_jax.loading import load
+from dials_jax.progress import Pace
 from dials_jax.sampling.model_schedule import Schedule
 from dials_jax.studies.samples import (
     Batches,

@@ -19,12 +19,13 @@ from dials_jax.caching.plain import NoCache
 from dials_jax.config import CorpusData, Data, ModelConfig, TextData, to_dict
 from dials_jax.data.sources import load_data_tokenizer, load_training_data
 from dials_jax.errors import require
-from dials_jax.estimates import format_duration, measure_speed, print_cost
+from dials_jax.estimates import measure_speed, print_cost
 from dials_jax.evaluation.items import load_items
+from dials_jax.evaluation.request_cost import LOWER_BATCH_SIZE
 from dials_jax.evaluation.task import EvalTask
 from dials_jax.loading import load, read_config
 from dials_jax.models.padding import pad_prompts
-from dials_jax.progress import progress_bar
+from dials_jax.progress import format_duration, progress_bar
 from dials_jax.records import Records, require_numbers, require_texts
 from dials_jax.reporting.environment import environment
 from dials_jax.reporting.publish import Report
@@ -238,4 +239,4 @@ def _print_estimates(cfg: RepresentationStudy, plans: list[Plan]) -> None:
             cfg.batch_size, cfg.mesh, speeds[plan.config.dtype],
         )  # fmt: skip
         label = f"{plan.label}: about {format_duration(seconds)} without compiling"
-        print_cost(label, cost, "lower batch_size, or give a larger mesh")
+        print_cost(label, cost, LOWER_BATCH_SIZE)

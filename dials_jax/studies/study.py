@@ -18,9 +18,10 @@ from dials_jax.config import (
     to_dict,
 )
 from dials_jax.errors import InputError, require, require_packages
-from dials_jax.estimates import Pace, device_bytes, print_cost
+from dials_jax.estimates import device_bytes, print_cost
+from dials_jax.evaluation.request_cost import LOWER_BATCH_SIZE
 from dials_jax.files import read_json
-from dials_jax.progress import progress_bar
+from dials_jax.progress import Pace, progress_bar
 from dials_jax.records import RECORDS
 from dials_jax.reporting.publish import Figure, Report, as_dicts, publish
 from dials_jax.sampling.model_schedule import Schedule
@@ -155,7 +156,7 @@ def _print_estimate(run: PerplexityRun, schedules: Sequence[Schedule], count: in
         cost = run.samples.cost(schedules, left)
         weights = cost.memory["weights"] + device_bytes(run.scorer.params)
         cost = cost._replace(memory={**cost.memory, "weights": weights})
-        print_cost("samples", cost, "lower batch_size, or give a larger mesh")
+        print_cost("samples", cost, LOWER_BATCH_SIZE)
     run.pace = Pace(left, "sampling")
 
 

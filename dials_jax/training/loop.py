@@ -20,7 +20,6 @@ from dials_jax.config_files import open_config
 from dials_jax.data.batches import Batch, batch_at, prefetch, steps_per_epoch
 from dials_jax.errors import InputError, require
 from dials_jax.estimates import (
-    Pace,
     RunEstimate,
     activation_bytes,
     device_bytes,
@@ -28,7 +27,7 @@ from dials_jax.estimates import (
     print_cost,
     training_flops,
 )
-from dials_jax.progress import progress_bar
+from dials_jax.progress import Pace, progress_bar
 from dials_jax.stopping import Request, Stopped, keeping
 from dials_jax.training.checkpoint import Checkpoints
 from dials_jax.training.metrics import MetricsWriter

@@ -149,8 +149,11 @@ def test_other_stop_strings_reuse_no_text(lively, tmp_path, computed):
 
 def test_a_killed_call_continues_with_identical_answers(lively, tmp_path, computed):
     whole = Responder(lively, settings=SETTINGS)
+    whole.say = (said := []).append
     expected = likelihoods(whole), generations(whole)
     total = sum(computed)
+    tokens = [line.partition(" FLOPs")[0].rpartition(",")[0] for line in said]
+    assert tokens == ["likelihood: 29 tokens", f"generation: {4 * len(PROMPTS)} tokens"]
     computed.clear()
     for _ in range(12):  # each process is killed after its first answer
         responder = Responder(lively, settings=SETTINGS, folder=tmp_path)
@@ -159,8 +162,10 @@ def test_a_killed_call_continues_with_identical_answers(lively, tmp_path, comput
             kind.close()
     for file in tmp_path.glob("*/runs.jsonl"):  # and one while it was writing
         file.write_bytes(file.read_bytes() + b'{"scores": [["')
-    responder = Responder(lively, settings=SETTINGS, folder=tmp_path)
+    said.clear()
+    responder = Responder(lively, settings=SETTINGS, folder=tmp_path, say=said.append)
     assert (likelihoods(responder), generations(responder)) == expected
+    assert [line.split()[1] for line in said] == ["21", "16"]  # tokens of what was left
     assert sum(computed) == total  # nothing was computed twice
     for kind, parts in responder.costs.items():
         assert parts[0].num_passes == whole.costs[kind][0].num_passes
