@@ -182,6 +182,7 @@ def test_without_a_file_answers_are_printed(model, capsys):
     [
         ((), 'there are no prompts; give --prompt "..." or --file prompts.jsonl'),
         (("--promt", "1"), "'--promt' is no option of dials generate; did you mean '--prompt'?"),
+        (("--prompt", "1", "--bogus"), "no option of dials generate; --help lists all options"),
         (("--prompt", "1", "--static", "x"), "give layers from 0, as 7,9"),
         (("--prompt", "1", "--cache", "dul"), "cache 'dul' is not known; did you mean 'dual'?"),
         (("--prompt", "1", "--chat"), "has no chat template"),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from difflib import get_close_matches
 from typing import NoReturn
 
-from dials_jax.errors import InputError, nearest
+from dials_jax.errors import InputError
 
 
 class Options(argparse.ArgumentParser):
@@ -25,12 +26,13 @@ class Options(argparse.ArgumentParser):
     def read(self, argv: list[str] | None = None) -> argparse.Namespace:
         """Parses the arguments. Raises: InputError for unknown or wrong ones."""
         given, unknown = self.parse_known_args(argv)
-        known = [text for action in self._actions for text in action.option_strings]
+        # Without dashes, in which all options are alike.
+        known = {text.lstrip("-") for action in self._actions for text in action.option_strings}
         for text in unknown:
-            name = text.partition("=")[0]
-            hint = nearest(name, known) if name.startswith("-") else "; put texts in quotes"
-            if "did you mean" not in hint and name.startswith("-"):
-                hint = "; --help lists all options"
+            hint = "; put texts in quotes"
+            if text.startswith("-"):
+                close = get_close_matches(text.partition("=")[0].lstrip("-"), known, n=1)
+                hint = f"; did you mean '--{close[0]}'?" if close else "; --help lists all options"
             raise InputError(f"{text!r} is no option of {self.prog}{hint}")
         return given
 
