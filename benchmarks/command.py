@@ -60,8 +60,12 @@ def add_layers(parser: argparse.ArgumentParser) -> None:
 
 
 def add_layout(parser: argparse.ArgumentParser) -> None:
+    """Adds how the weights of layers are held: their layout, and 8 bits."""
     choices = ["auto", "stacked", "unrolled", "fused"]
     parser.add_argument("--layout", default="auto", choices=choices)
+    parser.add_argument(
+        "--weights", choices=["fp8", "int8"], help="layers in 8 bits; default: bfloat16"
+    )
 
 
 def add_generation(parser: argparse.ArgumentParser, gen: int = 512, block: int = 64) -> None:

@@ -160,7 +160,7 @@ def run(options: argparse.Namespace) -> None:
     make_sampler(options)  # refuses wrong settings
     check_cases(options, cfg.num_layers)
     table = LiveTable(COLUMNS, options.out, vars(options))
-    model = make_model(cfg, options.layout)
+    model = make_model(cfg, options.layout, weights=options.weights)
     for cache in options.caches:
         for policy in options.policies:
             table.add_row(**run_case(model, options, cache, policy))

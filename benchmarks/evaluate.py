@@ -218,7 +218,7 @@ def run(options: argparse.Namespace) -> None:
     )
     cfg = make_config(options.model, options.layers)
     table = LiveTable(COLUMNS, options.out, vars(options))
-    model = make_model(cfg, options.layout)
+    model = make_model(cfg, options.layout, weights=options.weights)
     if options.prompts:
         time_generation(model, options, table)
     if options.pairs:

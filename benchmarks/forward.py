@@ -168,7 +168,7 @@ def run(options: argparse.Namespace) -> None:
     for share in options.shares:
         require(0 <= share <= 1, f"--shares {share:g}: a share lies in [0, 1]")
     table = LiveTable(COLUMNS, options.out, vars(options))
-    model = make_model(cfg, options.layout)
+    model = make_model(cfg, options.layout, weights=options.weights)
     for batch in options.batches:
         run_batch(model, options, batch, table)
 

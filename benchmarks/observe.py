@@ -116,7 +116,7 @@ def run(options: argparse.Namespace) -> None:
     )
     study_of(options)  # refuses wrong settings
     table = LiveTable(COLUMNS, options.out, vars(options))
-    model = make_model(cfg, options.layout)
+    model = make_model(cfg, options.layout, weights=options.weights)
     with tempfile.TemporaryDirectory() as folder:
         runs = make_runs(model, options, Path(folder))
         memory, seconds = {}, {name: [] for name in runs}

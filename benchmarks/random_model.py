@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dials_jax import sharding, trees
-from dials_jax.config import ModelConfig, RouterConfig
+from dials_jax.config import EightBits, ModelConfig, RouterConfig
 from dials_jax.errors import nearest, require
 from dials_jax.keys import seed_key
-from dials_jax.models import families, groups, transformer
+from dials_jax.models import families, transformer
+from dials_jax.models.folders import build_model
 from dials_jax.models.groups import Layout
 from dials_jax.models.model import Model
 from dials_jax.skipping.routed import Routed, init_routers, rounded
@@ -37,12 +38,17 @@ def make_config(name: str, num_layers: int | None = None) -> ModelConfig:
 
 
 def make_model(
-    cfg: ModelConfig, layout: Layout = "auto", seed: int = 0, mesh: Mesh | None = None
+    cfg: ModelConfig,
+    layout: Layout = "auto",
+    seed: int = 0,
+    mesh: Mesh | None = None,
+    weights: EightBits | None = None,
 ) -> Model:
     """Makes a model with random weights in the configuration's dtype, group by group.
 
     Args:
       mesh: None: one over all devices. The weights do not depend on it.
+      weights: of layers in 8 bits, as `load` quantises them.
     """
     mesh, key, made = mesh or sharding.make_mesh(), seed_key(seed), {}
 
@@ -58,7 +64,7 @@ def make_model(
             return group | {"kernel": group["kernel"].at[:, cfg.mask_id].set(0)}
         return group
 
-    return Model(cfg, groups.assemble(cfg, read, mesh, layout), mesh)
+    return build_model(cfg, read, mesh, layout, "", weights)
 
 
 def make_routers(model: Model, num_skipped: int = 0, d_hidden: int = 512, seed: int = 1) -> Routed:

@@ -35,7 +35,7 @@ def run(options: argparse.Namespace) -> None:
         f"--prompt {options.prompt} leaves none of --tokens {options.tokens} to generate",
     )
     table = LiveTable(COLUMNS, options.out, vars(options))
-    model = make_model(cfg, options.layout)
+    model = make_model(cfg, options.layout, weights=options.weights)
     routers = make_routers(model, d_hidden=options.d_hidden)
 
     def add(metric: str, unit: str, scale: float, baseline: float, added: float) -> None:

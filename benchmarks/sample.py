@@ -129,7 +129,10 @@ def run(options: argparse.Namespace) -> None:
     configs = {depth: make_config(options.model, depth) for depth in options.blocks}
     settings = vars(options) | {"config": dataclasses.asdict(configs[max(configs)])}
     table = LiveTable(COLUMNS, options.out, settings)
-    models = {depth: make_model(cfg, options.layout) for depth, cfg in configs.items()}
+    models = {
+        depth: make_model(cfg, options.layout, weights=options.weights)
+        for depth, cfg in configs.items()
+    }
     results = run_in_turns(make_cases(models, options), options)
     add_rows(table, results, max(models), options.steps)
 

@@ -99,6 +99,14 @@ class Fingerprint:
         """Adds parameters outside the layers, under their names."""
         self.others += _pieces(tree, None)
 
+    def add_group(self, name: str, group: PyTree) -> None:
+        """Adds a layer, of a name such as "layers/003", or the group that has another name."""
+        key, _, layer = name.partition("/")
+        if layer:
+            self.add_layer(int(layer), group)
+        else:
+            self.add({key: group})
+
     def hex(self) -> str:
         """Returns 32 hexadecimal digits: 16 of the first elements of each array, 16 of all.
 

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import PyTree
 
-from dials_jax.config import ModelConfig, typed
+from dials_jax.config import EightBits, ModelConfig, typed
 from dials_jax.convert import publish
 from dials_jax.convert.hugging_face import collect_tokenizer_files, open_hugging_face
 from dials_jax.convert.safetensors_writer import num_bytes, write_shards
@@ -26,6 +26,7 @@ from dials_jax.files import local_path, write_json
 from dials_jax.loading import find_model
 from dials_jax.models import folders, groups
 from dials_jax.models.model import Model
+from dials_jax.nn.eight_bits import dequantise_layer, is_quantised
 from dials_jax.stored import new_folder, require_new, require_space, writing
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}  # as transformers counts
@@ -37,9 +38,10 @@ class Weights(NamedTuple):
     """Where the weights come from, one group of parameters at a time."""
 
     config: ModelConfig
-    dtype: str
-    read: publish.ReadHostGroup
+    dtype: str  # of all that is in no 8 bits
+    read: publish.ReadHostGroup  # with weights in 8 bits as the numbers that they stand for
     folder: Path | None  # with the tokenizer
+    eight_bits: EightBits | None = None
 
 
 @typed
@@ -58,18 +60,24 @@ def export_model(
     Args:
       model: one in memory, or what `load` takes.
       folder: to write; it must not exist.
-      dtype: of the written weights, "bfloat16" or "float32"; None keeps theirs.
+      dtype: of the written weights, "bfloat16" or "float32"; None keeps theirs. Published layouts
+        have no weights in 8 bits: with a dtype, the rounded numbers are written.
       max_shard_size: of a file, as "5GB" or "500MB".
 
     Returns: the folder.
-    Raises: InputError, before anything is written, for a model that the layout cannot describe, a
-      folder that exists and a disk that is too full.
+    Raises: InputError, before anything is written, for a model that the layout cannot describe, for
+      weights in 8 bits without a dtype, a folder that exists and a disk that is too full.
     """
     require(jax.process_count() == 1, "several processes run; export from a single one")
     shard_bytes = _read_size(max_shard_size)
     target = local_path(folder, "the folder of the export")
     require_new(target)
     weights = _open_model(model) if isinstance(model, Model) else _open_folder(model)
+    require(
+        weights.eight_bits is None or dtype is not None,
+        f"the published layout has no weights in {weights.eight_bits}; give dtype bfloat16 to "
+        "write the rounded ones, or export the model that they were quantised from",
+    )
     dtype = folders.dtype_name(dtype) or weights.dtype
     values = publish.published_config(weights.config, dtype)
     tied = publish.is_tied(weights.config, weights.read)
@@ -113,10 +121,12 @@ def _open_model(model: Model) -> Weights:
     cfg = model.config
 
     def read(name: str) -> PyTree:
-        return jax.tree.map(np.asarray, groups.get_group(cfg, model.params, name))
+        return _on_host(name, groups.get_group(cfg, model.params, name))
 
-    dtype = jnp.result_type(*jax.tree.leaves(model.params)).name
-    return Weights(cfg, dtype, read, Path(model.path) if model.path else None)
+    others = jax.tree.leaves(model.params, is_leaf=is_quantised)
+    dtype = jnp.result_type(*(x for x in others if not is_quantised(x))).name
+    folder = Path(model.path) if model.path else None
+    return Weights(cfg, dtype, read, folder, model.weights)
 
 
 def _open_folder(path: str | Path) -> Weights:
@@ -125,12 +135,16 @@ def _open_folder(path: str | Path) -> Weights:
         cfg, params = open_hugging_face(folder)
         return Weights(cfg, cfg.dtype, partial(groups.get_group, cfg, params), folder)
     info = folders.read_info(folder)
-    shapes = groups.group_shapes(info.model)
+    shapes = folders.stored_shapes(info.model, info.dtype, info.weights)
     device = SingleDeviceSharding(jax.local_devices()[0])
 
     def read(name: str) -> PyTree:
         placed = jax.tree.map(lambda x: device, shapes[name])
-        group = folders.read_group(folder, info, name, shapes[name], placed)
-        return jax.tree.map(np.asarray, group)
+        return _on_host(name, folders.read_group(folder, info, name, shapes[name], placed))
 
-    return Weights(info.model, info.dtype, read, folder)
+    return Weights(info.model, info.dtype, read, folder, info.weights)
+
+
+def _on_host(name: str, group: PyTree) -> PyTree:
+    group = dequantise_layer(group, jnp.float32) if name.startswith("layers/") else group
+    return jax.tree.map(np.asarray, group)

@@ -10,7 +10,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from dials_jax import trees
-from dials_jax.config import Layout, ModelConfig, typed
+from dials_jax.config import EightBits, Layout, ModelConfig, typed
 from dials_jax.errors import InputError, require
 from dials_jax.files import local_path, read_json
 from dials_jax.models import folders, groups
@@ -19,7 +19,11 @@ from dials_jax.models.model import Model
 
 @typed
 def load(
-    path: str | Path, dtype: Any = None, mesh: Mesh | None = None, layout: Layout = "auto"
+    path: str | Path,
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+    layout: Layout = "auto",
+    weights: EightBits | None = None,
 ) -> Model:
     """Loads a converted model, the model in a training workdir, or a Hugging Face folder.
 
@@ -28,14 +32,17 @@ def load(
       dtype: of weights and activations, "bfloat16" or "float32"; None keeps those stored.
       mesh: None is a mesh over all devices.
       layout: of the layers; "auto": see `groups.chosen_layout`.
+      weights: "fp8" or "int8" quantises the weights of layers, one layer after the other, and their
+        inputs in every call (see `dials_jax.nn.eight_bits`); None keeps those stored.
 
     Raises: InputError for any other path, and for a folder that is broken.
     """
     folder, is_own = find_model(path)
     if is_own:
-        return folders.load_model(folder, dtype, mesh, layout)
+        return folders.load_model(folder, dtype, mesh, layout, weights)
     cfg, params = _open_hugging_face(folder, dtype)
-    return Model(cfg, groups.place(cfg, params, mesh, layout), mesh, str(folder.absolute()))
+    read = groups.placing(cfg, params)
+    return folders.build_model(cfg, read, mesh, layout, str(folder.absolute()), weights)
 
 
 def read_config(path: str | Path, dtype: Any = None) -> ModelConfig:

@@ -1,4 +1,6 @@
+import itertools
 import re
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -11,6 +13,7 @@ from dials_jax import sharding, trees
 from dials_jax.config import MeshConfig
 from dials_jax.errors import InputError
 from dials_jax.models import families
+from dials_jax.nn.eight_bits import quantise_layer
 from tests.conftest import init_params, random_routers, small_config
 
 MESH = AbstractMesh((2, 4, 2), sharding.AXES)  # sizes without devices
@@ -23,9 +26,12 @@ CONFIGS = {
 }
 
 
-def named_parameters(family="llada", unrolled=False):
+def named_parameters(family="llada", unrolled=False, eight_bits=False):
     cfg = CONFIGS[family]
     params = init_params(cfg)
+    if eight_bits:
+        quantise = partial(quantise_layer, name="int8")
+        params = {**params, "layers": jax.jit(jax.vmap(quantise))(params["layers"])}
     if unrolled:
         params = {**params, "layers": trees.unstack(params["layers"])}
     yield from trees.named_leaves({**params, "routers": random_routers(cfg)})
@@ -34,8 +40,8 @@ def named_parameters(family="llada", unrolled=False):
 @pytest.mark.parametrize("unrolled", [False, True])
 def test_every_parameter_matches_exactly_one_rule(unrolled):
     used = set()
-    for family in CONFIGS:
-        for name, _ in named_parameters(family, unrolled):
+    for family, eight_bits in itertools.product(CONFIGS, (False, True)):
+        for name, _ in named_parameters(family, unrolled, eight_bits):
             matches = [pattern for pattern, _ in sharding.RULES if re.fullmatch(pattern, name)]
             assert len(matches) == 1, name
             used.update(matches)
@@ -60,6 +66,9 @@ def test_large_matrices_are_split_over_both_axes():
     assert spec("layers/attention/q", 3, 32, 4, 8) == P(None, "fsdp", "tensor", None)
     assert spec("layers/2/attention/o", 4, 8, 32) == P("tensor", None, "fsdp")
     assert spec("layers/mlp/down", 3, 64, 32) == P(None, "tensor", "fsdp")
+    assert spec("layers/mlp/down/values", 3, 32, 64) == P(None, "fsdp", "tensor")
+    assert spec("layers/attention/q/values", 4, 8, 32) == P("tensor", None, "fsdp")
+    assert spec("layers/attention/q/scales", 3, 4, 8) == P(None, "tensor", None)
     assert spec("head/kernel", 32, 64) == P("fsdp", "tensor")
     assert spec("layers/mlp_norm/scale", 3, 32) == P(None, None)
 

@@ -3,6 +3,7 @@
 dials convert LLaDA-8B-Base models/llada-8b
 dials convert last.ckpt models/mdlm --allow-pickle
 dials convert router.safetensors runs/router
+dials convert models/llada-8b models/llada-8b-fp8 --weights fp8
 
 A model folder loads onto many devices, with its digests checked. Converting needs neither PyTorch
 nor a GPU, and memory for one layer at a time. A Lightning checkpoint of MDLM (*.ckpt) needs PyTorch
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import get_args
 
 from dials_jax.cli.options import Options
-from dials_jax.config import ModelConfig, WeightDtype
+from dials_jax.config import EightBits, ModelConfig, WeightDtype
 from dials_jax.errors import require
 from dials_jax.files import local_path
 from dials_jax.stopping import keeping
@@ -42,13 +43,19 @@ def convert_options() -> Options:
     parser.add_argument(
         "source",
         metavar="SRC",
-        help="folder with config.json and *.safetensors, a .ckpt, or a router's file",
+        help="folder with config.json and *.safetensors, a .ckpt, or a router's file; with --weights "
+        "also a folder of this library",
     )
     parser.add_argument("target", metavar="DST", help="folder to write; it must not exist")
     parser.add_argument(
         "--dtype",
         choices=get_args(WeightDtype),
         help="of the written weights; default: bfloat16 if all of SRC is, otherwise float32",
+    )
+    parser.add_argument(
+        "--weights",
+        choices=get_args(EightBits),
+        help="store those of layers in 8 bits, at half the size of bfloat16",
     )
     group = parser.add_argument_group("of a .ckpt")
     group.add_argument(
@@ -87,18 +94,23 @@ def convert_source(given: argparse.Namespace) -> str:
     options = {name: getattr(given, name) for name in OF_CHECKPOINTS}
     options = {name: value for name, value in options.items() if value is not None}
     if source.suffix == lightning.SUFFIX:
-        return described(convert_checkpoint(source, given, options))
+        return described(convert_checkpoint(source, given, options), given.weights)
     names = [f"no-{name}" if value is False else name for name, value in options.items()]
     flags = " and ".join(f"--{name.replace('_', '-')}" for name in names)
     hint = "; write mask_token_id into config.json" if "mask_id" in options else ""
     require(not flags, f"{flags} is for a .ckpt, and {given.source} is none; leave it out{hint}")
     if source.suffix == SUFFIX_OF_ROUTERS:
         require(given.dtype is None, "--dtype is for models; a router is float32")
+        require(given.weights is None, "--weights is for models; a router is float32")
         info = import_router(source, given.target)
         return f"router, {info.num_layers} layers of width {info.d_model}"
-    from dials_jax.convert.hugging_face import convert_folder
+    from dials_jax.convert.hugging_face import convert_folder, quantise_folder
+    from dials_jax.models.folders import is_model_folder
 
-    return described(convert_folder(source, given.target, given.dtype))
+    convert, own = convert_folder, [x for x in (source, source / "model") if is_model_folder(x)]
+    if own and given.weights:
+        convert, source = quantise_folder, own[0]
+    return described(convert(source, given.target, given.dtype, given.weights), given.weights)
 
 
 def convert_checkpoint(
@@ -109,8 +121,9 @@ def convert_checkpoint(
     from dials_jax.convert.lightning import open_lightning
 
     opened = open_lightning(source, given.dtype, **options)
-    return write_model_folder(given.target, *opened, source.parent)
+    return write_model_folder(given.target, *opened, source.parent, given.weights)
 
 
-def described(cfg: ModelConfig) -> str:
-    return f"{cfg.model_type}, {cfg.num_layers} layers, {cfg.dtype}"
+def described(cfg: ModelConfig, weights: EightBits | None) -> str:
+    eight_bits = f", weights in {weights}" if weights else ""
+    return f"{cfg.model_type}, {cfg.num_layers} layers, {cfg.dtype}{eight_bits}"

@@ -53,6 +53,7 @@ def open_model(given: argparse.Namespace, is_chat: bool) -> tuple[Model, dict[st
         static=given.static,
         num_random=given.random,
         dtype=given.dtype,
+        weights=given.weights,
         mesh=mesh_of(given),
         seed=given.seed,
         cache=parse_cache(given.cache),
@@ -76,7 +77,7 @@ def open_bench(given: argparse.Namespace, texts: Sequence[Any]) -> Bench:
         text: HarnessModel(path=given.model, seed=given.seed, **parse_policy(text))
         for text in given.policies
     }
-    model = load(given.model, given.dtype, make_mesh(mesh_of(given)))
+    model = load(given.model, given.dtype, make_mesh(mesh_of(given)), weights=given.weights)
     settings = sampling_settings(given)
     if texts:
         reader = open_reader(model, given.tokenizer or None)

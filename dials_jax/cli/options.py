@@ -62,6 +62,10 @@ def add_place_options(parser: argparse.ArgumentParser) -> None:
     """The number format, the devices and the tokenizer."""
     group = parser.add_argument_group("where it runs")
     group.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: as stored")
+    group.add_argument(
+        "--weights", choices=("fp8", "int8"),
+        help="those of layers in 8 bits, quantised as they are loaded; default: as stored",
+    )  # fmt: skip
     for axis in ("data", "fsdp", "tensor"):
         group.add_argument(f"--mesh.{axis}", type=int, metavar="N", help=f"mesh: {axis} devices")
     group.add_argument("--tokenizer", default="", metavar="DIR", help="default: the model's")

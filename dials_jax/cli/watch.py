@@ -92,6 +92,6 @@ def take_turns(
     from dials_jax.loading import load
 
     print(f"schedule {schedule}: H is {given.model}, L is {given.light}", file=sys.stderr)
-    models = {"H": model, "L": load(given.light, given.dtype, model.mesh)}
+    models = {"H": model, "L": load(given.light, given.dtype, model.mesh, weights=given.weights)}
     policy = settings["policy"] and {"H": settings["policy"]}
     return models, settings | {"policy": policy, "schedule": schedule}

@@ -10,6 +10,7 @@ from typing import Any
 from dials_jax.config.data import ArithmeticData, CorpusData, Data, TaskData, TextData
 from dials_jax.config.model import (
     DTYPES,
+    EightBits,
     Layout,
     MeshConfig,
     ModelConfig,
@@ -48,6 +49,7 @@ __all__ = [
     "CorpusData",
     "Count",
     "Data",
+    "EightBits",
     "EvalConfig",
     "EvalTask",
     "HarnessConfig",

@@ -25,7 +25,7 @@ import ml_dtypes
 import numpy as np
 
 from dials_jax import trees
-from dials_jax.config import ModelConfig
+from dials_jax.config import EightBits, ModelConfig
 from dials_jax.convert import dream, fast_dllm, gpt2, illada, llada, mdlm, qwen2, sdar
 from dials_jax.convert.safetensors_reader import open_tensors
 from dials_jax.convert.settings import flag
@@ -33,7 +33,7 @@ from dials_jax.convert.table import TensorLayout, fill_params, is_buffer, strip_
 from dials_jax.data.tokenizer import has_tokenizer, load_tokenizer
 from dials_jax.errors import InputError, nearest, require
 from dials_jax.files import read_json
-from dials_jax.models.folders import MODEL_FORMAT, dtype_name, save_model
+from dials_jax.models.folders import MODEL_FORMAT, dtype_name, load_model, save_model
 from dials_jax.models.groups import abstract_params
 
 MODEL_TYPES = {  # the `model_type` of config.json
@@ -153,18 +153,42 @@ def layout_of(family: ModuleType) -> TensorLayout:
     return getattr(family, "LAYOUT", TensorLayout())
 
 
-def convert_folder(source: str | Path, target: str | Path, dtype: Any = None) -> ModelConfig:
-    """Converts a Hugging Face folder to a model folder, with one layer at a time in memory."""
-    return write_model_folder(target, *open_hugging_face(source, dtype), Path(source).expanduser())
+def convert_folder(
+    source: str | Path, target: str | Path, dtype: Any = None, weights: EightBits | None = None
+) -> ModelConfig:
+    """Converts a Hugging Face folder to a model folder, with one layer at a time in memory.
+
+    Args:
+      weights: of layers, to be stored in 8 bits: see `save_model`.
+    """
+    opened = open_hugging_face(source, dtype)
+    return write_model_folder(target, *opened, Path(source).expanduser(), weights)
+
+
+def quantise_folder(
+    source: Path, target: str | Path, dtype: Any, weights: EightBits
+) -> ModelConfig:
+    """Writes a model folder of this library again, with weights of layers in 8 bits.
+
+    Raises: InputError if they are so already.
+    """
+    model = load_model(source, dtype, layout="stacked")
+    files = [file for name in TOKENIZER_FILES if (file := source / name).is_file()]
+    save_model(target, model.config, model.params, weights=weights, tokenizer_files=files)
+    return model.config
 
 
 def write_model_folder(
-    target: str | Path, cfg: ModelConfig, params: trees.Params, beside: Path
+    target: str | Path,
+    cfg: ModelConfig,
+    params: trees.Params,
+    beside: Path,
+    weights: EightBits | None = None,
 ) -> ModelConfig:
     """Writes a model folder, and into it the files of the tokenizer in the folder `beside`."""
     with tempfile.TemporaryDirectory() as temporary:
         files = collect_tokenizer_files(beside, Path(temporary))
-        save_model(target, cfg, params, dtype=cfg.dtype, tokenizer_files=files)
+        save_model(target, cfg, params, dtype=cfg.dtype, weights=weights, tokenizer_files=files)
     return cfg
 
 

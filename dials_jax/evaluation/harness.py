@@ -13,7 +13,7 @@ from typing import Any
 
 from dials_jax import sharding
 from dials_jax.caching.parse import parse_cache
-from dials_jax.config import Layout, MeshConfig, Typed, WeightDtype, shown
+from dials_jax.config import EightBits, Layout, MeshConfig, Typed, WeightDtype, shown
 from dials_jax.config.typed import field_hints
 from dials_jax.data.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
 from dials_jax.errors import nearest, require
@@ -53,6 +53,7 @@ class HarnessModel(AnswerSettings):
     static: tuple[int, ...] = ()  # layers that are left out, counted from 0
     num_random: int = 0  # layers that are left out at random
     dtype: WeightDtype | None = None
+    weights: EightBits | None = None  # those of layers in 8 bits; None: as they are stored
     layout: Layout = "auto"
     mesh: MeshConfig = MeshConfig()
     store: str = ""  # folder where answers are kept; "": in memory (eval.py: in the workdir)
@@ -165,7 +166,7 @@ def load_harness_model(cfg: HarnessModel) -> tuple[Model, Tokenizer, Policy | No
     mesh = sharding.make_mesh(cfg.mesh)
     tokenizer = load_tokenizer(tokenizer_path(cfg))
     check_tokenizer(tokenizer, read_config(cfg.path, cfg.dtype))  # before the weights
-    model = load(cfg.path, cfg.dtype, mesh, cfg.layout)
+    model = load(cfg.path, cfg.dtype, mesh, cfg.layout, cfg.weights)
     return model, tokenizer, load_policy(cfg, model)
 
 

@@ -39,7 +39,6 @@ from lm_eval.utils import (
     simple_parse_args_string,
 )
 
-from dials_jax import trees
 from dials_jax.config import to_dict
 from dials_jax.config.typed import field_hints
 from dials_jax.data.chat import Message, choose_template, read_chat_templates, render_chat
@@ -322,7 +321,7 @@ class DialsLM(LM):
         costs = {kind: _total(parts) for kind, parts in self.responder.costs.items() if parts}
         everything = [part for parts in self.responder.costs.values() for part in parts]
         return {
-            "model_num_parameters": trees.count_parameters(model.params),
+            "model_num_parameters": model.num_parameters,
             "model_dtype": model.config.dtype,
             "model_fingerprint": model.fingerprint,
             "policy": policy_name(self.responder.policy),

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from dials_jax import sharding, trees
+from dials_jax import sharding
 from dials_jax.caching.parse import cache_name
 from dials_jax.config import to_dict
 from dials_jax.config_files import open_config
@@ -83,7 +83,8 @@ def sweep(
 
 def _sweep(cfg: EvalConfig, workdir: Path) -> dict[str, Any]:
     tasks, tokenizers = _load_tasks(cfg)
-    model = load(cfg.model, cfg.dtype, sharding.make_mesh(cfg.mesh), cfg.layout)
+    mesh = sharding.make_mesh(cfg.mesh)
+    model = load(cfg.model, cfg.dtype, mesh, cfg.layout, cfg.weights)
     calibrations = [
         load_calibration(cfg, task, items, tokenizer, model) if cfg.num_static else None
         for (task, items), tokenizer in zip(tasks, tokenizers, strict=True)
@@ -156,7 +157,7 @@ def _model_facts(cfg: EvalConfig, model: Model) -> dict[str, Any]:
     return {
         "path": cfg.model,
         "num_layers": model.num_layers,
-        "parameters": trees.count_parameters(model.params),
+        "parameters": model.num_parameters,
         "fingerprint": model.fingerprint,
         "trained": training_settings(cfg.model),
     }

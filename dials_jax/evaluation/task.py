@@ -13,6 +13,7 @@ from dials_jax.caching.early_skip.settings import EarlySkip
 from dials_jax.caching.plain import DualCache, PrefixCache
 from dials_jax.config import (
     Data,
+    EightBits,
     MeshConfig,
     Seed,
     TaskData,
@@ -199,6 +200,7 @@ class EvalConfig(Typed):
         "stacked"  # stacked compiles much faster
     )
     dtype: WeightDtype | None = None
+    weights: EightBits | None = None  # those of layers in 8 bits; None: as they are stored
     seed: Seed = 0
 
     def __post_init__(self):

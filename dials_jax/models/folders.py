@@ -34,6 +34,7 @@ from jaxtyping import PyTree
 from dials_jax import digests, sharding, trees
 from dials_jax.config import (
     Count,
+    EightBits,
     Layout,
     ModelConfig,
     Typed,
@@ -47,6 +48,7 @@ from dials_jax.errors import InputError, require
 from dials_jax.files import local_path, read_json, write_json
 from dials_jax.models import groups
 from dials_jax.models.model import Model
+from dials_jax.nn.eight_bits import cast_others, weights_kind
 from dials_jax.stored import (
     MARK,
     UnreadableTree,
@@ -76,8 +78,9 @@ class ModelInfo(Typed):
     model: ModelConfig
     dtype: WeightDtype  # of the stored weights; training keeps float32 under bfloat16 activations
     parameters: Count
-    fingerprint: str  # of the weights; routers remember it
+    fingerprint: str  # of the weights, before they were quantised; routers remember it
     digests: dict[str, str]  # group's name -> digest of its stored bits
+    weights: EightBits | None = None  # those of layers are stored in 8 bits
 
 
 # ----------------------------------------------------------------------------------- saving
@@ -89,6 +92,7 @@ def save_model(
     params: trees.Params,
     *,
     dtype: Any = None,
+    weights: EightBits | None = None,
     tokenizer_files: Iterable[str | Path] = (),
     overwrite: bool = False,
 ) -> None:
@@ -98,10 +102,17 @@ def save_model(
       params: arrays of JAX or numpy, layers stacked or unrolled. Memory-mapped arrays stay on disk
         until their group's turn.
       dtype: of the stored weights; None keeps theirs.
+      weights: store those of layers in 8 bits, "fp8" or "int8".
       overwrite: replace an existing model folder, once the new one is complete.
 
-    Raises: InputError, before anything is written, if the folder exists or the disk is too full.
+    Raises: InputError, before anything is written, if the folder exists, the disk is too full or
+      the parameters are in 8 bits already.
     """
+    require(
+        weights_kind(params) is None,
+        "the parameters are in 8 bits already; save those that they were quantised from, with "
+        "weights=",
+    )
     folder = local_path(folder, "the model's folder")
     leaves = jax.tree.leaves(params)
     dtype = dtype_name(dtype) or jnp.result_type(*leaves).name
@@ -109,7 +120,8 @@ def save_model(
     require(overwrite or not folder.exists(), f"{folder} exists; name another folder")
     require_parent(folder)
     require_replaceable_model(folder)
-    require_space(folder, num_parameters * jnp.dtype(dtype).itemsize)
+    shapes = stored_shapes(cfg, dtype, weights)
+    require_space(folder, sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes)))
     again = "make room and run the command again"
     with new_folder(folder, again) as unfinished:
         stored_digests, fingerprint = {}, digests.Fingerprint()
@@ -117,12 +129,10 @@ def save_model(
             group = jax.tree.map(
                 partial(groups.materialise, dtype=dtype), groups.get_group(cfg, params, name)
             )
+            fingerprint.add_group(name, group)
+            if weights is not None:
+                group = groups.quantise_group(name, group, weights)
             stored_digests[name] = group_digest(group)
-            key, _, layer = name.partition("/")
-            if layer:
-                fingerprint.add_layer(int(layer), group)
-            else:
-                fingerprint.add({key: group})
             save_tree(unfinished / "params" / name, group, again, CHUNK_BYTES)
         info = ModelInfo(
             model=cfg,
@@ -130,12 +140,16 @@ def save_model(
             parameters=num_parameters,
             fingerprint=fingerprint.hex(),
             digests=stored_digests,
+            weights=weights,
         )
+        about = to_dict(info)
+        if weights is None:  # earlier versions read the folder
+            del about["weights"]
 
         def describe():
             for file in tokenizer_files:
                 shutil.copy(file, unfinished)
-            write_json(unfinished / "config.json", to_dict(info))
+            write_json(unfinished / "config.json", about)
 
         with writing(unfinished, again):
             sharding.on_first_process(describe)
@@ -196,7 +210,11 @@ def read_info(folder: str | Path) -> ModelInfo:
 
 
 def load_model(
-    folder: str | Path, dtype: Any = None, mesh: Mesh | None = None, layout: Layout = "auto"
+    folder: str | Path,
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+    layout: Layout = "auto",
+    weights: EightBits | None = None,
 ) -> Model:
     """Reads a model folder, every array directly to its devices.
 
@@ -204,28 +222,69 @@ def load_model(
       dtype: of weights and activations; None keeps those stored.
       mesh: None is a mesh over all devices.
       layout: of the layers; "auto": see `groups.chosen_layout`.
+      weights: of the layers in 8 bits, "fp8" or "int8"; None keeps those stored.
 
     Raises: InputError if something is missing, broken or changed since it was saved.
     """
     folder = Path(folder).absolute()
     info, dtype = read_info(folder), dtype_name(dtype)
+    require(
+        weights in (None, info.weights) or info.weights is None,
+        f"{folder} holds its weights in {info.weights}, not {weights}; leave weights= out, or give "
+        "the model that it was converted from",
+    )
     cfg = info.model if dtype is None else dataclasses.replace(info.model, dtype=dtype)
-    shapes = groups.group_shapes(cfg)
+    shapes = stored_shapes(cfg, info.dtype, info.weights)
 
     def read(name: str, shardings: PyTree) -> PyTree:
-        return trees.cast(read_group(folder, info, name, shapes[name], shardings), dtype)
+        return cast_others(read_group(folder, info, name, shapes[name], shardings), dtype)
 
+    if info.weights is None:
+        return build_model(cfg, read, mesh, layout, str(folder), weights)
     mesh = mesh or sharding.make_mesh()
-    return Model(cfg, groups.assemble(cfg, read, mesh, layout), mesh, str(folder))
+    params = groups.assemble(cfg, read, mesh, layout, info.weights)
+    return Model(cfg, params, mesh, str(folder), info.fingerprint)
+
+
+def build_model(
+    cfg: ModelConfig,
+    read: groups.ReadGroup,
+    mesh: Mesh | None,
+    layout: Layout,
+    path: str,
+    weights: EightBits | None = None,
+) -> Model:
+    """A model of the groups that `read` gives, one after the other, quantised where asked for."""
+    mesh = mesh or sharding.make_mesh()
+    if weights is None:
+        return Model(cfg, groups.assemble(cfg, read, mesh, layout), mesh, path)
+    found = digests.Fingerprint()
+    quantised = groups.quantising(read, weights, mesh, found)
+    params = groups.assemble(cfg, quantised, mesh, layout)
+    return Model(cfg, params, mesh, path, found.hex())
+
+
+def stored_shapes(
+    cfg: ModelConfig, dtype: str, weights: EightBits | None = None
+) -> dict[str, PyTree]:
+    """Shapes and dtypes of the groups that a folder holds, by name."""
+    cast = partial(cast_others, dtype=dtype)
+    return jax.eval_shape(cast, groups.group_shapes(cfg, weights))
 
 
 def read_group(
     folder: Path, info: ModelInfo, name: str, shapes: PyTree, shardings: PyTree
 ) -> PyTree:
-    """Reads one group as it is stored. Raises: InputError if it is missing, broken or changed."""
+    """Reads one group as it is stored.
+
+    Args:
+      shapes: of `stored_shapes`.
+
+    Raises: InputError if it is missing, broken or changed.
+    """
 
     def abstract(x, sharding):
-        return jax.ShapeDtypeStruct(x.shape, info.dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     path, again = folder / "params" / name, "convert or copy the model again"
     require(path.is_dir(), f"{path} is missing; {again}")

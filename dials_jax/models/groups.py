@@ -18,11 +18,13 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from dials_jax import sharding, trees
-from dials_jax.config import Layout, ModelConfig
+from dials_jax.config import EightBits, Layout, ModelConfig
+from dials_jax.digests import Fingerprint
 from dials_jax.errors import require
 from dials_jax.keys import seed_key
 from dials_jax.models import transformer
 from dials_jax.nn import fusing
+from dials_jax.nn.eight_bits import quantise_layer
 from dials_jax.nn.modules import Form, form_of
 
 ReadGroup = Callable[[str, PyTree], PyTree]  # a group's name, its shardings -> its placed arrays
@@ -38,13 +40,18 @@ def _abstract_params(cfg: ModelConfig) -> trees.Params:
     return jax.eval_shape(lambda: transformer.init(cfg, seed_key(0)))
 
 
-def group_shapes(cfg: ModelConfig) -> dict[str, PyTree]:
+def group_shapes(cfg: ModelConfig, weights: EightBits | None = None) -> dict[str, PyTree]:
     """Each group's tree of shapes, under the group's name; the largest groups come first.
 
     So the embedding is read before the layers fill the memory.
+
+    Args:
+      weights: of layers in 8 bits; None: as they are initialised.
     """
     params = abstract_params(cfg)
     layer = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), params["layers"])
+    if weights is not None:
+        layer = jax.eval_shape(partial(quantise_layer, name=weights), layer)
     layers = {f"layers/{i:03d}": layer for i in range(cfg.num_layers)}
     return {k: x for k, x in params.items() if k != "layers"} | layers
 
@@ -67,6 +74,12 @@ def place(
     A device receives only its own part of an array, and one group at a time is on the host.
     """
 
+    return assemble(cfg, placing(cfg, params), mesh or sharding.make_mesh(), layout)
+
+
+def placing(cfg: ModelConfig, params: trees.Params) -> ReadGroup:
+    """Reads groups of host arrays in `cfg.dtype`."""
+
     def put(x: np.ndarray, sharding: Any) -> jax.Array:
         def part(index):
             return materialise(x[index], cfg.dtype)
@@ -76,16 +89,54 @@ def place(
     def read(name: str, shardings: PyTree) -> PyTree:
         return jax.tree.map(put, get_group(cfg, params, name), shardings)
 
-    return assemble(cfg, read, mesh or sharding.make_mesh(), layout)
+    return read
 
 
-def assemble(cfg: ModelConfig, read: ReadGroup, mesh: Mesh, layout: Layout) -> trees.Params:
-    """All groups, read one after the other, with the layers in the layout asked for."""
+def quantising(read: ReadGroup, weights: EightBits, mesh: Mesh, found: Fingerprint) -> ReadGroup:
+    """Reads groups, whose weights of layers are in 8 bits before the next group is read.
+
+    Args:
+      found: is told the groups as they were read.
+    """
+
+    def read_quantised(name: str, shardings: PyTree) -> PyTree:
+        group = read(name, shardings)
+        found.add_group(name, group)
+        group = quantise_group(name, group, weights)
+        return jax.device_put(group, sharding.param_shardings(group, mesh, f"{_kind(name)}/"))
+
+    return read_quantised
+
+
+def quantise_group(name: str, group: PyTree, weights: EightBits) -> PyTree:
+    """A layer with its weights in 8 bits; another group as it is."""
+    return _quantise(group, name=weights) if _kind(name) == "layers" else group
+
+
+_quantise = jax.jit(quantise_layer, static_argnames="name")
+
+
+def _kind(name: str) -> str:
+    return name.partition("/")[0]
+
+
+def assemble(
+    cfg: ModelConfig,
+    read: ReadGroup,
+    mesh: Mesh,
+    layout: Layout,
+    weights: EightBits | None = None,
+) -> trees.Params:
+    """All groups, read one after the other, with the layers in the layout asked for.
+
+    Args:
+      weights: as they are stored: shapes and shardings are those of weights in 8 bits.
+    """
     layout = chosen_layout(layout, mesh)
     params: dict[str, Any] = {"layers": ()}
     if layout == "fused":
         params["form"] = Form(fused=True)
-    for name, shapes in progress(group_shapes(cfg).items(), "loading"):
+    for name, shapes in progress(group_shapes(cfg, weights).items(), "loading"):
         key, _, layer = name.partition("/")
         group = read(name, sharding.param_shardings(shapes, mesh, f"{key}/"))
         if not layer:

@@ -20,6 +20,7 @@ from dials_jax.errors import InputError, require
 from dials_jax.keys import fold_in_each, seed_key, threefry_key
 from dials_jax.models import transformer
 from dials_jax.nn import fusing
+from dials_jax.nn.eight_bits import weights_kind, without_scales
 from dials_jax.nn.modules import form_of
 from dials_jax.nn.policy import Policy, check_policy
 from dials_jax.nn.stack import Executor
@@ -50,24 +51,33 @@ class Model:
       config: shape and special tokens.
       params: nested dict of arrays, placed on `mesh`; `params["layers"]` stacked or a tuple.
       path: the folder that it was loaded from; empty for a model made in memory.
+      weights: in which 8 bits those of layers are, "fp8" or "int8"; None: in none.
     """
 
     def __init__(
-        self, config: ModelConfig, params: trees.Params, mesh: Mesh | None = None, path: str = ""
+        self,
+        config: ModelConfig,
+        params: trees.Params,
+        mesh: Mesh | None = None,
+        path: str = "",
+        quantised_from: str = "",
     ):
+        """Args: quantised_from: of weights in 8 bits, the fingerprint that they had before."""
         self.config = config
         self.mesh = mesh or sharding.make_mesh()
         self.params = jax.device_put(params, sharding.param_shardings(params, self.mesh))
-        self.path = path
+        self.path, self._quantised_from = path, quantised_from
+        self.weights = weights_kind(self.params)
 
     def __repr__(self) -> str:
-        cfg, count = self.config, trees.count_parameters(self.params)
+        cfg, count = self.config, self.num_parameters
         mesh = " x ".join(f"{name} {n}" for name, n in self.mesh.shape.items() if n > 1)
         facts = [
             cfg.model_type,
             f"{cfg.num_layers} layers of width {cfg.d_model}",
             f"{count / 1e6:,.4g} M parameters",
             cfg.dtype,
+            *([f"weights in {self.weights}"] if self.weights else []),
             *([mesh] if mesh else []),
             *([shown(self.path)] if self.path else []),
         ]
@@ -75,10 +85,22 @@ class Model:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identifies the weights in any layout or dtype; routers store it."""
+        """Identifies the weights in any layout or dtype. In 8 bits they are others."""
+        own = self.source_fingerprint
+        return f"{own}-{self.weights}" if self.weights else own
+
+    @cached_property
+    def source_fingerprint(self) -> str:
+        """That of the weights before they were quantised, if they were; routers store it."""
+        if self._quantised_from:
+            return self._quantised_from
         fused = form_of(self.params).fused
         plain = partial(fusing.unfuse, cfg=self.config) if fused else lambda layer: layer
         return digests.fingerprint(self.params, plain)
+
+    @property
+    def num_parameters(self) -> int:
+        return trees.count_parameters(without_scales(self.params))
 
     @property
     def num_layers(self) -> int:

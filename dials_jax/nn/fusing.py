@@ -6,10 +6,16 @@ whole arrays can be joined, so heads that are split over devices stay separate.
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from dials_jax.config import ModelConfig
+from dials_jax.nn.eight_bits import is_quantised
 from dials_jax.trees import Params
 
 FUSED_PARTS = {"attention": {"qkv": ("q", "k", "v")}, "mlp": {"gate_up": ("gate", "up")}}
@@ -24,7 +30,8 @@ def fuse(layer: Params) -> Params:
             for suffix, axis in SUFFIXES.items():
                 if parts[0] + suffix in out[module]:
                     pieces = [out[module].pop(part + suffix) for part in parts]
-                    out[module][name + suffix] = jnp.concatenate(pieces, axis=axis)
+                    join = partial(_join, axis=_output_axis(pieces[0], axis))
+                    out[module][name + suffix] = jax.tree.map(join, *pieces)
     return out
 
 
@@ -37,7 +44,21 @@ def unfuse(layer: Params, cfg: ModelConfig) -> Params:
             for suffix, axis in SUFFIXES.items():
                 whole = out[module].pop(name + suffix, None)
                 if whole is not None:
-                    pieces = jnp.split(whole, np.cumsum(sizes[name])[:-1], axis=axis)
+                    pieces = _split(whole, np.cumsum(sizes[name])[:-1], _output_axis(whole, axis))
                     names = (part + suffix for part in parts)
                     out[module] |= dict(zip(names, pieces, strict=True))
     return out
+
+
+def _output_axis(weight: Any, axis: int) -> int:
+    return 0 if is_quantised(weight) else axis
+
+
+def _join(*pieces: Any, axis: int) -> Array:
+    return jnp.concatenate(pieces, axis=axis)
+
+
+def _split(weight: Any, edges: np.ndarray, axis: int) -> list[Any]:
+    leaves, structure = jax.tree.flatten(weight)
+    pieces = zip(*(jnp.split(x, edges, axis=axis) for x in leaves), strict=True)
+    return [jax.tree.unflatten(structure, piece) for piece in pieces]

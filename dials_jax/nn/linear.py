@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-# A module's parameter or its array. Weights of another kind, say quantised ones, are to be
-# multiplied in `linear` and nowhere else.
-Weight = nnx.Param | Float[Array, "..."]
+from dials_jax.nn.eight_bits import Quantised, is_quantised, product
+
+# A module's parameter, or what it holds: an array, or a weight in 8 bits for `linear` only.
+Weight = nnx.Param | Quantised | Float[Array, "..."]
 
 
 def linear(
@@ -31,16 +32,20 @@ def linear(
     """x times the kernel, rounded to x's dtype, plus the bias, whose gradient is summed in float32.
 
     Args:
+      kernel: in 8 bits it knows the axes to sum over, which are the last ones of x.
       axes: of x, the kernel and the result, as `jnp.einsum` takes them.
       dtype: of the result; None: that of x.
     """
-    kernel = array_of(kernel).astype(x.dtype)
-    y = jnp.einsum(axes, x, kernel, preferred_element_type=dtype)
+    kernel = array_of(kernel)
+    if is_quantised(kernel):
+        y = product(x, kernel).astype(dtype or x.dtype)
+    else:
+        y = jnp.einsum(axes, x, kernel.astype(x.dtype), preferred_element_type=dtype)
     return y if bias is None else shifted(y, array_of(bias))
 
 
-def array_of(weight: Weight) -> Float[Array, "..."]:
-    return weight[...] if isinstance(weight, nnx.Variable) else weight
+def array_of(weight: Weight) -> Quantised | Float[Array, "..."]:
+    return weight.get_value() if isinstance(weight, nnx.Variable) else weight
 
 
 @jax.custom_vjp

@@ -28,6 +28,7 @@ def environment(model: Model, seed: int) -> dict[str, Any]:
         "device": f"{devices.size} x {devices.flat[0].device_kind}",
         "mesh": ", ".join(f"{name} {size}" for name, size in model.mesh.shape.items()),
         "dtype": model.config.dtype,
+        **({"weights": model.weights} if model.weights else {}),
         "library": library(),
         "jax": jax.__version__,
         "flax": flax.__version__,

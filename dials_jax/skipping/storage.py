@@ -76,7 +76,7 @@ class Backbone(Protocol):
     mesh: Mesh
     config: Any
     params: trees.Params
-    fingerprint: str
+    source_fingerprint: str
 
 
 def save_router(
@@ -95,7 +95,7 @@ def save_router(
         router=cfg,
         num_layers=backbone.config.num_layers,
         d_model=backbone.config.d_model,
-        backbone_fingerprint=backbone.fingerprint,
+        backbone_fingerprint=backbone.source_fingerprint,
         skip_weight=skip_weight,
         digests=digests.digest_hex(routers),
     )
@@ -192,9 +192,9 @@ def load_router(
     folder, info = router_facts(path)
     rule = _rule(info, folder, threshold, votes, execution_ratio)
     require(
-        digests.same_weights(info.backbone_fingerprint, model.fingerprint, str(folder)),
+        digests.same_weights(info.backbone_fingerprint, model.source_fingerprint, str(folder)),
         f"router {folder} belongs to another backbone (fingerprint "
-        f"{info.backbone_fingerprint}, this model is {model.fingerprint}); "
+        f"{info.backbone_fingerprint}, this model is {model.source_fingerprint}); "
         "load the model it was trained on, or train a router for this one",
     )
     size = model.config.num_layers, model.config.d_model

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from dials_jax import sharding, trees
+from dials_jax import sharding
 from dials_jax.config import SamplingStudy, to_dict
 from dials_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dials_jax.errors import InputError, nearest, require
@@ -289,7 +289,7 @@ def model_facts(model: Model, tokenizer: str | None = None) -> dict[str, Any]:
     return {
         "path": model.path,
         "num_layers": model.num_layers,
-        "parameters": trees.count_parameters(model.params),
+        "parameters": model.num_parameters,
         "fingerprint": model.fingerprint,
         "eos_id": model.config.eos_id,
         "tokenizer": tokenizer,

@@ -37,7 +37,7 @@ from dials_jax.skipping.storage import save_router
 from dials_jax.stored import writing
 from dials_jax.training.losses import LossFn, check_objective, model_loss, router_loss
 from dials_jax.training.optimizer import make_lr_schedule, num_steps
-from dials_jax.training.source import grow_vocabulary, load_source
+from dials_jax.training.source import grow_vocabulary, load_source, require_trainable
 from dials_jax.training.thresholds import fit_thresholds
 from dials_jax.training.validation import Score, Validation, model_score, router_score
 from dials_jax.workdir import differences, read_mark, require_unclaimed
@@ -197,6 +197,7 @@ def unroll(params: trees.Params) -> trees.Params:
 
 def _router_run(cfg: TrainConfig, mesh: Mesh) -> Run:
     backbone: Model = load(cfg.backbone, mesh=mesh, layout="stacked")
+    require_trainable(backbone, "backbone", cfg.backbone)
     trainee = make_trainee(cfg, backbone.config)
     data, _ = load_training_data(cfg.data, backbone.config, backbone.path)
 

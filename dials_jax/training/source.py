@@ -26,6 +26,7 @@ def load_source(path: str, cfg: ModelConfig, mesh: Mesh) -> Model:
     Raises: InputError naming the first setting or array that does not fit.
     """
     source = load(path, dtype="float32", mesh=mesh, layout="stacked")
+    require_trainable(source, "init_from", path)
     new_size, old_size = cfg.vocab_size, source.config.vocab_size
     require(
         old_size <= new_size,
@@ -52,6 +53,15 @@ def load_source(path: str, cfg: ModelConfig, mesh: Mesh) -> Model:
         )
     require(not have, f"init_from={path}: this model has no {', '.join(have)}; take one that has")
     return source
+
+
+def require_trainable(model: Model, field: str, path: str) -> None:
+    """Raises: InputError for weights in 8 bits, through which no gradient is computed."""
+    require(
+        model.weights is None,
+        f"{field}={path} has weights in {model.weights}, which have no gradients, neither for "
+        "models nor for routers; give the model that it was converted from",
+    )
 
 
 def grow_vocabulary(params: trees.Params, vocab_size: int) -> trees.Params:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from dials_jax.nn.eight_bits import is_quantised
 from dials_jax.nn.kernels.per_device import sequences_per_device, splits
 from dials_jax.nn.linear import Weight, array_of
 
@@ -77,6 +78,8 @@ def swiglu_refusal(
     """Why the kernel cannot take these, or does not pay; None: it does."""
     if len(kernels) != 1 or biases[0] is not None:
         return "it needs the fused kernels of gate and up, and no biases"
+    if is_quantised(array_of(kernels[0])):
+        return "it multiplies no weights in 8 bits"
     num_devices, _ = splits()
     if x.shape[0] % num_devices:
         return f"the mesh does not divide {x.shape[0]} sequences"

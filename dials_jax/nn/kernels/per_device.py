@@ -45,6 +45,15 @@ def on_hopper() -> bool:
     return all(device.compute_capability == "9.0" for device in jax.local_devices())
 
 
+@lru_cache
+def multiplies_fp8() -> bool:
+    """Whether all devices are NVIDIA's that multiply e4m3 themselves: Ada, Hopper and newer."""
+    if not on_gpu():
+        return False
+    capabilities = (device.compute_capability.split(".") for device in jax.local_devices())
+    return all(c[0].isdecimal() and tuple(map(int, c)) >= (8, 9) for c in capabilities)
+
+
 ANY = Device("any device", lambda: True)
 TPU = Device("a mesh of TPUs", lambda: on_tpu())
 GPU = Device("a GPU", lambda: on_gpu())
