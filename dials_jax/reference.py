@@ -10,10 +10,12 @@ tests compare each sequence of a padded batch with it, token for token and gate 
 from __future__ import annotations
 
 import jax
+import ml_dtypes
 import numpy as np
 
 from dials_jax.caching.early_skip.settings import EarlySkip
 from dials_jax.caching.plain import NoCache, PrefixCache
+from dials_jax.nn.eight_bits import dequantise_layer
 from dials_jax.sampling.loop import step_limit
 from dials_jax.skipping.policies import Random, Static
 from dials_jax.skipping.routed import Routed
@@ -29,7 +31,11 @@ class Decoder:
     def __init__(self, model, prompt, sampler, cache=None, policy=None, key=None):
         self.cfg, self.sampler, self.policy = model.config, sampler, policy
         self.cache = cache or NoCache()
-        self.params = jax.tree.map(lambda x: np.asarray(x, np.float64), model.params)
+        self.weights, params = model.weights, model.params
+        if self.weights:  # as the numbers that they stand for
+            layers = jax.vmap(lambda layer: dequantise_layer(layer, np.float32))(params["layers"])
+            params = {**params, "layers": layers}
+        self.params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
         self.shift, self.prompt_length = int(self.cfg.right_shift), len(prompt)
         answer = [self.cfg.mask_id] * sampler.gen_length
         self.tokens = np.array([*prompt, *answer])
@@ -213,7 +219,7 @@ class Decoder:
         cfg = self.cfg
         p = jax.tree.map(lambda x: x[layer], self.params["layers"])
         attention, mlp = p["attention"], p["mlp"]
-        x = norm(h, p["attention_norm"]["scale"], cfg.norm_eps)
+        x = self.rounded(norm(h, p["attention_norm"]["scale"], cfg.norm_eps))
         q, k, v = (np.einsum("td,dnh->tnh", x, attention[name]) for name in "qkv")
         q, k = (rotate(x, positions, cfg.rope_theta) for x in (q, k))
         if isinstance(self.cache, EarlySkip) and self.cache.indicator != "hidden":
@@ -225,9 +231,19 @@ class Decoder:
         keys, values = (x[layer].repeat(groups, axis=1) for x in (self.keys, self.values))
         scores = np.einsum("tnh,snh->nts", q, keys)
         y = np.einsum("nts,snh->tnh", softmax(scores / cfg.head_dim**0.5), values)
-        h = h + np.einsum("tnh,nhd->td", y, attention["o"])
-        x = norm(h, p["mlp_norm"]["scale"], cfg.norm_eps)
-        return h + (silu(x @ mlp["gate"]) * (x @ mlp["up"])) @ mlp["down"], positions
+        h = h + np.einsum("tnh,nhd->td", self.rounded(y), attention["o"])
+        x = self.rounded(norm(h, p["mlp_norm"]["scale"], cfg.norm_eps))
+        return h + self.rounded(silu(x @ mlp["gate"]) * (x @ mlp["up"])) @ mlp["down"], positions
+
+    def rounded(self, x):
+        """What a matmul multiplies with weights in 8 bits: every token by a scale of its own."""
+        if self.weights is None:
+            return x
+        axes = tuple(range(1, x.ndim))
+        scale = np.maximum(np.abs(x).max(axis=axes, keepdims=True), 1e-30)
+        if self.weights == "int8":
+            return np.rint(x / scale * 127) * scale / 127
+        return (x / scale * 448).astype(ml_dtypes.float8_e4m3fn).astype(x.dtype) * scale / 448
 
     def head(self, h):
         """Logits."""

@@ -36,6 +36,7 @@ from dials_jax.evaluation.likelihood import score_pairs
 from dials_jax.evaluation.pairs import pad_pairs
 from dials_jax.models import transformer
 from dials_jax.models.model import Model, sequence_keys
+from dials_jax.nn.eight_bits import quantise_layer
 from dials_jax.nn.kernels import cudnn_attention as cudnn
 from dials_jax.nn.kernels import per_device
 from dials_jax.nn.kernels.dispatch import LOOKUP, dispatch
@@ -237,6 +238,22 @@ def generate_as_on_gpus(mesh, cfg, params, routers):
     return found
 
 
+def in_eight_bits(mesh, cfg, routers):
+    """Logits where a token's largest magnitude, and the sum of its products, span devices."""
+    params = conftest.init_params(cfg)
+    layers = jax.jit(jax.vmap(partial(quantise_layer, name="int8")))(params["layers"])
+    model = Model(cfg, {**params, "layers": layers}, mesh)
+    split = model.params["layers"]["mlp"]["down"].values.sharding.shard_shape((4, 32, 64))
+    assert mesh.shape["tensor"] == 1 or split[2] < 64
+    tokens = np.asarray(jax.random.randint(jax.random.key(5), (8, 12), 2, 60))
+    valid = np.arange(12) >= np.arange(8)[:, None] % 3
+    how = {"policy": Routed(routers, 0.3), "executor": "select" if mesh.size == 1 else "compact"}
+    return {
+        "full": model.apply(tokens, valid).logits,
+        "routed": model.apply(tokens, valid, **how).logits,
+    }
+
+
 def multiply(mesh):
     """A function of each device's own rows, and how many those are."""
     x, weights = (jax.random.normal(jax.random.key(n), (8, 8)) for n in range(2))
@@ -270,6 +287,7 @@ def run(mesh):
             mesh, router_loss(cfg, router_cfg, objective, False), same_routers, placed, "routers/"
         ),
         "evaluation": evaluate(mesh, cfg, params, routers),
+        "eight_bits": in_eight_bits(mesh, cfg, routers),
         "partitioned": generate_as_on_gpus(mesh, cfg, params, routers),
         "lookup": {f"{v}x{d}": look_up(mesh, v, d) for v, d in ((64, 32), (63, 32), (64, 30))},
         "kernel": {

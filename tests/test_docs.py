@@ -46,6 +46,11 @@ def test_the_examples_of_skipping_run(demo):
     assert names["out"].gates.shape == (5, names["model"].num_layers, 2)
 
 
+def test_the_examples_of_eight_bits_run(demo):
+    names = run_examples("docs/eight_bits.md")
+    assert names["model"].weights == "int8" and names["out"].tokens.shape == (2, 11)
+
+
 def test_the_examples_of_sampling_run(lively):
     names = run_examples("docs/sampling.md", model=lively)
     out, tasks = names["out"], names["tasks"]

@@ -50,6 +50,15 @@ def test_mesh_equals_one_device(results, mesh, kind):
             np.testing.assert_array_equal(actual, expected, err_msg=name)
 
 
+@pytest.mark.parametrize("mesh", MESHES)
+def test_weights_in_8_bits_are_multiplied_alike_on_all_meshes(results, mesh):
+    """But for inputs that the order of a sum has moved over the edge between two roundings."""
+    for name in ("eight_bits/full", "eight_bits/routed"):
+        one, actual = results("one")[name], results(mesh)[name]
+        error = np.abs(actual - one) / one.std()
+        assert np.median(error) < 1e-5 and error.max() < 0.05, name
+
+
 @pytest.mark.parametrize("kind", ["model", "router"])
 def test_no_device_holds_the_hidden_states_of_the_whole_batch(results, kind):
     """On a pod they would not fit."""

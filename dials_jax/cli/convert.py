@@ -43,8 +43,8 @@ def convert_options() -> Options:
     parser.add_argument(
         "source",
         metavar="SRC",
-        help="folder with config.json and *.safetensors, a .ckpt, or a router's file; with --weights "
-        "also a folder of this library",
+        help="folder with config.json and *.safetensors, a .ckpt, or a router's file; with "
+        "--weights also a folder of this library",
     )
     parser.add_argument("target", metavar="DST", help="folder to write; it must not exist")
     parser.add_argument(

@@ -6,7 +6,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from dials_jax.convert.__main__ import main as convert
 
 import dials_jax as dj
 from dials_jax import trees
@@ -19,6 +18,7 @@ from dials_jax.nn.eight_bits import is_quantised
 from dials_jax.skipping.storage import load_router, save_router
 from dials_jax.training.run import prepare_run
 from tests.conftest import random_routers
+from tests.convert.conftest import main as convert
 
 SOURCE = Path(__file__).parents[1] / "golden" / "llada_tiny"
 KINDS = ("int8", "fp8")

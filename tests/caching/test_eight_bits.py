@@ -1,0 +1,70 @@
+"""Caches, policies and samplers on weights in 8 bits, against the plain decoder in 8 bits."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import dials_jax as dj
+from dials_jax.caching.plain import DualCache, PrefixCache
+from dials_jax.models.model import Model
+from dials_jax.nn.eight_bits import quantise_layer
+from dials_jax.sampling.confidence import Confidence
+from dials_jax.sampling.dream import Dream
+from dials_jax.sampling.generate import generate
+from dials_jax.skipping.policies import Static
+from tests.caching.cases import CACHES, keys_of, policies_of
+from tests.caching.test_compositions import SAMPLERS, assert_equal_to_the_decoder
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+CASES = [
+    ("int8", "llada", "none", "routed", "threshold", "compact"),
+    ("fp8", "dream", "none", "full", "entropy", "auto"),
+    ("fp8", "llada", "prefix", "random", "threshold", "select"),
+    ("int8", "dream", "dual", "routed", "threshold", "select"),
+    ("fp8", "llada", "dual", "soft", "quota", "compact"),
+    ("int8", "llada", "hidden", "static", "quota 4", "auto"),
+    ("fp8", "llada", "skip", "routed", "quota", "select"),
+    ("int8", "dream", "key", "full", "threshold", "auto"),
+]
+
+
+@pytest.fixture(scope="module")
+def in_8_bits(models):
+    def make(model, kind):
+        quantise = jax.jit(jax.vmap(lambda layer: quantise_layer(layer, kind)))
+        return Model(model.config, {**model.params, "layers": quantise(model.params["layers"])})
+
+    return {(k, x): make(models[x], k) for k in ("int8", "fp8") for x in ("llada", "dream")}
+
+
+@pytest.mark.parametrize("kind, family, cache, policy, rule, executor", CASES)
+def test_every_sequence_is_what_the_plain_decoder_gives(
+    in_8_bits, prompts, kind, family, cache, policy, rule, executor
+):
+    model = in_8_bits[kind, family]
+    settings = {
+        "sampler": SAMPLERS[rule], "cache": CACHES[cache], "key": keys_of(3),
+        "policy": policies_of(model.config)[policy],
+    }  # fmt: skip
+    out = generate(model, *prompts, **settings, executor=executor)
+    assert_equal_to_the_decoder(out, model, prompts, **settings)
+
+
+@pytest.mark.parametrize(
+    "name, sampler",
+    [
+        ("llada_tiny", Confidence(16, block_length=8, steps=2)),
+        ("dream_tiny", Dream(12, 1, alg="maskgit_plus")),
+    ],
+)
+def test_a_cache_that_is_always_new_changes_nothing(name, sampler):
+    """One step a block: nothing that was computed earlier is read."""
+    model = dj.load(GOLDEN / name, weights="int8")
+    prompts = np.random.default_rng(0).integers(1, 60, (2, 6))
+    valid = np.arange(6) >= np.array([0, 2])[:, None]
+    run = dict(valid=valid, sampler=sampler, policy=Static((1,)))
+    expected = generate(model, prompts, **run).tokens
+    for cache in (PrefixCache(), DualCache()):
+        np.testing.assert_array_equal(generate(model, prompts, cache=cache, **run).tokens, expected)
