@@ -10,6 +10,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import dials_jax
@@ -125,4 +126,7 @@ def test_an_installed_wheel_works_in_another_folder(installed, tmp_path):
     assert json.loads((tmp_path / "sweep" / "results.json").read_text())["runs"]
     assert json.loads((tmp_path / "converted" / "config.json").read_text())["model"]
     exported = open_tensors(tmp_path / "exported")
-    assert exported.keys() == open_tensors(tmp_path / "published").keys()
+    published = open_tensors(tmp_path / "published")
+    assert exported.keys() == published.keys()
+    for name, tensor in published.items():
+        np.testing.assert_array_equal(exported[name], tensor)
