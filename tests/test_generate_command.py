@@ -63,6 +63,15 @@ def test_stop_strings_are_settings_of_the_answers(run, model):
         run()
 
 
+def test_answers_in_8_bits_are_those_of_the_model_and_are_not_mixed_with_others(run, model):
+    settings = {"max_new_tokens": 4, "block_length": 2}
+    expected = generate_text(load(model, weights="int8"), PROMPTS, **settings)
+    lines = run("--weights", "int8")
+    assert [lines[i]["text"] for i in range(4)] == [answer.text for answer in expected]
+    with pytest.raises(InputError, match="has answers under other settings"):
+        run()
+
+
 def test_a_line_is_what_generate_text_returns(run, model, capsys):
     lines = run("--static", "1", "--log-probs")
     settings = {"max_new_tokens": 4, "block_length": 2, "log_probs": True}
