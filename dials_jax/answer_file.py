@@ -99,7 +99,9 @@ def open_answers(path: str | Path, job: TextJob, prompts: Sequence[Prompt]) -> I
     def agree(old: Mapping[str, Any], new: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
         names = ", ".join(differences(old, new))
         require(
-            not names, f"{file} has answers under other settings ({names}); choose another --out"
+            not names,
+            f"{file} has answers under other settings ({names}), which {mark} states; choose "
+            "another --out",
         )
         return new
 

@@ -88,7 +88,7 @@ def require_kind(config: Any, config_class: Any, what: str, remedy: str) -> None
     taken = " or ".join(c.__name__ for c in get_args(config_class) or (config_class,))
     require(
         isinstance(config, config_class),
-        f"{what} is a {type(config).__name__}, but this command takes a {taken}; {remedy}",
+        f"{what} is of class {type(config).__name__}, but this command takes {taken}; {remedy}",
     )
 
 

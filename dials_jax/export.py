@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from functools import partial
 from importlib.util import find_spec
@@ -22,7 +21,7 @@ from dials_jax.convert.safetensors_writer import num_bytes, write_shards
 from dials_jax.data.tokenizer import load_tokenizer
 from dials_jax.data.tokenizer_training import tokenizer_settings
 from dials_jax.errors import require
-from dials_jax.files import local_path, write_json
+from dials_jax.files import copy_tokenizer_file, local_path, write_json
 from dials_jax.loading import find_model
 from dials_jax.models import folders, groups
 from dials_jax.models.model import Model
@@ -110,7 +109,7 @@ def _copy_tokenizer(source: Path, target: Path, cfg: ModelConfig) -> None:
     """Copies the tokenizer's files. To a tokenizer.json alone it adds what AutoTokenizer needs."""
     with tempfile.TemporaryDirectory() as temporary:
         for file in collect_tokenizer_files(source, Path(temporary)):
-            shutil.copy(file, target)
+            copy_tokenizer_file(file, target)
     complete, settings = target / "tokenizer.json", target / "tokenizer_config.json"
     if complete.is_file() and not settings.is_file() and find_spec("tokenizers"):
         ids = {"pad": cfg.pad_id, "eos": cfg.eos_id, "mask": cfg.mask_id}

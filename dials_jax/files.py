@@ -7,11 +7,14 @@ import json
 import math
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from dials_jax.errors import InputError, require
+
+CHAT_TEMPLATES = "chat_templates"  # a folder beside a tokenizer's files: NAME.jinja for each
 
 
 def parse_json(text: str | bytes, where: str) -> Any:
@@ -153,3 +156,11 @@ def file_to_write(path: str | Path, name: str, example: str) -> Path:
 def _shortened(text: str, most: int = 80) -> str:
     printable = text.encode(errors="backslashreplace").decode().replace("\0", "\\0")
     return printable if len(printable) <= most else f"{printable[:most]}..."
+
+
+def copy_tokenizer_file(file: Path, folder: Path) -> None:
+    """Copies a file into a folder; one of several chat templates stays in a folder of theirs."""
+    if file.parent.name == CHAT_TEMPLATES:
+        folder = folder / CHAT_TEMPLATES
+        folder.mkdir(exist_ok=True)
+    shutil.copy(file, folder)

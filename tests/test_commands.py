@@ -152,7 +152,9 @@ def test_wrong_files_are_refused(config, tmp_path):
     empty.write_text("")
     with pytest.raises(InputError, match=r"has no function get_config"):
         parsed(str(empty))
-    with pytest.raises(InputError, match="is a TrainConfig, but this command takes a EvalConfig"):
+    with pytest.raises(
+        InputError, match="is of class TrainConfig, but this command takes EvalConfig"
+    ):
         parse(EvalConfig, "Evaluates.", ["--config", config, "--workdir", "run"])
 
 

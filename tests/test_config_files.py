@@ -50,7 +50,11 @@ def test_wrong_names_and_values_are_refused_before_anything_runs(
 
 
 def test_another_kind_of_configuration_is_refused(tmp_path, untyped):
-    with pytest.raises(InputError, match="demo/model is a TrainConfig, but this command takes"):
+    with pytest.raises(
+        InputError, match="demo/model is of class TrainConfig, but this command takes"
+    ):
         dj.sweep("demo/model", tmp_path)
-    with pytest.raises(InputError, match="the configuration is a dict, but this command takes"):
+    with pytest.raises(
+        InputError, match="the configuration is of class dict, but this command takes"
+    ):
         dj.train({}, tmp_path)

@@ -32,7 +32,7 @@ from dials_jax.convert.settings import flag
 from dials_jax.convert.table import TensorLayout, fill_params, is_buffer, strip_wrappers
 from dials_jax.data.tokenizer import has_tokenizer, load_tokenizer
 from dials_jax.errors import InputError, nearest, require
-from dials_jax.files import read_json
+from dials_jax.files import CHAT_TEMPLATES, read_json
 from dials_jax.models.folders import MODEL_FORMAT, dtype_name, load_model, save_model
 from dials_jax.models.groups import abstract_params
 
@@ -173,7 +173,7 @@ def quantise_folder(
     Raises: InputError if they are so already.
     """
     model = load_model(source, dtype, layout="stacked")
-    files = [file for name in TOKENIZER_FILES if (file := source / name).is_file()]
+    files = tokenizer_paths(source).values()
     save_model(target, model.config, model.params, weights=weights, tokenizer_files=files)
     return model.config
 
@@ -192,6 +192,14 @@ def write_model_folder(
     return cfg
 
 
+def tokenizer_paths(source: Path) -> dict[str, Path]:
+    """The files of a folder that say what its tokenizer is, by their names in it."""
+    named = {name: source / name for name in TOKENIZER_FILES}
+    templates = sorted((source / CHAT_TEMPLATES).glob("*.jinja"))
+    named |= {f"{CHAT_TEMPLATES}/{file.name}": file for file in templates}
+    return {name: file for name, file in named.items() if file.is_file()}
+
+
 def collect_tokenizer_files(source: Path, temporary: Path) -> list[Path]:
     """Returns the tokenizer's files to copy into a model folder.
 
@@ -200,7 +208,7 @@ def collect_tokenizer_files(source: Path, temporary: Path) -> list[Path]:
     folder `temporary` and returned with them. Links are followed, since Hugging Face's cache
     consists of them; a warning names any other link that leads out of the folder.
     """
-    files = {name: source / name for name in TOKENIZER_FILES if (source / name).is_file()}
+    files = tokenizer_paths(source)
     root = source.resolve()
     for file in files.values():
         target = file.resolve()

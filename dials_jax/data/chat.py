@@ -8,7 +8,7 @@ from typing import Any
 
 from dials_jax.data.tokenizer import Tokenizer
 from dials_jax.errors import InputError, nearest, require, require_packages
-from dials_jax.files import read_json
+from dials_jax.files import CHAT_TEMPLATES, read_json
 
 Message = dict[str, str]  # role ("system", "user", "assistant") and content
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")  # what templates may write
@@ -24,7 +24,7 @@ def read_chat_templates(folder: str | Path) -> dict[str, str]:
     folder = Path(folder)
     file, default = folder / "tokenizer_config.json", folder / "chat_template.jinja"
     found = _stored_templates(file) if file.is_file() else {}
-    found |= {one.stem: _read_text(one) for one in (folder / "chat_templates").glob("*.jinja")}
+    found |= {one.stem: _read_text(one) for one in (folder / CHAT_TEMPLATES).glob("*.jinja")}
     if default.is_file():
         found["default"] = _read_text(default)
     return found

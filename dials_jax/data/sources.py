@@ -13,6 +13,7 @@ from dials_jax.data.tasks import load_task_rows
 from dials_jax.data.text import pack_text
 from dials_jax.data.tokenizer import Tokenizer, check_tokenizer, has_tokenizer, load_tokenizer
 from dials_jax.errors import require
+from dials_jax.files import CHAT_TEMPLATES
 
 
 def load_training_data(
@@ -70,7 +71,8 @@ def tokenizer_descriptions(cfg: Data) -> list[Path]:
     """
     path = "" if isinstance(cfg, ArithmeticData) else cfg.tokenizer
     names = ("tokenizer_config.json", "chat_template.jinja")
-    files = [Path(path).expanduser() / name for name in names]
+    folder = Path(path).expanduser()
+    files = [*(folder / name for name in names), *sorted((folder / CHAT_TEMPLATES).glob("*.jinja"))]
     return [file for file in files if path and file.is_file()]
 
 

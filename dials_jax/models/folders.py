@@ -19,7 +19,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -45,7 +44,7 @@ from dials_jax.config import (
     to_dict,
 )
 from dials_jax.errors import InputError, require
-from dials_jax.files import local_path, read_json, write_json
+from dials_jax.files import copy_tokenizer_file, local_path, read_json, write_json
 from dials_jax.models import groups
 from dials_jax.models.model import Model
 from dials_jax.nn.eight_bits import cast_others, weights_kind
@@ -148,7 +147,7 @@ def save_model(
 
         def describe():
             for file in tokenizer_files:
-                shutil.copy(file, unfinished)
+                copy_tokenizer_file(Path(file), unfinished)
             write_json(unfinished / "config.json", about)
 
         with writing(unfinished, again):

@@ -17,6 +17,7 @@ from dials_jax.convert import publish
 from dials_jax.convert.hugging_face import MODEL_TYPES, convert_folder, open_hugging_face
 from dials_jax.convert.safetensors_reader import open_tensors
 from dials_jax.convert.safetensors_writer import write_shards
+from dials_jax.data.chat import read_chat_templates
 from dials_jax.data.tokenizer import load_tokenizer
 from dials_jax.errors import InputError
 from dials_jax.export import export_model
@@ -121,6 +122,19 @@ def test_a_head_is_left_out_only_if_it_is_the_embedding(tmp_path):
 
 
 # ------------------------------------------------------------------------------- from scratch
+
+
+def test_all_chat_templates_come_along_there_and_back(tmp_path):
+    source, converted, back = tmp_path / "source", tmp_path / "converted", tmp_path / "back"
+    shutil.copytree(GOLDEN / "llada_tiny", source)
+    (source / "chat_templates").mkdir()
+    (source / "chat_templates" / "tool.jinja").write_text("{{ messages }}")
+    (source / "chat_template.jinja").write_text("{{ bos_token }}")
+    templates = read_chat_templates(source)
+    assert templates.keys() == {"default", "tool"}
+    convert_folder(source, converted)
+    export_model(converted, back)
+    assert read_chat_templates(converted) == read_chat_templates(back) == templates
 
 
 def test_a_model_that_was_trained_here_takes_its_tokenizer_along(arithmetic_model, tmp_path):
