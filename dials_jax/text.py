@@ -127,23 +127,43 @@ def text_job(
     require(batch_size > 0, f"batch_size={batch_size} must be positive")
     prompts, stop = as_list(prompts), tuple(as_list(stop))
     require(all(stop), f"stop={stop} has an empty text; remove it")
-    reader = open_reader(model, tokenizer)
+    reader = open_reader(model.config, model.path, tokenizer)
     is_chat = chat or not all(isinstance(prompt, str) for prompt in prompts)
-    ids = [reader.tokenizer.encode(text) for text in reader.render(prompts, chat)]
-    if sampler is None:
-        longest = max(map(len, ids), default=0)
-        length = fitting_length(model.config, longest, max_new_tokens, settings.get("block_length"))
-        sampler = text_sampler(model.config, length, **settings)
-    else:
-        given = [*settings, *(["max_new_tokens"] if max_new_tokens is not None else [])]
-        require(not given, f"sampler= has its own {' and '.join(given)}; set it there")
-        length = sampler.gen_length
-    check_lengths(model.config, ids, sampler.gen_length, length)
+    ids, sampler, length = encode_prompts(
+        reader, prompts, max_new_tokens, sampler, chat, **settings
+    )
     template = reader.template if is_chat else None
     return TextJob(
         model, reader, ids, chat, template, sampler, length, policy, cache, stop, log_probs, seed,
         batch_size,
     )  # fmt: skip
+
+
+def encode_prompts(
+    reader: TextReader,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int | None = None,
+    sampler: Sampler | None = None,
+    chat: bool = False,
+    **settings: Any,
+) -> tuple[list[list[int]], Sampler, int]:
+    """Prompts as token ids, their sampler, and how many tokens were asked for; needs no weights.
+
+    Args: as those of `text_job`.
+    Raises: InputError for prompts without a chat template, and what does not fit the model.
+    """
+    cfg = reader.cfg
+    ids = [reader.tokenizer.encode(text) for text in reader.render(prompts, chat)]
+    if sampler is None:
+        longest = max(map(len, ids), default=0)
+        length = fitting_length(cfg, longest, max_new_tokens, settings.get("block_length"))
+        sampler = text_sampler(cfg, length, **settings)
+    else:
+        given = [*settings, *(["max_new_tokens"] if max_new_tokens is not None else [])]
+        require(not given, f"sampler= has its own {' and '.join(given)}; set it there")
+        length = sampler.gen_length
+    check_lengths(cfg, ids, sampler.gen_length, length)
+    return ids, sampler, length
 
 
 @dataclass(frozen=True, repr=False)
@@ -295,18 +315,23 @@ class TextReader:
         )
 
 
-def open_reader(model: Model, tokenizer: Tokenizer | str | Path | None = None) -> TextReader:
-    """The tokenizer of a model. Raises: InputError if there is none, or if it does not fit."""
+def open_reader(
+    cfg: ModelConfig, path: str | Path | None, tokenizer: Tokenizer | str | Path | None = None
+) -> TextReader:
+    """The tokenizer of a model, or another one. Args: path: of the model's folder, if it has one.
+
+    Raises: InputError if there is none, or if it does not fit.
+    """
     if not isinstance(tokenizer, Tokenizer):
-        where = tokenizer or model.path
+        where = tokenizer or path
         require(bool(where), "the model was made in memory and has no tokenizer; give tokenizer=")
         folder = Path(where).expanduser()
         tokenizer = load_tokenizer(folder)
         folder = folder.parent if folder.is_file() else folder
     else:
-        folder = Path(model.path)
-    check_tokenizer(tokenizer, model.config)
-    return TextReader(model.config, tokenizer, folder)
+        folder = Path(path or "")
+    check_tokenizer(tokenizer, cfg)
+    return TextReader(cfg, tokenizer, folder)
 
 
 def find_template(*folders: Path) -> str:

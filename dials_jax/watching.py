@@ -129,7 +129,7 @@ def _read(
             f"{name} has no meaning in a replay, which keeps every call of all prompts; leave it "
             "out",
         )
-    cfg, reader = model.config, open_reader(model, tokenizer)
+    cfg, reader = model.config, open_reader(model.config, model.path, tokenizer)
     texts = reader.render(prompts, settings.get("chat", False))
     ids = [reader.tokenizer.encode(text) for text in texts]
     with_masks = [cfg.mask_id is not None and cfg.mask_id in one for one in ids]

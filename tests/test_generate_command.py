@@ -180,6 +180,22 @@ def test_another_tokenizer_is_seen_before_weights_are_read(model, tmp_path, monk
         generate_command([model, "--prompt", "1", "--tokenizer", str(tmp_path)])
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prompt", "1" * 100], "a prompt has 100 tokens, and the model 32 positions"),
+        (["--prompt", "1", "--max-new-tokens", "40"], "with 40 new ones"),
+        (["--prompt", "?"], "the tokenizer cannot encode"),
+    ],
+)
+def test_a_prompt_that_does_not_fit_is_seen_before_weights_are_read(
+    model, monkeypatch, options, message
+):
+    monkeypatch.setattr(harness, "load", lambda *args: pytest.fail("weights were read"))
+    with pytest.raises(InputError, match=message):
+        generate_command([model, *options])
+
+
 def test_without_a_file_answers_are_printed(model, capsys):
     generate_command([model, "--prompt", "+1,2=", "--max-new-tokens", "4"])
     [answer] = generate_text(load(model), "+1,2=", max_new_tokens=4)

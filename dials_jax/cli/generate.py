@@ -37,7 +37,7 @@ def generate_command(argv: list[str] | None = None) -> None:
     from dials_jax.text import text_job
 
     is_chat = given.chat or not all(isinstance(prompt, str) for prompt in prompts)
-    model, settings = open_model(given, is_chat)
+    model, settings = open_model(given, is_chat, prompts)
     job = text_job(
         model, prompts, chat=given.chat, log_probs=given.log_probs, batch_size=given.batch_size,
         **settings,

@@ -21,11 +21,12 @@ from dials_jax.evaluation.harness import (
     tokenizer_path,
 )
 from dials_jax.evaluation.task import SamplerConfig
-from dials_jax.loading import load
+from dials_jax.loading import load, read_config
 from dials_jax.models.model import Model
 from dials_jax.sharding import make_mesh
 from dials_jax.text import (
     check_lengths,
+    encode_prompts,
     find_template,
     fitting_length,
     open_reader,
@@ -33,11 +34,14 @@ from dials_jax.text import (
 )
 
 
-def open_model(given: argparse.Namespace, is_chat: bool) -> tuple[Model, dict[str, Any]]:
+def open_model(
+    given: argparse.Namespace, is_chat: bool, prompts: Sequence[Any] = ()
+) -> tuple[Model, dict[str, Any]]:
     """Loads the model; returns it with the arguments of `text_job` that the options stand for.
 
     Args:
       is_chat: a chat template is needed; without one nothing is loaded.
+      prompts: nothing is loaded either if one of these cannot be answered.
 
     Raises: InputError for options that do not fit each other or the model.
     """
@@ -60,6 +64,9 @@ def open_model(given: argparse.Namespace, is_chat: bool) -> tuple[Model, dict[st
     )
     job = {"cache": settings.cache, "seed": settings.seed, "stop": given.stop}
     job |= sampling_settings(given)
+    if prompts:
+        reader = open_reader(read_config(given.model, given.dtype), tokenizer_path(settings))
+        encode_prompts(reader, prompts, chat=given.chat, **sampling_settings(given))
     model, _, policy = load_harness_model(settings)
     return model, job | {"policy": policy, "tokenizer": tokenizer_path(settings)}
 
@@ -80,7 +87,7 @@ def open_bench(given: argparse.Namespace, texts: Sequence[Any]) -> Bench:
     model = load(given.model, given.dtype, make_mesh(mesh_of(given)), weights=given.weights)
     settings = sampling_settings(given)
     if texts:
-        reader = open_reader(model, given.tokenizer or None)
+        reader = open_reader(model.config, model.path, given.tokenizer or None)
         prompts = [reader.tokenizer.encode(text) for text in reader.render(texts, given.chat)]
     else:
         prompts = random_prompts(model.config, given.num_prompts, given.prompt_length, given.seed)
