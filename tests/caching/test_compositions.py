@@ -34,30 +34,30 @@ SAMPLERS = {
     "edit by entropy": dataclasses.replace(BOUND, edit_threshold=0.3, max_edit_steps=3),
 }  # fmt: skip
 # Compaction only in small programs: it has a branch for every number of sequences. For EarlySkip it
-# is compared with selection in tests/test_mesh.py. The programs of "routed" by quota of "llada" are
-# those of test_generation.py, too.
+# is compared with selection in tests/test_mesh.py.
 CASES = [
     ("llada", "none", "routed", "threshold", "compact"),
-    ("llada", "prefix", "routed", "quota", "select"),
+    ("llada", "prefix", "soft", "quota", "select"),
     ("llada", "prefix", "random", "threshold", "select"),
-    ("llada", "dual", "routed", "quota", "compact"),
+    ("llada", "dual", "soft", "quota", "compact"),
     ("llada", "dual", "routed", "threshold", "select"),
-    ("dream", "hidden", "static", "quota 4", "auto"),
+    ("llada", "hidden", "static", "quota 4", "auto"),
+    ("dream", "hidden", "static", "quota", "auto"),
     ("llada", "skip", "routed", "quota", "select"),
     ("llada", "hidden", "routed", "threshold", "select"),
     ("llada", "query", "full", "quota", "auto"),
     ("dream", "key", "full", "threshold", "auto"),
     ("dream", "value", "full", "quota", "auto"),
     ("dream", "none", "routed", "quota", "select"),
-    ("dream", "prefix", "soft", "quota", "select"),
+    ("dream", "prefix", "routed", "quota", "select"),
     ("unrolled", "dual", "random", "quota", "select"),
-    ("dream", "dual", "soft", "threshold", "select"),
+    ("dream", "dual", "routed", "threshold", "select"),
     ("unrolled", "hidden", "soft", "quota", "select"),
     ("llada", "none", "full", "entropy", "auto"),
     ("dream", "prefix", "static", "bound", "auto"),
     ("llada", "none", "routed", "edit", "select"),
     ("dream", "prefix", "random", "edit by entropy", "select"),
-    ("llada", "dual", "soft", "edit", "compact"),
+    ("llada", "dual", "routed", "edit", "compact"),
 ]
 
 

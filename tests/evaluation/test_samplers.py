@@ -29,7 +29,6 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 CHARACTERS = "".join(map(chr, [*range(32, 127), *range(161, 561)]))
 NUM_CHARACTERS = {"dream_tiny": 297, "mdlm_tiny": 94, "qwen2_tiny": 298}
 RECORDS = [{"prompt": "1+1=", "answer": "2"}, {"prompt": "20+3=", "answer": "23"}]
-LONGEST = 5
 CASES = {
     "dream_tiny": (Dream(6, 3, alg="maskgit_plus", temperature=0.5, top_p=0.9), DualCache()),
     "mdlm_tiny": (Ancestral(6, 4), None),
@@ -60,13 +59,6 @@ def config(folder, **changes):
     return EvalConfig(model=str(folder), tasks=(task,), **(values | changes))
 
 
-def padded(prompt):
-    """A prompt alone, as long as the longest, so that one program serves all; and what is valid."""
-    row = np.zeros((1, LONGEST), int)
-    row[0, LONGEST - len(prompt) :] = prompt
-    return row, np.arange(LONGEST)[None] >= LONGEST - len(prompt)
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_a_sweep_takes_the_familys_own_sampler(name, folder, tmp_path):
     sampler, cache = CASES[name]
@@ -82,11 +74,10 @@ def test_a_sweep_takes_the_familys_own_sampler(name, folder, tmp_path):
         kind, layers = run["policy"]["kind"], run["policy"].get("layers")
         policy = {"full": None, "static": Static(layers or ()), "random": Random(1)}[kind]
         for item, example in zip(items, run["examples"], strict=True):
-            out = generate(
-                model, *padded(item.prompt), sampler=sampler, policy=policy, cache=cache,
-                key=item_keys(0, [item]),
-            )  # fmt: skip
-            answer = out.tokens[0, LONGEST:].tolist()
+            key = item_keys(0, [item])
+            prompt = np.array([item.prompt])
+            out = generate(model, prompt, sampler=sampler, policy=policy, cache=cache, key=key)
+            answer = out.tokens[0, len(item.prompt) :].tolist()
             ends = [i for i, token in enumerate(answer) if token == model.config.eos_id]
             assert example["output"] == tokenizer.decode(answer[: ends[0]] if ends else answer)
         if cache is None:  # a call that fills a cache runs all layers
@@ -120,8 +111,7 @@ def test_what_does_not_compose_is_refused_before_the_first_run(
 
 def test_every_setting_of_a_cache_reaches_the_results(folder, tmp_path):
     cache = EarlySkip((1.0, 0.5), (0.0, 0.4), alpha=0.3, prompt_every=4, block_every=2)
-    task = {"sampler": Confidence(4), "cache": cache}
-    cfg = config(folder("dream_tiny"), task=task, num_static=(), num_random=())
+    cfg = config(folder("dream_tiny"), task={"sampler": Confidence(4), "cache": cache})
     with pytest.warns(UserWarning, match="LLaDA's rules"):
         run = sweep.sweep(cfg, tmp_path / "sweep")["runs"][0]
     others = "proportions (1.0, 0.5), depths (0.0, 0.4), alpha 0.3"
