@@ -15,12 +15,15 @@ So all three have seen equally many tokens of one text, the continued one first 
 Models along the way are kept. Then, for each:
 
 - the profile of its hidden states (`RepresentationStudy`), also of the models along the way;
-- the loss on held-out text with every single layer left out (a sweep), exact for causal models;
+- the loss on held-out text with every single layer left out, and with k layers left out that
+  Algorithm 1 chose, neighbours allowed or not (a sweep); exact for causal models;
 - the layers that DIALS routers skip, trained on the native model.
 
-What is done is kept in the workdir: the same command goes on where it was stopped. One size or seed
-may run on one GPU and another on the next one, in one workdir (`--seeds 1`); a command that asks
-for all then collects them. `--plan` prints what is to be done and how long it may take.
+What is done is kept in the workdir: the same command goes on where it was stopped. One size, seed
+or family may run on one GPU and another on the next one, in one workdir (`--seeds 1`, `--families
+native`); a command that asks for all then collects them. The continued model needs the causal one
+of the same process or of an earlier one. `--plan` prints what is to be done and how long it may
+take.
 """
 
 from __future__ import annotations
@@ -42,14 +45,22 @@ from benchmarks.families_claims import FAMILIES
 from benchmarks.families_plan import plan
 from benchmarks.families_results import (
     losses_of,
+    retention_of,
     skips_of,
     summarise,
     training_facts,
 )
-from benchmarks.families_unit import Unit, units
+from benchmarks.families_unit import Unit, chosen_families, units
 from benchmarks.report import describe_machine
 from benchmarks.routers import split_documents, text_data
-from dials_jax.config import EvalConfig, TextData, TrainConfig, Typed, to_dict
+from dials_jax.config import (
+    EvalConfig,
+    RepresentationStudy,
+    TextData,
+    TrainConfig,
+    Typed,
+    to_dict,
+)
 from dials_jax.errors import require
 from dials_jax.evaluation.sweep import sweep
 from dials_jax.files import read_json, write_json
@@ -58,7 +69,8 @@ from dials_jax.studies.representation import run_representation
 from dials_jax.training.loop import train
 from dials_jax.training.optimizer import num_steps
 
-PLACES = ("text", "tokenizer", "workdir", "out", "stop_after", "plan")  # not what is measured
+# Not what is measured.
+PLACES = ("text", "tokenizer", "workdir", "out", "stop_after", "plan", "families")
 
 
 class OutOfTime(Exception):
@@ -82,7 +94,7 @@ class Runner:
     def __init__(self, options: argparse.Namespace):
         minutes = options.stop_after
         self._end = None if minutes is None else time.perf_counter() + 60 * minutes
-        self._options = options
+        self._options, self._families = options, chosen_families(options)
 
     def _held_out(self, unit: Unit, name: str) -> TextData:
         """Of a folder of its own, since units may run in several processes."""
@@ -129,44 +141,50 @@ class Runner:
 
     def train_unit(self, unit: Unit) -> Iterator[dict[str, Any]]:
         """Trains the three models and the routers; yields the facts of each model."""
-        for family, cfg in unit.trainings.items():
-            folder = unit.folder / family
+        for family in self._families:
+            cfg, folder = unit.trainings[family], unit.folder / family
             facts = once(folder / "facts.json", cfg, self._trained(cfg, folder))
             own = unit.own_steps(family) * unit.step_tokens
             yield {
                 **where(unit, family), **facts, "flops": unit.flops(family),
                 "tokens": unit.steps * unit.step_tokens, "own_tokens": own,
             }  # fmt: skip
-        cfg, folder = unit.router(self._held_out(unit, "calibration")), unit.folder / "router"
-        once(folder / "facts.json", cfg, self._trained(cfg, folder))
+        if "native" in self._families:
+            cfg, folder = unit.router(self._held_out(unit, "calibration")), unit.folder / "router"
+            once(folder / "facts.json", cfg, self._trained(cfg, folder))
 
     def score_unit(self, unit: Unit) -> Iterator[dict[str, Any]]:
-        """Yields each family's losses, whole and with one layer left out, and routers' skips."""
-        test = self._held_out(unit, "test")
-        for family in FAMILIES:
-            cfg, folder = unit.sweep(family, test), unit.folder / f"sweep-{family}"
+        """Yields each family's losses, whole and with layers left out, and routers' skips."""
+        held_out = {name: self._held_out(unit, name) for name in ("test", "calibration")}
+        for family in self._families:
+            cfg, folder = unit.sweep(family, **held_out), unit.folder / f"sweep-{family}"
 
             def make(cfg: EvalConfig = cfg, folder: Path = folder) -> dict[str, Any]:
                 with self.while_there_is_time():
                     results = sweep(cfg, folder)
-                return losses_of(results) | skips_of(results)
+                return losses_of(results) | retention_of(results) | skips_of(results)
 
             yield where(unit, family) | once(folder / "losses.json", cfg, make)
 
-    def profile_unit(self, unit: Unit) -> list[dict[str, Any]]:
-        """The profiles of all models of a unit, also of those along the way."""
-        cfg, folder = unit.study(self._held_out(unit, "test")), unit.folder / "study"
+    def profile_unit(self, unit: Unit) -> Iterator[dict[str, Any]]:
+        """Yields the profiles of all models of a unit, also of those along the way."""
+        test = self._held_out(unit, "test")
+        for family in self._families:
+            cfg, folder = unit.study(family, test), unit.folder / f"study-{family}"
 
-        def make() -> list[dict[str, Any]]:
-            with self.while_there_is_time():
-                run_representation(cfg, folder)
-            profiles = load_profiles(folder, list(unit.models()))
-            return [
-                where(unit, family) | {"step": step} | summarise(profiles[label])
-                for label, (family, step, _) in unit.models().items()
-            ]
+            def make(
+                family: str = family, cfg: RepresentationStudy = cfg, folder: Path = folder
+            ) -> list[dict[str, Any]]:
+                with self.while_there_is_time():
+                    run_representation(cfg, folder)
+                models = unit.models(family)
+                profiles = load_profiles(folder, list(models))
+                return [
+                    where(unit, family) | {"step": step} | summarise(profiles[label])
+                    for label, (step, _) in models.items()
+                ]
 
-        return once(folder / "summary.json", cfg, make)
+            yield from once(folder / "summary.json", cfg, make)
 
 
 def where(unit: Unit, family: str) -> dict[str, Any]:
@@ -198,8 +216,11 @@ def run(options: argparse.Namespace) -> int:
     except OutOfTime:
         print(OutOfTime.__doc__)
         return 1
-    write_json(options.out, results)
-    print(f"all in {options.out} after {time.perf_counter() - start:.0f} s")
+    if chosen_families(options) == FAMILIES:
+        write_json(options.out, results)
+        print(f"all in {options.out} after {time.perf_counter() - start:.0f} s")
+    else:
+        print(f"done with {', '.join(options.families)}; the command without --families collects")
     return 0
 
 
@@ -217,6 +238,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--sizes", nargs="+", default=["6x384", "12x640"], help="layers x width")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument(
+        "--families", nargs="+", default=FAMILIES, choices=FAMILIES,
+        help="do the parts of these alone, such as one on each GPU, and write no --out",
+    )  # fmt: skip
     parser.add_argument(
         "--minutes", type=float, nargs="+", default=[1.2, 2.8],
         help="of one native training at the rates below, by size; others take as many steps",

@@ -8,9 +8,10 @@ covers both: variances are added, and what little two seeds tell of their spread
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -144,6 +145,39 @@ def recency_findings(results: Results, size: str, name: str, when: str) -> Itera
     differences = [recency(x) - recency(y) for x, y in zip(causal, native, strict=True)]
     yield find(f"{what}, causal less native", differences)
     yield find(f"native: {what}, late states less early ones", [recency_growth(x) for x in native])
+
+
+# ------------------------------------------------------------------------------------ retention
+
+
+class Retained(NamedTuple):
+    """What the k layers of Algorithm 1 cost in one family."""
+
+    cost: Finding  # nats per token more than the full model's
+    layers: list[list[int]]  # of each seed
+
+
+def retained(results: Results, size: str, family: str) -> dict[bool, dict[int, Retained]]:
+    """By whether neighbours may be chosen, then by k, where every seed has so many layers."""
+    found: dict[bool, dict[int, Retained]] = {False: {}, True: {}}
+    by_seed = results.of("losses", size=size, family=family)
+    kinds = {(run["adjacent"], run["k"]) for row in by_seed for run in row["chosen"]}
+    for adjacent, k in sorted(kinds):
+        runs = [
+            (run, np.array(run["nats"]) - np.array(row["full"]))
+            for row in by_seed
+            for run in row["chosen"]
+            if (run["adjacent"], run["k"]) == (adjacent, k)
+        ]
+        if len(runs) == len(by_seed):
+            cost = find(f"k={k}", [more for _, more in runs])
+            found[adjacent][k] = Retained(cost, [run["layers"] for run, _ in runs])
+    return found
+
+
+def kept_likelihood(cost: Finding) -> tuple[float, float, float]:
+    """The share of a token's likelihood that is left, exp(-cost), and its interval."""
+    return tuple(math.exp(-nats) for nats in (cost.value, cost.high, cost.low))
 
 
 # ------------------------------------------------------------------------------------- skipping

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.families_claims import Results, increases
+from benchmarks.families_claims import Results, increases, kept_likelihood, retained
 from dials_jax.reporting.figure import COLORS, GREY, blue_shades, figure_at
 from dials_jax.studies.claims import AT_END
 
@@ -29,7 +29,7 @@ def draw_all(results: Results, folder: Path) -> dict[str, Path]:
     """Writes every figure as PNG and PDF; returns the PNG files by name."""
     figures = {
         "profiles": draw_profiles, "training": draw_training, "skipping": draw_skipping,
-        "change": draw_change,
+        "change": draw_change, "retention": draw_retention,
     }  # fmt: skip
     paths = {name: folder / f"{name}.png" for name in figures}
     for name, draw in figures.items():
@@ -84,6 +84,28 @@ def draw_skipping(results: Results, path: Path) -> None:
                 ylabel="nats per token without it", yscale="log",
             )  # fmt: skip
         axes[0].legend()
+
+
+def draw_retention(results: Results, path: Path) -> None:
+    """Likelihood per token that is left, against the share of layers left out (Goel, Figure 1)."""
+    with figure_at(path, 5.0 * len(results.sizes), 3.6) as figure:
+        axes = figure.subplots(1, len(results.sizes), squeeze=False, sharey=True)[0]
+        for size, ax in zip(results.sizes, axes, strict=True):
+            layers = len(results.of("losses", size=size)[0]["without"])
+            for family, color in FAMILY_COLORS.items():
+                for adjacent, runs in retained(results, size, family).items():
+                    kept = np.array([(1, 1, 1), *(kept_likelihood(x.cost) for x in runs.values())])
+                    out = np.array([0, *runs]) / layers
+                    bars = np.abs(kept[:, 1:] - kept[:, :1]).T
+                    label = f"{family}, neighbours allowed" if adjacent else family
+                    ax.errorbar(
+                        out, kept[:, 0], bars, color=color, capsize=2, marker="o", markersize=3,
+                        linestyle="--" if adjacent else "-", label=label,
+                    )  # fmt: skip
+            ax.set(title=size, xlabel="layers left out", ylabel="likelihood per token that is left")
+            ax.xaxis.set_major_formatter("{x:.0%}")
+            ax.set_ylim(bottom=0)
+        axes[0].legend(fontsize=8)
 
 
 def draw_change(results: Results, path: Path) -> None:

@@ -25,7 +25,9 @@ from benchmarks.families_claims import (
     correlations,
     find,
     increases,
+    kept_likelihood,
     nearer_causal,
+    retained,
 )
 from benchmarks.families_figures import draw_all
 from benchmarks.routers_page import spread, table
@@ -77,6 +79,8 @@ def page(results: Results, figures: dict[str, Path], folder: Path) -> str:
         change_part(results),
         "\n## During training\n", during_table(results),
         f"\n![layer cosines of models along the way, first seed]({links['training']})",
+        "\n## Retention\n", *retention_part(results),
+        f"\n![likelihood that is left, against layers left out]({links['retention']})",
         "\n## Does similarity predict what a layer costs?\n", *skipping_part(results),
         f"\n![cost of a layer and its similarity]({links['skipping']})",
     ]  # fmt: skip
@@ -200,6 +204,32 @@ def during_table(results: Results) -> str:
     return "Step 0 is before training: random weights, or those of the causal model.\n\n" + table(
         head, lines()
     )
+
+
+def retention_part(results: Results) -> Iterator[str]:
+    """What skipping the k layers of Algorithm 1 costs, neighbours allowed or not."""
+    yield (
+        "Nats per token that leaving out k layers costs. Algorithm 1 chooses them by similarity "
+        "on other held-out text (Goel, Tables 1 to 3 and Figure 1, with likelihood in place of "
+        "tasks, which models of this size do not solve). In brackets the value of each seed; no "
+        "line where the algorithm finds no k layers without neighbours.\n"
+    )
+
+    def lines() -> Iterator[tuple[str, ...]]:
+        for size in results.sizes:
+            for family in FAMILIES:
+                kinds = retained(results, size, family)
+                for adjacent, name in ((False, "not allowed"), (True, "allowed")):
+                    for k, found in kinds[adjacent].items():
+                        layers = "; ".join(", ".join(map(str, own)) for own in found.layers)
+                        kept = "{:.3f} [{:.3f}, {:.3f}]".format(*kept_likelihood(found.cost))
+                        yield size, family, name, str(k), layers, str(found.cost), kept
+
+    head = (
+        "size", "family", "neighbours", "k", "layers, by seed", "nats per token, interval, by seed",
+        "likelihood per token that is left",
+    )  # fmt: skip
+    yield table(head, lines())
 
 
 def skipping_part(results: Results) -> Iterator[str]:

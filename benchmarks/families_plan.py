@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator
 
 from benchmarks.families_claims import FAMILIES
-from benchmarks.families_unit import Unit, units
+from benchmarks.families_unit import Unit, chosen_families, units
 
 PREPARE_SECONDS = 60.0  # to tokenise the text once, and to start
 COMPILE_SECONDS = 200.0  # of a size, the first time on a machine: four trainings, and 15 programs
@@ -37,18 +37,22 @@ def plan(options: argparse.Namespace) -> Iterator[str]:
 
 def seconds(unit: Unit) -> dict[str, float]:
     """How long its parts may take."""
-    options, measured = unit.options, MEASURED * unit.rate
-    kept = sum(len(cfg.keep_models_at) + 1 for cfg in unit.trainings.values())
+    options, measured, families = unit.options, MEASURED * unit.rate, chosen_families(unit.options)
+    kept = sum(len(unit.trainings[family].keep_models_at) + 1 for family in families)
     # A checkpoint is of four sizes of the model; every kept model is written, and read twice.
-    stored = (4 * len(FAMILIES) + 3 * kept) * unit.model_bytes
-    looked_at = len(unit.models()) * options.prompts * options.length * options.study_steps
-    scored = 2 * (unit.layers + 2) * options.items * options.samples * options.length
+    stored = (4 * len(families) + 3 * kept) * unit.model_bytes
+    models = sum(len(unit.models(family)) for family in families)
+    looked_at = models * options.prompts * options.length * options.study_steps
+    policies = unit.layers + 2 * unit.most_skipped + 1
+    scored = policies * options.items * options.length  # a causal model's are exact
+    scored *= sum(1 if family == "causal" else options.samples for family in families)
     # A native training runs at `rate`; others by their FLOPs.
-    trained = sum(map(unit.own_flops, FAMILIES)) / unit.own_flops("native") * unit.steps
+    trained = sum(map(unit.own_flops, families)) / unit.own_flops("native") * unit.steps
+    routed = options.router_steps * unit.step_tokens / unit.rate
     return {
         "training": trained * unit.step_tokens / unit.rate,
         "storing": stored / STORED_PER_SECOND,
-        "routers": options.router_steps * unit.step_tokens / unit.rate,
+        "routers": routed if "native" in families else 0.0,
         "profiles": looked_at / measured,
-        "losses": scored / measured + REPORT_SECONDS * len(FAMILIES),
+        "losses": scored / measured + REPORT_SECONDS * len(families),
     }

@@ -10,6 +10,7 @@ import numpy as np
 
 from dials_jax.config import TrainConfig
 from dials_jax.models.folders import read_info
+from dials_jax.reporting.retention import CHOSEN
 from dials_jax.studies.profile import Profile
 from dials_jax.studies.representation_tables import change_by_reach, recency_ratio
 
@@ -32,17 +33,31 @@ def training_facts(folder: Path, cfg: TrainConfig) -> dict[str, Any]:
 
 def losses_of(results: dict[str, Any]) -> dict[str, Any]:
     """Nats per token of each text: of the whole model, and without each of its layers."""
-    runs = {run["policy"]["label"]: run for run in results["runs"]}
-    names = sorted(runs["full"]["items"])
-    layers = range(results["model"]["num_layers"])
-
-    def items(label: str) -> list[float]:
-        return [round(runs[label]["items"][name], 6) for name in names]
-
-    return {
-        "full": items("full"),
-        "without": [items(f"static {{{layer}}}") for layer in layers],
+    runs = results["runs"]
+    # By layers, not by label: a layer that Algorithm 1 chose, too, has one run under its label.
+    without = {
+        tuple(run["policy"]["layers"]): run for run in runs if run["policy"]["kind"] == "static"
     }
+    layers = range(results["model"]["num_layers"])
+    return {
+        "full": _items(next(run for run in runs if run["policy"]["kind"] == "full")),
+        "without": [_items(without[layer,]) for layer in layers],
+    }
+
+
+def _items(run: dict[str, Any]) -> list[float]:
+    return [round(run["items"][name], 6) for name in sorted(run["items"])]
+
+
+def retention_of(results: dict[str, Any]) -> dict[str, Any]:
+    """Nats per token of each text without the k layers that Algorithm 1 chose."""
+    found = []
+    for run in results["runs"]:
+        policy = run["policy"]
+        if policy["label"].startswith(CHOSEN):
+            chosen = {"k": policy["num_skipped"], "adjacent": policy.get("adjacent", False)}
+            found.append(chosen | {"layers": policy["layers"], "nats": _items(run)})
+    return {"chosen": found}
 
 
 def skips_of(results: dict[str, Any]) -> dict[str, Any]:

@@ -151,8 +151,13 @@ class Unit:
             keep_checkpoints=1,
         )
 
-    def sweep(self, family: str, test: TextData) -> EvalConfig:
-        """The loss of the whole model, and with every single layer left out."""
+    @property
+    def most_skipped(self) -> int:
+        """As many layers as Algorithm 1 may choose without neighbours, and as the paper skips."""
+        return min(8, self.layers // 2)
+
+    def sweep(self, family: str, test: TextData, calibration: TextData) -> EvalConfig:
+        """The loss of the whole model, without single layers, and without Algorithm 1's."""
         options, routed = self.options, family == "native"
         task = EvalTask(
             name="text", metric="nelbo", data=test, limit=options.items,
@@ -163,7 +168,9 @@ class Unit:
             routers=(str(self.folder / "router"),) if routed else (),
             execution_ratios=(options.execution,) if routed else (),
             tasks=(task,),
-            num_static=(),
+            num_static=tuple(range(1, self.most_skipped + 1)),
+            allow_adjacent=(False, True),
+            calibration=calibration,
             num_random=(),
             static_layers=tuple((layer,) for layer in range(self.layers)),
             batch_size=4 * options.batch,
@@ -171,21 +178,19 @@ class Unit:
             seed=self.seed,
         )
 
-    def models(self) -> dict[str, tuple[str, int, Path]]:
-        """By label: family, step of its own training, and folder."""
-        found = {}
-        for family in FAMILIES:
-            folder = self.folder / family
-            for step in self.kept_steps(family):
-                found[f"{family}-{step}"] = (family, step, step_folder(folder, step))
-            found[family] = (family, self.own_steps(family), folder)
-        return found
+    def models(self, family: str) -> dict[str, tuple[int, Path]]:
+        """By label: step of its own training, and folder."""
+        folder = self.folder / family
+        kept = {
+            f"{family}-{step}": (step, step_folder(folder, step))
+            for step in self.kept_steps(family)
+        }
+        return kept | {family: (self.own_steps(family), folder)}
 
-    def study(self, test: TextData) -> RepresentationStudy:
+    def study(self, family: str, test: TextData) -> RepresentationStudy:
         options = self.options
         return RepresentationStudy(
-            models=tuple((label, str(path)) for label, (_, _, path) in self.models().items()),
-            adapted=("continued",),
+            models=tuple((label, str(path)) for label, (_, path) in self.models(family).items()),
             data=test,
             num_prompts=options.prompts,
             gen_length=options.length - options.length // 4,
@@ -194,6 +199,11 @@ class Unit:
             layout=MEASURED_LAYOUT,
             seed=self.seed,
         )
+
+
+def chosen_families(options: argparse.Namespace) -> tuple[str, ...]:
+    """Those of the options, in the order in which they can be trained."""
+    return tuple(family for family in FAMILIES if family in options.families)
 
 
 def units(options: argparse.Namespace) -> list[Unit]:

@@ -1,6 +1,7 @@
 """The three families: the page of made-up results whose claims are known, and a tiny run."""
 
 import argparse
+import dataclasses
 import json
 import lzma
 import os
@@ -14,7 +15,14 @@ import numpy as np
 import pytest
 
 from benchmarks import command, families, families_page
-from benchmarks.families_claims import Results, claim_findings, correlations, find
+from benchmarks.families_claims import (
+    Results,
+    claim_findings,
+    correlations,
+    find,
+    kept_likelihood,
+    retained,
+)
 from benchmarks.families_page import page
 from dials_jax.data.tokenizer import character_tokenizer
 from dials_jax.evaluation import sweep as sweep_module
@@ -24,7 +32,7 @@ from dials_jax.studies.claims import judge
 from dials_jax.training.run import step_folder
 
 LAST = {"native": 6, "causal": 6, "continued": 3}  # steps of the tiny trainings
-FIGURES = ("profiles", "training", "skipping", "change")
+FIGURES = ("profiles", "training", "skipping", "change", "retention")
 LAYERS, PROMPTS, TEXTS = 6, 12, 10
 EARLY_HIGH = np.array([0.3, 0.97, 0.95, 0.8, 0.75, 0.7])  # cosines of a native model's layers
 FLAT = np.array([0.3, 0.85, 0.85, 0.86, 0.86, 0.85])
@@ -64,6 +72,12 @@ def results(continued_like=FLAT):
         rows["losses"].append(
             where | {"full": full.tolist(),
                      "without": [(full + 1 - c).tolist() for c in layer],
+                     "chosen": [
+                         {"k": k, "adjacent": adjacent, "layers": list(range(k)),
+                          "nats": (full + k * (0.1 if adjacent else 0.2)).tolist()}
+                         for adjacent in (False, True) for k in (1, 2)
+                         if k == 1 or adjacent or seed == 0  # the other seed finds no two
+                     ],
                      "routed": routed if family == "native" else {}}
         )  # fmt: skip
         for step in (0, 6):
@@ -123,6 +137,16 @@ def test_similarity_predicts_what_it_was_made_from():
     assert len(list(correlations(Results(results()), "6x16", "causal"))) == 2 * 2
 
 
+def test_what_chosen_layers_cost():
+    found = retained(Results(results()), "6x16", "causal")
+    assert [list(kinds) for kinds in found.values()] == [[1], [1, 2]]  # where all seeds have them
+    assert found[True][2].layers == [[0, 1], [0, 1]]
+    assert found[True][2].cost.value == pytest.approx(0.2)
+    assert kept_likelihood(found[False][1].cost) == pytest.approx([np.exp(-0.2)] * 3)
+    spread_out = dataclasses.replace(found[True][1].cost, low=0.0, high=0.5)
+    assert kept_likelihood(spread_out)[1:] == pytest.approx((np.exp(-0.5), 1.0))
+
+
 def test_the_page_says_what_the_numbers_say(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command, "keep_programs", lambda: None)
     (tmp_path / "families.json").write_text(json.dumps(results()))
@@ -134,6 +158,8 @@ def test_the_page_says_what_the_numbers_say(tmp_path, monkeypatch, capsys):
     for name in FIGURES:
         assert (tmp_path / "page" / f"{name}.png").exists()
         assert (tmp_path / "page" / f"{name}.pdf").exists()
+    assert "| 6x8 | native | allowed | 2 | 0, 1; 0, 1 | +0.2000 [" in text
+    assert "| not allowed | 2 |" not in text
     assert "nan" not in text and "| 6x8 | native | 0 |" in text
     assert "| 6x16 | continued | 5 | 0.2000 ± 0.0000 | not seen |" in text
     (tmp_path / "other.json").write_text("{}")
@@ -185,14 +211,14 @@ def test_the_time_ends_what_is_running(monkeypatch, capsys):
         raise SystemExit(status)
 
     monkeypatch.setattr(os, "_exit", leave)
-    runner = families.Runner(argparse.Namespace(stop_after=0.002))
+    runner = families.Runner(argparse.Namespace(stop_after=0.002, families=()))
     with pytest.raises(SystemExit, match="1"), runner.while_there_is_time():
         time.sleep(20)
     assert "the same command goes on" in capsys.readouterr().out
     with pytest.raises(families.OutOfTime), runner.while_there_is_time():
         raise AssertionError("nothing begins without time")
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
-    with families.Runner(argparse.Namespace(stop_after=None)).while_there_is_time():
+    with families.Runner(argparse.Namespace(stop_after=None, families=())).while_there_is_time():
         assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
@@ -200,7 +226,11 @@ def test_the_whole_experiment_goes_on_where_it_was_stopped(arguments, tmp_path, 
     monkeypatch.setattr(sweep_module, "write_report", lambda *_: [])  # its figures take long
     monkeypatch.setattr(sweep_module, "format_table", lambda rows: "")
     assert families.main([*arguments, "--stop-after", "1e-4"]) == 1
-    assert not (tmp_path / "families.json").exists()
+    for part in (["native"], ["continued", "causal"]):
+        assert families.main([*arguments, "--families", *part]) == 0
+        assert not (tmp_path / "families.json").exists()
+    for name in ("train", "sweep", "run_representation"):
+        monkeypatch.setattr(families, name, None)  # nothing is done again
     assert families.main(arguments) == 0
     found = read_json(tmp_path / "families.json")
 
@@ -221,9 +251,7 @@ def test_the_whole_experiment_goes_on_where_it_was_stopped(arguments, tmp_path, 
     assert profiles == [(f, s) for f, last in LAST.items() for s in (0, last)]
     assert np.shape(found["profiles"][1]["layer"]) == (2, 3)
 
-    for name in ("train", "sweep", "run_representation"):
-        monkeypatch.setattr(families, name, None)  # nothing is done again
-    assert families.main(arguments) == 0
-    assert read_json(tmp_path / "families.json") == found
+    chosen = {(run["k"], run["adjacent"]) for run in losses["causal"]["chosen"]}
+    assert chosen == {(1, False), (1, True)}
     text = page(Results(found), dict.fromkeys(FIGURES, tmp_path / "x.png"), tmp_path)
     assert "| 3x32 | native | 0 |" in text
