@@ -12,7 +12,7 @@ import jax
 # A kernel belongs to the first kind whose pattern matches its name.
 KINDS = (
     ("attention", r"cudnn|fmha|flash|sdpa|attention"),
-    ("matmuls", r"gemm|nvjet|cutlass|cublas|xmma|wgmma|dot|swiglu"),
+    ("matmuls", r"gemm|nvjet|cutlass|cublas|xmma|wgmma|dot|matmul"),
     ("copies to the host", r"MemcpyD2H"),
     ("copies", r"[Mm]emcpy|copy|[Mm]emset"),
     ("scatter, gather, slices", r"scatter|gather|dynamic_update|slice"),

@@ -39,7 +39,8 @@ from dials_jax.models.model import Model, sequence_keys
 from dials_jax.nn.eight_bits import quantise_layer
 from dials_jax.nn.kernels import cudnn_attention as cudnn
 from dials_jax.nn.kernels import per_device
-from dials_jax.nn.kernels.dispatch import LOOKUP, dispatch
+from dials_jax.nn.kernels.dispatch import LOOKUP
+from dials_jax.nn.kernels.implementation import dispatch
 from dials_jax.nn.kernels.tpu_attention import splash_attention
 from dials_jax.nn.kv import KV
 from dials_jax.sampling.block_diffusion import BlockDiffusion

@@ -10,7 +10,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dials_jax.config import ModelConfig
-from dials_jax.nn.kernels.dispatch import ATTENTION, dispatch
+from dials_jax.nn.kernels.dispatch import ATTENTION
+from dials_jax.nn.kernels.implementation import dispatch
 from dials_jax.nn.kv import KV
 from dials_jax.nn.linear import linear
 from dials_jax.nn.mask import Mask

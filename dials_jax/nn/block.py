@@ -12,7 +12,8 @@ from jaxtyping import Array, Float, Int
 from dials_jax.config import ModelConfig
 from dials_jax.nn.attention import Attention, attend
 from dials_jax.nn.dropout import AFTER_ATTENTION, AFTER_MLP, Dropout, dropped
-from dials_jax.nn.kernels.dispatch import LOOKUP, dispatch
+from dials_jax.nn.kernels.dispatch import LOOKUP
+from dials_jax.nn.kernels.implementation import dispatch
 from dials_jax.nn.kv import KV, Slots, gather
 from dials_jax.nn.linear import linear, scaled, shifted
 from dials_jax.nn.mask import Mask

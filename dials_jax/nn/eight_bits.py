@@ -84,19 +84,13 @@ def dequantise(x: Quantised, dtype: Any = jnp.float32) -> Float[Array, "..."]:
     return (x.values.astype(jnp.float32) * scales).astype(dtype)
 
 
-@jax.custom_jvp
-def product(x: Float[Array, "..."], weight: Quantised) -> Float[Array, "..."]:
+def xla_matmul(x: Float[Array, "..."], weight: Quantised) -> Float[Array, "..."]:
     """x, quantised per token, times the weight: in float32."""
     x = quantise(x, weight.name, weight.num_summed)
     last = (tuple(range(a.ndim - weight.num_summed, a.ndim)) for a in (x.values, weight.values))
     sums = _dot(x.values, weight.values, (tuple(last), ((), ())))
     scales = jnp.expand_dims(x.scales, tuple(range(x.scales.ndim, sums.ndim)))
     return sums * scales * weight.scales
-
-
-@product.defjvp
-def _has_no_gradient(primals, tangents):
-    raise NotImplementedError("weights in 8 bits have no gradient; load the model without weights=")
 
 
 def _dot(x: Array, weight: Array, dimensions: Any) -> Float[Array, "..."]:

@@ -15,10 +15,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dials_jax.nn.eight_bits import Quantised, is_quantised, product
+from dials_jax.nn.eight_bits import Quantised, is_quantised, xla_matmul
+from dials_jax.nn.kernels.hopper_matmul import matmul_refusal, run_matmul
+from dials_jax.nn.kernels.implementation import Implementation, dispatch, plain_jax
+from dials_jax.nn.kernels.per_device import HOPPER
 
 # A module's parameter, or what it holds: an array, or a weight in 8 bits for `linear` only.
 Weight = nnx.Param | Quantised | Float[Array, "..."]
+
+
+MATMUL_8 = (  # (x, weight in 8 bits) -> x, quantised per token, times the weight
+    Implementation("hopper_matmul", HOPPER, matmul_refusal, run_matmul),
+    plain_jax(xla_matmul),
+)
 
 
 def linear(
@@ -38,10 +47,20 @@ def linear(
     """
     kernel = array_of(kernel)
     if is_quantised(kernel):
-        y = product(x, kernel).astype(dtype or x.dtype)
+        y = matmul_8(x, kernel).astype(dtype or x.dtype)
     else:
         y = jnp.einsum(axes, x, kernel.astype(x.dtype), preferred_element_type=dtype)
     return y if bias is None else shifted(y, array_of(bias))
+
+
+@jax.custom_jvp
+def matmul_8(x: Float[Array, "..."], weight: Quantised) -> Float[Array, "..."]:
+    return dispatch(MATMUL_8, x, weight)
+
+
+@matmul_8.defjvp
+def _has_no_gradient(primals, tangents):
+    raise NotImplementedError("weights in 8 bits have no gradient; load the model without weights=")
 
 
 def array_of(weight: Weight) -> Quantised | Float[Array, "..."]:

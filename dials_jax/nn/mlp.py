@@ -7,8 +7,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dials_jax.config import ModelConfig
-from dials_jax.nn.kernels.dispatch import SWIGLU, dispatch
-from dials_jax.nn.linear import linear
+from dials_jax.nn.kernels.dispatch import SWIGLU
+from dials_jax.nn.kernels.implementation import dispatch
+from dials_jax.nn.linear import array_of, linear
 from dials_jax.nn.modules import normal, residual_depth, zeros_if
 
 
@@ -40,4 +41,5 @@ class MLP(nnx.Module):
             kernels, biases = (self.gate_up,), (self.gate_up_bias,)
         else:
             kernels, biases = (self.gate, self.up), (self.gate_bias, self.up_bias)
-        return dispatch(SWIGLU, x, kernels, biases)
+        biases = tuple(bias if bias is None else array_of(bias) for bias in biases)
+        return dispatch(SWIGLU, x, tuple(map(array_of, kernels)), biases)

@@ -7,12 +7,17 @@ from flax import nnx
 
 from dials_jax.errors import InputError
 from dials_jax.nn import attention, mlp
-from dials_jax.nn.kernels import dispatch, hopper_attention, hopper_swiglu, per_device
+from dials_jax.nn.eight_bits import quantise, quantise_layer
+from dials_jax.nn.fusing import fuse
+from dials_jax.nn.kernels import dispatch, hopper_attention, hopper_matmul, per_device
+from dials_jax.nn.kernels.implementation import NAMES, pick
+from dials_jax.nn.kernels.implementation import dispatch as run_dispatch
 from dials_jax.nn.kv import KV
+from dials_jax.nn.linear import MATMUL_8, linear
 from dials_jax.nn.mask import Mask
-from tests.conftest import small_config
+from tests.conftest import init_params, small_config
 
-OPERATIONS = (dispatch.ATTENTION, dispatch.SWIGLU, dispatch.LOOKUP)
+OPERATIONS = (dispatch.ATTENTION, dispatch.SWIGLU, dispatch.LOOKUP, MATMUL_8)
 
 
 @pytest.fixture
@@ -28,10 +33,20 @@ def taken(monkeypatch):
         names.append("swiglu")
         return jnp.zeros((*x.shape[:-1], gate_up.shape[1] // 2), x.dtype)
 
+    def matmul_e4m3(x, weight, halves=1):
+        names.append("matmul" if halves == 1 else "swiglu")
+        columns = weight.scales.shape if halves == 1 else (weight.scales.size // 2,)
+        return jnp.zeros((*x.shape[: x.ndim - weight.num_summed], *columns), x.dtype)
+
     monkeypatch.setattr(per_device, "on_hopper", lambda: True)
     monkeypatch.setattr(hopper_attention, "window_attention", window_attention)
-    monkeypatch.setattr(hopper_swiglu, "swiglu", swiglu)
+    monkeypatch.setattr(hopper_matmul, "matmul_e4m3", matmul_e4m3)
+    monkeypatch.setattr(hopper_matmul, "swiglu", swiglu)
     return names
+
+
+def test_every_name_can_be_forced():
+    assert {one.name for ops in OPERATIONS for one in ops} == set(NAMES)
 
 
 def test_a_cpu_is_no_hopper():
@@ -78,6 +93,34 @@ def test_swiglu_of_fused_products(taken, num_rows, dtype, fused, expected):
     assert hidden.shape == (num_rows, 32, 128) and taken == expected
 
 
+@pytest.mark.parametrize(
+    "kind, dtype, depth, columns, expected",
+    [
+        ("fp8", "bfloat16", 128, 192, ["matmul"]),
+        ("fp8", "float32", 128, 192, []),  # as tests do
+        ("int8", "bfloat16", 128, 192, []),
+        ("fp8", "bfloat16", 64, 192, []),
+        ("fp8", "bfloat16", 128, 96, []),
+    ],
+)
+def test_products_in_8_bits(taken, kind, dtype, depth, columns, expected):
+    x = jnp.ones((3, 5, depth), dtype)  # any number of rows
+    weight = quantise(jnp.ones((columns // 8, 8, depth)), kind, 1)  # heads of 8
+    out = jax.eval_shape(lambda x: linear(x, weight), x)
+    assert out.shape == (3, 5, columns // 8, 8) and out.dtype == dtype and taken == expected
+
+
+@pytest.mark.parametrize("fused, expected", [(True, ["swiglu"]), (False, ["matmul"] * 2)])
+def test_swiglu_in_8_bits(taken, fused, expected):
+    cfg = small_config(d_model=128, d_ff=128, dtype="bfloat16")
+    layer = jax.tree.map(lambda x: x[0], init_params(cfg)["layers"])
+    layer = quantise_layer(layer, "fp8")
+    module = mlp.MLP(cfg, nnx.Rngs(0), fused)
+    nnx.update(module, nnx.State((fuse(layer) if fused else layer)["mlp"]))
+    hidden = jax.eval_shape(module.hidden, jnp.ones((3, 5, 128), "bfloat16"))
+    assert hidden.shape == (3, 5, 128) and taken == expected
+
+
 def some_attention(**how):
     q = jnp.ones((1, 16, 1, 128), "bfloat16")
     kv = KV(*jnp.ones((2, 1, 192, 1, 128), "bfloat16"))
@@ -100,7 +143,7 @@ def test_another_implementation_can_be_forced(taken, monkeypatch):
 
 def test_xla_forces_every_operation(taken, monkeypatch):
     monkeypatch.setenv("DIALS_KERNELS", "xla")
-    names = {ops: dispatch.pick(ops, "anything").name for ops in OPERATIONS}
+    names = {ops: pick(ops, "anything").name for ops in OPERATIONS}
     assert set(names.values()) == {"xla"}
 
 
@@ -108,7 +151,7 @@ def test_each_operation_is_forced_by_its_own_name(monkeypatch):
     monkeypatch.setattr(per_device, "on_hopper", lambda: True)
     monkeypatch.setenv("DIALS_KERNELS", "xla,hopper_swiglu")
     x, gate_up = jnp.ones((4, 32, 64), "bfloat16"), jnp.ones((64, 256), "bfloat16")
-    assert dispatch.pick(dispatch.SWIGLU, x, (gate_up,), (None,)).name == "xla"  # named first
+    assert pick(dispatch.SWIGLU, x, (gate_up,), (None,)).name == "xla"  # named first
 
 
 @pytest.mark.parametrize("value", ["xlaa", "xla,cudn"])
@@ -143,7 +186,7 @@ def test_swiglu_that_cannot_be_forced_says_why(fused, biased, monkeypatch):
 
 def test_the_table_is_looked_up_whole_without_a_mesh():
     with pytest.raises(InputError, match="no mesh splits the table"):
-        dispatch.dispatch(
+        run_dispatch(
             dispatch.LOOKUP, jnp.ones((4, 2)), jnp.zeros((1, 2), int), "float32",
             implementation="sharded",
         )  # fmt: skip

@@ -108,9 +108,9 @@ def attention_per_device(
 
 
 def sequences_per_device(
-    fn: Callable[[Array, Array], Array], x: Float[Array, "B *T D"], weights: Float[Array, "..."]
-) -> Float[Array, "B *T F"]:
-    """Each device computes its own tokens, with all of the weights."""
+    fn: Callable[[Array, Any], Array], x: Float[Array, "B ..."], weights: Any
+) -> Float[Array, "B ..."]:
+    """Each device computes its own tokens, with all of the weights (a tree of arrays)."""
     sequences = P(free_axes()[0])
     return _per_device(fn, (x, weights), (sequences, P()), sequences)
 

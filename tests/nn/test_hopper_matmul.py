@@ -1,12 +1,20 @@
-"""The GPU kernel is the formula in float32, rounded once. It runs in an interpreter on the CPU."""
+"""The GPU kernels are formulas in float32, rounded once. They run in an interpreter on the CPU."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dials_jax.nn.kernels import hopper_swiglu as module
-from dials_jax.nn.kernels.hopper_swiglu import plain, swiglu, swiglu_fits, swiglu_pays
+from dials_jax.nn.eight_bits import quantise, xla_matmul
+from dials_jax.nn.kernels import hopper_matmul as module
+from dials_jax.nn.kernels.hopper_matmul import (
+    matmul_e4m3,
+    plain,
+    swiglu,
+    swiglu_fits,
+    swiglu_pays,
+)
+from dials_jax.nn.kernels.hopper_quantise import quantise_rows
 
 
 @pytest.fixture
@@ -62,6 +70,75 @@ def test_leading_dimensions_and_gradients(interpreted):
     for a, b in zip(pull(weights), expected, strict=True):
         assert a.dtype == b.dtype == jnp.bfloat16
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "depth", "num_columns", "num_sms", "tile", "halves"),
+    [
+        (128, 128, 128, 132, 64, 1),  # one step
+        (128, 128, 128, 132, 64, 2),
+        (201, 640, 256, 3, 128, 1),  # rows that fill no tile; five steps; two tiles in turn
+        (201, 640, 256, 3, 128, 2),
+        (5, 256, 192, 132, 64, 1),
+        (130, 128, 256, 1, 256, 1),
+    ],
+)
+def test_products_of_e4m3(
+    num_rows, depth, num_columns, num_sms, tile, halves, interpreted, monkeypatch
+):
+    monkeypatch.setattr(module, "_num_sms", lambda: num_sms)
+    monkeypatch.setattr(module, "tile_columns", lambda operands: tile)
+    x, kernel = make((num_rows,), depth, halves * num_columns // 2)
+    x = x * jnp.exp(jnp.linspace(-3, 3, num_rows))[:, None].astype(x.dtype)  # scales of all sizes
+    weight = quantise(kernel.T, "fp8", 1)
+    actual = matmul_e4m3(x, weight, halves)
+    expected = xla_matmul(x, weight)
+    if halves == 2:
+        gate, up = jnp.split(expected, 2, axis=-1)
+        expected = jax.nn.silu(gate) * up
+    assert actual.dtype == jnp.bfloat16
+    np.testing.assert_allclose(actual.astype("float32"), expected, rtol=2**-8, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "num_columns", "halves", "tile"),
+    [
+        (128, 4096, 1, 64),  # 32 whole tiles for 132 SMs
+        (128, 12288, 2, 128),
+        (512, 4096, 1, 128),
+        (6144, 4096, 1, 256),
+        (6144, 12288, 2, 128),
+        (6144, 4160, 1, 64),
+    ],
+)
+def test_widths_of_tiles(num_rows, num_columns, halves, tile, monkeypatch):
+    monkeypatch.setattr(module, "_num_sms", lambda: 132)
+    x, weight = np.zeros((num_rows, 1)), np.zeros((halves * num_columns, 1))
+    assert module.tile_columns(module.Operands(x, weight, x[:, 0], weight[:, 0], halves)) == tile
+
+
+def test_heads_and_leading_dimensions_of_e4m3(interpreted):
+    x, kernel = make((2, 3), 256, 64)
+    weight = quantise(kernel.T.reshape(4, 32, 8, 32), "fp8", 2)
+    actual = matmul_e4m3(x.reshape(2, 3, 8, 32), weight)
+    assert actual.shape == (2, 3, 4, 32)
+    expected = xla_matmul(x, quantise(kernel.T, "fp8", 1)).reshape(actual.shape)
+    np.testing.assert_allclose(actual.astype("float32"), expected, rtol=2**-8, atol=1e-5)
+
+
+def test_rounding_in_one_pass(interpreted):
+    x, _ = make((9,), 384, 8)
+    x = (x * jnp.exp(jnp.linspace(-9, 9, 9))[:, None].astype(x.dtype)).at[3].set(0)
+    for a, b in zip(*map(jax.tree.leaves, (quantise_rows(x), quantise(x, "fp8", 1))), strict=True):
+        np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+
+
+def test_a_row_is_multiplied_alike_in_every_batch(interpreted):
+    x, kernel = make((200,), 256, 64)
+    weight = quantise(kernel.T, "fp8", 1)
+    together = matmul_e4m3(x, weight)
+    for rows in (slice(0, 1), slice(7, 70), slice(130, 200)):  # tiles of other widths, too
+        np.testing.assert_array_equal(matmul_e4m3(x[rows], weight), together[rows])
 
 
 def test_what_fits():

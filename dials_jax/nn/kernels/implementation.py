@@ -1,0 +1,87 @@
+"""Which implementation of an operation runs: the first of its list that fits.
+
+The last of every list is plain JAX: it says what the operation computes, and fits always.
+`DIALS_KERNELS=xla` in the environment, or the argument `implementation`, forces one by its name.
+The environment may name several, separated by commas: in each list the one that it has is forced;
+in a list without any of them, the first that fits runs. It is read when a program is traced.
+
+The lists: `nn.kernels.dispatch`, and `nn.linear` for weights in 8 bits.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from dials_jax.errors import nearest, require
+from dials_jax.nn.kernels.per_device import ANY, Device
+
+VARIABLE = "DIALS_KERNELS"
+NAMES = (
+    "tpu_splash", "hopper_window", "cudnn", "hopper_swiglu", "hopper_matmul", "sharded", "xla",
+)  # fmt: skip
+
+
+class Implementation(NamedTuple):
+    """One way to compute an operation.
+
+    Attributes:
+      device: that it is written for.
+      limits: of the same arguments as `run`: why it cannot take them on its device; None: it can.
+    """
+
+    name: str
+    device: Device
+    limits: Callable[..., str | None]
+    run: Callable[..., Any]
+
+    def refusal(self, *args: Any) -> str | None:
+        """Why it cannot run here; None: it fits."""
+        if not self.device.is_here():
+            return f"it needs {self.device.name}"
+        return self.limits(*args)
+
+
+def plain_jax(run: Callable[..., Any]) -> Implementation:
+    """The last of a list, without limits."""
+    return Implementation("xla", ANY, lambda *args: None, run)
+
+
+def dispatch(
+    implementations: tuple[Implementation, ...], *args: Any, implementation: str | None = None
+) -> Any:
+    """Runs the first implementation that fits the arguments, or the one that is forced.
+
+    Args:
+      implementation: the name of the one to run; None: chosen by the environment.
+
+    Raises: InputError for an unknown name, and for one that is forced and does not fit.
+    """
+    return pick(implementations, *args, implementation=implementation).run(*args)
+
+
+def pick(
+    implementations: tuple[Implementation, ...], *args: Any, implementation: str | None = None
+) -> Implementation:
+    """The implementation that `dispatch` runs."""
+    by_name = {x.name: x for x in implementations}
+    if implementation is None:
+        name = next((name for name in names_in_environment() if name in by_name), None)
+        where = f"{VARIABLE}={name}"
+    else:
+        name, where = implementation, f"implementation={implementation!r}"
+        require(name in by_name, f"{where} is unknown{nearest(name, by_name)}")
+    if name is None:
+        return next(x for x in implementations if x.refusal(*args) is None)
+    why = by_name[name].refusal(*args)
+    require(why is None, f"{where} does not fit: {why}; 'xla' always does")
+    return by_name[name]
+
+
+def names_in_environment() -> list[str]:
+    """Raises: InputError for an unknown name."""
+    names = [name for name in os.environ.get(VARIABLE, "").split(",") if name]
+    for name in names:
+        require(name in NAMES, f"{VARIABLE}: {name!r} is unknown{nearest(name, NAMES)}")
+    return names
