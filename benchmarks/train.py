@@ -1,8 +1,11 @@
 """Times training steps of a model: `python -m benchmarks.train --help`.
 
-Tokens and weights are random. The step is that of the training loop: loss, gradients, AdamW and the
-moving average. Steps are started one after another, as in training, and the clock stops when the
-last one is done.
+    python -m benchmarks.train
+    python -m benchmarks.train --objective dials --model llada_8b --batch 16 --microbatches 8
+
+The second one trains DIALS routers on a frozen model. Tokens and weights are random. The step is
+that of the training loop: loss, gradients, AdamW and the moving average. Steps are started one
+after another, as in training, and the clock stops when the last one is done.
 
 `compile_s` is short for a program that is already in JAX's compilation cache;
 JAX_ENABLE_COMPILATION_CACHE=false compiles all programs.
@@ -21,6 +24,7 @@ import numpy as np
 
 from benchmarks.command import add_model, add_out, add_profile, make_main
 from benchmarks.profile import profile_calls
+from benchmarks.random_model import MODELS, make_config, make_model
 from benchmarks.report import LiveTable, peak_gigabytes
 from dials_jax import sharding, trees
 from dials_jax.config import (
@@ -29,6 +33,7 @@ from dials_jax.config import (
     ModelConfig,
     ObjectiveConfig,
     OptimizerConfig,
+    RouterConfig,
     TrainConfig,
 )
 from dials_jax.data.batches import Batch
@@ -45,6 +50,7 @@ COLUMNS = {
     "compile_s": ">9.1f", "peak_gb": ">7.1f", "parameters": ">11,d",
 }  # fmt: skip
 
+ROUTERS = "dials"  # the objective of routers
 GPT2_IDS = {"vocab_size": 50258, "mask_id": 50257, "eos_id": 50256, "pad_id": 50256}
 TINY_IDS = {"vocab_size": 512, "mask_id": 511, "eos_id": 1, "pad_id": 0}
 # Configurations by number of blocks, of the published width, as in configs/mdlm/.
@@ -64,10 +70,20 @@ def random_batch(cfg: ModelConfig, batch: int, length: int, seed: int = 0) -> Ba
 
 
 def step_flops(cfg: ModelConfig, objective: str, batch: int, length: int) -> float:
-    """FLOPs of a step, forward and backward: all layers, and the head at tokens with a loss."""
+    """FLOPs of a step, forward and backward: all layers, and the head at tokens with a loss.
+
+    Backward costs twice as much as forward, and as much where weights are frozen (`dials`).
+    """
     share = 1.0 if objective == "causal" else 0.5
     forward = cfg.num_layers * layer_flops(cfg, length) + share * head_flops(cfg, length)
-    return 3.0 * batch * forward
+    return (2.0 if objective == ROUTERS else 3.0) * batch * forward
+
+
+def make_case(model: str, objective: str, blocks: int | None) -> ModelConfig:
+    """The model that is trained, or the frozen one of routers."""
+    if objective == ROUTERS:
+        return make_config(model, blocks)
+    return FAMILIES[model](blocks or 12)
 
 
 class TimedStep:
@@ -75,31 +91,37 @@ class TimedStep:
 
     def __init__(self, cfg: ModelConfig, options: argparse.Namespace):
         mesh = sharding.make_mesh(MeshConfig(fsdp=options.fsdp, tensor=options.tensor))
+        routers = options.objective == ROUTERS
+        layout = "unrolled" if options.unrolled else "stacked"
+        backbone = make_model(cfg, layout, mesh=mesh) if routers else None
+        self._frozen = backbone.params if routers else {}
         train = TrainConfig(
-            model=cfg,
+            **({"backbone": "random", "router": RouterConfig()} if routers else {"model": cfg}),
             data=ArithmeticData(),  # not read: batches are random
             optimizer=OptimizerConfig(
                 learning_rate=3e-4, b2=0.999, weight_decay=0.0, lr_schedule="constant",
                 num_steps=1_000_000, warmup_steps=2500,
             ),
-            objective=ObjectiveConfig(kind=options.objective),
+            objective=ObjectiveConfig(**({} if routers else {"kind": options.objective})),
             batch_size=options.batch,
             num_microbatches=options.microbatches,
             dropout=options.dropout,
             remat=options.remat,
-            layout="unrolled" if options.unrolled else "stacked",
+            layout=layout,
         )  # fmt: skip
-        trainee, optimizer = make_trainee(train), make_optimizer(train.optimizer, 1)
-        self._state = init_train_state(trainee.init, optimizer, mesh, ema=options.ema)
+        trainee, optimizer = (
+            make_trainee(train, cfg if routers else None),
+            make_optimizer(train.optimizer, 1),
+        )
+        ema = None if routers else options.ema
+        self._state = init_train_state(trainee.init, optimizer, mesh, trainee.prefix, ema=ema)
         self.parameters = trees.count_parameters(self._state.params)
         self._batch = sharding.place_batch(random_batch(cfg, options.batch, options.length), mesh)
-        step = make_train_step(
-            trainee.loss_fn, optimizer, train.seed, options.microbatches, options.ema
-        )
-        program = jit_train_step(step, self._state, mesh)
+        step = make_train_step(trainee.loss_fn, optimizer, train.seed, options.microbatches, ema)
+        program = jit_train_step(step, self._state, mesh, trainee.prefix)
         start = time.perf_counter()
         with jax.set_mesh(mesh):
-            self._step = program.lower(self._state, {}, self._batch).compile()
+            self._step = program.lower(self._state, self._frozen, self._batch).compile()
         self.compile_seconds = time.perf_counter() - start
 
     def seconds(self, steps: int) -> float:
@@ -107,7 +129,7 @@ class TimedStep:
         jax.block_until_ready(self._state)
         start = time.perf_counter()
         for _ in range(steps):
-            self._state, values = self._step(self._state, {}, self._batch)
+            self._state, values = self._step(self._state, self._frozen, self._batch)
         require(
             bool(np.isfinite(values["loss"])), "the loss is not finite; the timing says nothing"
         )
@@ -115,9 +137,10 @@ class TimedStep:
 
 
 def run(options: argparse.Namespace) -> None:
+    names = MODELS if options.objective == ROUTERS else FAMILIES
     require(
-        options.model in FAMILIES,
-        f"model {options.model!r} is not known{nearest(options.model, FAMILIES)}",
+        options.model in names,
+        f"model {options.model!r} is not known{nearest(options.model, names)}",
     )
     require(
         min(options.steps, options.warm_up, options.repeats) > 0,
@@ -129,21 +152,22 @@ def run(options: argparse.Namespace) -> None:
     )
     table = LiveTable(COLUMNS, options.out, vars(options))
     for blocks in options.blocks:
-        cfg = FAMILIES[options.model](blocks)
+        cfg = make_case(options.model, options.objective, blocks)
         cfg = dataclasses.replace(cfg, max_length=max(cfg.max_length, options.length))
         case = TimedStep(cfg, options)
         case.seconds(options.warm_up)
         seconds = float(np.median([case.seconds(options.steps) for _ in range(options.repeats)]))
         flops = step_flops(cfg, options.objective, options.batch, options.length)
         table.add_row(
-            model=options.model, objective=options.objective, blocks=blocks, batch=options.batch,
-            microbatches=options.microbatches, unrolled=options.unrolled, ms=1e3 * seconds,
+            model=options.model, objective=options.objective, blocks=cfg.num_layers,
+            batch=options.batch, microbatches=options.microbatches, unrolled=options.unrolled,
+            ms=1e3 * seconds,
             tokens_a_second=options.batch * options.length / seconds,
             tflops_a_second=flops / seconds / 1e12, compile_s=case.compile_seconds,
             peak_gb=peak_gigabytes(), parameters=case.parameters,
         )  # fmt: skip
         if options.profile:
-            profile_steps(case, Path(options.profile) / f"{options.model}_{blocks}")
+            profile_steps(case, Path(options.profile) / f"{options.model}_{cfg.num_layers}")
 
 
 def profile_steps(case: TimedStep, folder: Path, steps: int = 3) -> None:
@@ -156,8 +180,13 @@ def profile_steps(case: TimedStep, folder: Path, steps: int = 3) -> None:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add_model(parser, default="mdlm", names=FAMILIES)
-    parser.add_argument("--blocks", type=int, nargs="+", default=[12])
-    parser.add_argument("--objective", default="mdlm", choices=["llada", "mdlm", "causal"])
+    parser.add_argument(
+        "--blocks", type=int, nargs="+", default=[None], help="default: 12; all of a frozen model"
+    )
+    parser.add_argument(
+        "--objective", default="mdlm", choices=["llada", "mdlm", "causal", ROUTERS],
+        help=f"{ROUTERS}: routers of a frozen --model, such as {', '.join(MODELS)}",
+    )  # fmt: skip
     parser.add_argument(
         "--batch", type=int, default=32, help="sequences per step, over all devices"
     )

@@ -21,5 +21,5 @@ def get_config() -> TrainConfig:
         optimizer=OptimizerConfig(num_epochs=10.0, warmup_epochs=2.0),
         batch_size=64,
         num_microbatches=8,
-        remat=True,
+        layout="unrolled",  # on less than 80 GB add --remat
     )

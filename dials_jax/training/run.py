@@ -196,7 +196,7 @@ def unroll(params: trees.Params) -> trees.Params:
 
 
 def _router_run(cfg: TrainConfig, mesh: Mesh) -> Run:
-    backbone: Model = load(cfg.backbone, mesh=mesh, layout="stacked")
+    backbone: Model = load(cfg.backbone, mesh=mesh, layout=cfg.layout)
     require_trainable(backbone, "backbone", cfg.backbone)
     trainee = make_trainee(cfg, backbone.config)
     data, _ = load_training_data(cfg.data, backbone.config, backbone.path)

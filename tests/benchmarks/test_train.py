@@ -23,6 +23,14 @@ def test_train_prints_and_writes_a_row_per_depth(tmp_path, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 3
 
 
+def test_routers_are_trained_on_a_frozen_model(capsys):
+    arguments = "--objective dials --model tiny --blocks 2 --batch 2 --length 8 --steps 1"
+    assert train.main([*arguments.split(), "--repeats", "1", "--warm-up", "1"]) == 0
+    assert "dials           2 " in capsys.readouterr().out
+    cfg = train.make_case("tiny", "dials", 2)
+    assert train.step_flops(cfg, "dials", 1, 8) == 2 / 3 * train.step_flops(cfg, "llada", 1, 8)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
