@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -14,6 +15,8 @@ from typing import Any, BinaryIO
 
 from dials_jax.errors import InputError, require
 
+DIGEST = "digest"  # in a file of JSON, of all the rest
+ALGORITHM = "sha256:"  # how such a digest begins
 CHAT_TEMPLATES = "chat_templates"  # a folder beside a tokenizer's files: NAME.jinja for each
 
 
@@ -34,9 +37,9 @@ def parse_json(text: str | bytes, where: str) -> Any:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """Reads a JSON object.
+    """Reads a JSON object; the digest of `write_json` is compared and left out.
 
-    Raises: InputError if the file is missing, cannot be read or holds none.
+    Raises: InputError if the file is missing, cannot be read, holds none or has changed.
     """
     path = Path(path)
     try:
@@ -46,7 +49,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
     values = parse_json(text, str(path))
     require(isinstance(values, dict), f"{path} does not hold a JSON object")
-    return values
+    return _without_digest(values, path)
 
 
 def finite(values: Any) -> Any:
@@ -80,11 +83,38 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
         raise
 
 
-def write_json(path: str | Path, values: Any) -> None:
-    """Writes JSON by `replacing`. What is not finite becomes null."""
-    text = json.dumps(finite(values), indent=1, allow_nan=False)
+def write_json(path: str | Path, values: Any, digest: bool = False) -> None:
+    """Writes JSON by `replacing`. What is not finite becomes null.
+
+    Args:
+      digest: add one of all values, so that `read_json` notices damage: for files that this library
+        alone reads.
+    """
+    values = finite(values)
+    values = values | {DIGEST: _digest(values)} if digest else values
+    text = json.dumps(values, indent=1, allow_nan=False)
     with replacing(path) as file:
         file.write(text.encode() + b"\n")
+
+
+def _without_digest(values: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Raises: InputError for values that do not fit their digest. Older files have none."""
+    digest = values.get(DIGEST)
+    if not (isinstance(digest, str) and digest.startswith(ALGORITHM)):
+        return values
+    values = {name: value for name, value in values.items() if name != DIGEST}
+    require(
+        digest == _digest(values),
+        f"{path} is damaged or was edited (its digest does not fit); bring back a copy, or remove "
+        f'its "{DIGEST}" if it is as you want it',
+    )
+    return values
+
+
+def _digest(values: dict[str, Any]) -> str:
+    """Of what JSON holds: whatever its spaces, and its order of names."""
+    text = json.dumps(values, sort_keys=True)
+    return ALGORITHM + hashlib.sha256(text.encode()).hexdigest()
 
 
 LONGEST_NAME = 255  # bytes, in usual file systems; in a folder that is missing none complains

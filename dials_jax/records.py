@@ -86,7 +86,7 @@ class Records:
                     file=sys.stderr,
                 )
             if identity != old or not known.exists():
-                write_json(known, identity)
+                write_json(known, identity, digest=True)
 
         sharding.wait()
         sharding.on_first_process(open_for_more)

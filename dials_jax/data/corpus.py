@@ -2,7 +2,8 @@
 
     manifest.json     settings, counts and digests; written last: a folder with it is complete
     tokenizer.json    the tokenizer that made the rows
-    parts/            .npy files with the rows of some thousand documents each
+    parts/            .npy files with the rows of some thousand documents each, and .crc files
+                      with a checksum of each row
     array_record/     the same rows as ArrayRecord
 
 A stopped `prepare.py` continues after the last part. The parts are kept, because machines without
@@ -23,12 +24,14 @@ from jaxtyping import Int, Integer
 
 from dials_jax.config import CorpusData
 from dials_jax.data.arrayrecord import ArrayRecordRows, missing_grain_packages
+from dials_jax.data.packing import PackedRows, row_sums
 from dials_jax.data.records import file_sha256
 from dials_jax.data.text import PackedText, RowStore
 from dials_jax.data.tokenizer import Tokenizer
 from dials_jax.errors import InputError, nearest, require
 from dials_jax.files import read_json, write_json
 
+PART_AGAIN = "delete its .json and run prepare.py again"
 MANIFEST, PARTS, ARRAY_RECORD = "manifest.json", "parts", "array_record"
 FILE_FACTS = "files.json"  # facts about files; they hold while size, date and inode are the same
 
@@ -36,12 +39,19 @@ FILE_FACTS = "files.json"  # facts about files; they hold while size, date and i
 class PartRows:
     """The rows of several .npy files, one file after the other, memory-mapped (a RowStore).
 
-    Raises: InputError for a file that is missing or no .npy file.
+    Every row that is read is compared with its checksum. Earlier versions wrote none.
+
+    Raises: InputError for a file that is missing or no .npy file, and for a damaged row.
     """
 
     def __init__(self, files: Sequence[Path]):
+        self.files = files
         try:
             self.parts = [np.load(file, mmap_mode="r") for file in files]
+            self.sums = [
+                np.fromfile(sums_of(file), "<u4") if sums_of(file).exists() else None
+                for file in files
+            ]
         except (OSError, ValueError) as error:
             raise InputError(f"{error}; delete the folder and run prepare.py again") from error
         self.ends = np.cumsum([len(part) for part in self.parts])
@@ -52,11 +62,26 @@ class PartRows:
     def __getitem__(self, indices: Int[np.ndarray, "B"]) -> Integer[np.ndarray, "B T"]:
         number = np.searchsorted(self.ends, indices, side="right")
         rows = np.empty((len(indices), self.parts[0].shape[1]), self.parts[0].dtype)
-        for n in np.unique(number):
+        for n in map(int, np.unique(number)):
             here = number == n
             part = self.parts[n]
-            rows[here] = part[indices[here] - (self.ends[n] - len(part))]
+            inside = indices[here] - (self.ends[n] - len(part))
+            rows[here] = part[inside]
+            self._require_sound(n, rows[here], inside)
         return rows
+
+    def _require_sound(self, part: int, rows: PackedRows, numbers: Int[np.ndarray, "n"]) -> None:
+        sums, file = self.sums[part], self.files[part]
+        if sums is None:
+            return
+        whole = len(sums) == len(self.parts[part])
+        sound = whole and np.array_equal(row_sums(rows), sums[numbers])
+        require(sound, f"{file}, or {sums_of(file).name}, is damaged; {PART_AGAIN}")
+
+
+def sums_of(file: Path) -> Path:
+    """The file of the checksums of a part's rows."""
+    return file.with_suffix(".crc")
 
 
 def read_manifest(cfg: CorpusData) -> dict[str, Any]:
@@ -68,8 +93,8 @@ def read_manifest(cfg: CorpusData) -> dict[str, Any]:
     folder = Path(cfg.folder)
     require(
         (folder / MANIFEST).is_file(),
-        f"{folder} is {'only half' if (folder / PARTS).is_dir() else 'not'} prepared; "
-        "run prepare.py with this configuration",
+        f"{folder} is {'only half' if (folder / PARTS).is_dir() else 'not'} prepared (it has no "
+        f"{MANIFEST}); run prepare.py with this configuration",
     )
     manifest = read_json(folder / MANIFEST)
     require(
@@ -184,7 +209,7 @@ def verify_parts(folder: Path, split: dict[str, Any], again: bool = False) -> No
     fresh = {}
     for part in split["parts"]:
         path = folder / PARTS / part["file"]
-        require(path.is_file(), f"{path} is missing; delete its .json and run prepare.py again")
+        require(path.is_file(), f"{path} is missing; {PART_AGAIN}")
         status = path.stat()
         stamp = [status.st_size, status.st_mtime_ns, status.st_ino, part["sha256"]]
         if again or verified.get(part["file"]) != stamp:
@@ -192,14 +217,14 @@ def verify_parts(folder: Path, split: dict[str, Any], again: bool = False) -> No
     # disable=None: no bar where stderr is a file.
     for part in tqdm([p for p in split["parts"] if p["file"] in fresh], "verifying", disable=None):
         path = folder / PARTS / part["file"]
-        require(
-            file_sha256(path) == part["sha256"],
-            f"{path} is damaged; delete its .json and run prepare.py again",
-        )
+        require(file_sha256(path) == part["sha256"], f"{path} is damaged; {PART_AGAIN}")
+        sums = sums_of(path)
+        whole = sums.is_file() and file_sha256(sums) == part.get("sums_sha256")
+        require(whole or "sums_sha256" not in part, f"{sums} is damaged; {PART_AGAIN}")
     if fresh:
         verified |= fresh
         with contextlib.suppress(OSError):  # a read-only folder
-            write_json(folder / FILE_FACTS, facts)
+            write_json(folder / FILE_FACTS, facts, digest=True)
 
 
 def open_part_rows(folder: Path, split: dict[str, Any], length: int) -> PartRows:

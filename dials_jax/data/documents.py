@@ -112,9 +112,8 @@ def _survey_files(cfg: CorpusData, paths: list[Path]) -> dict[str, dict[str, Any
         unchanged = entry.get("stamp") == stamp and entry.get("error") == ""
         found[str(path)] = entry if unchanged else {"stamp": stamp, **_survey_file(path, field)}
     parts = f"{PARTS}/"  # the key of what `corpus.verify_parts` stores
-    write_json(
-        Path(cfg.folder) / FILE_FACTS, ({parts: known[parts]} if parts in known else {}) | found
-    )
+    facts = ({parts: known[parts]} if parts in known else {}) | found
+    write_json(Path(cfg.folder) / FILE_FACTS, facts, digest=True)
     return found
 
 

@@ -10,18 +10,20 @@ thousand. About half a row of some 1,100 is dropped per thousand documents.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from jaxtyping import Integer
+from jaxtyping import Integer, UInt32
 
 from dials_jax.data.encoding import EncodedPiece
 
 BATCH_DOCUMENTS = 1000  # that `datasets.map` gives to the reference's packing at a time
 
 PackedRows = Integer[np.ndarray, "n T"]
+RowSums = UInt32[np.ndarray, "n"]
 
 
 def token_dtype(*largest: int) -> np.dtype:
@@ -75,8 +77,8 @@ PACKINGS = {"mdlm": Packing(pack_mdlm, False), "stream": Packing(pack_stream, Tr
 
 def write_rows(
     out: BinaryIO, batches: Iterable[Integer[np.ndarray, "_ T"]], length: int, dtype: np.dtype
-) -> int:
-    """Writes rows batch by batch as one .npy file, and returns their number.
+) -> RowSums:
+    """Writes rows batch by batch as one .npy file, and returns the sum of each.
 
     The bytes are those of `np.save` of all rows. numpy leaves room in the header for the first axis
     to grow, so the header can be overwritten at the end.
@@ -87,10 +89,15 @@ def write_rows(
         np.lib.format.write_array_header_1_0(out, fields)
 
     write_header(0)
-    num_rows = 0
+    sums = [np.zeros(0, "<u4")]
     for rows in batches:
         out.write(rows.tobytes())
-        num_rows += len(rows)
+        sums.append(row_sums(rows))
     out.seek(0)
-    write_header(num_rows)
-    return num_rows
+    write_header(sum(map(len, sums)))
+    return np.concatenate(sums)
+
+
+def row_sums(rows: PackedRows) -> RowSums:
+    """A checksum (CRC-32) of each row, by which damage shows when the row is read."""
+    return np.array([zlib.crc32(row.tobytes()) for row in rows], "<u4")

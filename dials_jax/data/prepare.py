@@ -31,6 +31,7 @@ from dials_jax.data.corpus import (
     is_part_entry,
     open_part_rows,
     require_grain,
+    sums_of,
     verify_parts,
 )
 from dials_jax.data.documents import Documents, open_documents
@@ -94,7 +95,7 @@ def _prepare(cfg: CorpusData, model_config: ModelConfig, folder: Path) -> dict[s
             _verify_split(folder, name, splits[name], len(numbers), cfg.length)
     _add_array_record(cfg, folder, splits)
     manifest = {"settings": settings, "splits": splits, "skipped": documents.skipped}
-    write_json(folder / MANIFEST, manifest)
+    write_json(folder / MANIFEST, manifest, digest=True)
     return manifest
 
 
@@ -140,7 +141,7 @@ def _claim_folder(
             f"{folder} was begun with {name}={there!r}, not {here!r}; choose another folder, or "
             "delete it"
         )
-    write_json(folder / SETTINGS, settings)
+    write_json(folder / SETTINGS, settings, digest=True)
 
 
 @dataclass(frozen=True)
@@ -196,9 +197,13 @@ class _Packer:
         rows = self._pack_rows(documents, rest, dtype, counts, advance)
         data = entry_file.with_suffix(".npy")
         with replacing(data) as file:
-            counts["rows"] = write_rows(file, rows, self.cfg.length, dtype)
-        digest = file_sha256(data)
-        write_json(entry_file, {"file": data.name, **counts, "sha256": digest, "rest": rest})
+            sums = write_rows(file, rows, self.cfg.length, dtype)
+        with replacing(sums_of(data)) as file:
+            file.write(sums.tobytes())
+        counts["rows"] = len(sums)
+        digests = {"sha256": file_sha256(data), "sums_sha256": file_sha256(sums_of(data))}
+        entry = {"file": data.name, **counts, **digests, "rest": rest}
+        write_json(entry_file, entry, digest=True)
 
     @property
     def _dtype(self) -> np.dtype:

@@ -226,7 +226,7 @@ def _pack(
         counts = {"documents": 0, "tokens": 0}
         batches = _tokenise_files(files, tokenizer, eos_id, mask_id)
         rows = _pack_batches(batches, eos_id, length, dtype, counts)
-        counts["rows"] = write_rows(out, rows, length, dtype)
+        counts["rows"] = len(write_rows(out, rows, length, dtype))
         require(
             counts["rows"] > 0,
             f"{', '.join(map(str, files[:3]))}: {counts['tokens']} tokens do not fill one row of "
@@ -240,7 +240,7 @@ def _pack(
             "sha256": file_sha256(out.name),
         }
         summary = Path(out.name).with_suffix(".json")
-        write_json(summary, counts | facts)
+        write_json(summary, counts | facts, digest=True)
         summary.replace(packed.with_suffix(".json"))
         Path(out.name).replace(packed)
 
@@ -265,7 +265,8 @@ def _temporary_file(packed: Path) -> Iterator[BinaryIO]:
                 path.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(
-            f"{packed.parent} cannot be written to ({error.strerror}); choose another cache"
+            f"{error.filename2 or error.filename or packed.parent} cannot be written to "
+            f"({error.strerror}); choose another cache"
         ) from error
 
 

@@ -45,7 +45,9 @@ def run_harness(cfg: HarnessConfig, workdir: str | Path) -> dict[str, Any]:
             close = difflib.get_close_matches(task, manager.all_tasks, n=1)
             hint = f"did you mean {close[0]!r}?" if close else "see `dials-lm-eval ls tasks`"
             require(bool(manager.match_tasks([task])), f"lm-eval has no task {task!r}; {hint}")
-        sharding.on_first_process(lambda: write_json(workdir / HARNESS_MARK, to_dict(cfg)))
+        sharding.on_first_process(
+            lambda: write_json(workdir / HARNESS_MARK, to_dict(cfg), digest=True)
+        )
         store = cfg.model.store or str(workdir / "answers")
         lm = DialsLM.load(replace(cfg.model, store=store))
         results = simple_evaluate(
@@ -69,6 +71,6 @@ def _write(results: dict[str, Any], workdir: Path) -> None:
             file.writelines(line.encode() + b"\n" for line in lines)
     rest = {name: value for name, value in results.items() if name != "samples"}
     text = json.dumps(rest, default=handle_non_serializable)
-    write_json(workdir / "results.json", json.loads(text))
+    write_json(workdir / "results.json", json.loads(text), digest=True)
     print(make_table(results))
     print(f"results: {workdir / 'results.json'}")

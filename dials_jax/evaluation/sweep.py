@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,8 @@ def _sweep(cfg: EvalConfig, workdir: Path) -> dict[str, Any]:
             if not records.is_finished(task.name, candidate.describe()):
                 _score_candidate(records, cfg, model, task, items, tokenizer, candidate, pace)
                 results = records.results(cfg, facts)
-                sharding.on_first_process(lambda r=results: write_json(workdir / "results.json", r))
+                path = workdir / "results.json"
+                sharding.on_first_process(partial(write_json, path, results, digest=True))
         if cfg.kl_items:
             policies = [(one.describe(), one.policy) for one in candidates[task.name]]
             measure_kl(records, cfg, model, task, items, policies)

@@ -148,7 +148,7 @@ def save_model(
         def describe():
             for file in tokenizer_files:
                 copy_tokenizer_file(Path(file), unfinished)
-            write_json(unfinished / "config.json", about)
+            write_json(unfinished / "config.json", about, digest=True)
 
         with writing(unfinished, again):
             sharding.on_first_process(describe)

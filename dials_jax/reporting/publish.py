@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
+from dials_jax.data.records import file_sha256
 from dials_jax.files import finite, write_json
 from dials_jax.reporting import html
 
+CSV_DIGEST = "csv_sha256"  # in results.json, of results.csv beside it
 LONGEST_STEM = 120  # characters of a file name before its ending; file systems allow 255
 
 
@@ -105,8 +107,12 @@ def publish(report: Report, workdir: Path) -> None:
     The numbers are written before anything is drawn.
     """
     workdir.mkdir(parents=True, exist_ok=True)
-    write_json(workdir / "results.json", report.results)
-    write_csv(workdir / "results.csv", report.columns, report.rows)
+    table = workdir / "results.csv"
+    write_csv(table, report.columns, report.rows)
+    results = dict(report.results)
+    if "kind" in results:  # of a study, whose rows are read from the CSV
+        results[CSV_DIGEST] = file_sha256(table)
+    write_json(workdir / "results.json", results, digest=True)
     if report.paper is not None:
         (workdir / "results.tex").write_text(
             latex_table(report.paper), encoding="utf-8", errors="backslashreplace"

@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dials_jax.config import shown
+from dials_jax.data.records import file_sha256
 from dials_jax.errors import nearest, require, require_packages
 from dials_jax.files import local_path, read_json
 from dials_jax.records import require_sound
-from dials_jax.reporting.publish import Figure
+from dials_jax.reporting.publish import CSV_DIGEST, Figure
 from dials_jax.reporting.sweep_report import sweep_report
 from dials_jax.reporting.sweep_rows import SweepRow, compute_sweep_rows, csv_rows
 from dials_jax.reporting.sweep_table import format_table
@@ -182,7 +183,10 @@ class StudyResults(_Results):
     def rows(self) -> list[dict[str, Any]]:
         """Those of results.csv: what they are depends on the study."""
         path = self.folder / "results.csv"
-        require(path.is_file(), f"{path} is missing; run the study again, which writes it anew")
+        again = "run the study again, which writes it anew"
+        require(path.is_file(), f"{path} is missing; {again}")
+        whole = self.get(CSV_DIGEST) in (None, file_sha256(path))  # earlier versions wrote none
+        require(whole, f"{path} is damaged or was edited; {again}")
         with path.open(newline="", encoding="utf-8") as file:
             return [{name: _number(x) for name, x in row.items()} for row in csv.DictReader(file)]
 

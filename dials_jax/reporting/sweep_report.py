@@ -78,7 +78,7 @@ def write_report(results: Mapping[str, Any], folder: str | Path) -> list[SweepRo
     Raises: the errors of `compute_sweep_rows`, but only after results.json is written.
     """
     folder = Path(folder)
-    write_json(folder / "results.json", results)
+    write_json(folder / "results.json", results, digest=True)
     rows = compute_sweep_rows(results)
     publish(sweep_report(results, rows), folder)
     return rows

@@ -141,6 +141,8 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
     lines = Lines.read(file, _check_record)
     if lines.odd:
         log.warning("%s, %s: no record of a step; left out", file, lines.name_odd())
+    if lines.lines[-1]:
+        log.warning("%s ends with half a line, which is left out", file)
     # A run that was resumed may repeat steps.
     by_step = {record["step"]: record for record in lines.good.values() if "loss" in record}
     require(len(by_step) > 0, f"{file} logs no loss; give the metrics.jsonl of a training run")

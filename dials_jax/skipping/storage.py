@@ -119,7 +119,9 @@ def save_fitted(path: str | Path, fitted: FittedThresholds) -> None:
 
 def _write_info(folder: Path, info: RouterInfo) -> None:
     with writing(folder, AGAIN):
-        sharding.on_first_process(lambda: write_json(folder / "config.json", to_dict(info)))
+        sharding.on_first_process(
+            lambda: write_json(folder / "config.json", to_dict(info), digest=True)
+        )
 
 
 def require_replaceable_router(folder: Path) -> None:

@@ -149,7 +149,7 @@ class SampledSource:
         if not self._described:
             settings = {name: to_dict(self.cfg)[name] for name in DRAWING_FIELDS}
             facts = {"models": self.facts, "config": settings, "environment": self.environment}
-            write_json(self.folder / "models.json", facts)
+            write_json(self.folder / "models.json", facts, digest=True)
             self._described = True
         path = _batch_path(self.folder, schedule, first)
         vocab_size = max(model.config.vocab_size for model in self.models.values())

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from dials_jax.records import Lines
+from dials_jax.records import Lines, format_line
 
 log = logging.getLogger(__name__)
 
@@ -17,8 +16,9 @@ log = logging.getLogger(__name__)
 class MetricsWriter:
     """Writes the metrics of a step as one line of JSON, and to TensorBoard if that is installed.
 
-    Lines of steps after `step`, where the run continues, are removed first. A line that is not the
-    record of a step is moved to `metrics.odd.jsonl`, with a warning. Only process 0 writes.
+    A line ends with its digest. Lines of steps after `step`, where the run continues, are removed
+    first. One that is damaged, or not the record of a step, is moved to `metrics.odd.jsonl`, with a
+    warning. Only process 0 writes.
     """
 
     def __init__(self, workdir: Path, step: int):
@@ -34,7 +34,7 @@ class MetricsWriter:
         """Appends the metrics of one step."""
         if not self._active:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.write(format_line({"step": step, **values}) + "\n")
         self._file.flush()
         if self._board:
             for name, value in values.items():
@@ -54,6 +54,9 @@ def _drop_later_steps(path: Path, step: int) -> None:
         odd = lines.name_odd()
         log.warning("%s, %s: no record of a step; moved to %s", path, odd, lines.aside)
     lines.good = {number: x for number, x in lines.good.items() if x["step"] <= step}
+    steps = {0, *(record["step"] for record in lines.good.values())}
+    if step not in steps:  # every step that is saved is logged before
+        log.warning("%s lacks lines: it ends at step %d of %d", path, max(steps), step)
     lines.mend()
 
 

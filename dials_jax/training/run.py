@@ -331,4 +331,4 @@ def _require_same_rates(
 def claim_workdir(workdir: Path, cfg: TrainConfig, identity: dict[str, Any]) -> None:
     """Records what the workdir is for."""
     values = {"train": to_dict(cfg), **identity}
-    on_first_process(lambda: write_json(workdir / EXPERIMENT, values))
+    on_first_process(lambda: write_json(workdir / EXPERIMENT, values, digest=True))

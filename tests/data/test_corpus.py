@@ -25,6 +25,7 @@ from dials_jax.data.sources import load_training_data
 from dials_jax.data.text import pack_text
 from dials_jax.errors import InputError
 from dials_jax.evaluation.items import load_items
+from dials_jax.files import read_json
 
 ROOT = Path(__file__).parents[2]
 EOS = 1
@@ -107,7 +108,8 @@ def test_rows_are_written_as_numpy_saves_them(tmp_path):
     rows = np.arange(30, dtype="<u2").reshape(6, 5)
     for batches in ([rows[:4], rows[4:]], []):
         with (tmp_path / "rows.npy").open("wb") as out:
-            assert packing.write_rows(out, batches, 5, rows.dtype) == sum(map(len, batches))
+            sums = packing.write_rows(out, batches, 5, rows.dtype)
+            assert len(sums) == sum(map(len, batches))
         np.save(tmp_path / "expected.npy", np.concatenate([rows[:0], *batches]))
         assert (tmp_path / "rows.npy").read_bytes() == (tmp_path / "expected.npy").read_bytes()
 
@@ -147,8 +149,8 @@ def test_stopped_at_any_rename_it_continues_to_the_same_bytes(
 
     monkeypatch.setattr(Path, "replace", failing)
     for stops in range(40):
-        # Two renames note the files and the settings; a part has two, its rows' and its note's.
-        budget[0] = 2 + min(stops + 1, 3)
+        # Two renames note the files and the settings; a part has three: rows, sums, note.
+        budget[0] = 2 + min(stops + 1, 4)
         with contextlib.suppress(KeyboardInterrupt):
             prepare_corpus(stopped, model_config)
             break
@@ -164,6 +166,7 @@ from pathlib import Path
 from tests.conftest import small_config
 from dials_jax.config import CorpusData, from_dict
 from dials_jax.data import packing, prepare as preparing
+from dials_jax.files import read_json
 import json
 packing.BATCH_DOCUMENTS = preparing.BATCH_DOCUMENTS = 4
 preparing.PART_BATCHES = 2
@@ -266,7 +269,9 @@ def test_every_row_is_read_once_to_verify_and_again_when_its_file_changes(
     )
     prepare_corpus(cfg, model_config)
     train = [f"train-{i:05d}.npy" for i in range(5)]
-    assert sorted(read) == [*train, "validation-00000.npy", "validation-00001.npy"]
+    assert sorted(x for x in read if x.endswith(".npy")) == [
+        *train, "validation-00000.npy", "validation-00001.npy"
+    ]  # fmt: skip
     for split in ("train", "validation"):
         read.clear()
         load_training_data(dataclasses.replace(cfg, split=split), model_config)
@@ -275,14 +280,52 @@ def test_every_row_is_read_once_to_verify_and_again_when_its_file_changes(
     os.utime(Path(cfg.folder) / "parts" / train[2])
     for expected in ([train[2]], []):
         load_training_data(cfg, model_config)
-        assert read == expected
+        assert [x for x in read if x.endswith(".npy")] == expected
         read.clear()
     (Path(cfg.folder) / "files.json").write_text("half of")  # or of a version without such notes
-    monkeypatch.setattr(corpus, "write_json", lambda *_: (_ for _ in ()).throw(OSError("closed")))
+    monkeypatch.setattr(
+        corpus, "write_json", lambda *_, **__: (_ for _ in ()).throw(OSError("closed"))
+    )
     for _ in range(2):  # a folder that is only read: again at every start
         load_training_data(cfg, model_config)
-        assert read == train
+        assert [x for x in read if x.endswith(".npy")] == train
         read.clear()
+
+
+def flip_a_bit(path, place):
+    """As a disk does it: size and date stay."""
+    status, content = path.stat(), bytearray(path.read_bytes())
+    content[place] ^= 4
+    with path.open("r+b") as file:
+        file.write(content)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".crc"])
+@pytest.mark.parametrize("opened", [False, True])
+def test_a_flipped_bit_shows_when_its_row_is_read(cfg, model_config, suffix, opened):
+    """Also one that no date tells of, and one that comes while a training reads the rows."""
+    prepare_corpus(cfg, model_config)
+    data, _ = load_training_data(cfg, model_config)
+    path = Path(cfg.folder) / "parts" / f"train-00001{suffix}"
+    if suffix == ".npy" or not opened:  # sums are in memory once the rows are open
+        flip_a_bit(path, path.stat().st_size - 2)
+        data = data if opened else load_training_data(cfg, model_config)[0]
+        data.rows(np.arange(3))
+        with pytest.raises(InputError, match=r"train-00001\.npy, or .*is damaged; delete its"):
+            data.rows(np.arange(data.num_rows))
+        with pytest.raises(InputError, match=f"train-00001{suffix} is damaged; delete its .json"):
+            prepare_corpus(cfg, model_config)
+
+
+def test_rows_without_sums_are_those_of_an_earlier_version(cfg, model_config):
+    prepare_corpus(cfg, model_config)
+    before = load_training_data(cfg, model_config)[0]
+    for file in (Path(cfg.folder) / "parts").glob("*.crc"):
+        file.unlink()
+    after = load_training_data(cfg, model_config)[0]
+    everything = np.arange(before.num_rows)
+    assert np.array_equal(before.rows(everything)[0], after.rows(everything)[0])
 
 
 def edited(manifest, path, value):
@@ -299,7 +342,7 @@ def edited(manifest, path, value):
 def test_a_part_lies_in_its_folder(cfg, model_config, name):
     prepare_corpus(cfg, model_config)
     path = Path(cfg.folder) / "manifest.json"
-    manifest = json.loads(path.read_text())
+    manifest = read_json(path)
     manifest["splits"]["train"]["parts"][0]["file"] = name
     path.write_text(json.dumps(manifest))
     with pytest.raises(InputError, match=r"manifest\.json is damaged; run prepare\.py again"):
@@ -307,7 +350,7 @@ def test_a_part_lies_in_its_folder(cfg, model_config, name):
     prepare_corpus(cfg, model_config)  # which writes it anew
     load_training_data(cfg, model_config)
     note = Path(cfg.folder) / "parts" / "train-00000.json"
-    note.write_text(json.dumps({**json.loads(note.read_text()), "file": name}))
+    note.write_text(json.dumps({**read_json(note), "file": name}))
     with pytest.raises(InputError, match=r"train-00000\.json is damaged; delete it and run"):
         prepare_corpus(cfg, model_config)
 
@@ -325,7 +368,7 @@ def test_a_part_lies_in_its_folder(cfg, model_config, name):
 def test_an_edited_manifest_is_one_line(cfg, model_config, path, value):
     prepare_corpus(cfg, model_config)
     file = Path(cfg.folder) / "manifest.json"
-    manifest = json.loads(file.read_text())
+    manifest = read_json(file)
     edited(manifest, path, value)
     file.write_text(json.dumps(manifest))
     with pytest.raises(InputError) as error:
@@ -351,7 +394,7 @@ def test_rows_of_another_kind_are_one_line(cfg, model_config):
 def test_notes_on_files_are_only_a_help(cfg, model_config, notes):
     manifest = prepare_corpus(cfg, model_config)
     path = Path(cfg.folder) / "files.json"
-    path.write_text(notes or json.dumps({**json.loads(path.read_text()), cfg.paths[0]: 3}))
+    path.write_text(notes or json.dumps({**read_json(path), cfg.paths[0]: 3}))
     load_training_data(cfg, model_config)
     assert prepare_corpus(cfg, model_config) == manifest
 
@@ -507,7 +550,10 @@ def test_files_that_cannot_be_read_are_named_counted_and_skipped_only_when_asked
         ({"packing": "stream"}, "prepared with packing='mdlm', not 'stream'"),
         ({"num_validation": 3}, "prepared with num_validation=9, not 3"),
         ({"dataset": "x/y", "paths": ()}, "prepared with dataset='', not 'x/y'"),
-        ({"folder": "nowhere"}, r"nowhere is not prepared; run prepare\.py"),
+        (
+            {"folder": "nowhere"},
+            r"nowhere is not prepared \(it has no manifest\.json\); run prepare\.py",
+        ),
     ],
 )
 def test_a_folder_made_otherwise_is_refused(cfg, model_config, change, message):

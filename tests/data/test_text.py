@@ -180,13 +180,13 @@ def test_a_packing_holds_a_lock_until_its_rows_have_their_name(cfg, pack, monkey
     """Otherwise another process would take its file for a dead one."""
     write, locked = text.write_json, []
 
-    def look(path, values):
+    def look(path, values, digest):
         with Path(path).with_suffix(".part").open("rb") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 locked.append(path)
-        write(path, values)
+        write(path, values, digest)
 
     monkeypatch.setattr(text, "write_json", look)
     pack(cfg)

@@ -9,6 +9,7 @@ import pytest
 from dials_jax.config import ArithmeticData, EvalConfig, EvalTask, TaskData
 from dials_jax.evaluation import sweep
 from dials_jax.evaluation.compare_sweeps import compare_sweeps
+from dials_jax.files import read_json
 from dials_jax.records import Records, format_line
 from dials_jax.reporting import sweep_report
 from dials_jax.sampling.confidence import Confidence
@@ -81,7 +82,7 @@ def without_times(values):
 
 
 def results(workdir):
-    return without_times(json.loads((workdir / "results.json").read_text()))
+    return without_times(read_json(workdir / "results.json"))
 
 
 @pytest.fixture(scope="module")

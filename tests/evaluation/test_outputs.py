@@ -11,6 +11,7 @@ from dials_jax.errors import InputError
 from dials_jax.evaluation import batched, outputs
 from dials_jax.evaluation.items import load_items
 from dials_jax.evaluation.sweep import sweep
+from dials_jax.files import read_json
 from dials_jax.loading import load
 from dials_jax.sampling.confidence import Confidence
 
@@ -90,7 +91,7 @@ def test_scores_by_two_rules_are_never_shown_together(cfg, tmp_path):
 
 def test_without_stored_outputs_other_rules_are_scored_anew(cfg, tmp_path):
     sweep(cfg, tmp_path)
-    mark = json.loads((tmp_path / "sweep.json").read_text())
+    mark = read_json(tmp_path / "sweep.json")
     del mark["tasks"]["sums"]["outputs"]  # as versions wrote it that stored scores alone
     (tmp_path / "sweep.json").write_text(json.dumps(mark))
     batches = stored(tmp_path, "scores")

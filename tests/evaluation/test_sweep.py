@@ -40,6 +40,7 @@ from dials_jax.evaluation import (
 from dials_jax.evaluation.calibration import CalibrationPrompts
 from dials_jax.evaluation.items import items_digest, load_items
 from dials_jax.evaluation.scoring import score_task, time_task
+from dials_jax.files import read_json
 from dials_jax.loading import load
 from dials_jax.nn.policy import policy_name
 from dials_jax.reporting import sweep_report
@@ -127,7 +128,7 @@ def forget_sources(results, router):
 
 def runs_of(workdir):
     """What the runs found, measured times apart."""
-    runs = json.loads((workdir / "results.json").read_text())["runs"]
+    runs = read_json(workdir / "results.json")["runs"]
     for run in runs:
         assert run["flops"].pop("seconds") > 0
     return runs
@@ -275,7 +276,7 @@ def test_routers_and_items_that_changed_meanwhile_are_scored_anew(
     cfg = dataclasses.replace(
         cfg, tasks=(task,), routers=(str(copy / "a"),), num_static=(), num_random=()
     )
-    results = json.loads((finished / "results.json").read_text())
+    results = read_json(finished / "results.json")
     results |= {"config": to_dict(cfg)}  # as versions without records left them
     results["runs"] = [run for run in results["runs"] if run["task"] == "records"]
     forget_sources(results, copy / "a")
@@ -581,7 +582,7 @@ def before(cfg, finished, folder, tmp_path):
     workdir = shutil.copytree(finished, tmp_path / "before")
     for name in ("runs.jsonl", "sweep.json"):
         (workdir / name).unlink()
-    results = json.loads((workdir / "results.json").read_text())
+    results = read_json(workdir / "results.json")
     forget_sources(results, folder / "a")
     for run in results["runs"]:
         del run["measured"]
@@ -632,7 +633,7 @@ def test_scores_by_other_rules_are_not_continued(
 
 
 def saved_runs(workdir):
-    return json.loads((workdir / "results.json").read_text())["runs"]
+    return read_json(workdir / "results.json")["runs"]
 
 
 DAMAGE = {
@@ -695,7 +696,7 @@ def test_another_way_to_generate_is_scored_beside_the_first(
     with pytest.raises(KeyboardInterrupt):
         sweep.sweep(dataclasses.replace(cfg, tasks=(task,)), workdir)
     assert seen == [[]]
-    *_, new = json.loads((workdir / "sweep.json").read_text())["tasks"]
+    *_, new = read_json(workdir / "sweep.json")["tasks"]
     assert new.startswith("sums, ") and name in new
 
 

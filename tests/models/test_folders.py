@@ -14,6 +14,7 @@ import pytest
 
 from dials_jax import digests, stored, trees
 from dials_jax.errors import InputError
+from dials_jax.files import read_json
 from dials_jax.loading import load
 from dials_jax.models import families, folders, groups
 from dials_jax.models.folders import load_model, save_model
@@ -181,7 +182,7 @@ def test_a_truncated_file_is_named(damaged):
 
 def edit_config(folder, change):
     file = folder / "config.json"
-    values = json.loads(file.read_text())
+    values = read_json(file)
     change(values)
     file.write_text(json.dumps(values))
 

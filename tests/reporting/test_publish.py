@@ -1,10 +1,10 @@
 """What a study shows: its tables, and the page that holds everything."""
 
 import csv
-import json
 
 import pytest
 
+from dials_jax.files import read_json
 from dials_jax.reporting.publish import Figure, Table, publish
 from dials_jax.studies.report import study_report
 from tests.reporting.pages import HOSTILE, read_page
@@ -35,7 +35,7 @@ def test_a_page_holds_everything_and_runs_nothing(table, tmp_path):
     figure = Figure("figure", HOSTILE, plot, {"text": HOSTILE})
     report = study_report(HOSTILE, results, rows, {"Numbers": table}, legend, [figure], "")
     publish(report, tmp_path / "new")
-    assert json.loads((tmp_path / "new" / "results.json").read_text()) == results
+    assert read_json(tmp_path / "new" / "results.json") == results
     with (tmp_path / "new" / "results.csv").open(newline="") as file:
         assert list(csv.DictReader(file)) == [{"a": "1", "b": ""}]
     page = read_page(tmp_path / "new")

@@ -6,7 +6,9 @@ import pytest
 
 import dials_jax as dj
 from dials_jax.errors import InputError
+from dials_jax.reporting.publish import publish
 from dials_jax.reporting.results import SweepResults
+from dials_jax.studies.report import study_report
 from tests.reporting.sweep_results import make_results, make_run
 
 
@@ -105,6 +107,16 @@ def test_results_of_a_study(tmp_path):
     assert found.plots == ["influence"]
     [image] = found.plot().images
     np.testing.assert_allclose(image.get_array()[..., :3], pixels, atol=1 / 128)
+
+
+def test_a_damaged_table_of_a_study_is_refused(tmp_path):
+    report = study_report("Title", {"kind": "SearchStudy"}, [{"a": 1.5}], {}, [], [], "")
+    publish(report, tmp_path)
+    assert dj.load_results(tmp_path).rows == [{"a": 1.5}]
+    table = tmp_path / "results.csv"
+    table.write_text(table.read_text().replace("1.5", "1.7"))
+    with pytest.raises(InputError, match=r"results.csv is damaged or was edited; run the study"):
+        _ = dj.load_results(tmp_path).rows
 
 
 def test_a_folder_without_results_is_refused(tmp_path):

@@ -1,12 +1,12 @@
 import csv
 import html
-import json
 import re
 
 import numpy as np
 import pytest
 
 from dials_jax.errors import InputError
+from dials_jax.files import read_json
 from dials_jax.reporting import sweep_report
 from dials_jax.reporting.figure import COLORS, kind_color
 from dials_jax.reporting.publish import latex_text
@@ -21,7 +21,7 @@ from tests.reporting.sweep_results import make_results
 def test_the_report_holds_every_file_and_is_self_contained(tmp_path):
     results = make_results(tasks=("sums", "text"), kinds=("full", "routed"))
     write_report(results, tmp_path)
-    assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8")) == results
+    assert read_json(tmp_path / "results.json") == results
     page = read_page(tmp_path)
     images = sorted(path.read_bytes() for path in (tmp_path / "plots").glob("*.png"))
     # Three trade-offs, one over tasks, and two per task, each as a vector graphic, too.
@@ -124,7 +124,7 @@ def test_results_are_kept_when_they_cannot_be_compared(tmp_path):
     results["runs"][3]["items"].popitem()
     with pytest.raises(InputError, match="static k=3"):
         write_report(results, tmp_path)
-    assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8")) == results
+    assert read_json(tmp_path / "results.json") == results
 
 
 def test_the_terminal_table_is_aligned_and_fits():

@@ -12,6 +12,7 @@ import pytest
 from dials_jax import trees
 from dials_jax.config import RouterConfig
 from dials_jax.errors import InputError
+from dials_jax.files import read_json
 from dials_jax.loading import load
 from dials_jax.models.model import Model
 from dials_jax.skipping.routed import apply_router
@@ -110,7 +111,7 @@ def test_thresholds_per_layer_and_votes_override_those_of_training(workdir, back
 def test_the_folder_of_an_earlier_version_is_loaded(workdir, backbone):
     """One that knows neither votes, nor annealing, nor fitted thresholds."""
     file = workdir / "router" / "config.json"
-    facts = json.loads(file.read_text())
+    facts = read_json(file)
     del facts["fitted"], facts["router"]["votes"], facts["router"]["anneal_steps"]
     file.write_text(json.dumps(facts))
     policy = load_router(workdir, backbone)
@@ -139,7 +140,7 @@ def test_a_router_of_a_version_before_is_loaded_with_a_warning(
     workdir, backbone, other_model, caplog
 ):
     file = workdir / "router" / "config.json"
-    facts = json.loads(file.read_text())
+    facts = read_json(file)
     facts["backbone_fingerprint"] = backbone.fingerprint[:16]
     file.write_text(json.dumps(facts))
     load_router(workdir, backbone)

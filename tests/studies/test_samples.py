@@ -10,6 +10,7 @@ import pytest
 from dials_jax.data.tokenizer import character_tokenizer, load_tokenizer
 from dials_jax.errors import InputError
 from dials_jax.evaluation.perplexity import retokenise, score_samples
+from dials_jax.files import read_json
 from dials_jax.loading import load
 from dials_jax.studies import samples
 from dials_jax.studies.perplexity_run import join_batches
@@ -111,7 +112,7 @@ def test_another_tokenizer_than_the_samples_had_is_refused(
     old = shutil.copytree(compared, tmp_path / "old")
     model = shutil.copytree(study_models / "H", tmp_path / "H")
     character_tokenizer("0123456789").save(model)
-    facts = (old / "samples/models.json").read_text()
+    facts = json.dumps(read_json(old / "samples/models.json"))
     (old / "samples/models.json").write_text(facts.replace(str(study_models / "H"), str(model)))
     cfg = dataclasses.replace(comparing, samples=str(old), retokenize="always")
     with pytest.raises(InputError, match="H has another tokenizer than when the samples were"):
@@ -155,7 +156,7 @@ def test_a_flipped_token_is_noticed(comparing, compared, without_models, tmp_pat
 @pytest.mark.parametrize("missing", ["models", "config", "environment"])
 def test_damaged_facts_of_samples_are_named(missing, comparing, compared, tmp_path):
     old = shutil.copytree(compared, tmp_path / "old")
-    facts = json.loads((old / "samples/models.json").read_text())
+    facts = read_json(old / "samples/models.json")
     del facts[missing]
     (old / "samples/models.json").write_text(json.dumps(facts))
     with pytest.raises(InputError, match=r"models.json is damaged.*; copy it again") as error:

@@ -15,6 +15,7 @@ from dials_jax.config import EvalConfig, ProposeStudy, ScheduleStudy, SearchStud
 from dials_jax.data.tokenizer import load_tokenizer
 from dials_jax.errors import InputError
 from dials_jax.evaluation.perplexity import perplexities, retokenise, score_samples
+from dials_jax.files import read_json
 from dials_jax.loading import load
 from dials_jax.sampling.model_schedule import Schedule
 from dials_jax.studies import samples, study
@@ -258,7 +259,7 @@ def test_results_of_something_else_are_not_overwritten(comparing, searched, tmp_
 def test_a_study_from_before_a_setting_existed_goes_on(searching, searched, tmp_path, monkeypatch):
     workdir = shutil.copytree(searched, tmp_path / "search")
     path = workdir / "study.json"
-    old = json.loads(path.read_text())
+    old = read_json(path)
     del old["config"]["precision"], old["config"]["mesh"]
     path.write_text(json.dumps(old))
     with pytest.raises(InputError, match=r"holds another study \(config.precision differ\)"):
@@ -272,7 +273,7 @@ def test_a_study_with_the_earlier_names_of_settings_goes_on(
 ):
     workdir = shutil.copytree(searched, tmp_path / "search")
     for name in ("study.json", "results.json", "samples/models.json"):
-        old = json.loads((workdir / name).read_text())
+        old = read_json(workdir / name)
         for now, before in {"static_layers": "static", "num_extremes": "top"}.items():
             if now in old["config"]:
                 old["config"][before] = old["config"].pop(now)

@@ -2,6 +2,8 @@
 
 import json
 
+from dials_jax.files import read_json
+
 LENGTH, STEPS = 12, 8
 
 
@@ -14,4 +16,4 @@ def records_of(workdir):
 
 
 def results_of(workdir):
-    return json.loads((workdir / "results.json").read_text())
+    return read_json(workdir / "results.json")

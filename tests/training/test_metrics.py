@@ -56,6 +56,24 @@ def test_an_odd_line_is_named_and_set_aside(odd, tmp_path, caplog):
     assert (tmp_path / "metrics.odd.jsonl").read_bytes() == odd + b"\n"
 
 
+def test_a_flipped_digit_is_set_aside(tmp_path, caplog):
+    write(tmp_path, 0, {10: 1.25, 20: 2.0})
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text().replace("1.25", "1.35"))
+    write(tmp_path, 20, {30: 3.0})
+    assert read(tmp_path) == {20: 2.0, 30: 3.0}
+    assert "1.35" in (tmp_path / "metrics.odd.jsonl").read_text()
+    assert "metrics.jsonl, line 1: no record of a step; moved to" in caplog.text
+
+
+def test_lines_that_are_lost_are_missed(tmp_path, caplog):
+    write(tmp_path, 0, {10: 1.0, 20: 2.0})
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-5])
+    write(tmp_path, 20, {30: 3.0})
+    assert "metrics.jsonl lacks lines: it ends at step 10 of 20" in caplog.text
+
+
 def test_a_fresh_start_drops_everything(tmp_path):
     write(tmp_path, 0, {10: 1.0})
     write(tmp_path, 0, {10: 5.0})

@@ -1,0 +1,325 @@
+"""Faults at random moments: commands that are killed, stopped, or left without room or right.
+
+A workdir meets several faults one after the other, and then its command goes on to the end.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dials_jax.config import MeshConfig
+from dials_jax.training.loop import train
+from tests.faults import damage, jobs, processes
+
+GOOD = "good"
+CHAIN = 4  # faults that one workdir meets
+NAMES = (
+    *("training of a model", "training of routers", "preparation", "sweep", "study", "lm-eval"),
+)
+SAVES = 0.3  # seconds within which a tiny checkpoint is written
+Case = tuple[str, str]  # what came of a fault, `GOOD` or what is wrong, and the words about it
+
+
+@dataclass
+class Counting:
+    """What is there once for all lines.
+
+    Attributes:
+      out: where everything is made; `base` in it holds what commands read.
+      whole: results of commands that nothing happened to, their seconds and bytes, by name.
+    """
+
+    out: Path
+    times: int
+    seed: int
+    whole: dict[str, tuple[Any, float, int]] = field(default_factory=dict)
+
+    @property
+    def base(self) -> Path:
+        return self.out / "base"
+
+    def job(self, name: str) -> jobs.Job:
+        """A command, after it has run without a fault: first to compile, then to be timed."""
+        job = jobs.make_jobs(self.base)[name]
+        if name not in self.whole:
+            for _ in range(2):
+                workdir = jobs.fresh(self.out / "whole" / name)
+                seconds = processes.do(partial(job.run, workdir), self.out / "whole.txt")
+            size = sum(p.stat().st_size for p in workdir.rglob("*") if p.is_file())
+            self.whole[name] = job.result(workdir), seconds, size
+        return job
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A line of the table.
+
+    Attributes:
+      inject: one fault of a command: (the count, its job, workdir, random numbers). Returns: what
+        is wrong, "" if nothing is, or None for a command that ended before the fault.
+    """
+
+    name: str
+    job: str
+    inject: Callable[[Counting, jobs.Job, Path, random.Random], str | None]
+    place: Callable[[Counting], Path] = lambda counting: jobs.fresh(counting.out / "case")
+    leave: Callable[[Path], None] = lambda workdir: None
+
+    def cases(self, counting: Counting, rng: random.Random) -> list[Case]:
+        """The faults of one workdir, until its command has ended."""
+        job, workdir = counting.job(self.job), self.place(counting)
+        try:
+            found: list[Case] = []
+            for _ in range(min(CHAIN, counting.times)):
+                saved = job.saved(workdir) if workdir.exists() else {}
+                problem = self.inject(counting, job, workdir, rng)
+                if problem is not None:
+                    found.append((problem or GOOD, said_in(counting) if problem else ""))
+                if lost := lost_of(job, saved, workdir):
+                    return [("lost what was saved", lost), *found[1:]]
+            kind, words = continued(counting, job, workdir)
+            return found if kind == GOOD else [(kind, words)] * len(found)
+        finally:
+            self.leave(workdir)
+
+
+def said_in(counting: Counting) -> str:
+    return "".join(p.read_text()[-1500:] for p in counting.out.glob("case*.txt"))
+
+
+def lost_of(job: jobs.Job, saved: dict[str, Any], workdir: Path) -> str:
+    now = job.saved(workdir) if workdir.exists() else {}
+    if job.name.startswith("training"):  # older checkpoints are removed on purpose
+        newest = max(saved, default="0")
+        return "" if newest <= max(now, default="0") else f"step {newest}"
+    return ", ".join(name for name in saved if now.get(name) != saved[name])[:500]
+
+
+def continued(counting: Counting, job: jobs.Job, workdir: Path) -> Case:
+    """Runs the command to its end after faults, and compares."""
+    saved = job.saved(workdir) if workdir.exists() else {}
+    child = processes.start(partial(job.run, workdir), counting.out / "again.txt")
+    if child.wait() != 0:
+        return "does not go on", child.text()[-1500:]
+    if job.name.startswith("training"):
+        begins = f"from step {int(max(saved, default='0'))}"
+        if begins not in child.text():
+            return "lost what was saved", f"not {begins}: {child.text()[-500:]}"
+    if lost := lost_of(job, saved, workdir):
+        return "lost what was saved", lost
+    found, expected = job.result(workdir), counting.whole[job.name][0]
+    return (GOOD, "") if found == expected else (
+        "another result", damage.difference(found, expected)
+    )  # fmt: skip
+
+
+def start(counting: Counting, job: jobs.Job, workdir: Path, **options: Any) -> processes.Child:
+    return processes.start(partial(job.run, workdir), counting.out / "case.txt", **options)
+
+
+def some_time(counting: Counting, job: jobs.Job, rng: random.Random) -> None:
+    """Any moment of the command."""
+    time.sleep(rng.uniform(0, counting.whole[job.name][1]))
+
+
+# ------------------------------------------------------------------------------- killed and stopped
+
+
+def kill(counting, job, workdir, rng) -> str | None:
+    child = start(counting, job, workdir)
+    some_time(counting, job, rng)
+    child.send(signal.SIGKILL)
+    return "" if child.wait() == -signal.SIGKILL else None
+
+
+def kill_save(counting, job, workdir, rng) -> str | None:
+    """Kills within a save: while a checkpoint has not got its final name."""
+    left = [s for s in range(1, jobs.STEPS + 1) if s % jobs.SAVE_EVERY == 0]
+    left = [s for s in left if f"{s:08d}" > max(jobs.checkpoints(workdir), default="0")]
+    if not left:
+        return None
+    unfinished = workdir / "checkpoints" / f"{left[0]:08d}.partial"
+    jobs.fresh(unfinished)  # of the kill before
+    child = start(counting, job, workdir)
+    child.wait_until(unfinished.exists)
+    time.sleep(rng.uniform(0, SAVES))
+    child.send(signal.SIGKILL)
+    killed = child.wait() == -signal.SIGKILL
+    return "" if killed and unfinished.exists() else None
+
+
+def terminate(counting, job, workdir, rng) -> str | None:
+    child = start(counting, job, workdir)
+    some_time(counting, job, rng)
+    if not child.send(signal.SIGTERM) or child.wait() == 0:
+        child.wait()
+        return None
+    obeyed = child.status == 143 and child.last_line().startswith("stopped")
+    return "" if obeyed else f"SIGTERM is not obeyed ({child.status})"
+
+
+def pair_job(base: Path) -> Callable[[Path], Any]:
+    """A training of two processes; each has a part of every batch."""
+    return lambda workdir: train(jobs.training(base, mesh=MeshConfig(data=2)), workdir)
+
+
+def count_lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def has_more_lines(path: Path, lines: int) -> bool:
+    return count_lines(path) > lines
+
+
+def stop_one_of_two(counting: Counting, rng: random.Random) -> list[Case]:
+    """SIGTERM to one of two processes of a training: both save the same step, and say so."""
+    run, logs = pair_job(counting.base), [counting.out / f"case{n}.txt" for n in range(2)]
+
+    def both(workdir: Path) -> list[processes.Child]:
+        return processes.pair(lambda: run(workdir), logs)
+
+    if "two" not in counting.whole:  # two that nothing happened to: sums have an order of their own
+        for _ in range(2):
+            workdir = jobs.fresh(counting.out / "whole" / "two")
+            children = both(workdir)
+            assert [x.wait() for x in children] == [0, 0], children[0].text()[-2000:]
+            seconds = time.monotonic() - children[0].began
+        counting.whole["two"] = jobs.trained(workdir), seconds, 0
+    workdir, found = jobs.fresh(counting.out / "case"), []
+    for _ in range(CHAIN):
+        saved = max(jobs.checkpoints(workdir), default="0")
+        lines = count_lines(workdir / "metrics.jsonl")
+        children = both(workdir)
+        children[0].wait_until(partial(has_more_lines, workdir / "metrics.jsonl", lines))
+        time.sleep(rng.uniform(0, 0.2 * counting.whole["two"][1]))
+        children[rng.randrange(2)].send(signal.SIGTERM)
+        statuses = [x.wait() for x in children]
+        if statuses == [0, 0]:
+            break
+        said = [x.last_line() for x in children]
+        if statuses != [143, 143] or not all("is saved in" in line for line in said):
+            return [(f"not both save ({statuses})", said_in(counting))]
+        if said[0] != said[1] or max(jobs.checkpoints(workdir)) < saved:
+            return [("lost what was saved", str(said))]
+        found.append((GOOD, ""))
+    children = both(workdir)
+    if [x.wait() for x in children] != [0, 0]:
+        return [("does not go on", said_in(counting))] * len(found)
+    result, expected = jobs.trained(workdir), counting.whole["two"][0]
+    same = result == expected
+    return found if same else [("another result", damage.difference(result, expected))] * len(found)
+
+
+# --------------------------------------------------------------------------- no room, right or lock
+
+
+def one_line(child: processes.Child) -> str:
+    """What is wrong with the end of a command that had to fail; "" if it is one clear line."""
+    if "Traceback" in child.text():
+        return f"a traceback ({child.status})"
+    clear = child.status in (1, 2) and child.last_line().startswith("error: ")
+    return "" if clear else f"no clear line ({child.status})"
+
+
+def small_disk(counting: Counting) -> Path:
+    """A disk of memory."""
+    disk = counting.out / "disk"
+    disk.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(disk)], check=True)
+    return disk / "case"
+
+
+def leave_disk(workdir: Path) -> None:
+    subprocess.run(["umount", "-l", str(workdir.parent)], check=True)
+
+
+def fill_disk(counting, job, workdir, rng) -> str | None:
+    """Leaves room for a part of what is still to be written; afterwards there is room again."""
+    disk = workdir.parent
+    used = sum(p.stat().st_size for p in disk.rglob("*") if p.is_file())
+    size = int(used + counting.whole[job.name][2] * rng.uniform(0.02, 0.9))
+    resize = ["mount", "-o", f"remount,size={size}", str(disk)]
+    subprocess.run(resize, check=True, stderr=subprocess.DEVNULL)
+    child = start(counting, job, workdir)
+    child.wait()
+    subprocess.run(["mount", "-o", "remount,size=1g", str(disk)], check=True)
+    return None if child.status == 0 else one_line(child)
+
+
+def own_place(counting: Counting) -> Path:
+    """A workdir of a user who is not root, to whom nothing is read-only."""
+    place = jobs.fresh(counting.out / "case")
+    (place / "work").mkdir(parents=True)
+    allow(place, True)
+    return place / "work"
+
+
+def allow(place: Path, write: bool) -> None:
+    for folder in (place, *(p for p in place.rglob("*") if p.is_dir())):
+        os.chown(folder, processes.NOBODY, processes.NOBODY)
+        os.chmod(folder, 0o755 if write else 0o555)
+
+
+def make_read_only(counting, job, workdir, rng) -> str | None:
+    """All folders lose the right to be written: before the command, or at any moment."""
+    if rng.random() < 0.25:
+        allow(workdir.parent, False)
+    child = start(counting, job, workdir, plain_user=True)
+    some_time(counting, job, rng)
+    allow(workdir.parent, False)
+    child.wait()
+    allow(workdir.parent, True)
+    return None if child.status == 0 else one_line(child)
+
+
+def come_again(counting: Counting, rng: random.Random, name: str) -> list[Case]:
+    """The same command comes while it works, at several moments."""
+    job, workdir = counting.job(name), jobs.fresh(counting.out / "case")
+    first, found = start(counting, job, workdir), []
+    moments = sorted(rng.uniform(0, counting.whole[name][1]) for _ in range(CHAIN - 1))
+    for moment in (0.0, *moments):  # 0: both start at once, and either may be the first
+        while first.running() and time.monotonic() - first.began < moment:
+            time.sleep(0.002)
+        second = processes.start(partial(job.run, workdir), counting.out / "case2.txt")
+        while first.running() and second.running():
+            time.sleep(0.002)
+        if first.status:  # the second one was faster
+            first, second = second, first
+        overlapped = first.running()
+        if second.wait() and (one_line(second) or "is in use by" not in second.last_line()):
+            return [*found, (f"dies ({second.status})", second.text()[-1500:])]
+        if overlapped and second.status:
+            found.append((GOOD, ""))
+    if first.wait():
+        return [(f"dies ({first.status})", first.text()[-1500:])]
+    result, expected = job.result(workdir), counting.whole[name][0]
+    same = result == expected
+    return found if same else [("another result", damage.difference(result, expected))] * len(found)
+
+
+def make_faults() -> dict[str, Callable[[Counting, random.Random], list[Case]]]:
+    """What makes some cases of each line of the table."""
+    faults = [
+        *(Fault(f"SIGKILL, {name}", name, kill) for name in NAMES),
+        Fault("SIGKILL during a save, training of a model", NAMES[0], kill_save),
+        *(Fault(f"SIGTERM, {name}", name, terminate) for name in NAMES),
+        *(Fault(f"disk full, {name}", name, fill_disk, small_disk, leave_disk) for name in NAMES),
+        *(Fault(f"read-only workdir, {name}", name, make_read_only, own_place) for name in NAMES),
+    ]
+    return {
+        **{fault.name: fault.cases for fault in faults},
+        "SIGTERM to one of two processes": stop_one_of_two,
+        **{
+            f"two processes on one workdir, {name}": partial(come_again, name=name)
+            for name in NAMES
+        },
+    }
