@@ -110,7 +110,8 @@ def test_results_of_a_study(tmp_path):
 
 
 def test_a_damaged_table_of_a_study_is_refused(tmp_path):
-    report = study_report("Title", {"kind": "SearchStudy"}, [{"a": 1.5}], {}, [], [], "")
+    results = {"kind": "SearchStudy", "config": {}, "environment": {}, "examples": {}}
+    report = study_report("Title", results, [{"a": 1.5}], {}, [], [], "")
     publish(report, tmp_path)
     assert dj.load_results(tmp_path).rows == [{"a": 1.5}]
     table = tmp_path / "results.csv"
