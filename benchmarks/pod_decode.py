@@ -14,7 +14,6 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from benchmarks.command import (
@@ -26,79 +25,30 @@ from benchmarks.command import (
     make_main,
 )
 from benchmarks.decode import parse_policy
-from benchmarks.pod import (
-    CHIP_GB,
-    describe_missing_memory,
-    devices_of,
-    only_compile,
-    read_memory,
-    with_shardings,
-)
+from benchmarks.pod import chip_gigabytes, describe_missing_memory
 from benchmarks.random_model import make_config
 from benchmarks.report import LiveTable
-from dials_jax import sharding, trees
+from dials_jax import sharding
 from dials_jax.caching.parse import parse_cache
-from dials_jax.caching.plain import NoCache
 from dials_jax.config import MeshConfig, ModelConfig, RouterConfig
-from dials_jax.keys import seed_key
-from dials_jax.models import transformer
 from dials_jax.nn.policy import Policy
+from dials_jax.pods.footprint import read_memory
+from dials_jax.pods.lowering import inference_shapes, lower_generation, routed_shapes
+from dials_jax.pods.topology import Pod, only_compile, tpu_devices
 from dials_jax.sampling.confidence import Confidence
-from dials_jax.sampling.generate import generate_program
-from dials_jax.skipping.routed import Routed, init_routers, rounded
 
 COLUMNS = {
     "topology": "<10", "data": ">4d", "tensor": ">6d", "cache": "<12", "policy": "<12",
-    "batch": ">5d", "kept_gb": ">7.2f", "peak_gb": ">7.2f", "chip_gb": ">7d", "compile_s": ">9.1f",
+    "batch": ">5d", "kept_gb": ">7.2f", "peak_gb": ">7.2f", "chip_gb": ">7.0f",
+    "compile_s": ">9.1f",
 }  # fmt: skip
 
 
-def lower_generation(
-    cfg: ModelConfig,
-    mesh: Mesh,
-    sampler: Confidence,
-    shape: tuple[int, int],
-    cache: str,
-    policy: str,
-) -> jax.stages.Lowered:
-    """Lowers the program of `generate`, for arrays that have only a shape and a sharding.
-
-    Args:
-      shape: number of sequences, and tokens per prompt, which is padded on the left.
-    """
-
-    def init_params():
-        return transformer.prepare_for_inference(
-            cfg, trees.cast(transformer.init(cfg, seed_key(0)), cfg.dtype)
-        )
-
-    params = jax.eval_shape(init_params)
-    params = with_shardings(params, sharding.param_shardings(params, mesh))
-    place = sharding.batch_sharding(mesh)
-
-    def abstract(dtype, *rest):
-        return jax.ShapeDtypeStruct((shape[0], *rest), dtype, sharding=place)
-
-    keys = abstract(jax.eval_shape(lambda: seed_key(0)).dtype)
-    # The abstract mesh: constants are computed on this machine, not on chips that do not exist.
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return generate_program.lower(
-            params, abstract(jnp.int32, shape[1]), abstract(bool, shape[1]), keys,
-            _abstract_policy(policy, cfg, mesh),
-            cfg=cfg, sampler=sampler, cache=parse_cache(cache) or NoCache(), executor="auto",
-        )  # fmt: skip
-
-
-def _abstract_policy(text: str, cfg: ModelConfig, mesh: Mesh) -> Policy | None:
-    def make():
-        size = cfg.d_model, cfg.num_layers
-        return rounded(init_routers(*size, RouterConfig(), seed_key(0)), cfg.dtype)
-
-    def routed(num_skipped):
-        shapes, everywhere = jax.eval_shape(make), sharding.replicated(mesh)
-        return Routed(with_shardings(shapes, jax.tree.map(lambda _: everywhere, shapes)), 0.1)
-
-    return parse_policy(text, cfg.num_layers, routed)
+def abstract_policy(text: str, cfg: ModelConfig, mesh: Mesh) -> Policy | None:
+    """The policy of an option; routers have a shape and a sharding only."""
+    return parse_policy(
+        text, cfg.num_layers, lambda _: routed_shapes(cfg, RouterConfig(), mesh, 0.1)
+    )
 
 
 def measure_memory(
@@ -106,7 +56,11 @@ def measure_memory(
 ) -> dict[str, Any]:
     """Gigabytes of the weights and at the peak; None if the program does not fit."""
     sampler = Confidence(gen_length=options.gen, block_length=options.block)
-    lowered = lower_generation(cfg, mesh, sampler, (options.batch, options.prompt), **case)
+    lowered = lower_generation(
+        cfg, inference_shapes(cfg, mesh, "stacked"), mesh, sampler,
+        (options.batch, options.prompt), parse_cache(case["cache"]),
+        abstract_policy(case["policy"], cfg, mesh),
+    )  # fmt: skip
     try:
         kept, peak = read_memory(lowered.compile())
     except jax.errors.JaxRuntimeError as error:
@@ -121,17 +75,17 @@ def run(options: argparse.Namespace) -> None:
     for cache in options.caches:
         parse_cache(cache)
     table = LiveTable(COLUMNS, options.out, vars(options))
-    devices = devices_of(options.topology)
-    mesh = sharding.make_mesh(MeshConfig(tensor=options.tensor), devices)
+    pod = Pod(options.topology, tpu_devices(options.topology))
+    mesh = sharding.make_mesh(MeshConfig(tensor=options.tensor), pod.devices)
     for policy in options.policies:
-        _abstract_policy(policy, cfg, mesh)
+        abstract_policy(policy, cfg, mesh)
     for cache in options.caches:
         for policy in options.policies:
             start = time.perf_counter()
             found = measure_memory(cfg, mesh, options, cache=cache, policy=policy)
             table.add_row(
                 topology=options.topology, **mesh.shape, cache=cache, policy=policy,
-                batch=options.batch, **found, chip_gb=CHIP_GB.get(devices[0].device_kind),
+                batch=options.batch, **found, chip_gb=chip_gigabytes(pod),
                 compile_s=time.perf_counter() - start,
             )  # fmt: skip
 

@@ -139,6 +139,11 @@ class Bench:
         return Table(header, lines)
 
 
+def prompt_length_of(cfg: ModelConfig) -> int:
+    """Tokens of a prompt where none is given: 64, or half of the model's positions."""
+    return min(64, cfg.max_length // 2)
+
+
 def random_prompts(
     cfg: ModelConfig, count: int | None, length: int | None, seed: int
 ) -> list[list[int]]:
@@ -148,7 +153,7 @@ def random_prompts(
       count: None: 8.
       length: None: 64 tokens, or half of the model's positions.
     """
-    length = min(64, cfg.max_length // 2) if length is None else length
+    length = prompt_length_of(cfg) if length is None else length
     count = 8 if count is None else count
     require(count > 0 and length > 0, f"{count} prompts of {length} tokens: give positive numbers")
     special = [cfg.mask_id, cfg.pad_id, cfg.eos_id, cfg.eot_id]

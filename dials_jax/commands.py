@@ -16,7 +16,7 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from types import UnionType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from dials_jax.config.choices import apply_choices, choice_flags
 from dials_jax.config_files import load_config, shipped_configs
@@ -27,11 +27,50 @@ from dials_jax.stopping import Stopped, obey_sigterm
 C = TypeVar("C")
 
 
+class Hosts(NamedTuple):
+    """The processes of a run, where nothing on the machine names them.
+
+    Attributes:
+      coordinator: HOST:PORT of the first process, which the others reach there.
+    """
+
+    coordinator: str
+    num_processes: int
+    process_index: int
+
+    @classmethod
+    def of(cls, options: argparse.Namespace) -> Hosts | None:
+        """Those of the options. Raises: InputError unless all of them are given, or none."""
+        given = {name: vars(options).get(name) for name in cls._fields}
+        missing = [f"--{n.replace('_', '-')}" for n, x in given.items() if x is None]
+        if len(missing) == len(given):
+            return None
+        require(
+            not missing,
+            f"{' and '.join(missing)} missing; the processes of a run are named by --coordinator "
+            "HOST:PORT, --num-processes N and --process-index I, all three",
+        )
+        hosts = cls(**given)
+        host, _, port = hosts.coordinator.rpartition(":")
+        require(
+            bool(host) and port.isdecimal() and 0 < int(port) < 2**16,
+            f"--coordinator={hosts.coordinator} is no HOST:PORT; give one such as node001:5005",
+        )
+        require(
+            0 <= hosts.process_index < hosts.num_processes,
+            f"--process-index={hosts.process_index} must lie in 0 to {hosts.num_processes - 1}, "
+            f"one less than --num-processes={hosts.num_processes}",
+        )
+        return hosts
+
+
 @dataclasses.dataclass(frozen=True)
 class CommandLine:
     """`--config FILE --workdir DIR [--some.field value]`, as it was given.
 
     Attributes:
+      hosts: the processes of the run, if options name them.
+      compile_for: the pod to compile for, in place of running; None: run.
       rest: the options of the configuration.
     """
 
@@ -39,6 +78,8 @@ class CommandLine:
     config: str
     workdir: str | None
     distributed: bool
+    hosts: Hosts | None
+    compile_for: str | None
     rest: list[str]
 
     @classmethod
@@ -54,7 +95,11 @@ class CommandLine:
             parser.print_help()
             raise SystemExit(0)
         workdir, distributed = vars(known).get("workdir"), vars(known).get("distributed", False)
-        return cls(description, known.config, workdir, distributed, rest)
+        compile_for = vars(known).get("compile_for")
+        if workdir is not None:
+            local_path(workdir, "--workdir")
+        hosts = Hosts.of(known)
+        return cls(description, known.config, workdir, distributed, hosts, compile_for, rest)
 
     def settings(self, config_class: type[C] | UnionType) -> C:
         """The configuration with its options applied."""
@@ -63,9 +108,8 @@ class CommandLine:
     def folder(self) -> Path:
         """The workdir. Joins the other hosts of a pod first, if that is asked for."""
         require(self.workdir is not None, "--workdir DIR is missing; say where results go")
-        local_path(self.workdir, "--workdir")
-        if self.distributed:
-            _join()
+        if self.distributed or self.hosts:
+            _join(self.hosts)
         return Path(self.workdir).expanduser()
 
 
@@ -109,20 +153,40 @@ def config_parser(description: str, needs_workdir: bool) -> argparse.ArgumentPar
             action="store_true",
             help="join the other hosts of a pod before starting",
         )
+        group = parser.add_argument_group("the processes of a run, where nothing names them")
+        group.add_argument("--coordinator", metavar="HOST:PORT", help="of the first process")
+        group.add_argument("--num-processes", type=int, metavar="N", help="in all")
+        group.add_argument("--process-index", type=int, metavar="I", help="of this one, from 0")
+        parser.add_argument(
+            "--compile-for", metavar="POD", help="run nothing: say what it takes of v5e:16x16, ..."
+        )
     return parser
 
 
-def _join() -> None:
+def _join(hosts: Hosts | None) -> None:
+    """Joins the other processes. Args: hosts: None: those that the machine's environment names."""
     import jax
 
     try:
-        jax.distributed.initialize()
+        if hosts is None:
+            jax.distributed.initialize()
+        else:  # nothing is detected beside them
+            jax.distributed.initialize(*hosts, cluster_detection_method="deactivate")
     except ValueError as error:  # nothing names the other hosts
         raise InputError(
-            f"--distributed finds no other hosts ({error}); leave it out on a single one, or start "
-            "the command on every host of a pod"
+            f"--distributed finds no other hosts ({error}); leave it out on a single one, or name "
+            "them by --coordinator, --num-processes and --process-index"
+        ) from error
+    except RuntimeError as error:
+        raise InputError(
+            f"the other hosts cannot be joined ({_first_line(error)}); start the command on all of "
+            "them, and let them reach the first one"
         ) from error
     obey_sigterm()  # JAX sets its own handler, which nothing here uses
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def override(config: C, arguments: list[str], description: str = "") -> C:

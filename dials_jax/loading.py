@@ -57,6 +57,18 @@ def read_config(path: str | Path, dtype: Any = None) -> ModelConfig:
     return cfg if dtype is None else replace(cfg, dtype=folders.dtype_name(dtype))
 
 
+def read_formats(
+    path: str | Path, dtype: Any = None, weights: EightBits | None = None
+) -> tuple[str, EightBits | None]:
+    """The number format of the weights that `load` would load, and in which 8 bits those of layers
+    are; no weight is read."""
+    folder, is_own = find_model(path)
+    if not is_own:
+        return _open_hugging_face(folder, dtype)[0].dtype, weights
+    info = folders.read_info(folder)
+    return folders.dtype_name(dtype) or info.dtype, weights or info.weights
+
+
 def find_model(path: str | Path) -> tuple[Path, bool]:
     """The folder that holds the model, and whether it is one of this library."""
     folder = local_path(path, "model")

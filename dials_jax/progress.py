@@ -3,8 +3,11 @@ first part of a run is done, how long the rest takes."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -47,6 +50,24 @@ class ProgressLines:
 
     def flush(self) -> None:
         self._file.flush()
+
+
+@contextlib.contextmanager
+def still_at(what: str, say: Callable[[str], Any], every: float = LINE_SECONDS) -> Iterator[None]:
+    """Says now and then that something without steps still goes on, and for how long."""
+    begun, ended = time.monotonic(), threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(every):
+            say(f"{what}: {format_duration(time.monotonic() - begun)} so far")
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
 
 
 class Pace:

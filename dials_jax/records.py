@@ -88,7 +88,8 @@ class Records:
             if identity != old or not known.exists():
                 write_json(known, identity, digest=True)
 
-        sharding.wait()
+        facts = {"settings or weights": identity, f"records in {self.path}": self.all}
+        sharding.require_same_everywhere(facts)
         sharding.on_first_process(open_for_more)
 
     def add(self, record: Mapping[str, Any]) -> None:

@@ -7,9 +7,10 @@ compiler inserts the collectives. One device is a mesh of one.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -214,7 +215,23 @@ def from_first_process(make: Callable[[], Any]) -> Any:
     return json.loads(bytes(made))
 
 
-def wait() -> None:
-    """Waits until all processes have called this."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("dials_jax.wait")
+def require_same_everywhere(facts: Mapping[str, Any]) -> None:
+    """Checks, by digests, that every process has the same values. All processes must call it.
+
+    Args:
+      facts: plain JSON values, by what they are in words: in the plural, or without an article.
+    Raises: on all processes, InputError naming what differs, and the first process that it does on.
+    """
+    if jax.process_count() == 1:
+        return
+    texts = [json.dumps(value, sort_keys=True).encode() for value in facts.values()]
+    own = np.array([list(hashlib.sha256(text).digest()[:16]) for text in texts], np.uint8)
+    differs = multihost_utils.process_allgather(own)  # [processes, facts, digest]
+    differs = (differs != differs[:1]).any(axis=-1)
+    for number, what in enumerate(facts):
+        others = np.flatnonzero(differs[:, number]).tolist()
+        require(
+            not others,
+            f"process {others[0] if others else ''} of {jax.process_count()} has other {what} than "
+            "the first one; start the same command on all hosts, with the same files",
+        )

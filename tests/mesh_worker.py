@@ -43,6 +43,7 @@ from dials_jax.nn.kernels.dispatch import LOOKUP
 from dials_jax.nn.kernels.implementation import dispatch
 from dials_jax.nn.kernels.tpu_attention import splash_attention
 from dials_jax.nn.kv import KV
+from dials_jax.pods.footprint import read_footprint
 from dials_jax.sampling.block_diffusion import BlockDiffusion
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.generate import generate
@@ -69,7 +70,8 @@ OPTIMIZER = make_optimizer(OptimizerConfig(num_steps=10, warmup_steps=1, learnin
 
 
 def train_step(mesh, loss_fn, init, frozen, prefix):
-    """Two steps of training: metrics of the second, and the parameters after it."""
+    """Two steps of training: metrics of the second, and the parameters after it; and what a device
+    sends in a step, by kind of collective."""
     task = ArithmeticTask(ArithmeticData(num_items=400))
     state = init_train_state(init, OPTIMIZER, mesh, prefix)
     step = jax.jit(
@@ -86,7 +88,8 @@ def train_step(mesh, loss_fn, init, frozen, prefix):
     length = batches[0].tokens.shape[1]
     # Hidden states, or their gradients, of all rows of a microbatch at once.
     whole = re.findall(rf"f32\[{16 // MICROBATCHES},{length},\d+\]", step.as_text())
-    return {"params": state.params, "values": values, "whole": len(whole)}
+    sent = {kind: size for kind, (size, _) in read_footprint(step).sent().items()}
+    return {"params": state.params, "values": values, "whole": len(whole)}, sent
 
 
 def evaluate(mesh, cfg, params, routers):
@@ -280,13 +283,14 @@ def run(mesh):
     unrolled = Model(cfg, params | {"layers": trees.unstack(params["layers"])}, mesh)
     new_model = partial(transformer.init, cfg, jax.random.key(0))
     same_routers = partial(jax.tree.map, jnp.copy, routers)
+    trained, sent = train_step(mesh, model_loss(cfg, objective, True), new_model, {}, "")
+    loss = router_loss(cfg, router_cfg, objective, False)
     return {
         "digest": digests.digest(placed),
         "fingerprint": {"stacked": model.fingerprint, "unrolled": unrolled.fingerprint},
-        "model": train_step(mesh, model_loss(cfg, objective, True), new_model, {}, ""),
-        "router": train_step(
-            mesh, router_loss(cfg, router_cfg, objective, False), same_routers, placed, "routers/"
-        ),
+        "model": trained,
+        "sent": sent,
+        "router": train_step(mesh, loss, same_routers, placed, "routers/")[0],
         "evaluation": evaluate(mesh, cfg, params, routers),
         "eight_bits": in_eight_bits(mesh, cfg, routers),
         "partitioned": generate_as_on_gpus(mesh, cfg, params, routers),

@@ -10,6 +10,7 @@ from unittest import mock
 
 import jax
 
+from dials_jax.commands import CommandLine
 from dials_jax.config import (
     ArithmeticData,
     EvalConfig,
@@ -21,9 +22,11 @@ from dials_jax.config import (
     ScheduleStudy,
     TrainConfig,
 )
+from dials_jax.errors import InputError
 from dials_jax.evaluation.sweep import sweep
 from dials_jax.models import families
 from dials_jax.reporting import publish
+from dials_jax.sharding import require_same_everywhere
 from dials_jax.studies.study import run_study
 from dials_jax.training.loop import train
 from tests import conftest  # noqa: F401  exact products
@@ -94,7 +97,22 @@ def work_without_figures(folder: Path, mesh: MeshConfig) -> None:
     )
 
 
+def join(number: str, count: str, port: str, folder: str) -> Path:
+    """Joins the others as a command does whose options name them."""
+    hosts = ["--coordinator", f"localhost:{port}", "--num-processes", count]
+    options = ["--config", "none", "--workdir", folder, *hosts, "--process-index", number]
+    return CommandLine.read("", options).folder()
+
+
+def differ(what: str) -> None:
+    """Says on each process how a value is refused that is not the same on all."""
+    try:
+        require_same_everywhere({"seeds": 1, what: jax.process_index()})
+    except InputError as error:
+        print(f"refused: {error}", flush=True)
+
+
 if __name__ == "__main__":
-    number, count, port, folder = sys.argv[1:]
-    jax.distributed.initialize(f"localhost:{port}", int(count), int(number))
-    work(Path(folder), MeshConfig(data=1, fsdp=int(count)))
+    folder = join(*sys.argv[1:])
+    work(folder, MeshConfig(data=1, fsdp=jax.process_count()))
+    differ("requests")

@@ -1,5 +1,6 @@
 import errno
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -225,6 +226,49 @@ def test_hosts_that_cannot_be_found_are_one_line(config, monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
     with pytest.raises(InputError, match="--distributed finds no other hosts"):
         parsed(config, "--distributed")
+
+
+HOSTS = ["--coordinator", "node001:5005", "--num-processes", "4", "--process-index", "2"]
+
+
+def test_hosts_that_options_name_are_joined_without_looking_for_others(config, monkeypatch):
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: calls.append((a, k)))
+    parsed(config, *HOSTS)
+    assert calls == [(("node001:5005", 4, 2), {"cluster_detection_method": "deactivate"})]
+    parsed(config)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (slice(0, 2), "--coordinator missing; the processes of a run are named by"),
+        (slice(2, 6), "--num-processes and --process-index missing"),
+        (("node001", 1), "--coordinator=node001 is no HOST:PORT; give one such as node001:5005"),
+        (("node001:70000", 1), "--coordinator=node001:70000 is no HOST:PORT"),
+        (("4", 5), "--process-index=4 must lie in 0 to 3"),
+        (("-1", 5), "--process-index=-1 must lie in 0 to 3"),
+    ],
+)
+def test_hosts_that_options_name_badly_are_refused_before_any_work(config, change, message):
+    options = list(HOSTS)
+    if isinstance(change, slice):
+        del options[change]
+    else:
+        options[change[1]] = change[0]
+    with pytest.raises(InputError, match=re.escape(message)) as error:
+        parsed(config, *options)
+    assert "\n" not in str(error.value)
+
+
+def test_hosts_that_do_not_answer_are_one_line(config, monkeypatch):
+    def initialize(*hosts, **how):
+        raise RuntimeError("DEADLINE_EXCEEDED: barrier timed out\nmore")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(InputError, match=r"joined \(DEADLINE_EXCEEDED: barrier timed out\);"):
+        parsed(config, *HOSTS)
 
 
 def test_help_says_how_to_list_every_field(config, capsys):

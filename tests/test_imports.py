@@ -30,6 +30,7 @@ LEVELS = (
     {"text"},
     {"answer_file", "bench", "watching"},
     {"studies"},
+    {"pods"},
     {"commands"},
     {"cli"},
     {"compare"},

@@ -73,3 +73,20 @@ def test_rows_and_shards_really_differ(results):
         assert 0.2 < gates.mean() < 0.95
         assert (gates != gates[..., :1]).any()
     assert 0.05 < results("one")["router/values/skip_rate"] < 0.95
+
+
+def test_what_a_step_sends_is_read_from_its_program(results):
+    """Split weights are gathered twice in a step, of every layer for both microbatches, and the
+    gradients of those that are not split are summed; one device sends nothing."""
+    sent = {
+        mesh: {name.partition("/")[2]: float(x) for name, x in found.items() if "sent/" in name}
+        for mesh, found in ((mesh, results(mesh)) for mesh in ("one", *MESHES))
+    }
+    params = {name: x for name, x in results("one").items() if name.startswith("model/params/")}
+    split = sum(x.nbytes for name, x in params.items() if "layers" in name and "norm" not in name)
+    every = sum(x.nbytes for x in params.values())
+    assert sent["one"] == {}
+    assert sent["data8"].get("all-gather", 0) < split / 8 < split < sent["data8"]["all-reduce"]
+    assert every * 2 * 7 / 8 <= sent["data8"]["all-reduce"] < 2.2 * every * 2 * 7 / 8
+    assert 2 * 2 * split * 3 / 4 <= sent["data2_fsdp4"]["all-gather"] < 2.5 * 2 * split
+    assert sent["data2_fsdp2_tensor2"]["all-gather"] < sent["data2_fsdp4"]["all-gather"]

@@ -171,3 +171,11 @@ def test_a_study_draws_and_writes_every_sample_once(folders):
     assert (two / "study" / "results.csv").exists()
     shown = [("gen. PPL" in output, "full: " in output) for output in outputs]
     assert shown == [(True, True), (False, False)]  # the first process speaks for all
+
+
+def test_what_differs_between_processes_is_named_on_all_of_them(folders):
+    line = (
+        "refused: process 1 of 2 has other requests than the first one; start the same command on "
+        "all hosts, with the same files"
+    )
+    assert [output.splitlines().count(line) for output in folders[2]] == [1, 1]

@@ -2,6 +2,7 @@
 
 dials generate MODEL --prompt "1 + 1 ="
 dials generate MODEL --file prompts.jsonl --chat --router runs/router --out answers.jsonl
+dials generate MODEL --batch-size 64 --cache dual --compile-for v5e:2x2 --mesh.tensor 4
 
 A line of prompts.jsonl is {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}.
 Answers are written as they come. A run that was stopped or killed continues with the same command;
@@ -29,6 +30,8 @@ def generate_command(argv: list[str] | None = None) -> None:
     """Answers the prompts, and says what they cost."""
     given = generate_options().read(argv)
     check_generate(given)
+    if given.compile_for is not None:
+        return fit_generation(given)
     prompts = read_prompts(given)
     keep_programs()
     from dials_jax.answer_file import open_answers
@@ -75,8 +78,22 @@ def generate_options() -> Options:
     group.add_argument("--out", metavar="JSONL", help="where answers go; default: the terminal")
     group.add_argument("--log-probs", action="store_true", help="keep each token's, with --out")
     group.add_argument("--batch-size", type=int, default=32, metavar="N", help="prompts at a time")
+    group.add_argument(
+        "--compile-for", metavar="POD", help="run nothing: say what it takes of v5e:2x2, ..."
+    )
     add_sampling_options(parser)
     return parser
+
+
+def fit_generation(given: argparse.Namespace) -> None:
+    """Compiles a batch of answers for a pod that need not be here; no prompts: to short ones."""
+    prompts = read_prompts(given) if given.prompt or given.file else []
+    from dials_jax.cli.fit import fit_or_exit
+    from dials_jax.cli.open_model import answering_of
+    from dials_jax.pods.programs import answering_knobs, answering_programs
+
+    answering = answering_of(given, prompts)
+    fit_or_exit(answering, given.compile_for, answering_programs, answering_knobs)
 
 
 def check_generate(given: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from dials_jax.bench import Bench, Case, random_prompts
+from dials_jax.bench import Bench, Case, prompt_length_of, random_prompts
 from dials_jax.caching.parse import parse_cache
 from dials_jax.cli.bench import parse_policy
 from dials_jax.cli.options import SAMPLING
@@ -21,9 +21,12 @@ from dials_jax.evaluation.harness import (
     tokenizer_path,
 )
 from dials_jax.evaluation.task import SamplerConfig
-from dials_jax.loading import load, read_config
+from dials_jax.loading import find_model, load, read_config, read_formats
 from dials_jax.models.model import Model
+from dials_jax.nn.policy import Policy
+from dials_jax.pods.programs import Answering
 from dials_jax.sharding import make_mesh
+from dials_jax.skipping.policies import Random, Static
 from dials_jax.text import (
     check_lengths,
     encode_prompts,
@@ -71,6 +74,38 @@ def open_model(
     return model, job | {"policy": policy, "tokenizer": tokenizer_path(settings)}
 
 
+def answering_of(given: argparse.Namespace, prompts: Sequence[Any]) -> Answering:
+    """The batch that the options stand for, of a model whose weights are not read.
+
+    Args:
+      prompts: none: they have as many tokens as random ones of `dials bench`.
+
+    Raises: InputError for options that do not fit each other or the model.
+    """
+    cfg, settings = read_config(given.model, given.dtype), sampling_settings(given)
+    if prompts:
+        reader = open_reader(cfg, find_model(given.model)[0], given.tokenizer or None)
+        ids, sampler, _ = encode_prompts(reader, prompts, chat=given.chat, **settings)
+        lengths = list(map(len, ids))
+    else:
+        lengths, asked = [prompt_length_of(cfg)], settings.pop("max_new_tokens", None)
+        length = fitting_length(cfg, lengths[0], asked, settings.get("block_length"))
+        sampler = settings.get("sampler") or text_sampler(cfg, length, **settings)
+    count = min(given.batch_size, len(prompts)) or given.batch_size
+    dtype, weights = read_formats(given.model, given.dtype, given.weights)
+    return Answering(
+        cfg, sampler, count, max(lengths), min(lengths) < max(lengths), mesh_of(given),
+        parse_cache(given.cache), _policy_of(given), given.router, weights, dtype,
+    )  # fmt: skip
+
+
+def _policy_of(given: argparse.Namespace) -> Policy | None:
+    """Static or random layers; a router is read where its devices are known."""
+    if given.static:
+        return Static(given.static)
+    return Random(given.random) if given.random else None
+
+
 def open_bench(given: argparse.Namespace, texts: Sequence[Any]) -> Bench:
     """Loads the model, all policies and the prompts of `dials bench`.
 
@@ -81,7 +116,9 @@ def open_bench(given: argparse.Namespace, texts: Sequence[Any]) -> Bench:
     """
     caches = [parse_cache(name) for name in given.caches]
     policies = {
-        text: HarnessModel(path=given.model, seed=given.seed, **parse_policy(text))
+        text: HarnessModel(
+            path=given.model, tokenizer=given.tokenizer, seed=given.seed, **parse_policy(text)
+        )
         for text in given.policies
     }
     model = load(given.model, given.dtype, make_mesh(mesh_of(given)), weights=given.weights)

@@ -31,14 +31,28 @@ def load_training_data(
     tokenizer = load_data_tokenizer(cfg, model_folder)
     task = ArithmeticTask(cfg) if isinstance(cfg, ArithmeticData) else cfg
     check_tokenizer(tokenizer, model_config)
-    is_text = isinstance(task, TextData | CorpusData)
-    length = task.length if is_text else task.prompt_length + task.answer_length
+    length = row_length(cfg)
     require(
         length <= model_config.max_length,
         f"rows of {length} tokens do not fit the model's {model_config.max_length} positions; "
         "shorten them or raise max_length",
     )
     return _open_rows(task, model_config, tokenizer, held_out), tokenizer
+
+
+def row_length(cfg: Data) -> int:
+    """Tokens of a row of training data; no file is read."""
+    if isinstance(cfg, TextData | CorpusData):
+        return cfg.length
+    task = ArithmeticTask(cfg) if isinstance(cfg, ArithmeticData) else cfg
+    return task.prompt_length + task.answer_length
+
+
+def may_pad_rows(cfg: Data) -> bool:
+    """Whether rows of training data may have padding; no file is read."""
+    if isinstance(cfg, TextData | CorpusData):
+        return cfg.random_length_prob > 0
+    return not isinstance(cfg, ArithmeticData)
 
 
 def load_data_tokenizer(

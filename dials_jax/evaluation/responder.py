@@ -43,6 +43,7 @@ from dials_jax.models.model import Model
 from dials_jax.nn.policy import Policy
 from dials_jax.progress import Pace
 from dials_jax.sampling.sampler import Sampler
+from dials_jax.sharding import require_same_everywhere
 from dials_jax.skipping.flops import Flops
 
 PromptIds = tuple[int, ...]
@@ -219,6 +220,7 @@ class Responder:
           answer: to the request of this name; None as long as something is missing.
           cost: of the requests of these names, each with so many sequences without scores.
         """
+        require_same_everywhere({"requests": list(copies), "answers": facts})
         if not copies:
             return
         with self.store.open(kind, facts) as kept:

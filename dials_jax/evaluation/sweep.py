@@ -83,8 +83,8 @@ def sweep(
 
 
 def _sweep(cfg: EvalConfig, workdir: Path) -> dict[str, Any]:
-    tasks, tokenizers = _load_tasks(cfg)
     mesh = sharding.make_mesh(cfg.mesh)
+    tasks, tokenizers = load_tasks(cfg)
     model = load(cfg.model, cfg.dtype, mesh, cfg.layout, cfg.weights)
     calibrations = [
         load_calibration(cfg, task, items, tokenizer, model) if cfg.num_static else None
@@ -137,12 +137,11 @@ def _sweep(cfg: EvalConfig, workdir: Path) -> dict[str, Any]:
     return results
 
 
-def _load_tasks(cfg: EvalConfig) -> tuple[list[tuple[EvalTask, Items]], list[Tokenizer]]:
+def load_tasks(cfg: EvalConfig) -> tuple[list[tuple[EvalTask, Items]], list[Tokenizer]]:
     """The tasks with their items, and their tokenizers; no weight is read.
 
     Weights take minutes, and what is wrong with settings and data takes a moment to see.
     """
-    sharding.make_mesh(cfg.mesh)
     folder, model_config = str(find_model(cfg.model)[0]), read_config(cfg.model, cfg.dtype)
     _check_sweep(cfg, model_config.num_layers)
     load_once = functools.cache(load_tokenizer)

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dials_jax import sharding
 from dials_jax.config import to_dict
 from dials_jax.errors import InputError, require
 from dials_jax.evaluation.items import Item, items_digest
@@ -85,6 +86,7 @@ class SweepRecords:
             for name, known in self.names.items()
         }
         self._digests = {name: items_digest(of_task) for name, of_task in items.items()}
+        sharding.require_same_everywhere({"items of its tasks": self._digests})
         self._completed = EarlierRecords(stored, {self.names[name]: x for name, x in items.items()})
         for record in self._records.all:
             self._remember(record)

@@ -39,6 +39,7 @@ from dials_jax.training.run import (
     require_kept,
     require_own,
     require_same_experiment,
+    shared_settings,
     step_folder,
 )
 from dials_jax.training.step import (
@@ -97,7 +98,11 @@ def _train(cfg: TrainConfig, workdir: Path, checkpoints: Checkpoints) -> TrainSt
     )
     require_own(workdir, cfg)
     checkpoints.require_own()
+    sharding.require_same_everywhere(
+        {"settings": shared_settings(cfg), f"checkpoints in {workdir}": checkpoints.steps()}
+    )
     run = prepare_run(cfg, mesh)
+    sharding.require_same_everywhere({"data or models": run.identity})
     epoch = steps_per_epoch(run.data, cfg.batch_size)
     optimizer, total = make_optimizer(cfg.optimizer, epoch), num_steps(cfg.optimizer, epoch)
     require_same_settings = partial(require_same_experiment, workdir, cfg, run.identity, epoch)

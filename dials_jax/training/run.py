@@ -42,6 +42,7 @@ from dials_jax.training.thresholds import fit_thresholds
 from dials_jax.training.validation import Score, Validation, model_score, router_score
 from dials_jax.workdir import differences, read_mark, require_unclaimed
 
+PLACES = ("folder", "paths", "cache", "tokenizer", "reader")  # of data: where its rows are
 # Settings that may change when a run continues. Those of data say where the rows are; the data's
 # fingerprint says that they are the same rows. The models that a run starts from have fingerprints
 # as well.
@@ -52,7 +53,7 @@ FREE_FIELDS = tuple(
         "keep_models_at",
         *("num_microbatches", "layout", "backbone", "init_from", "fit_execution"),
         *("validation", "validate_every", "validation_batches", "validation_thresholds"),
-        *(f"data.{place}" for place in ("folder", "paths", "cache", "tokenizer", "reader")),
+        *(f"data.{place}" for place in PLACES),
     )
 )
 # These have no effect where a model is trained.
@@ -326,6 +327,15 @@ def _require_same_rates(
         f"{workdir} holds another experiment ({said}, which changes the learning rates of its "
         f"steps); keep it, or {advice} another --workdir",
     )
+
+
+def shared_settings(cfg: TrainConfig) -> dict[str, Any]:
+    """The settings that all processes have in common: each may find data and models elsewhere."""
+    settings = to_dict(cfg)
+    for data in (settings["data"], settings["validation"] or {}):
+        for place in PLACES:
+            data.pop(place, None)
+    return {name: x for name, x in settings.items() if name not in ("backbone", "init_from")}
 
 
 def claim_workdir(workdir: Path, cfg: TrainConfig, identity: dict[str, Any]) -> None:
