@@ -132,11 +132,7 @@ def local_path(path: str | Path, name: str) -> Path:
     """
     text = str(path)
     require(bool(text), f"{name} is empty; give a folder (is a variable of the shell unset?)")
-    given = re.sub(":/(?!/)", "://", text, count=1)  # pathlib takes `gs://` for `gs:/`
-    require(
-        not SCHEME.match(text),
-        f"{name}={given} is no local path, and only those are read and written; mount or copy it",
-    )
+    require_local(text, name)
     try:
         text.encode()  # a name that is no UTF-8 could not be printed in a report
         absolute = Path(text).expanduser().absolute()
@@ -150,6 +146,15 @@ def local_path(path: str | Path, name: str) -> Path:
         reason = "a name in it is too long"
     require(not reason, f"{name}={_shortened(text)} is no path ({reason}); choose another")
     return absolute
+
+
+def require_local(text: str, name: str) -> None:
+    """Raises: InputError for an address of another file system, as `gs://bucket`."""
+    given = re.sub(":/(?!/)", "://", text, count=1)  # pathlib takes `gs://` for `gs:/`
+    require(
+        not SCHEME.match(text),
+        f"{name}={given} is no local path, and only those are read and written; mount or copy it",
+    )
 
 
 def require_writable(folder: str | Path, name: str = "--workdir") -> None:

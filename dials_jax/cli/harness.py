@@ -14,7 +14,13 @@ def harness_command() -> None:
     require_packages("eval", "lm_eval")
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("-o", "--output_path")
-    if out := parser.parse_known_args()[0].output_path:  # the harness writes it at its very end
+    parser.add_argument("--include_path")
+    parser.add_argument("-c", "--use_cache")
+    given = parser.parse_known_args()[0]
+    for name in ("include_path", "use_cache"):
+        if path := getattr(given, name):
+            local_path(path, f"--{name}")
+    if out := given.output_path:  # the harness writes it at its very end
         folder = local_path(out, "--output_path")
         require_writable(folder if folder.suffix != ".json" else folder.parent, "--output_path")
     keep_programs()

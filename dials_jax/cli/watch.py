@@ -17,7 +17,7 @@ from typing import Any
 from dials_jax.cli.options import Options, add_model_options, add_sampling_options
 from dials_jax.commands import keep_programs
 from dials_jax.errors import require
-from dials_jax.files import file_to_write
+from dials_jax.files import file_to_write, local_path
 
 LONGEST_DELAY = 3600  # seconds
 
@@ -81,6 +81,8 @@ def check_watch(given: argparse.Namespace) -> None:
         from dials_jax.sampling.model_schedule import Schedule
 
         Schedule.parse(given.schedule)
+    if given.light is not None:
+        local_path(given.light, "--light")
     if given.out is not None:
         file_to_write(given.out, "--out", "replay.html")
 

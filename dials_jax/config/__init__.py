@@ -30,6 +30,7 @@ from dials_jax.config.training import ObjectiveConfig, OptimizerConfig, TrainCon
 from dials_jax.config.typed import (
     INT32,
     Count,
+    Place,
     Range,
     Seed,
     Typed,
@@ -60,6 +61,7 @@ __all__ = [
     "ModelConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
+    "Place",
     "ProposeStudy",
     "Range",
     "RepresentationStudy",

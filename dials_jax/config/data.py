@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from dials_jax.config.typed import Seed, Typed
+from dials_jax.config.typed import Place, Seed, Typed
 from dials_jax.errors import require
 
 
@@ -21,14 +21,14 @@ class TextData(Typed):
     """Documents packed one after the other into rows of `length` tokens."""
 
     kind: Literal["text"] = "text"
-    paths: tuple[str, ...] = ()  # .txt, .jsonl, .jsonl.gz, .jsonl.xz files, or folders of them
+    paths: tuple[Place, ...] = ()  # .txt, .jsonl, .jsonl.gz, .jsonl.xz files, or folders of them
     # A tokenizer.json, or a folder with the files of one (docs/data.md); "" is the model's.
-    tokenizer: str = ""
+    tokenizer: Place = ""
     length: int = 1024
     prompt_length: int = 0  # tokens at the front that are never masked
     # Probability that a batch is cut to a random length, as in LLaDA (appendix B.1).
     random_length_prob: float = 0.01
-    cache: str = ".cache/dials_jax"  # the folder of the packed rows
+    cache: Place = ".cache/dials_jax"  # the folder of the packed rows
 
     def __post_init__(self):
         super().__post_init__()
@@ -43,14 +43,14 @@ class CorpusData(Typed):
     """
 
     kind: Literal["corpus"] = "corpus"
-    folder: str  # of the rows; all hosts of a pod have to read it
-    dataset: str = ""  # "Skylion007/openwebtext", or a folder; see docs/data.md
+    folder: Place  # of the rows; all hosts of a pod have to read it
+    dataset: Place = ""  # "Skylion007/openwebtext", or a folder; see docs/data.md
     dataset_config: str = ""
     dataset_split: str = "train"
-    paths: tuple[str, ...] = ()  # or .txt, .jsonl, .jsonl.gz, .jsonl.xz files, or folders of them
+    paths: tuple[Place, ...] = ()  # or .txt, .jsonl, .jsonl.gz, .jsonl.xz files, or folders of them
     text_field: str = "text"
     skip_bad_files: bool = False  # leave out files that cannot be read, instead of stopping
-    tokenizer: str = ""  # as in TextData; if the model has none either, that of `folder`
+    tokenizer: Place = ""  # as in TextData; if the model has none either, that of `folder`
     length: int = 1024
     packing: Literal["mdlm", "stream"] = "mdlm"  # see dials_jax/data/packing.py
     num_validation: int = 100_000  # the last documents, this many, are the split "validation"
@@ -83,11 +83,11 @@ class TaskData(Typed):
     kind: Literal["task"] = "task"
     # .jsonl, .jsonl.gz, .jsonl.xz, .parquet files, or folders of them; or "FOLDER:SPLIT" for a
     # folder that tensorflow-datasets has prepared
-    paths: tuple[str, ...] = ()
+    paths: tuple[Place, ...] = ()
     preparation: Literal["none", "hellaswag", "mmlu"] = (
         "none"  # adds fields; see data/preparations.py
     )
-    tokenizer: str = ""  # as in TextData
+    tokenizer: Place = ""  # as in TextData
     prompt: str = "{prompt}"
     answer: str = "{answer}"
     choices: tuple[str, ...] = ()  # templates, one per choice ("{sol1}", "{sol2}")
@@ -98,7 +98,7 @@ class TaskData(Typed):
     # templates have their own.
     target_delimiter: str | None = None
     # A file and how many of its records stand before every prompt, with their answers.
-    few_shot: tuple[str, int] | None = None
+    few_shot: tuple[Place, int] | None = None
     few_shot_by: str = ""  # only records with the same value of this field ("subject")
     few_shot_delimiter: str = "\n\n"  # after each of them
     description: str = ""  # template of what stands before them

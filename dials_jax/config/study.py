@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 
 from dials_jax.config.data import Data
 from dials_jax.config.model import Layout, MeshConfig, WeightDtype
-from dials_jax.config.typed import Seed, Typed, require_positive
+from dials_jax.config.typed import Place, Seed, Typed, require_positive
 from dials_jax.errors import require
 
 
@@ -36,9 +36,9 @@ class SamplingStudy(Typed):
 
     RENAMED: ClassVar[dict[str, str]] = {"static": "static_layers"}
 
-    models: tuple[tuple[str, str], ...]  # letter and path of each; two may have one path
-    scorer: str  # path of a causal model
-    samples: str = (
+    models: tuple[tuple[str, Place], ...]  # letter and path of each; two may have one path
+    scorer: Place  # path of a causal model
+    samples: Place = (
         ""  # workdir of an earlier study whose samples are scored; empty: new ones are drawn
     )
     static_layers: tuple[tuple[str, str], ...] = ()  # letter, layers it skips: ("L", "3,7")
@@ -104,7 +104,7 @@ class SearchStudy(SamplingStudy):
     num_light: int = 4
     num_extremes: int = 20  # best, and worst, schedules whose segments are counted
     budget: int | None = None  # try this many, each chosen by the trials before it; None: all
-    importance: str = ""  # workdir of an ImportanceStudy that says where a budget starts
+    importance: Place = ""  # workdir of an ImportanceStudy that says where a budget starts
 
     def __post_init__(self):
         super().__post_init__()
@@ -147,7 +147,7 @@ class ImportanceStudy(Typed):
 
     RENAMED: ClassVar[dict[str, str]] = {"heavy2": "second_heavy"}
 
-    models: tuple[tuple[str, str], ...]
+    models: tuple[tuple[str, Place], ...]
     heavy: str = "H"
     second_heavy: str = (
         ""  # letter of another seed of the heavy model: the baseline of the divergence
@@ -196,8 +196,8 @@ class ImportanceStudy(Typed):
 class ProposeStudy(Typed):
     """How many trials it takes to find a good schedule, replayed on a finished search."""
 
-    search: str  # workdir of a SearchStudy
-    importance: str = ""  # workdir of an ImportanceStudy; empty: only methods that measure
+    search: Place  # workdir of a SearchStudy
+    importance: Place = ""  # workdir of an ImportanceStudy; empty: only methods that measure
     budgets: tuple[int, ...] = (1, 5, 10, 20, 40, 80)  # schedules tried
     num_repeats: int = 100  # random halves of the samples, and random orders of trying
     seed: Seed = 0

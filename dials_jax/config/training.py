@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from dials_jax.config.data import Data
 from dials_jax.config.model import MeshConfig, ModelConfig, RouterConfig
-from dials_jax.config.typed import Seed, Typed, require_positive
+from dials_jax.config.typed import Place, Seed, Typed, require_positive
 from dials_jax.errors import require
 
 RateSchedule = Literal["cosine", "constant"]
@@ -100,9 +100,13 @@ class TrainConfig(Typed):
 
     RENAMED: ClassVar[dict[str, str]] = {"unrolled": "layout"}
 
-    backbone: str = ""  # a model folder or Hugging Face folder, stays frozen; empty: train a model
+    backbone: Place = (
+        ""  # a model folder or Hugging Face folder, stays frozen; empty: train a model
+    )
     model: ModelConfig | None = None  # the model to train, without a backbone
-    init_from: str = ""  # the folder of a model whose weights it starts from; empty: random weights
+    init_from: Place = (
+        ""  # the folder of a model whose weights it starts from; empty: random weights
+    )
     router: RouterConfig = RouterConfig()
     data: Data
     optimizer: OptimizerConfig

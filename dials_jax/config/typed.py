@@ -26,6 +26,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union
 import numpy as np
 
 from dials_jax.errors import InputError, nearest, require
+from dials_jax.files import require_local
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable)
@@ -43,6 +44,15 @@ INT32 = Range(-(2**31), 2**31 - 1)  # integers without another range: arrays hol
 Count = Annotated[int, Range(0, 2**63 - 1)]  # of parameters, tokens or bytes, in files
 # JAX keeps 32 bits of a seed: the key of 2**32 is the key of 0.
 Seed = Annotated[int, Range(0, 2**32 - 1)]
+
+
+class Local:
+    """Marks texts that name a file or folder: see `Place`."""
+
+
+# A file or folder of this machine. What is at another address, as gs://, is refused with the
+# settings, before any work. An empty text is none.
+Place = Annotated[str, Local]
 
 
 class Typed:
@@ -197,7 +207,10 @@ def as_type(hint: Any, value: Any, name: str, whole: Any = None) -> Any:
         for bounds in args[1:]:
             if isinstance(bounds, Range):
                 return _as_int(value, name, whole, bounds)
-        return as_type(args[0], value, name, whole)
+        value = as_type(args[0], value, name, whole)
+        if Local in args[1:]:
+            require_local(value, name)
+        return value
     if origin in (Union, UnionType):
         return _as_one_of(args, value, name, whole)
     if origin is Literal:

@@ -13,7 +13,7 @@ from typing import Any
 
 from dials_jax import sharding
 from dials_jax.caching.parse import parse_cache
-from dials_jax.config import EightBits, Layout, MeshConfig, Typed, WeightDtype, shown
+from dials_jax.config import EightBits, Layout, MeshConfig, Place, Typed, WeightDtype, shown
 from dials_jax.config.typed import field_hints
 from dials_jax.data.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
 from dials_jax.errors import nearest, require
@@ -44,10 +44,10 @@ SAMPLERS = {
 class HarnessModel(AnswerSettings):
     """A model, what it leaves out, and how it answers the harness."""
 
-    path: str
-    tokenizer: str = ""  # file or folder; "" is the model's
+    path: Place
+    tokenizer: Place = ""  # file or folder; "" is the model's
     sampler: SamplerConfig | None = None  # None: Confidence, 256 tokens, ends at end of text
-    router: str = ""  # workdir of router training
+    router: Place = ""  # workdir of router training
     skip_threshold: float | None = None  # overrides the router's own
     execution_ratio: float | None = None  # or: its thresholds that were fitted to this share
     static: tuple[int, ...] = ()  # layers that are left out, counted from 0
@@ -56,7 +56,7 @@ class HarnessModel(AnswerSettings):
     weights: EightBits | None = None  # those of layers in 8 bits; None: as they are stored
     layout: Layout = "auto"
     mesh: MeshConfig = MeshConfig()
-    store: str = ""  # folder where answers are kept; "": in memory (eval.py: in the workdir)
+    store: Place = ""  # folder where answers are kept; "": in memory (eval.py: in the workdir)
 
     def __post_init__(self):
         super().__post_init__()
@@ -76,7 +76,7 @@ class HarnessConfig(Typed):
     num_fewshot: int | None = None  # None: the task's own
     limit: int | None = None  # first items of every task only
     # Folder of task files. They name Python code, which runs as soon as the task is loaded.
-    include_path: str = ""
+    include_path: Place = ""
     include_defaults: bool = True  # False: the tasks of include_path only, which starts faster
     gen_kwargs: str = ""  # as "max_gen_toks=512,do_sample=False"; added to those of the tasks
     apply_chat_template: bool = False

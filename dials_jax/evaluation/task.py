@@ -15,6 +15,7 @@ from dials_jax.config import (
     Data,
     EightBits,
     MeshConfig,
+    Place,
     Seed,
     TaskData,
     Typed,
@@ -169,8 +170,8 @@ class EvalConfig(Typed):
         "threshold": "skip_threshold",
     }
 
-    model: str
-    routers: tuple[str, ...] = ()  # workdirs of router training, one per lambda
+    model: Place
+    routers: tuple[Place, ...] = ()  # workdirs of router training, one per lambda
     tasks: tuple[EvalTask, ...] = ()
     num_static: tuple[int, ...] = (1, 2, 3, 4)  # how many layers to skip; which: Goel, Algorithm 1
     # Whether neighbours may both be chosen (Goel, Tables 2 and 3); (False, True) is both kinds.

@@ -12,6 +12,7 @@ from dials_jax.config import (
     Layout,
     MeshConfig,
     ModelConfig,
+    Place,
     Seed,
     StudyConfig,
     Typed,
@@ -36,7 +37,7 @@ class RepresentationStudy(Typed):
     decodes its answers, and is then looked at in one forward pass over prompts and answers.
     """
 
-    models: tuple[tuple[str, str], ...]  # label and path of each
+    models: tuple[tuple[str, Place], ...]  # label and path of each
     adapted: tuple[str, ...] = ()  # labels of the diffusion models that continue a causal one
     data: Data
     num_prompts: int = 64  # the first ones
