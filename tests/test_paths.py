@@ -2,55 +2,65 @@
 
 import re
 import sys
-import typing
+from typing import Annotated, Literal, get_args, get_origin
 
 import pytest
 
 import dials_jax as dj
-import dials_jax.studies.settings
 from dials_jax import config
 from dials_jax.cli import main as cli
 from dials_jax.config.typed import Local, Typed, field_hints
 from dials_jax.data.tokenizer_training import train_tokenizer
 from dials_jax.errors import InputError
 from dials_jax.evaluation import harness
+from dials_jax.evaluation.task import EvalConfig
 from dials_jax.models import folders, groups
+from dials_jax.studies.settings import AnyStudy, RepresentationStudy
 
 ADDRESSES = ["gs://bucket/x", "s3://bucket/x"]
 
 # Texts of settings that name no file or folder.
 NO_PATHS = {
-    "adapted", "answer", "backbone_fingerprint", "choice_list", "choices",
-    "dataset_config", "dataset_split", "description", "digests", "extract", "few_shot_by",
-    "few_shot_delimiter", "fingerprint", "format", "gen_kwargs", "heavy", "label", "label_names",
+    "adapted", "answer", "choice_list", "choices",
+    "dataset_config", "dataset_split", "description", "extract", "few_shot_by",
+    "few_shot_delimiter", "gen_kwargs", "heavy", "label", "label_names",
     "light", "mean_over", "model_type", "name", "operations", "program", "prompt", "schedules",
-    "second_heavy", "segments", "static_layers", "system_instruction", "target_delimiter",
+    "second_heavy", "static_layers", "system_instruction", "target_delimiter",
     "tasks", "text_field", "until",
 }  # fmt: skip
 
 
 def texts_of(hint):
     """Whether each text that a hint holds is a path."""
-    if typing.get_origin(hint) is typing.Annotated:
-        return [Local in typing.get_args(hint)] if typing.get_args(hint)[0] is str else []
+    if get_origin(hint) is Annotated:
+        return [Local in get_args(hint)] if get_args(hint)[0] is str else []
     if hint is str:
         return [False]
-    if typing.get_origin(hint) in (None, typing.Literal):
+    if get_origin(hint) in (None, Literal):
         return []
-    return [found for part in typing.get_args(hint) for found in texts_of(part)]
+    return [found for part in get_args(hint) for found in texts_of(part)]
 
 
 def settings_classes():
-    found, new = [], Typed.__subclasses__()
+    """Those that the commands take, and all that their fields hold."""
+    found, new = set(), [config.TrainConfig, EvalConfig, harness.HarnessConfig, *get_args(AnyStudy)]
     while new:
-        found += new
-        new = [sub for cls in new for sub in cls.__subclasses__()]
-    return [cls for cls in found if hasattr(cls, "__dataclass_fields__")]
+        found.update(new)
+        hints = [hint for cls in new for hint in field_hints(cls).values()]
+        new = [cls for hint in hints for cls in held_by(hint) if cls not in found]
+    return found
+
+
+def held_by(hint):
+    """The settings that a hint allows."""
+    if isinstance(hint, type) and issubclass(hint, Typed):
+        return [hint]
+    return [cls for part in get_args(hint) for cls in held_by(part)]
 
 
 def test_every_text_of_the_settings_is_known_to_be_a_path_or_none():
     """A new field that names a file must say so, and is then refused as the others are."""
-    classes = [cls for cls in settings_classes() if cls.__module__.startswith("dials_jax.")]
+    classes = settings_classes()
     assert len(classes) > 20
     seen = set()
     for cls in classes:
@@ -78,9 +88,7 @@ def test_every_text_of_the_settings_is_known_to_be_a_path_or_none():
         lambda at: harness.HarnessConfig(
             model=harness.HarnessModel(path="x"), tasks=("gsm8k",), include_path=at
         ),
-        lambda at: dials_jax.studies.settings.RepresentationStudy(
-            models=(("a", at),), data=config.ArithmeticData()
-        ),
+        lambda at: RepresentationStudy(models=(("a", at),), data=config.ArithmeticData()),
     ],
 )
 def test_settings_refuse_an_address(make, address):
