@@ -163,6 +163,8 @@ def terminate(counting, job, workdir, rng) -> str | None:
     if not child.send(signal.SIGTERM) or child.wait() == 0:
         child.wait()
         return None
+    if child.status == -signal.SIGTERM and not child.text():  # the command had not begun
+        return None
     obeyed = child.status == 143 and child.last_line().startswith("stopped")
     return "" if obeyed else f"SIGTERM is not obeyed ({child.status})"
 
@@ -245,8 +247,9 @@ def leave_disk(workdir: Path) -> None:
 def fill_disk(counting, job, workdir, rng) -> str | None:
     """Leaves room for a part of what is still to be written; afterwards there is room again."""
     disk = workdir.parent
-    used = sum(p.stat().st_size for p in disk.rglob("*") if p.is_file())
-    size = int(used + counting.whole[job.name][2] * rng.uniform(0.02, 0.9))
+    room = os.statvfs(disk)
+    used = (room.f_blocks - room.f_bfree) * room.f_frsize
+    size = int(used + 8192 + counting.whole[job.name][2] * rng.uniform(0.02, 0.9))
     resize = ["mount", "-o", f"remount,size={size}", str(disk)]
     subprocess.run(resize, check=True, stderr=subprocess.DEVNULL)
     child = start(counting, job, workdir)
