@@ -269,6 +269,11 @@ def keep_programs() -> None:
     if not jax.config.jax_compilation_cache_dir:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(Path(home) / "dials_jax" / "xla"))
+    # Before jax 0.11 the key of a program held the path of XLA's own cache, a folder in this one,
+    # on every backend: no program was found again in a folder that had been moved or copied.
+    xla_caches = "jax_persistent_cache_enable_xla_caches"
+    if jax.__version_info__ < (0, 11) and xla_caches.upper() not in os.environ:
+        jax.config.update(xla_caches, "")
 
 
 def run_command(command: Callable[[], Any]) -> None:

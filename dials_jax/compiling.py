@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -62,7 +64,34 @@ class Timed:
 
         Calling it returns at once, so several programs run one after another without waiting.
         """
-        # Not the cache of `jax.jit`: that compiles where it is first called, and a schedule's
+        return self.programs([(args, kwargs)])[0]
+
+    def programs(self, calls: Sequence[tuple[tuple, dict[str, Any]]]) -> list[Callable[..., Any]]:
+        """The compiled programs of several calls; those that are missing are compiled together.
+
+        Tracing takes turns, but XLA compiles each program on a core of its own.
+
+        Args:
+          calls: arguments, by position and by name.
+        """
+        start, missing = time.perf_counter(), {}
+        keys = [self._key(args, kwargs) for args, kwargs in calls]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for key, (args, kwargs) in zip(keys, calls, strict=True):
+                if key not in self._programs and key not in missing:
+                    lowered = self.lower(*args, **kwargs)
+                    missing[key] = pool.submit(lowered.compile, compiler_options())
+        if missing:
+            self._programs |= {key: compiling.result() for key, compiling in missing.items()}
+            self.compile_seconds += time.perf_counter() - start
+        found = [self._programs[key] for key in keys]
+        for used in _USED:
+            used += found
+        return found
+
+    def _key(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Equal for calls of one program."""
+        # Not the cache of `jax.jit`: that compiles where it is first called, and a generation's
         # programs must all be there before the first of them runs.
         static = tuple(kwargs.get(k) for k in self._static)
         leaves, structure = jax.tree.flatten((args, {**kwargs, **dict.fromkeys(self._static)}))
@@ -70,14 +99,7 @@ class Timed:
             (jnp.shape(x), jnp.result_type(x), getattr(x, "sharding", None)) for x in leaves
         )
         precision = jax.config.jax_default_matmul_precision
-        key = (static, structure, shapes, jax.sharding.get_abstract_mesh(), precision)
-        if key not in self._programs:
-            start = time.perf_counter()
-            self._programs[key] = self.lower(*args, **kwargs).compile(compiler_options())
-            self.compile_seconds += time.perf_counter() - start
-        for used in _USED:
-            used.append(self._programs[key])
-        return self._programs[key]
+        return static, structure, shapes, jax.sharding.get_abstract_mesh(), precision
 
     def largest_program(self) -> int:
         """Bytes on a device that the largest program takes: arguments, results and temporaries."""

@@ -322,21 +322,43 @@ print(float(out.sum()), len(misses))
 """
 
 
-def test_the_next_process_finds_the_programs_of_the_last(tmp_path):
-    always = {"XDG_CACHE_HOME": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-
-    def run():
-        env = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")} | always
+def test_the_next_process_finds_the_programs_of_the_last_also_in_a_copied_folder(tmp_path):
+    def run(home):
+        env = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
+        env |= {"XDG_CACHE_HOME": str(home), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         env["PYTHONPATH"] = str(Path(__file__).parents[1])
         command = [sys.executable, "-c", RUN]
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
         value, num_misses = done.stdout.split()
-        return value, int(num_misses), {path for path in tmp_path.rglob("*") if path.is_file()}
+        files = {path.relative_to(home) for path in home.rglob("*") if path.is_file()}
+        return value, int(num_misses), files
 
-    value, num_misses, programs = run()
+    value, num_misses, programs = run(tmp_path / "first")
     assert 0 < num_misses <= len(programs)
-    assert {path.parent for path in programs} == {tmp_path / "dials_jax" / "xla"}
-    assert run() == (value, 0, programs)
+    assert {path.parent for path in programs} == {Path("dials_jax/xla")}
+    (tmp_path / "first").rename(tmp_path / "second")
+    assert run(tmp_path / "second") == (value, 0, programs)
+
+
+@pytest.mark.parametrize("version, of_xla", [((0, 10, 2), ""), ((0, 11, 0), "as it was")])
+def test_what_xla_keeps_beside_them_is_left_out_where_its_folder_is_in_every_key(
+    version, of_xla, monkeypatch
+):
+    name = "jax_persistent_cache_enable_xla_caches"
+    before, folder = getattr(jax.config, name), jax.config.jax_compilation_cache_dir
+    monkeypatch.setattr(jax, "__version_info__", version)
+    monkeypatch.delenv(name.upper(), raising=False)
+    try:
+        jax.config.update(name, "as it was")
+        keep_programs()
+        assert getattr(jax.config, name) == of_xla
+        monkeypatch.setenv(name.upper(), "as it was")
+        jax.config.update(name, "as it was")
+        keep_programs()
+        assert getattr(jax.config, name) == "as it was"  # a user's variable comes first
+    finally:
+        jax.config.update(name, before)
+        jax.config.update("jax_compilation_cache_dir", folder)
 
 
 @pytest.mark.parametrize("given, used", [(None, "cache/dials_jax/xla"), ("mine", "mine")])

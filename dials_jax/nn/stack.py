@@ -111,12 +111,12 @@ def run_stack(
         prepared = None if always.all() else always
     inner, output_positions = context._replace(output_positions=None), context.output_positions
 
-    def run_layer(carry, xs, context=inner):
+    def run_layer(carry, xs, context=inner, gate=None):
         h, state = carry
         params, prepared, cache_state = xs
         if always is None:
             gate, state = decide_gate(policy, prepared, h, denoising, state)
-        else:
+        elif gate is None:
             gate = np.True_ if prepared is None else prepared
         new, cache_state = _execute_layer(layer, params, h, context, cache_state, gate, executor)
         new = constrain_batch(new)
@@ -126,11 +126,14 @@ def run_stack(
     h = constrain_batch(h)
     carry = h, init_policy_state(policy, h, denoising) if policy_state is None else policy_state
     if trees.is_unrolled(layers):
-        outputs = []
+        outputs, known = [], always is not None
+        # Layers of one shape are traced and lowered once; XLA then puts the body in for each call.
+        run_traced = jax.jit(run_layer, static_argnames="gate")
         for i in range(first, last):
             past = trees.layer_slice(cache_state, i - first)
-            xs = layers[i], trees.layer_slice(prepared, i), past
-            carry, output = run_layer(carry, xs, inner if i < count - 1 else context)
+            xs = layers[i], None if known else trees.layer_slice(prepared, i), past
+            at = inner if i < count - 1 else context
+            carry, output = run_traced(carry, xs, at, gate=always[i] if known else None)
             outputs.append(output)
         gates, cache_states, seen = zip(*outputs, strict=True)
         observed = jax.tree.map(lambda *x: jnp.stack(x), *seen)

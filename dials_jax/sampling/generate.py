@@ -1,8 +1,10 @@
 """`generate`: continues prompts; nothing returns to the host before the end.
 
-One model makes all of its steps in one program. Under a schedule every model has one program for
-all the steps that it may take: it gets the state and the step at which the next model continues.
-The state stays on the device.
+One model makes all of its steps in one program, or in several that take turns: where a cache has
+several forward variants and all steps are known, each part of the steps is a program
+(`timetable.py`), and all are compiled at the same time. Under a schedule every model has one
+program for all the steps that it may take: it gets the state and the step at which the next model
+continues. The state stays on the device.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +48,7 @@ from dials_jax.sampling.requests import (
     roles_of,
 )
 from dials_jax.sampling.sampler import CallRecord, Sampler, Steps, keep_log_probs
+from dials_jax.sampling.timetable import Loops
 from dials_jax.sampling.trajectory import Trajectory, keep_trajectory
 from dials_jax.skipping.flops import Flops
 from dials_jax.skipping.observing import BatchObserver, Observed, Observer, of_sequences
@@ -203,11 +206,22 @@ def generate(
         counted = np.arange(len(batch[0])) < num_sequences
         counted = sharding.place_sequences(counted, first.model.mesh)
         static |= {"observer": observer, "counted": counted}
-    if schedule or not sampler.one_program:
+    parts = () if schedule else parts_of(first, sampler, cache, prompts.shape[1])
+    if parts:
+        out, seconds = run_in_turns(roles, [Turn(ALONE, part=x) for x in parts], batch, **static)
+    elif schedule or not sampler.one_program:
         out, seconds = run_schedule(roles, turns, batch, **static)
     else:
         out, seconds = run_alone(first, batch, **static)
     return account(*sharding.to_host(out), roles, turns, sampler, cache, prompts, seconds)
+
+
+def parts_of(role: Role, sampler: Sampler, cache: Cache, prompt_length: int) -> list[Loops]:
+    """The parts of a generation that are worth a program each: of two kinds or more."""
+    parts = (
+        sampler.parts(role.model.config, cache, prompt_length) if hasattr(sampler, "parts") else []
+    )
+    return parts if len(set(parts)) > 1 else []
 
 
 def pad_sequences(
@@ -314,11 +328,13 @@ def start_program(params, prompts, valid, keys, *, num_layers, **static) -> PyTr
     return with_records(steps.start(canvas, num_layers), **static)
 
 
-@timed_jit(*STATIC)
-def segment_program(params, state, stop, prompts, valid, keys, policy, **static) -> PyTree:
-    """The steps of one model up to number `stop`."""
+@timed_jit(*STATIC, "part", donate=("state",))
+def segment_program(
+    params, state, stop, prompts, valid, keys, policy, *, part=None, **static
+) -> PyTree:
+    """The steps of one model up to number `stop`, or those of a part."""
     _, steps = lay_out_canvas(params, prompts, valid, keys, policy, **static)
-    return steps.run(state, stop)
+    return steps.run(state, stop) if part is None else steps.run_part(part, state)
 
 
 def with_records(state: PyTree, *, log_probs=False, trajectory=False, **_) -> PyTree:
@@ -340,32 +356,50 @@ def run_alone(role: Role, batch: tuple, **static) -> Generated:
     return role.model.run(generate_program, *batch, role.policy, **static)
 
 
+class Turn(NamedTuple):
+    """Steps of one model that a program makes: those before number `stop`, or those of a part."""
+
+    letter: str
+    stop: np.int32 | None = None
+    part: Loops | None = None
+
+
 def run_schedule(roles: dict[str, Role], schedule: Schedule, batch: tuple, **static) -> Generated:
-    """Runs the models of a schedule in turns.
+    """Runs the models of a schedule in turns. Args: batch: as in `run_in_turns`."""
+    turns = [Turn(letter, np.int32(stop)) for letter, stop in schedule.ends()]
+    return run_in_turns(roles, turns, batch, **static)
+
+
+def run_in_turns(
+    roles: dict[str, Role], turns: Sequence[Turn], batch: tuple, **static
+) -> Generated:
+    """Runs several programs, one after the other; each is compiled before the first one runs.
 
     Args:
       batch: prompts, valid and keys, placed on the models' mesh.
     """
-    acting = {letter: roles[letter] for letter in schedule.letters}
+    acting = {turn.letter: roles[turn.letter] for turn in turns}
     num_layers = max(role.model.num_layers for role in acting.values())
-    first = acting[schedule.letters[0]].model
+    first = acting[turns[0].letter].model
     state, seconds = first.run(start_program, *batch, **static, num_layers=num_layers)
     placement = jax.tree.map(lambda x: x.sharding, state)
-    programs = {}
-    for letter, (model, policy) in acting.items():
-        with jax.set_mesh(model.mesh):
-            programs[letter] = segment_program.program(
-                model.inference_params, state, np.int32(0), *batch, policy,
-                cfg=model.config, **static,
-            )  # fmt: skip
+
+    def arguments(turn: Turn, state: PyTree) -> tuple:
+        model, policy = acting[turn.letter]
+        return model.inference_params, state, turn.stop, *batch, policy
+
+    kinds = {(turn.letter, turn.part): turn for turn in turns}
+    with jax.set_mesh(first.mesh):
+        compiled = segment_program.programs([
+            (arguments(turn, state), {**static, "cfg": acting[letter].model.config, "part": part})
+            for (letter, part), turn in kinds.items()
+        ])  # fmt: skip
+    programs = dict(zip(kinds, compiled, strict=True))
     counted = {name: x for name, x in static.items() if name == "counted"}
     jax.block_until_ready([(role.model.inference_params, role.policy) for role in acting.values()])
     start = time.perf_counter()
-    for letter, stop in schedule.ends():
-        model, policy = acting[letter]
-        state = programs[letter](
-            model.inference_params, state, np.int32(stop), *batch, policy, **counted
-        )
+    for turn in turns:
+        state = programs[turn.letter, turn.part](*arguments(turn, state), **counted)
         state = jax.device_put(state, placement)  # nothing moves unless a compiler chose otherwise
     jax.block_until_ready(state)
     out = state.tokens, without_states(state.record)

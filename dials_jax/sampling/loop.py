@@ -9,16 +9,16 @@
 
 A *block* of the canvas is filled before the next one starts. A *step* is one forward call of the
 model, and the tokens that the sampler reveals. What a call computes is a *variant*: all variants of
-a cache are compiled, once each, into the program, which returns to the host at its end.
+a cache are compiled, and nothing returns to the host before the end.
 
-Where each step reveals a fixed quota (`is_fixed`), the variant of every step is known in advance,
-and the program is nested loops of constant length (`timetable.py`). Otherwise the device checks
-before each step which variant is due, and ends when no sequence has a masked token left.
+Where each step reveals a fixed quota (`is_fixed`), the variant of every step is known in advance:
+the steps are loops of constant length, in a program or in several (`timetable.py`). Otherwise the
+device checks before each step which variant is due, and ends when no sequence has a masked token
+left.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import partial
 from typing import NamedTuple
 
@@ -28,7 +28,15 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from dials_jax.caching.cache import Blocks, Cache, ForwardInputs, ForwardOutputs, Revealed, Work
+from dials_jax.caching.cache import (
+    Blocks,
+    Cache,
+    ForwardInputs,
+    ForwardOutputs,
+    ForwardVariant,
+    Revealed,
+    Work,
+)
 from dials_jax.caching.canvas import CanvasModel
 from dials_jax.config import ModelConfig
 from dials_jax.errors import require
@@ -47,7 +55,7 @@ from dials_jax.sampling.sampler import (
     append_call,
     start_record,
 )
-from dials_jax.sampling.timetable import block_steps, run_length_encode, run_program
+from dials_jax.sampling.timetable import Loops, divide_blocks, run_loops
 from dials_jax.sampling.trajectory import append_canvas
 
 
@@ -105,6 +113,16 @@ class BlockSampler(StepSampler):
         """Steps of all blocks, at most."""
         return self.blocks(0).count * step_limit(self, cache)
 
+    def parts(self, cfg: ModelConfig, cache: Cache, prompt_length: int) -> list[Loops]:
+        """All steps, in the parts that are programs; none where the steps depend on the text."""
+        check_cache(self, cache)
+        if not is_fixed(self, cache):
+            return []
+        blocks = self.blocks(prompt_length)
+        variants = sketch_variants(cfg, cache, blocks, prompt_length + self.gen_length)
+        of_blocks = divide_blocks(variants, blocks, step_limit(self, cache))
+        return [part for parts in of_blocks for part in parts]
+
     def make_steps(
         self, net: CanvasModel, prompt_length: int, keys: jax.Array, cache: Cache
     ) -> Loop:
@@ -114,6 +132,29 @@ class BlockSampler(StepSampler):
         known = prompt_length if self.cfg_scale == 0 else 0
         length = prompt_length + self.gen_length
         return variant_work(cfg, cache, self.blocks(prompt_length), length, known)
+
+
+def check_cache(sampler: BlockSampler, cache: Cache) -> None:
+    """Raises: InputError for a cache that a sampler does not compose with."""
+    require(
+        sampler.is_probability or not cache.drops_tokens,
+        "EarlySkip weighs confidence against change, so it must be like a probability, and an "
+        "entropy is not; use threshold= or factor=, or alg='maskgit_plus' or 'topk_margin'",
+    )
+    require(
+        not (sampler.edits and cache.drops_tokens),
+        "EarlySkip leaves revealed tokens out, so they cannot be revised; leave out "
+        "edit_threshold, or take PrefixCache or DualCache",
+    )
+    require(
+        not (sampler.append_blocks and cache.drops_tokens),
+        "EarlySkip computes the whole canvas first, so it needs all blocks from the start; "
+        "leave out append_blocks, or take DualCache",
+    )
+    require(
+        not sampler.edits or sampler.max_quota is None,
+        "a sampler with a fixed quota does not edit; set max_quota=None",
+    )
 
 
 class LoopState(NamedTuple):
@@ -143,9 +184,16 @@ def variant_work(
     Args:
       prompt_length: this many first tokens no router looks at.
     """
+    return [v.work for v in sketch_variants(cfg, cache, blocks, length, prompt_length)]
+
+
+def sketch_variants(
+    cfg: ModelConfig, cache: Cache, blocks: Blocks, length: int, prompt_length: int = 0
+) -> list[ForwardVariant]:
+    """The variants of a cache, of which only `due` and `work` can be used: there is no model."""
     inputs = jax.eval_shape(lambda: transformer.block_inputs(cfg, None, (1, length)))
     sketch = CanvasModel(cfg, None, None, "auto", inputs, None, None, prompt_length)
-    return [variant.work for variant in cache.forward_variants(sketch, blocks)]
+    return cache.forward_variants(sketch, blocks)
 
 
 def step_limit(sampler: BlockSampler, cache: Cache) -> int:
@@ -190,25 +238,7 @@ class Loop:
         prompt_length: int,
         noise_keys: jax.Array,
     ):
-        require(
-            sampler.is_probability or not cache.drops_tokens,
-            "EarlySkip weighs confidence against change, so it must be like a probability, and an "
-            "entropy is not; use threshold= or factor=, or alg='maskgit_plus' or 'topk_margin'",
-        )
-        require(
-            not (sampler.edits and cache.drops_tokens),
-            "EarlySkip leaves revealed tokens out, so they cannot be revised; leave out "
-            "edit_threshold, or take PrefixCache or DualCache",
-        )
-        require(
-            not (sampler.append_blocks and cache.drops_tokens),
-            "EarlySkip computes the whole canvas first, so it needs all blocks from the start; "
-            "leave out append_blocks, or take DualCache",
-        )
-        require(
-            not sampler.edits or sampler.max_quota is None,
-            "a sampler with a fixed quota does not edit; set max_quota=None",
-        )
+        check_cache(sampler, cache)
         self.sampler, self.cache, self.net = sampler, cache, net
         self.blocks, self.full_steps = sampler.blocks(prompt_length), sampler.full_steps
         self.noise_keys = noise_keys
@@ -234,40 +264,30 @@ class Loop:
     def run(self, state: LoopState, stop: Int[Array, ""] | None = None) -> LoopState:
         """Takes the steps before number `stop`; None: all of them."""
         if stop is None and is_fixed(self.sampler, self.cache):
-            steps = run_length_encode(block_steps(self.variants, self.blocks, self.limit))
-            program = [(self.blocks.count, steps)]
-            return run_program(program, self.run_step, self.run_steps_due, state)
-        variants = range(len(self.variants))
-        return self.run_until(variants, state, self.num_steps if stop is None else stop)
+            first, *others = divide_blocks(self.variants, self.blocks, self.limit)
+            if all(parts == first for parts in others):
+                return self.run_part(((self.blocks.count, sum(first, ())),), state)
+        return self.run_until(state, self.num_steps if stop is None else stop)
+
+    def run_part(self, part: Loops, state: LoopState) -> LoopState:
+        """Takes steps that are known beforehand: see `BlockSampler.parts`."""
+        return run_loops(part, self.run_step, state)
 
     def step_number(self, state: LoopState) -> Int[Array, ""]:
         """The step that comes next, counted through all blocks."""
         return state.block * self.limit + state.step_in_block
 
-    def run_steps_due(self, variants: Iterable[int], state: LoopState, num_steps: int) -> LoopState:
-        """Takes exactly this many steps, each by that of `variants` which is due."""
-        stop = self.step_number(state) + num_steps
-        if num_steps == 1:
-            return self.run_in_turn(variants, state, stop)
-        # A block may take these variants in another order than its neighbours, and one round would
-        # take too few steps.
-        return self.run_until(variants, state, stop)
-
-    def run_until(
-        self, variants: Iterable[int], state: LoopState, stop: Int[Array, ""] | int
-    ) -> LoopState:
-        """Takes the steps before number `stop`, by these variants in any order."""
-        one_round = partial(self.run_in_turn, variants, stop=stop)
+    def run_until(self, state: LoopState, stop: Int[Array, ""] | int) -> LoopState:
+        """Takes the steps before number `stop`, by variants in any order."""
+        one_round = partial(self.run_in_turn, stop=stop)
         return lax.while_loop(lambda s: self.step_number(s) < stop, one_round, state)
 
-    def run_in_turn(
-        self, variants: Iterable[int], state: LoopState, stop: Int[Array, ""] | int
-    ) -> LoopState:
+    def run_in_turn(self, state: LoopState, stop: Int[Array, ""] | int) -> LoopState:
         """Runs each variant for as long as it is due, one after the other, before step `stop`.
 
         Loops one after the other, not a `lax.switch`: a loop updates the cache in place.
         """
-        for number in variants:
+        for number in range(len(self.variants)):
             state = lax.while_loop(
                 lambda s, n=number: self.is_due(n, s) & (self.step_number(s) < stop),
                 partial(self.run_step, number),

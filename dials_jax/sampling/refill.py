@@ -98,7 +98,7 @@ class RingLoop(Loop):
     def run_block(self, state: LoopState) -> LoopState:
         """Takes the steps of one block."""
         stop = (state.block + 1) * self.limit
-        return self.run_until(range(len(self.variants)), state, stop)
+        return self.run_until(state, stop)
 
     def next_step(self, state: LoopState) -> LoopState:
         more = (state.step_in_block + 1 < self.limit) & jnp.any(self.is_unfinished(state))

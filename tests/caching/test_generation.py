@@ -15,6 +15,7 @@ from dials_jax.reference import Decoder
 from dials_jax.sampling import generate as generating
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.generate import generate
+from dials_jax.sampling.requests import ALONE, Role
 from dials_jax.skipping.policies import Random
 from dials_jax.skipping.routed import Routed
 from tests.caching.cases import CACHES, PLACES, QUOTA, G, P, keys_of
@@ -81,12 +82,12 @@ def run_quota(models, prompts, policies, name, **changes):
 
 
 @pytest.mark.parametrize("cache", CACHED)
-def test_one_program_serves_one_shape(models, prompts, policies, cache):
+def test_the_same_programs_serve_one_shape(models, prompts, policies, cache):
     out = run_quota(models, prompts, policies, cache)
-    before = generating.generate_program.num_programs
+    before = generating.segment_program.num_programs
     turned = [x[::-1].copy() for x in prompts]
     other = run_quota(models, turned, policies, cache)
-    assert generating.generate_program.num_programs == before
+    assert generating.segment_program.num_programs == before
     np.testing.assert_array_equal(other.tokens, out.tokens[::-1])
     np.testing.assert_array_equal(other.gates, out.gates[..., ::-1])
 
@@ -99,8 +100,11 @@ def test_nothing_is_fetched_while_it_runs(models, prompts, policies, cache):
     executor = "compact" if cache == "dual" else "select"
     static = {"sampler": QUOTA, "cache": CACHES[cache], "executor": executor}
     policy = jax.device_put(policies["routed"])  # its threshold is an argument, too
+    parts = QUOTA.parts(model.config, CACHES[cache], tokens.shape[1])
+    turns = [generating.Turn(ALONE, part=part) for part in parts]
+    static |= {"log_probs": False, "trajectory": False}
     with jax.transfer_guard("disallow"):
-        (out, _), _ = model.run(generating.generate_program, *rows, policy, **static)
+        (out, _), _ = generating.run_in_turns({ALONE: Role(model, policy)}, turns, rows, **static)
     np.testing.assert_array_equal(out, expected)
 
 

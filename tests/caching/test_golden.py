@@ -82,8 +82,8 @@ def published_order(monkeypatch):
     monkeypatch.setattr(variants, "leftmost", leftmost)
 
     # programs of the patched code stay in this test
-    anew = generating.generate_program.traced_anew()
-    monkeypatch.setattr(generating, "generate_program", anew)
+    for name in ("generate_program", "segment_program"):
+        monkeypatch.setattr(generating, name, getattr(generating, name).traced_anew())
 
 
 @pytest.mark.parametrize("name", ["0", "1"])

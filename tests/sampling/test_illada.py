@@ -74,8 +74,8 @@ def test_appended_blocks_give_the_authors_tokens_in_as_many_calls(golden, illada
 def few_sizes(monkeypatch):
     """Windows of two sizes only, so that most calls compute a block that does not exist yet."""
     monkeypatch.setattr(caching, "MAX_SIZES", 2)
-    anew = generating.generate_program.traced_anew()
-    monkeypatch.setattr(generating, "generate_program", anew)
+    for name in ("generate_program", "segment_program"):
+        monkeypatch.setattr(generating, name, getattr(generating, name).traced_anew())
 
 
 def test_what_a_rounded_window_computes_beyond_the_block_changes_nothing(golden, illada, few_sizes):

@@ -65,10 +65,10 @@ class EarlySkip(Typed):
     # --------------------------------------------------------------------------- the protocol
 
     def init_state(self, net: CanvasModel, blocks: Blocks) -> EarlySkipState:
-        self.check(net, blocks)
         return empty_state(self.resolve(net.cfg.num_layers, blocks), net)
 
     def forward_variants(self, net: CanvasModel, blocks: Blocks) -> list[ForwardVariant]:
+        self.check(net, blocks)
         plan = self.resolve(net.cfg.num_layers, blocks)
         return EarlySkipVariants(plan, net, blocks).needed(self.prompt_every, self.block_every)
 
