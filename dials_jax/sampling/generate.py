@@ -218,9 +218,8 @@ def generate(
 
 def parts_of(role: Role, sampler: Sampler, cache: Cache, prompt_length: int) -> list[Loops]:
     """The parts of a generation that are worth a program each: of two kinds or more."""
-    parts = (
-        sampler.parts(role.model.config, cache, prompt_length) if hasattr(sampler, "parts") else []
-    )
+    divide = getattr(sampler, "parts", None)
+    parts = divide(role.model.config, cache, prompt_length) if divide else []
     return parts if len(set(parts)) > 1 else []
 
 

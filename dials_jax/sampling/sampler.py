@@ -61,8 +61,9 @@ class Sampler(Protocol):
       gen_length: tokens to generate.
       cfg_scale: above 0, the model sees every canvas twice: with and without its prompt.
       takes_schedule: its steps can be divided among several models.
-      one_program: without a schedule, one program makes all steps. False: the programs of a
-        schedule make them, so that one compilation serves all schedules and none.
+      one_program: without a schedule, one program makes all steps, unless the sampler divides them
+        itself (`loop.BlockSampler.parts`). False: the programs of a schedule make them, so that one
+        compilation serves all schedules and none.
       gives_log_probs: its steps fill `CallRecord.log_probs`. False where a class does not say.
       gives_trajectory: its steps fill `CallRecord.canvases`. False where a class does not say.
     """
