@@ -126,14 +126,17 @@ def run_stack(
     h = constrain_batch(h)
     carry = h, init_policy_state(policy, h, denoising) if policy_state is None else policy_state
     if trees.is_unrolled(layers):
-        outputs, known = [], always is not None
-        # Layers of one shape are traced and lowered once; XLA then puts the body in for each call.
-        run_traced = jax.jit(run_layer, static_argnames="gate")
+        # Over a cache, with its many forward variants, layers of one shape are traced and lowered
+        # once; XLA then puts the body in for each call. Gradients never go through a cache.
+        run_one = run_layer
+        if cache_state is not None:
+            run_one = jax.jit(run_layer, static_argnames="gate")
+        outputs, fixed = [], always is not None
         for i in range(first, last):
             past = trees.layer_slice(cache_state, i - first)
-            xs = layers[i], None if known else trees.layer_slice(prepared, i), past
+            xs = layers[i], None if fixed else trees.layer_slice(prepared, i), past
             at = inner if i < count - 1 else context
-            carry, output = run_traced(carry, xs, at, gate=always[i] if known else None)
+            carry, output = run_one(carry, xs, at, gate=always[i] if fixed else None)
             outputs.append(output)
         gates, cache_states, seen = zip(*outputs, strict=True)
         observed = jax.tree.map(lambda *x: jnp.stack(x), *seen)

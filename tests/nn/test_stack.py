@@ -12,7 +12,7 @@ from dials_jax import trees
 from dials_jax.models.model import Model
 from dials_jax.nn.gates import apply_gate
 from dials_jax.nn.policy import Denoising
-from dials_jax.nn.stack import Layer, run_stack
+from dials_jax.nn.stack import run_stack
 from dials_jax.skipping.policies import Random, Static
 from dials_jax.skipping.routed import Routed
 from tests.nn.toy import (
@@ -222,17 +222,3 @@ def test_the_transformer_agrees_with_left_padding(lively, cfg, policies, kind, u
     np.testing.assert_array_equal(out.gates, expected.gates)
     np.testing.assert_allclose(out.logits[valid], expected.logits[valid], atol=1e-5)
     assert out.gates.any() and not out.gates.all()
-
-
-@pytest.mark.parametrize("unrolled", [False, True])
-def test_layers_of_one_shape_are_traced_once_however_many_there_are(unrolled):
-    h, context, denoising = make_rows(2)
-    traced = []
-
-    def counted(*args):
-        traced.append(args)
-        return block(*args)
-
-    layers = trees.unstack(LAYERS) if unrolled else LAYERS
-    run_stack(Layer(counted), layers, h, context, Static((0,)), denoising)
-    assert len(traced) == 1

@@ -173,8 +173,7 @@ def test_the_last_block_is_asked_for_the_output_positions_only():
     layers = trees.unstack(LAYERS)
     context = context._replace(output_positions=positions)
     out = run_stack(Layer(block_of), layers, h, context, None, denoising)
-    # Layers that are asked for the same are traced once.
-    assert asked == [None, (3, 2)] and out.h.shape == (3, 2, D)
+    assert asked == [None, None, None, (3, 2)] and out.h.shape == (3, 2, D)
 
 
 @pytest.mark.parametrize("unrolled", [False, True])
@@ -195,3 +194,20 @@ def test_layers_that_must_run_do(executor, unrolled):
         Static((1, 3)), rows, executor, unrolled, force_execute=jnp.array(True)
     )
     np.testing.assert_array_equal(gates, [[True] * 3, [False] * 3] * 2)
+
+
+@pytest.mark.parametrize("unrolled", [False, True])
+def test_over_a_memory_layers_of_one_shape_are_traced_once_however_many_there_are(unrolled):
+    traced = []
+
+    def project(*args):
+        traced.append(args)
+        return LAYER.project(*args)
+
+    h, context, denoising = make_rows(2)
+    memory = {"mean": jnp.zeros((L, 2, D))}
+    layers = trees.unstack(LAYERS) if unrolled else LAYERS
+    memory = trees.unstack(memory) if unrolled else memory
+    layer = LAYER._replace(project=project)
+    run_stack(layer, layers, h, context, None, denoising, cache_state=memory)
+    assert len(traced) == 1
