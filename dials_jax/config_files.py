@@ -54,7 +54,9 @@ def load_config(path: str, config_class: type[C] | UnionType) -> C:
         make = runpy.run_path(str(file)).get("get_config")
         require(callable(make), "it has no function get_config()")
         config = make()
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # also what calls exit()
         where = f"configuration {path}{_line(str(file), error, make)}"
         raise InputError(f"{where}: {_reason(error)}") from error
     require_kind(config, config_class, f"configuration {path}", "use the other command")
@@ -109,7 +111,10 @@ def _reason(error: BaseException) -> str:
         return str(error)
     if isinstance(error, SystemExit):
         return "it calls exit; a configuration only returns settings"
-    message = " ".join(str(error).split())
+    try:
+        message = " ".join(str(error).split())
+    except Exception:  # its class says it wrongly
+        message = "without a message"
     if isinstance(error, TypeError):
         message += _field_hint(message)
     return f"{type(error).__name__}: {message}"

@@ -130,6 +130,8 @@ def local_path(path: str | Path, name: str) -> Path:
     Raises: InputError for what cannot be a local path: an empty text, an address of another file
       system (`gs://`), the home of an unknown user, a name that is too long.
     """
+    known = isinstance(path, str | os.PathLike)
+    require(known, f"{name} is a {type(path).__name__} and no path; give a text or a Path")
     text = str(path)
     require(bool(text), f"{name} is empty; give a folder (is a variable of the shell unset?)")
     require_local(text, name)

@@ -20,7 +20,7 @@ from dials_jax.config import Seed, as_list, typed
 from dials_jax.config.typed import field_hints
 from dials_jax.data.tokenizer import Tokenizer
 from dials_jax.errors import nearest, require
-from dials_jax.models.model import Model
+from dials_jax.models.model import Model, require_model
 from dials_jax.nn.policy import Policy, policy_name
 from dials_jax.reporting.replay import Replay, Scene, run_of
 from dials_jax.sampling.block_diffusion import BlockDiffusion
@@ -65,6 +65,8 @@ def replay(
     require(len(prompts) > 0, "there are no prompts; give at least one")
     models = dict(model) if isinstance(model, Mapping) else {"": model}
     require(bool(models), "there are no models; give at least one")
+    for one in models.values():
+        require_model(one)
     largest = max(models.values(), key=lambda m: m.num_layers * layer_flops(m.config, 1))
     task = _read(largest, prompts, tokenizer, settings)
     left_out = {"policy": policy, "cache": cache, "schedule": schedule}

@@ -105,6 +105,6 @@ SAMPLING = ("temperature", "steps", "block_length", "threshold", "top_p", "top_k
 
 def layer_numbers(text: str) -> tuple[int, ...]:
     parts = text.replace("+", ",").split(",")
-    if not all(part.strip().isdecimal() for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r}: give layers from 0, as 7,9")
+    if not all(part.strip().isdecimal() and len(part) < 10 for part in parts):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r}: give layers from 0, as 7,9")
     return tuple(map(int, parts))

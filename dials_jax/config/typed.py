@@ -17,7 +17,7 @@ import math
 import operator
 import os
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from numbers import Real
 from pathlib import Path
 from types import NoneType, UnionType
@@ -130,8 +130,14 @@ def typed(function: F) -> F:
 
 
 def as_list(values: Any) -> list[Any]:
-    """A list; of one, where there is a text or a path alone, whose letters nobody means."""
-    return [values] if isinstance(values, str | Path) else list(values)
+    """A list; of one, where there is a text or a path alone, whose letters nobody means.
+
+    Raises: InputError for what has no items.
+    """
+    if isinstance(values, str | Path):
+        return [values]
+    require(isinstance(values, Iterable), f"{shown(values)} is no list; give one, as [...]")
+    return list(values)
 
 
 def from_dict(cls: type[T], values: Any, where: str = "") -> T:
@@ -155,7 +161,7 @@ def _from_dict(cls: type[T], values: Any) -> T:
     require(isinstance(values, dict), f"{shown(values)} is no {cls.__name__}; give its fields")
     hints, values = field_hints(cls), cls.upgraded(values)
     for name in values:
-        require(name in hints, f"unknown field {name!r}{nearest(name, hints)}")
+        require(name in hints, f"unknown field {shown(name)}{nearest(str(name), hints)}")
     for f in dataclasses.fields(cls):
         has_default = (f.default, f.default_factory) != (dataclasses.MISSING,) * 2
         require(has_default or f.name in values, f"field {f.name!r} is missing")

@@ -295,6 +295,11 @@ def sequence_keys(key: jax.Array | None, num_sequences: int) -> jax.Array:
     return fold_in_each(key, np.arange(num_sequences))
 
 
+def require_model(model: Any) -> None:
+    """Raises: InputError for what is no `Model`."""
+    require(isinstance(model, Model), f"model={shown(model)} is no model; give what `load` returns")
+
+
 @timed_jit("cfg", "executor")
 def forward_program(params, tokens, valid, time, sequence_keys, step, policy, *, cfg, executor):
     out = transformer.run_layers(

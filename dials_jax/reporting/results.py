@@ -14,6 +14,7 @@ import csv
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,7 +64,7 @@ def load_results(path: str | Path) -> SweepResults | StudyResults | TrainingResu
         return StudyResults(values, file.parent)
     require("runs" in values, f"{file} is not of a sweep or a study; give one that is")
     results = SweepResults(values, file.parent)
-    with require_sound(file, "run the sweep again, which writes it anew"):
+    with results._sound():
         repr(results)  # reads what all of the rest needs
     return results
 
@@ -127,13 +128,18 @@ class SweepResults(_Results):
     @property
     def table(self) -> str:
         """All rows as text, with paired tests against the full model."""
-        return format_table(self.rows)
+        with self._sound():
+            return format_table(self.rows)
 
     @cached_property
     def rows(self) -> list[SweepRow]:
         """One per policy and task, over all seeds. Raises: InputError for damaged results."""
         require_packages("eval", "scipy")
-        return compute_sweep_rows(self)
+        with self._sound():
+            return compute_sweep_rows(self)
+
+    def _sound(self) -> AbstractContextManager[None]:
+        return require_sound(self.folder / RESULTS, "run the sweep again, which writes it anew")
 
     def row(self, policy: str, task: str | None = None) -> SweepRow:
         """The row of one policy. Args: task: may be left out where there is only one."""

@@ -152,3 +152,6 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
 def _check_record(record: Any) -> None:
     if not _is_finite(record["step"]):
         raise ValueError("no finite step")
+    for name in ("loss", "skip_rate"):
+        if type(record.get(name, 0)) not in (int, float):
+            raise ValueError(f"{name} is no number")

@@ -12,7 +12,7 @@ from dials_jax.caching.cache import Cache
 from dials_jax.caching.plain import NoCache
 from dials_jax.config import ModelConfig, shown
 from dials_jax.errors import InputError, nearest, require
-from dials_jax.models.model import Model, check_shapes, check_vocabulary
+from dials_jax.models.model import Model, check_shapes, check_vocabulary, require_model
 from dials_jax.nn.policy import Policy, check_policy
 from dials_jax.sampling.model_schedule import Schedule
 from dials_jax.sampling.sampler import Sampler
@@ -61,7 +61,7 @@ def roles_of(
         known = f"no model is called {letter!r}{nearest(letter, models)}"
         require(letter in models, f"schedule {schedule}: {known}")
     for one in models.values():
-        require(isinstance(one, Model), f"model={shown(one)} is no model; give what `load` returns")
+        require_model(one)
     for one in policies.values():
         check_policy(one)
     return {letter: Role(one, policies.get(letter)) for letter, one in models.items()}

@@ -80,6 +80,14 @@ class Routed(Typed):
 
     def prepare(self, num_layers: int, denoising: Denoising) -> PyTree:
         check_router(self.router, num_layers)
+        self.check_threshold(num_layers)
+        thresholds = jnp.broadcast_to(jnp.asarray(self.threshold, jnp.float32), num_layers)
+        if trees.is_unrolled(self.router):
+            return tuple(map(RoutedLayer, self.router, thresholds))
+        return RoutedLayer(self.router, thresholds)
+
+    def check_threshold(self, num_layers: int) -> None:
+        """Raises: InputError unless there is one threshold, or one for each of these layers."""
         given = getattr(self.threshold, "shape", None)
         require(
             isinstance(self.threshold, float) or given is not None,
@@ -91,10 +99,6 @@ class Routed(Typed):
             f"threshold has shape {given} and the model {num_layers} layers; give one number, or "
             "one per layer",
         )
-        thresholds = jnp.broadcast_to(jnp.asarray(self.threshold, jnp.float32), num_layers)
-        if trees.is_unrolled(self.router):
-            return tuple(map(RoutedLayer, self.router, thresholds))
-        return RoutedLayer(self.router, thresholds)
 
     def gate(
         self, prepared: RoutedLayer, h: Float[Array, "B T D"], denoising: Denoising

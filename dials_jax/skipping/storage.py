@@ -191,6 +191,8 @@ def load_router(
     Raises: InputError if the router was trained on another backbone, if it is damaged, or if no
       thresholds were fitted to `execution_ratio`.
     """
+    known = isinstance(model, Backbone)
+    require(known, f"model={shown(model)} is no model; give what `load` returns")
     folder, info = router_facts(path)
     rule = _rule(info, folder, threshold, votes, execution_ratio)
     require(
@@ -205,6 +207,7 @@ def load_router(
         f"router {folder} is for {info.num_layers} layers of width {info.d_model}, this model has "
         f"{size[0]} of {size[1]}; {AGAIN}",
     )
+    rule.check_threshold(info.num_layers)
     routers = rounded(read_routers(folder, info, model.mesh), model.config.dtype)
     # In the layout of the layers: a slice of a stack would be copied at every layer.
     unrolled = trees.is_unrolled(model.params["layers"])
