@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import PyTree
 
-from dials_jax.config import EightBits, ModelConfig, shown, typed
+from dials_jax.config import EightBits, ModelConfig, typed
 from dials_jax.convert import publish
 from dials_jax.convert.hugging_face import collect_tokenizer_files, open_hugging_face
 from dials_jax.convert.safetensors_writer import num_bytes, write_shards
@@ -101,7 +101,7 @@ def _read_size(text: str) -> int:
     """Bytes of a text such as 5GB. Raises: InputError for any other."""
     number, unit = text[:-2], text[-2:].upper()
     right = unit in UNITS and number.isdecimal() and len(number) < 10 and int(number) > 0
-    require(right, f"max_shard_size={shown(text)} is no size; give one as 5GB or 500MB")
+    require(right, f"max_shard_size={text[:20]} is no size; give one as 5GB or 500MB")
     return int(number) * UNITS[unit]
 
 
