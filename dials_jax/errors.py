@@ -8,7 +8,13 @@ from importlib.util import find_spec
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong. The message is one line: the thing, then the remedy."""
+    """Something the user gave is wrong. The message is one line: the thing, then the remedy.
+
+    What the user gave may hold characters that end a line; they become spaces.
+    """
+
+    def __init__(self, message: object = ""):
+        super().__init__(" ".join(str(message).splitlines()))
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -27,6 +27,7 @@ DIGITS = "9" * 5000  # Python makes no number of them
         (lambda: parse_policy(f"random={DIGITS}"), "give numbers"),
         (lambda: _read_size(f"{DIGITS}GB"), "is no size"),
         (lambda: local_path(math.nan, "workdir"), "workdir is a float and no path"),
+        (lambda: local_path("a\rb\x85\0", "workdir"), "workdir=a b .* is no path"),
         (lambda: as_list(3), "3 is no list"),
         (lambda: from_dict(RouterConfig, {3: 4}), "unknown field 3"),
         (lambda: dj.replay({"H": 3}, ["x"]), "model=3 is no model"),

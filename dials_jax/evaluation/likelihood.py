@@ -151,7 +151,7 @@ def _given_copies(
     noisy = as_ids(noisy, "noisy sequence")
     try:
         p_mask = np.asarray(p_mask, np.float32)
-    except (TypeError, ValueError) as error:
+    except (OverflowError, TypeError, ValueError) as error:
         raise InputError("p_mask is no array of numbers; give one per token") from error
     check_shapes(cfg, noisy.shape, None)
     require(

@@ -140,6 +140,13 @@ def file_entries(world: SimpleNamespace) -> list[EntryPoint]:
     index = _linked(GOLDEN / "llada_tiny", place / "index", INDEX_FILE)
     published = _linked(GOLDEN / "llada_tiny", place / "published", "config.json")
     info, facts = stored(place / "model/config.json"), stored(place / "router/config.json")
+    manifest = stored(place / "corpus" / MANIFEST)
+    for described in (
+        info,
+        facts,
+        manifest,
+    ):  # without it, as in earlier versions, what was edited is read
+        described.pop("digest", None)
     known = tuple(name for name in info if name not in ("weights",))
     of_router = tuple(name for name in facts if name not in ("version", "fitted"))
     config = damaged_json(info, known, typed=True)
@@ -153,7 +160,7 @@ def file_entries(world: SimpleNamespace) -> list[EntryPoint]:
               published, lambda x: open_hugging_face(x.parent, None)),
         entry("router folder", damaged_json(facts, of_router, typed=True), copies["router"],
               lambda x: load_router(x.parent, world.model), 0.5),
-        entry("manifest of a corpus", damaged_json(stored(place / "corpus" / MANIFEST)),
+        entry("manifest of a corpus", damaged_json(manifest),
               copies["corpus"], lambda x: _open_corpus(x, world)),
         entry("packed rows", _cut((place / "corpus/parts" / _train_part(place)).read_bytes()),
               _corpus_part(place), lambda x: _open_corpus(x.parent, world), 0.5),
