@@ -1,5 +1,6 @@
 """Of each kind of fault that malformed inputs found, the right behaviour."""
 
+import json
 import math
 import types
 
@@ -14,10 +15,14 @@ from dials_jax.errors import InputError
 from dials_jax.export import _read_size
 from dials_jax.files import local_path
 from dials_jax.reporting.results import SweepResults
-from dials_jax.reporting.training_plots import read_metrics
 from dials_jax.skipping.routed import Routed
 
 DIGITS = "9" * 5000  # Python makes no number of them
+
+FACTS = {
+    "router": {}, "num_layers": 2, "d_model": 16, "backbone_fingerprint": "x", "skip_weight": 1.0,
+    "digests": {},
+}  # fmt: skip
 
 
 @pytest.mark.usefixtures("untyped")
@@ -31,7 +36,6 @@ DIGITS = "9" * 5000  # Python makes no number of them
         (lambda: as_list(3), "3 is no list"),
         (lambda: from_dict(RouterConfig, {3: 4}), "unknown field 3"),
         (lambda: dj.replay({"H": 3}, ["x"]), "model=3 is no model"),
-        (lambda: dj.load_router("router", 3), "model=3 is no model"),
         (lambda: Routed({}, (0.5,)).check_threshold(2), "one per layer"),
         (lambda: SweepResults({"runs": [{"task": 3}]}, "x").table, "results.json is damaged"),
     ],
@@ -49,7 +53,14 @@ def test_an_exception_that_cannot_be_printed_is_named(tmp_path):
         load_config(str(tmp_path / "c.py"), types.SimpleNamespace)
 
 
-def test_a_loss_that_is_no_number_is_left_out(tmp_path):
-    file = tmp_path / "metrics.jsonl"
-    file.write_text('{"step": 1, "loss": "x"}\n{"step": 2, "loss": 1.0}\n')
-    assert [row["step"] for row in read_metrics(file)] == [2]
+def test_a_loss_that_is_no_number_is_not_shown(tmp_path):
+    lines = '{"step": 1, "loss": "x"}', '{"step": 2, "loss": 1.0}', '{"step": 3, "loss": null}'
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert repr(dj.load_results(tmp_path)).endswith("step 3, loss 1.000 to 1.000)")
+
+
+@pytest.mark.usefixtures("untyped")
+def test_a_model_that_is_none_has_no_router(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**FACTS, "format": "dials_jax router"}))
+    with pytest.raises(InputError, match="model=3 is no model"):
+        dj.load_router(tmp_path, 3)

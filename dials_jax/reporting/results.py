@@ -30,7 +30,7 @@ from dials_jax.reporting.publish import CSV_DIGEST, Figure
 from dials_jax.reporting.sweep_report import sweep_report
 from dials_jax.reporting.sweep_rows import SweepRow, compute_sweep_rows, csv_rows
 from dials_jax.reporting.sweep_table import format_table
-from dials_jax.reporting.training_plots import read_metrics, training_curves
+from dials_jax.reporting.training_plots import is_finite, read_metrics, training_curves
 
 if TYPE_CHECKING:  # matplotlib and pandas are optional
     import matplotlib.figure
@@ -217,9 +217,11 @@ class TrainingResults(_Results):
         self.rows = rows
 
     def __repr__(self) -> str:
-        first, last = self.rows[0], self.rows[-1]
-        parts = [f"step {last['step']:,}", f"loss {first['loss']:.3f} to {last['loss']:.3f}"]
-        if "skip_rate" in last:
+        last, parts = self.rows[-1], [f"step {self.rows[-1]['step']:,}"]
+        losses = [row["loss"] for row in self.rows if is_finite(row["loss"])]
+        if losses:
+            parts.append(f"loss {losses[0]:.3f} to {losses[-1]:.3f}")
+        if is_finite(last.get("skip_rate")):
             parts.append(f"skip rate {last['skip_rate']:.1%}")
         return f"TrainingResults({str(self.folder)!r}, {', '.join(parts)})"
 

@@ -191,9 +191,9 @@ def load_router(
     Raises: InputError if the router was trained on another backbone, if it is damaged, or if no
       thresholds were fitted to `execution_ratio`.
     """
+    folder, info = router_facts(path)
     known = isinstance(model, Backbone)
     require(known, f"model={shown(model)} is no model; give what `load` returns")
-    folder, info = router_facts(path)
     rule = _rule(info, folder, threshold, votes, execution_ratio)
     require(
         digests.same_weights(info.backbone_fingerprint, model.source_fingerprint, str(folder)),
