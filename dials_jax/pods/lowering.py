@@ -1,7 +1,8 @@
 """The programs of training, generation and scoring, for devices that are not here.
 
-What is lowered is what runs: the loop's own step, and the programs of `generate` and `score_pairs`.
-Arrays have a shape and a sharding only; no weights and no data are read.
+What is lowered is what runs: the loop's own step, and the programs of `generate` and `score_pairs`
+(over a cache `generate` may divide its program). Arrays have a shape and a sharding only; no
+weights and no data are read.
 """
 
 from __future__ import annotations
@@ -82,6 +83,9 @@ def lower_generation(
 ) -> jax.stages.Lowered:
     """The program of `generate`; of a sampler with several, the one that takes the steps.
 
+    Steps that are known beforehand run over a cache as several programs, each a part of this one
+    (`sampling.timetable`): together they compute and send the same.
+
     Args:
       params: of `inference_shapes`.
       shape: number of sequences, and tokens per prompt.
@@ -90,8 +94,7 @@ def lower_generation(
     rows = partial(_rows, mesh, shape[0])
     valid = rows(bool, shape[1]) if padded else None
     batch = (rows(jnp.int32, shape[1]), valid, _keys(mesh, shape[0]))
-    static = {"cfg": cfg, "sampler": sampler, "cache": cache or NoCache(), "executor": "auto"}
-    static |= {"log_probs": False, "trajectory": False}
+    static = _static(cfg, sampler, cache) | {"log_probs": False, "trajectory": False}
     # The abstract mesh: constants are computed on this machine, not on chips that do not exist.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         if sampler.one_program:
@@ -99,6 +102,10 @@ def lower_generation(
         start = start_program.lower(params, *batch, num_layers=cfg.num_layers, **static)
         state = _placed(start.out_info, start.compile().output_shardings)
         return segment_program.lower(params, state, np.int32(0), *batch, policy, **static)
+
+
+def _static(cfg: ModelConfig, sampler: Sampler, cache: Cache | None) -> dict[str, Any]:
+    return {"cfg": cfg, "sampler": sampler, "cache": cache or NoCache(), "executor": "auto"}
 
 
 def lower_block(
@@ -117,7 +124,7 @@ def lower_block(
     batch, length = shape[0], -(-shape[1] // sampler.block_length) * sampler.block_length
     rows = partial(_rows, mesh, batch)
     arrivals = Arrivals(rows(bool), rows(jnp.int32, length), rows(bool, length), _keys(mesh, batch))
-    static = {"cfg": cfg, "sampler": sampler, "cache": cache or NoCache(), "executor": "auto"}
+    static = _static(cfg, sampler, cache)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         empty = empty_ring_program.lower(params, arrivals, **static, log_probs=False)
         ring = _placed(empty.out_info, empty.compile().output_shardings)

@@ -7,6 +7,7 @@ import pytest
 
 from dials_jax.nn.eight_bits import quantise, xla_matmul
 from dials_jax.nn.kernels import hopper_matmul as module
+from dials_jax.nn.kernels import hopper_tiles
 from dials_jax.nn.kernels.hopper_matmul import (
     matmul_e4m3,
     plain,
@@ -48,8 +49,10 @@ def assert_rounded_once(actual, x, gate_up):
     ],
 )
 def test_it_is_the_formula(num_rows, depth, num_columns, num_sms, interpreted, monkeypatch):
-    monkeypatch.setattr(module, "_num_sms", lambda: num_sms)
-    monkeypatch.setattr(module, "SNAKE", 2)  # of three tiles down, one is left for the second turn
+    monkeypatch.setattr(hopper_tiles, "num_sms", lambda: num_sms)
+    monkeypatch.setattr(
+        hopper_tiles, "SNAKE", 2
+    )  # of three tiles down, one is left for the second turn
     x, gate_up = make((num_rows,), depth, num_columns)
     assert_rounded_once(swiglu(x, gate_up), x, gate_up)
 
@@ -86,7 +89,7 @@ def test_leading_dimensions_and_gradients(interpreted):
 def test_products_of_e4m3(
     num_rows, depth, num_columns, num_sms, tile, halves, interpreted, monkeypatch
 ):
-    monkeypatch.setattr(module, "_num_sms", lambda: num_sms)
+    monkeypatch.setattr(hopper_tiles, "num_sms", lambda: num_sms)
     monkeypatch.setattr(module, "tile_columns", lambda operands: tile)
     x, kernel = make((num_rows,), depth, halves * num_columns // 2)
     x = x * jnp.exp(jnp.linspace(-3, 3, num_rows))[:, None].astype(x.dtype)  # scales of all sizes
@@ -112,9 +115,11 @@ def test_products_of_e4m3(
     ],
 )
 def test_widths_of_tiles(num_rows, num_columns, halves, tile, monkeypatch):
-    monkeypatch.setattr(module, "_num_sms", lambda: 132)
+    monkeypatch.setattr(hopper_tiles, "num_sms", lambda: 132)
     x, weight = np.zeros((num_rows, 1)), np.zeros((halves * num_columns, 1))
-    assert module.tile_columns(module.Operands(x, weight, x[:, 0], weight[:, 0], halves)) == tile
+    assert (
+        module.tile_columns(hopper_tiles.Operands(x, weight, x[:, 0], weight[:, 0], halves)) == tile
+    )
 
 
 def test_heads_and_leading_dimensions_of_e4m3(interpreted):
@@ -177,7 +182,7 @@ def test_what_fits():
     ],
 )
 def test_rounds_of_tiles_should_be_full(num_rows, num_columns, pays, monkeypatch):
-    monkeypatch.setattr(module, "_num_sms", lambda: 132)
+    monkeypatch.setattr(hopper_tiles, "num_sms", lambda: 132)
     shapes = [((2, num_rows // 2, 64), jnp.bfloat16), ((64, 2 * num_columns), jnp.bfloat16)]
     assert swiglu_pays(*(jnp.zeros(*shape) for shape in shapes)) == pays
 
@@ -190,10 +195,10 @@ def test_sms_are_counted_on_the_mesh_before_the_machine(monkeypatch):
     class Mesh:
         abstract_device = Device()
 
-    assert module._num_sms() >= 1
+    assert hopper_tiles.num_sms() >= 1
     monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
-    assert module._num_sms() == 114
+    assert hopper_tiles.num_sms() == 114
     monkeypatch.setattr(jax, "local_devices", lambda: [object()])
-    assert module._num_sms() == 132
+    assert hopper_tiles.num_sms() == 132
     monkeypatch.setattr(jax.sharding, "get_abstract_mesh", Mesh)
-    assert module._num_sms() == 78
+    assert hopper_tiles.num_sms() == 78
