@@ -84,7 +84,7 @@ def lower_generation(
     """The program of `generate`; of a sampler with several, the one that takes the steps.
 
     Steps that are known beforehand run over a cache as several programs, each a part of this one
-    (`sampling.timetable`): together they compute and send the same.
+    (`sampling.timetable`): together they compute and send the same, and none takes more memory.
 
     Args:
       params: of `inference_shapes`.

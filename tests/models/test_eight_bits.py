@@ -12,6 +12,7 @@ from dials_jax import trees
 from dials_jax.config import RouterConfig, TrainConfig
 from dials_jax.errors import InputError
 from dials_jax.estimates import device_bytes
+from dials_jax.files import read_json, write_json
 from dials_jax.models.folders import read_info, save_model
 from dials_jax.models.model import Model
 from dials_jax.nn.eight_bits import is_quantised
@@ -145,6 +146,6 @@ def test_what_weights_in_8_bits_cannot_do(stored, loaded, train_config, tmp_path
 def test_damaged_numbers_and_scales_are_found(stored, tmp_path):
     shutil.copytree(stored / "int8", tmp_path / "int8")
     config = tmp_path / "int8" / "config.json"
-    config.write_text(config.read_text().replace('"weights": "int8"', '"weights": "fp8"'))
+    write_json(config, read_json(config) | {"weights": "fp8"}, digest=True)
     with pytest.raises(InputError, match=r"params/layers.* cannot be read"):
         dj.load(tmp_path / "int8")

@@ -159,7 +159,8 @@ VALID = np.array([[False, True, True, True], [True] * 4])
 
 @pytest.mark.parametrize("valid", [VALID, None])
 def test_the_program_of_a_batch_is_generates_own(valid, model, lowered_by):
-    sampler, cache = Confidence(gen_length=8, block_length=4, steps=8), DualCache()
+    # By a threshold, so that the steps are not known beforehand.
+    sampler, cache = Confidence(gen_length=8, block_length=4, threshold=0.9), DualCache()
     how = {"sampler": sampler, "cache": cache}
     own = lowered_by("generate_program", lambda: generate(model, PROMPTS, valid, **how))
     for padded in (True, False):
@@ -167,6 +168,17 @@ def test_the_program_of_a_batch_is_generates_own(valid, model, lowered_by):
         (program,) = answering_programs(answering, Here())
         assert (plain(program.lower().as_text()) == own) is (padded is (valid is not None))
     assert program.label == "2 answers of 8 tokens to prompts of 4" and program.passes == 8
+
+
+def test_a_divided_generation_takes_no_more_than_its_whole(model):
+    sampler, cache = Confidence(gen_length=8, block_length=4), DualCache()
+    answering = Answering(model.config, sampler, 2, 4, cache=cache)
+    (program,) = answering_programs(answering, Here())
+    whole = read_footprint(program.lower().compile())
+    with compiling.programs_used() as used:
+        generate(model, PROMPTS, VALID, sampler=sampler, cache=cache)
+    peaks = [read_footprint(one).peak for one in used]
+    assert len(peaks) == 3 and 0.5 * whole.peak < max(peaks) <= whole.peak
 
 
 def test_answers_that_may_end_early_are_filled_block_by_block(model, lowered_by):

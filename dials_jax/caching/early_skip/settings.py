@@ -65,6 +65,7 @@ class EarlySkip(Typed):
     # --------------------------------------------------------------------------- the protocol
 
     def init_state(self, net: CanvasModel, blocks: Blocks) -> EarlySkipState:
+        self.check(net, blocks)
         return empty_state(self.resolve(net.cfg.num_layers, blocks), net)
 
     def forward_variants(self, net: CanvasModel, blocks: Blocks) -> list[ForwardVariant]:
