@@ -33,7 +33,7 @@ class Records:
     """Results of a run that may be stopped: one JSON object per line, written when measured.
 
     Every line ends with a short digest of the rest. A line that does not match its digest is set
-    aside, so that its results are measured again.
+    aside; who reads the records measures again what is missing without it.
 
     Attributes:
       all: the records so far, those of an earlier run first.
@@ -82,7 +82,7 @@ class Records:
             for number, why in lines.odd.items():
                 print(
                     f"{self.path}, line {number} {why}: it is set aside in {lines.aside.name}, and "
-                    "what it held is measured again",
+                    "what is missing without it is measured again",
                     file=sys.stderr,
                 )
             if identity != old or not known.exists():

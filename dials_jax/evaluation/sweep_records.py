@@ -159,10 +159,17 @@ class SweepRecords:
         self.add(self._run(task, policy) | {"timing": timing})
 
     def is_finished(self, task: str, policy: Mapping[str, Any]) -> bool:
-        """Whether the newest run of this policy on exactly these items is by the rules of now."""
+        """Whether the newest run of this policy on exactly these items is by the rules of now.
+
+        Where its outputs count, too, they have to be there: damaged records are set aside.
+        """
         run = self._run(task, policy)
         newest = self._newest_rules.get(_row_key(run))
-        return _run_key(run) in self.runs and newest == self._rules[task]
+        found = self.runs.get(_run_key(run))
+        if found is None or newest != self._rules[task]:
+            return False
+        generated = found.get("passes", {}).keys() if self._rules[task] else set()
+        return generated <= self.outputs(task, policy).keys()
 
     def num_finished(self, task: str, kind: str) -> int:
         """How many policies of this kind have a finished run on exactly these items."""

@@ -551,11 +551,16 @@ def test_files_of_others_are_not_overwritten(name, cfg, tmp_path):
 def test_an_odd_line_is_set_aside_and_measured_again(
     cfg, finished, tmp_path, monkeypatch, without_plots, capsys
 ):
-    """A batch whose run is there as well costs nothing; one of an unfinished run is scored."""
+    """So is what a finished run lacks without it: outputs, which are compared with full depth's.
+
+    Likelihoods of a finished run are all in its own line, and cost nothing.
+    """
     workdir = shutil.copytree(finished, tmp_path / "sweep")
     batches, lines = lines_of(workdir)
     runs, _ = lines_of(workdir, "run")
-    for number in (batches[0], runs[0]):
+    outputs = [number for number in batches if '"outputs"' in lines[number]]
+    bounds = [number for number in batches if number not in outputs]
+    for number in (outputs[0], runs[0], outputs[-1], bounds[0]):
         place = lines[number].rindex("0")
         lines[number] = lines[number][:place] + "1" + lines[number][place + 1 :]
     lines[runs[-1]] = "oops" + lines[runs[-1]]
@@ -563,17 +568,17 @@ def test_an_odd_line_is_set_aside_and_measured_again(
     (workdir / "results.json").write_text("{")  # written again from the records
     counted = Batches(monkeypatch)
     sweep.sweep(cfg, workdir)
-    assert counted.calls == 1
+    assert counted.calls == 2
     assert runs_of(workdir) == runs_of(finished)
-    assert len((workdir / "runs.odd.jsonl").read_text().splitlines()) == 3
+    assert len((workdir / "runs.odd.jsonl").read_text().splitlines()) == 5
     shown = capsys.readouterr().err
     assert (
-        f"runs.jsonl, line {batches[0] + 1} is damaged (its digest does not fit): it is set"
+        f"runs.jsonl, line {outputs[0] + 1} is damaged (its digest does not fit): it is set"
         in shown
     )
     assert f"runs.jsonl, line {runs[-1] + 1} is damaged" in shown
     sweep.sweep(cfg, workdir)
-    assert counted.calls == 1 and "set aside" not in capsys.readouterr().err
+    assert counted.calls == 2 and "set aside" not in capsys.readouterr().err
 
 
 @pytest.fixture
