@@ -11,6 +11,7 @@ printed, and every case stands in OUT/cases.jsonl. Linux; a full disk needs the 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from pathlib import Path
@@ -25,6 +26,9 @@ def options() -> argparse.Namespace:
     parser.add_argument("--times", type=int, default=20, metavar="N", help="faults of each kind")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/faults"), help="is made anew")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, metavar="M", help="per line; then fewer faults"
+    )
     parser.add_argument("--only", nargs="*", metavar="TEXT", help="lines whose names have a TEXT")
     return parser.parse_args()
 
@@ -43,7 +47,7 @@ def main() -> None:
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # this process is forked, so it has no threads
     from tests.faults.count import count
 
-    sys.exit(count(out, given.times, given.seed, given.only))
+    sys.exit(count(out, given.times, given.seed, given.only, given.minutes))
 
 
 if __name__ == "__main__":

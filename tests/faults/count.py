@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -14,11 +15,10 @@ from tests.faults import damage, jobs, moments, processes, targets
 from tests.faults.moments import GOOD, Counting
 
 
-def count(out: Path, times: int, seed: int, only: list[str] | None) -> int:
-    """Returns: the number of lines with a case that is not as it should be."""
+def count(out: Path, times: int, seed: int, only: list[str] | None, minutes: float) -> int:
+    """Returns: the number of lines with a case that is not as it should be, or with too few."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    out.chmod(0o755)  # another user reads it
     counting = Counting(out, times, seed)
     processes.do(lambda: jobs.make_base(counting.base), out / "base.txt")
 
@@ -32,10 +32,12 @@ def count(out: Path, times: int, seed: int, only: list[str] | None) -> int:
         print("| fault | injected | as it should be | otherwise |\n| --- | --- | --- | --- |")
     for name, make in faults.items():
         rng, found = random.Random(f"{seed} {name}"), []
+        end = time.monotonic() + 60 * minutes
         for _ in range(3 * times):
-            found += make(counting, rng) if len(found) < times else []
-        for case in found:
-            note(out, name, *case)
+            if len(found) < times and time.monotonic() < end:
+                new = make(counting, rng)
+                note(out, name, new)
+                found += new
         kinds = Counter(kind for kind, _ in found)
         good = kinds.pop(GOOD, 0)
         bad += good < max(len(found), times)
@@ -48,9 +50,10 @@ def listed(kinds: Counter) -> str:
     return ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
 
 
-def note(out: Path, line: str, kind: str, words: str) -> None:
+def note(out: Path, line: str, cases: list[moments.Case]) -> None:
     with (out / "cases.jsonl").open("a") as file:
-        file.write(json.dumps({"line": line, "case": kind, "words": words}) + "\n")
+        for kind, words in cases:
+            file.write(json.dumps({"line": line, "case": kind, "words": words}) + "\n")
 
 
 # ------------------------------------------------------------------------------------ damaged files
@@ -67,8 +70,7 @@ def count_damage(counting: Counting, chosen: list[targets.Target]) -> int:
         processes.do(partial(damage_all, counting, target, answers), counting.out / "damage.txt")
         cells = []
         for how, found in json.loads(answers.read_text()).items():
-            for case in found:
-                note(counting.out, f"{how}: {target.name}", *case)
+            note(counting.out, f"{how}: {target.name}", found)
             kinds = Counter(kind for kind, _ in found)
             good = sum(kinds[kind] for kind in damage.GOOD)
             bad += good < counting.times

@@ -5,6 +5,7 @@ A workdir meets several faults one after the other, and then its command goes on
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -259,17 +260,19 @@ def fill_disk(counting, job, workdir, rng) -> str | None:
 
 
 def own_place(counting: Counting) -> Path:
-    """A workdir of a user who is not root, to whom nothing is read-only."""
+    """A workdir in a folder that loses the right to be written with it."""
     place = jobs.fresh(counting.out / "case")
     (place / "work").mkdir(parents=True)
-    allow(place, True)
     return place / "work"
 
 
 def allow(place: Path, write: bool) -> None:
-    for folder in (place, *(p for p in place.rglob("*") if p.is_dir())):
-        os.chown(folder, processes.NOBODY, processes.NOBODY)
-        os.chmod(folder, 0o755 if write else 0o555)
+    """Gives the right to write in all folders, or takes it, while a command may add and remove."""
+    with contextlib.suppress(FileNotFoundError):
+        place.chmod(0o755 if write else 0o555)
+        for inside in place.iterdir():
+            if inside.is_dir() and not inside.is_symlink():
+                allow(inside, write)
 
 
 def make_read_only(counting, job, workdir, rng) -> str | None:

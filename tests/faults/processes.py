@@ -6,6 +6,7 @@ is saved each time. It ends as `dials` does, by `run_command`.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -19,7 +20,7 @@ from typing import Any
 
 from dials_jax.commands import run_command
 
-NOBODY = 65534
+CAPABILITY_VERSION = 0x20080522  # of capset(2)
 LONGEST = 300.0  # seconds of a command that takes a few: it hangs
 
 
@@ -71,20 +72,21 @@ class Child:
 
 
 def start(run: Callable[[], Any], log: Path, plain_user: bool = False) -> Child:
-    """Args: plain_user: not as root, to whom nothing is read-only."""
+    """Args: plain_user: permissions hold, which to root they do not."""
     sys.stdout.flush()
     sys.stderr.flush()
+    # Here, not in the fork: one that a signal ends at once leaves an empty log, not the last one's.
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     pid = os.fork()
     if pid:
+        os.close(output)
         return Child(pid, log, time.monotonic())
     status = 70
     try:
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        if plain_user and os.getuid() == 0:
-            os.setgid(NOBODY)
-            os.setuid(NOBODY)
+        if plain_user:
+            drop_capabilities()
         run_command(run)
         status = 0
     except SystemExit as stop:
@@ -95,6 +97,14 @@ def start(run: Callable[[], Any], log: Path, plain_user: bool = False) -> Child:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def drop_capabilities() -> None:
+    """To root, too, permissions hold from now on, as to the plain owner of its files."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    this_process, none = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0), (ctypes.c_uint32 * 6)()
+    if libc.capset(this_process, none):
+        raise OSError(ctypes.get_errno(), "capabilities cannot be dropped")
 
 
 def do(run: Callable[[], Any], log: Path) -> float:
