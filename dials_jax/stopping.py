@@ -63,7 +63,8 @@ def _listen(signum: int, handler: Callable) -> bool:
 class Request:
     """Records that the process is asked to end, from `start()` to the end of the `with`.
 
-    After the first signal another Ctrl-C ends the process at once.
+    After the first signal another Ctrl-C ends the process at once. Of several processes all record
+    it for the whole `with`: one that ended alone would leave the others waiting for it.
     """
 
     signum: int | None = None  # of the first signal; on several processes, once they have agreed
@@ -73,10 +74,14 @@ class Request:
         self._before: dict[int, Callable | int | None] = {}
 
     def __enter__(self) -> Request:
+        import jax  # late: it takes a second, which --help need not wait for
+
+        if jax.process_count() > 1:
+            self.start()
         return self
 
     def start(self) -> None:
-        """Call it when there is something to save; until then a signal ends the process at once."""
+        """Call it when there is something to save; until then a signal ends one process at once."""
         if self._before:
             return
         before = {signum: signal.getsignal(signum) for signum in SIGNALS}
@@ -92,7 +97,7 @@ class Request:
 
     def came(self, meeting: bool) -> bool:
         """Whether to end, the same on every process. Several agree only at a `meeting`."""
-        import jax  # late: it takes a second, which --help need not wait for
+        import jax
 
         if self.signum is None:
             if jax.process_count() == 1:
@@ -104,7 +109,17 @@ class Request:
                 self.signum = int(np.max(noted)) or None
         return self.signum is not None
 
+    def finish(self) -> None:
+        """Call it when all is saved; from then on a signal ends one process at once, as before."""
+        import jax
+
+        if jax.process_count() == 1:
+            self._restore()
+
     def __exit__(self, *error: object) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
         self._before = {}

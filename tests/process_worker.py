@@ -4,6 +4,7 @@
 one process alone does. Usage: python process_worker.py NUMBER COUNT PORT FOLDER
 """
 
+import signal
 import sys
 from pathlib import Path
 from unittest import mock
@@ -27,7 +28,9 @@ from dials_jax.evaluation.sweep import sweep
 from dials_jax.models import families
 from dials_jax.reporting import publish
 from dials_jax.sharding import require_same_everywhere
+from dials_jax.stopping import Stopped
 from dials_jax.studies.study import run_study
+from dials_jax.training import loop, run
 from dials_jax.training.loop import train
 from tests import conftest  # noqa: F401  exact products
 
@@ -112,7 +115,30 @@ def differ(what: str) -> None:
         print(f"refused: {error}", flush=True)
 
 
+def sigterm_in(module, name: str):
+    """The last process gets a SIGTERM whenever it calls the function."""
+    function = getattr(module, name)
+
+    def signalled(*args, **kwargs):
+        if jax.process_index() == jax.process_count() - 1:
+            signal.raise_signal(signal.SIGTERM)
+        return function(*args, **kwargs)
+
+    return mock.patch.object(module, name, signalled)
+
+
+def stop_before_the_first_step(mesh: MeshConfig, folder: Path) -> None:
+    with sigterm_in(loop, "prepare_run"):
+        try:
+            train(training(mesh), folder)
+        except Stopped as stop:
+            print(f"stopped ({stop.status}): {stop.message}", flush=True)
+
+
 if __name__ == "__main__":
     folder = join(*sys.argv[1:])
-    work(folder, MeshConfig(data=1, fsdp=jax.process_count()))
+    mesh = MeshConfig(data=1, fsdp=jax.process_count())
+    stop_before_the_first_step(mesh, folder.with_name("stopped"))
+    with sigterm_in(run, "save_model"):  # which all are about to end anyway
+        work(folder, mesh)
     differ("requests")

@@ -173,6 +173,12 @@ def test_a_study_draws_and_writes_every_sample_once(folders):
     assert shown == [(True, True), (False, False)]  # the first process speaks for all
 
 
+def test_processes_end_together_when_one_is_asked_to(folders):
+    """Before the first step; a SIGTERM while the model is written lets all write it to the end."""
+    line = "stopped (143): no step is saved yet; the same command starts again"
+    assert [output.splitlines().count(line) for output in folders[2]] == [1, 1]
+
+
 def test_what_differs_between_processes_is_named_on_all_of_them(folders):
     line = (
         "refused: process 1 of 2 has other requests than the first one; start the same command on "

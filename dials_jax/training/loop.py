@@ -81,13 +81,15 @@ def train(
       Stopped: after Ctrl-C or SIGTERM, with the step that is saved.
     """
     cfg = open_config(config, TrainConfig, overrides or {})
-    with exclusive(workdir) as workdir:
+    with exclusive(workdir) as workdir, Request() as request:
         checkpoints = Checkpoints(workdir / "checkpoints", cfg.keep_checkpoints)
         with keeping(lambda: _saved_message(checkpoints)):
-            return _train(cfg, workdir, checkpoints)
+            return _train(cfg, workdir, checkpoints, request)
 
 
-def _train(cfg: TrainConfig, workdir: Path, checkpoints: Checkpoints) -> TrainState:
+def _train(
+    cfg: TrainConfig, workdir: Path, checkpoints: Checkpoints, request: Request
+) -> TrainState:
     mesh = sharding.make_mesh(cfg.mesh)
     shards = sharding.num_batch_shards(mesh)
     sequences = cfg.batch_size // cfg.num_microbatches
@@ -125,7 +127,7 @@ def _train(cfg: TrainConfig, workdir: Path, checkpoints: Checkpoints) -> TrainSt
     step = make_train_step(run.loss_fn, optimizer, cfg.seed, cfg.num_microbatches, ema)
     step_fn = jit_train_step(step, state, mesh, run.prefix)
     with jax.set_mesh(mesh):
-        state = _run_steps(cfg, run, state, step_fn, total, epoch, checkpoints, workdir)
+        state = _run_steps(cfg, run, state, step_fn, total, epoch, checkpoints, workdir, request)
     run.export(workdir, state.result)
     if run.validation and jax.process_index() == 0:
         print(summarise_validation(run.validation.last, cfg.router), flush=True)
@@ -141,6 +143,7 @@ def _run_steps(
     epoch: int,
     checkpoints: Checkpoints,
     workdir: Path,
+    request: Request,
 ) -> TrainState:
     """Runs the steps up to `total`. The host waits for the device only when it logs or saves.
 
@@ -149,7 +152,9 @@ def _run_steps(
 
     Args:
       epoch: steps per epoch.
+      request: to end; it starts with the first step, which takes long to compile.
     """
+    _obey(request, checkpoints)  # several processes have noted signals since they began
     start = int(state.step)
     mesh = jax.sharding.get_mesh()
     schedule = make_lr_schedule(cfg.optimizer, epoch)
@@ -171,7 +176,6 @@ def _run_steps(
     with (
         contextlib.closing(MetricsWriter(workdir, start)) as writer,
         progress_bar(total, start, trained) as bar,
-        Request() as request,
     ):
         for step, batch in prefetch(load_batch, start, total):
             state, values = step_fn(state, run.frozen, batch)
@@ -218,9 +222,15 @@ def _run_steps(
                     break
             if done - start == 1:  # saved and validated: the next step is timed alone
                 began = time.perf_counter()
-        if request.came(True):
-            raise Stopped(_saved_message(checkpoints), request.signum)
+        request.finish()
+        _obey(request, checkpoints)
     return state
+
+
+def _obey(request: Request, checkpoints: Checkpoints) -> None:
+    """Raises: Stopped, on every process, if one of them was asked to end."""
+    if request.came(True):
+        raise Stopped(_saved_message(checkpoints), request.signum)
 
 
 def _estimate(
