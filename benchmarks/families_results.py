@@ -20,7 +20,8 @@ def training_facts(folder: Path, cfg: TrainConfig) -> dict[str, Any]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     row, seconds, before = cfg.batch_size * cfg.data.length, 0.0, 0
     for line in lines:
-        seconds += (line["step"] - before) * row / line["tokens_per_second"]
+        if "tokens_per_second" in line:  # not where a step was compiled and no other was taken
+            seconds += (line["step"] - before) * row / line["tokens_per_second"]
         before = line["step"]
     model = folder / "model" / "config.json"
     return {

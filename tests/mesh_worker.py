@@ -89,7 +89,8 @@ def train_step(mesh, loss_fn, init, frozen, prefix):
     # Hidden states, or their gradients, of all rows of a microbatch at once.
     whole = re.findall(rf"f32\[{16 // MICROBATCHES},{length},\d+\]", step.as_text())
     sent = {kind: size for kind, (size, _) in read_footprint(step).sent().items()}
-    return {"params": state.params, "values": values, "whole": len(whole)}, sent
+    means = {name: mean.value for name, mean in values.items()}
+    return {"params": state.params, "values": means, "whole": len(whole)}, sent
 
 
 def evaluate(mesh, cfg, params, routers):

@@ -123,7 +123,7 @@ class TrainConfig(Typed):
     # Held-out data, scored every so many steps and after the last one: see docs/skipping.md.
     validation: Data | None = None
     validate_every: int = 100
-    validation_batches: int = 8  # of batch_size sequences; the same ones every time
+    validation_batches: int = 8  # of batch_size sequences, at most; the same ones every time
     validation_thresholds: tuple[float, ...] = ()  # more values of tau that routers are scored at
     fit_execution: tuple[float, ...] = ()  # shares of layers to which thresholds are fitted last
     log_every: int = 10
@@ -131,7 +131,7 @@ class TrainConfig(Typed):
     keep_checkpoints: int = 2
     # Models after these steps are exported as well, to steps/00000100/ and so on; 0: the first one.
     keep_models_at: tuple[int, ...] = ()
-    max_minutes: float | None = None  # save and stop after this time; compilation does not count
+    max_minutes: float | None = None  # save and stop this long after the first step is compiled
 
     def __post_init__(self):
         super().__post_init__()

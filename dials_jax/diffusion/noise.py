@@ -44,7 +44,9 @@ def stratified_noise(stratum: Float[Array, "B"], eps: float) -> Noise:
     return Noise(time=time, ratio=(1 - eps) * time, weight=1 / time)
 
 
-def stratified(key: jax.Array, sequence: Int[Array, "B"], num_sequences: int) -> Float[Array, "B"]:
+def stratified(
+    key: jax.Array, sequence: Int[Array, "B"], num_sequences: Int[Array, ""] | int
+) -> Float[Array, "B"]:
     """(u + i) / n mod 1 for sequence i of n, with one u ~ U(0, 1) per step: one in every n-th.
 
     Each sequence's value is uniform on [0, 1). It depends on the sequence's number in the whole

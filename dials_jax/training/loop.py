@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from dials_jax import sharding, trees
 from dials_jax.config import TrainConfig
 from dials_jax.config_files import open_config
-from dials_jax.data.batches import Batch, batch_at, prefetch, steps_per_epoch
+from dials_jax.data.batches import Batch, TrainingData, batch_at, prefetch, steps_per_epoch
 from dials_jax.errors import InputError, require
 from dials_jax.estimates import (
     RunEstimate,
@@ -30,7 +30,8 @@ from dials_jax.estimates import (
 from dials_jax.progress import Pace, progress_bar
 from dials_jax.stopping import Request, Stopped, keeping
 from dials_jax.training.checkpoint import Checkpoints
-from dials_jax.training.metrics import MetricsWriter
+from dials_jax.training.losses import merge_metrics
+from dials_jax.training.metrics import MeteredStep, MetricsWriter
 from dials_jax.training.optimizer import make_lr_schedule, make_optimizer, num_steps
 from dials_jax.training.run import (
     Run,
@@ -129,7 +130,7 @@ def _train(
     with jax.set_mesh(mesh):
         state = _run_steps(cfg, run, state, step_fn, total, epoch, checkpoints, workdir, request)
     run.export(workdir, state.result)
-    if run.validation and jax.process_index() == 0:
+    if run.validation and run.validation.last and jax.process_index() == 0:
         print(summarise_validation(run.validation.last, cfg.router), flush=True)
     return state
 
@@ -156,38 +157,26 @@ def _run_steps(
     """
     _obey(request, checkpoints)  # several processes have noted signals since they began
     start = int(state.step)
-    mesh = jax.sharding.get_mesh()
-    schedule = make_lr_schedule(cfg.optimizer, epoch)
-    window: list[dict] = []
-    since = time.perf_counter()
-    clock = Clock(cfg.max_minutes)
-    trained = "routers" if cfg.backbone else "model"
-    validation = run.validation
-    pace, began = Pace(total - start, "training"), since
     if start == 0 and 0 in cfg.keep_models_at:
         run.export(step_folder(workdir, 0), state.result)
-
-    def load_batch(step: int) -> Batch:
-        batch = batch_at(
-            run.data, cfg.seed, step, cfg.batch_size, jax.process_index(), jax.process_count()
-        )
-        return sharding.place_batch(batch, mesh)
-
+    schedule, validation = make_lr_schedule(cfg.optimizer, epoch), run.validation
+    load_batch = partial(_load_batch, cfg, run.data, jax.sharding.get_mesh())
+    clock, pace, began = Clock(cfg.max_minutes), Pace(total - start, "training"), 0.0
+    metered, window = MeteredStep(step_fn), []
     with (
         contextlib.closing(MetricsWriter(workdir, start)) as writer,
-        progress_bar(total, start, trained) as bar,
+        progress_bar(total, start, "routers" if cfg.backbone else "model") as bar,
     ):
         for step, batch in prefetch(load_batch, start, total):
-            state, values = step_fn(state, run.frozen, batch)
+            state, metrics = metered(state, run.frozen, batch)
             clock.start()
             request.start()
-            window.append(values)
+            window.append(metrics)
             done = step + 1
             bar.update()
-            if done - start <= 2:  # the first step was compiled, the second one is timed
-                jax.block_until_ready(values)
-                if done - start == 2:
-                    pace.measured(1, time.perf_counter() - began)
+            if done - start == 2:  # the first step was compiled
+                jax.block_until_ready(metrics)
+                pace.measured(1, time.perf_counter() - began)
             saving = done % cfg.save_every == 0 or done == total
             validating = validation is not None and validation.is_due(done, total)
             keeping_model = done in cfg.keep_models_at
@@ -195,28 +184,21 @@ def _run_steps(
             window_ends = saving or validating or keeping_model or done % cfg.log_every == 0
             stop = clock.is_over(window_ends) or request.came(window_ends)
             if window_ends or stop:
-                means = _mean_metrics(window)
-                _check_finite(state, workdir)
                 saving = saving or stop
-                seconds = time.perf_counter() - since
-                tokens = len(window) * cfg.batch_size * batch.tokens.shape[1]
-                means |= {
-                    "learning_rate": float(schedule(step)),
-                    "epoch": done / epoch,
-                    "tokens_per_second": tokens / seconds,
-                }
+                means = merge_metrics(jax.device_get(window)) | metered.rate()
+                _check_finite(state, workdir)
+                means |= {"learning_rate": float(schedule(step)), "epoch": done / epoch}
                 if validating:
-                    validation(state, run.frozen)
-                    means |= validation.last
+                    means |= validation(state, run.frozen)
                 writer.write(done, means)
-                bar.set_postfix_str(
-                    _summary(means, validation.last if validation else {}), refresh=False
-                )
+                validated = validation.last if validation else {}
+                bar.set_postfix_str(_summary(means, validated), refresh=False)
                 if keeping_model:
                     run.export(step_folder(workdir, done), state.result)
                 if saving:
                     checkpoints.save(done, state)
-                window, since = [], time.perf_counter()
+                window.clear()
+                metered.restart()
                 # A signal during the save needs no further step.
                 if stop or (saving and request.came(True)):
                     break
@@ -231,6 +213,12 @@ def _obey(request: Request, checkpoints: Checkpoints) -> None:
     """Raises: Stopped, on every process, if one of them was asked to end."""
     if request.came(True):
         raise Stopped(_saved_message(checkpoints), request.signum)
+
+
+def _load_batch(cfg: TrainConfig, data: TrainingData, mesh: jax.sharding.Mesh, step: int) -> Batch:
+    """The batch of a step, on the devices."""
+    where = jax.process_index(), jax.process_count()
+    return sharding.place_batch(batch_at(data, cfg.seed, step, cfg.batch_size, *where), mesh)
 
 
 def _estimate(
@@ -295,12 +283,6 @@ class Clock:
         return time.perf_counter()
 
 
-def _mean_metrics(window: list[dict]) -> dict[str, float]:
-    """Fetches the metrics of several steps from the device and returns their means."""
-    host = jax.device_get(window)
-    return {name: float(np.mean([values[name] for values in host])) for name in host[0]}
-
-
 def _check_finite(state: TrainState, workdir: Path) -> None:
     bad = int(state.bad_step)
     if bad >= 0:
@@ -325,7 +307,9 @@ def _summary(means: dict[str, float], validated: dict[str, float]) -> str:
         parts.append(f"at inference {1 - validated['validation/execution']:.1%}")
     elif "validation/loss" in validated:
         parts.append(f"held out {validated['validation/loss']:.3f}")
-    return ", ".join([*parts, f"{means['tokens_per_second']:,.0f} tokens/s"])
+    if "tokens_per_second" in means:
+        parts.append(f"{means['tokens_per_second']:,.0f} tokens/s")
+    return ", ".join(parts)
 
 
 def _print_start(cfg: TrainConfig, run: Run, state: TrainState, total: int, epoch: int) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dials_jax import trees
@@ -70,20 +71,33 @@ class Draws(NamedTuple):
         cls,
         step_key: jax.Array,
         sequence_index: Int[Array, "B"],
-        num_sequences: int,
+        num_sequences: Int[Array, ""] | int,
         step: Int[Array, ""] | int = 0,
     ) -> Draws:
         """Draws for the sequences of a microbatch, or of the whole batch.
 
         Args:
           sequence_index: in the whole batch.
-          num_sequences: of the whole batch.
+          num_sequences: of the whole batch, without what only fills it.
         """
         keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, sequence_index)
         return cls(keys, stratified(step_key, sequence_index, num_sequences), step)
 
 
 Metrics = dict[str, Mean]
+
+
+def merge_metrics(parts: Sequence[Metrics]) -> dict[str, float]:
+    """The means over several steps or batches, by their weights. Args: parts: on the host."""
+    return {
+        name: float(
+            np.sum([part[name].total for part in parts], dtype=float)
+            / max(np.sum([part[name].count for part in parts], dtype=float), 1)
+        )
+        for name in parts[0]
+    }
+
+
 # loss(trainable, frozen, batch, draws) -> (sum over sequences, metrics)
 LossFn = Callable[[trees.Params, trees.Params, Batch, Draws], tuple[Array, Metrics]]
 
@@ -192,6 +206,11 @@ def check_objective(cfg: ModelConfig, objective: ObjectiveConfig, routers: bool 
     require(not (causal and routers), "routers vote at [MASK]; give a masked diffusion backbone")
 
 
+def count_sequences(batch: Batch) -> Int[Array, ""]:
+    """The sequences that have an answer; what only fills a batch has none."""
+    return jnp.sum(jnp.any(batch.answer, axis=1))
+
+
 # ---------------------------------------------------------------------------------- inside
 
 
@@ -292,7 +311,7 @@ def _predictions(
 def _metrics(total: Array, nats: Float[Array, "B T"], batch: Batch, inputs: _Inputs) -> Metrics:
     """Returns the loss, the cross-entropy in nats per predicted token, and the masked share."""
     count = jnp.sum(inputs.weights != 0, dtype=jnp.float32)
-    loss = {"loss": Mean(total, jnp.float32(batch.sequence_index.shape[0]))}
+    loss = {"loss": Mean(total, count_sequences(batch).astype(jnp.float32))}
     if inputs.noise is None:
         return loss | {"token_ce": Mean(jnp.sum(nats), count)}
     share = Mean(count, jnp.sum(batch.answer, dtype=jnp.float32))

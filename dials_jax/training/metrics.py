@@ -1,16 +1,56 @@
-"""Writes training metrics to `metrics.jsonl` and TensorBoard."""
+"""Measures how fast training is, and writes its metrics to `metrics.jsonl` and TensorBoard."""
 
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from dials_jax import trees
+from dials_jax.data.batches import Batch
 from dials_jax.records import Lines, format_line
+from dials_jax.training.losses import Metrics
+from dials_jax.training.step import TrainState, TrainStep
 
 log = logging.getLogger(__name__)
+
+
+class MeteredStep:
+    """The training step, and the tokens per second of the steps that wait for no compilation.
+
+    Batches with padding are another program than those without, so the first of either kind is
+    compiled. The host waits for the device before and after these, and not around the others.
+    """
+
+    def __init__(self, step: TrainStep):
+        self._step, self._kinds = step, set()
+        self.restart()
+
+    def __call__(
+        self, state: TrainState, frozen: trees.Params, batch: Batch
+    ) -> tuple[TrainState, Metrics]:
+        kind = jax.tree.structure(batch)
+        if kind in self._kinds:
+            self._tokens += batch.tokens.size
+            return self._step(state, frozen, batch)
+        self._kinds.add(kind)
+        jax.block_until_ready(state)
+        self._seconds += time.perf_counter() - self._since if self._tokens else 0.0
+        out = jax.block_until_ready(self._step(state, frozen, batch))
+        self._since = time.perf_counter()
+        return out
+
+    def restart(self) -> None:
+        """Counts from here on."""
+        self._tokens, self._seconds, self._since = 0, 0.0, time.perf_counter()
+
+    def rate(self) -> dict[str, float]:
+        """`tokens_per_second` since `restart`, once the steps have ended; {} if all compiled."""
+        seconds = self._seconds + time.perf_counter() - self._since
+        return {"tokens_per_second": self._tokens / seconds} if self._tokens else {}
 
 
 class MetricsWriter:

@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Int, PyTree
 
 from dials_jax import sharding, trees
 from dials_jax.compiling import compiler_options
 from dials_jax.data.batches import Batch
 from dials_jax.keys import seed_key
-from dials_jax.training.losses import Draws, LossFn
+from dials_jax.training.losses import Draws, LossFn, Mean, Metrics
 from dials_jax.training.optimizer import update_moving_average
 
 
@@ -50,9 +50,7 @@ class TrainState(NamedTuple):
         return self.params if self.average is None else self.average
 
 
-TrainStep = Callable[
-    [TrainState, trees.Params, Batch], tuple[TrainState, dict[str, Float[Array, ""]]]
-]
+TrainStep = Callable[[TrainState, trees.Params, Batch], tuple[TrainState, Metrics]]
 
 
 def init_train_state(
@@ -178,10 +176,10 @@ def make_train_step(
         )
         # Divided once, by all sequences of the batch.
         grads = jax.tree.map(lambda g: g / batch.sequence_index.shape[0], grads)
-        values = {name: mean.value for name, mean in metrics.items()}
-        values["grad_norm"] = optax.tree.norm(grads)
-        good = jnp.isfinite(values["loss"]) & jnp.isfinite(values["grad_norm"])
-        return update_state(optimizer, state, grads, good, ema), values
+        norm = optax.tree.norm(grads)
+        good = jnp.isfinite(metrics["loss"].total) & jnp.isfinite(norm)
+        metrics |= {"grad_norm": Mean(norm, jnp.ones_like(norm))}
+        return update_state(optimizer, state, grads, good, ema), metrics
 
     return step
 

@@ -26,6 +26,8 @@ from dials_jax.training.losses import (
     LossFn,
     Mean,
     Metrics,
+    count_sequences,
+    merge_metrics,
     routed_metrics,
     router_loss,
 )
@@ -40,9 +42,15 @@ Score = Callable[[trees.Params, trees.Params, Batch, Draws], Metrics]
 
 
 def held_out_batch(data: TrainingData, number: int, batch_size: int, mesh: Mesh) -> Batch:
-    """The batch of this number, on the devices; it is the same in every training."""
+    """The batch of this number, on the devices; it is the same in every training.
+
+    Every row is in one batch, once. What fills the last batch has no answer, so nothing of it is
+    masked or counted.
+    """
     where = jax.process_index(), jax.process_count()
-    return sharding.place_batch(batch_at(data, HELD_OUT_SEED, number, batch_size, *where), mesh)
+    batch = batch_at(data, HELD_OUT_SEED, number, batch_size, *where)
+    is_row = number * batch_size + batch.sequence_index < data.num_rows
+    return sharding.place_batch(batch._replace(answer=batch.answer & is_row[:, None]), mesh)
 
 
 def held_out_key(number: Int[Array, ""] | int) -> jax.Array:
@@ -104,7 +112,7 @@ class Validation:
     """
 
     def __init__(self, score: Score, data: TrainingData, mesh: Mesh, cfg: TrainConfig):
-        number = min(cfg.validation_batches, max(1, data.num_rows // cfg.batch_size))
+        number = min(cfg.validation_batches, -(-data.num_rows // cfg.batch_size))
         self._batches = [held_out_batch(data, i, cfg.batch_size, mesh) for i in range(number)]
         self._score = _jit_score(score, cfg.num_microbatches)
         self._every = cfg.validate_every
@@ -120,11 +128,8 @@ class Validation:
             self._score(state.result, frozen, batch, jnp.int32(i), state.step)
             for i, batch in enumerate(self._batches)
         ]
-        host = sharding.to_host(parts)
-        self.last = {
-            f"{METRIC_PREFIX}{name}": float(_merged([part[name] for part in host]))
-            for name in host[0]
-        }
+        found = merge_metrics(sharding.to_host(parts))
+        self.last = {f"{METRIC_PREFIX}{name}": value for name, value in found.items()}
         return self.last
 
 
@@ -132,17 +137,13 @@ class Validation:
 def _jit_score(score: Score, num_microbatches: int) -> Callable[..., Metrics]:
     def whole(params, frozen, batch, number, step):
         def one(microbatch):
-            size = batch.sequence_index.shape[0]
+            size = count_sequences(batch)
             draws = Draws.of(held_out_key(number), microbatch.sequence_index, size, step)
             return score(params, frozen, microbatch, draws)
 
         return sum_over_microbatches(one, split_microbatches(batch, num_microbatches))
 
     return jax.jit(whole, compiler_options=compiler_options())
-
-
-def _merged(means: list[Mean]) -> float:
-    return float(sum(m.total for m in means) / max(sum(m.count for m in means), 1))
 
 
 def summarise_validation(values: dict[str, float], router: RouterConfig) -> str:

@@ -237,6 +237,25 @@ def test_training_lowers_the_loss(kind, train_config, tmp_path):
     assert load(tmp_path).config == cfg.model  # the workdir is a model now
 
 
+def test_a_line_of_the_log_is_the_mean_over_all_that_its_steps_have_seen(train_config, tmp_path):
+    """Over masked tokens, not over steps, of which one has few and another many."""
+    for every in (1, 3):
+        loop.train(train_config(log_every=every, batch_size=2), tmp_path / str(every))
+    steps, windows = logged(tmp_path / "1"), logged(tmp_path / "3")
+    assert [line["step"] for line in windows] == [3, 6]
+    shares, nats, losses, norms = (
+        np.array([line[name] for line in steps]).reshape(2, 3)
+        for name in ("masked_share", "masked_ce", "loss", "grad_norm")
+    )
+    by_token = (shares * nats).sum(axis=1) / shares.sum(axis=1)
+    assert np.abs(by_token - nats.mean(axis=1)).max() > 1e-4
+    np.testing.assert_allclose([line["masked_ce"] for line in windows], by_token, rtol=1e-6)
+    for name, values in (("loss", losses), ("grad_norm", norms), ("masked_share", shares)):
+        np.testing.assert_allclose([line[name] for line in windows], values.mean(1), rtol=1e-6)
+    rates = ["tokens_per_second" in line for line in steps]
+    assert rates == [False, True, True, True, True, True]
+
+
 def test_the_model_that_comes_out_is_the_moving_average(train_config, tmp_path):
     optimizer = OptimizerConfig(learning_rate=1e-2, num_steps=4, warmup_steps=1, ema=0.9)
     state = loop.train(train_config(optimizer=optimizer), tmp_path)

@@ -6,6 +6,7 @@ import json
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from dials_jax.config import ArithmeticData, ObjectiveConfig, RouterConfig, TextData
@@ -17,10 +18,13 @@ from dials_jax.skipping.storage import load_router, router_facts
 from dials_jax.training import loop
 from dials_jax.training.checkpoint import Checkpoints
 from dials_jax.training.loop import train
-from dials_jax.training.losses import Draws, routed_metrics, router_loss
+from dials_jax.training.losses import Draws, model_loss, routed_metrics, router_loss
+from dials_jax.training.step import TrainState
 from dials_jax.training.validation import (
+    Validation,
     held_out_batch,
     held_out_key,
+    model_score,
     summarise_validation,
 )
 
@@ -176,6 +180,35 @@ def test_a_model_is_validated_by_its_own_loss(train_config, tmp_path, capsys):
     assert [r["step"] for r in found] == [4, 6]
     assert found[1]["validation/masked_ce"] < 3.2
     assert f"loss {found[1]['validation/loss']:.4f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("num_rows", "microbatches"), [(11, 2), (3, 1), (8, 1)])
+def test_every_held_out_row_is_scored_once(num_rows, microbatches, train_config, arithmetic_model):
+    """Also those of a last batch that is not full, with the mask ratios spread over them."""
+    model, objective = load(arithmetic_model, layout="stacked"), ObjectiveConfig(kind="mdlm")
+    rows, _ = load_training_data(DATA, model.config, held_out=True)
+    rows = dataclasses.replace(rows, pairs=rows.pairs[:num_rows])
+    cfg = train_config(batch_size=4, num_microbatches=microbatches, validation=DATA)
+    loss, seen, total, nats, masked = model_loss(model.config, objective, False), [], 0, 0, 0
+    for number in range(-(-num_rows // 4)):
+        batch = jax.device_get(held_out_batch(rows, number, 4, model.mesh))
+        here = np.flatnonzero(batch.answer.any(axis=1))
+        batch = jax.tree.map(lambda x, here=here: jnp.asarray(x[here]), batch)
+        seen += map(tuple, batch.tokens.tolist())
+        draws = Draws.of(held_out_key(number), batch.sequence_index, len(batch.tokens))
+        _, found = loss(model.params, {}, batch, draws)
+        total, nats = total + found["loss"].total, nats + found["masked_ce"].total
+        masked += found["masked_ce"].count
+    assert sorted(seen) == sorted(map(tuple, rows.rows(range(num_rows))[0].tolist()))
+    state = TrainState(jnp.int32(0), model.params, (), jnp.int32(-1))
+    found = Validation(model_score(loss), rows, model.mesh, cfg)(state, {})
+    assert found["validation/loss"] == pytest.approx(float(total) / num_rows, rel=1e-5)
+    assert found["validation/masked_ce"] == pytest.approx(float(nats / masked), rel=1e-5)
+
+
+def test_a_finished_run_says_nothing_of_a_validation_that_was_not_made(run, config, capsys):
+    train(config(), run[0])
+    assert "" not in capsys.readouterr().out.splitlines()
 
 
 @pytest.mark.parametrize(
