@@ -63,7 +63,7 @@ class SamplingStudy(Typed):
         for letter, layers in self.static_layers:
             numbers = layers.replace(" ", "").split(",")
             require(
-                all(n.isdigit() for n in numbers),
+                all(n.isdecimal() for n in numbers),
                 f"static_layers: {layers!r} of {letter} are no layers; give numbers such as 3,7",
             )
         require_positive(self, "length", "steps", "batch_size")

@@ -145,7 +145,8 @@ class _Examples:
         for where, record in read_task_records((path,)):
             with prefix_errors(where):
                 group = self._groups.setdefault(self._group(record), [])
-                if len(group) <= number:  # one more: a question is not its own example
+                # One more: a question is not its own example, nor is a copy of it.
+                if _num_distinct(group) <= number:
                     question = make_question(cfg, record)
                     text = question.prompt + question.answers[question.label]
                     group.append((question.record, text + cfg.few_shot_delimiter))
@@ -167,3 +168,8 @@ class _Examples:
             "number in few_shot, or add records",
         )
         return description + "".join(others[:number])
+
+
+def _num_distinct(group: list[tuple[dict[str, Any], str]]) -> int:
+    records = [record for record, _ in group]
+    return sum(record not in records[:i] for i, record in enumerate(records))

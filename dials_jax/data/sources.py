@@ -31,6 +31,10 @@ def load_training_data(
     tokenizer = load_data_tokenizer(cfg, model_folder)
     task = ArithmeticTask(cfg) if isinstance(cfg, ArithmeticData) else cfg
     check_tokenizer(tokenizer, model_config)
+    require(
+        model_config.eos_id is not None or isinstance(cfg, ArithmeticData),
+        "the model has no eos_id, and every text ends with it; set it in the model's config",
+    )
     length = row_length(cfg)
     require(
         length <= model_config.max_length,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
@@ -162,10 +161,10 @@ class Model:
         """Splits sequences over the mesh; repeats the last one until they divide evenly.
 
         Args:
-          multiple: pad to a multiple of this, so that the last, smaller batch has the shape of the
-            others and needs no new program.
+          multiple: pad to a multiple of this, rounded up to what the mesh divides. So the last,
+            smaller batch has the shape of the others and needs no new program.
         """
-        multiple = math.lcm(multiple, sharding.num_batch_shards(self.mesh))
+        multiple += -multiple % sharding.num_batch_shards(self.mesh)
 
         def one(x):
             numpy = jnp if isinstance(x, jax.Array) else np  # on the host it compiles nothing

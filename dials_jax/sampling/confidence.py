@@ -72,8 +72,8 @@ class Confidence(Typed, BlockSampler):
         the reference suppresses only end of turn, and so does this.
       delay_eos: no confidence in a sequence's first end of text while the token before it is masked
         (ES-dLLM).
-      stop_at_eos: a sequence ends at an end of text once all before it is known; the rest is filled
-        with end of text, and costs no more steps.
+      stop_at_eos: a sequence ends at an end of text once all before it is known; what is masked
+        then is filled with end of text, and costs no more steps.
       stop_ids: a sequence ends with the block in which one of these tokens is. The block is kept
         whole; the rest is filled with end of text, and costs no more steps (iLLaDA).
       append_blocks: masks are appended one block at a time. Later ones are no part of the sequence

@@ -15,7 +15,10 @@ from dials_jax.models import transformer
 def fill_after_eos(
     cfg: ModelConfig, tokens: Int[Array, "B T"], prompt_length: int
 ) -> Int[Array, "B T"]:
-    """Fills everything after an end of text with it, once no token before it is masked."""
+    """Fills what is still masked after an end of text with it, once no token before it is.
+
+    Tokens that were revealed behind it before, in the same block, stay.
+    """
     answer = tokens[:, prompt_length:]
     fill = from_eos_on(cfg, answer) & transformer.is_masked(cfg, answer)
     return tokens.at[:, prompt_length:].set(jnp.where(fill, cfg.eos_id, answer))

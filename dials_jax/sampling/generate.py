@@ -164,7 +164,8 @@ def generate(
         keys and values in the cache as they were.
       key: one key (folded with the sequence's number), or one per sequence, so that its random
         numbers do not depend on its batch. None is the key of seed 0.
-      fill_to: run the program of this batch size, or of a multiple, also for fewer sequences.
+      fill_to: run the program of this batch size, rounded up to what the mesh divides, or of a
+        multiple, also for fewer sequences.
       log_probs: keep those of the generated tokens.
       trajectory: keep the canvas after every call, how deep each position went in it and what it
         cost, and `log_probs`.

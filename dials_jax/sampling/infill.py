@@ -78,7 +78,9 @@ def infill(
     sampler = fitted(sampler, canvas.shape[1] - first, int(masked.sum(axis=1).max()))
     present = np.ones(canvas.shape, bool) if valid is None else valid
     sampler.check(cfg, present, policy, None)
-    batch = (canvas.astype(np.int32), valid, sequence_keys(key, len(canvas)))
+    # Padding may be [MASK], too, and that is nothing to fill.
+    shown = np.where(present, canvas, cfg.eos_id).astype(np.int32)
+    batch = (shown, valid, sequence_keys(key, len(canvas)))
     out, seconds = model.run(
         infill_program, *model.place_sequences(batch, fill_to), policy,
         sampler=sampler, cache=NoCache(), executor=executor, first=first,
@@ -86,7 +88,8 @@ def infill(
     )  # fmt: skip
     turns = Schedule(((ALONE, sampler.count_steps(NoCache())),))
     prompts = canvas[:, :first]
-    return account(*sharding.to_host(out), roles, turns, sampler, NoCache(), prompts, seconds)
+    out = account(*sharding.to_host(out), roles, turns, sampler, NoCache(), prompts, seconds)
+    return replace(out, tokens=np.where(present, out.tokens, canvas))
 
 
 @timed_jit(*STATIC, "first")

@@ -21,7 +21,6 @@ and random numbers are those that it has alone; only sums are rounded in another
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -296,7 +295,7 @@ def generate_refilled(
     Args:
       prompts: tokens of each.
       keys: one per prompt.
-      batch_size: sequences at a time.
+      batch_size: sequences at a time; rounded up to what the mesh divides.
       length: that prompts are padded to; rounded up to whole blocks.
       is_done: `is_done(request, answer)` ends a sequence at a block's end, as a stop string does;
         the answer has [MASK] where nothing is revealed. None: they end by themselves.
@@ -314,7 +313,7 @@ def generate_refilled(
     sampler.check(cfg, valid, policy, cache)
     length = -(-length // sampler.block_length) * sampler.block_length
     tokens, valid = pad_prompts(prompts, length, cfg.pad_id)
-    batch_size = math.lcm(batch_size, sharding.num_batch_shards(model.mesh))
+    batch_size += -batch_size % sharding.num_batch_shards(model.mesh)
     static = {"sampler": sampler, "cache": cache, "executor": executor}
     total = length + sampler.gen_length
     work = variant_work(cfg, cache, ring_blocks(sampler, cfg, total), total, 0)

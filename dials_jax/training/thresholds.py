@@ -35,7 +35,7 @@ from dials_jax.skipping.routed import (
     votes_to_skip,
 )
 from dials_jax.skipping.storage import FittedThresholds, load_router, save_fitted
-from dials_jax.training.losses import Draws, run_masked
+from dials_jax.training.losses import Draws, check_objective, run_masked
 from dials_jax.training.validation import held_out_batch, held_out_key
 
 log = logging.getLogger(__name__)
@@ -70,13 +70,14 @@ def fit_thresholds(
       per_layer: False fits one threshold for all layers.
       objective: how texts are masked, as in the training of the router.
 
-    Raises: InputError for a router of another model, data that does not fit, and a ratio that is no
-      share.
+    Raises: InputError for a router of another model, data or an objective that does not fit, and a
+      ratio that is no share.
     """
     require(
         0 < execution_ratio < 1,
         f"execution_ratio={execution_ratio} must lie between 0 and 1: the share of layers to run",
     )
+    check_objective(model.config, objective, routers=True)
     policy = load_router(router, model, votes=votes)
     rows, _ = load_training_data(data, model.config, model.path, held_out=True)
     batch = calibration_batch(rows, num_sequences, model.mesh)

@@ -96,6 +96,14 @@ def test_few_shot_examples_are_joined_as_the_harness_joins_them(arc, write_jsonl
         questions(dataclasses.replace(few, few_shot=(few.few_shot[0], 3)))
 
 
+def test_a_record_that_is_there_twice_leaves_examples_for_itself(write_jsonl):
+    records = [{"prompt": f"{q}=", "answer": q.upper()} for q in "aabbc"]
+    path = write_jsonl(records)
+    cfg = TaskData(paths=(path,), few_shot=(path, 2), few_shot_delimiter=";")
+    prompts = [q.prompt for q in questions(cfg)]
+    assert prompts == ["b=B;b=B;a="] * 2 + ["a=A;a=A;b="] * 2 + ["a=A;a=A;c="]
+
+
 def test_examples_may_be_of_the_same_group(write_jsonl):
     records = [{"s": s, "q": f"{s}{i}", "a": i} for i in range(3) for s in "xy"]
     cfg = TaskData(

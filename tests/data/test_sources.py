@@ -75,6 +75,17 @@ def test_rows_that_do_not_fit_are_refused_before_text_is_packed(
             load_training_data(cfg, model_config, folder)
 
 
+def test_a_model_without_an_end_of_text_is_refused_before_data_is_read(
+    text, task, model_config, folder, monkeypatch
+):
+    monkeypatch.setattr(sources, "pack_text", None)
+    monkeypatch.setattr(sources, "load_task_rows", None)
+    endless = dataclasses.replace(model_config, causal=True, mask_id=None, eos_id=None)
+    for cfg in (text, task):
+        with pytest.raises(InputError, match="the model has no eos_id, and every text ends with"):
+            load_training_data(cfg, endless, folder)
+
+
 def test_a_tokenizer_without_the_mask_is_refused_before_text_is_packed(
     text, model_config, tmp_path, monkeypatch
 ):

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dials_jax import sharding
 from dials_jax.config import ModelConfig
 from dials_jax.errors import InputError
 from dials_jax.models import families, transformer
@@ -242,6 +243,14 @@ def test_rows_fill_up_to_a_multiple(cfg):
     rows = model.place_sequences((np.arange(5), np.eye(5)), 4)
     np.testing.assert_array_equal(rows[0], [0, 1, 2, 3, 4, 4, 4, 4])
     assert rows[1].shape == (8, 5)
+
+
+def test_on_a_mesh_a_batch_is_no_larger_than_its_shards_need(cfg, monkeypatch):
+    """As `pods` and the estimates count it: not the least common multiple, 56 rows for 7."""
+    model = Model(cfg, init_params(cfg))
+    monkeypatch.setattr(sharding, "num_batch_shards", lambda mesh: 8)
+    for count, multiple, placed in ((5, 1, 8), (7, 7, 8), (3, 12, 16), (20, 12, 32)):
+        assert model.place_sequences(np.arange(count), multiple).shape == (placed,)
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,21 @@ def test_each_sequence_is_filled_as_by_plain_passes(shift, sampler, steps, thres
         np.testing.assert_array_equal(out.passes, calls)
 
 
+def test_padding_is_nothing_to_fill_whatever_token_it_is(lively):
+    """[MASK] is the padding of some tokenizers; given as such, it also comes back as such."""
+    tokens = np.array([[MASK, 5, MASK, 7, 8], [MASK, MASK, 6, MASK, MASK]])
+    valid = np.arange(5) >= np.array([[0], [2]])
+    out = dj.infill(lively, tokens, valid, sampler=dj.Confidence(5, threshold=0.9), log_probs=True)
+    for row, start in enumerate((0, 2)):
+        alone = dj.infill(
+            lively, tokens[row : row + 1, start:], sampler=dj.Confidence(5, threshold=0.9)
+        )
+        np.testing.assert_array_equal(out.tokens[row, start:], alone.tokens[0])
+        assert out.passes[row] == alone.passes[0]
+        assert out.masked_share[0, row] == pytest.approx(2 / 5)
+    assert (out.tokens[1, :2] == MASK).all() and np.isnan(out.log_probs[1, :2]).all()
+
+
 def test_a_policy_and_the_batch_change_no_sequence(lively, routers):
     settings = {"policy": Routed(routers, 0.3), "log_probs": True}
     together = dj.infill(lively, SEQUENCES, **settings)

@@ -323,6 +323,7 @@ def test_bad_studies_are_refused_before_anything_runs(
         ({"scorer": ""}, "scorer is missing"),
         ({"static_layers": (("X", "1"),)}, "no model is called 'X'"),
         ({"static_layers": (("L", "one"),)}, "'one' of L are no layers; give numbers such as 3,7"),
+        ({"static_layers": (("L", "2²"),)}, "'2²' of L are no layers; give numbers such as 3,7"),
         ({"num_segments": 3}, "steps=8 do not split into 3"),
         ({"light": "X"}, "no model is called 'X'"),
         ({"light": "H"}, "heavy and light are both 'H'"),

@@ -138,6 +138,9 @@ def test_fitted_thresholds_are_stored_and_loaded(backbone, soft, tmp_path):
         load_router(tmp_path, backbone, 0.1, execution_ratio=0.8)
     with pytest.raises(InputError, match=r"execution_ratio=1\.5 must lie between 0 and 1"):
         fit_thresholds(tmp_path, backbone, ArithmeticData(), 1.5)
+    with pytest.raises(InputError, match=r"objective\.kind='causal' does not fit a model"):
+        causal = ObjectiveConfig(kind="causal")  # masks nothing, so no router would see a token
+        fit_thresholds(tmp_path, backbone, ArithmeticData(), 0.5, objective=causal)
 
 
 def test_thresholds_per_layer_choose_per_layer(backbone, soft):
