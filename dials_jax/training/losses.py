@@ -206,8 +206,8 @@ def check_objective(cfg: ModelConfig, objective: ObjectiveConfig, routers: bool 
     require(not (causal and routers), "routers vote at [MASK]; give a masked diffusion backbone")
 
 
-def count_sequences(batch: Batch) -> Int[Array, ""]:
-    """The sequences that have an answer; what only fills a batch has none."""
+def count_rows(batch: Batch) -> Int[Array, ""]:
+    """The rows that have an answer; what only fills a batch has none."""
     return jnp.sum(jnp.any(batch.answer, axis=1))
 
 
@@ -311,7 +311,7 @@ def _predictions(
 def _metrics(total: Array, nats: Float[Array, "B T"], batch: Batch, inputs: _Inputs) -> Metrics:
     """Returns the loss, the cross-entropy in nats per predicted token, and the masked share."""
     count = jnp.sum(inputs.weights != 0, dtype=jnp.float32)
-    loss = {"loss": Mean(total, count_sequences(batch).astype(jnp.float32))}
+    loss = {"loss": Mean(total, count_rows(batch).astype(jnp.float32))}
     if inputs.noise is None:
         return loss | {"token_ce": Mean(jnp.sum(nats), count)}
     share = Mean(count, jnp.sum(batch.answer, dtype=jnp.float32))

@@ -26,7 +26,7 @@ from dials_jax.training.losses import (
     LossFn,
     Mean,
     Metrics,
-    count_sequences,
+    count_rows,
     merge_metrics,
     routed_metrics,
     router_loss,
@@ -137,7 +137,7 @@ class Validation:
 def _jit_score(score: Score, num_microbatches: int) -> Callable[..., Metrics]:
     def whole(params, frozen, batch, number, step):
         def one(microbatch):
-            size = count_sequences(batch)
+            size = count_rows(batch)
             draws = Draws.of(held_out_key(number), microbatch.sequence_index, size, step)
             return score(params, frozen, microbatch, draws)
 
