@@ -36,7 +36,8 @@ from dials_jax.models import families
 from dials_jax.models.model import Model, sequence_keys
 from dials_jax.nn.policy import Policy
 from dials_jax.sampling.confidence import Confidence
-from dials_jax.sampling.generate import Generation, generate
+from dials_jax.sampling.generate import generate
+from dials_jax.sampling.generation import Generation
 from dials_jax.skipping.routed import Routed, init_routers
 
 COLUMNS = {

@@ -29,7 +29,8 @@ from dials_jax.errors import require
 from dials_jax.keys import seed_key
 from dials_jax.models.model import Model
 from dials_jax.sampling.ancestral import Ancestral
-from dials_jax.sampling.generate import Generation, generate
+from dials_jax.sampling.generate import generate
+from dials_jax.sampling.generation import Generation
 from dials_jax.sampling.model_schedule import Schedule
 
 COLUMNS = {

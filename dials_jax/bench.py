@@ -20,7 +20,7 @@ from dials_jax.nn.policy import Policy, check_policy
 from dials_jax.progress import format_bytes, progress_bar
 from dials_jax.reporting.environment import environment
 from dials_jax.reporting.publish import Table
-from dials_jax.sampling.generate import Generation
+from dials_jax.sampling.generation import Generation
 from dials_jax.sampling.sampler import Sampler
 from dials_jax.skipping.flops import Flops
 from dials_jax.text import draw_keys

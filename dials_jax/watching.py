@@ -25,7 +25,8 @@ from dials_jax.nn.policy import Policy, policy_name
 from dials_jax.reporting.replay import Replay, Scene, run_of
 from dials_jax.sampling.block_diffusion import BlockDiffusion
 from dials_jax.sampling.confidence import Confidence
-from dials_jax.sampling.generate import Generation, generate
+from dials_jax.sampling.generate import generate
+from dials_jax.sampling.generation import Generation
 from dials_jax.sampling.infill import infill
 from dials_jax.sampling.model_schedule import Schedule
 from dials_jax.sampling.sampler import Sampler

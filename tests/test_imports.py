@@ -27,6 +27,7 @@ LEVELS = (
     {"reporting"},
     {"training"},
     {"evaluation"},
+    {"text_sampler"},
     {"text"},
     {"answer_file", "bench", "watching"},
     {"studies"},

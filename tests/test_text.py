@@ -15,7 +15,8 @@ from dials_jax.errors import InputError
 from dials_jax.loading import load
 from dials_jax.models.model import Model
 from dials_jax.skipping.routed import Routed
-from dials_jax.text import fitting_length, generate_text, text_job, text_sampler
+from dials_jax.text import generate_text, text_job
+from dials_jax.text_sampler import fitting_length, text_sampler
 from tests.conftest import amplify, random_routers, save_arithmetic_model, silence, small_config
 
 PROMPTS = ["+12,34=", "s7,5=", "r123,45=", "+1,2="]

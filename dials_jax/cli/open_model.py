@@ -27,14 +27,8 @@ from dials_jax.nn.policy import Policy
 from dials_jax.pods.programs import Answering
 from dials_jax.sharding import make_mesh
 from dials_jax.skipping.policies import Random, Static
-from dials_jax.text import (
-    check_lengths,
-    encode_prompts,
-    find_template,
-    fitting_length,
-    open_reader,
-    text_sampler,
-)
+from dials_jax.text import encode_prompts, find_template, open_reader
+from dials_jax.text_sampler import check_lengths, fitting_length, text_sampler
 
 
 def open_model(

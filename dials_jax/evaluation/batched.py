@@ -34,7 +34,8 @@ from dials_jax.keys import fold_in_each, seed_key
 from dials_jax.models.model import Model
 from dials_jax.models.padding import pad_prompts
 from dials_jax.nn.policy import Policy
-from dials_jax.sampling.generate import Generation, generate
+from dials_jax.sampling.generate import generate
+from dials_jax.sampling.generation import Generation
 from dials_jax.sampling.refill import generate_refilled, why_not_refilled
 from dials_jax.sampling.sampler import Sampler
 from dials_jax.skipping.flops import Flops

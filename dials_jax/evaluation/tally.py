@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from dials_jax.sampling.generate import Generation
+from dials_jax.sampling.generation import Generation
 from dials_jax.skipping.flops import Flops
 
 NUM_BINS = 10  # equal bins of the mask ratio over (0, 1]

@@ -16,7 +16,7 @@ from dials_jax.evaluation.sweep_records import SweepRecords, timing_conditions
 from dials_jax.evaluation.task import EvalConfig, EvalTask
 from dials_jax.models.model import Model
 from dials_jax.nn.policy import Policy
-from dials_jax.sampling.generate import Generation
+from dials_jax.sampling.generation import Generation
 
 NUM_TIMED_BATCHES = 2  # of every policy and turn
 

@@ -26,7 +26,7 @@ from jaxtyping import Bool, Float, Int
 
 from dials_jax.errors import require
 from dials_jax.files import local_path
-from dials_jax.sampling.generate import Generation
+from dials_jax.sampling.generation import Generation
 from dials_jax.sampling.model_schedule import Schedule
 
 IN_NOTEBOOK = "width: 100%; height: 46rem; border: 0"

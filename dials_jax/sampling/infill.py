@@ -29,14 +29,8 @@ from dials_jax.nn.policy import Policy
 from dials_jax.nn.stack import Executor
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.dream import Dream
-from dials_jax.sampling.generate import (
-    STATIC,
-    Generation,
-    account,
-    pad_sequences,
-    steps_on_canvas,
-    with_records,
-)
+from dials_jax.sampling.generate import STATIC, pad_sequences, steps_on_canvas, with_records
+from dials_jax.sampling.generation import Generation, account
 from dials_jax.sampling.model_schedule import Schedule
 from dials_jax.sampling.requests import ALONE, check_arguments, roles_of
 from dials_jax.sampling.sampler import CallRecord

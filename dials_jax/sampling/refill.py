@@ -46,7 +46,7 @@ from dials_jax.nn.rope import positions_of
 from dials_jax.nn.stack import Executor
 from dials_jax.sampling.costs import Part, total_cost
 from dials_jax.sampling.end_of_text import fill_after_eos
-from dials_jax.sampling.generate import Generation, count_tokens
+from dials_jax.sampling.generation import Generation, count_tokens
 from dials_jax.sampling.loop import BlockSampler, Loop, LoopState, step_limit, variant_work
 from dials_jax.sampling.requests import check_empty_prompts, check_prompts
 from dials_jax.sampling.reveal import StepInfo

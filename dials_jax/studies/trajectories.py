@@ -22,7 +22,8 @@ from dials_jax.evaluation.batched import request_hash, request_keys
 from dials_jax.models import transformer
 from dials_jax.models.model import Model
 from dials_jax.models.padding import pad_prompts
-from dials_jax.sampling.generate import Generation, generate
+from dials_jax.sampling.generate import generate
+from dials_jax.sampling.generation import Generation
 from dials_jax.sampling.sampler import Sampler
 from dials_jax.skipping.observing import BatchObserver, Observed, Observer, of_sequences
 from dials_jax.studies.profile import Moments, Profile, ProfileFacts

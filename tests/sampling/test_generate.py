@@ -247,6 +247,7 @@ def test_tokens_outside_the_vocabulary_are_refused(lively, prompts):
         ({"key": 0}, "make it with that"),
         ({"key": [jax.random.key(0)]}, "make it with that"),
         ({"prompts": np.zeros((0, 4), int)}, "there are no prompts"),
+        ({"prompts": []}, "there are no prompts; give at least one"),
         ({"prompts": [[3, 4], [5]], "valid": [[1, 1], [1, 0]]}, "prompts differ in length; pad"),
         ({"prompts": [[3, 4], [[5]]]}, "prompts differ in length; pad them on the left"),
         ({"prompts": [[3, 4], ["s"]]}, "prompts are of <U1; give token ids"),

@@ -92,6 +92,7 @@ def test_a_policy_and_the_batch_change_no_sequence(lively, routers):
     [
         ([[5, 9, 11]], dj.Confidence(1), "sequence [0] has no [MASK] (id 63) to fill"),
         ([[5, MASK], [5]], dj.Confidence(1), "sequence [1] has no [MASK]"),
+        ([], dj.Confidence(1), "there are no sequences; give at least one"),
         ([[5, MASK]], dj.Confidence(4, 2), "are one block, the most confident first; leave out"),
         ([[5, MASK]], dj.Confidence(4, cfg_scale=1.0), "cfg_scale goes by what is prompt"),
         ([[5, MASK]], dj.Confidence(4, stop_at_eos=True), "stop_at_eos goes by what is prompt"),
