@@ -14,6 +14,8 @@ from dials_jax.config.model import Layout, MeshConfig, WeightDtype
 from dials_jax.config.typed import Place, Seed, Typed, require_positive
 from dials_jax.errors import require
 
+MOST_SCHEDULES = 10_000  # of a search that tries all: every one draws and scores its samples
+
 
 def _require_letters(models: tuple[tuple[str, str], ...]) -> None:
     letters = [letter for letter, _ in models]
@@ -123,6 +125,11 @@ class SearchStudy(SamplingStudy):
             "make steps a multiple of num_segments",
         )
         require_positive(self, "num_extremes")
+        require(
+            self.budget is not None or self.num_schedules <= MOST_SCHEDULES,
+            f"{self.num_schedules:,} schedules are too many to try all; give a budget, or lower "
+            "num_segments",
+        )
         require(
             self.budget is None or 0 < self.budget <= self.num_schedules,
             f"budget={self.budget} must lie in 1 to {self.num_schedules}, the number of schedules",

@@ -181,6 +181,10 @@ class TrainConfig(Typed):
                 all(0 <= value < 1 for value in values) and len(set(values)) == len(values),
                 f"{name}={values} must be different numbers in [0, 1)",
             )
+        require(
+            0 not in self.fit_execution,
+            f"fit_execution={self.fit_execution}: a share of 0 runs no layer; give shares above 0",
+        )
 
     @classmethod
     def upgraded(cls, values: dict[str, Any]) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def predict_losses(
         require(
             not schedules or int(whole.sum()) > 1,
             "schedules: fewer than two sequences have a masked token at every time; "
-            "add sequences, or lower num_times",
+            "leave out schedules, or measure more sequences at fewer times elsewhere",
         )
         for schedule, harm in zip(schedules, harms, strict=True):
             difference = (harm - harms[0])[whole]

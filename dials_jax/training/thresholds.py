@@ -87,18 +87,20 @@ def fit_thresholds(
 
 
 def calibration_batch(data: TrainingData, num_sequences: int, mesh: jax.sharding.Mesh) -> Batch:
-    """At most this many sequences, a multiple of what the mesh divides."""
-    shards = sharding.num_batch_shards(mesh)
-    size = min(num_sequences, data.num_rows) // shards * shards
-    require(size > 0, f"num_sequences={shown(num_sequences)} leaves none on {shards} shards")
-    return held_out_batch(data, 0, size, mesh)
+    """This many sequences, or all that there are, rounded up to what the mesh divides.
+
+    What fills the batch has no answer, so it has no vote.
+    """
+    require(num_sequences > 0, f"num_sequences={shown(num_sequences)} must be positive")
+    size = min(num_sequences, data.num_rows)
+    return held_out_batch(data, 0, size + -size % sharding.num_batch_shards(mesh), mesh)
 
 
 class Calibration:
     """Held-out texts, masked once, on which thresholds are fitted."""
 
     def __init__(self, model: Model, objective: ObjectiveConfig, batch: Batch):
-        self.num_sequences = batch.sequence_index.shape[0]
+        self.num_sequences = int(sharding.to_host(batch.answer).any(axis=1).sum())
         self._model, self._batch = model, batch
         self._draws = Draws.of(held_out_key(0), batch.sequence_index, self.num_sequences)
         self._program = _jit_run(model.config, objective)

@@ -328,6 +328,10 @@ def test_bad_studies_are_refused_before_anything_runs(
         ({"light": "X"}, "no model is called 'X'"),
         ({"light": "H"}, "heavy and light are both 'H'"),
         ({"num_light": 4}, "num_light=4"),
+        (
+            {"num_segments": 30, "num_light": 15, "steps": 30},
+            "155,117,520 schedules are too many to try all; give a budget",
+        ),
         ({"budget": 7}, "budget=7 must lie in 1 to 6"),
     ):
         with pytest.raises(InputError, match=message):

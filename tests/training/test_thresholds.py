@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dials_jax import trees
+from dials_jax import sharding, trees
 from dials_jax.config import ArithmeticData, ObjectiveConfig, RouterConfig
 from dials_jax.data.sources import load_training_data
 from dials_jax.errors import InputError
@@ -105,6 +105,23 @@ def test_one_threshold_for_all_layers_comes_near(calibration, soft):
     fitted = calibration.fit(soft, 0.6, per_layer=False)
     assert len(fitted.thresholds) == 1 and isinstance(fitted.threshold, float)
     assert abs(fitted.reached - 0.6) < 0.02
+
+
+def test_what_fills_the_batch_of_a_mesh_has_no_vote(backbone, soft, monkeypatch):
+    """Five texts on eight shards: none is left out, and the thresholds are those of one device."""
+    rows, _ = load_training_data(ArithmeticData(), backbone.config, held_out=True)
+    rows = replace(rows, pairs=rows.pairs[:5])
+    fitted = []
+    for shards in (1, 8):
+        monkeypatch.setattr(sharding, "num_batch_shards", lambda mesh, n=shards: n)
+        batch = calibration_batch(rows, NUM, backbone.mesh)
+        monkeypatch.undo()
+        assert len(batch.tokens) == (5 if shards == 1 else 8)
+        calibration = Calibration(backbone, ObjectiveConfig(kind="mdlm"), batch)
+        fitted.append(calibration.fit(soft, 0.6, per_layer=True))
+    assert fitted[0].num_sequences == fitted[1].num_sequences == 5
+    assert fitted[0].reached == pytest.approx(fitted[1].reached)
+    np.testing.assert_allclose(fitted[0].thresholds, fitted[1].thresholds, rtol=1e-5)
 
 
 def test_what_votes_cannot_reach_is_said(calibration, soft, caplog):

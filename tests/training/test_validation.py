@@ -217,6 +217,7 @@ def test_a_finished_run_says_nothing_of_a_validation_that_was_not_made(run, conf
         ({"validation": None}, r"validation_thresholds=\(0.3, 0.6\) is for routers with valid"),
         ({"validation_thresholds": (0.2, 0.2)}, "must be different numbers in"),
         ({"fit_execution": (1.5,)}, r"fit_execution=\(1.5,\) must be different numbers in"),
+        ({"fit_execution": (0.5, 0.0)}, r"fit_execution=\(0.5, 0.0\): a share of 0 runs no layer"),
         ({"validate_every": 0}, "validate_every=0 must be positive"),
     ],
 )
