@@ -1,22 +1,25 @@
 """Checkpoints of a training state, verified before older ones are removed.
 
 `checkpoints/00001000/` holds the arrays (Orbax) and `digest.json`. It is written as
-`00001000.partial` and renamed when it is complete.
+`00001000.partial` and renamed when it is complete. One process trains on while a thread writes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jaxtyping import PyTree
 
 from dials_jax import digests, trees
@@ -31,6 +34,8 @@ log = logging.getLogger(__name__)
 class Checkpoints:
     """The checkpoints of one run. Every process has to make the same calls.
 
+    As a context it waits at its end for a save that is under way.
+
     Args:
       keep: the number of checkpoints to keep.
     """
@@ -39,6 +44,21 @@ class Checkpoints:
         self.folder = Path(folder).absolute()
         self.keep = keep
         self._damaged: set[int] = set()  # found so by `restore`
+        self._writer = futures.ThreadPoolExecutor(1, "checkpoint")
+        self._saving: futures.Future | None = None
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        try:
+            self.wait()
+        except Exception as other:
+            if error is None:
+                raise
+            log.error("%s", other)  # beside what has ended the run
+        finally:
+            self._writer.shutdown()
 
     def steps(self) -> list[int]:
         """Returns the steps of finished checkpoints, ascending.
@@ -65,22 +85,55 @@ class Checkpoints:
         return [p for p in self.folder.iterdir() if re.fullmatch(r"\d+(\.partial)?", p.name)]
 
     def save(self, step: int, state: PyTree) -> None:
-        """Writes a checkpoint, reads it back, compares, and only then removes the older ones.
+        """Begins to write a checkpoint; `wait` ends it. The state may be donated afterwards.
 
-        Raises:
+        It is written, read back and compared, and only then are the older ones removed. A thread
+        does so with a copy in the host's memory. Several processes have to agree about the end of
+        a save, and where JAX has no device of the host there is no copy: these wait here.
+
+        Raises: what `wait` raises, of this save or of the one before.
+        """
+        self.wait()
+        flat = flatten(state)
+        expected, host = digests.digest_hex(flat), _host_device()
+        if host is None:
+            self._write(step, flat, expected, digests.digest_hex)
+        else:
+            copy = jax.block_until_ready(jax.device_put(flat, host, may_alias=False))
+            self._saving = self._writer.submit(self._write, step, copy, expected, _digests_of_bytes)
+
+    def wait(self, unless_at_work: bool = False) -> None:
+        """Ends the save that has begun, if any. Afterwards its checkpoint has its name.
+
+        Args:
+          unless_at_work: return at once if it is still being written.
+        Raises, once:
           InputError: if it cannot be written; the older ones stay.
           OSError: if what was read back differs from what was written.
         """
+        saving = self._saving
+        if saving is None or (unless_at_work and not saving.done()):
+            return
+        futures.wait([saving])
+        self._saving = None
+        saving.result()
+
+    def _write(
+        self,
+        step: int,
+        flat: dict[str, jax.Array],
+        expected: dict[str, str],
+        digest: Callable[[PyTree], Any],
+    ) -> None:
+        """Args: expected: digests to store. digest: compares what is read back with `flat`."""
         final = self.folder / f"{step:08d}"
         partial = self.folder / f"{step:08d}.partial"
-        on_first_process(self._remove_partial)
-        flat = flatten(state)
         rest = "older checkpoints stay; make room and run the same command again"
+        on_first_process(self._remove_partial)
         try:
             save_tree(partial / "state", flat, rest)
-            expected = digests.digest_hex(flat)
             try:
-                load_tree(partial / "state", flat, expected)
+                load_tree(partial / "state", flat, digest(flat), digest)
             except UnreadableTree as error:
                 raise OSError(
                     f"checkpoint {partial} reads back differently ({error}); the storage fails"
@@ -145,6 +198,20 @@ class Checkpoints:
         for step in self.steps():
             if step < good[-self.keep :][0]:
                 shutil.rmtree(self.folder / f"{step:08d}")
+
+
+def _host_device() -> jax.Device | None:
+    """Where one process keeps a copy of what it saves; None: there is no such place."""
+    try:
+        return None if jax.process_count() > 1 else jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS names no "cpu"
+        return None
+
+
+def _digests_of_bytes(flat: dict[str, jax.Array]) -> dict[str, str]:
+    """Of arrays on the host. Unlike `digests.digest` it is not compiled, nor run on a device."""
+    bits = {name: np.asarray(x).reshape(-1).view(np.uint8) for name, x in flat.items()}
+    return {name: hashlib.sha256(x).hexdigest() for name, x in bits.items()}
 
 
 def _remove(folder: Path) -> None:

@@ -84,7 +84,7 @@ def train(
     cfg = open_config(config, TrainConfig, overrides or {})
     with exclusive(workdir) as workdir, Request() as request:
         checkpoints = Checkpoints(workdir / "checkpoints", cfg.keep_checkpoints)
-        with keeping(lambda: _saved_message(checkpoints)):
+        with keeping(lambda: _saved_message(checkpoints)), checkpoints:
             return _train(cfg, workdir, checkpoints, request)
 
 
@@ -148,6 +148,8 @@ def _run_steps(
 ) -> TrainState:
     """Runs the steps up to `total`. The host waits for the device only when it logs or saves.
 
+    A save goes on beside the next steps; the run ends once its last one is there.
+
     A model to keep is written before the checkpoint of its step: a run that is killed between the
     two takes the step again.
 
@@ -184,6 +186,7 @@ def _run_steps(
             window_ends = saving or validating or keeping_model or done % cfg.log_every == 0
             stop = clock.is_over(window_ends) or request.came(window_ends)
             if window_ends or stop:
+                checkpoints.wait(unless_at_work=True)  # an error of the last save ends the run
                 saving = saving or stop
                 means = merge_metrics(jax.device_get(window)) | metered.rate()
                 _check_finite(state, workdir)
@@ -204,6 +207,7 @@ def _run_steps(
                     break
             if done - start == 1:  # saved and validated: the next step is timed alone
                 began = time.perf_counter()
+        checkpoints.wait()
         request.finish()
         _obey(request, checkpoints)
     return state

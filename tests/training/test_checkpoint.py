@@ -37,6 +37,11 @@ def assert_same_bits(a, b):
         assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
+def save(checkpoints, step):
+    checkpoints.save(step, make_state(step))
+    checkpoints.wait()
+
+
 @pytest.fixture
 def checkpoints(tmp_path):
     return Checkpoints(tmp_path / "checkpoints", keep=2)
@@ -46,7 +51,7 @@ def checkpoints(tmp_path):
 def two_saves(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     for step in (10, 20):
-        Checkpoints(folder, keep=2).save(step, make_state(step))
+        save(Checkpoints(folder, keep=2), step)
     return folder
 
 
@@ -66,7 +71,7 @@ def test_without_checkpoints_there_is_nothing_to_restore(checkpoints):
 
 
 def test_only_the_newest_are_kept(copied):
-    copied.save(30, make_state(30))
+    save(copied, 30)
     assert copied.steps() == [20, 30]
     assert sorted(p.name for p in copied.folder.iterdir()) == ["00000020", "00000030"]
 
@@ -77,7 +82,7 @@ def test_nothing_is_removed_before_the_new_one_is_verified(copied, monkeypatch):
 
     monkeypatch.setattr(stored, "_read", misread)
     with pytest.raises(OSError, match="reads back differently"):
-        copied.save(30, make_state(30))
+        save(copied, 30)
     monkeypatch.undo()
     assert copied.steps() == [10, 20]
     assert_same_bits(copied.restore(make_state(0)), make_state(20))
@@ -139,7 +144,7 @@ def test_what_a_stopped_save_leaves_is_ignored_and_removed(step, copied):
     shutil.copytree(copied.folder / "00000020", partial)
     assert copied.steps() == [10, 20]
     assert_same_bits(copied.restore(make_state(0)), make_state(20))
-    copied.save(30, make_state(30))
+    save(copied, 30)
     assert not partial.exists()
     assert_same_bits(copied.restore(make_state(0)), make_state(30))
 
@@ -164,7 +169,7 @@ def test_want_of_memory_is_no_damage(error, copied, monkeypatch):
 
 def test_a_damaged_checkpoint_is_replaced_when_its_step_comes_again(copied):
     flip_a_bit(copied.folder / "00000020")
-    copied.save(20, make_state(20))
+    save(copied, 20)
     assert_same_bits(copied.restore(make_state(0)), make_state(20))
 
 
@@ -173,10 +178,10 @@ def test_what_was_found_damaged_never_displaces_an_intact_one(copied):
     flip_a_bit(copied.folder / "00000020")
     checkpoints = Checkpoints(copied.folder, keep=1)
     assert_same_bits(checkpoints.restore(make_state(0)), make_state(10))
-    checkpoints.save(15, make_state(15))
+    save(checkpoints, 15)
     assert checkpoints.steps() == [15, 20]
     assert_same_bits(checkpoints.restore(make_state(0)), make_state(15))
-    checkpoints.save(25, make_state(25))
+    save(checkpoints, 25)
     assert checkpoints.steps() == [25]
 
 
@@ -184,7 +189,7 @@ def test_one_that_was_found_damaged_is_not_one_of_those_kept(copied):
     flip_a_bit(copied.folder / "00000020")
     checkpoints = Checkpoints(copied.folder, keep=2)
     assert_same_bits(checkpoints.restore(make_state(0)), make_state(10))
-    checkpoints.save(25, make_state(25))
+    save(checkpoints, 25)
     assert checkpoints.steps() == [10, 20, 25]
 
 
@@ -230,7 +235,7 @@ def test_folders_that_no_save_made_are_refused_and_kept(name, copied):
     (foreign / "thesis.txt").write_text("years of work")
     with pytest.raises(InputError, match=f"{name} is no checkpoint .*move it away"):
         copied.require_own()
-    copied.save(40, make_state(40))
+    save(copied, 40)
     assert (foreign / "thesis.txt").exists()
 
 
@@ -240,7 +245,7 @@ def test_a_full_disk_ends_in_a_line_and_the_older_ones_stay(copied):
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
         with pytest.raises(InputError, match="older checkpoints stay; make room") as error:
-            copied.save(30, make_state(30))
+            save(copied, 30)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "\n" not in str(error.value)
