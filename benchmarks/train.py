@@ -2,8 +2,12 @@
 
     python -m benchmarks.train
     python -m benchmarks.train --objective dials --model llada_8b --batch 16 --microbatches 8
+    python -m benchmarks.train --batch 512 --microbatches 8 --steps 200 --save-to saves
 
-The second one trains DIALS routers on a frozen model. Tokens and weights are random. The step is
+The second one trains DIALS routers on a frozen model. The third one times the same steps with a
+checkpoint that is written beside them, too, in turns: `save_percent` is what it costs of their
+time, the median of the pairs, and `save_spread` half their range. A save that takes longer than the
+steps is waited for, as the next one would. Tokens and weights are random. The step is
 that of the training loop: loss, gradients, AdamW and the moving average. Steps are started one
 after another, as in training, and the clock stops when the last one is done.
 
@@ -16,6 +20,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -40,6 +45,7 @@ from dials_jax.data.batches import Batch
 from dials_jax.errors import nearest, require
 from dials_jax.models import families
 from dials_jax.skipping.flops import head_flops, layer_flops
+from dials_jax.training.checkpoint import Checkpoints
 from dials_jax.training.optimizer import make_optimizer
 from dials_jax.training.run import make_trainee
 from dials_jax.training.step import init_train_state, jit_train_step, make_train_step
@@ -47,7 +53,8 @@ from dials_jax.training.step import init_train_state, jit_train_step, make_train
 COLUMNS = {
     "model": "<6", "objective": "<9", "blocks": ">6d", "batch": ">5d", "microbatches": ">12d",
     "unrolled": ">8", "ms": ">8.2f", "tokens_a_second": ">15,.0f", "tflops_a_second": ">15.0f",
-    "compile_s": ">9.1f", "peak_gb": ">7.1f", "parameters": ">11,d",
+    "compile_s": ">9.1f", "peak_gb": ">7.1f", "parameters": ">11,d", "save_percent": ">12.2f",
+    "save_spread": ">11.2f",
 }  # fmt: skip
 
 ROUTERS = "dials"  # the objective of routers
@@ -124,16 +131,24 @@ class TimedStep:
             self._step = program.lower(self._state, self._frozen, self._batch).compile()
         self.compile_seconds = time.perf_counter() - start
 
-    def seconds(self, steps: int) -> float:
-        """Seconds per step, with the next steps queued behind it."""
+    def seconds(self, steps: int, checkpoints: Checkpoints | None = None) -> float:
+        """Seconds per step, with the next steps queued behind it.
+
+        Args:
+          checkpoints: get the state before the first step; the time ends when it is saved, too.
+        """
         jax.block_until_ready(self._state)
         start = time.perf_counter()
+        if checkpoints:
+            checkpoints.save(int(self._state.step), self._state)
         for _ in range(steps):
             self._state, values = self._step(self._state, self._frozen, self._batch)
         require(
             bool(np.isfinite(values["loss"].total)),
             "the loss is not finite; the timing says nothing",
         )
+        if checkpoints:
+            checkpoints.wait()
         return (time.perf_counter() - start) / steps
 
 
@@ -148,6 +163,10 @@ def run(options: argparse.Namespace) -> None:
         "--steps, --warm-up and --repeats must be positive",
     )
     require(
+        not options.save_to or Path(options.save_to).is_dir(),
+        f"--save-to {options.save_to} is no folder; make it first",
+    )
+    require(
         options.batch % options.microbatches == 0,
         f"--batch {options.batch} must be divisible by --microbatches {options.microbatches}",
     )
@@ -157,7 +176,8 @@ def run(options: argparse.Namespace) -> None:
         cfg = dataclasses.replace(cfg, max_length=max(cfg.max_length, options.length))
         case = TimedStep(cfg, options)
         case.seconds(options.warm_up)
-        seconds = float(np.median([case.seconds(options.steps) for _ in range(options.repeats)]))
+        timed, cost = time_steps(case, options)
+        seconds = float(np.median(timed))
         flops = step_flops(cfg, options.objective, options.batch, options.length)
         table.add_row(
             model=options.model, objective=options.objective, blocks=cfg.num_layers,
@@ -165,10 +185,28 @@ def run(options: argparse.Namespace) -> None:
             ms=1e3 * seconds,
             tokens_a_second=options.batch * options.length / seconds,
             tflops_a_second=flops / seconds / 1e12, compile_s=case.compile_seconds,
-            peak_gb=peak_gigabytes(), parameters=case.parameters,
+            peak_gb=peak_gigabytes(), parameters=case.parameters, **cost,
         )  # fmt: skip
         if options.profile:
             profile_steps(case, Path(options.profile) / f"{options.model}_{cfg.num_layers}")
+
+
+def time_steps(
+    case: TimedStep, options: argparse.Namespace
+) -> tuple[list[float], dict[str, float]]:
+    """Seconds per step of each repeat, and with `--save-to` what a save beside them costs."""
+    if not options.save_to:
+        return [case.seconds(options.steps) for _ in range(options.repeats)], {}
+    plain, percent = [], []
+    with tempfile.TemporaryDirectory(dir=options.save_to) as folder, Checkpoints(folder) as saves:
+        case.seconds(options.warm_up, saves)
+        for repeat in range(options.repeats):
+            turns = (None, saves) if repeat % 2 == 0 else (saves, None)  # neither is always first
+            found = {turn is not None: case.seconds(options.steps, turn) for turn in turns}
+            plain.append(found[False])
+            percent.append(100 * (found[True] / found[False] - 1))
+    spread = (max(percent) - min(percent)) / 2
+    return plain, {"save_percent": float(np.median(percent)), "save_spread": spread}
 
 
 def profile_steps(case: TimedStep, folder: Path, steps: int = 3) -> None:
@@ -202,6 +240,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=20, help="of one timing")
     parser.add_argument("--warm-up", type=int, default=3, help="steps before the first timing")
     parser.add_argument("--repeats", type=int, default=3, help="timings; the median counts")
+    parser.add_argument(
+        "--save-to", metavar="DIR", help="an existing folder: time steps beside a save, too"
+    )
     add_profile(parser)
     add_out(parser)
 

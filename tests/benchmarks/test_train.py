@@ -16,10 +16,13 @@ def quietly(monkeypatch):
 def test_train_prints_and_writes_a_row_per_depth(tmp_path, capsys):
     path = tmp_path / "out.json"
     arguments = "--model tiny --blocks 1 --batch 2 --length 8 --steps 1 --repeats 1 --warm-up 1"
-    assert train.main([*arguments.split(), "--out", str(path)]) == 0
+    saves = ["--save-to", str(tmp_path)]
+    assert train.main([*arguments.split(), *saves, "--out", str(path)]) == 0
     [row] = json.loads(path.read_text())["rows"]
     assert row["blocks"] == 1 and row["parameters"] > 0 and row["compile_s"] > 0
     assert row["tokens_a_second"] == pytest.approx(2 * 8 / (row["ms"] / 1e3))
+    assert row["save_percent"] > -100 and row["save_spread"] == 0
+    assert list(tmp_path.iterdir()) == [path]  # the checkpoints are removed
     assert len(capsys.readouterr().out.splitlines()) == 3
 
 
@@ -37,6 +40,7 @@ def test_routers_are_trained_on_a_frozen_model(capsys):
         ("--model tinny", "model 'tinny' is not known; did you mean 'tiny'?"),
         ("--model gpt2 --blocks 1", "objective.kind='mdlm' does not fit a model with causal=True"),
         ("--model tiny --warm-up 0", "--steps, --warm-up and --repeats must be positive"),
+        ("--model tiny --save-to nowhere", "--save-to nowhere is no folder; make it first"),
         ("--model tiny --batch 6 --microbatches 4", "--batch 6 must be divisible by --micro"),
     ],
 )

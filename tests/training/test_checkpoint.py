@@ -4,6 +4,7 @@ import errno
 import logging
 import resource
 import shutil
+import threading
 from pathlib import Path
 
 import jax
@@ -86,6 +87,75 @@ def test_nothing_is_removed_before_the_new_one_is_verified(copied, monkeypatch):
     monkeypatch.undo()
     assert copied.steps() == [10, 20]
     assert_same_bits(copied.restore(make_state(0)), make_state(20))
+
+
+# ---------------------------------------------------------------------------- beside training
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """Saves wait for this event."""
+    event, save_tree = threading.Event(), checkpoint.save_tree
+
+    def save_later(*args):
+        assert event.wait(60)
+        save_tree(*args)
+
+    monkeypatch.setattr(checkpoint, "save_tree", save_later)
+    return event
+
+
+@pytest.fixture
+def full(monkeypatch):
+    def fail(*args):
+        raise InputError("the disk is full")
+
+    monkeypatch.setattr(checkpoint, "save_tree", fail)
+
+
+def test_what_is_saved_is_the_state_of_that_moment(checkpoints, slow):
+    state = make_state(10)
+    checkpoints.save(10, state)
+    jax.jit(lambda tree: jax.tree.map(lambda x: x + x, tree), donate_argnums=0)(state)
+    assert all(x.is_deleted() for x in jax.tree.leaves(state.params))
+    checkpoints.wait(unless_at_work=True)
+    assert checkpoints.steps() == []
+    slow.set()
+    checkpoints.wait()
+    assert checkpoints.steps() == [10]
+    assert_same_bits(checkpoints.restore(make_state(0)), make_state(10))
+
+
+def test_the_end_of_a_run_waits_for_a_save(checkpoints, slow):
+    with checkpoints:
+        checkpoints.save(10, make_state(10))
+        threading.Timer(0.1, slow.set).start()
+    assert checkpoints.steps() == [10]
+
+
+def test_without_a_device_of_the_host_a_save_waits(checkpoints, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_host_device", lambda: None)  # as of several processes
+    checkpoints.save(10, make_state(10))
+    assert_same_bits(checkpoints.restore(make_state(0)), make_state(10))
+
+
+def test_an_error_of_a_save_is_raised_once_by_what_comes_next(checkpoints, full):
+    def end_of_run():
+        with checkpoints:
+            pass
+
+    for comes_next in (checkpoints.wait, lambda: checkpoints.save(20, make_state(20)), end_of_run):
+        checkpoints.save(10, make_state(10))
+        with pytest.raises(InputError, match="the disk is full"):
+            comes_next()
+        checkpoints.wait()
+
+
+def test_an_error_of_a_save_does_not_hide_what_ended_the_run(checkpoints, full, caplog):
+    with pytest.raises(KeyError, match="why"), checkpoints:
+        checkpoints.save(10, make_state(10))
+        raise KeyError("why")
+    assert "the disk is full" in caplog.text
 
 
 # ------------------------------------------------------------------------------------ damage

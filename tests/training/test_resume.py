@@ -20,7 +20,7 @@ from dials_jax.errors import InputError
 from dials_jax.files import read_json, write_json
 from dials_jax.skipping.storage import router_facts
 from dials_jax.stopping import Stopped
-from dials_jax.training import loop, run
+from dials_jax.training import checkpoint, loop, run
 from dials_jax.training.checkpoint import Checkpoints
 from dials_jax.training.loop import train
 from dials_jax.training.metrics import MetricsWriter
@@ -168,6 +168,32 @@ def test_a_signal_during_a_save_takes_no_more_steps(train_config, tmp_path, monk
     with pytest.raises(Stopped, match="step 2 is saved"):
         train(train_config(save_every=2), tmp_path)
     assert Checkpoints(tmp_path / "checkpoints").steps() == [2]
+
+
+def test_a_signal_waits_for_the_save_beside_training(train_config, tmp_path, monkeypatch):
+    save_tree = checkpoint.save_tree
+
+    def stop_and_save(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.2)
+        save_tree(*args)
+
+    monkeypatch.setattr(checkpoint, "save_tree", stop_and_save)
+    with pytest.raises(Stopped, match=r"step (\d) is saved") as stop:
+        train(train_config(save_every=1), tmp_path)
+    said = int(stop.value.message.split()[1])
+    assert Checkpoints(tmp_path / "checkpoints").steps()[-1] == said
+
+
+def test_a_save_that_fails_beside_training_ends_it(train_config, tmp_path, monkeypatch):
+    def fail(*args):
+        raise InputError("the disk is full")
+
+    monkeypatch.setattr(checkpoint, "save_tree", fail)
+    for settings in ({"save_every": 1}, {}):  # a step's; that of the last step
+        with pytest.raises(InputError, match="the disk is full"):
+            train(train_config(**settings), tmp_path)
+        assert not (tmp_path / "model").exists()
 
 
 def test_before_a_step_is_saved_that_is_what_is_said(train_config, tmp_path, monkeypatch):
