@@ -99,8 +99,9 @@ class Checkpoints:
         if host is None:
             self._write(step, flat, expected, digests.digest_hex)
         else:
-            copy = jax.block_until_ready(jax.device_put(flat, host, may_alias=False))
-            self._saving = self._writer.submit(self._write, step, copy, expected, _digests_of_bytes)
+            self._saving = self._writer.submit(
+                self._write_from_host, step, _copy_to_host(flat), expected, host
+            )
 
     def wait(self, unless_at_work: bool = False) -> None:
         """Ends the save that has begun, if any. Afterwards its checkpoint has its name.
@@ -117,6 +118,15 @@ class Checkpoints:
         futures.wait([saving])
         self._saving = None
         saving.result()
+
+    def _write_from_host(
+        self,
+        step: int,
+        arrays: dict[str, np.ndarray],
+        expected: dict[str, str],
+        host: jax.Device,
+    ) -> None:
+        self._write(step, jax.device_put(arrays, host), expected, _digests_of_bytes)
 
     def _write(
         self,
@@ -206,6 +216,14 @@ def _host_device() -> jax.Device | None:
         return None if jax.process_count() > 1 else jax.local_devices(backend="cpu")[0]
     except RuntimeError:  # JAX_PLATFORMS names no "cpu"
         return None
+
+
+def _copy_to_host(flat: dict[str, jax.Array]) -> dict[str, np.ndarray]:
+    """The whole arrays, in memory of their own: a later step reuses that of the state."""
+    found = jax.device_get(flat)
+    if jax.default_backend() != "cpu":
+        return found
+    return {name: np.array(x) for name, x in found.items()}  # those were views of the state
 
 
 def _digests_of_bytes(flat: dict[str, jax.Array]) -> dict[str, str]:
