@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,10 @@ from dials_jax.errors import InputError, require
 
 # Out of memory, for example, which says nothing about the files.
 OF_THE_DEVICE = (MemoryError, jax.errors.JaxRuntimeError)
+
+# Orbax tells the steps of an operation apart by a number of the process, so that two operations at
+# once get into each other's folders: a checkpoint's thread and the export of a model.
+ORBAX = threading.Lock()
 
 MARK = "UNFINISHED"  # a file in a folder that is being written
 
@@ -46,7 +51,8 @@ def save_tree(folder: Path, tree: PyTree, rest: str, chunk_bytes: int | None = N
         # Orbax's own `overwrite` can hang: a process that looks for the old folder after another
         # has removed it does not wait where the other waits for it.
         sharding.on_first_process(lambda: folder.exists() and shutil.rmtree(folder))
-        ocp.save(folder, tree)
+        with ORBAX:
+            ocp.save(folder, tree)
 
 
 def load_tree(
@@ -78,7 +84,8 @@ def _read(folder: Path, like: PyTree) -> PyTree:
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
     )
-    return ocp.load(folder, abstract)
+    with ORBAX:
+        return ocp.load(folder, abstract)
 
 
 @contextlib.contextmanager

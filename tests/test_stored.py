@@ -1,5 +1,9 @@
 """Arrays on disk come back bit for bit, or the reason is one line."""
 
+import time
+from concurrent import futures
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -87,3 +91,30 @@ def test_a_file_in_the_place_of_a_folder_is_named(tmp_path):
     for path in (tmp_path / "file" / "x", tmp_path / "file" / "y" / "x"):
         with pytest.raises(InputError, match=r"x cannot be made: .*file is no folder; name anoth"):
             require_new(path)
+
+
+def test_orbax_does_one_thing_at_a_time(tmp_path):
+    """A thread writes a checkpoint while a model is exported; Orbax mixes up the folders of two."""
+    at_work, most = [], []
+
+    def operation(name):
+        function = getattr(stored.ocp, name)
+
+        def counted(*args):
+            at_work.append(name)
+            most.append(len(at_work))
+            time.sleep(0.01)
+            found = function(*args)
+            at_work.pop()
+            return found
+
+        return mock.patch.object(stored.ocp, name, counted)
+
+    def work(name):
+        tree = {name: jnp.arange(4.0)}
+        save_tree(tmp_path / name, tree, "nothing is left")
+        return load_tree(tmp_path / name, tree, digests.digest_hex(tree))
+
+    with operation("save"), operation("load"), futures.ThreadPoolExecutor(4) as pool:
+        assert [sorted(tree) for tree in pool.map(work, "abcd")] == [["a"], ["b"], ["c"], ["d"]]
+    assert len(most) == 8 and set(most) == {1}
