@@ -1,5 +1,6 @@
 """Every file of configs/ stands for a run that could start, by the command that it names."""
 
+import functools
 import re
 import runpy
 import shlex
@@ -46,6 +47,17 @@ def test_the_command_in_the_docstring_works(file, monkeypatch):
     assert workdir.parts[0] == "runs"
 
 
+@functools.cache  # most files share a model
+def placed_parameters(cfg, router):
+    """How many parameters a model has; each of them, and of its routers, has a place on a mesh."""
+    key = jax.random.key(0)
+    params = jax.eval_shape(lambda: transformer.init(cfg, key))
+    sharding.param_shardings(params, sharding.make_mesh())
+    routers = jax.eval_shape(lambda: init_routers(cfg.d_model, cfg.num_layers, router, key))
+    sharding.param_shardings(routers, sharding.make_mesh(), "routers/")
+    return trees.count_parameters(params)
+
+
 @pytest.mark.parametrize("file", FILES)
 def test_the_model_builds_with_a_place_for_every_parameter(file):
     config = runpy.run_path(str(ROOT / file))["get_config"]()
@@ -56,11 +68,5 @@ def test_the_model_builds_with_a_place_for_every_parameter(file):
         if isinstance(config, ScheduleStudy):
             check_schedules(config, [Schedule.parse(text) for text in config.schedules])
         return
-    cfg = config.model or families.llada_8b()
-    key = jax.random.key(0)
-    params = jax.eval_shape(lambda: transformer.init(cfg, key))
-    assert trees.count_parameters(params) > 0
-    sharding.param_shardings(params, sharding.make_mesh())
     assert isinstance(config.router, RouterConfig)
-    routers = jax.eval_shape(lambda: init_routers(cfg.d_model, cfg.num_layers, config.router, key))
-    sharding.param_shardings(routers, sharding.make_mesh(), "routers/")
+    assert placed_parameters(config.model or families.llada_8b(), config.router) > 0
