@@ -88,14 +88,18 @@ Metrics = dict[str, Mean]
 
 
 def merge_metrics(parts: Sequence[Metrics]) -> dict[str, float]:
-    """The means over several steps or batches, by their weights. Args: parts: on the host."""
-    return {
-        name: float(
-            np.sum([part[name].total for part in parts], dtype=float)
-            / max(np.sum([part[name].count for part in parts], dtype=float), 1)
-        )
-        for name in parts[0]
-    }
+    """The means over several steps or batches, by their weights; none of what nothing counts in.
+
+    Args:
+      parts: on the host.
+    """
+    found = {}
+    for name in parts[0]:
+        total = np.sum([part[name].total for part in parts], dtype=float)
+        count = np.sum([part[name].count for part in parts], dtype=float)
+        if count:  # a cross-entropy of no token is not 0
+            found[name] = float(total / count)
+    return found
 
 
 # loss(trainable, frozen, batch, draws) -> (sum over sequences, metrics)

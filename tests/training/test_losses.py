@@ -17,7 +17,14 @@ from dials_jax.nn.kv import Slots
 from dials_jax.nn.mask import Mask
 from dials_jax.nn.modules import bind
 from dials_jax.nn.rope import positions_of, rope_angles
-from dials_jax.training.losses import Draws, check_objective, model_loss, router_loss
+from dials_jax.training.losses import (
+    Draws,
+    Mean,
+    check_objective,
+    merge_metrics,
+    model_loss,
+    router_loss,
+)
 from tests.conftest import init_params
 
 ROWS, LENGTH, PROMPT, LAYERS = 4, 10, 4, 2
@@ -263,3 +270,13 @@ def test_lambda_weighs_the_skip_loss_alone(cut, batch, draws):
     none, one, three = loss(0.0), loss(1.0), loss(3.0)
     assert one > none
     assert three - none == pytest.approx(3 * (one - none), rel=1e-4)
+
+
+def test_merged_means_are_by_weight_and_none_is_of_nothing():
+    masked, unmasked = Mean(np.float32(6), np.float32(3)), Mean(np.float32(0), np.float32(0))
+    one = {"ce": masked, "share": unmasked}
+    two = {"ce": Mean(np.float32(2), np.float32(1)), "share": unmasked}
+    assert merge_metrics([one, two, {"ce": unmasked, "share": unmasked}]) == {"ce": 2.0}
+    assert merge_metrics([{"ce": masked}, {"ce": Mean(np.float32(9), np.float32(1))}]) == {
+        "ce": 3.75
+    }
