@@ -138,6 +138,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_cases(parser, caches=("none", "dual", "es-64-4", "es-64-16"))
     add_layout(parser)
     parser.add_argument(
+        "--batch-invariant", action="store_true", help="as `load(..., batch_invariant=True)`"
+    )
+    parser.add_argument(
         "--repeats",
         type=int,
         default=3,
@@ -160,7 +163,9 @@ def run(options: argparse.Namespace) -> None:
     make_sampler(options)  # refuses wrong settings
     check_cases(options, cfg.num_layers)
     table = LiveTable(COLUMNS, options.out, vars(options))
-    model = make_model(cfg, options.layout, weights=options.weights)
+    model = make_model(
+        cfg, options.layout, weights=options.weights, batch_invariant=options.batch_invariant
+    )
     for cache in options.caches:
         for policy in options.policies:
             table.add_row(**run_case(model, options, cache, policy))

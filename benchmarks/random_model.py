@@ -43,12 +43,14 @@ def make_model(
     seed: int = 0,
     mesh: Mesh | None = None,
     weights: EightBits | None = None,
+    batch_invariant: bool = False,
 ) -> Model:
     """Makes a model with random weights in the configuration's dtype, group by group.
 
     Args:
       mesh: None: one over all devices. The weights do not depend on it.
       weights: of layers in 8 bits, as `load` quantises them.
+      batch_invariant: as `load` takes it.
     """
     mesh, key, made = mesh or sharding.make_mesh(), seed_key(seed), {}
 
@@ -64,7 +66,7 @@ def make_model(
             return group | {"kernel": group["kernel"].at[:, cfg.mask_id].set(0)}
         return group
 
-    return build_model(cfg, read, mesh, layout, "", weights)
+    return build_model(cfg, read, mesh, layout, "", weights, batch_invariant)
 
 
 def make_routers(model: Model, num_skipped: int = 0, d_hidden: int = 512, seed: int = 1) -> Routed:

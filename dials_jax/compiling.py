@@ -14,6 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+# Whether programs are traced and compiled so that a sequence's result depends on no other one of
+# its batch: see `nn.kernels.implementation`. A part of the key of every trace, as the mesh is.
+batch_invariant = jax.make_user_context(False)
+
 
 def compiler_options() -> dict[str, Any] | None:
     """Options for `jax.jit` and `compile`, or None. Call it after the backend is chosen.
@@ -21,15 +25,24 @@ def compiler_options() -> dict[str, Any] | None:
     On GPUs cuBLAS computes all matmuls. XLA would choose Triton's where they are faster in
     isolation, but then it may add a residual in a separate pass, which cuBLAS does within the
     matmul: MDLM's sampling took 9 to 11 % longer with Triton's on one H100.
+
+    Where results may not depend on the batch, every number is rounded to the type it has in the
+    program. XLA would leave roundings out within a fused loop, and what it fuses depends on shapes.
     """
-    return {"xla_gpu_enable_triton_gemm": False} if jax.default_backend() == "gpu" else None
+    options: dict[str, Any] = {}
+    if jax.default_backend() == "gpu":
+        options["xla_gpu_enable_triton_gemm"] = False
+    if batch_invariant.value:
+        options["xla_allow_excess_precision"] = False
+    return options or None
 
 
 class Timed:
     """A jitted function that returns its result and the seconds it took to run.
 
-    Compiled once per combination of static arguments, shapes, shardings and matmul precision. The
-    call waits for the result, so it belongs around whole generations and batches, not in a loop.
+    Compiled once per combination of static arguments, shapes, shardings, matmul precision and
+    `batch_invariant`. The call waits for the result, so it belongs around whole generations
+    and batches, not in a loop.
     """
 
     def __init__(
@@ -99,7 +112,8 @@ class Timed:
             (jnp.shape(x), jnp.result_type(x), getattr(x, "sharding", None)) for x in leaves
         )
         precision = jax.config.jax_default_matmul_precision
-        return static, structure, shapes, jax.sharding.get_abstract_mesh(), precision
+        context = jax.sharding.get_abstract_mesh(), batch_invariant.value, precision
+        return static, structure, shapes, context
 
     def largest_program(self) -> int:
         """Bytes on a device that the largest program takes: arguments, results and temporaries."""

@@ -14,7 +14,9 @@ from dials_jax.config import EightBits, Layout, ModelConfig, typed
 from dials_jax.errors import InputError, require
 from dials_jax.files import local_path, read_json
 from dials_jax.models import folders, groups
+from dials_jax.models.invariance import require_invariant
 from dials_jax.models.model import Model
+from dials_jax.sharding import make_mesh
 
 
 @typed
@@ -24,6 +26,7 @@ def load(
     mesh: Mesh | None = None,
     layout: Layout = "auto",
     weights: EightBits | None = None,
+    batch_invariant: bool = False,
 ) -> Model:
     """Loads a converted model, the model in a training workdir, or a Hugging Face folder.
 
@@ -34,15 +37,22 @@ def load(
       layout: of the layers; "auto": see `groups.chosen_layout`.
       weights: "fp8" or "int8" quantises the weights of layers, one layer after the other, and their
         inputs in every call (see `dials_jax.nn.eight_bits`); None keeps those stored.
+      batch_invariant: a sequence's logits and tokens are then bitwise the same in any batch: by
+        kernels whose sums have one order (see docs/evaluation.md). That costs some speed.
 
-    Raises: InputError for any other path, and for a folder that is broken.
+    Raises: InputError for any other path, for a folder that is broken, and, before weights are
+      read, for a device or a model for which there are no such kernels.
     """
+    if batch_invariant:
+        mesh = mesh or make_mesh()
+        require_invariant(read_config(path, dtype), mesh)
     folder, is_own = find_model(path)
     if is_own:
-        return folders.load_model(folder, dtype, mesh, layout, weights)
+        return folders.load_model(folder, dtype, mesh, layout, weights, batch_invariant)
     cfg, params = _open_hugging_face(folder, dtype)
     read = groups.placing(cfg, params)
-    return folders.build_model(cfg, read, mesh, layout, str(folder.absolute()), weights)
+    path = str(folder.absolute())
+    return folders.build_model(cfg, read, mesh, layout, path, weights, batch_invariant)
 
 
 def read_config(path: str | Path, dtype: Any = None) -> ModelConfig:

@@ -55,6 +55,7 @@ def open_model(
         num_random=given.random,
         dtype=given.dtype,
         weights=given.weights,
+        batch_invariant=given.batch_invariant,
         mesh=mesh_of(given),
         seed=given.seed,
         cache=parse_cache(given.cache),
@@ -115,7 +116,10 @@ def open_bench(given: argparse.Namespace, texts: Sequence[Any]) -> Bench:
         )
         for text in given.policies
     }
-    model = load(given.model, given.dtype, make_mesh(mesh_of(given)), weights=given.weights)
+    model = load(
+        given.model, given.dtype, make_mesh(mesh_of(given)), weights=given.weights,
+        batch_invariant=given.batch_invariant,
+    )  # fmt: skip
     settings = sampling_settings(given)
     if texts:
         reader = open_reader(model.config, model.path, given.tokenizer or None)

@@ -66,6 +66,10 @@ def add_place_options(parser: argparse.ArgumentParser) -> None:
         "--weights", choices=("fp8", "int8"),
         help="those of layers in 8 bits, quantised as they are loaded; default: as stored",
     )  # fmt: skip
+    group.add_argument(
+        "--batch-invariant", action="store_true",
+        help="bitwise the same answers in any batch, on Hopper GPUs and CPUs; some speed is lost",
+    )  # fmt: skip
     for axis in ("data", "fsdp", "tensor"):
         group.add_argument(f"--mesh.{axis}", type=int, metavar="N", help=f"mesh: {axis} devices")
     group.add_argument("--tokenizer", default="", metavar="DIR", help="default: the model's")

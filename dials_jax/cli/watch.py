@@ -94,6 +94,10 @@ def take_turns(
     from dials_jax.loading import load
 
     print(f"schedule {schedule}: H is {given.model}, L is {given.light}", file=sys.stderr)
-    models = {"H": model, "L": load(given.light, given.dtype, model.mesh, weights=given.weights)}
+    light = load(
+        given.light, given.dtype, model.mesh, weights=given.weights,
+        batch_invariant=given.batch_invariant,
+    )  # fmt: skip
+    models = {"H": model, "L": light}
     policy = settings["policy"] and {"H": settings["policy"]}
     return models, settings | {"policy": policy, "schedule": schedule}

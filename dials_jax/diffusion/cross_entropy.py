@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from dials_jax.diffusion.subs import suppress_token
+from dials_jax.nn.kernels.row_sums import logsumexp
 from dials_jax.nn.linear import linear
 from dials_jax.sharding import BATCH_AXES, num_batch_shards
 
@@ -205,7 +206,7 @@ def _slopes(
     logits = linear(x, kernel, bias, axes="CD,DV->CV", dtype=jnp.float32)
     # A comparison fuses with its neighbours; a gather of the targets' logits would not.
     is_target = jnp.arange(logits.shape[1]) == targets[:, None]
-    normaliser = jax.nn.logsumexp(logits, axis=-1)
+    normaliser = logsumexp(logits)
     nats = normaliser - jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
     slope = weights[:, None] * (jnp.exp(logits - normaliser[:, None]) - is_target)
     return nats, slope.astype(x.dtype)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dials_jax.config import ObjectiveConfig
+from dials_jax.nn.kernels.row_sums import logsumexp
 
 
 def masked_log_probs(
@@ -16,7 +16,7 @@ def masked_log_probs(
     # A comparison fuses with its neighbours; the gradient of a gather is a scatter over all logits.
     is_token = jnp.arange(logits.shape[-1]) == tokens[..., None]
     chosen = jnp.sum(jnp.where(is_token, logits, 0.0), axis=-1)
-    return jnp.where(masked, chosen - jax.nn.logsumexp(logits, axis=-1), 0.0)
+    return jnp.where(masked, chosen - logsumexp(logits), 0.0)
 
 
 def token_kl(log_p: Float[Array, "*B V"], log_q: Float[Array, "*B V"]) -> Float[Array, "*B"]:

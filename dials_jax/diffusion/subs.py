@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -30,6 +29,6 @@ def subs_log_probs(
     ids = jnp.arange(logits.shape[-1])
     logits = logits.astype(jnp.float32)
     logits = suppress_token(logits, mask_id, logits + NEVER)
-    log_p = logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    log_p = logits - logsumexp(logits, keepdims=True)
     shown = jnp.where(ids == tokens[..., None], 0.0, NEVER)
     return jnp.where(tokens[..., None] == mask_id, log_p, shown)

@@ -82,6 +82,7 @@ class AnswerStore:
             "dtype": model.config.dtype,
             "policy": [policy_name(policy), policy_digest(policy)],
             "seed": settings.seed,
+            **({"batch_invariant": True} if model.batch_invariant else {}),
         }
         values = vars(settings).items()
         self.identity = self._facts | {n: plain_settings(x) for n, x in values if n not in BATCHING}

@@ -115,7 +115,10 @@ def generation_batches(
     indices = np.arange(len(prompts)) if remaining is None else np.asarray(remaining, int)
     if refill is None:
         may_end = is_done is not None or getattr(sampler, "stop_at_eos", False)
-        refill = may_end and why_not_refilled(sampler, cache, model.config) is None
+        refill = (
+            may_end
+            and why_not_refilled(sampler, cache, model.config, model.batch_invariant) is None
+        )
     if refill:
         for group in batches_by_length([sizes[i] for i in indices], len(indices)):
             own = indices[group]

@@ -54,6 +54,7 @@ class HarnessModel(AnswerSettings):
     num_random: int = 0  # layers that are left out at random
     dtype: WeightDtype | None = None
     weights: EightBits | None = None  # those of layers in 8 bits; None: as they are stored
+    batch_invariant: bool = False  # bitwise the same answers in any batch: see `dials_jax.load`
     layout: Layout = "auto"
     mesh: MeshConfig = MeshConfig()
     store: Place = ""  # folder where answers are kept; "": in memory (eval.py: in the workdir)
@@ -166,7 +167,7 @@ def load_harness_model(cfg: HarnessModel) -> tuple[Model, Tokenizer, Policy | No
     mesh = sharding.make_mesh(cfg.mesh)
     tokenizer = load_tokenizer(tokenizer_path(cfg))
     check_tokenizer(tokenizer, read_config(cfg.path, cfg.dtype))  # before the weights
-    model = load(cfg.path, cfg.dtype, mesh, cfg.layout, cfg.weights)
+    model = load(cfg.path, cfg.dtype, mesh, cfg.layout, cfg.weights, cfg.batch_invariant)
     return model, tokenizer, load_policy(cfg, model)
 
 

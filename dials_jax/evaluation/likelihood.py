@@ -30,6 +30,8 @@ from dials_jax.evaluation.position_chunks import map_position_chunks
 from dials_jax.keys import threefry_key
 from dials_jax.models import transformer
 from dials_jax.models.model import Model, as_ids, check_shapes, check_vocabulary, sequence_keys
+from dials_jax.models.padding import aligned
+from dials_jax.nn.kernels.row_sums import row_sum
 from dials_jax.nn.policy import Policy, check_policy, uses_keys
 from dials_jax.nn.stack import Executor
 from dials_jax.skipping.flops import Flops, count_flops
@@ -207,6 +209,9 @@ def score_pairs(
         "leave it out",
     )
     count = len(samples)
+    if model.batch_invariant:
+        tokens, valid = aligned(pairs.tokens, pairs.valid, model.config.pad_id)
+        pairs = pairs._replace(tokens=tokens, valid=valid)
     placed = model.place_sequences((pairs, threefry_key(keys), np.asarray(samples)), fill_to)
     scores, seconds = model.run(
         score_pairs_program,
@@ -313,7 +318,7 @@ def score_pairs_program(params, pairs, keys, samples, policy, *, cfg, stratum, c
         gate_keys, executor,
     )  # fmt: skip
     is_greedy = jnp.all(is_best | ~masked, axis=1)
-    return CopyScores(jnp.sum(log_probs, axis=1) / share, gates, share, is_greedy)
+    return CopyScores(row_sum(log_probs) / share, gates, share, is_greedy)
 
 
 @timed_jit("cfg", "prompt_len", "cfg_scale", "executor")
@@ -323,10 +328,10 @@ def score_noisy_program(
     """The estimate of each masked copy, and the gates; see `estimate_log_likelihood`."""
     masked, p_mask = noisy[:, prompt_len:] == cfg.mask_id, p_mask[:, prompt_len:]
     p_mask = jnp.where(masked, p_mask, 1.0)  # it may be 0 elsewhere
-    time = jnp.sum(p_mask * masked, axis=1) / jnp.maximum(jnp.sum(masked, axis=1), 1)
+    time = row_sum(p_mask * masked) / jnp.maximum(jnp.sum(masked, axis=1), 1)
     tokens = jnp.concatenate([noisy[:, :prompt_len], tokens[:, prompt_len:]], axis=1)
     log_probs, _, gates = answer_log_probs(
         cfg, params, tokens, None, time, masked, jnp.ones_like(masked), cfg_scale, policy, keys,
         executor,
     )  # fmt: skip
-    return jnp.sum(log_probs / p_mask, axis=1), gates
+    return row_sum(log_probs / p_mask), gates

@@ -85,7 +85,7 @@ def sweep(
 def _sweep(cfg: EvalConfig, workdir: Path) -> dict[str, Any]:
     mesh = sharding.make_mesh(cfg.mesh)
     tasks, tokenizers = load_tasks(cfg)
-    model = load(cfg.model, cfg.dtype, mesh, cfg.layout, cfg.weights)
+    model = load(cfg.model, cfg.dtype, mesh, cfg.layout, cfg.weights, cfg.batch_invariant)
     calibrations = [
         load_calibration(cfg, task, items, tokenizer, model) if cfg.num_static else None
         for (task, items), tokenizer in zip(tasks, tokenizers, strict=True)

@@ -27,7 +27,8 @@ from dials_jax.training.run import EXPERIMENT, FREE_FIELDS
 from dials_jax.workdir import differences, require_same
 
 SWEEP_FILE = "sweep.json"
-ONE_MODEL = ("kind", "dtype", "weights")  # what all calls in a workdir have in common
+# What all calls in a workdir have in common.
+ONE_MODEL = ("kind", "dtype", "weights", "batch_invariant")
 # Settings of a task that decide which items there are; runs name their items themselves.
 ITEM_SETTINGS = ("limit", "data.paths", "data.folder", "data.cache", "data.reader")
 # Rules that may change where all outputs are stored; runs name the rules by which they score.
@@ -64,6 +65,8 @@ def sweep_identity(
         },
         "routers": routers,
     }
+    if model.batch_invariant:  # sweeps of earlier versions have no such entry
+        identity["batch_invariant"] = True
     return json.loads(json.dumps(identity))  # as it is read back
 
 

@@ -202,6 +202,7 @@ class EvalConfig(Typed):
     )
     dtype: WeightDtype | None = None
     weights: EightBits | None = None  # those of layers in 8 bits; None: as they are stored
+    batch_invariant: bool = False  # bitwise the same scores at any batch size: see `dials_jax.load`
     seed: Seed = 0
 
     def __post_init__(self):

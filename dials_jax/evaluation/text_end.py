@@ -31,7 +31,9 @@ class Stop(NamedTuple):
         the sampler's `stop_at_eos` is off, or sequences cannot make room for others.
         """
         may_end = getattr(sampler, "stop_at_eos", False)
-        if not (self.until and may_end) or why_not_refilled(sampler, cache, model.config):
+        if not (self.until and may_end) or why_not_refilled(
+            sampler, cache, model.config, model.batch_invariant
+        ):
             return None
         return lambda _, ids: is_ended(ids.tolist(), self.tokenizer, model.config, self.until)
 

@@ -214,6 +214,7 @@ def load_model(
     mesh: Mesh | None = None,
     layout: Layout = "auto",
     weights: EightBits | None = None,
+    batch_invariant: bool = False,
 ) -> Model:
     """Reads a model folder, every array directly to its devices.
 
@@ -222,6 +223,7 @@ def load_model(
       mesh: None is a mesh over all devices.
       layout: of the layers; "auto": see `groups.chosen_layout`.
       weights: of the layers in 8 bits, "fp8" or "int8"; None keeps those stored.
+      batch_invariant: see `dials_jax.load`.
 
     Raises: InputError if something is missing, broken or changed since it was saved.
     """
@@ -239,10 +241,10 @@ def load_model(
         return cast_others(read_group(folder, info, name, shapes[name], shardings), dtype)
 
     if info.weights is None:
-        return build_model(cfg, read, mesh, layout, str(folder), weights)
+        return build_model(cfg, read, mesh, layout, str(folder), weights, batch_invariant)
     mesh = mesh or sharding.make_mesh()
     params = groups.assemble(cfg, read, mesh, layout, info.weights)
-    return Model(cfg, params, mesh, str(folder), info.fingerprint)
+    return Model(cfg, params, mesh, str(folder), info.fingerprint, batch_invariant)
 
 
 def build_model(
@@ -252,15 +254,17 @@ def build_model(
     layout: Layout,
     path: str,
     weights: EightBits | None = None,
+    batch_invariant: bool = False,
 ) -> Model:
     """A model of the groups that `read` gives, one after the other, quantised where asked for."""
     mesh = mesh or sharding.make_mesh()
     if weights is None:
-        return Model(cfg, groups.assemble(cfg, read, mesh, layout), mesh, path)
+        params = groups.assemble(cfg, read, mesh, layout)
+        return Model(cfg, params, mesh, path, batch_invariant=batch_invariant)
     found = digests.Fingerprint()
     quantised = groups.quantising(read, weights, mesh, found)
     params = groups.assemble(cfg, quantised, mesh, layout)
-    return Model(cfg, params, mesh, path, found.hex())
+    return Model(cfg, params, mesh, path, found.hex(), batch_invariant)
 
 
 def stored_shapes(

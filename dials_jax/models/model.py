@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
@@ -13,11 +15,12 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from dials_jax import digests, sharding, trees
-from dials_jax.compiling import Timed, timed_jit
+from dials_jax.compiling import Timed, batch_invariant, timed_jit
 from dials_jax.config import ModelConfig, shown, typed
 from dials_jax.errors import InputError, require
 from dials_jax.keys import fold_in_each, seed_key, threefry_key
 from dials_jax.models import transformer
+from dials_jax.models.invariance import require_invariant
 from dials_jax.nn import fusing
 from dials_jax.nn.eight_bits import weights_kind, without_scales
 from dials_jax.nn.modules import form_of
@@ -51,6 +54,7 @@ class Model:
       params: nested dict of arrays, placed on `mesh`; `params["layers"]` stacked or a tuple.
       path: the folder that it was loaded from; empty for a model made in memory.
       weights: in which 8 bits those of layers are, "fp8" or "int8"; None: in none.
+      batch_invariant: a sequence's result is bitwise the same in any batch; see `load`.
     """
 
     def __init__(
@@ -60,10 +64,14 @@ class Model:
         mesh: Mesh | None = None,
         path: str = "",
         quantised_from: str = "",
+        batch_invariant: bool = False,
     ):
         """Args: quantised_from: of weights in 8 bits, the fingerprint that they had before."""
         self.config = config
         self.mesh = mesh or sharding.make_mesh()
+        self.batch_invariant = batch_invariant
+        if batch_invariant:
+            require_invariant(config, self.mesh)
         self.params = jax.device_put(params, sharding.param_shardings(params, self.mesh))
         self.path, self._quantised_from = path, quantised_from
         self.weights = weights_kind(self.params)
@@ -77,6 +85,7 @@ class Model:
             f"{count / 1e6:,.4g} M parameters",
             cfg.dtype,
             *([f"weights in {self.weights}"] if self.weights else []),
+            *(["batch-invariant"] if self.batch_invariant else []),
             *([mesh] if mesh else []),
             *([shown(self.path)] if self.path else []),
         ]
@@ -108,8 +117,14 @@ class Model:
     @cached_property
     def inference_params(self) -> trees.Params:
         """The parameters that compiled functions get: see `transformer.prepare_for_inference`."""
-        with jax.set_mesh(self.mesh):
+        with self.context():
             return transformer.prepare_for_inference(self.config, self.params)
+
+    @contextlib.contextmanager
+    def context(self) -> Iterator[None]:
+        """What the model's programs are traced, compiled and run in: its mesh, and its mode."""
+        with jax.set_mesh(self.mesh), batch_invariant(self.batch_invariant):
+            yield
 
     @typed
     def apply(
@@ -153,8 +168,8 @@ class Model:
         return Output(out.logits[:num_sequences], out.gates[:, :num_sequences])
 
     def run(self, fn: Timed, *args: Any, **static: Any) -> tuple[Any, float]:
-        """Runs a compiled function of (params, ...) under this model's mesh."""
-        with jax.set_mesh(self.mesh):
+        """Runs a compiled function of (params, ...) in this model's context."""
+        with self.context():
             return fn(self.inference_params, *args, cfg=self.config, **static)
 
     def place_sequences(self, batch: PyTree, multiple: int = 1) -> PyTree:

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from dials_jax.errors import require
+from dials_jax.nn.kernels.hopper_attention import TILE
 
 
 def pad_prompts(
@@ -25,6 +26,24 @@ def pad_prompts(
         tokens[i, length - len(ids) :] = ids
         valid[i, length - len(ids) :] = True
     return tokens, valid
+
+
+def aligned(
+    tokens: Int[np.ndarray, "B T"],
+    valid: Bool[np.ndarray, "B T"] | None,
+    pad_id: int,
+    multiple: int = TILE,
+) -> tuple[Int[np.ndarray, "B _"], Bool[np.ndarray, "B _"] | None]:
+    """Pads on the left until the end is where a tile of keys ends.
+
+    A sequence's keys then fall into the same tiles in batches of every length, so that their sums
+    have the same order: the batch-invariant mode needs that.
+    """
+    extra = ((0, 0), (-tokens.shape[1] % multiple, 0))
+    if extra[1][0] == 0:
+        return tokens, valid
+    valid = np.ones(tokens.shape, bool) if valid is None else valid
+    return np.pad(tokens, extra, constant_values=pad_id), np.pad(valid, extra)
 
 
 def differ_in_length(sequences: Any) -> bool:

@@ -17,15 +17,29 @@ from jaxtyping import Array, Float
 
 from dials_jax.nn.eight_bits import Quantised, is_quantised, xla_matmul
 from dials_jax.nn.kernels.hopper_matmul import matmul_refusal, run_matmul
-from dials_jax.nn.kernels.implementation import Implementation, dispatch, plain_jax
+from dials_jax.nn.kernels.hopper_rows import product_refusal, run_product
+from dials_jax.nn.kernels.implementation import Implementation, dispatch, fixed_tiles, plain_jax
 from dials_jax.nn.kernels.per_device import HOPPER
+from dials_jax.nn.kernels.tiles import tiled_matmul_8, tiled_product
 
 # A module's parameter, or what it holds: an array, or a weight in 8 bits for `linear` only.
 Weight = nnx.Param | Quantised | Float[Array, "..."]
 
 
+def xla_product(
+    x: Float[Array, "..."], kernel: Float[Array, "..."], axes: str, dtype: Any
+) -> Float[Array, "..."]:
+    return jnp.einsum(axes, x, kernel, preferred_element_type=dtype)
+
+
+PRODUCT = (  # (x, kernel, axes, dtype), as `linear` takes them -> x times the kernel
+    Implementation("hopper_rows", HOPPER, product_refusal, run_product, "invariant"),
+    fixed_tiles(tiled_product),
+    plain_jax(xla_product),
+)
 MATMUL_8 = (  # (x, weight in 8 bits) -> x, quantised per token, times the weight
-    Implementation("hopper_matmul", HOPPER, matmul_refusal, run_matmul),
+    Implementation("hopper_matmul", HOPPER, matmul_refusal, run_matmul, "both"),
+    fixed_tiles(tiled_matmul_8),
     plain_jax(xla_matmul),
 )
 
@@ -49,7 +63,7 @@ def linear(
     if is_quantised(kernel):
         y = matmul_8(x, kernel).astype(dtype or x.dtype)
     else:
-        y = jnp.einsum(axes, x, kernel.astype(x.dtype), preferred_element_type=dtype)
+        y = dispatch(PRODUCT, x, kernel.astype(x.dtype), axes, dtype)
     return y if bias is None else shifted(y, array_of(bias))
 
 

@@ -8,6 +8,10 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dials_jax.config import ModelConfig
+from dials_jax.nn.kernels.hopper_rows import norm_refusal, run_norm
+from dials_jax.nn.kernels.implementation import Implementation, dispatch, plain_jax
+from dials_jax.nn.kernels.per_device import HOPPER
+from dials_jax.nn.kernels.row_sums import row_mean
 from dials_jax.nn.linear import scaled
 from dials_jax.nn.modules import zeros_if
 
@@ -23,10 +27,22 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        x32 = x.astype(jnp.float32)
-        variance = jnp.mean(x32 * x32, axis=-1, keepdims=True)
-        normed = (x32 * jax.lax.rsqrt(variance + self.eps)).astype(x.dtype)
-        return scaled(normed, self.scale[...])
+        return dispatch(RMS_NORM, x, self.scale[...], self.eps)
+
+
+def xla_rms_norm(
+    x: Float[Array, "*B D"], scale: Float[Array, "D"], eps: float
+) -> Float[Array, "*B D"]:
+    x32 = x.astype(jnp.float32)
+    variance = row_mean(x32 * x32, keepdims=True)
+    normed = (x32 * jax.lax.rsqrt(variance + eps)).astype(x.dtype)
+    return scaled(normed, scale)
+
+
+RMS_NORM = (  # (x, scale, eps) -> x, normed along the last axis
+    Implementation("hopper_rows", HOPPER, norm_refusal, run_norm, "invariant"),
+    plain_jax(xla_rms_norm, "both"),
+)
 
 
 class LayerNorm(nnx.Module):
@@ -45,8 +61,8 @@ class LayerNorm(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Normalised x, then `x * (1 + scale) + shift` (adaLN) where these are given."""
         y = x.astype(jnp.float32)
-        y = y - jnp.mean(y, axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        y = y - row_mean(y, keepdims=True)
+        y = y * jax.lax.rsqrt(row_mean(y * y, keepdims=True) + self.eps)
         y = y * self.scale[...].astype(jnp.float32)
         if self.bias is not None:
             y = y + self.bias[...].astype(jnp.float32)

@@ -31,6 +31,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dials_jax.caching.cache import Cache
 from dials_jax.config import ModelConfig, Typed, require_positive
 from dials_jax.errors import require
+from dials_jax.nn.kernels.row_sums import row_log_softmax, row_sum
 from dials_jax.nn.policy import Policy
 from dials_jax.sampling.loop import BlockSampler
 from dials_jax.sampling.reveal import StepInfo
@@ -284,8 +285,8 @@ def probability_of(tokens: Int[Array, "B W"], logits: Float[Array, "B W V"]) -> 
 
 def entropy_of(logits: Float[Array, "B W V"]) -> Float[Array, "B W"]:
     """Of the distribution over tokens, in nats. A token whose logit is -inf adds nothing."""
-    log_p = jax.nn.log_softmax(logits, axis=-1)
-    return -jnp.sum(jnp.where(jnp.isfinite(log_p), jnp.exp(log_p) * log_p, 0.0), axis=-1)
+    log_p = row_log_softmax(logits)
+    return -row_sum(jnp.where(jnp.isfinite(log_p), jnp.exp(log_p) * log_p, 0.0))
 
 
 def gumbel_like(logits: Float[Array, "B W V"], keys: jax.Array) -> Float[Array, "B W V"]:

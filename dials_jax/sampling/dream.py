@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dials_jax.config import ModelConfig, Typed, require_positive
 from dials_jax.errors import require
+from dials_jax.nn.kernels.row_sums import logsumexp, row_softmax, row_sum
 from dials_jax.sampling.confidence import gumbel_like, ranks
 from dials_jax.sampling.loop import BlockSampler
 from dials_jax.sampling.reveal import StepInfo
@@ -155,7 +156,7 @@ def most_probable(
         largest = lax.top_k(logits, count)[0]
     last = jnp.full(logits.shape[:-1], count - 1)
     if top_p is not None:
-        probability = jnp.exp(largest - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
+        probability = jnp.exp(largest - logsumexp(logits, keepdims=True))
         before = jnp.cumsum(probability, axis=-1)[..., :-1]  # of all tokens left of the next
         last = jnp.sum(before <= top_p, axis=-1)
     least = jnp.take_along_axis(largest, last[..., None], axis=-1)
@@ -166,9 +167,9 @@ def certainty(
     alg: Algorithm, logits: Float[Array, "B W V"], guess: Int[Array, "B W"]
 ) -> Float[Array, "B W"]:
     """The model's confidence in the tokens of `guess`, by the rule `alg`."""
-    probabilities = jax.nn.softmax(logits, axis=-1)
+    probabilities = row_softmax(logits)
     if alg == "entropy":
-        return jnp.sum(probabilities * jnp.log(probabilities + 1e-10), axis=-1)
+        return row_sum(probabilities * jnp.log(probabilities + 1e-10))
     if alg == "topk_margin":
         first, second = jnp.moveaxis(lax.top_k(probabilities, 2)[0], -1, 0)
         return first - second

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +31,7 @@ from dials_jax.diffusion.guidance import repeat_batch
 from dials_jax.errors import require
 from dials_jax.models import transformer
 from dials_jax.models.model import Model, as_ids, as_valid, sequence_keys
-from dials_jax.models.padding import differ_in_length, pad_prompts
+from dials_jax.models.padding import aligned, differ_in_length, pad_prompts
 from dials_jax.nn.policy import Policy
 from dials_jax.nn.stack import Executor
 from dials_jax.sampling.generation import Generation, account
@@ -101,6 +102,7 @@ def generate(
     prompts = empty_prompts(num_sequences) if prompts is None else prompts
     pad_id = next(iter(roles.values())).model.config.pad_id
     prompts, valid = pad_sequences(prompts, valid, pad_id, "prompt")
+    given = prompts.shape[-1]
     require(prompts.ndim == 2, f"prompts have shape {prompts.shape}; give [batch, length]")
     require(
         num_sequences in (None, len(prompts)),
@@ -116,6 +118,8 @@ def generate(
     if schedule:
         check_schedule(roles, turns, sampler, cache)
     first, num_sequences = next(iter(roles.values())), len(prompts)
+    if first.model.batch_invariant and not hasattr(sampler, "lay_out"):
+        prompts, valid = aligned(prompts, valid, pad_id)
     batch = (prompts.astype(np.int32), valid, sequence_keys(key, num_sequences))
     batch = first.model.place_sequences(batch, fill_to)
     static = {"sampler": sampler, "cache": cache, "executor": executor}
@@ -133,7 +137,19 @@ def generate(
         out, seconds = run_schedule(roles, turns, batch, **static)
     else:
         out, seconds = run_alone(first, batch, **static)
-    return account(*sharding.to_host(out), roles, turns, sampler, cache, prompts, seconds)
+    found = account(*sharding.to_host(out), roles, turns, sampler, cache, prompts, seconds)
+    return without_first(found, prompts.shape[1] - given)
+
+
+def without_first(out: Generation, extra: int) -> Generation:
+    """Without the first tokens, which are padding that was added to all sequences."""
+    if not extra:
+        return out
+    trajectory = out.trajectory
+    if trajectory is not None:
+        canvases = (x[..., extra:] for x in trajectory[:3])
+        trajectory = Trajectory(*canvases, *trajectory[3:])
+    return replace(out, tokens=out.tokens[:, extra:], trajectory=trajectory)
 
 
 def parts_of(role: Role, sampler: Sampler, cache: Cache, prompt_length: int) -> list[Loops]:
@@ -313,7 +329,7 @@ def run_in_turns(
         return model.inference_params, state, turn.stop, *batch, policy
 
     kinds = {(turn.letter, turn.part): turn for turn in turns}
-    with jax.set_mesh(first.mesh):
+    with first.context():
         compiled = segment_program.programs([
             (arguments(turn, state), {**static, "cfg": acting[letter].model.config, "part": part})
             for (letter, part), turn in kinds.items()

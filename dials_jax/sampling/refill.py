@@ -259,8 +259,12 @@ class _Occupant:
         self.num_blocks, self.seconds = self.num_blocks + 1, self.seconds + seconds
 
 
-def why_not_refilled(sampler: Sampler, cache: Cache | None, cfg: ModelConfig) -> str | None:
+def why_not_refilled(
+    sampler: Sampler, cache: Cache | None, cfg: ModelConfig, batch_invariant: bool = False
+) -> str | None:
     """Why sequences cannot make room for others under these settings; None: they can."""
+    if batch_invariant:
+        return "on a ring a sequence's keys are summed in an order that depends on when it entered"
     if cfg.block_length is not None:
         return "a block-causal model counts its blocks from each prompt's first token"
     if not isinstance(sampler, BlockSampler):  # `RingLoop` runs its two methods
@@ -304,7 +308,7 @@ def generate_refilled(
     Raises: InputError for what `generate` refuses, and for what cannot be refilled.
     """
     cfg, cache = model.config, cache or NoCache()
-    why = why_not_refilled(sampler, cache, cfg)
+    why = why_not_refilled(sampler, cache, cfg, model.batch_invariant)
     require(why is None, f"sequences cannot make room for others: {why}")
     tokens, valid = pad_prompts(prompts, max(map(len, prompts)), cfg.pad_id)
     check_prompts(cfg, tokens, valid, sampler.gen_length)

@@ -94,6 +94,10 @@ def check_schedule(
             first.mesh == model.mesh,
             f"models {letter} and {other} lie on different meshes; load them on the same",
         )
+        require(
+            first.batch_invariant == model.batch_invariant,
+            f"of models {letter} and {other} one is batch-invariant; load both so, or none",
+        )
     require(
         len(schedule.letters) == 1 or isinstance(cache, NoCache),
         "a cache holds one model's keys and values, of no use to another; leave out `cache`, or "

@@ -32,6 +32,7 @@ from dials_jax.caching.cache import Cache, Work
 from dials_jax.caching.canvas import CanvasModel
 from dials_jax.config import ModelConfig
 from dials_jax.errors import require
+from dials_jax.nn.kernels.row_sums import logsumexp
 from dials_jax.nn.policy import Policy
 
 
@@ -187,7 +188,7 @@ def log_probability_of(
     tokens: Int[Array, "*batch"], logits: Float[Array, "*batch V"]
 ) -> Float[Array, "*batch"]:
     chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-    return chosen - jax.nn.logsumexp(logits, axis=-1)
+    return chosen - logsumexp(logits)
 
 
 def require_ids(cfg: ModelConfig, **settings: tuple[int, ...]) -> None:

@@ -25,6 +25,7 @@ from dials_jax import trees
 from dials_jax.config import ModelConfig, RouterConfig, Typed, Votes, as_type, shown
 from dials_jax.errors import require
 from dials_jax.keys import threefry_key
+from dials_jax.nn.kernels.row_sums import row_sum
 from dials_jax.nn.linear import linear
 from dials_jax.nn.modules import bind, init_stacked, normal
 from dials_jax.nn.norm import RMSNorm
@@ -254,7 +255,7 @@ class Router(nnx.Module):
         vote, bias = (
             x[..., SKIP] - x[..., 1 - SKIP] for x in (self.vote[...], self.vote_bias[...])
         )
-        return jnp.sum(self.hidden(h) * vote, axis=-1) + bias
+        return row_sum(self.hidden(h) * vote) + bias
 
 
 def init_routers(d_model: int, num_layers: int, cfg: RouterConfig, key: jax.Array) -> trees.Params:
@@ -307,4 +308,4 @@ def router_shape(router: trees.Params) -> RouterConfig:
 def skip_share(votes: Float[Array, "B T"], masked: Bool[Array, "B T"]) -> Float[Array, "B"]:
     """DIALS (5): the mean vote to skip over a sequence's masked tokens; 0 without any."""
     count = jnp.sum(masked, axis=-1)
-    return jnp.sum(votes * masked, axis=-1) / jnp.maximum(count, 1)
+    return row_sum(votes * masked) / jnp.maximum(count, 1)

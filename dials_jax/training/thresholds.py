@@ -106,7 +106,7 @@ class Calibration:
         self._program = _jit_run(model.config, objective)
 
     def _run(self, policy: Policy) -> tuple[Float[np.ndarray, "L"], Any]:
-        with jax.set_mesh(self._model.mesh):
+        with self._model.context():
             out = self._program(self._model.params, self._batch, self._draws, policy)
         return sharding.to_host(out)
 

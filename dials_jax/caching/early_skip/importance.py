@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from dials_jax.nn.kernels.row_sums import row_mean
 from dials_jax.nn.kv import gather
 
 MOST_CONFIDENT, LEFTMOST_MASKED, JUST_REVEALED = 2.0, 5.0, 3.0
@@ -68,8 +69,8 @@ def indicator_change(
     Divided by the sequence's largest where that exceeds 1, as it does while the cache is empty.
     """
     new, old = (x.reshape(*x.shape[:2], -1).astype(jnp.float32) for x in (new, old))
-    scale = jnp.sqrt(jnp.mean(old * old, axis=-1)) + 1e-6
-    change = jnp.mean(jnp.abs(new - old), axis=-1) / scale
+    scale = jnp.sqrt(row_mean(old * old)) + 1e-6
+    change = row_mean(jnp.abs(new - old)) / scale
     counted = change if active is None else jnp.where(active, change, 0.0)
     return change / jnp.maximum(jnp.max(counted, axis=-1, keepdims=True), 1.0)
 

@@ -8,11 +8,18 @@ from jaxtyping import Array, Float, Int
 
 from dials_jax.nn.eight_bits import Quantised
 from dials_jax.nn.kernels.cudnn_attention import cudnn_refusal, run_cudnn
-from dials_jax.nn.kernels.hopper_attention import run_window, window_refusal
+from dials_jax.nn.kernels.hopper_attention import (
+    run_tiles,
+    run_window,
+    tiles_refusal,
+    window_refusal,
+)
 from dials_jax.nn.kernels.hopper_matmul import run_swiglu, swiglu_refusal
-from dials_jax.nn.kernels.implementation import Implementation, plain_jax
+from dials_jax.nn.kernels.hopper_rows import run_swiglu_rows, swiglu_rows_refusal
+from dials_jax.nn.kernels.implementation import Implementation, fixed_tiles, plain_jax
 from dials_jax.nn.kernels.per_device import ANY, GPU, HOPPER, TPU
 from dials_jax.nn.kernels.sharded_lookup import lookup_refusal, sharded_lookup
+from dials_jax.nn.kernels.tiles import tiled_attention
 from dials_jax.nn.kernels.tpu_attention import run_splash, splash_refusal
 from dials_jax.nn.kv import KV
 from dials_jax.nn.linear import linear
@@ -46,13 +53,16 @@ ATTENTION = (  # (q, kv, mask) -> values
     Implementation("tpu_splash", TPU, splash_refusal, run_splash),
     Implementation("hopper_window", HOPPER, window_refusal, run_window),
     Implementation("cudnn", GPU, cudnn_refusal, run_cudnn),
+    Implementation("hopper_rows", HOPPER, tiles_refusal, run_tiles, "invariant"),
+    fixed_tiles(tiled_attention),
     plain_jax(xla_attention),
 )
 SWIGLU = (  # (x, kernels, biases), two kernels or both joined in one -> hidden units
     Implementation("hopper_swiglu", HOPPER, swiglu_refusal, run_swiglu),
-    plain_jax(xla_swiglu),
+    Implementation("hopper_rows", HOPPER, swiglu_rows_refusal, run_swiglu_rows, "invariant"),
+    plain_jax(xla_swiglu, "both"),
 )
 LOOKUP = (  # (table, tokens, dtype) -> embeddings
-    Implementation("sharded", ANY, lookup_refusal, sharded_lookup),
-    plain_jax(xla_lookup),
+    Implementation("sharded", ANY, lookup_refusal, sharded_lookup, "both"),
+    plain_jax(xla_lookup, "both"),
 )

@@ -1,8 +1,11 @@
-"""Attention of a short window's queries to many keys, by a kernel for Hopper.
+"""Attention to many keys by a kernel for Hopper: of a short window's queries, or of any number.
 
 With few queries the time is that of reading keys and values, so the kernel mainly keeps reads in
 flight. For 16 to 64 queries it takes 0.85 of the time of cuDNN's kernel, and 0.57 with padding
 among the keys (docs/results/decoding.md).
+
+A query's sums have one order: keys come in tiles of 64, counted from the first one. So in the
+batch-invariant mode it computes the attention of any number of queries, a tile of them at a time.
 """
 
 from __future__ import annotations
@@ -62,11 +65,38 @@ def run_window(q: Float[Array, "B T N H"], kv: KV, mask: Mask) -> Float[Array, "
     return attention_per_device(window_attention, q, kv, mask.valid)
 
 
+def tiles_refusal(q: Float[Array, "B T N H"], kv: KV, mask: Mask) -> str | None:
+    """Why the kernel cannot take any number of queries to these keys; None: it can."""
+    if unknown := mask.refusal("valid"):
+        return unknown
+    in_half = all(x.dtype == jnp.bfloat16 for x in (q, *kv))
+    if not (divides(q, kv) and in_half and q.shape[-1] == HEAD_DIM):
+        return (
+            f"it needs bfloat16, heads of {HEAD_DIM}, and sequences and heads that the mesh divides"
+        )
+    return None
+
+
+def run_tiles(q: Float[Array, "B T N H"], kv: KV, mask: Mask) -> Float[Array, "B T N H"]:
+    """Attention whose sums have the same order with and without padding, in any batch."""
+    sizes = q.shape[1], kv.k.shape[1]
+    valid = jnp.ones(kv.k.shape[:2], bool) if mask.valid is None else mask.valid
+    q, k, v, valid = (_whole_pieces(x) for x in (q, *kv, valid))
+    return attention_per_device(window_attention, q, KV(k, v), valid)[:, : sizes[0]]
+
+
+def _whole_pieces(x: Array) -> Array:
+    """With zeros (False) after the last token."""
+    extra = -x.shape[1] % PIECE_TOKENS
+    return jnp.pad(x, ((0, 0), (0, extra), *[(0, 0)] * (x.ndim - 2))) if extra else x
+
+
 @partial(jax.jit, static_argnames="interpret")  # lowered once for all layers, not once per layer
 def window_attention(
     q: Float[Array, "B T N H"], kv: KV, valid: Bool[Array, "B S"] | None, interpret: bool = False
 ) -> Float[Array, "B T N H"]:
-    """Attention to all valid keys, for shapes that `window_fits`; None means that all are.
+    """Attention to all valid keys; None means that all are. Of any number of queries, if they and
+    the keys come in multiples of 8; for the rest see `window_fits`.
 
     Args:
       interpret: run the kernel step by step, where there is no Hopper.
@@ -78,6 +108,7 @@ def window_attention(
 
     (num_sequences, num_queries, num_heads, _), (_, num_keys, num_kv_heads, _) = q.shape, kv.k.shape
     pack, num_parts = _packing(num_queries, num_heads // num_kv_heads)
+    query_tiles = -(-num_queries // TILE_QUERIES)
     transforms = plgpu.TilingTransform((PIECE_TOKENS, 64)), plgpu.SwizzleTransform(128)
     queries = plgpu.SMEM((TILE_QUERIES, HEAD_DIM), q.dtype, transforms=transforms)
     slots = plgpu.SMEM((SLOTS, TILE, HEAD_DIM), q.dtype, transforms=transforms)
@@ -93,11 +124,9 @@ def window_attention(
         # A block is 128 threads, which issue their own reads. So two blocks share a multiprocessor,
         # and one computes while the other waits. With 128 more threads for the reads they would not
         # fit: each thread may take 255 of the 65,536 registers.
-        grid=(num_sequences, num_kv_heads * num_parts),
-        grid_names=(
-            "sequence",
-            "heads",
-        ),  # the last varies fastest, so that neighbours read adjacent memory
+        # The last varies fastest: neighbours read adjacent memory, or the same keys.
+        grid=(num_sequences, num_kv_heads * num_parts, *[query_tiles] * (query_tiles > 1)),
+        grid_names=("sequence", "heads", *["queries"] * (query_tiles > 1)),
         # No sum crosses warps, so no shared memory is set aside for that.
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
@@ -118,7 +147,7 @@ def _packing(num_queries: int, group: int) -> tuple[int, int]:
 
     The heads of a group share their keys, so sharing a tile avoids reading them again.
     """
-    pack = min(group, TILE_QUERIES // num_queries)
+    pack = max(1, min(group, TILE_QUERIES // num_queries))
     return pack, -(-group // pack)
 
 
@@ -155,6 +184,7 @@ class _Stream(NamedTuple):
 
 def _kernel(q, k, v, *rest, interpret: bool) -> None:
     """The work of one block: the heads of a sequence that share a tile of queries."""
+    from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     *bias, out, queries, queries_full, k_slots, k_full, v_slots, v_full = rest
@@ -162,11 +192,12 @@ def _kernel(q, k, v, *rest, interpret: bool) -> None:
     bias = bias[0].at[sequence] if bias else None
     keys = _Stream(k.at[sequence, :, kv_head], k_slots, k_full)
     values = _Stream(v.at[sequence, :, kv_head], v_slots, v_full)
-    pieces = [queries.at[i * q.shape[1] : (i + 1) * q.shape[1]] for i in range(len(heads))]
+    first, count = _queries_of_block(q)
+    pieces = [queries.at[i * count : (i + 1) * count] for i in range(len(heads))]
 
     keys.fetch(0)  # needed first, together with the queries
     for head, piece in zip(heads, pieces, strict=True):
-        plgpu.copy_gmem_to_smem(q.at[sequence, :, head], piece, queries_full)
+        plgpu.copy_gmem_to_smem(q.at[sequence, pl.ds(first, count), head], piece, queries_full)
     values.fetch(0)
     for tile in range(1, SLOTS):
         keys.fetch(tile)
@@ -178,7 +209,7 @@ def _kernel(q, k, v, *rest, interpret: bool) -> None:
     queries[...] = (acc * _across(1 / total, acc)).astype(queries.dtype)  # the tile is free by now
     plgpu.commit_smem()
     for head, piece in zip(heads, pieces, strict=True):
-        plgpu.copy_smem_to_gmem(piece, out.at[sequence, :, head])
+        plgpu.copy_smem_to_gmem(piece, out.at[sequence, pl.ds(first, count), head])
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
@@ -191,6 +222,14 @@ def _place_of_block(q, k) -> tuple[Int[Array, ""], Int[Array, ""], list[Int[Arra
     # A group's last tile starts early, to be full: two blocks may write the same values of a head.
     head = kv_head * group + jnp.minimum(part * pack, group - pack)
     return lax.axis_index("sequence"), kv_head, [head + i for i in range(pack)]
+
+
+def _queries_of_block(q) -> tuple[int | Int[Array, ""], int]:
+    """The first query of a head in the block, and how many there are. Of more than a tile, the last
+    tile may reach beyond the last query: reads there give zeros, and nothing is written."""
+    if q.shape[1] <= TILE_QUERIES:
+        return 0, q.shape[1]
+    return lax.axis_index("queries") * TILE_QUERIES, TILE_QUERIES
 
 
 def _start() -> State:

@@ -22,7 +22,7 @@ SLOT_BYTES = 196608  # of the steps that are loaded at a time, of an SM's 227 Ki
 MOST_SLOTS = 6
 MULTIPLIERS = 2  # warpgroups; the one after them loads
 MULTIPLIER_ROWS = TILE_M // MULTIPLIERS  # of a tile, for each of them
-PIECE_COLUMNS = 64  # columns written at a time
+PIECE_BYTES = 128  # of a row, written at a time
 SNAKE = 16  # tiles down, then one across: those made at a time share operands in the L2 cache
 # Per thread. Two float32 accumulators take 128; 40 + 2 * 232 is within the 512 for all three.
 LOADER_REGISTERS, MULTIPLIER_REGISTERS = 40, 232
@@ -76,19 +76,23 @@ class Program(NamedTuple):
         return lax.rem(step, jnp.int32(self.x_slots.shape[0]))
 
 
-def multiply_tiles(operands: Operands, tile_f: int) -> Float[Array, "R F"]:
-    """The result in bfloat16, by tiles of `tile_f` columns.
+def multiply_tiles(
+    operands: Operands, tile_f: int, dtype: Any = jnp.bfloat16
+) -> Float[Array, "R F"]:
+    """The result in bfloat16 (or float32), by tiles of `tile_f` columns.
 
     The number of rows is a multiple of 8; columns and depth fill whole tiles.
     """
     x, weight, x_scale, scale, halves = operands
     if x_scale is not None:  # the last tile reads as many scales as the others
         x_scale = jnp.pad(x_scale, (0, -x_scale.shape[0] % TILE_M))
-    return _lowered(x, weight, x_scale, scale, halves=halves, tile_f=tile_f)
+    return _lowered(x, weight, x_scale, scale, halves=halves, tile_f=tile_f, dtype=jnp.dtype(dtype))
 
 
-@partial(jax.jit, static_argnames=("halves", "tile_f"))  # lowered once for all layers
-def _lowered(x, weight, x_scale, scale, *, halves: int, tile_f: int) -> Float[Array, "R F"]:
+@partial(jax.jit, static_argnames=("halves", "tile_f", "dtype"))  # lowered once for all layers
+def _lowered(
+    x, weight, x_scale, scale, *, halves: int, tile_f: int, dtype: Any
+) -> Float[Array, "R F"]:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     operands = Operands(x, weight, x_scale, scale, halves)
@@ -102,7 +106,7 @@ def _lowered(x, weight, x_scale, scale, *, halves: int, tile_f: int) -> Float[Ar
 
     return plgpu.kernel(
         hopper_matmul,
-        out_type=jax.ShapeDtypeStruct(shape, jnp.bfloat16),
+        out_type=jax.ShapeDtypeStruct(shape, dtype),
         # Never more programs than tiles: one without a tile would wait for loads that never come.
         grid=(min(num_sms(), num_tiles),),
         grid_names=("program",),
@@ -146,7 +150,7 @@ def _make_all_tiles(operands: Operands, out: Any, tile_f: int):
         run,
         memory(num_slots, TILE_M, tile_k, dtype=dtype),
         memory(num_slots, halves, *weight_tile, dtype=dtype),
-        memory(MULTIPLIERS, 2, MULTIPLIER_ROWS, PIECE_COLUMNS, dtype=out.dtype),
+        memory(MULTIPLIERS, 2, MULTIPLIER_ROWS, PIECE_BYTES // out.dtype.itemsize, dtype=out.dtype),
         plgpu.Barrier(num_arrivals=1 + halves, num_barriers=num_slots),
         plgpu.Barrier(num_arrivals=MULTIPLIERS, num_barriers=num_slots),
         collective_axes="warpgroup",
@@ -250,7 +254,7 @@ def _write(program: Program, sums: list[Array], row: Array, column: Array, warpg
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    operands, width = program.operands, PIECE_COLUMNS
+    operands, width = program.operands, PIECE_BYTES // program.out.dtype.itemsize
     rows = pl.ds(row, MULTIPLIER_ROWS)
 
     def scaled(y: Array, half: int, first_column: Array) -> Array:

@@ -5,6 +5,10 @@ The last of every list is plain JAX: it says what the operation computes, and fi
 The environment may name several, separated by commas: in each list the one that it has is forced;
 in a list without any of them, the first that fits runs. It is read when a program is traced.
 
+The batch-invariant mode (`compiling.batch_invariant`) chooses among implementations whose sums have
+an order of their own: a row is summed alike wherever it stands and however many rows there are. So
+a sequence's result depends on no other one of its batch, bit by bit.
+
 The lists: `nn.kernels.dispatch`, and `nn.linear` for weights in 8 bits.
 """
 
@@ -12,15 +16,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+from dials_jax.compiling import batch_invariant
 from dials_jax.errors import nearest, require
 from dials_jax.nn.kernels.per_device import ANY, Device
 
 VARIABLE = "DIALS_KERNELS"
 NAMES = (
     "tpu_splash", "hopper_window", "cudnn", "hopper_swiglu", "hopper_matmul", "sharded", "xla",
+    "hopper_rows", "tiles",
 )  # fmt: skip
+When = Literal["by default", "invariant", "both"]
 
 
 class Implementation(NamedTuple):
@@ -29,23 +36,35 @@ class Implementation(NamedTuple):
     Attributes:
       device: that it is written for.
       limits: of the same arguments as `run`: why it cannot take them on its device; None: it can.
+      when: in which mode it may run: by default, the fastest kernel counts; in the batch-invariant
+        one, only those whose sums have one order in any batch.
     """
 
     name: str
     device: Device
     limits: Callable[..., str | None]
     run: Callable[..., Any]
+    when: When = "by default"
 
     def refusal(self, *args: Any) -> str | None:
         """Why it cannot run here; None: it fits."""
+        if self.when == "by default" and batch_invariant.value:
+            return "its sums may depend on the batch"
+        if self.when == "invariant" and not batch_invariant.value:
+            return "it is for models that are loaded with batch_invariant=True"
         if not self.device.is_here():
             return f"it needs {self.device.name}"
         return self.limits(*args)
 
 
-def plain_jax(run: Callable[..., Any]) -> Implementation:
+def plain_jax(run: Callable[..., Any], when: When = "by default") -> Implementation:
     """The last of a list, without limits."""
-    return Implementation("xla", ANY, lambda *args: None, run)
+    return Implementation("xla", ANY, lambda *args: None, run, when)
+
+
+def fixed_tiles(run: Callable[..., Any]) -> Implementation:
+    """What takes the place of `plain_jax` in the batch-invariant mode."""
+    return Implementation("tiles", ANY, lambda *args: None, run, "invariant")
 
 
 def dispatch(
@@ -75,7 +94,8 @@ def pick(
     if name is None:
         return next(x for x in implementations if x.refusal(*args) is None)
     why = by_name[name].refusal(*args)
-    require(why is None, f"{where} does not fit: {why}; 'xla' always does")
+    instead = "leave the choice out" if batch_invariant.value else "'xla' always does"
+    require(why is None, f"{where} does not fit: {why}; {instead}")
     return by_name[name]
 
 

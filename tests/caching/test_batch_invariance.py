@@ -1,0 +1,129 @@
+"""In the batch-invariant mode a sequence is bitwise what it is alone: tokens, logits and gates."""
+
+import jax
+import numpy as np
+import pytest
+
+from dials_jax.caching.early_skip.settings import EarlySkip
+from dials_jax.caching.plain import DualCache, NoCache, PrefixCache
+from dials_jax.errors import InputError
+from dials_jax.evaluation.likelihood import score_pairs
+from dials_jax.evaluation.pairs import pad_pairs
+from dials_jax.loading import load
+from dials_jax.models import invariance
+from dials_jax.models.folders import save_model
+from dials_jax.models.model import Model
+from dials_jax.sampling.confidence import Confidence
+from dials_jax.sampling.generate import generate
+from dials_jax.sampling.model_schedule import Schedule
+from dials_jax.sampling.requests import check_schedule, roles_of
+from dials_jax.skipping.routed import Routed
+from tests.caching.cases import keys_of, make_lively
+from tests.conftest import init_params, random_routers, small_config
+
+CFG = small_config(num_layers=3, d_model=64)
+PROMPTS = [[5, 9, 33, 7, 40], [8, 3], [20, 21, 22, 23, 24, 25, 26]]
+SAMPLER = Confidence(gen_length=8, block_length=4, steps=8, temperature=0.5)
+
+
+def lively(batch_invariant=True):
+    made = make_lively(CFG, 0)
+    return Model(CFG, made.params, made.mesh, batch_invariant=batch_invariant)
+
+
+CACHES = {
+    "none": NoCache(),
+    "prefix": PrefixCache(),
+    "dual": DualCache(),
+    "ES-dLLM": EarlySkip((1.0, 0.5), (0.0, 0.3), prompt_every=6, block_every=2),
+}
+HALF = {"dtype": "bfloat16"}
+MODEL = lively()
+ROUTED = Routed(random_routers(CFG, seed=7), 0.1)
+
+
+def differing(model, cache, policy):
+    """How many numbers differ between sequences in a batch of all and each of two alone."""
+    how = {"sampler": SAMPLER, "cache": CACHES[cache], "policy": policy, "log_probs": True}
+    together = generate(model, PROMPTS, key=keys_of(3), **how)
+    count = 0
+    for i in (0, 1):
+        alone = generate(model, PROMPTS[i : i + 1], key=keys_of(3)[i : i + 1], **how)
+        length = alone.tokens.shape[1]
+        np.testing.assert_array_equal(alone.gates[..., 0], together.gates[..., i])
+        count += np.sum(alone.tokens[0] != together.tokens[i, -length:])
+        count += np.sum(alone.log_probs[0] != together.log_probs[i])
+    return count, together
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_sequence_is_what_it_is_alone_under_routers_that_disagree(cache):
+    count, together = differing(MODEL, cache, ROUTED)
+    assert count == 0
+    gates = together.gates
+    assert (gates != gates[..., :1]).any() and not gates.all()  # they skip different layers
+
+
+def test_a_sequence_is_what_it_is_alone_with_all_layers():
+    assert differing(MODEL, "dual", None)[0] == 0
+
+
+def test_logits_are_the_same_in_batches_of_every_size():
+    tokens = np.random.default_rng(0).integers(2, 60, (8, 9))
+    together = MODEL.apply(tokens).logits
+    for rows in (slice(0, 1), slice(1, 3), slice(3, 8)):
+        np.testing.assert_array_equal(MODEL.apply(tokens[rows]).logits, together[rows])
+    by_default = lively(batch_invariant=False).apply(tokens).logits
+    np.testing.assert_allclose(together, by_default, rtol=1e-3, atol=1e-4)
+
+
+def test_likelihoods_are_the_same_in_batches_of_every_size_and_length():
+    pairs = [(prompt, [11, 12, 13][: 1 + i]) for i, prompt in enumerate(PROMPTS)]
+
+    def scores(some):
+        own = pad_pairs([pairs[i] for i in some], CFG)
+        numbers = np.zeros(len(some), int)
+        found, _ = score_pairs(MODEL, own, keys_of(3)[np.asarray(some)], numbers, stratum=1)
+        return found.log_likelihood
+
+    together = scores([0, 1, 2])
+    np.testing.assert_array_equal(scores([1]), together[1:2])
+    np.testing.assert_array_equal(scores([2, 0]), together[[2, 0]])
+
+
+@pytest.mark.parametrize(
+    "backend, hopper, changes, message",
+    [
+        ("tpu", False, {}, "needs a CPU, or Hopper GPUs"),
+        ("gpu", False, {}, "needs a CPU, or Hopper GPUs"),
+        ("gpu", True, {}, "no kernels for float32"),
+        ("gpu", True, HALF, "heads of 128"),
+        ("gpu", True, HALF | {"head_dim": 128, "d_model": 128, "causal": True}, "bidirectional"),
+    ],
+)
+def test_where_the_mode_cannot_hold_one_line_says_so(
+    backend, hopper, changes, message, monkeypatch
+):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(invariance, "on_hopper", lambda: hopper)
+    with pytest.raises(InputError, match=message) as error:
+        invariance.require_invariant(small_config(**changes), MODEL.mesh)
+    assert "\n" not in str(error.value)
+
+
+def test_the_refusal_comes_before_weights_are_read(tmp_path, monkeypatch):
+    save_model(tmp_path / "model", CFG, init_params(CFG))
+    assert load(tmp_path / "model", batch_invariant=True).batch_invariant
+    for file in (tmp_path / "model" / "params").rglob("*"):
+        if file.is_file():
+            file.unlink()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with pytest.raises(InputError, match="batch_invariant=True needs"):
+        load(tmp_path / "model", batch_invariant=True)
+
+
+def test_models_of_a_schedule_are_all_of_the_mode_or_none():
+    models = {"H": MODEL, "L": lively(batch_invariant=False)}
+    schedule = Schedule.parse("L4,H4")
+    with pytest.raises(InputError, match="one is batch-invariant"):
+        check_schedule(roles_of(models, schedule, None), schedule, SAMPLER, CACHES["none"])
