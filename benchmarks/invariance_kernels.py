@@ -21,6 +21,7 @@ from jaxtyping import Array
 from dials_jax.compiling import compiler_options
 from dials_jax.config import ModelConfig
 from dials_jax.errors import require
+from dials_jax.keys import seed_key
 from dials_jax.nn.kernels import row_sums
 from dials_jax.nn.kernels.cudnn_attention import run_cudnn
 from dials_jax.nn.kernels.dispatch import run_tiles, xla_attention
@@ -38,7 +39,7 @@ Call = tuple[Callable, tuple[Array, ...]]
 
 
 def normal(seed: int, *shape: int, scale: float = 1.0) -> Array:
-    return (scale * jax.random.normal(jax.random.key(seed), shape)).astype(jnp.bfloat16)
+    return (scale * jax.random.normal(seed_key(seed), shape)).astype(jnp.bfloat16)
 
 
 def compiled(calls: Sequence[Call]) -> list[Callable]:
@@ -123,7 +124,7 @@ def norm_row(cfg: ModelConfig) -> dict[str, Any]:
 
 def sum_row(cfg: ModelConfig) -> dict[str, Any]:
     """The normaliser of the softmax over the vocabulary."""
-    x = 5 * jax.random.normal(jax.random.key(0), (640, cfg.vocab_size))
+    x = 5 * jax.random.normal(seed_key(0), (640, cfg.vocab_size))
     ways = row_sums.ordered_logsumexp, row_sums.xla_logsumexp
     few, xla = (differing_rows(fn, x) for fn in ways)
     args = (x[:512],)

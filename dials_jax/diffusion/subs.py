@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dials_jax.nn.kernels.row_sums import logsumexp
+
 NEVER = -1e6  # the logarithm of "never", finite as in the published code
 
 

@@ -147,8 +147,8 @@ def without_first(out: Generation, extra: int) -> Generation:
         return out
     trajectory = out.trajectory
     if trajectory is not None:
-        canvases = (x[..., extra:] for x in trajectory[:3])
-        trajectory = Trajectory(*canvases, *trajectory[3:])
+        tokens, log_probs, depth = (x[..., extra:] for x in trajectory[:3])
+        trajectory = trajectory._replace(tokens=tokens, log_probs=log_probs, depth=depth)
     return replace(out, tokens=out.tokens[:, extra:], trajectory=trajectory)
 
 

@@ -73,7 +73,8 @@ def infill(
     present = np.ones(canvas.shape, bool) if valid is None else valid
     sampler.check(cfg, present, policy, None)
     # Padding may be [MASK], too, and that is nothing to fill.
-    shown = np.where(present, canvas, cfg.eos_id).astype(np.int32)
+    hidden = ~present & (canvas == cfg.mask_id)
+    shown = np.where(hidden, cfg.eos_id, canvas).astype(np.int32)
     batch = (shown, valid, sequence_keys(key, len(canvas)))
     out, seconds = model.run(
         infill_program, *model.place_sequences(batch, fill_to), policy,
@@ -83,7 +84,10 @@ def infill(
     turns = Schedule(((ALONE, sampler.count_steps(NoCache())),))
     prompts = canvas[:, :first]
     out = account(*sharding.to_host(out), roles, turns, sampler, NoCache(), prompts, seconds)
-    return replace(out, tokens=np.where(present, out.tokens, canvas))
+    seen = out.trajectory
+    if seen is not None:
+        seen = seen._replace(tokens=np.where(hidden, cfg.mask_id, seen.tokens))
+    return replace(out, tokens=np.where(hidden, cfg.mask_id, out.tokens), trajectory=seen)
 
 
 @timed_jit(*STATIC, "first")

@@ -44,8 +44,10 @@ ROUTED = Routed(random_routers(CFG, seed=7), 0.1)
 
 def differing(model, cache, policy):
     """How many numbers differ between sequences in a batch of all and each of two alone."""
-    how = {"sampler": SAMPLER, "cache": CACHES[cache], "policy": policy, "log_probs": True}
+    how = {"sampler": SAMPLER, "cache": CACHES[cache], "policy": policy, "trajectory": True}
     together = generate(model, PROMPTS, key=keys_of(3), **how)
+    # Without what is padded to a whole tile.
+    np.testing.assert_array_equal(together.trajectory.tokens[-1], together.tokens)
     count = 0
     for i in (0, 1):
         alone = generate(model, PROMPTS[i : i + 1], key=keys_of(3)[i : i + 1], **how)

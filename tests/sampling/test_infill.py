@@ -63,7 +63,8 @@ def test_padding_is_nothing_to_fill_whatever_token_it_is(lively):
     """[MASK] is the padding of some tokenizers; given as such, it also comes back as such."""
     tokens = np.array([[MASK, 5, MASK, 7, 8], [MASK, MASK, 6, MASK, MASK]])
     valid = np.arange(5) >= np.array([[0], [2]])
-    out = dj.infill(lively, tokens, valid, sampler=dj.Confidence(5, threshold=0.9), log_probs=True)
+    out = dj.infill(lively, tokens, valid, sampler=dj.Confidence(5, threshold=0.9), trajectory=True)
+    np.testing.assert_array_equal(out.trajectory.tokens[-1], out.tokens)
     for row, start in enumerate((0, 2)):
         alone = dj.infill(
             lively, tokens[row : row + 1, start:], sampler=dj.Confidence(5, threshold=0.9)
