@@ -20,12 +20,14 @@ def require_invariant(cfg: ModelConfig, mesh: Mesh) -> None:
 def _refusal(cfg: ModelConfig, mesh: Mesh) -> str | None:
     if mesh.shape["tensor"] > 1:
         return "needs whole weights on every device, and mesh.tensor splits them"
+    if cfg.block_length is not None:
+        return "has no order of sums for block-causal models: their blocks begin where a prompt does"
     if jax.default_backend() == "cpu":
         return None
     if not on_hopper():
         return "needs a CPU, or Hopper GPUs (H100, H200) and JAX 0.11"
     if cfg.dtype != "bfloat16":
         return f"has no kernels for {cfg.dtype} on GPUs; bfloat16 has"
-    if cfg.head_dim != HEAD_DIM or cfg.causal or cfg.block_length is not None:
+    if cfg.head_dim != HEAD_DIM or cfg.causal:
         return f"has kernels for bidirectional attention with heads of {HEAD_DIM} only on GPUs"
     return None

@@ -98,6 +98,7 @@ def test_likelihoods_are_the_same_in_batches_of_every_size_and_length():
     [
         ("tpu", False, {}, "needs a CPU, or Hopper GPUs"),
         ("gpu", False, {}, "needs a CPU, or Hopper GPUs"),
+        ("cpu", False, {"block_length": 4}, "block-causal"),
         ("gpu", True, {}, "no kernels for float32"),
         ("gpu", True, HALF, "heads of 128"),
         ("gpu", True, HALF | {"head_dim": 128, "d_model": 128, "causal": True}, "bidirectional"),
