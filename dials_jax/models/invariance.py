@@ -21,7 +21,7 @@ def _refusal(cfg: ModelConfig, mesh: Mesh) -> str | None:
     if mesh.shape["tensor"] > 1:
         return "needs whole weights on every device, and mesh.tensor splits them"
     if cfg.block_length is not None:
-        return "has no order of sums for block-causal models: their blocks begin where a prompt does"
+        return "holds for no block-causal model, whose blocks begin where a prompt does"
     if jax.default_backend() == "cpu":
         return None
     if not on_hopper():
