@@ -22,7 +22,7 @@ from dials_jax.compiling import timed_jit
 from dials_jax.config import typed
 from dials_jax.diffusion.objectives import masked_log_probs
 from dials_jax.errors import require
-from dials_jax.evaluation.pairs import Pairs, pad_pairs
+from dials_jax.evaluation.pairs import Pairs, align_pairs, pad_pairs
 from dials_jax.models import transformer
 from dials_jax.models.model import Model, sequence_keys
 from dials_jax.nn.policy import Policy, check_policy
@@ -82,6 +82,7 @@ def confidence_scores(
         total <= cfg.max_length,
         f"{total} tokens, the end of text counted, for {cfg.max_length} positions; shorten them",
     )
+    padded = align_pairs(model, padded)
     batch = model.place_sequences((padded, tail, sequence_keys(key, len(pairs))))
     scores, _ = model.run(confidence_program, *batch, policy)
     return jax.tree.map(lambda x: x[..., : len(pairs)], sharding.to_host(scores))

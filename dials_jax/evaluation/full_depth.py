@@ -26,7 +26,7 @@ from dials_jax.diffusion.objectives import answer_length, token_kl
 from dials_jax.errors import require
 from dials_jax.evaluation.items import Item, item_names
 from dials_jax.evaluation.likelihood import draw_masked
-from dials_jax.evaluation.pairs import Pairs, pad_pairs
+from dials_jax.evaluation.pairs import Pairs, align_pairs, pad_pairs
 from dials_jax.evaluation.position_chunks import map_position_chunks
 from dials_jax.evaluation.scoring import item_keys
 from dials_jax.evaluation.sweep_records import SweepRecords
@@ -114,6 +114,7 @@ def kl_batches(
     longest = max(len(text.pair[1]) for text in texts)
     for chosen in batches_by_length(sizes, per_batch):
         pairs = pad_pairs([texts[i].pair for i in chosen], cfg, sizes[chosen[0]], longest)
+        pairs = align_pairs(model, pairs)
         rows = np.repeat(np.arange(len(chosen)), copies)
         batch = Pairs(*(x[rows] for x in pairs)), keys[np.asarray(chosen)[rows]]
         numbers = np.tile(np.arange(copies), len(chosen))

@@ -25,12 +25,11 @@ from dials_jax.config import ModelConfig, typed
 from dials_jax.diffusion.guidance import guide, repeat_batch, with_unconditional
 from dials_jax.diffusion.objectives import masked_log_probs
 from dials_jax.errors import InputError, require
-from dials_jax.evaluation.pairs import Pairs, pad_pairs
+from dials_jax.evaluation.pairs import Pairs, align_pairs, pad_pairs
 from dials_jax.evaluation.position_chunks import map_position_chunks
 from dials_jax.keys import threefry_key
 from dials_jax.models import transformer
 from dials_jax.models.model import Model, as_ids, check_shapes, check_vocabulary, sequence_keys
-from dials_jax.models.padding import aligned
 from dials_jax.nn.kernels.row_sums import row_sum
 from dials_jax.nn.policy import Policy, check_policy, uses_keys
 from dials_jax.nn.stack import Executor
@@ -209,9 +208,7 @@ def score_pairs(
         "leave it out",
     )
     count = len(samples)
-    if model.batch_invariant:
-        tokens, valid = aligned(pairs.tokens, pairs.valid, model.config.pad_id)
-        pairs = pairs._replace(tokens=tokens, valid=valid)
+    pairs = align_pairs(model, pairs)
     placed = model.place_sequences((pairs, threefry_key(keys), np.asarray(samples)), fill_to)
     scores, seconds = model.run(
         score_pairs_program,

@@ -11,7 +11,8 @@ from jaxtyping import Bool, Int
 
 from dials_jax.config import ModelConfig, shown, typed
 from dials_jax.errors import require
-from dials_jax.models.model import as_ids, check_vocabulary
+from dials_jax.models.model import Model, as_ids, check_vocabulary
+from dials_jax.models.padding import aligned
 
 
 class Pairs(NamedTuple):
@@ -59,6 +60,14 @@ def pad_pairs(
         in_answer[i, answer_length - len(answer) :] = True
     check_vocabulary(cfg, tokens, valid, "pair")
     return Pairs(tokens.astype(np.int32), valid, in_answer)
+
+
+def align_pairs(model: Model, pairs: Pairs) -> Pairs:
+    """As `padding.aligned` does, for a batch-invariant model; for any other as they are."""
+    if not model.batch_invariant:
+        return pairs
+    tokens, valid = aligned(pairs.tokens, pairs.valid, model.config.pad_id)
+    return pairs._replace(tokens=tokens, valid=valid)
 
 
 def _check_pair(cfg: ModelConfig, i: int, prompt: np.ndarray, answer: np.ndarray) -> None:

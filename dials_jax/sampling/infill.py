@@ -25,11 +25,18 @@ from dials_jax.config import ModelConfig, typed
 from dials_jax.data.tokenizer import Ids
 from dials_jax.errors import require
 from dials_jax.models.model import Model, check_shapes, check_vocabulary, sequence_keys
+from dials_jax.models.padding import aligned
 from dials_jax.nn.policy import Policy
 from dials_jax.nn.stack import Executor
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.dream import Dream
-from dials_jax.sampling.generate import STATIC, pad_sequences, steps_on_canvas, with_records
+from dials_jax.sampling.generate import (
+    STATIC,
+    pad_sequences,
+    steps_on_canvas,
+    with_records,
+    without_first,
+)
 from dials_jax.sampling.generation import Generation, account
 from dials_jax.sampling.model_schedule import Schedule
 from dials_jax.sampling.requests import ALONE, check_arguments, roles_of
@@ -67,7 +74,10 @@ def infill(
     roles, cfg = roles_of(model, None, policy), model.config
     cfg.require_mask()
     canvas, valid = pad_sequences(sequences, valid, cfg.pad_id, "sequence")
-    masked = check_masks(cfg, canvas, valid)
+    masked, given = check_masks(cfg, canvas, valid), canvas.shape[1]
+    if model.batch_invariant:
+        canvas, valid = aligned(canvas, valid, cfg.pad_id)
+        masked = np.pad(masked, ((0, 0), (canvas.shape[1] - given, 0)))
     first = int(masked.any(axis=0).argmax())
     sampler = fitted(sampler, canvas.shape[1] - first, int(masked.sum(axis=1).max()))
     present = np.ones(canvas.shape, bool) if valid is None else valid
@@ -87,7 +97,8 @@ def infill(
     seen = out.trajectory
     if seen is not None:
         seen = seen._replace(tokens=np.where(hidden, cfg.mask_id, seen.tokens))
-    return replace(out, tokens=np.where(hidden, cfg.mask_id, out.tokens), trajectory=seen)
+    out = replace(out, tokens=np.where(hidden, cfg.mask_id, out.tokens), trajectory=seen)
+    return without_first(out, canvas.shape[1] - given)
 
 
 @timed_jit(*STATIC, "first")

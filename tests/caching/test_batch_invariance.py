@@ -7,6 +7,7 @@ import pytest
 from dials_jax.caching.early_skip.settings import EarlySkip
 from dials_jax.caching.plain import DualCache, NoCache, PrefixCache
 from dials_jax.errors import InputError
+from dials_jax.evaluation.confidence_likelihood import confidence_scores
 from dials_jax.evaluation.likelihood import score_pairs
 from dials_jax.evaluation.pairs import pad_pairs
 from dials_jax.loading import load
@@ -15,6 +16,7 @@ from dials_jax.models.folders import save_model
 from dials_jax.models.model import Model
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.generate import generate
+from dials_jax.sampling.infill import infill
 from dials_jax.sampling.model_schedule import Schedule
 from dials_jax.sampling.requests import check_schedule, roles_of
 from dials_jax.skipping.routed import Routed
@@ -91,6 +93,27 @@ def test_likelihoods_are_the_same_in_batches_of_every_size_and_length():
     together = scores([0, 1, 2])
     np.testing.assert_array_equal(scores([1]), together[1:2])
     np.testing.assert_array_equal(scores([2, 0]), together[[2, 0]])
+
+
+def test_masks_inside_a_text_are_filled_as_alone():
+    rng, mask = np.random.default_rng(0), CFG.mask_id
+    texts = [rng.integers(2, 60, length).tolist() for length in (33, 20, 4)]
+    texts = [[mask if i % 4 == 3 else x for i, x in enumerate(text)] for text in texts]
+    together = infill(MODEL, texts, key=keys_of(3), trajectory=True)
+    np.testing.assert_array_equal(together.trajectory.tokens[-1], together.tokens)
+    for i in (1, 2):
+        alone = infill(MODEL, texts[i : i + 1], key=keys_of(3)[i : i + 1], log_probs=True)
+        np.testing.assert_array_equal(alone.tokens[0], together.tokens[i, -len(texts[i]) :])
+        width = alone.log_probs.shape[1]
+        np.testing.assert_array_equal(alone.log_probs[0], together.log_probs[i, -width:])
+
+
+def test_likelihoods_by_confidence_are_the_same_in_batches_of_every_length():
+    pairs = [(prompt, [11, 12, 13]) for prompt in (*PROMPTS, list(range(2, 40)))]
+    together = confidence_scores(MODEL, pairs, append_eos=True).log_likelihood
+    np.testing.assert_array_equal(
+        confidence_scores(MODEL, pairs[1:2], append_eos=True).log_likelihood, together[1:2]
+    )
 
 
 @pytest.mark.parametrize(
