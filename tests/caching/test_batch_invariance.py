@@ -82,7 +82,7 @@ def test_logits_are_the_same_in_batches_of_every_size():
 
 
 def test_likelihoods_are_the_same_in_batches_of_every_size_and_length():
-    pairs = [(prompt, [11, 12, 13][: 1 + i]) for i, prompt in enumerate(PROMPTS)]
+    pairs = [(p, [11, 12, 13][: 1 + i]) for i, p in enumerate(long_texts(41, 27, 12))]
 
     def scores(some):
         own = pad_pairs([pairs[i] for i in some], CFG)
@@ -95,10 +95,17 @@ def test_likelihoods_are_the_same_in_batches_of_every_size_and_length():
     np.testing.assert_array_equal(scores([2, 0]), together[[2, 0]])
 
 
+def long_texts(*lengths):
+    """Of more than one tile of keys, and at other places in it."""
+    rng = np.random.default_rng(0)
+    return [rng.integers(2, 60, length).tolist() for length in lengths]
+
+
 def test_masks_inside_a_text_are_filled_as_alone():
-    rng, mask = np.random.default_rng(0), CFG.mask_id
-    texts = [rng.integers(2, 60, length).tolist() for length in (33, 20, 4)]
-    texts = [[mask if i % 4 == 3 else x for i, x in enumerate(text)] for text in texts]
+    texts = [
+        [CFG.mask_id if i % 4 == 3 else x for i, x in enumerate(text)]
+        for text in long_texts(33, 20, 4)
+    ]
     together = infill(MODEL, texts, key=keys_of(3), trajectory=True)
     np.testing.assert_array_equal(together.trajectory.tokens[-1], together.tokens)
     for i in (1, 2):
@@ -109,11 +116,11 @@ def test_masks_inside_a_text_are_filled_as_alone():
 
 
 def test_likelihoods_by_confidence_are_the_same_in_batches_of_every_length():
-    pairs = [(prompt, [11, 12, 13]) for prompt in (*PROMPTS, list(range(2, 40)))]
+    pairs = [(prompt, [11, 12, 13]) for prompt in long_texts(41, 27, 12)]
     together = confidence_scores(MODEL, pairs, append_eos=True).log_likelihood
-    np.testing.assert_array_equal(
-        confidence_scores(MODEL, pairs[1:2], append_eos=True).log_likelihood, together[1:2]
-    )
+    for i in (1, 2):
+        alone = confidence_scores(MODEL, pairs[i : i + 1], append_eos=True).log_likelihood
+        np.testing.assert_array_equal(alone, together[i : i + 1])
 
 
 @pytest.mark.parametrize(
