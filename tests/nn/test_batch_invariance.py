@@ -34,15 +34,6 @@ def assert_alike_in_every_batch(fn, x):
     return together
 
 
-@pytest.fixture
-def interpreted():
-    plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu", exc_type=ImportError)
-    if not hasattr(plgpu, "force_gpu_interpret_mode"):
-        pytest.skip(f"jax {jax.__version__} has no interpreter for kernels of Mosaic GPU")
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
-        yield
-
-
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_the_kernel_multiplies_a_row_alike_in_every_batch(interpreted, dtype):
     x, weight = normal(0, 41, 256, dtype="bfloat16"), normal(1, 256, 64, dtype="bfloat16")

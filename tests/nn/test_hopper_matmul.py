@@ -18,15 +18,6 @@ from dials_jax.nn.kernels.hopper_matmul import (
 from dials_jax.nn.kernels.hopper_quantise import quantise_rows
 
 
-@pytest.fixture
-def interpreted():
-    plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu", exc_type=ImportError)
-    if not hasattr(plgpu, "force_gpu_interpret_mode"):
-        pytest.skip(f"jax {jax.__version__} has no interpreter for kernels of Mosaic GPU")
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
-        yield
-
-
 def make(leading, depth, num_columns):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(*leading, depth))

@@ -15,6 +15,7 @@ their size (root mean square, 4,096 and 12,288 terms), 1 / 20 of what the roundi
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -25,7 +26,7 @@ from dials_jax.nn.eight_bits import NUMBERS, Quantised, is_quantised
 from dials_jax.nn.kernels import hopper_tiles
 from dials_jax.nn.kernels.hopper_quantise import depth_fits, quantise_rows
 from dials_jax.nn.kernels.hopper_tiles import TILE_BYTES, TILE_M, Operands, multiply_tiles
-from dials_jax.nn.kernels.per_device import sequences_per_device, splits
+from dials_jax.nn.kernels.per_device import mesh_refusal, sequences_per_device, splits
 
 WIDE = 4  # rounds of wide tiles, and more, of which the last may be partial
 FULLNESS = 0.88  # of the rounds of tiles; at 0.87 (768 tokens of LLaDA-8B) SwiGLU is not faster
@@ -60,14 +61,32 @@ def swiglu_refusal(
     biases: tuple[Array | None, ...],
 ) -> str | None:
     """Why the kernel cannot take these, or does not pay; None: it does."""
+    return joined_refusal(x, kernels, biases, _swiglu_refusal)
+
+
+def joined_refusal(
+    x: Float[Array, "B T D"],
+    kernels: tuple[Quantised | Array, ...],
+    biases: tuple[Array | None, ...],
+    refusal: Callable[[Array, Array], str | None],
+) -> str | None:
+    """Why no kernel can take gate and up; None: it does.
+
+    Args:
+      refusal: of x and the weight, if it is in bfloat16.
+    """
     if len(kernels) != 1 or biases[0] is not None:
         return "it needs the fused kernels of gate and up, and no biases"
     if is_quantised(kernels[0]):
         return matmul_refusal(x, kernels[0], halves=2)
+    return refusal(x, kernels[0])
+
+
+def _swiglu_refusal(x: Float[Array, "B T D"], kernel: Float[Array, "D _"]) -> str | None:
     num_devices, _ = splits()
     if x.shape[0] % num_devices:
         return f"the mesh does not divide {x.shape[0]} sequences"
-    own, kernel = x[: x.shape[0] // num_devices], kernels[0]
+    own = x[: x.shape[0] // num_devices]
     if not swiglu_fits(own, kernel):
         sizes = f"{TILE_M}, {SWIGLU_TILE_F} and {TILE_BYTES // 2}"
         return f"it needs bfloat16, and sizes in multiples of {sizes}"
@@ -121,11 +140,9 @@ def matmul_refusal(
     """Why the kernel cannot multiply x, quantised as it arrives, by this weight; None: it does."""
     if not is_quantised(weight) or weight.values.dtype != NUMBERS["fp8"]:
         return "it multiplies weights in e4m3"
-    sequences, others = splits()
-    if others > 1:
-        return "the mesh splits the weight"
-    if x.shape[0] % sequences:
-        return f"the mesh does not divide {x.shape[0]} sequences"
+    why = mesh_refusal(x)
+    if why is not None:
+        return why
     columns = math.prod(weight.scales.shape) // halves
     depth = math.prod(weight.values.shape[weight.scales.ndim :])
     if x.dtype != jnp.bfloat16 or not x.size or columns % 64 or not depth_fits(depth):

@@ -17,10 +17,10 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from dials_jax.nn.eight_bits import Quantised, is_quantised
-from dials_jax.nn.kernels.hopper_matmul import matmul_refusal, run_swiglu, tile_columns
+from dials_jax.nn.kernels.hopper_matmul import joined_refusal, run_swiglu, tile_columns
 from dials_jax.nn.kernels.hopper_quantise import THREADS, depth_fits
 from dials_jax.nn.kernels.hopper_tiles import TILE_BYTES, Operands, multiply_tiles
-from dials_jax.nn.kernels.per_device import sequences_per_device, splits
+from dials_jax.nn.kernels.per_device import mesh_refusal, sequences_per_device
 
 STEP = TILE_BYTES // 2  # numbers of bfloat16 in a step
 LEAST_COLUMNS = 64  # of the narrowest tile
@@ -71,15 +71,6 @@ def product_refusal(
     return mesh_refusal(x)
 
 
-def mesh_refusal(x: Float[Array, "B ..."]) -> str | None:
-    sequences, others = splits()
-    if others > 1:
-        return "the mesh splits the weight"
-    if x.shape[0] % sequences:
-        return f"the mesh does not divide {x.shape[0]} sequences"
-    return None
-
-
 def run_product(
     x: Float[Array, "..."], weight: Float[Array, "..."], axes: str, dtype: Any
 ) -> Float[Array, "..."]:
@@ -116,12 +107,12 @@ def swiglu_rows_refusal(
     biases: tuple[Array | None, ...],
 ) -> str | None:
     """Why the kernel cannot take these, for any number of rows; None: it does."""
-    if len(kernels) != 1 or biases[0] is not None:
-        return "it needs the fused kernels of gate and up, and no biases"
-    if is_quantised(kernels[0]):
-        return matmul_refusal(x, kernels[0], halves=2)
-    depth, columns = kernels[0].shape
-    in_half = x.dtype == kernels[0].dtype == jnp.bfloat16
+    return joined_refusal(x, kernels, biases, _swiglu_rows_refusal)
+
+
+def _swiglu_rows_refusal(x: Float[Array, "B T D"], gate_up: Float[Array, "D _"]) -> str | None:
+    depth, columns = gate_up.shape
+    in_half = x.dtype == gate_up.dtype == jnp.bfloat16
     if not in_half or depth % STEP or columns % (2 * LEAST_COLUMNS) or not x.size:
         return f"it needs bfloat16, and depth and columns in multiples of {STEP}"
     return mesh_refusal(x)

@@ -74,6 +74,16 @@ def splits() -> tuple[int, int]:
     return sequences, heads
 
 
+def mesh_refusal(x: Float[Array, "B ..."]) -> str | None:
+    """Why every device cannot multiply its own sequences by the whole weight; None: it can."""
+    sequences, others = splits()
+    if others > 1:
+        return "the mesh splits the weight"
+    if x.shape[0] % sequences:
+        return f"the mesh does not divide {x.shape[0]} sequences"
+    return None
+
+
 def divides(q: Float[Array, "B T N H"], kv: KV) -> bool:
     """Whether every device gets equally many sequences, and whole groups of heads."""
     sequences, heads = splits()
