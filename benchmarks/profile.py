@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 
 # A kernel belongs to the first kind whose pattern matches its name.
 KINDS = (
+    ("collectives", r"nccl|[Aa]ll_?[Rr]educe|all_gather|AllGather|ReduceScatter"),
     ("attention", r"cudnn|fmha|flash|sdpa|attention"),
     ("matmuls", r"gemm|nvjet|cutlass|cublas|xmma|wgmma|dot|matmul"),
     ("copies to the host", r"MemcpyD2H"),
@@ -22,22 +24,76 @@ KINDS = (
 )
 
 
-def read_device_events(folder: Path) -> list[tuple[str, float, float]]:
-    """Reads (name, start, duration) of all kernels of a trace, in seconds, by start.
+class Event(NamedTuple):
+    """A kernel or a copy on a device."""
+
+    name: str
+    start: float  # seconds
+    seconds: float
+
+
+def read_events_of_devices(folder: Path) -> list[list[Event]]:
+    """Reads all kernels of a trace, by start, for each GPU.
 
     Raises: FileNotFoundError if the folder holds no trace.
     """
     files = sorted(Path(folder).rglob("*.xplane.pb"))
     if not files:
         raise FileNotFoundError(f"{folder} holds no trace")
-    events = []
+    devices = defaultdict(list)
     for plane in jax.profiler.ProfileData.from_file(str(files[-1])).planes:
         if not plane.name.startswith("/device:GPU"):
             continue
         for line in plane.lines:
             if "Stream" in line.name:
-                events += [(e.name, e.start_ns * 1e-9, e.duration_ns * 1e-9) for e in line.events]
-    return sorted(events, key=lambda e: e[1])
+                devices[plane.name] += [
+                    Event(e.name, e.start_ns * 1e-9, e.duration_ns * 1e-9) for e in line.events
+                ]
+    return [sorted(events, key=lambda e: e.start) for _, events in sorted(devices.items())]
+
+
+def read_device_events(folder: Path) -> list[Event]:
+    """Reads all kernels of a trace, of all GPUs, by start."""
+    events = [event for events in read_events_of_devices(folder) for event in events]
+    return sorted(events, key=lambda e: e.start)
+
+
+def kind_of(name: str) -> str:
+    return next(kind for kind, pattern in KINDS if re.search(pattern, name))
+
+
+class CollectiveShares(NamedTuple):
+    """Shares of a device's time, from its first kernel to its last one."""
+
+    running: float  # collectives
+    alone: float  # collectives, with nothing else at the same time: not hidden
+
+
+def collective_shares(events: Iterable[Event]) -> CollectiveShares | None:
+    """The shares of collectives in the time of one device; None without events.
+
+    A collective also runs while it waits for other devices.
+    """
+    events = list(events)
+    if not events:
+        return None
+    is_collective = [kind_of(event.name) == "collectives" for event in events]
+    pairs = list(zip(events, is_collective, strict=True))
+    total = _covered(events)
+    running = _covered(event for event, collective in pairs if collective)
+    others = _covered(event for event, collective in pairs if not collective)
+    span = max(e.start + e.seconds for e in events) - events[0].start
+    return CollectiveShares(running / span, (total - others) / span)
+
+
+def _covered(events: Iterable[Event]) -> float:
+    """Seconds in which at least one of the events runs; they are sorted by start."""
+    total, end = 0.0, float("-inf")
+    for event in events:
+        stop = event.start + event.seconds
+        total += max(0.0, stop - max(event.start, end))
+        end = max(end, stop)
+    return total
 
 
 def profile_calls(folder: Path, run: Callable[[], int]) -> None:
@@ -52,8 +108,7 @@ def print_profile(folder: Path, num_calls: int, top: int = 25) -> None:
     events = read_device_events(folder)
     kinds, names, counts = Counter(), Counter(), Counter()
     for name, _, seconds in events:
-        kind = next(kind for kind, pattern in KINDS if re.search(pattern, name))
-        kinds[kind] += seconds
+        kinds[kind_of(name)] += seconds
         names[name] += seconds
         counts[name] += 1
     if not events:

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from benchmarks.command import add_model, add_out, add_profile, make_main
 from benchmarks.profile import profile_calls
@@ -93,11 +94,30 @@ def make_case(model: str, objective: str, blocks: int | None) -> ModelConfig:
     return FAMILIES[model](blocks or 12)
 
 
+@dataclasses.dataclass(frozen=True)
+class StepSettings:
+    """A training step; of the same names as the options."""
+
+    objective: str = "mdlm"
+    batch: int = 32
+    length: int = 1024
+    microbatches: int = 1
+    unrolled: bool = False
+    remat: bool = False
+    dropout: float = 0.0
+    ema: float = 0.9999
+
+    @classmethod
+    def of(cls, options: argparse.Namespace) -> StepSettings:
+        return cls(
+            **{field.name: getattr(options, field.name) for field in dataclasses.fields(cls)}
+        )
+
+
 class TimedStep:
     """A compiled training step with its state."""
 
-    def __init__(self, cfg: ModelConfig, options: argparse.Namespace):
-        mesh = sharding.make_mesh(MeshConfig(fsdp=options.fsdp, tensor=options.tensor))
+    def __init__(self, cfg: ModelConfig, options: StepSettings, mesh: Mesh):
         routers = options.objective == ROUTERS
         layout = "unrolled" if options.unrolled else "stacked"
         backbone = make_model(cfg, layout, mesh=mesh) if routers else None
@@ -128,7 +148,7 @@ class TimedStep:
         program = jit_train_step(step, self._state, mesh, trainee.prefix)
         start = time.perf_counter()
         with jax.set_mesh(mesh):
-            self._step = program.lower(self._state, self._frozen, self._batch).compile()
+            self.program = program.lower(self._state, self._frozen, self._batch).compile()
         self.compile_seconds = time.perf_counter() - start
 
     def seconds(self, steps: int, checkpoints: Checkpoints | None = None) -> float:
@@ -142,7 +162,7 @@ class TimedStep:
         if checkpoints:
             checkpoints.save(int(self._state.step), self._state)
         for _ in range(steps):
-            self._state, values = self._step(self._state, self._frozen, self._batch)
+            self._state, values = self.program(self._state, self._frozen, self._batch)
         require(
             bool(np.isfinite(values["loss"].total)),
             "the loss is not finite; the timing says nothing",
@@ -170,11 +190,12 @@ def run(options: argparse.Namespace) -> None:
         options.batch % options.microbatches == 0,
         f"--batch {options.batch} must be divisible by --microbatches {options.microbatches}",
     )
+    mesh = sharding.make_mesh(MeshConfig(fsdp=options.fsdp, tensor=options.tensor))
     table = LiveTable(COLUMNS, options.out, vars(options))
     for blocks in options.blocks:
         cfg = make_case(options.model, options.objective, blocks)
         cfg = dataclasses.replace(cfg, max_length=max(cfg.max_length, options.length))
-        case = TimedStep(cfg, options)
+        case = TimedStep(cfg, StepSettings.of(options), mesh)
         case.seconds(options.warm_up)
         timed, cost = time_steps(case, options)
         seconds = float(np.median(timed))
