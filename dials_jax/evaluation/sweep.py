@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -197,17 +198,14 @@ def _score_candidate(
     total = count_sequences(model.config, task, items, candidate.policy)
     what = f"{task.name}, {candidate.label}"
     policy = candidate.describe()
-    measured = timing_conditions(cfg, task, model)
     about = records.about(task.name, policy)
-    earlier, names = list(records.batches(task.name, policy)), set(item_names(items))
-    done = sum(
-        count
-        for record in earlier
-        for pair, _, count, _ in record.get("scores", ())
-        if pair.partition(".")[0] in names
-    )
+    earlier = list(records.batches(task.name, policy))
+    given, cfg = cfg.batch_size, _with_batches_of(earlier, cfg, model)
+    measured = timing_conditions(cfg, task, model)
+    done = _count_done(earlier, items)
     if done and jax.process_index() == 0:
-        print(f"{what}: continues after {done} of {total} sequences", flush=True)
+        kept = "" if cfg.batch_size == given else f", in batches of {cfg.batch_size} as it began"
+        print(f"{what}: continues after {done} of {total} sequences{kept}", flush=True)
 
     def keep(record: dict[str, Any]) -> None:
         records.add(about | {"measured": measured} | record)
@@ -242,6 +240,31 @@ def _score_candidate(
             advice := advice_if_idle(scores.flops.layers_run)
         ):
             print(f"{what}: {advice}", flush=True)
+
+
+def _count_done(earlier: Iterable[Mapping[str, Any]], items: Items) -> int:
+    """The sequences of these items that are in records of batches."""
+    names = set(item_names(items))
+    return sum(
+        count
+        for record in earlier
+        for pair, _, count, _ in record.get("scores", ())
+        if pair.partition(".")[0] in names
+    )
+
+
+def _with_batches_of(
+    earlier: Iterable[Mapping[str, Any]], cfg: EvalConfig, model: Model
+) -> EvalConfig:
+    """The settings with the batch size that a run began with.
+
+    In bfloat16 on a GPU answers depend on it, so all of a run are made alike; not of a
+    batch-invariant model.
+    """
+    sizes = [record.get("measured", {}).get("batch_size") for record in earlier]
+    if model.batch_invariant or not any(sizes):
+        return cfg
+    return dataclasses.replace(cfg, batch_size=next(size for size in sizes if size))
 
 
 def _without_repeats(values: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

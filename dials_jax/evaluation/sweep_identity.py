@@ -3,7 +3,8 @@
 A workdir is for one model: its weights and dtype. Everything else may differ from call to call.
 Records name their task, policy, seed and items. `sweep.json` says what each name of a task stands
 for: a task that comes back with other settings gets another name, such as "gsm8k, steps 64", and
-the scores under the first name stay. Batch size, mesh and layout change no score.
+the scores under the first name stay. Mesh and layout change no score, but for rounding. Nor does
+the batch size; yet in bfloat16 on a GPU rounding decides close choices, so a run keeps its own.
 """
 
 from __future__ import annotations

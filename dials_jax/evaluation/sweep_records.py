@@ -266,6 +266,7 @@ def timing_conditions(cfg: EvalConfig, task: EvalTask, model: Model) -> dict[str
     return {
         **{name: where[name] for name in ("device", "mesh")},
         **{name: getattr(cfg, name) for name in ("layout", "batch_size")},
+        **({"batch_invariant": True} if model.batch_invariant else {}),
         **{name: getattr(task, name) for name in PADDING_FIELDS},
     }
 
@@ -318,6 +319,7 @@ def check_record(record: Any, num_layers: int) -> None:
             require_numbers(numbers, 3)
         for tokens in record.get("outputs", {}).values():
             require_numbers(tokens)
+        require_numbers([record.get("measured", {}).get("batch_size", 1)], 1)
         _check_costs(record, num_layers)
     elif "verdicts" in record:
         require_texts(record["task"])

@@ -66,6 +66,7 @@ class SweepRow:
     timed_low: float | None  # the shortest
     timed_high: float | None
     in_noise: bool  # the median lies in the range of the full model's repeats
+    batch_size: str | None  # in which it was scored; "any": batch-invariant; None: not recorded
     # Settings as numbers, for plots of one's own; None: the run has no such setting.
     num_samples: int | None  # Monte-Carlo samples of a likelihood
     limit: int | None  # of items
@@ -153,6 +154,7 @@ def _row(run: Mapping[str, Any], full: Mapping[str, Any] | None, aup: float | No
         num_seeds=len(seed_means) or 1,
         seed_stdev=float(np.std(seed_means, ddof=1)) if seed_means else None,
         **_timing_columns(run, full),
+        batch_size=_batch_size(run.get("measured", [])),
         **_setting_columns(run),
         **_with_interval("retention", retained),
         **_with_interval("equivalence", _equivalence(run.get("identical", {}))),
@@ -237,6 +239,14 @@ def _timing_columns(run: Mapping[str, Any], full: Mapping[str, Any] | None) -> d
         "timed_high": max(own, default=None),
         "in_noise": in_noise,
     }
+
+
+def _batch_size(measured: Sequence[Mapping[str, Any]]) -> str | None:
+    """The batch sizes of a run, or of several seeds of one, between spaces."""
+    if measured and all(one.get("batch_invariant") for one in measured):
+        return "any"
+    sizes = dict.fromkeys(str(one["batch_size"]) for one in measured if one.get("batch_size"))
+    return " ".join(sizes) or None
 
 
 def _repeated_seconds(run: Mapping[str, Any]) -> list[float]:

@@ -153,13 +153,16 @@ def format_table(rows: Sequence[SweepRow]) -> str:
     for row, row_cells in zip(rows, cells, strict=True):
         if row.task != task:
             task = row.task
-            text += textwrap.wrap(f"{task} ({_describe_task(row)})", WIDTH)
+            own = [x for x in rows if x.task == task]
+            text += textwrap.wrap(f"{task} ({_describe_task(own)})", WIDTH)
         text.append(line(*row_cells))
     return "\n".join(text)
 
 
-def _describe_task(row: SweepRow) -> str:
-    """The metric of a row's task, how its texts are generated, and how many items are left out."""
+def _describe_task(rows: Sequence[SweepRow]) -> str:
+    """The metric of a task's rows, how its texts are generated, in batches of which size, and how
+    many items are left out."""
+    row = rows[0]
     parts = [row.metric]
     if row.sampler is not None:
         steps = "" if row.steps is None else f", {row.steps} steps"
@@ -173,10 +176,20 @@ def _describe_task(row: SweepRow) -> str:
         parts += [f"chance {row.chance:.4f}"]
     if row.num_samples is not None:
         parts += [f"{row.num_samples} samples per item"]
+    parts += _describe_batches(rows)
     if row.num_dropped:
         total = row.num_items + row.num_dropped
         parts += [f"{row.num_dropped} of {total} items left out: too long"]
     return ", ".join(parts)
+
+
+def _describe_batches(rows: Sequence[SweepRow]) -> list[str]:
+    """The batch sizes of a task's rows. Not of what is the same in every batch: that is said."""
+    sizes = dict.fromkeys(size for row in rows for size in (row.batch_size or "").split())
+    if [*sizes] == ["any"]:
+        return ["batch-invariant"]
+    plural = "s" if len(sizes) > 1 else ""
+    return [f"batch size{plural} {' and '.join(sizes)}"] if sizes else []
 
 
 def _item_count(row: SweepRow) -> str:
@@ -240,6 +253,9 @@ def _table(rows: Sequence[SweepRow], columns: Columns) -> Table:
     return Table(
         tuple(columns),
         [[text(row) for text in columns.values()] for row in rows],
-        headings={i: (rows[i].task, _describe_task(rows[i])) for i in starts},
+        headings={
+            first: (rows[first].task, _describe_task(rows[first:end]))
+            for first, end in zip(starts, [*starts, len(rows)][1:], strict=True)
+        },
         colors=[kind_color(row.kind) for row in rows],
     )

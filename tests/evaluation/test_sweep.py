@@ -417,10 +417,34 @@ def test_what_changes_no_score_may_change_on_the_way(
         before = expected[run["task"], run["policy"]["label"]]
         for name in ("items", "examples", "execution", "policy"):
             assert run[name] == before[name]
-    assert [x["batch_size"] for x in runs[0]["measured"]] == [4, 3]
+    assert [x["batch_size"] for x in runs[0]["measured"]] == [4, 4]  # as it began
+    assert [x["batch_size"] for run in runs[1:] for x in run["measured"]] == [3] * (len(runs) - 1)
     with (tmp_path / "part" / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["speedup"] for row in rows] == [""] * 3  # the full model's time was of two kinds
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_a_run_keeps_its_batch_size_unless_that_changes_nothing(
+    batch_invariant, cfg, tmp_path, monkeypatch, without_plots, capsys
+):
+    cfg = dataclasses.replace(
+        cfg, tasks=cfg.tasks[:1], routers=(), num_static=(), num_random=(), batch_size=2,
+        batch_invariant=batch_invariant,
+    )  # fmt: skip
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        Batches(patch, 1)
+        sweep.sweep(cfg, tmp_path)
+    capsys.readouterr()
+    found = sweep.sweep(dataclasses.replace(cfg, batch_size=3), tmp_path)
+    shown, [run], [row] = capsys.readouterr().out, found["runs"], found.rows
+    sizes = [one["batch_size"] for one in run["measured"]]
+    assert sizes == ([2, 3] if batch_invariant else [2])
+    assert row.batch_size == ("any" if batch_invariant else "2")
+    assert ("in batches of 2 as it began" in shown) == (not batch_invariant)
+    assert ("batch-invariant" if batch_invariant else "batch size 2") in shown
+    page = (tmp_path / "report.html").read_text()
+    assert ("batch-invariant" if batch_invariant else "batch size 2") in page
 
 
 def test_policies_and_tasks_are_added(cfg, finished, tmp_path, monkeypatch, without_plots):
