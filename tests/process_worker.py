@@ -7,9 +7,11 @@ one process alone does. Usage: python process_worker.py NUMBER COUNT PORT FOLDER
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import jax
+from jax._src import compiler, distributed
 
 from dials_jax.commands import CommandLine
 from dials_jax.config import (
@@ -107,6 +109,16 @@ def join(number: str, count: str, port: str, folder: str) -> Path:
     return CommandLine.read("", options).folder()
 
 
+def keep_all_programs() -> None:
+    """The compilation cache takes programs of every process.
+
+    JAX writes those of the first one only, and the others' have keys of their own: they would be
+    compiled again in every run.
+    """
+    written_as = SimpleNamespace(process_id=0, client=distributed.global_state.client)
+    compiler.distributed = SimpleNamespace(global_state=written_as)
+
+
 def differ(what: str) -> None:
     """Says on each process how a value is refused that is not the same on all."""
     try:
@@ -137,6 +149,7 @@ def stop_before_the_first_step(mesh: MeshConfig, folder: Path) -> None:
 
 if __name__ == "__main__":
     folder = join(*sys.argv[1:])
+    keep_all_programs()
     mesh = MeshConfig(data=1, fsdp=jax.process_count())
     stop_before_the_first_step(mesh, folder.with_name("stopped"))
     with sigterm_in(run, "save_model"):  # which all are about to end anyway
