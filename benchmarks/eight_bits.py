@@ -8,8 +8,8 @@ that generate with every cache of --caches once more:
 
   scores   exact match and the other scores, and the NELBO of the tasks' answers
   answers  of greedy texts the share of tokens that are the same, and their NELBO under the whole
-           model without 8 bits; of a schedule with --light the exact match; the share of routers'
-           decisions that are others on the same inputs
+           model without 8 bits; the exact match, that of a schedule with --light, too; the share
+           of routers' decisions that are others on the same inputs
 
 Intervals are of 95 %, over items. Layers that static policies leave out are those named in
 `static_layers`: choices by similarity may differ between the models.

@@ -21,7 +21,7 @@ from dials_jax.data.sources import load_data_tokenizer
 from dials_jax.data.tokenizer import Tokenizer
 from dials_jax.evaluation.batched import generate_all, log_likelihoods
 from dials_jax.evaluation.candidates import Candidate, routed_candidates
-from dials_jax.evaluation.items import Item, load_items
+from dials_jax.evaluation.items import Item, item_names, load_items
 from dials_jax.evaluation.outputs import score_output
 from dials_jax.evaluation.scoring import item_keys
 from dials_jax.evaluation.task import EvalConfig, EvalTask
@@ -106,7 +106,7 @@ def answer_rows(
             yield share_row(*name, "same tokens", (texts[0] == texts[1]).mean(axis=1))
             nelbos = nelbos_of(cfg, task, items, base.heavy, texts, num_samples)
             yield paired_row(*name, "own NELBO", *nelbos)
-            if way == SCHEDULE and task.metric == "exact_match":
+            if task.metric == "exact_match":
                 yield paired_row(
                     *name, task.metric, *(matches(task, items, x, tokenizer) for x in texts)
                 )
@@ -154,9 +154,9 @@ def nelbos_of(
     model: Model,
     texts: Sequence[Int[np.ndarray, "N G"]],
     num_samples: int,
-) -> list[dict[int, float]]:
-    """NELBOs in nats a token by number of the item; those of all texts with the same masks."""
-    keys, known = item_keys(cfg.seed, items), {}
+) -> list[dict[str, float]]:
+    """NELBOs in nats a token by name of the item; those of all texts with the same masks."""
+    keys, names, known = item_keys(cfg.seed, items), item_names(items), {}
     for one in texts:
         new = [i for i, text in enumerate(one) if (i, text.tobytes()) not in known]
         found = log_likelihoods(
@@ -164,16 +164,20 @@ def nelbos_of(
             num_samples=num_samples, keys=keys[np.array(new, int)], batch_size=cfg.batch_size,
             bucket=task.bucket, max_programs=task.max_programs,
         )  # fmt: skip
-        known |= {(i, one[i].tobytes()): -x / one.shape[1] for i, x in zip(new, found, strict=True)}
-    return [{i: known[i, text.tobytes()] for i, text in enumerate(one)} for one in texts]
+        known |= {
+            (i, one[i].tobytes()): float(-x / one.shape[1]) for i, x in zip(new, found, strict=True)
+        }
+    return [{names[i]: known[i, x.tobytes()] for i, x in enumerate(one)} for one in texts]
 
 
 def matches(
     task: EvalTask, items: list[Item], texts: Int[np.ndarray, "N G"], tokenizer: Tokenizer
-) -> dict[int, float]:
-    """The exact match of every item, by its number."""
-    pairs = enumerate(zip(items, texts, strict=True))
-    return {i: score_output(task, item, text, tokenizer).score for i, (item, text) in pairs}
+) -> dict[str, float]:
+    """The exact match of every item, by its name."""
+    named = zip(item_names(items), items, texts, strict=True)
+    return {
+        name: score_output(task, item, text.tolist(), tokenizer).score for name, item, text in named
+    }
 
 
 def gates_of(
@@ -204,8 +208,8 @@ def paired_row(
     task: str,
     policy: str,
     measure: str,
-    plain: Mapping[Any, float],
-    other: Mapping[Any, float],
+    plain: Mapping[str, float],
+    other: Mapping[str, float],
 ) -> dict[str, Any]:
     """Scores of the same items, and their difference with its interval."""
     found = paired_test(other, plain)

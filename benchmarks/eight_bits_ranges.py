@@ -74,7 +74,8 @@ def run(options: argparse.Namespace) -> None:
     for row, item in zip(answers, items, strict=True):
         row[: len(item.answers[0])] = item.answers[0]
     for layer, name, x, weight in products(model, *masked_canvas(model, items, answers, cfg.seed)):
-        table.add_row(layer=layer, product=name, **jax.device_get(measure(x, weight)))
+        found = {what: float(number) for what, number in measure(x, weight).items()}
+        table.add_row(layer=layer, product=name, **found)
 
 
 def products(

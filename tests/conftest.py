@@ -283,3 +283,13 @@ def train_config():
         return TrainConfig(**(values | changes))
 
     return make
+
+
+@pytest.fixture
+def interpreted():
+    """Kernels of Hopper GPUs run in an interpreter."""
+    plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu", exc_type=ImportError)
+    if not hasattr(plgpu, "force_gpu_interpret_mode"):
+        pytest.skip(f"jax {jax.__version__} has no interpreter for kernels of Mosaic GPU")
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        yield
