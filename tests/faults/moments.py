@@ -292,16 +292,19 @@ def come_again(counting: Counting, rng: random.Random, name: str) -> list[Case]:
     job, workdir = counting.job(name), jobs.fresh(counting.out / "case")
     first, found = start(counting, job, workdir), []
     moments = sorted(rng.uniform(0, counting.whole[name][1]) for _ in range(CHAIN - 1))
-    for moment in (0.0, *moments):  # 0: both start at once, and either may be the first
+    for number, moment in enumerate((0.0, *moments)):  # 0: at once, and either may be the first
         while first.running() and time.monotonic() - first.began < moment:
             time.sleep(0.002)
-        second = processes.start(partial(job.run, workdir), counting.out / "case2.txt")
+        # A log of its own: after two have changed places the other one still writes.
+        second = processes.start(partial(job.run, workdir), counting.out / f"case2-{number}.txt")
         while first.running() and second.running():
             time.sleep(0.002)
         if first.status:  # the second one was faster
             first, second = second, first
         overlapped = first.running()
         if second.wait() and (one_line(second) or "is in use by" not in second.last_line()):
+            first.send(signal.SIGKILL)  # or it would work in the next case's folder
+            first.wait()
             return [*found, (f"dies ({second.status})", second.text()[-1500:])]
         if overlapped and second.status:
             found.append((GOOD, ""))
