@@ -67,41 +67,48 @@ def draw_training(results: Results, path: Path) -> None:
 
 
 def draw_skipping(results: Results, path: Path) -> None:
-    """What leaving out a layer costs, against the similarity that Algorithm 1 goes by."""
-    with figure_at(path, 5.0 * len(results.sizes), 3.6) as figure:
+    """What leaving out a layer costs, against how much it changes its input (Algorithm 1)."""
+    with figure_at(path, 6.0 * len(results.sizes), 4.4) as figure:
         axes = figure.subplots(1, len(results.sizes), squeeze=False)[0]
         for size, ax in zip(results.sizes, axes, strict=True):
             for family, color in FAMILY_COLORS.items():
                 for profile in results.profiles(size, family):
                     (losses,) = results.of("losses", size=size, family=family, seed=profile["seed"])
-                    similar = np.nanmean(np.array(profile["prompt_layer"], float), axis=0)
+                    change = 1 - np.nanmean(np.array(profile["prompt_layer"], float), axis=0)
                     cost = np.maximum(increases(losses).mean(axis=0), 1e-6)
                     first = profile["seed"] == results.seeds[0]
-                    ax.scatter(similar, cost, color=color, s=18, label=family if first else "")
-                    _number(ax, similar, cost)
+                    ax.scatter(change, cost, color=color, s=18, label=family if first else "")
+                    _number(ax, change, cost)
             ax.set(
-                title=size, xlabel="cosine of a layer's input and output, prompts",
-                ylabel="nats per token without it", yscale="log",
+                title=size, xlabel="1 - cosine of a layer's input and output, prompts",
+                ylabel="nats per token without it", xscale="log", yscale="log",
             )  # fmt: skip
+            for axis in (ax.xaxis, ax.yaxis):
+                axis.set_major_formatter("{x:g}")
+                axis.set_minor_formatter("")
         axes[0].legend()
 
 
 def draw_retention(results: Results, path: Path) -> None:
-    """Likelihood per token that is left, against the share of layers left out (Goel, Figure 1)."""
+    """Likelihood per token that is left, against the share of layers left out (Goel, Figure 1).
+
+    Thick lines are means, thin ones seeds.
+    """
     with figure_at(path, 5.0 * len(results.sizes), 3.6) as figure:
         axes = figure.subplots(1, len(results.sizes), squeeze=False, sharey=True)[0]
         for size, ax in zip(results.sizes, axes, strict=True):
             layers = len(results.of("losses", size=size)[0]["without"])
             for family, color in FAMILY_COLORS.items():
                 for adjacent, runs in retained(results, size, family).items():
-                    kept = np.array([(1, 1, 1), *(kept_likelihood(x.cost) for x in runs.values())])
                     out = np.array([0, *runs]) / layers
-                    bars = np.abs(kept[:, 1:] - kept[:, :1]).T
+                    style = {"color": color, "linestyle": "--" if adjacent else "-"}
                     label = f"{family}, neighbours allowed" if adjacent else family
-                    ax.errorbar(
-                        out, kept[:, 0], bars, color=color, capsize=2, marker="o", markersize=3,
-                        linestyle="--" if adjacent else "-", label=label,
-                    )  # fmt: skip
+                    mean = [1, *(kept_likelihood(x.cost)[0] for x in runs.values())]
+                    ax.plot(out, mean, **style, marker="o", markersize=3, label=label)
+                    # The intervals, over few seeds, are in the table: they may hide the lines.
+                    for seed in range(len(results.seeds)):
+                        own = np.exp([0, *(-x.cost.by_seed[seed] for x in runs.values())])
+                        ax.plot(out, own, **style, linewidth=0.7, alpha=0.5)
             ax.set(title=size, xlabel="layers left out", ylabel="likelihood per token that is left")
             ax.xaxis.set_major_formatter("{x:.0%}")
             ax.set_ylim(bottom=0)
