@@ -59,9 +59,10 @@ from dials_jax.config import (
     TextData,
     TrainConfig,
     Typed,
+    from_dict,
     to_dict,
 )
-from dials_jax.errors import require
+from dials_jax.errors import InputError, require
 from dials_jax.evaluation.sweep import sweep
 from dials_jax.files import read_json, write_json
 from dials_jax.studies.profile import load_profiles
@@ -79,12 +80,12 @@ class OutOfTime(Exception):
 
 def once(file: Path, cfg: Typed, make: Callable[[], Any]) -> Any:
     """What `make` returns. It is kept in a file, together with the settings that it is of."""
-    settings = to_dict(cfg)
     if file.exists():
         stored = read_json(file)
-        if stored["settings"] == settings:
-            return stored["found"]
-    write_json(file, {"settings": settings, "found": make()})
+        with contextlib.suppress(InputError):  # of a version with other settings
+            if from_dict(type(cfg), stored["settings"]) == cfg:
+                return stored["found"]
+    write_json(file, {"settings": to_dict(cfg), "found": make()})
     return read_json(file)["found"]
 
 

@@ -24,9 +24,10 @@ from benchmarks.families_claims import (
     retained,
 )
 from benchmarks.families_page import page
+from dials_jax.config import RepresentationStudy, TextData
 from dials_jax.data.tokenizer import character_tokenizer
 from dials_jax.evaluation import sweep as sweep_module
-from dials_jax.files import read_json
+from dials_jax.files import read_json, write_json
 from dials_jax.loading import load
 from dials_jax.studies.claims import judge
 from dials_jax.training.run import step_folder
@@ -202,6 +203,20 @@ def arguments(tmp_path, monkeypatch):
         *("--study-steps", "2", "--items", "4", "--samples", "2", "--router-steps", "2"),
         *("--layout", "stacked", "--execution", "0.6"),
     ]
+
+
+def test_what_is_kept_is_found_again_though_settings_were_added(tmp_path):
+    text = TextData(paths=("text.jsonl",), length=8, prompt_length=4)
+    cfg = RepresentationStudy(models=(("model", "runs/model"),), data=text, gen_length=4)
+    file = tmp_path / "found.json"
+    assert families.once(file, cfg, lambda: 1) == families.once(file, cfg, lambda: 2) == 1
+    stored = read_json(file)
+    del stored["settings"]["batch_size"]  # as before there was this setting
+    write_json(file, stored)
+    assert families.once(file, cfg, lambda: 2) == 1
+    assert families.once(file, dataclasses.replace(cfg, batch_size=3), lambda: 2) == 2
+    write_json(file, {"settings": {"unknown": 1}, "found": 3})
+    assert families.once(file, cfg, lambda: 4) == 4
 
 
 def test_the_time_ends_what_is_running(monkeypatch, capsys):
