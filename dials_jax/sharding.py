@@ -164,6 +164,21 @@ def constrain_batch(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(BATCH_AXES, *[None] * (x.ndim - 1)))
 
 
+def constrain_kv(x: jax.Array) -> jax.Array:
+    """Keeps keys or values, (..., B, S, K, H), split over devices by sequences and by heads.
+
+    So are the layers' own; a cache that is placed in another way is moved at every use. Without a
+    mesh in context, and inside `shard_map`: x.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.manual_axes:
+        return x
+    *_, num_sequences, _, num_heads, _ = x.shape
+    batch = BATCH_AXES if num_sequences % num_batch_shards(mesh) == 0 else None
+    heads = "tensor" if num_heads % mesh.shape["tensor"] == 0 else None
+    return jax.lax.with_sharding_constraint(x, P(*[None] * (x.ndim - 4), batch, None, heads, None))
+
+
 def to_host(tree: PyTree) -> PyTree:
     """The whole arrays as NumPy arrays, on every process; all processes must call it."""
 

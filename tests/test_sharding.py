@@ -140,3 +140,21 @@ def test_optimiser_states_lie_beside_their_parameters():
 def test_rows_are_constrained_only_under_a_mesh():
     x = jax.numpy.ones((4, 2))
     assert sharding.constrain_batch(x) is x
+
+
+@pytest.mark.parametrize(
+    "shape, spec",
+    [
+        ((16, 5, 4, 8), P(sharding.BATCH_AXES, None, "tensor", None)),
+        ((3, 16, 5, 4, 8), P(None, sharding.BATCH_AXES, None, "tensor", None)),  # stacked layers
+        ((3, 16, 5, 1, 8), P(None, sharding.BATCH_AXES, None, None, None)),  # one head
+        ((4, 5, 2, 8), P(None, None, "tensor", None)),  # sequences that do not divide
+    ],
+)
+def test_a_cache_is_split_as_the_layers_split_keys_and_values(shape, spec):
+    """Placed in another way, the whole cache would be moved between the parts of a generation."""
+    x = jax.ShapeDtypeStruct(shape, np.float32)
+    with jax.sharding.use_abstract_mesh(MESH):
+        [step] = jax.make_jaxpr(sharding.constrain_kv)(x).eqns
+    assert step.params["sharding"].spec == spec
+    assert not jax.make_jaxpr(sharding.constrain_kv)(x).eqns  # without a mesh: as it is
