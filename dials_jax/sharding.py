@@ -155,28 +155,22 @@ def place_sequences(x: ArrayLike, mesh: Mesh) -> jax.Array:
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
-def constrain_batch(x: jax.Array) -> jax.Array:
-    """Keeps the batch axis, which leads, split over devices; without a mesh in context: x."""
-    mesh = jax.sharding.get_abstract_mesh()
-    # Inside `shard_map` the batch axes are manual: the sequences are already local.
-    if mesh.empty or mesh.manual_axes or x.shape[0] % num_batch_shards(mesh):
-        return x
-    return jax.lax.with_sharding_constraint(x, P(BATCH_AXES, *[None] * (x.ndim - 1)))
+def constrain_batch(x: jax.Array, axis: int = 0, heads: int | None = None) -> jax.Array:
+    """Keeps the axis of sequences split over devices, and that of heads as parameters split it.
 
-
-def constrain_kv(x: jax.Array) -> jax.Array:
-    """Keeps keys or values, (..., B, S, K, H), split over devices by sequences and by heads.
-
-    So are the layers' own; a cache that is placed in another way is moved at every use. Without a
-    mesh in context, and inside `shard_map`: x.
+    What a program hands on to the next one is made so at its start: placed in another way, all of
+    it would be moved between them. Without a mesh in context, or where the sequences do not divide
+    over it: x.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.manual_axes:
+    # Inside `shard_map` the batch axes are manual: the sequences are already local.
+    if mesh.empty or mesh.manual_axes or x.shape[axis] % num_batch_shards(mesh):
         return x
-    *_, num_sequences, _, num_heads, _ = x.shape
-    batch = BATCH_AXES if num_sequences % num_batch_shards(mesh) == 0 else None
-    heads = "tensor" if num_heads % mesh.shape["tensor"] == 0 else None
-    return jax.lax.with_sharding_constraint(x, P(*[None] * (x.ndim - 4), batch, None, heads, None))
+    spec: list[Any] = [None] * x.ndim
+    spec[axis] = BATCH_AXES
+    if heads is not None and x.shape[heads] % mesh.shape["tensor"] == 0:
+        spec[heads] = "tensor"
+    return jax.lax.with_sharding_constraint(x, P(*spec))
 
 
 def to_host(tree: PyTree) -> PyTree:

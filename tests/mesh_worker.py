@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from functools import partial
+from unittest import mock
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
@@ -91,6 +92,23 @@ def train_step(mesh, loss_fn, init, frozen, prefix):
     sent = {kind: size for kind, (size, _) in read_footprint(step).sent().items()}
     means = {name: mean.value for name, mean in values.items()}
     return {"params": state.params, "values": means, "whole": len(whole)}, sent
+
+
+def evaluate_in_place(*args):
+    """`evaluate`; a state that moves between the programs of a generation is an error."""
+    put = jax.device_put
+
+    def put_back(x, device=None, **settings):
+        if hasattr(x, "_fields") and hasattr(device, "_fields"):
+            for (path, leaf), placement in zip(
+                jax.tree_util.tree_leaves_with_path(x), jax.tree.leaves(device), strict=True
+            ):
+                name = jax.tree_util.keystr(path)
+                assert leaf.sharding.is_equivalent_to(placement, leaf.ndim), f"{name} moves"
+        return put(x, device, **settings)
+
+    with mock.patch.object(jax, "device_put", put_back):
+        return evaluate(*args)
 
 
 def evaluate(mesh, cfg, params, routers):
@@ -292,7 +310,7 @@ def run(mesh):
         "model": trained,
         "sent": sent,
         "router": train_step(mesh, loss, same_routers, placed, "routers/")[0],
-        "evaluation": evaluate(mesh, cfg, params, routers),
+        "evaluation": evaluate_in_place(mesh, cfg, params, routers),
         "eight_bits": in_eight_bits(mesh, cfg, routers),
         "partitioned": generate_as_on_gpus(mesh, cfg, params, routers),
         "lookup": {f"{v}x{d}": look_up(mesh, v, d) for v, d in ((64, 32), (63, 32), (64, 30))},

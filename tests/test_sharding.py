@@ -16,6 +16,7 @@ from dials_jax.models import families
 from dials_jax.nn.eight_bits import quantise_layer
 from tests.conftest import init_params, random_routers, small_config
 
+KV_AXES = {"axis": -4, "heads": -2}  # keys and values: [..., B, S, K, H]
 MESH = AbstractMesh((2, 4, 2), sharding.AXES)  # sizes without devices
 
 
@@ -143,18 +144,20 @@ def test_rows_are_constrained_only_under_a_mesh():
 
 
 @pytest.mark.parametrize(
-    "shape, spec",
+    "shape, axes, spec",
     [
-        ((16, 5, 4, 8), P(sharding.BATCH_AXES, None, "tensor", None)),
-        ((3, 16, 5, 4, 8), P(None, sharding.BATCH_AXES, None, "tensor", None)),  # stacked layers
-        ((3, 16, 5, 1, 8), P(None, sharding.BATCH_AXES, None, None, None)),  # one head
-        ((4, 5, 2, 8), P(None, None, "tensor", None)),  # sequences that do not divide
+        ((16, 5), {}, P(sharding.BATCH_AXES, None)),
+        ((3, 16), {"axis": 1}, P(None, sharding.BATCH_AXES)),
+        ((16, 5, 4, 8), KV_AXES, P(sharding.BATCH_AXES, None, "tensor", None)),
+        ((3, 16, 5, 4, 8), KV_AXES, P(None, sharding.BATCH_AXES, None, "tensor", None)),  # stacked
+        ((16, 5, 1, 8), KV_AXES, P(sharding.BATCH_AXES, None, None, None)),  # one head
     ],
 )
-def test_a_cache_is_split_as_the_layers_split_keys_and_values(shape, spec):
-    """Placed in another way, the whole cache would be moved between the parts of a generation."""
-    x = jax.ShapeDtypeStruct(shape, np.float32)
+def test_sequences_and_heads_of_a_state_are_split(shape, axes, spec):
+    constrain = partial(sharding.constrain_batch, **axes)
     with jax.sharding.use_abstract_mesh(MESH):
-        [step] = jax.make_jaxpr(sharding.constrain_kv)(x).eqns
+        [step] = jax.make_jaxpr(constrain)(jax.ShapeDtypeStruct(shape, np.float32)).eqns
+        few = jax.ShapeDtypeStruct((5,) * len(shape), np.float32)  # sequences that do not divide
+        assert not jax.make_jaxpr(constrain)(few).eqns
     assert step.params["sharding"].spec == spec
-    assert not jax.make_jaxpr(sharding.constrain_kv)(x).eqns  # without a mesh: as it is
+    assert not jax.make_jaxpr(constrain)(few).eqns  # without a mesh: as it is

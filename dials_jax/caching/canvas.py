@@ -19,7 +19,7 @@ from dials_jax.nn.kv import KV, Slots, gather
 from dials_jax.nn.modules import form_of
 from dials_jax.nn.policy import Denoising, Policy
 from dials_jax.nn.stack import Executor, StackOutput, run_stack
-from dials_jax.sharding import constrain_kv
+from dials_jax.sharding import constrain_batch
 from dials_jax.skipping.observing import BatchObserver, seen_in, state_products
 
 
@@ -265,7 +265,8 @@ class CanvasModel:
         shape = (self.num_sequences, self.length, cfg.num_kv_heads, cfg.head_dim)
 
         def kv(*lead: int) -> KV:
-            return KV(*(constrain_kv(jnp.zeros((*lead, *shape), cfg.dtype)) for _ in KV._fields))
+            zeros = (jnp.zeros((*lead, *shape), cfg.dtype) for _ in KV._fields)
+            return KV(*(constrain_batch(x, axis=-4, heads=-2) for x in zeros))
 
         if trees.is_unrolled(self.params["layers"]):
             return tuple(kv() for _ in range(first, last))

@@ -35,6 +35,7 @@ from dials_jax.sampling.sampler import (
     start_record,
 )
 from dials_jax.sampling.trajectory import append_canvas
+from dials_jax.sharding import constrain_batch
 
 Precision = Literal["exact", "float32"]
 
@@ -224,7 +225,7 @@ class ExactSteps:
             most += min(num_sequences, MAX_FULL) * ((sampler.length - 1) // sampler.num_slots)
         plan = draw_reveal_plan(sampler, self.keys, self.prompt_length)
         calls, record = (
-            jnp.zeros(num_sequences, jnp.int32),
+            constrain_batch(jnp.zeros(num_sequences, jnp.int32)),
             start_record(
                 most, num_layers, num_sequences, observed=self.net.start_observing(canvas)
             ),
@@ -348,7 +349,8 @@ class PublishedSteps:
         observed = self.net.start_observing(canvas)
         record = start_record(self.num_steps + 1, num_layers, canvas.shape[0], observed=observed)
         zero = jnp.asarray(0, jnp.int32)
-        return AncestralState(canvas, zero, jnp.zeros(canvas.shape[0], jnp.int32), None, record)
+        calls = constrain_batch(jnp.zeros(canvas.shape[0], jnp.int32))
+        return AncestralState(canvas, zero, calls, None, record)
 
     def run(self, state: AncestralState, stop: Int[Array, ""] | None = None) -> AncestralState:
         """All steps before `stop` (None: all), and the call after the last of all."""

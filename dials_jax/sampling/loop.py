@@ -57,6 +57,7 @@ from dials_jax.sampling.sampler import (
 )
 from dials_jax.sampling.timetable import Loops, divide_blocks, run_loops
 from dials_jax.sampling.trajectory import append_canvas
+from dials_jax.sharding import constrain_batch
 
 
 class BlockSampler(StepSampler):
@@ -257,7 +258,7 @@ class Loop:
             observed,
         )
         cache_state = self.cache.init_state(self.net, self.blocks)
-        none = jnp.zeros(num_sequences, jnp.int32)
+        none = constrain_batch(jnp.zeros(num_sequences, jnp.int32))
         full_steps_left = none if self.full_steps else None
         return LoopState(canvas, zero, zero, none, full_steps_left, cache_state, record)
 

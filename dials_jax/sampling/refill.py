@@ -196,8 +196,11 @@ def empty_ring_program(
     """A batch whose places hold no sequence: no token is masked."""
     batch, prompt_length = arrivals.prompts.shape
     tokens = jnp.full((batch, prompt_length + sampler.gen_length), cfg.pad_id, jnp.int32)
-    zero = jnp.zeros(batch, jnp.int32)
-    ring = Ring(None, jnp.ones_like(arrivals.valid), arrivals.keys, zero)
+    tokens, zero, valid = map(
+        sharding.constrain_batch,
+        (tokens, jnp.zeros(batch, jnp.int32), jnp.ones_like(arrivals.valid)),
+    )
+    ring = Ring(None, valid, arrivals.keys, zero)
     static = {"cfg": cfg, "sampler": sampler, "cache": cache, "executor": executor}
     loop = _loop(params, ring, None, **static)
     state = loop.start(tokens, cfg.num_layers)

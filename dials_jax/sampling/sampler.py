@@ -34,6 +34,7 @@ from dials_jax.config import ModelConfig
 from dials_jax.errors import require
 from dials_jax.nn.kernels.row_sums import logsumexp
 from dials_jax.nn.policy import Policy
+from dials_jax.sharding import constrain_batch
 
 
 @runtime_checkable
@@ -141,8 +142,9 @@ def start_record(
     """
     calls = jnp.zeros(num_calls, jnp.int32)
     gates = jnp.zeros((num_calls, num_layers, num_gated or num_sequences), bool)
-    share = jnp.zeros((num_calls, num_sequences))
-    own = jnp.zeros(share.shape, bool)
+    share = constrain_batch(jnp.zeros((num_calls, num_sequences)), axis=1)
+    own = constrain_batch(jnp.zeros(share.shape, bool), axis=1)
+    gates = constrain_batch(gates, axis=2)
     return CallRecord(jnp.asarray(0, jnp.int32), gates, share, calls, calls, own, observed=observed)
 
 
@@ -180,7 +182,7 @@ def keep_log_probs(state: PyTree) -> PyTree:
     was revised: of its logits with guidance, before temperature, top_p and what else a sampler
     changes. NaN where no step has written: in prompts, and after an end of text.
     """
-    unknown = jnp.full(state.tokens.shape, jnp.nan, jnp.float32)
+    unknown = constrain_batch(jnp.full(state.tokens.shape, jnp.nan, jnp.float32))
     return state._replace(record=state.record._replace(log_probs=unknown))
 
 

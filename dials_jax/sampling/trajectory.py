@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from dials_jax.sampling.sampler import CallRecord, keep_log_probs
+from dials_jax.sharding import constrain_batch
 
 
 class CanvasRecord(NamedTuple):
@@ -49,11 +50,12 @@ def keep_trajectory(state: PyTree) -> PyTree:
     state = keep_log_probs(state)
     record, tokens = state.record, state.tokens
     shape = (len(record.variant), *tokens.shape)
-    canvases = CanvasRecord(
+    empty = CanvasRecord(
         jnp.zeros(shape, tokens.dtype),
         jnp.full(shape, jnp.nan, jnp.float32),
         jnp.zeros(shape, jnp.int32),
     )
+    canvases = CanvasRecord(*(constrain_batch(x, axis=1) for x in empty))
     return state._replace(record=record._replace(canvases=canvases))
 
 

@@ -29,6 +29,7 @@ from dials_jax.models import transformer
 from dials_jax.nn.block import BlockInputs
 from dials_jax.nn.kv import KV, Slots, gather, write_slots
 from dials_jax.nn.modules import form_of
+from dials_jax.sharding import constrain_batch
 
 Indicator = Literal["hidden", "query", "key", "value"]
 
@@ -78,12 +79,12 @@ def empty_state(plan: SkipPlan, net: CanvasModel) -> EarlySkipState:
     cfg, shape = net.cfg, (net.num_sequences, net.length)
     width = {"hidden": (cfg.d_model,), "query": (cfg.num_heads, cfg.head_dim)}
     # Old keys and values are in the cache anyway.
-    seen = jnp.zeros((*shape, *width.get(plan.indicator, (0,))), cfg.dtype)
+    seen = constrain_batch(jnp.zeros((*shape, *width.get(plan.indicator, (0,))), cfg.dtype))
     return EarlySkipState(
         tuple(net.init_cache(span) for span in plan.spans(cfg.num_layers)),
         (seen,) * len(plan.layers),
-        jnp.zeros(shape),
-        jnp.zeros(shape, bool),
+        constrain_batch(jnp.zeros(shape)),
+        constrain_batch(jnp.zeros(shape, bool)),
     )
 
 
