@@ -1,7 +1,8 @@
 """Checkpoints of a training state, verified before older ones are removed.
 
-`checkpoints/00001000/` holds the arrays (Orbax) and `digest.json`. It is written as
-`00001000.partial` and renamed when it is complete. One process trains on while a thread writes.
+`checkpoints/00001000/` holds the arrays (Orbax) and `digest.json`, and where a signal came between
+two lines of the log, `window.json`. It is written as `00001000.partial` and renamed when it is
+complete. One process trains on while a thread writes.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,13 @@ from jaxtyping import PyTree
 from dials_jax import digests, trees
 from dials_jax.errors import InputError, require
 from dials_jax.files import read_json, write_json
+from dials_jax.records import require_sound
 from dials_jax.sharding import on_first_process
 from dials_jax.stored import UnreadableTree, load_tree, save_tree, writing
+from dials_jax.training.losses import Mean, Metrics
 
 log = logging.getLogger(__name__)
+WINDOW = "window.json"  # the metrics of each step since the last line of the log
 
 
 class Checkpoints:
@@ -38,11 +42,15 @@ class Checkpoints:
 
     Args:
       keep: the number of checkpoints to keep.
+
+    Attributes:
+      window: what was saved as `window` with the state that `restore` has returned.
     """
 
     def __init__(self, folder: str | Path, keep: int = 2):
         self.folder = Path(folder).absolute()
         self.keep = keep
+        self.window: list[Metrics] = []
         self._damaged: set[int] = set()  # found so by `restore`
         self._writer = futures.ThreadPoolExecutor(1, "checkpoint")
         self._saving: futures.Future | None = None
@@ -84,23 +92,27 @@ class Checkpoints:
             return []
         return [p for p in self.folder.iterdir() if re.fullmatch(r"\d+(\.partial)?", p.name)]
 
-    def save(self, step: int, state: PyTree) -> None:
+    def save(self, step: int, state: PyTree, window: Sequence[Metrics] = ()) -> None:
         """Begins to write a checkpoint; `wait` ends it. The state may be donated afterwards.
 
         It is written, read back and compared, and only then are the older ones removed. A thread
         does so with a copy in the host's memory. Several processes have to agree about the end of
         a save, and where JAX has no device of the host there is no copy: these wait here.
 
+        Args:
+          window: the metrics of the steps that no line of the log is of yet.
         Raises: what `wait` raises, of this save or of the one before.
         """
         self.wait()
         flat = flatten(state)
-        expected, host = digests.digest_hex(flat), _host_device()
+        notes, host = {"digest.json": digests.digest_hex(flat)}, _host_device()
+        if window:  # before the digests, whose file says that all is there
+            notes = {WINDOW: _plain(window)} | notes
         if host is None:
-            self._write(step, flat, expected, digests.digest_hex)
+            self._write(step, flat, notes, digests.digest_hex)
         else:
             self._saving = self._writer.submit(
-                self._write_from_host, step, _copy_to_host(flat), expected, host
+                self._write_from_host, step, _copy_to_host(flat), notes, host
             )
 
     def wait(self, unless_at_work: bool = False) -> None:
@@ -123,19 +135,19 @@ class Checkpoints:
         self,
         step: int,
         arrays: dict[str, np.ndarray],
-        expected: dict[str, str],
+        notes: dict[str, dict[str, Any]],
         host: jax.Device,
     ) -> None:
-        self._write(step, jax.device_put(arrays, host), expected, _digests_of_bytes)
+        self._write(step, jax.device_put(arrays, host), notes, _digests_of_bytes)
 
     def _write(
         self,
         step: int,
         flat: dict[str, jax.Array],
-        expected: dict[str, str],
+        notes: dict[str, dict[str, Any]],
         digest: Callable[[PyTree], Any],
     ) -> None:
-        """Args: expected: digests to store. digest: compares what is read back with `flat`."""
+        """Args: notes: files of JSON. digest: compares what is read back with `flat`."""
         final = self.folder / f"{step:08d}"
         partial = self.folder / f"{step:08d}.partial"
         rest = "older checkpoints stay; make room and run the same command again"
@@ -149,7 +161,7 @@ class Checkpoints:
                     f"checkpoint {partial} reads back differently ({error}); the storage fails"
                 ) from error
             with writing(partial, rest):
-                on_first_process(lambda: write_json(partial / "digest.json", expected))
+                on_first_process(lambda: _write_notes(partial, notes))
         except Exception:
             if jax.process_index() == 0:
                 self._remove_partial()  # its disk space is needed
@@ -178,8 +190,10 @@ class Checkpoints:
             folder = self.folder / f"{step:08d}"
             try:
                 expected = read_json(folder / "digest.json")
+                window = _read_window(folder / WINDOW)
                 like = likes.get(frozenset(expected), state)
                 loaded = load_tree(folder / "state", flatten(like), expected)
+                self.window = window
                 return unflatten(like, loaded)
             except (InputError, UnreadableTree) as error:
                 _require_readable(folder)
@@ -276,7 +290,32 @@ def _made_by_a_save(folder: Path) -> bool:
     """Whether a folder holds only files that a save writes, complete or not."""
     if folder.is_symlink() or not folder.is_dir():
         return False
-    return all(path.name.startswith(("state", "digest.json")) for path in folder.iterdir())
+    ours = ("state", "digest.json", WINDOW)
+    return all(path.name.startswith(ours) for path in folder.iterdir())
+
+
+def _plain(window: Sequence[Metrics]) -> dict[str, Any]:
+    """Metrics of steps as JSON, which holds float32 exactly. The host waits for the steps."""
+    return {"steps": jax.tree.map(float, jax.device_get(list(window)))}
+
+
+def _write_notes(folder: Path, notes: dict[str, dict[str, Any]]) -> None:
+    for name, values in notes.items():
+        write_json(folder / name, values, digest=name == WINDOW)
+
+
+def _read_window(path: Path) -> list[Metrics]:
+    """The metrics of steps that no line is of; none where every step that is saved has its line.
+
+    Raises: InputError for a damaged file.
+    """
+    if not path.exists():
+        return []
+    with require_sound(path, "an older checkpoint is used"):
+        return [
+            {name: Mean(float(total), float(count)) for name, (total, count) in step.items()}
+            for step in read_json(path)["steps"]
+        ]
 
 
 def flatten(tree: PyTree) -> dict[str, Any]:

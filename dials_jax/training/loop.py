@@ -30,7 +30,6 @@ from dials_jax.estimates import (
 from dials_jax.progress import Pace, progress_bar
 from dials_jax.stopping import Request, Stopped, keeping
 from dials_jax.training.checkpoint import Checkpoints
-from dials_jax.training.losses import merge_metrics
 from dials_jax.training.metrics import MeteredStep, MetricsWriter
 from dials_jax.training.optimizer import make_lr_schedule, make_optimizer, num_steps
 from dials_jax.training.run import (
@@ -70,7 +69,7 @@ def train(
 
     It starts from the newest intact checkpoint in `workdir` if there is one. A run that was stopped
     anywhere and continued by another call ends bitwise as a run that was not stopped. Ctrl-C and
-    SIGTERM end the call with a checkpoint of the current step.
+    SIGTERM end the call with a checkpoint of the current step, and leave no trace in the log.
 
     Args:
       config: settings, or a file with `get_config()`, or the name of a shipped one.
@@ -148,7 +147,9 @@ def _run_steps(
 ) -> TrainState:
     """Runs the steps up to `total`. The host waits for the device only when it logs or saves.
 
-    A save goes on beside the next steps; the run ends once its last one is there.
+    A save goes on beside the next steps; the run ends once its last one is there. It also ends a
+    window of means, so that a continued run logs the same values. A signal does not: the window is
+    saved with the state, and the continued run ends it.
 
     A model to keep is written before the checkpoint of its step: a run that is killed between the
     two takes the step again.
@@ -164,16 +165,15 @@ def _run_steps(
     schedule, validation = make_lr_schedule(cfg.optimizer, epoch), run.validation
     load_batch = partial(_load_batch, cfg, run.data, jax.sharding.get_mesh())
     clock, pace, began = Clock(cfg.max_minutes), Pace(total - start, "training"), 0.0
-    metered, window = MeteredStep(step_fn), []
+    metered = MeteredStep(step_fn, checkpoints.window)
     with (
-        contextlib.closing(MetricsWriter(workdir, start)) as writer,
+        contextlib.closing(MetricsWriter(workdir, start, len(metered.window))) as writer,
         progress_bar(total, start, "routers" if cfg.backbone else "model") as bar,
     ):
         for step, batch in prefetch(load_batch, start, total):
             state, metrics = metered(state, run.frozen, batch)
             clock.start()
             request.start()
-            window.append(metrics)
             done = step + 1
             bar.update()
             if done - start == 2:  # the first step was compiled
@@ -182,29 +182,31 @@ def _run_steps(
             saving = done % cfg.save_every == 0 or done == total
             validating = validation is not None and validation.is_due(done, total)
             keeping_model = done in cfg.keep_models_at
-            # A save also ends a window of means: so a continued run logs the same values.
             window_ends = saving or validating or keeping_model or done % cfg.log_every == 0
-            stop = clock.is_over(window_ends) or request.came(window_ends)
+            over = clock.is_over(window_ends)
+            window_ends = window_ends or over
+            stop = over or request.came(window_ends)
             if window_ends or stop:
                 checkpoints.wait(unless_at_work=True)  # an error of the last save ends the run
                 saving = saving or stop
-                means = merge_metrics(jax.device_get(window)) | metered.rate()
                 _check_finite(state, workdir)
+            if window_ends:
+                means = metered.means()
                 means |= {"learning_rate": float(schedule(step)), "epoch": done / epoch}
                 if validating:
                     means |= validation(state, run.frozen)
                 writer.write(done, means)
                 validated = validation.last if validation else {}
                 bar.set_postfix_str(_summary(means, validated), refresh=False)
-                if keeping_model:
-                    run.export(step_folder(workdir, done), state.result)
-                if saving:
-                    checkpoints.save(done, state)
-                window.clear()
+            if keeping_model:
+                run.export(step_folder(workdir, done), state.result)
+            if saving:
+                checkpoints.save(done, state, [] if window_ends else metered.window)
+            if window_ends:
                 metered.restart()
-                # A signal during the save needs no further step.
-                if stop or (saving and request.came(True)):
-                    break
+            # A signal during the save needs no further step.
+            if stop or (saving and request.came(True)):
+                break
             if done - start == 1:  # saved and validated: the next step is timed alone
                 began = time.perf_counter()
         checkpoints.wait()

@@ -16,6 +16,7 @@ from dials_jax import stored
 from dials_jax.errors import InputError
 from dials_jax.training import checkpoint
 from dials_jax.training.checkpoint import Checkpoints
+from dials_jax.training.losses import Mean
 from dials_jax.training.step import TrainState
 
 
@@ -43,6 +44,23 @@ def save(checkpoints, step):
     checkpoints.wait()
 
 
+def edit(path):
+    path.write_text('{"steps": 5}')
+
+
+def replace_by_a_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+HARMS = {
+    "changed": lambda path: path.write_text(path.read_text().replace("8", "9", 1)),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-20]),
+    "a folder": replace_by_a_folder,
+    "edited": edit,
+}
+
+
 @pytest.fixture
 def checkpoints(tmp_path):
     return Checkpoints(tmp_path / "checkpoints", keep=2)
@@ -65,6 +83,28 @@ def copied(two_saves, tmp_path):
 
 def test_a_state_comes_back_bitwise(copied):
     assert_same_bits(copied.restore(make_state(0)), make_state(20))
+
+
+WINDOW = [{"loss": Mean(jnp.float32(0.1), jnp.float32(8))}, {"loss": Mean(1e-30, 3.0)}]
+
+
+def test_metrics_that_no_line_is_of_come_back_bitwise(copied):
+    assert copied.restore(make_state(0)) and copied.window == []
+    copied.save(30, make_state(30), WINDOW)
+    copied.wait()
+    again = Checkpoints(copied.folder)
+    again.require_own()
+    assert_same_bits(again.restore(make_state(0)), make_state(30))
+    assert again.window == [{"loss": (float(np.float32(0.1)), 8.0)}, {"loss": (1e-30, 3.0)}]
+
+
+@pytest.mark.parametrize("harm", HARMS.values(), ids=HARMS)
+def test_damaged_metrics_are_a_damaged_checkpoint(harm, copied, caplog):
+    copied.save(30, make_state(30), WINDOW)
+    copied.wait()
+    harm(copied.folder / "00000030" / checkpoint.WINDOW)
+    assert_same_bits(copied.restore(make_state(0)), make_state(20))
+    assert copied.window == [] and "00000030 is damaged" in caplog.text
 
 
 def test_without_checkpoints_there_is_nothing_to_restore(checkpoints):

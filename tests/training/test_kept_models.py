@@ -47,8 +47,8 @@ def test_no_kept_model_is_lost_where_a_run_is_killed_as_it_saves(constant, tmp_p
     cfg = constant(keep_models_at=(2, 4), save_every=2)
     save = Checkpoints.save
 
-    def save_and_die(self, step, state):
-        save(self, step, state)
+    def save_and_die(self, step, *state):
+        save(self, step, *state)
         if step == 4:
             raise KeyboardInterrupt
 

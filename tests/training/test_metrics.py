@@ -80,6 +80,14 @@ def test_lines_that_are_lost_are_missed(tmp_path, caplog):
     assert "metrics.jsonl lacks lines: it ends at step 10 of 20" in caplog.text
 
 
+def test_steps_that_a_checkpoint_keeps_need_no_line(tmp_path, caplog):
+    write(tmp_path, 0, {10: 1.0})
+    MetricsWriter(tmp_path, 13, unlogged=3).close()
+    assert not caplog.records
+    MetricsWriter(tmp_path, 13).close()  # without what it has kept
+    assert "metrics.jsonl lacks lines: it ends at step 10 of 13" in caplog.text
+
+
 def test_a_fresh_start_drops_everything(tmp_path):
     write(tmp_path, 0, {10: 1.0})
     write(tmp_path, 0, {10: 5.0})

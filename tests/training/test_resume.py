@@ -1,6 +1,7 @@
 """A run that is killed anywhere and continued is bitwise the run that was not."""
 
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -157,12 +158,40 @@ def test_a_run_that_is_asked_to_end_saves_its_step(signum, train_config, tmp_pat
     assert without_times(logged(tmp_path / "run")) == without_times(logged(tmp_path / "whole"))
 
 
+@pytest.mark.parametrize("stops", [(1, 2), (4, 5), (2, 3, 7)])
+def test_a_signal_leaves_no_trace_in_the_log(stops, train_config, tmp_path, monkeypatch):
+    """Between two lines, or just at one: the next line is of the same steps as without it."""
+    optimizer = dataclasses.replace(train_config().optimizer, num_steps=8)
+    cfg = train_config(optimizer=optimizer, log_every=3, save_every=8)
+    for before, stop in itertools.pairwise((0, *stops)):
+        with monkeypatch.context() as patch, pytest.raises(Stopped, match=f"step {stop} is saved"):
+            patch.setattr(loop.Clock, "is_over", signal_after(stop - before))
+            train(cfg, tmp_path / "run")
+        assert [x["step"] for x in logged(tmp_path / "run")] == [x for x in (3, 6) if x <= stop]
+    state, whole = train(cfg, tmp_path / "run"), train(cfg, tmp_path / "whole")
+    chex.assert_trees_all_equal(state, whole)
+    assert [line["step"] for line in logged(tmp_path / "whole")] == [3, 6, 8]
+    assert without_times(logged(tmp_path / "run")) == without_times(logged(tmp_path / "whole"))
+
+
+def signal_after(steps):
+    """A clock that is never over, and that sends SIGTERM when it is asked after so many steps."""
+    asked = itertools.count(1)
+
+    def is_over(self, meeting):
+        if next(asked) == steps:
+            signal.raise_signal(signal.SIGTERM)
+        return False
+
+    return is_over
+
+
 def test_a_signal_during_a_save_takes_no_more_steps(train_config, tmp_path, monkeypatch):
     save = Checkpoints.save
 
-    def save_and_stop(self, step, state):
+    def save_and_stop(self, step, *state):
         signal.raise_signal(signal.SIGTERM)
-        save(self, step, state)
+        save(self, step, *state)
 
     monkeypatch.setattr(Checkpoints, "save", save_and_stop)
     with pytest.raises(Stopped, match="step 2 is saved"):
