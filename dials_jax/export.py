@@ -25,7 +25,7 @@ from dials_jax.files import copy_tokenizer_file, local_path, write_json
 from dials_jax.loading import find_model
 from dials_jax.models import folders, groups
 from dials_jax.models.model import Model
-from dials_jax.nn.eight_bits import dequantise_layer, is_quantised
+from dials_jax.nn.eight_bits import is_quantised
 from dials_jax.stored import new_folder, require_new, require_space, writing
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}  # as transformers counts
@@ -134,7 +134,7 @@ def _open_folder(path: str | Path) -> Weights:
         cfg, params = open_hugging_face(folder)
         return Weights(cfg, cfg.dtype, partial(groups.get_group, cfg, params), folder)
     info = folders.read_info(folder)
-    shapes = folders.stored_shapes(info.model, info.dtype, info.weights)
+    shapes = folders.folder_shapes(info)
     device = SingleDeviceSharding(jax.local_devices()[0])
 
     def read(name: str) -> PyTree:
@@ -145,5 +145,4 @@ def _open_folder(path: str | Path) -> Weights:
 
 
 def _on_host(name: str, group: PyTree) -> PyTree:
-    group = dequantise_layer(group, jnp.float32) if name.startswith("layers/") else group
-    return jax.tree.map(np.asarray, group)
+    return jax.tree.map(np.asarray, groups.dequantise_group(name, group, jnp.float32))

@@ -9,13 +9,15 @@ tests compare each sequence of a padded batch with it, token for token and gate 
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import ml_dtypes
 import numpy as np
 
 from dials_jax.caching.early_skip.settings import EarlySkip
 from dials_jax.caching.plain import NoCache, PrefixCache
-from dials_jax.nn.eight_bits import dequantise_layer
+from dials_jax.nn.eight_bits import dequantise_modules
 from dials_jax.sampling.loop import step_limit
 from dials_jax.skipping.policies import Random, Static
 from dials_jax.skipping.routed import Routed
@@ -33,8 +35,9 @@ class Decoder:
         self.cache = cache or NoCache()
         self.weights, params = model.weights, model.params
         if self.weights:  # as the numbers that they stand for
-            layers = jax.vmap(lambda layer: dequantise_layer(layer, np.float32))(params["layers"])
-            params = {**params, "layers": layers}
+            plain = partial(dequantise_modules, dtype=np.float32)
+            params = {**params, **plain({"head": params["head"]})}
+            params["layers"] = jax.vmap(plain)(params["layers"])
         self.params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
         self.shift, self.prompt_length = int(self.cfg.right_shift), len(prompt)
         answer = [self.cfg.mask_id] * sampler.gen_length
@@ -248,7 +251,7 @@ class Decoder:
     def head(self, h):
         """Logits."""
         scale, kernel = self.params["final_norm"]["scale"], self.params["head"]["kernel"]
-        return norm(h, scale, self.cfg.norm_eps) @ kernel
+        return self.rounded(norm(h, scale, self.cfg.norm_eps)) @ kernel
 
 
 def norm(x, scale, eps):

@@ -50,7 +50,8 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"layers/.*(attention/o|mlp/down)(_bias|/scales)", P(None)),
     (r"(layers/.*)?\w*norm/(scale|bias)", P(None)),
     (r"head/(kernel|padded)", P("fsdp", "tensor")),
-    (r"head/bias", P("tensor")),
+    (r"head/(kernel|padded)/values", P("tensor", "fsdp")),  # in 8 bits
+    (r"head/(bias|(kernel|padded)/scales)", P("tensor")),
     (r"routers/norm/scale", P(None)),
     (r"routers/(down|inner|vote)(_bias)?", P()),
 )

@@ -51,6 +51,7 @@ from dials_jax.models import families, transformer  # noqa: E402
 from dials_jax.models.folders import save_model  # noqa: E402
 from dials_jax.models.model import Model  # noqa: E402
 from dials_jax.nn import gates  # noqa: E402
+from dials_jax.nn.eight_bits import quantise_modules  # noqa: E402
 from dials_jax.reporting import figure, sweep_report  # noqa: E402
 from dials_jax.skipping.routed import init_routers  # noqa: E402
 
@@ -147,6 +148,18 @@ def amplify(params, factor):
     """Weights so large that sequences, tokens and layers differ; those of norms stay."""
     params = jax.device_get(params)
     return trees.map_named(lambda name, x: x if "norm" in name else factor * x, params)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def jitted_quantise(params, kind):
+    quantise = functools.partial(quantise_modules, name=kind)
+    layers = jax.vmap(quantise)(params["layers"])
+    return {"layers": layers, **quantise({"head": params["head"]})}
+
+
+def in_eight_bits(params, kind):
+    """The same parameters, layers stacked, with the weights of layers and head in 8 bits."""
+    return {**params, **jitted_quantise({k: params[k] for k in ("layers", "head")}, kind)}
 
 
 def silence(params, *ids):

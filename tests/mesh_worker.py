@@ -37,7 +37,6 @@ from dials_jax.evaluation.likelihood import score_pairs
 from dials_jax.evaluation.pairs import pad_pairs
 from dials_jax.models import transformer
 from dials_jax.models.model import Model, sequence_keys
-from dials_jax.nn.eight_bits import quantise_layer
 from dials_jax.nn.kernels import cudnn_attention as cudnn
 from dials_jax.nn.kernels import per_device
 from dials_jax.nn.kernels.dispatch import LOOKUP
@@ -263,9 +262,9 @@ def generate_as_on_gpus(mesh, cfg, params, routers):
 
 def in_eight_bits(mesh, cfg, routers):
     """Logits where a token's largest magnitude, and the sum of its products, span devices."""
-    params = conftest.init_params(cfg)
-    layers = jax.jit(jax.vmap(partial(quantise_layer, name="int8")))(params["layers"])
-    model = Model(cfg, {**params, "layers": layers}, mesh)
+    model = Model(cfg, conftest.in_eight_bits(conftest.init_params(cfg), "int8"), mesh)
+    head = jax.tree.map(lambda x: x.sharding.shard_shape(x.shape), model.params["head"]["kernel"])
+    assert head.values[0] == head.scales[0] == cfg.vocab_size // mesh.shape["tensor"]
     split = model.params["layers"]["mlp"]["down"].values.sharding.shard_shape((4, 32, 64))
     assert mesh.shape["tensor"] == 1 or split[2] < 64
     tokens = np.asarray(jax.random.randint(jax.random.key(5), (8, 12), 2, 60))

@@ -13,8 +13,7 @@ from dials_jax import sharding, trees
 from dials_jax.config import MeshConfig
 from dials_jax.errors import InputError
 from dials_jax.models import families
-from dials_jax.nn.eight_bits import quantise_layer
-from tests.conftest import init_params, random_routers, small_config
+from tests.conftest import in_eight_bits, init_params, random_routers, small_config
 
 KV_AXES = {"axis": -4, "heads": -2}  # keys and values: [..., B, S, K, H]
 MESH = AbstractMesh((2, 4, 2), sharding.AXES)  # sizes without devices
@@ -31,8 +30,7 @@ def named_parameters(family="llada", unrolled=False, eight_bits=False):
     cfg = CONFIGS[family]
     params = init_params(cfg)
     if eight_bits:
-        quantise = partial(quantise_layer, name="int8")
-        params = {**params, "layers": jax.jit(jax.vmap(quantise))(params["layers"])}
+        params = in_eight_bits(params, "int8")
     if unrolled:
         params = {**params, "layers": trees.unstack(params["layers"])}
     yield from trees.named_leaves({**params, "routers": random_routers(cfg)})
@@ -71,6 +69,8 @@ def test_large_matrices_are_split_over_both_axes():
     assert spec("layers/attention/q/values", 4, 8, 32) == P("tensor", None, "fsdp")
     assert spec("layers/attention/q/scales", 3, 4, 8) == P(None, "tensor", None)
     assert spec("head/kernel", 32, 64) == P("fsdp", "tensor")
+    assert spec("head/kernel/values", 64, 32) == P("tensor", "fsdp")
+    assert spec("head/kernel/scales", 64) == P("tensor")
     assert spec("layers/mlp_norm/scale", 3, 32) == P(None, None)
 
 

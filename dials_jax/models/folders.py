@@ -79,7 +79,8 @@ class ModelInfo(Typed):
     parameters: Count
     fingerprint: str  # of the weights, before they were quantised; routers remember it
     digests: dict[str, str]  # group's name -> digest of its stored bits
-    weights: EightBits | None = None  # those of layers are stored in 8 bits
+    weights: EightBits | None = None  # those of layers are stored in 8 bits, and so is the head,
+    head_in_8_bits: bool = False  # but in folders from before it was quantised
 
 
 # ----------------------------------------------------------------------------------- saving
@@ -101,7 +102,7 @@ def save_model(
       params: arrays of JAX or numpy, layers stacked or unrolled. Memory-mapped arrays stay on disk
         until their group's turn.
       dtype: of the stored weights; None keeps theirs.
-      weights: store those of layers in 8 bits, "fp8" or "int8".
+      weights: store those of layers and head in 8 bits, "fp8" or "int8".
       overwrite: replace an existing model folder, once the new one is complete.
 
     Raises: InputError, before anything is written, if the folder exists, the disk is too full or
@@ -140,10 +141,11 @@ def save_model(
             fingerprint=fingerprint.hex(),
             digests=stored_digests,
             weights=weights,
+            head_in_8_bits=weights is not None,
         )
         about = to_dict(info)
         if weights is None:  # earlier versions read the folder
-            del about["weights"]
+            del about["weights"], about["head_in_8_bits"]
 
         def describe():
             for file in tokenizer_files:
@@ -222,7 +224,7 @@ def load_model(
       dtype: of weights and activations; None keeps those stored.
       mesh: None is a mesh over all devices.
       layout: of the layers; "auto": see `groups.chosen_layout`.
-      weights: of the layers in 8 bits, "fp8" or "int8"; None keeps those stored.
+      weights: in 8 bits, "fp8" or "int8"; None keeps those stored.
       batch_invariant: see `dials_jax.load`.
 
     Raises: InputError if something is missing, broken or changed since it was saved.
@@ -235,15 +237,17 @@ def load_model(
         "the model that it was converted from",
     )
     cfg = info.model if dtype is None else dataclasses.replace(info.model, dtype=dtype)
-    shapes = stored_shapes(cfg, info.dtype, info.weights)
+    shapes, mesh = folder_shapes(info), mesh or sharding.make_mesh()
 
     def read(name: str, shardings: PyTree) -> PyTree:
-        return cast_others(read_group(folder, info, name, shapes[name], shardings), dtype)
+        group = cast_others(read_group(folder, info, name, shapes[name], shardings), dtype)
+        if name == "head" and info.weights is not None and not info.head_in_8_bits:
+            return groups.quantise_placed(name, group, info.weights, mesh)
+        return group
 
     if info.weights is None:
         return build_model(cfg, read, mesh, layout, str(folder), weights, batch_invariant)
-    mesh = mesh or sharding.make_mesh()
-    params = groups.assemble(cfg, read, mesh, layout, info.weights)
+    params = groups.assemble(cfg, read, mesh, layout, shapes)
     return Model(cfg, params, mesh, str(folder), info.fingerprint, batch_invariant)
 
 
@@ -270,9 +274,17 @@ def build_model(
 def stored_shapes(
     cfg: ModelConfig, dtype: str, weights: EightBits | None = None
 ) -> dict[str, PyTree]:
-    """Shapes and dtypes of the groups that a folder holds, by name."""
+    """Shapes and dtypes of the groups that `save_model` writes, by name."""
     cast = partial(cast_others, dtype=dtype)
     return jax.eval_shape(cast, groups.group_shapes(cfg, weights))
+
+
+def folder_shapes(info: ModelInfo) -> dict[str, PyTree]:
+    """Shapes and dtypes of the groups in the folder that `info` describes, by name."""
+    shapes = stored_shapes(info.model, info.dtype, info.weights)
+    if not info.head_in_8_bits:
+        shapes["head"] = stored_shapes(info.model, info.dtype)["head"]
+    return shapes
 
 
 def read_group(
@@ -281,7 +293,7 @@ def read_group(
     """Reads one group as it is stored.
 
     Args:
-      shapes: of `stored_shapes`.
+      shapes: of `folder_shapes`.
 
     Raises: InputError if it is missing, broken or changed.
     """

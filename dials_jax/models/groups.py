@@ -24,7 +24,7 @@ from dials_jax.errors import require
 from dials_jax.keys import seed_key
 from dials_jax.models import transformer
 from dials_jax.nn import fusing
-from dials_jax.nn.eight_bits import quantise_layer
+from dials_jax.nn.eight_bits import dequantise_modules, quantise_modules
 from dials_jax.nn.modules import Form, form_of
 
 ReadGroup = Callable[[str, PyTree], PyTree]  # a group's name, its shardings -> its placed arrays
@@ -46,14 +46,16 @@ def group_shapes(cfg: ModelConfig, weights: EightBits | None = None) -> dict[str
     So the embedding is read before the layers fill the memory.
 
     Args:
-      weights: of layers in 8 bits; None: as they are initialised.
+      weights: in 8 bits; None: as they are initialised.
     """
-    params = abstract_params(cfg)
-    layer = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), params["layers"])
+    kinds = abstract_params(cfg)
+    layer = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), kinds["layers"])
+    kinds["layers"] = layer
     if weights is not None:
-        layer = jax.eval_shape(partial(quantise_layer, name=weights), layer)
-    layers = {f"layers/{i:03d}": layer for i in range(cfg.num_layers)}
-    return {k: x for k, x in params.items() if k != "layers"} | layers
+        for kind, group in kinds.items():
+            kinds[kind] = jax.eval_shape(partial(quantise_group, kind, weights=weights), group)
+    layer = kinds.pop("layers")
+    return kinds | {f"layers/{i:03d}": layer for i in range(cfg.num_layers)}
 
 
 def get_group(cfg: ModelConfig, params: trees.Params, name: str) -> PyTree:
@@ -93,7 +95,7 @@ def placing(cfg: ModelConfig, params: trees.Params) -> ReadGroup:
 
 
 def quantising(read: ReadGroup, weights: EightBits, mesh: Mesh, found: Fingerprint) -> ReadGroup:
-    """Reads groups, whose weights of layers are in 8 bits before the next group is read.
+    """Reads groups, whose weights are in 8 bits before the next group is read.
 
     Args:
       found: is told the groups as they were read.
@@ -102,18 +104,32 @@ def quantising(read: ReadGroup, weights: EightBits, mesh: Mesh, found: Fingerpri
     def read_quantised(name: str, shardings: PyTree) -> PyTree:
         group = read(name, shardings)
         found.add_group(name, group)
-        group = quantise_group(name, group, weights)
-        return jax.device_put(group, sharding.param_shardings(group, mesh, f"{_kind(name)}/"))
+        return quantise_placed(name, group, weights, mesh)
 
     return read_quantised
 
 
+def quantise_placed(name: str, group: PyTree, weights: EightBits, mesh: Mesh) -> PyTree:
+    """`quantise_group`, placed on the mesh as weights in 8 bits are."""
+    group = quantise_group(name, group, weights)
+    return jax.device_put(group, sharding.param_shardings(group, mesh, f"{_kind(name)}/"))
+
+
 def quantise_group(name: str, group: PyTree, weights: EightBits) -> PyTree:
-    """A layer with its weights in 8 bits; another group as it is."""
-    return _quantise(group, name=weights) if _kind(name) == "layers" else group
+    """A layer or the head with its weights in 8 bits; another group as it is."""
+    if _kind(name) == "layers":
+        return _quantise(group, name=weights)
+    return _quantise({name: group}, name=weights)[name] if name == "head" else group
 
 
-_quantise = jax.jit(quantise_layer, static_argnames="name")
+def dequantise_group(name: str, group: PyTree, dtype: Any) -> PyTree:
+    """The same in the plain form, with the rounded weights."""
+    if _kind(name) == "layers":
+        return dequantise_modules(group, dtype)
+    return dequantise_modules({name: group}, dtype)[name] if name == "head" else group
+
+
+_quantise = jax.jit(quantise_modules, static_argnames="name")
 
 
 def _kind(name: str) -> str:
@@ -125,20 +141,20 @@ def assemble(
     read: ReadGroup,
     mesh: Mesh,
     layout: Layout,
-    weights: EightBits | None = None,
+    shapes: dict[str, PyTree] | None = None,
 ) -> trees.Params:
     """All groups, read one after the other, with the layers in the layout asked for.
 
     Args:
-      weights: as they are stored: shapes and shardings are those of weights in 8 bits.
+      shapes: of the groups as they are read; None: as they are initialised.
     """
     layout = chosen_layout(layout, mesh)
     params: dict[str, Any] = {"layers": ()}
     if layout == "fused":
         params["form"] = Form(fused=True)
-    for name, shapes in progress(group_shapes(cfg, weights).items(), "loading"):
+    for name, shape in progress((shapes or group_shapes(cfg)).items(), "loading"):
         key, _, layer = name.partition("/")
-        group = read(name, sharding.param_shardings(shapes, mesh, f"{key}/"))
+        group = read(name, sharding.param_shardings(shape, mesh, f"{key}/"))
         if not layer:
             params[key] = group
         elif layout != "stacked":

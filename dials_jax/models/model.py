@@ -53,7 +53,7 @@ class Model:
       config: shape and special tokens.
       params: nested dict of arrays, placed on `mesh`; `params["layers"]` stacked or a tuple.
       path: the folder that it was loaded from; empty for a model made in memory.
-      weights: in which 8 bits those of layers are, "fp8" or "int8"; None: in none.
+      weights: in which 8 bits those of layers and head are, "fp8" or "int8"; None: in none.
       batch_invariant: a sequence's result is bitwise the same in any batch; see `load`.
     """
 
@@ -93,9 +93,10 @@ class Model:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identifies the weights in any layout or dtype. In 8 bits they are others."""
+        """Identifies the weights in any layout or dtype. In 8 bits they are others, and earlier
+        versions, which left the head as it was, called theirs -fp8 or -int8."""
         own = self.source_fingerprint
-        return f"{own}-{self.weights}" if self.weights else own
+        return f"{own}-{self.weights}-head" if self.weights else own
 
     @cached_property
     def source_fingerprint(self) -> str:

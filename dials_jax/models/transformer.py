@@ -65,7 +65,7 @@ def prepare_for_inference(cfg: ModelConfig, params: trees.Params) -> trees.Param
     vocabulary padded. Every function here takes the parameters either way, with equal results.
     """
     head, form = params["head"], form_of(params)
-    pads = head["kernel"].shape[1] % VOCABULARY_UNIT != 0
+    pads = cfg.vocab_size % VOCABULARY_UNIT != 0
     if pads and not form.padded_head:
         head = {**head, "padded": pad_vocabulary(head["kernel"])}
     return {

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from dials_jax.config import ModelConfig
 from dials_jax.nn.attention import Attention, attend
 from dials_jax.nn.dropout import AFTER_ATTENTION, AFTER_MLP, Dropout, dropped
+from dials_jax.nn.eight_bits import Quantised, is_quantised
 from dials_jax.nn.kernels.dispatch import LOOKUP
 from dials_jax.nn.kernels.implementation import dispatch
 from dials_jax.nn.kv import KV, Slots, gather
@@ -127,7 +128,8 @@ class Embed(nnx.Module):
 
 
 class Head(nnx.Module):
-    """Untied projection to the vocabulary; float32 logits from matmuls in the stream's dtype.
+    """Untied projection to the vocabulary; float32 logits from matmuls in the stream's dtype, or
+    in 8 bits.
 
     In the form `padded_head` it holds the kernel a second time, zeros added until the vocabulary
     fills whole tiles.
@@ -141,10 +143,18 @@ class Head(nnx.Module):
 
     @jax.named_scope("head")
     def __call__(self, h: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        kernel = self.kernel if self.padded is None else self.padded
+        kernel = self.kernel if self.padded is None else self.padded  # either may be in 8 bits
         logits = linear(h, kernel, axes="BTD,DV->BTV", dtype=jnp.float32)[..., : self.vocab_size]
         return logits if self.bias is None else shifted(logits, self.bias[...])
 
 
-def pad_vocabulary(kernel: Float[Array, "D V"]) -> Float[Array, "D _"]:
-    return jnp.pad(kernel, ((0, 0), (0, -kernel.shape[1] % VOCABULARY_UNIT)))
+def pad_vocabulary(kernel: Float[Array, "D V"] | Quantised) -> Float[Array, "D _"] | Quantised:
+    """The kernel with zeros added until the vocabulary fills whole tiles."""
+    if is_quantised(kernel):  # the vocabulary comes first, and scales have no other axis
+        return jax.tree.map(lambda x: _padded(x, axis=0), kernel)
+    return _padded(kernel, axis=1)
+
+
+def _padded(x: Array, axis: int) -> Array:
+    extra = -x.shape[axis] % VOCABULARY_UNIT
+    return jnp.pad(x, [(0, extra if i == axis else 0) for i in range(x.ndim)])

@@ -5,8 +5,8 @@
 X and W are whole numbers to 127 (int8) or numbers with three bits behind the leading one, to 448
 (e4m3, "fp8"); their products are summed in int32 or float32. Weights are quantised once, from their
 values in bfloat16; a token's scale is computed when it arrives, from its own values alone, so that
-its result depends on no other token of the batch. Only matmuls of the layers are quantised: the
-embedding, the head, norms, modulations and routers stay as they are.
+its result depends on no other token of the batch. The matmuls of the layers and the head are
+quantised; the embedding, norms, modulations and routers stay as they are.
 
 Source: Dettmers et al. 2022 (LLM.int8(), section 2.1: a scale per row and per column); Micikevicius
 et al. 2022 (FP8 Formats for Deep Learning).
@@ -14,6 +14,7 @@ et al. 2022 (FP8 Formats for Deep Learning).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,13 +36,14 @@ SMALLEST = 1e-30  # least largest magnitude: what is all zero is divided by no z
 SUMMED_AXES = {
     "attention": {"q": 1, "k": 1, "v": 1, "o": 2},
     "mlp": {"gate": 1, "up": 1, "down": 1},
+    "head": {"kernel": 1},
 }
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Quantised:
-    """An array as `values * scales`: a weight of layers, or the input of one.
+    """An array as `values * scales`: a weight of layers or of the head, or the input of one.
 
     The axes that a product sums over come last, in weights and inputs alike: a GPU's products of 8
     bits read both so, and XLA would transpose weights in every call.
@@ -84,13 +86,15 @@ def dequantise(x: Quantised, dtype: Any = jnp.float32) -> Float[Array, "..."]:
     return (x.values.astype(jnp.float32) * scales).astype(dtype)
 
 
-def xla_matmul(x: Float[Array, "..."], weight: Quantised) -> Float[Array, "..."]:
-    """x, quantised per token, times the weight: in float32."""
+def xla_matmul(
+    x: Float[Array, "..."], weight: Quantised, dtype: Any = jnp.float32
+) -> Float[Array, "..."]:
+    """x, quantised per token, times the weight: in float32, and rounded once to `dtype`."""
     x = quantise(x, weight.name, weight.num_summed)
     last = (tuple(range(a.ndim - weight.num_summed, a.ndim)) for a in (x.values, weight.values))
     sums = _dot(x.values, weight.values, (tuple(last), ((), ())))
     scales = jnp.expand_dims(x.scales, tuple(range(x.scales.ndim, sums.ndim)))
-    return sums * scales * weight.scales
+    return (sums * scales * weight.scales).astype(dtype)
 
 
 def _dot(x: Array, weight: Array, dimensions: Any) -> Float[Array, "..."]:
@@ -108,31 +112,43 @@ def _dot(x: Array, weight: Array, dimensions: Any) -> Float[Array, "..."]:
     )
 
 
-# ------------------------------------------------------------------------- layers of a model
+# ------------------------------------------------------------------------- parts of a model
 
 
-def quantise_layer(layer: Params, name: EightBits) -> Params:
-    """One layer, as it is initialised or read, with its weights in 8 bits."""
-    out = {module: dict(arrays) for module, arrays in layer.items()}
-    for module, summed in SUMMED_AXES.items():
-        for weight in summed.keys() & out[module].keys():
-            count, x = summed[weight], out[module][weight].astype(jnp.bfloat16)
-            x = jnp.transpose(x, (*range(count, x.ndim), *range(count)))
-            out[module][weight] = quantise(x, name, count)
-    return out
+def quantise_modules(modules: Params, name: EightBits) -> Params:
+    """Modules by name, as they are initialised or read, with their weights in 8 bits: one layer, or
+    {"head": ...}."""
+
+    def one(x: Any, count: int) -> Quantised:
+        x = x.astype(jnp.bfloat16)
+        return quantise(jnp.transpose(x, (*range(count, x.ndim), *range(count))), name, count)
+
+    return _on_weights(one, modules)
 
 
-def dequantise_layer(layer: Params, dtype: Any) -> Params:
-    """A layer in the plain form with the rounded weights; others keep their dtype."""
-    out = {module: dict(arrays) for module, arrays in layer.items()}
-    for module, summed in SUMMED_AXES.items():
-        for weight in summed.keys() & out[module].keys():
-            x, count = out[module][weight], summed[weight]
-            if is_quantised(x):
-                x = dequantise(x, dtype)
-                x = jnp.transpose(x, (*range(x.ndim - count, x.ndim), *range(x.ndim - count)))
-            out[module][weight] = x
-    return out
+def dequantise_modules(modules: Params, dtype: Any) -> Params:
+    """The modules in the plain form with the rounded weights; others keep their dtype."""
+
+    def one(x: Any, count: int) -> Any:
+        if not is_quantised(x):
+            return x
+        x = dequantise(x, dtype)
+        return jnp.transpose(x, (*range(x.ndim - count, x.ndim), *range(x.ndim - count)))
+
+    return _on_weights(one, modules)
+
+
+def _on_weights(fn: Callable[[Any, int], Any], modules: Params) -> Params:
+    """`fn` of every weight that 8 bits are for, and of the number of axes it is summed over."""
+
+    def one(module: str, name: str, x: Any) -> Any:
+        count = SUMMED_AXES.get(module, {}).get(name)
+        return x if count is None else fn(x, count)
+
+    return {
+        module: {name: one(module, name, x) for name, x in arrays.items()}
+        for module, arrays in modules.items()
+    }
 
 
 def is_quantised(x: Any) -> bool:
@@ -152,6 +168,6 @@ def without_scales(params: Params) -> Params:
 
 
 def weights_kind(params: Params) -> EightBits | None:
-    """In which 8 bits the weights of a model or a layer are; None: they are not quantised."""
+    """In which 8 bits the weights of a model or a part of it are; None: they are not quantised."""
     leaves = jax.tree.leaves(params, is_leaf=is_quantised)
     return next((x.name for x in leaves if is_quantised(x)), None)

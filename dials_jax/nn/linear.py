@@ -8,6 +8,7 @@ operation in x's dtype.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -37,7 +38,7 @@ PRODUCT = (  # (x, kernel, axes, dtype), as `linear` takes them -> x times the k
     fixed_tiles(tiled_product),
     plain_jax(xla_product),
 )
-MATMUL_8 = (  # (x, weight in 8 bits) -> x, quantised per token, times the weight
+MATMUL_8 = (  # (x, weight in 8 bits, dtype) -> x, quantised per token, times the weight
     Implementation("hopper_matmul", HOPPER, matmul_refusal, run_matmul, "both"),
     fixed_tiles(tiled_matmul_8),
     plain_jax(xla_matmul),
@@ -61,19 +62,19 @@ def linear(
     """
     kernel = array_of(kernel)
     if is_quantised(kernel):
-        y = matmul_8(x, kernel).astype(dtype or x.dtype)
+        y = matmul_8(x, kernel, dtype or x.dtype)
     else:
         y = dispatch(PRODUCT, x, kernel.astype(x.dtype), axes, dtype)
     return y if bias is None else shifted(y, array_of(bias))
 
 
-@jax.custom_jvp
-def matmul_8(x: Float[Array, "..."], weight: Quantised) -> Float[Array, "..."]:
-    return dispatch(MATMUL_8, x, weight)
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def matmul_8(x: Float[Array, "..."], weight: Quantised, dtype: Any) -> Float[Array, "..."]:
+    return dispatch(MATMUL_8, x, weight, dtype)
 
 
 @matmul_8.defjvp
-def _has_no_gradient(primals, tangents):
+def _has_no_gradient(dtype, primals, tangents):
     raise NotImplementedError("weights in 8 bits have no gradient; load the model without weights=")
 
 

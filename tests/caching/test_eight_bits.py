@@ -3,14 +3,12 @@
 import dataclasses
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
 import dials_jax as dj
 from dials_jax.caching.plain import DualCache, PrefixCache
 from dials_jax.models.model import Model
-from dials_jax.nn.eight_bits import quantise_layer
 from dials_jax.reference import Decoder
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.dream import Dream
@@ -18,6 +16,7 @@ from dials_jax.sampling.generate import generate
 from dials_jax.skipping.policies import Static
 from tests.caching.cases import CACHES, keys_of, policies_of
 from tests.caching.test_compositions import SAMPLERS, assert_equal_to_the_decoder
+from tests.conftest import in_eight_bits
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = [
@@ -34,8 +33,7 @@ CASES = [
 @pytest.fixture(scope="module")
 def in_8_bits(models):
     def make(model, kind):
-        quantise = jax.jit(jax.vmap(lambda layer: quantise_layer(layer, kind)))
-        return Model(model.config, {**model.params, "layers": quantise(model.params["layers"])})
+        return Model(model.config, in_eight_bits(model.params, kind))
 
     return {(k, x): make(models[x], k) for k in ("int8", "fp8") for x in ("llada", "dream")}
 

@@ -13,15 +13,24 @@ from dials_jax.config import RouterConfig, TrainConfig
 from dials_jax.errors import InputError
 from dials_jax.estimates import device_bytes
 from dials_jax.files import read_json, write_json
-from dials_jax.models.folders import read_info, save_model
+from dials_jax.models import families
+from dials_jax.models.folders import (
+    CHUNK_BYTES,
+    group_digest,
+    read_info,
+    save_model,
+    stored_shapes,
+)
 from dials_jax.models.model import Model
-from dials_jax.nn.eight_bits import is_quantised
+from dials_jax.nn.eight_bits import dequantise_modules, is_quantised
 from dials_jax.skipping.storage import load_router, save_router
+from dials_jax.stored import save_tree
 from dials_jax.training.run import prepare_run
 from tests.conftest import random_routers
 from tests.convert.conftest import main as convert
 
-SOURCE = Path(__file__).parents[1] / "golden" / "llada_tiny"
+GOLDEN = Path(__file__).parents[1] / "golden"
+SOURCE = GOLDEN / "llada_tiny"
 KINDS = ("int8", "fp8")
 
 
@@ -56,10 +65,11 @@ def test_stored_weights_are_those_quantised_at_load(plain, loaded, stored, kind)
     assert_same(found.params, loaded[kind].params)
     assert_same(dj.load(stored / kind, weights=kind, layout="unrolled").params["layers"][2],
                 trees.layer_slice(found.params["layers"], 2))  # fmt: skip
-    for other in ("embed", "head", "final_norm"):
+    for other in ("embed", "final_norm"):
         assert_same(found.params[other], plain.params[other])
+    assert is_quantised(found.params["head"]["kernel"])
     assert found.weights == kind == read_info(stored / kind).weights
-    assert found.fingerprint == loaded[kind].fingerprint == f"{plain.fingerprint}-{kind}"
+    assert found.fingerprint == loaded[kind].fingerprint == f"{plain.fingerprint}-{kind}-head"
     assert found.source_fingerprint == plain.fingerprint
     assert f"weights in {kind}" in repr(found)
     assert found.num_parameters == plain.num_parameters
@@ -72,12 +82,54 @@ def test_weights_in_bfloat16_and_in_float32_give_the_same(loaded):
     assert half.params["layers"]["mlp_norm"]["scale"].dtype == "bfloat16"
 
 
-def test_layers_take_half_of_bfloat16(loaded):
+@pytest.mark.parametrize("part", ["layers", "head"])
+def test_layers_and_head_take_half_of_bfloat16(loaded, part):
     both = (dj.load(SOURCE, "bfloat16", weights=x) for x in (None, "fp8"))
-    half, eight = (device_bytes(model.params["layers"]) for model in both)
-    leaves = jax.tree.leaves(loaded["fp8"].params["layers"], is_leaf=is_quantised)
+    half, eight = (device_bytes(model.params[part]) for model in both)
+    leaves = jax.tree.leaves(loaded["fp8"].params[part], is_leaf=is_quantised)
     scales = sum(x.scales.nbytes for x in leaves if is_quantised(x))
     assert eight - scales < 0.51 * half
+
+
+@pytest.mark.parametrize("family", [families.llada_8b, families.dream_7b])
+def test_weights_of_published_shapes_take_little_more_than_half(family):
+    cfg = family()
+    sizes = [num_bytes(stored_shapes(cfg, "bfloat16", weights)) for weights in (None, "int8")]
+    assert 0.5 < sizes[1] / sizes[0] < 0.55  # the embedding stays as it is
+
+
+def num_bytes(shapes):
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_folders_from_before_the_head_was_quantised_are_read(plain, stored, loaded, kind, tmp_path):
+    """Their head is quantised as it is read, as `load` does it: bit by bit what is stored now."""
+    old = tmp_path / kind
+    shutil.copytree(stored / kind, old)
+    shutil.rmtree(old / "params" / "head")
+    save_tree(old / "params" / "head", plain.params["head"], "again", CHUNK_BYTES)
+    about = read_json(old / "config.json")
+    about["digests"]["head"] = group_digest(plain.params["head"])
+    del about["head_in_8_bits"]
+    write_json(old / "config.json", about, digest=True)
+    assert_same(dj.load(old).params, loaded[kind].params)
+    assert dj.load(old, layout="unrolled").fingerprint == loaded[kind].fingerprint
+    exported = dj.export_model(old, tmp_path / "out", "float32")  # what the folder holds
+    assert_same(dj.load(exported).params["head"], plain.params["head"])
+
+
+def test_a_head_that_was_tied_is_an_array_of_its_own(tmp_path):
+    """A tied checkpoint is read with two arrays, of which the embedding stays as it is."""
+    source = GOLDEN / "gpt2_tiny"
+    plain, int8 = dj.load(source), dj.load(source, weights="int8")
+    np.testing.assert_array_equal(plain.params["head"]["kernel"].T, plain.params["embed"]["table"])
+    assert_same(int8.params["embed"], plain.params["embed"])
+    head = dequantise_modules({"head": int8.params["head"]}, np.float32)["head"]["kernel"]
+    step = np.abs(plain.params["head"]["kernel"]).max(axis=0) / 127
+    assert (np.abs(head - plain.params["head"]["kernel"]) <= 0.51 * step + 0.004 * step * 127).all()
+    exported = dj.export_model(int8, tmp_path / "out", "float32")
+    assert_same(dj.load(exported).params["head"], {"kernel": head})
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -147,5 +199,5 @@ def test_damaged_numbers_and_scales_are_found(stored, tmp_path):
     shutil.copytree(stored / "int8", tmp_path / "int8")
     config = tmp_path / "int8" / "config.json"
     write_json(config, read_json(config) | {"weights": "fp8"}, digest=True)
-    with pytest.raises(InputError, match=r"params/layers.* cannot be read"):
+    with pytest.raises(InputError, match=r"params/head cannot be read"):
         dj.load(tmp_path / "int8")

@@ -6,8 +6,9 @@ import pytest
 from flax import nnx
 
 from dials_jax.errors import InputError
+from dials_jax.models.transformer import head_logits, prepare_for_inference
 from dials_jax.nn import attention, mlp
-from dials_jax.nn.eight_bits import quantise, quantise_layer
+from dials_jax.nn.eight_bits import quantise, quantise_modules
 from dials_jax.nn.fusing import fuse
 from dials_jax.nn.kernels import dispatch, hopper_attention, hopper_matmul, per_device
 from dials_jax.nn.kernels.implementation import NAMES, pick
@@ -33,10 +34,10 @@ def taken(monkeypatch):
         names.append("swiglu")
         return jnp.zeros((*x.shape[:-1], gate_up.shape[1] // 2), x.dtype)
 
-    def matmul_e4m3(x, weight, halves=1):
+    def matmul_e4m3(x, weight, halves=1, dtype="bfloat16"):
         names.append("matmul" if halves == 1 else "swiglu")
         columns = weight.scales.shape if halves == 1 else (weight.scales.size // 2,)
-        return jnp.zeros((*x.shape[: x.ndim - weight.num_summed], *columns), x.dtype)
+        return jnp.zeros((*x.shape[: x.ndim - weight.num_summed], *columns), dtype)
 
     monkeypatch.setattr(per_device, "on_hopper", lambda: True)
     monkeypatch.setattr(hopper_attention, "window_attention", window_attention)
@@ -110,11 +111,25 @@ def test_products_in_8_bits(taken, kind, dtype, depth, columns, expected):
     assert out.shape == (3, 5, columns // 8, 8) and out.dtype == dtype and taken == expected
 
 
+@pytest.mark.parametrize("vocab_size", [128, 126_464, 152_064, 100])  # the last one is padded
+def test_the_head_in_8_bits(taken, vocab_size):
+    """Its logits are float32 as they leave the kernel."""
+    cfg = small_config(d_model=128, vocab_size=vocab_size, dtype="bfloat16")
+
+    def logits(h):
+        kernel = quantise(jnp.ones((vocab_size, 128)), "fp8", 1)
+        params = {"head": {"kernel": kernel}, "final_norm": {"scale": jnp.ones(128)}, "layers": ()}
+        return head_logits(cfg, prepare_for_inference(cfg, params), h)
+
+    out = jax.eval_shape(logits, jnp.ones((3, 5, 128), "bfloat16"))
+    assert (out.shape, out.dtype, taken) == ((3, 5, vocab_size), "float32", ["matmul"])
+
+
 @pytest.mark.parametrize("fused, expected", [(True, ["swiglu"]), (False, ["matmul"] * 2)])
 def test_swiglu_in_8_bits(taken, fused, expected):
     cfg = small_config(d_model=128, d_ff=128, dtype="bfloat16")
     layer = jax.tree.map(lambda x: x[0], init_params(cfg)["layers"])
-    layer = quantise_layer(layer, "fp8")
+    layer = quantise_modules(layer, "fp8")
     module = mlp.MLP(cfg, nnx.Rngs(0), fused)
     nnx.update(module, nnx.State((fuse(layer) if fused else layer)["mlp"]))
     hidden = jax.eval_shape(module.hidden, jnp.ones((3, 5, 128), "bfloat16"))

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from dials_jax.nn import eight_bits
-from dials_jax.nn.eight_bits import dequantise, dequantise_layer, quantise, quantise_layer
+from dials_jax.nn.block import Head, pad_vocabulary
+from dials_jax.nn.eight_bits import dequantise, dequantise_modules, quantise, quantise_modules
 from dials_jax.nn.fusing import fuse, unfuse
 from dials_jax.nn.linear import linear
+from dials_jax.nn.modules import Form, bind
 from tests.conftest import init_params, small_config
 
 LARGEST = {"int8": np.float32(127), "fp8": np.float32(448)}
@@ -22,6 +24,7 @@ AXES = {
     "BTD,DNH->BTNH": (1, (24, 5, 8)),
     "BTNH,NHD->BTD": (2, (3, 8, 40)),
 }
+HEAD = "BTD,DV->BTV"
 
 
 def draw(*shape, seed=0, dtype=np.float32):
@@ -43,7 +46,7 @@ def plain_quantise(x, kind, axes):
 
 def plain_linear(x, kernel, kind, axes):
     """Quantise, multiply, sum exactly, dequantise."""
-    count = AXES[axes][0]
+    count = 1 if axes == HEAD else AXES[axes][0]
     last = tuple(range(-count, 0))
     x, x_scale = plain_quantise(x, kind, last)
     w, w_scale = plain_quantise(kernel.astype(ml_dtypes.bfloat16), kind, tuple(range(count)))
@@ -54,12 +57,12 @@ def plain_linear(x, kernel, kind, axes):
 
 
 def weight_of(kernel, kind, axes):
-    """As a layer's weight is quantised."""
-    module, name = {"BTD,DF->BTF": ("mlp", "up"), "BTD,DNH->BTNH": ("attention", "q")}.get(
-        axes, ("attention", "o")
-    )
-    layer = {"mlp": {}, "attention": {}} | {module: {name: jnp.asarray(kernel)}}
-    return quantise_layer(layer, kind)[module][name]
+    """As a model's weight is quantised."""
+    module, name = {
+        "BTD,DF->BTF": ("mlp", "up"), "BTD,DNH->BTNH": ("attention", "q"),
+        "BTNH,NHD->BTD": ("attention", "o"), HEAD: ("head", "kernel"),
+    }[axes]  # fmt: skip
+    return quantise_modules({module: {name: jnp.asarray(kernel)}}, kind)[module][name]
 
 
 @pytest.mark.parametrize("axes", AXES)
@@ -77,6 +80,26 @@ def test_products_are_those_of_numpy(kind, axes):
     exact = np.einsum(axes, x, kernel)
     error = np.abs(actual - exact).max() / np.abs(exact).max()
     assert 0 < error < {"int8": 0.05, "fp8": 0.1}[kind]
+
+
+@pytest.mark.parametrize("vocab_size, padded", [(128, False), (131, False), (131, True)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_of_the_head_are_those_of_numpy(kind, vocab_size, padded):
+    """In float32, from a stream in bfloat16: nothing is rounded behind the product."""
+    cfg = small_config(d_model=24, vocab_size=vocab_size, head_bias=True, dtype="bfloat16")
+    h, kernel = draw(2, 9, 24, dtype=ml_dtypes.bfloat16), draw(24, vocab_size, seed=1)
+    bias = draw(vocab_size, seed=2)
+    head = {"kernel": weight_of(kernel, kind, HEAD), "bias": jnp.asarray(bias)}
+    assert head["kernel"].scales.shape == (vocab_size,)  # one for every token of the vocabulary
+    if padded:
+        head["padded"] = pad_vocabulary(head["kernel"])
+    module = bind(Head, head, cfg, form=Form(padded_head=padded))
+    actual, expected = jax.jit(module)(h), plain_linear(h, kernel, kind, HEAD) + bias
+    assert actual.dtype == np.float32 and actual.shape == (2, 9, vocab_size)
+    if kind == "int8":
+        np.testing.assert_array_equal(actual, expected)
+    else:
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -108,14 +131,14 @@ def test_a_token_is_multiplied_alike_in_every_batch(kind):
 def test_no_other_weights_are_quantised_and_both_layouts_are():
     cfg = small_config(qkv_bias=True)
     layers = init_params(cfg)["layers"]
-    one = quantise_layer(jax.tree.map(lambda x: x[1], layers), "int8")
+    one = quantise_modules(jax.tree.map(lambda x: x[1], layers), "int8")
     assert {k for part in one.values() for k, x in part.items() if eight_bits.is_quantised(x)} == {
         *"qkvo", "gate", "up", "down"
     }  # fmt: skip
-    stacked = jax.vmap(lambda layer: quantise_layer(layer, "int8"))(layers)
+    stacked = jax.vmap(lambda layer: quantise_modules(layer, "int8"))(layers)
     for a, b in zip(jax.tree.leaves(stacked), jax.tree.leaves(one), strict=True):
         np.testing.assert_array_equal(a[1], b)
-    back = dequantise_layer(one, np.float32)
+    back = dequantise_modules(one, np.float32)
     for a, b in zip(jax.tree.leaves(layers), jax.tree.leaves(back), strict=True):
         np.testing.assert_allclose(a[1], b, atol=0.01 * np.abs(a[1]).max())
     joined = jax.jit(fuse)(one)

@@ -103,6 +103,9 @@ def test_products_of_e4m3(
         (6144, 4096, 1, 256),
         (6144, 12288, 2, 128),
         (6144, 4160, 1, 64),
+        (128, 126_464, 1, 128),  # heads
+        (512, 126_464, 1, 256),
+        (512, 152_064, 1, 256),
     ],
 )
 def test_widths_of_tiles(num_rows, num_columns, halves, tile, monkeypatch):
@@ -120,6 +123,17 @@ def test_heads_and_leading_dimensions_of_e4m3(interpreted):
     assert actual.shape == (2, 3, 4, 32)
     expected = xla_matmul(x, quantise(kernel.T, "fp8", 1)).reshape(actual.shape)
     np.testing.assert_allclose(actual.astype("float32"), expected, rtol=2**-8, atol=1e-5)
+
+
+@pytest.mark.parametrize("tile", [64, 256])
+def test_results_in_float32(tile, interpreted, monkeypatch):
+    """As a head's logits are: nothing is rounded."""
+    monkeypatch.setattr(module, "tile_columns", lambda operands: tile)
+    x, kernel = make((13,), 256, 128)
+    weight = quantise(kernel.T, "fp8", 1)
+    actual = matmul_e4m3(x, weight, dtype=jnp.float32)
+    assert actual.dtype == jnp.float32
+    np.testing.assert_allclose(actual, xla_matmul(x, weight), rtol=1e-5, atol=1e-5)
 
 
 def test_rounding_in_one_pass(interpreted):

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -135,7 +136,10 @@ swiglu.defvjp(
 
 
 def matmul_refusal(
-    x: Float[Array, "B ..."], weight: Quantised | Array, halves: int = 1
+    x: Float[Array, "B ..."],
+    weight: Quantised | Array,
+    dtype: Any = jnp.bfloat16,
+    halves: int = 1,
 ) -> str | None:
     """Why the kernel cannot multiply x, quantised as it arrives, by this weight; None: it does."""
     if not is_quantised(weight) or weight.values.dtype != NUMBERS["fp8"]:
@@ -147,15 +151,21 @@ def matmul_refusal(
     depth = math.prod(weight.values.shape[weight.scales.ndim :])
     if x.dtype != jnp.bfloat16 or not x.size or columns % 64 or not depth_fits(depth):
         return f"it needs inputs in bfloat16, columns in multiples of 64, depth of {TILE_BYTES}"
+    if dtype not in (jnp.bfloat16, jnp.float32):
+        return "its results are bfloat16 or float32"
     return None
 
 
-def run_matmul(x: Float[Array, "B ..."], weight: Quantised) -> Float[Array, "B ..."]:
-    return sequences_per_device(matmul_e4m3, x, weight)
+def run_matmul(
+    x: Float[Array, "B ..."], weight: Quantised, dtype: Any = jnp.bfloat16
+) -> Float[Array, "B ..."]:
+    return sequences_per_device(partial(matmul_e4m3, dtype=dtype), x, weight)
 
 
-def matmul_e4m3(x: Float[Array, "..."], weight: Quantised, halves: int = 1) -> Float[Array, "..."]:
-    """x, quantised per token, times the weight, in float32 and rounded once to bfloat16.
+def matmul_e4m3(
+    x: Float[Array, "..."], weight: Quantised, halves: int = 1, dtype: Any = jnp.bfloat16
+) -> Float[Array, "..."]:
+    """x, quantised per token, times the weight, in float32 and rounded once to `dtype`.
 
     Args:
       halves: 2: the weight is that of gate and up, and the result is SwiGLU's.
@@ -172,7 +182,7 @@ def matmul_e4m3(x: Float[Array, "..."], weight: Quantised, halves: int = 1) -> F
         weight.scales.reshape(-1),
         halves,
     )
-    y = multiply_tiles(operands, tile_columns(operands))
+    y = multiply_tiles(operands, tile_columns(operands), dtype)
     columns = weight.scales.shape if halves == 1 else (-1,)
     return y[:num_rows].reshape(*leading, *columns)
 

@@ -51,12 +51,15 @@ def tiled_product(
     return y.reshape(*x.shape[: x.ndim - n], *weight.shape[n:])
 
 
-def tiled_matmul_8(x: Float[Array, "..."], weight: Quantised) -> Float[Array, "..."]:
+def tiled_matmul_8(
+    x: Float[Array, "..."], weight: Quantised, dtype: Any = jnp.float32
+) -> Float[Array, "..."]:
     """`xla_matmul`, summed alike for every row of x."""
     leading, depth = x.shape[: x.ndim - weight.num_summed], math.prod(x.shape[-weight.num_summed :])
     columns = weight.scales.shape
     matrix = Quantised(weight.values.reshape(-1, depth), weight.scales.reshape(-1))
-    y = in_row_tiles(partial(xla_matmul, weight=matrix), x.reshape(-1, depth))
+    product = partial(xla_matmul, weight=matrix, dtype=dtype)
+    y = in_row_tiles(product, x.reshape(-1, depth))
     return y.reshape(*leading, *columns)
 
 
