@@ -60,7 +60,7 @@ def add_layers(parser: argparse.ArgumentParser) -> None:
 
 
 def add_layout(parser: argparse.ArgumentParser) -> None:
-    """Adds how the weights of layers are held: their layout, and 8 bits."""
+    """Adds how weights are held: the layout of layers, and 8 bits."""
     choices = ["auto", "stacked", "unrolled", "fused"]
     parser.add_argument("--layout", default="auto", choices=choices)
     add_weights(parser)
@@ -68,7 +68,7 @@ def add_layout(parser: argparse.ArgumentParser) -> None:
 
 def add_weights(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--weights", choices=["fp8", "int8"], help="layers in 8 bits; default: bfloat16"
+        "--weights", choices=["fp8", "int8"], help="layers and head in 8 bits; default: bfloat16"
     )
 
 

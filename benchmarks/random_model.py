@@ -49,7 +49,7 @@ def make_model(
 
     Args:
       mesh: None: one over all devices. The weights do not depend on it.
-      weights: of layers in 8 bits, as `load` quantises them.
+      weights: in 8 bits, as `load` quantises them.
       batch_invariant: as `load` takes it.
     """
     mesh, key, made = mesh or sharding.make_mesh(), seed_key(seed), {}

@@ -35,8 +35,8 @@ def load(
       dtype: of weights and activations, "bfloat16" or "float32"; None keeps those stored.
       mesh: None is a mesh over all devices.
       layout: of the layers; "auto": see `groups.chosen_layout`.
-      weights: "fp8" or "int8" quantises the weights of layers, one layer after the other, and their
-        inputs in every call (see `dials_jax.nn.eight_bits`); None keeps those stored.
+      weights: "fp8" or "int8" quantises the weights of head and layers, one after the other, and
+        their inputs in every call (see `dials_jax.nn.eight_bits`); None keeps those stored.
       batch_invariant: a sequence's logits and tokens are then bitwise the same in any batch: by
         kernels whose sums have one order (see docs/evaluation.md). That costs some speed.
 
@@ -71,7 +71,7 @@ def read_formats(
     path: str | Path, dtype: Any = None, weights: EightBits | None = None
 ) -> tuple[str, EightBits | None]:
     """The number format of the weights that `load` would load, and in which 8 bits those of layers
-    are; no weight is read."""
+    and head are; no weight is read."""
     folder, is_own = find_model(path)
     if not is_own:
         return _open_hugging_face(folder, dtype)[0].dtype, weights

@@ -55,7 +55,7 @@ def convert_options() -> Options:
     parser.add_argument(
         "--weights",
         choices=get_args(EightBits),
-        help="store those of layers in 8 bits, at half the size of bfloat16",
+        help="store layers and head in 8 bits, at half the size of bfloat16",
     )
     group = parser.add_argument_group("of a .ckpt")
     group.add_argument(

@@ -64,7 +64,7 @@ def add_place_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: as stored")
     group.add_argument(
         "--weights", choices=("fp8", "int8"),
-        help="those of layers in 8 bits, quantised as they are loaded; default: as stored",
+        help="layers and head in 8 bits, quantised as they are loaded; default: as stored",
     )  # fmt: skip
     group.add_argument(
         "--batch-invariant", action="store_true",

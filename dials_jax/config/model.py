@@ -10,7 +10,7 @@ from dials_jax.errors import require
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 WeightDtype = Literal["bfloat16", "float32"]  # models are stored and loaded in one of these
-EightBits = Literal["fp8", "int8"]  # weights of layers in 8 bits: see nn/eight_bits.py
+EightBits = Literal["fp8", "int8"]  # weights in 8 bits: see nn/eight_bits.py
 Layout = Literal["auto", "stacked", "unrolled", "fused"]  # of the parameters of layers
 Votes = Literal["hard", "soft"]  # what routers count at inference: see `Routed`
 DTYPES = get_args(Dtype)

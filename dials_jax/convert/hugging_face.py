@@ -159,7 +159,7 @@ def convert_folder(
     """Converts a Hugging Face folder to a model folder, with one layer at a time in memory.
 
     Args:
-      weights: of layers, to be stored in 8 bits: see `save_model`.
+      weights: to be stored in 8 bits: see `save_model`.
     """
     opened = open_hugging_face(source, dtype)
     return write_model_folder(target, *opened, Path(source).expanduser(), weights)
@@ -168,7 +168,7 @@ def convert_folder(
 def quantise_folder(
     source: Path, target: str | Path, dtype: Any, weights: EightBits
 ) -> ModelConfig:
-    """Writes a model folder of this library again, with weights of layers in 8 bits.
+    """Writes a model folder of this library again, with weights in 8 bits.
 
     Raises: InputError if they are so already.
     """

@@ -53,7 +53,7 @@ class HarnessModel(AnswerSettings):
     static: tuple[int, ...] = ()  # layers that are left out, counted from 0
     num_random: int = 0  # layers that are left out at random
     dtype: WeightDtype | None = None
-    weights: EightBits | None = None  # those of layers in 8 bits; None: as they are stored
+    weights: EightBits | None = None  # in 8 bits: layers and head; None: as stored
     batch_invariant: bool = False  # bitwise the same answers in any batch: see `dials_jax.load`
     layout: Layout = "auto"
     mesh: MeshConfig = MeshConfig()

@@ -201,7 +201,7 @@ class EvalConfig(Typed):
         "stacked"  # stacked compiles much faster
     )
     dtype: WeightDtype | None = None
-    weights: EightBits | None = None  # those of layers in 8 bits; None: as they are stored
+    weights: EightBits | None = None  # in 8 bits: layers and head; None: as stored
     batch_invariant: bool = False  # bitwise the same scores at any batch size: see `dials_jax.load`
     seed: Seed = 0
 

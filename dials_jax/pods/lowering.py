@@ -168,7 +168,7 @@ def inference_shapes(
 
     Args:
       layout: of the layers; "auto": see `groups.chosen_layout`.
-      weights: of the layers in 8 bits.
+      weights: in 8 bits.
       dtype: of the weights; None: that of activations.
     """
     groups, layout = stored_shapes(cfg, dtype or cfg.dtype, weights), chosen_layout(layout, mesh)

@@ -11,19 +11,21 @@ from benchmarks.eight_bits_kernels import differ, kernel_rows
 
 @pytest.fixture
 def cfg(monkeypatch):
-    monkeypatch.setattr(module, "products", lambda cfg: {"way down": (128, 64, 1)})
+    monkeypatch.setattr(module, "products", lambda cfg: {"way down": (128, 64, {})})
 
 
-def test_the_kernels_are_right_at_odd_numbers_of_rows(cfg, interpreted):
-    [row, _] = kernel_rows(cfg, [3, 8])
-    assert 0 < row["off"] < 0.3 and row["split"] == row["rounded"] == 0
+@pytest.mark.parametrize("how, most", [({}, 0.3), ({"dtype": jnp.float32}, 1e-4)])  # a head's
+def test_the_kernels_are_right_at_odd_numbers_of_rows(how, most, interpreted, monkeypatch):
+    monkeypatch.setattr(module, "products", lambda cfg: {"product": (128, 64, how)})
+    [row, _] = kernel_rows(None, [3, 8])
+    assert 0 < row["off"] < most and row["split"] == row["rounded"] == 0
 
 
 def test_a_wrong_kernel_is_noticed(cfg, monkeypatch):
     """Without an interpreter: XLA's sums stand for the kernel's, and then others."""
 
-    def multiply(x, weight, halves, wrong=1.0):
-        return (wrong * module.reference(x, weight, halves)).astype(jnp.bfloat16)
+    def multiply(x, weight, wrong=1.0):
+        return (wrong * module.reference(x, weight)).astype(jnp.bfloat16)
 
     monkeypatch.setattr(module, "quantise_rows", module.by_formula)
     monkeypatch.setattr(module, "matmul_e4m3", multiply)
