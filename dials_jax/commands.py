@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import UnionType
@@ -295,5 +296,7 @@ def run_command(command: Callable[[], Any]) -> None:
         raise SystemExit(1) from None
     except KeyboardInterrupt as stop:
         stop = stop if isinstance(stop, Stopped) else Stopped()
+        # What the signal met in Orbax will never be awaited, and Python would say so at the end.
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         print(f"stopped{stop.message and ': '}{stop.message}", file=sys.stderr)
         raise SystemExit(stop.status) from None

@@ -20,6 +20,7 @@ import jax
 from dials_jax import sharding
 from dials_jax.errors import InputError, require
 from dials_jax.files import finite, replacing, write_json
+from dials_jax.stopping import meet
 from dials_jax.workdir import read_mark
 
 RECORDS = "runs.jsonl"
@@ -93,11 +94,15 @@ class Records:
         sharding.on_first_process(open_for_more)
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """Every process calls this; the first one writes. NaN and infinity become null."""
+        """Every process calls this; the first one writes. NaN and infinity become null.
+
+        Raises: Stopped, with the record kept, if several processes agree to end: see `meet`.
+        """
         if jax.process_index() == 0:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(format_line(record) + "\n")
         self.all.append(dict(record))
+        meet()
 
 
 @contextmanager

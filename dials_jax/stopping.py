@@ -1,7 +1,8 @@
 """Ending a process on request: Ctrl-C, or SIGTERM from a scheduler or a machine that shuts down.
 
 A command then ends with `Stopped`, whose message says what was saved. A loop that has work to save
-records the signal (`Request`) and ends at its next safe point; other code ends at once.
+records the signal (`Request`) and ends at its next safe point; other code ends at once. Several
+processes end together: where results are kept as they come, `ending_together` and `meet` do that.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 
 import numpy as np
 
@@ -65,11 +67,15 @@ class Request:
 
     After the first signal another Ctrl-C ends the process at once. Of several processes all record
     it for the whole `with`: one that ended alone would leave the others waiting for it.
+
+    Args:
+      when: the process will end, said at the first signal.
     """
 
     signum: int | None = None  # of the first signal; on several processes, once they have agreed
 
-    def __init__(self):
+    def __init__(self, when: str = "at the next step, to save it"):
+        self._when = when
         self._noted: int | None = None
         self._before: dict[int, Callable | int | None] = {}
 
@@ -91,7 +97,7 @@ class Request:
         if self._noted is None:
             self._noted = signum
             # Not print(): the signal may have come in the middle of one.
-            os.write(2, b"\nstopping at the next step, to save it; Ctrl-C now ends at once\n")
+            os.write(2, f"\nstopping {self._when}; Ctrl-C now ends at once\n".encode())
         if signal.SIGINT in self._before:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -109,6 +115,11 @@ class Request:
                 self.signum = int(np.max(noted)) or None
         return self.signum is not None
 
+    def obey(self) -> None:
+        """Every process calls this. Raises: Stopped, on all, if one of them was asked to end."""
+        if self.came(meeting=True):
+            raise Stopped(signum=self.signum)
+
     def finish(self) -> None:
         """Call it when all is saved; from then on a signal ends one process at once, as before."""
         import jax
@@ -123,3 +134,23 @@ class Request:
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
         self._before = {}
+
+
+_at_work: ContextVar[Request | None] = ContextVar("at_work", default=None)
+
+
+@contextlib.contextmanager
+def ending_together() -> Iterator[None]:
+    """Several processes end at their next `meet` if one of them is asked to; one ends at once."""
+    with Request("after the batch at work, to keep it") as request:
+        before = _at_work.set(request)
+        try:
+            yield
+        finally:
+            _at_work.reset(before)
+
+
+def meet() -> None:
+    """Every process calls this where a result has been kept. Raises: Stopped, as `Request.obey`."""
+    if request := _at_work.get():
+        request.obey()

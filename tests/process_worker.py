@@ -6,8 +6,11 @@ one process alone does. Usage: python process_worker.py NUMBER COUNT PORT FOLDER
 
 import signal
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import jax
@@ -26,11 +29,13 @@ from dials_jax.config import (
     TrainConfig,
 )
 from dials_jax.errors import InputError
+from dials_jax.evaluation import scoring
 from dials_jax.evaluation.sweep import sweep
 from dials_jax.models import families
 from dials_jax.reporting import publish
 from dials_jax.sharding import require_same_everywhere
 from dials_jax.stopping import Stopped
+from dials_jax.studies import perplexity_run
 from dials_jax.studies.study import run_study
 from dials_jax.training import loop, run
 from dials_jax.training.loop import train
@@ -141,10 +146,29 @@ def sigterm_in(module, name: str):
 
 def stop_before_the_first_step(mesh: MeshConfig, folder: Path) -> None:
     with sigterm_in(loop, "prepare_run"):
-        try:
-            train(training(mesh), folder)
-        except Stopped as stop:
-            print(f"stopped ({stop.status}): {stop.message}", flush=True)
+        ended_by_a_signal(partial(train, training(mesh), folder))
+
+
+def ended_by_a_signal(run: Callable[[], Any]) -> None:
+    """Prints how the run ended and what it has kept."""
+    try:
+        run()
+    except Stopped as stop:
+        print(f"stopped ({stop.status}): {stop.message}", flush=True)
+
+
+def stopped_in(module, name: str, run: Callable[[Any, Path], Any]):
+    """The run, which is stopped in its first batch and continued: `name` scores a batch."""
+
+    def twice(settings, folder: Path) -> None:
+        with sigterm_in(module, name):
+            ended_by_a_signal(partial(run, settings, folder))
+        lines = (folder / "runs.jsonl").read_text().splitlines()
+        batches = sum('"flops"' in line for line in lines)  # beside what was found to choose layers
+        print(f"{folder.name} has kept {batches}", flush=True)
+        run(settings, folder)
+
+    return mock.patch.object(sys.modules[__name__], run.__name__, twice)
 
 
 if __name__ == "__main__":
@@ -152,6 +176,10 @@ if __name__ == "__main__":
     keep_all_programs()
     mesh = MeshConfig(data=1, fsdp=jax.process_count())
     stop_before_the_first_step(mesh, folder.with_name("stopped"))
-    with sigterm_in(run, "save_model"):  # which all are about to end anyway
+    with (
+        sigterm_in(run, "save_model"),  # which all are about to end anyway
+        stopped_in(scoring, "make_batch_record", sweep),
+        stopped_in(perplexity_run, "score_samples", run_study),
+    ):
         work(folder, mesh)
     differ("requests")

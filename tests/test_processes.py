@@ -179,6 +179,16 @@ def test_processes_end_together_when_one_is_asked_to(folders):
     assert [output.splitlines().count(line) for output in folders[2]] == [1, 1]
 
 
+@pytest.mark.parametrize("kind", ["sweep", "study"])
+def test_an_evaluation_ends_on_all_processes_after_the_batch_in_which_one_is_asked_to(
+    kind, folders
+):
+    """What the others test of its results is what the same call has made of that."""
+    for output in folders[2]:
+        lines = output.splitlines()
+        assert lines[lines.index(f"{kind} has kept 1") - 1].endswith("stopped (143): ")
+
+
 def test_what_differs_between_processes_is_named_on_all_of_them(folders):
     line = (
         "refused: process 1 of 2 has other requests than the first one; start the same command on "

@@ -11,7 +11,7 @@ import pytest
 from jax.experimental import multihost_utils
 
 from dials_jax.commands import run_command
-from dials_jax.stopping import Request, Stopped, keeping
+from dials_jax.stopping import Request, Stopped, ending_together, keeping, meet
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -106,6 +106,44 @@ def test_several_processes_agree_only_where_they_meet(monkeypatch):
         assert request.came(meeting=True) and heard == [0]
         assert request.came(meeting=True) and heard == [0]  # once
         assert request.signum == signal.SIGTERM
+
+
+def test_where_results_are_kept_several_processes_end_together(monkeypatch):
+    """Not within a batch; and one process alone ends at once."""
+    noted = []
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda mine: np.array([mine, *noted]))
+    meet()  # nothing is at work
+    with pytest.raises(KeyboardInterrupt), ending_together():
+        signal.raise_signal(signal.SIGINT)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with ending_together():
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(Stopped) as mine:
+            meet()
+    with ending_together():
+        meet()
+        noted.append(signal.SIGTERM)
+        with pytest.raises(Stopped) as theirs:
+            meet()
+    assert (mine.value.status, theirs.value.status) == (130, 143)
+    noted.append(signal.SIGTERM)
+    meet()
+
+
+def test_what_a_signal_leaves_in_orbax_is_no_news_at_the_end():
+    """Python warns of a coroutine that is never awaited, whenever it is removed."""
+    code = """
+import signal
+from dials_jax.commands import run_command
+async def never():
+    pass
+def command():
+    waiting = never()
+    signal.raise_signal(signal.SIGTERM)
+run_command(command)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (143, "stopped\n")
 
 
 def test_the_status_is_that_of_a_shell():

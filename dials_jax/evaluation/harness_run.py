@@ -18,6 +18,7 @@ from dials_jax.errors import require
 from dials_jax.evaluation.harness import HarnessConfig
 from dials_jax.evaluation.lm_eval import DialsLM
 from dials_jax.files import replacing, write_json
+from dials_jax.stopping import ending_together
 from dials_jax.workdir import exclusive, require_unclaimed
 
 HARNESS_MARK = "harness.json"  # marks a workdir of the harness; its settings
@@ -36,7 +37,7 @@ def run_harness(cfg: HarnessConfig, workdir: str | Path) -> dict[str, Any]:
 
     Raises: InputError before the model is loaded for tasks that the harness does not have.
     """
-    with exclusive(workdir) as workdir:
+    with exclusive(workdir) as workdir, ending_together():
         require_unclaimed(workdir, HARNESS_MARK, ("results.json", "samples", "answers"))
         manager = TaskManager(
             include_path=cfg.include_path or None, include_defaults=cfg.include_defaults

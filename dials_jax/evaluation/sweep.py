@@ -51,6 +51,7 @@ from dials_jax.reporting.sweep_report import write_report
 from dials_jax.reporting.sweep_table import format_table
 from dials_jax.skipping.routed import Routed, advice_if_idle
 from dials_jax.skipping.similarity import require_enough_layers
+from dials_jax.stopping import ending_together
 from dials_jax.workdir import exclusive
 
 
@@ -79,7 +80,7 @@ def sweep(
         check_num_samples(task.num_samples)
         if task.compare == "math":
             require_packages("math", "math_verify")
-    with exclusive(workdir) as workdir:
+    with exclusive(workdir) as workdir, ending_together():
         return SweepResults(_sweep(cfg, workdir), workdir)
 
 

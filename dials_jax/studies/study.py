@@ -26,6 +26,7 @@ from dials_jax.records import RECORDS
 from dials_jax.reporting.publish import Figure, Report, as_dicts, publish
 from dials_jax.sampling.model_schedule import Schedule
 from dials_jax.sharding import on_first_process
+from dials_jax.stopping import ending_together
 from dials_jax.studies import search, tables
 from dials_jax.studies.from_studies import (
     coarse_schedule,
@@ -61,7 +62,7 @@ def run_study(cfg: AnyStudy, workdir: str | Path) -> Mapping[str, Any]:
         RepresentationStudy: run_representation,
     }
     require_packages("eval", "matplotlib", "scipy")
-    with exclusive(workdir) as workdir:
+    with exclusive(workdir) as workdir, ending_together():
         _require_own_workdir(workdir, type(cfg).__name__)
         on_first_process(lambda: print(f"results: {workdir}", flush=True))
         report = runners[type(cfg)](cfg, workdir)

@@ -28,7 +28,7 @@ from dials_jax.estimates import (
     training_flops,
 )
 from dials_jax.progress import Pace, progress_bar
-from dials_jax.stopping import Request, Stopped, keeping
+from dials_jax.stopping import Request, keeping
 from dials_jax.training.checkpoint import Checkpoints
 from dials_jax.training.metrics import MeteredStep, MetricsWriter
 from dials_jax.training.optimizer import make_lr_schedule, make_optimizer, num_steps
@@ -158,7 +158,7 @@ def _run_steps(
       epoch: steps per epoch.
       request: to end; it starts with the first step, which takes long to compile.
     """
-    _obey(request, checkpoints)  # several processes have noted signals since they began
+    request.obey()  # several processes have noted signals since they began
     start = int(state.step)
     if start == 0 and 0 in cfg.keep_models_at:
         run.export(step_folder(workdir, 0), state.result)
@@ -211,14 +211,8 @@ def _run_steps(
                 began = time.perf_counter()
         checkpoints.wait()
         request.finish()
-        _obey(request, checkpoints)
+        request.obey()
     return state
-
-
-def _obey(request: Request, checkpoints: Checkpoints) -> None:
-    """Raises: Stopped, on every process, if one of them was asked to end."""
-    if request.came(True):
-        raise Stopped(_saved_message(checkpoints), request.signum)
 
 
 def _load_batch(cfg: TrainConfig, data: TrainingData, mesh: jax.sharding.Mesh, step: int) -> Batch:

@@ -6,6 +6,7 @@ A workdir meets several faults one after the other, and then its command goes on
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import random
 import signal
@@ -170,54 +171,67 @@ def terminate(counting, job, workdir, rng) -> str | None:
     return "" if obeyed else f"SIGTERM is not obeyed ({child.status})"
 
 
-def pair_job(base: Path) -> Callable[[Path], Any]:
-    """A training of two processes; each has a part of every batch."""
-    return lambda workdir: train(jobs.training(base, mesh=MeshConfig(data=2)), workdir)
+def pair_job(base: Path, name: str) -> jobs.Job:
+    """A command of two processes; each has a part of every batch."""
+    job = jobs.make_jobs(base)[name]
+    if not name.startswith("training"):
+        return job  # evaluation has no mesh to name
+    split = jobs.training(base, mesh=MeshConfig(data=2))
+    return dataclasses.replace(job, run=partial(train, split))
 
 
-def count_lines(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0
+def count_lines(workdir: Path) -> int:
+    """Of the log of a training, or of the records of an evaluation."""
+    files = [p for name in ("metrics.jsonl", "runs.jsonl") for p in workdir.rglob(name)]
+    return sum(path.read_bytes().count(b"\n") for path in files)
 
 
-def has_more_lines(path: Path, lines: int) -> bool:
-    return count_lines(path) > lines
+def has_more_lines(workdir: Path, lines: int) -> bool:
+    return count_lines(workdir) > lines
 
 
-def stop_one_of_two(counting: Counting, rng: random.Random) -> list[Case]:
-    """SIGTERM to one of two processes of a training: both save the same step, and say so."""
-    run, logs = pair_job(counting.base), [counting.out / f"case{n}.txt" for n in range(2)]
-
-    def both(workdir: Path) -> list[processes.Child]:
-        return processes.pair(lambda: run(workdir), logs)
-
-    if "two" not in counting.whole:  # two that nothing happened to: sums have an order of their own
+def whole_pair(counting: Counting, job: jobs.Job, both: Callable) -> tuple[Any, float, int]:
+    """What two make of a command to which nothing happens: sums have an order of their own."""
+    name = f"{job.name} by two"
+    if name not in counting.whole:
         for _ in range(2):
-            workdir = jobs.fresh(counting.out / "whole" / "two")
+            workdir = jobs.fresh(counting.out / "whole" / name)
             children = both(workdir)
             assert [x.wait() for x in children] == [0, 0], children[0].text()[-2000:]
             seconds = time.monotonic() - children[0].began
-        counting.whole["two"] = jobs.trained(workdir), seconds, 0
+        counting.whole[name] = job.result(workdir), seconds, 0
+    return counting.whole[name]
+
+
+def stop_one_of_two(counting: Counting, rng: random.Random, name: str) -> list[Case]:
+    """SIGTERM to one of two processes: both end after the same step or batch, which is kept."""
+    job, logs = pair_job(counting.base, name), [counting.out / f"case{n}.txt" for n in range(2)]
+
+    def both(workdir: Path) -> list[processes.Child]:
+        return processes.pair(lambda: job.run(workdir), logs)
+
+    expected, seconds, _ = whole_pair(counting, job, both)
     workdir, found = jobs.fresh(counting.out / "case"), []
     for _ in range(CHAIN):
-        saved = max(jobs.checkpoints(workdir), default="0")
-        lines = count_lines(workdir / "metrics.jsonl")
+        saved, lines = (job.saved(workdir), count_lines(workdir)) if workdir.exists() else ({}, 0)
         children = both(workdir)
-        children[0].wait_until(partial(has_more_lines, workdir / "metrics.jsonl", lines))
-        time.sleep(rng.uniform(0, 0.2 * counting.whole["two"][1]))
+        children[0].wait_until(partial(has_more_lines, workdir, lines))
+        time.sleep(rng.uniform(0, 0.2 * seconds))
         children[rng.randrange(2)].send(signal.SIGTERM)
         statuses = [x.wait() for x in children]
         if statuses == [0, 0]:
             break
         said = [x.last_line() for x in children]
-        if statuses != [143, 143] or not all("is saved in" in line for line in said):
-            return [(f"not both save ({statuses})", said_in(counting))]
-        if said[0] != said[1] or max(jobs.checkpoints(workdir)) < saved:
+        kept = "is saved in" if name.startswith("training") else "stopped"
+        if statuses != [143, 143] or not all(kept in line for line in said):
+            return [(f"not both end ({statuses})", said_in(counting))]
+        if said[0] != said[1] or lost_of(job, saved, workdir):
             return [("lost what was saved", str(said))]
         found.append((GOOD, ""))
     children = both(workdir)
     if [x.wait() for x in children] != [0, 0]:
         return [("does not go on", said_in(counting))] * len(found)
-    result, expected = jobs.trained(workdir), counting.whole["two"][0]
+    result = job.result(workdir)
     same = result == expected
     return found if same else [("another result", damage.difference(result, expected))] * len(found)
 
@@ -326,7 +340,10 @@ def make_faults() -> dict[str, Callable[[Counting, random.Random], list[Case]]]:
     ]
     return {
         **{fault.name: fault.cases for fault in faults},
-        "SIGTERM to one of two processes": stop_one_of_two,
+        **{
+            f"SIGTERM to one of two processes, {name}": partial(stop_one_of_two, name=name)
+            for name in ("training of a model", "sweep", "study", "lm-eval")
+        },
         **{
             f"two processes on one workdir, {name}": partial(come_again, name=name)
             for name in NAMES
