@@ -22,6 +22,7 @@ from benchmarks.command import (
     add_layers,
     add_model,
     add_out,
+    add_weights,
     make_main,
 )
 from benchmarks.decode import parse_policy
@@ -57,7 +58,7 @@ def measure_memory(
     """Gigabytes of the weights and at the peak; None if the program does not fit."""
     sampler = Confidence(gen_length=options.gen, block_length=options.block)
     lowered = lower_generation(
-        cfg, inference_shapes(cfg, mesh, "stacked"), mesh, sampler,
+        cfg, inference_shapes(cfg, mesh, "stacked", options.weights), mesh, sampler,
         (options.batch, options.prompt), parse_cache(case["cache"]),
         abstract_policy(case["policy"], cfg, mesh),
     )  # fmt: skip
@@ -97,6 +98,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_layers(parser)
     add_generation(parser)
     add_cases(parser, caches=("none", "dual", "es-64-4"))
+    add_weights(parser)
     add_out(parser)
 
 

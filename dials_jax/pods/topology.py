@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from dials_jax.estimates import device_memory
 EXAMPLES = "v5e:4x4, v5p:4x4x4, 2xv6e:16x16 or cpu:8"
 MAX_CPU_DEVICES = 1024
 GIB = 2.0**30
+CHIPS_OF_HOST = 4
 
 
 class Chip(NamedTuple):
@@ -126,9 +128,9 @@ def tpu_devices(topology: str, num_slices: int = 1) -> list[Any]:
     from jax.experimental import topologies
 
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # also on machines without a TPU
-    several = {"num_slices": num_slices} if num_slices > 1 else {}
+    how = {"num_slices": num_slices} if num_slices > 1 else _bounds_of_part(topology)
     try:
-        return list(topologies.get_topology_desc(topology, platform="tpu", **several).devices)
+        return list(topologies.get_topology_desc(topology, platform="tpu", **how).devices)
     except Exception as error:
         if "lockfile" in str(error):
             raise InputError("another process uses the TPU compiler; wait for it") from error
@@ -136,3 +138,11 @@ def tpu_devices(topology: str, num_slices: int = 1) -> list[Any]:
             f"topology {topology!r} is not known ({str(error).splitlines()[0]}); "
             f"give one such as {EXAMPLES}"
         ) from error
+
+
+def _bounds_of_part(topology: str) -> dict[str, tuple[int, ...]]:
+    """What the compiler has to be told of a part of a host, as v5e:1x2: it expects four chips."""
+    sizes = topology.partition(":")[2].split("x")
+    if not all(map(str.isdecimal, sizes)) or math.prod(map(int, sizes)) >= CHIPS_OF_HOST:
+        return {}
+    return {"chips_per_host_bounds": (*map(int, sizes), 1, 1)[:3]}

@@ -35,6 +35,17 @@ def test_it_prints_and_writes_a_row_per_case(tmp_path, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 8
 
 
+def test_weights_in_8_bits_are_compiled_so(tmp_path):
+    path = tmp_path / "out.json"
+    arguments = [*TINY, "--caches", "none", "--policies", "full", "--weights", "int8"]
+    assert pod_decode.main([*arguments, "--out", str(path)]) == 0
+    [row] = json.loads(path.read_text())["rows"]
+    weights = make_model(make_config("tiny", 2), weights="int8").inference_params
+    whole = make_model(make_config("tiny", 2)).inference_params
+    eight, half = (sum(x.nbytes for x in jax.tree.leaves(x)) / 1e9 for x in (weights, whole))
+    assert eight <= row["kept_gb"] < half
+
+
 def test_what_does_not_fit_is_a_row_too(monkeypatch, capsys):
     def refuse(self):
         raise jax.errors.JaxRuntimeError("Ran out of memory. Used 20.5G of 15.75G hbm.")

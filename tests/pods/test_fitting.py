@@ -2,10 +2,12 @@
 
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import topologies
 
 from dials_jax import sharding
 from dials_jax.errors import InputError
@@ -137,3 +139,21 @@ def test_a_long_compilation_says_that_it_goes_on():
     count = len(lines)
     time.sleep(0.05)
     assert len(lines) == count
+
+
+@pytest.mark.parametrize(
+    "name, bounds",
+    [("v5e:1x2", (1, 2, 1)), ("v5p:1x1x2", (1, 1, 2)), ("v5e:2x2", None), ("2xv5e:1x2", None)],
+)
+def test_parts_of_a_host_have_bounds_of_their_own(name, bounds, monkeypatch):
+    """The compiler knows v5e:2x2 and up; of less it has to be told that no more chips are there."""
+    told = []
+
+    def describe(topology, platform, **how):
+        told.append(how.get("chips_per_host_bounds"))
+        return SimpleNamespace(devices=[object()])
+
+    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(topologies, "get_topology_desc", describe)
+    find_pod(name)
+    assert told == [bounds]
