@@ -13,7 +13,7 @@ export PYTHONDONTWRITEBYTECODE =
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable ".[data,eval,dev,docs]"
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable ".[data,eval,gcs,s3,dev,docs]"
 	touch $@
 
 demo: $(VENV)/.installed

@@ -14,11 +14,12 @@ import re
 import sys
 import textwrap
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import UnionType
 from typing import Any, NamedTuple, TypeVar
 
+from dials_jax.buckets import check_address
 from dials_jax.config.choices import apply_choices, choice_flags
 from dials_jax.config_files import load_config, shipped_configs
 from dials_jax.errors import InputError, require
@@ -72,6 +73,7 @@ class CommandLine:
     Attributes:
       hosts: the processes of the run, if options name them.
       compile_for: the pod to compile for, in place of running; None: run.
+      mirror: where in a bucket a copy of the workdir is kept; None: nowhere.
       rest: the options of the configuration.
     """
 
@@ -81,6 +83,7 @@ class CommandLine:
     distributed: bool
     hosts: Hosts | None
     compile_for: str | None
+    mirror: str | None
     rest: list[str]
 
     @classmethod
@@ -96,11 +99,15 @@ class CommandLine:
             parser.print_help()
             raise SystemExit(0)
         workdir, distributed = vars(known).get("workdir"), vars(known).get("distributed", False)
-        compile_for = vars(known).get("compile_for")
+        compile_for, mirror = vars(known).get("compile_for"), vars(known).get("mirror")
         if workdir is not None:
             local_path(workdir, "--workdir")
+        if mirror is not None:
+            check_address(mirror, "--mirror")
         hosts = Hosts.of(known)
-        return cls(description, known.config, workdir, distributed, hosts, compile_for, rest)
+        return cls(
+            description, known.config, workdir, distributed, hosts, compile_for, mirror, rest
+        )
 
     def settings(self, config_class: type[C] | UnionType) -> C:
         """The configuration with its options applied."""
@@ -112,6 +119,18 @@ class CommandLine:
         if self.distributed or self.hosts:
             _join(self.hosts)
         return Path(self.workdir).expanduser()
+
+    @contextlib.contextmanager
+    def open_workdir(self) -> Iterator[Path]:
+        """The workdir, as `folder`; if that is asked for, with a copy in a bucket."""
+        workdir = self.folder()
+        if self.mirror is None:
+            yield workdir
+        else:
+            from dials_jax.mirror import mirrored
+
+            with mirrored(workdir, self.mirror):
+                yield workdir
 
 
 def parse(
@@ -148,6 +167,9 @@ def config_parser(description: str, needs_workdir: bool) -> argparse.ArgumentPar
     if needs_workdir:
         parser.add_argument(
             "--workdir", metavar="DIR", help="where results go; continues what is there"
+        )
+        parser.add_argument(
+            "--mirror", metavar="ADDRESS", help="keep a copy of it there: gs://bucket/run, s3://..."
         )
         parser.add_argument(
             "--distributed",

@@ -155,7 +155,8 @@ def require_local(text: str, name: str) -> None:
     given = re.sub(":/(?!/)", "://", text, count=1)  # pathlib takes `gs://` for `gs:/`
     require(
         not SCHEME.match(text),
-        f"{name}={given} is no local path, and only those are read and written; mount or copy it",
+        f"{name}={given} is no local path, and only those are read and written; mount or copy it "
+        "(dials copy knows gs:// and s3://; a run copies its workdir by --mirror)",
     )
 
 

@@ -32,17 +32,17 @@ def eval_command() -> None:
             f"--compile-for is for sweeps, and this is a {type(config).__name__}; leave it out",
         )
         return fit_sweep(config, given.compile_for)
-    workdir = given.folder()
-    keep_programs()
     run = run_study
     if isinstance(config, EvalConfig):
         run = sweep
     elif isinstance(config, HarnessConfig):
         require_packages("eval", "lm_eval")
         from dials_jax.evaluation.harness_run import run_harness as run
-    kept = f"results are saved in {workdir}; the same command continues with the rest"
-    with keeping(lambda: kept):
-        run(config, workdir)
+    keep_programs()
+    with given.open_workdir() as workdir:
+        kept = f"results are saved in {workdir}; the same command continues with the rest"
+        with keeping(lambda: kept):
+            run(config, workdir)
 
 
 def fit_sweep(config: Any, pod: str) -> None:

@@ -28,6 +28,7 @@ COMMANDS = {
     "convert": SubCommand(
         "cli.convert", "convert_command", "a published checkpoint, to load faster"
     ),
+    "copy": SubCommand("cli.copy", "copy_command", "files from a bucket, or to one"),
     "export": SubCommand("cli.export", "export_command", "a model, to the layout of its authors"),
     "tokenizer": SubCommand("cli.tokenizer", "tokenizer_command", "trained on text"),
     "prepare": SubCommand("cli.prepare", "prepare_command", "tokenise and pack a corpus, once"),

@@ -22,11 +22,12 @@ def train_command() -> None:
     from dials_jax.stopping import keeping
     from dials_jax.training.loop import train
 
-    config, workdir = given.settings(TrainConfig), given.folder()
+    config = given.settings(TrainConfig)
     keep_programs()
-    train(config, workdir)
-    with keeping(lambda: f"training has ended, and its result is in {workdir}"):
-        on_first_process(lambda: draw_curves(workdir))
+    with given.open_workdir() as workdir:
+        train(config, workdir)
+        with keeping(lambda: f"training has ended, and its result is in {workdir}"):
+            on_first_process(lambda: draw_curves(workdir))
 
 
 def fit_training(given: CommandLine) -> None:
