@@ -7,17 +7,23 @@ what says that a folder is whole is written last, and removed first: see `in_ord
 from __future__ import annotations
 
 import contextlib
+import errno
+import logging
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from dials_jax.errors import InputError, require, require_packages
 
 PACKAGES = {"gs": ("gcs", "gcsfs"), "s3": ("s3", "s3fs")}  # scheme -> extra, package
 # No user or query, which could hold a secret.
 ADDRESS = re.compile(r"(gs|s3)://([^/@?#\s]+/[^@?#]*[^@?#/])/*")
-SEALS = ("digest.json", "config.json")  # of a checkpoint and of a model: digests of all beside them
-AT_ONCE = 2**26  # bytes; a smaller file is read before it is sent, since it may grow meanwhile
+# Digests of all beside them, of a model and of a checkpoint, which counts models as written before.
+SEALS = ("config.json", "digest.json")
+AT_ONCE = 2**28  # bytes; a smaller file is read before it is sent, since it may grow meanwhile
+PATIENCE = 60.0  # seconds in which a bucket has to say something
+LOCAL = (errno.ENOSPC, errno.EDQUOT)  # of this machine's disk, and no fault of a bucket
 
 
 class Unreachable(InputError):
@@ -37,7 +43,7 @@ def check_address(address: str, name: str) -> str:
     Raises: InputError for anything but an address, and for a package that is missing.
     """
     match = ADDRESS.fullmatch(address)
-    if match is None:  # what is behind the scheme may hold a secret
+    if match is None or leads_out(match[2]):  # what is behind the scheme may hold a secret
         shown = re.split("[@?#]", address)[0][:80] if "@" not in address else "..."
         raise InputError(f"{name}={shown} is no address; give one as gs://bucket/run or s3://...")
     extra, package = PACKAGES[match[1]]
@@ -51,12 +57,17 @@ def in_order(names: Iterable[str], first: Iterable[str] = ()) -> list[str]:
     Args:
       first: names to begin with.
     """
-    return sorted(names, key=lambda name: (name not in first, is_seal(name), name))
+
+    def key(name: str):
+        last = PurePosixPath(name).name
+        return name not in first, SEALS.index(last) + 1 if last in SEALS else 0, name
+
+    return sorted(names, key=key)
 
 
-def is_seal(name: str) -> bool:
-    """Whether it says that the folder it stands in is whole."""
-    return "/" in name and PurePosixPath(name).name in SEALS
+def leads_out(name: str) -> bool:
+    """Whether a name could mean something outside its folder, or no file at all."""
+    return bool({"", ".", ".."} & set(name.split("/"))) or "\0" in name
 
 
 class Bucket:
@@ -76,7 +87,8 @@ class Bucket:
         scheme, self._root = self.address.split("://")
         with self._reached():
             # Other processes write, too, so nothing is remembered of what is there.
-            self._files = fsspec.filesystem(scheme, use_listings_cache=False)
+            options = {"use_listings_cache": False, "skip_instance_cache": True}
+            self._files = fsspec.filesystem(scheme, **options | self._settings(scheme))
 
     def sizes(self) -> dict[str, int]:
         """Returns the bytes of all objects by name; the name of one at the address itself is "".
@@ -90,9 +102,9 @@ class Bucket:
             for path, info in found.items()
             if info["type"] == "file" and not path.endswith("/")  # some tools mark folders so
         }
-        for name in sizes:
-            outside = {"", ".", ".."} & set(name.split("/") if name else ())
-            require(not outside, f"{self.address} holds the name {name!r}, which is no file's")
+        for name in filter(None, sizes):
+            wrong = leads_out(name)
+            require(not wrong, f"{self.address} holds the name {name!r}, which is no file's")
         return sizes
 
     def read(self, name: str) -> bytes | None:
@@ -118,9 +130,13 @@ class Bucket:
     def download(self, name: str, file: Path, size: int) -> None:
         """Writes an object of `size` bytes to a file, in a folder that is made if it is missing."""
         file.parent.mkdir(parents=True, exist_ok=True)
+        found = True
         with self._reached():
-            self._files.get_file(self._path(name), str(file))
-        if file.stat().st_size != size:
+            try:
+                self._files.get_file(self._path(name), str(file))
+            except FileNotFoundError:
+                found = False
+        if not found or file.stat().st_size != size:
             raise Unreachable(
                 f"{self.address}/{name} changed while it was read; run the same command again"
             )
@@ -128,6 +144,17 @@ class Bucket:
     def remove(self, name: str) -> None:
         with self._reached(), contextlib.suppress(FileNotFoundError):
             self._files.rm_file(self._path(name))
+
+    @staticmethod
+    def _settings(scheme: str) -> dict[str, Any]:
+        """By default gcsfs waits without end, and prints the traceback of what it raises."""
+        if scheme != "gs":
+            return {}
+        import aiohttp
+
+        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+        patience = aiohttp.ClientTimeout(total=None, sock_connect=PATIENCE, sock_read=PATIENCE)
+        return {"requests_timeout": patience}
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}" if name else self._root
@@ -137,8 +164,11 @@ class Bucket:
         try:
             yield
         except Exception as error:  # the packages raise errors of many kinds
+            if getattr(error, "errno", None) in LOCAL:
+                raise
             first = (str(error).strip().splitlines() or [""])[0]
-            reason = re.sub(r"\?\S*", "", first)[:200]  # the query of an address may be signed
+            # An address may have a password, or a query that is signed.
+            reason = re.sub(r"\?\S*|(?<=//)[^/@\s]*@", "", first)[:200]
             raise Unreachable(
                 f"{self.address} cannot be used ({type(error).__name__}: {reason}); check the "
                 "bucket, the network and the right to read and write there"

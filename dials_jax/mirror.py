@@ -4,13 +4,13 @@ with mirrored("runs/model", "gs://bucket/model"):
     train(config, "runs/model")
 
 The run works in a local folder, as always. A thread copies what is new of it every half minute, and
-the rest at the end. The copy is whole at any moment: what the run wrote is sent before the seal of
-a later checkpoint, and nothing is removed before what replaces it is there. Digests, which all
-these files have, are compared when they are read again.
+the rest at the end. The copy can be used at any moment: a checkpoint or a model counts once its
+seal is there, which is sent after all that the run wrote before it, and a checkpoint is removed
+only when a newer one is there. Digests are compared when files are read again.
 
-No lock is possible in a bucket. An object there names the workdir that writes; a workdir that was
-new or empty, and fetched the copy, takes over with the first thing that it writes, and the one
-before then refuses to write.
+No lock is possible in a bucket. An object there names the workdir that writes. One that has fetched
+the copy takes over with the first thing that it writes, if nothing has changed since, and the one
+before notices it before it writes again.
 """
 
 from __future__ import annotations
@@ -24,24 +24,33 @@ import socket
 import stat
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
-from dials_jax import sharding
-from dials_jax.buckets import Bucket, in_order, is_seal
+from dials_jax import sharding, stored
+from dials_jax.buckets import Bucket, in_order
 from dials_jax.errors import InputError, require
 from dials_jax.files import parse_json, read_json, write_json
+from dials_jax.stopping import keeping
 from dials_jax.workdir import exclusive
 
 log = logging.getLogger(__name__)
 
 PERIOD = 30.0  # seconds between two looks at the folder
-# Files that say what a workdir is for; they are sent first.
+# Files that say what a workdir is for: sent first and fetched last.
 MARKS = ("config.json", "sweep.json", "study.json", "harness.json")
+# Folders of a run that count as a whole, when the file with their digests is there.
+SEALED = re.compile(r"(checkpoints/\d+|(?:steps/\d+/)?(?:model|router))/")
 OWN = ".dials_jax"  # how names begin that stay where they are
 MIRROR_LOCK, MIRROR_STATE = f"{OWN}.mirror.lock", f"{OWN}.mirror.json"
-WRITER, PROBE = f"{OWN}.owner.json", f"{OWN}.probe"  # in the bucket
-UNFINISHED = re.compile(rf"\.(tmp|partial|unfinished)$|^{re.escape(OWN)}")
+OWNER, PROBE = f"{OWN}.owner.json", f"{OWN}.probe"  # in the bucket
+# Names that are not final yet, of this library and of Orbax, and marks of this machine.
+PASSING = re.compile(
+    rf"\.(tmp|partial|unfinished)$|\.orbax-checkpoint-tmp|^{re.escape(OWN)}|^{stored.MARK}$"
+)
+Facts = list[int]  # size and time of a file
+NOWHERE = 0  # the time of a file that is in the bucket only
 
 
 @contextlib.contextmanager
@@ -59,163 +68,230 @@ def mirrored(workdir: str | Path, address: str) -> Iterator[Path]:
       something could not be copied.
     """
     with exclusive(workdir, lock=MIRROR_LOCK) as folder:
-        mirror: list[Mirror] = []  # on the first process
-        sharding.on_first_process(lambda: mirror.append(Mirror(folder, address)))
+        mirrors: list[Mirror] = []  # one, on the first process
+        sharding.on_first_process(lambda: mirrors.append(Mirror(folder, address)))
         state = (folder / MIRROR_STATE).read_text() if (folder / MIRROR_STATE).exists() else ""
         shared = f"files in {folder}, which all hosts have to share,"
         sharding.require_same_everywhere({shared: state})
+        for mirror in mirrors:
+            mirror.start()
         try:
             yield folder
-        except BaseException:
-            if mirror:
+        except BaseException:  # this process alone may have failed: the others are not waited for
+            for mirror in mirrors:
                 try:
-                    mirror[0].finish()
-                except InputError as error:
+                    mirror.finish()
+                except Exception as error:
                     log.error("%s", error)  # beside what has ended the run
             raise
-        sharding.on_first_process(lambda: mirror[0].finish())
+        sharding.on_first_process(lambda: mirrors[0].finish())
 
 
 class Mirror:
-    """Copies a workdir into a bucket, from now on; see `mirrored`.
+    """Copies a workdir into a bucket; see `mirrored`. It begins with the copy, if that is there.
 
     Attributes:
-      sent: size and time of the files that the bucket has, by name.
+      id: of this workdir, which the bucket's owner has.
+      sent: the files that the bucket has, by name, as they were here.
+    Raises: InputError, see `mirrored`.
     """
 
     def __init__(self, folder: Path, address: str):
         self.folder, self.bucket = folder, Bucket(address, "--mirror")
-        self.sent: dict[str, list[int]] = {}
-        self._id = uuid.uuid4().hex  # of this workdir
-        self._accepted: list[str] = []  # the ids of owners who may be replaced, this one's first
-        self._begin()
+        self.id, self.sent = uuid.uuid4().hex, dict[str, Facts]()
+        self._wrote = False  # as the owner, in this process
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._copy_on, name="mirror", daemon=True)
+        self._begin()
+
+    def start(self) -> None:
+        """Copies from now on, beside the run."""
         self._thread.start()
 
     def finish(self) -> None:
         """Copies what is left. Raises: InputError if that is impossible."""
-        self._over.set()
-        self._thread.join()
-        try:
-            self.push()
-        except InputError as error:
-            raise InputError(f"{error}; {self.folder} is not copied to its end") from error
+        left = f"{self.folder} is not copied to its end"
+        with keeping(lambda: f"{left}; the same command goes on with it"):
+            self._over.set()
+            self._thread.join()
+            try:
+                late = self.push()
+            except (InputError, OSError) as error:
+                raise InputError(f"{error}; {left}") from error
+            require(not late, f"{late} changed while they were copied; {left}")
         print(f"copied to {self.bucket.address}", flush=True)
 
-    def push(self) -> None:
+    def push(self) -> list[str]:
         """Copies what is new, and removes what was removed from the folder.
 
-        Raises: InputError if the bucket cannot be written, or another workdir writes there.
+        Returns: seals of folders that were changed or removed before all of them was copied.
+        Raises: InputError if the bucket cannot be written, or another workdir writes there; OSError
+          if the folder cannot be read.
         """
-        owner = self._owner()
-        require(
-            owner.get("id", "") in self._accepted,
-            f"{self.bucket.address} is written by {owner.get('who')} now, so nothing more of "
-            f"{self.folder} is copied there; end one of the two",
-        )
-        seen, lost = self._files(), False
-        for name in in_order(self._unsent(seen), first=MARKS):
-            if lost and is_seal(name):
-                continue  # the folder is being removed
-            self._take_over()
-            try:
-                self.bucket.upload(name, self.folder / name)
-                self.sent[name] = seen[name]
-            except FileNotFoundError:
-                lost = True
-        # A run removes a checkpoint once a newer one has its name. This look began after the first
-        # had missed the old one: if it finds nothing to send, the newer one is in the bucket.
-        now = self._files()
-        if not self._unsent(now):
-            for name in reversed(in_order(self.sent.keys() - seen.keys() - now.keys())):
-                self._take_over()
-                self.bucket.remove(name)
-                del self.sent[name]
+        # What the run wrote before a seal of the first look is seen by the second one.
+        first, seen = self._files(), self._files()
+        lost = [mark for mark in MARKS if mark in self.sent and mark not in seen]
+        require(not lost, f"{self.folder} has lost its {lost}; the copy is left as it is")
+        self._remove(self.sent.keys() & self._late(seen))
+        seals = {name for name in seen if name == seal_of(name)}
+        for name in in_order(set(self._unsent(seen)) - seals, first=MARKS):
+            self._send(name, seen[name])
+        torn = self._late({name: seen[name] for name in seen.keys() - seals})
+        for name in in_order(seals.intersection(self._unsent(seen)) - torn):
+            if first.get(name) == seen[name]:
+                self._send(name, seen[name])
+        # A run removes checkpoints once there is a newer one, which this look may have missed.
+        newest = max((x for x in self.sent if x == seal_of(x) and "digest" in x), default="")
+        self._remove(x for x in self.sent.keys() - seen.keys() if seal_of(x) != newest)
         self._note()
+        return sorted(self._late(seen))
+
+    def _send(self, name: str, facts: Facts) -> None:
+        self._take_over()
+        with contextlib.suppress(FileNotFoundError):  # it was removed meanwhile
+            self.bucket.upload(name, self.folder / name)
+            self.sent[name] = facts
+
+    def _remove(self, names: Iterable[str]) -> None:
+        for name in reversed(in_order(names)):
+            self._take_over()
+            self.bucket.remove(name)
+            del self.sent[name]
 
     def _copy_on(self) -> None:
         while not self._over.wait(PERIOD):
             try:
-                self.push()
+                if late := self.push():
+                    log.warning(
+                        "%s changed before all was copied; if that is said often, raise "
+                        "save_every or keep_checkpoints",
+                        late,
+                    )
             except Exception as error:  # the run goes on; the last copy decides
                 log.warning("%s; it is tried again", error)
 
+    # ------------------------------------------------------------------------------- whose it is
+
     def _begin(self) -> None:
         """Checks both sides, and fetches the copy if the folder is new."""
-        sizes, owner = self.bucket.sizes(), self._owner()
-        held = {name: size for name, size in sizes.items() if not name.startswith(OWN)}
-        before, here = self._state(), self._files()
-        where, there = self.folder, self.bucket.address
-        another = "name a new --workdir to go on with what is there, or another --mirror"
-        if before and before["whole"]:
-            require(
-                not held or owner.get("id", "") in before["ids"],
-                f"{there} was written by {owner.get('who')} after {where}; {another}",
-            )
-            self._id = before["ids"][0]
-            self.sent = {name: now for name, now in before["sent"].items() if name in held}
-        elif here and not before:
-            require(not held, f"{there} holds files, and not those of {where}; {another}")
+        held, before, here = self._held(), self._state(), self._files()
+        if before.get("whole"):
+            self.id, self.sent = before["id"], before["sent"]
+        elif before or not here:
+            self._fetch(held)
+        else:
             require(
                 any(mark in here for mark in MARKS),
-                f"{where} holds files that are no run's, and all of it would be copied to {there}; "
-                "name another --workdir",
+                f"{self.folder} holds files that are no run's, and all of it would be copied to "
+                f"{self.bucket.address}; name another --workdir",
             )
-        else:
-            require(not held or bool(owner), f"{there} holds files that are no run's; {another}")
-            self._fetch(held)
-        self._accepted = [self._id, owner.get("id", "")]
+        self._is_owner()
+        self.sent = {name: facts for name, facts in self.sent.items() if name in held}
         self.bucket.write(PROBE, b"")  # whether it may, before any work
         self.bucket.remove(PROBE)
         self._note()
 
     def _fetch(self, held: dict[str, int]) -> None:
         """Args: held: bytes of the files there, by name."""
+        there = self.bucket.address
+        require(
+            not held or bool(self._owner()),
+            f"{there} holds files that are no run's; name another --mirror",
+        )
         self._note(whole=False)
-        for name, size in held.items():
-            self.bucket.download(name, self.folder / name, size)
-        self.sent = {name: now for name, now in self._files().items() if name in held}
+        # Half a checkpoint or model stays where it is, to be removed there.
+        whole = [name for name in held if (seal_of(name) or name) in held]
+        for name in sorted(in_order(whole), key=MARKS.__contains__):
+            self.bucket.download(name, self.folder / name, held[name])
+        here = self._files()
+        self.sent = {name: here.get(name, [size, NOWHERE]) for name, size in held.items()}
         if held:
-            print(f"{len(held)} files fetched from {self.bucket.address}", flush=True)
+            print(f"{len(whole)} files fetched from {there}", flush=True)
 
     def _take_over(self) -> None:
-        if self._accepted != [self._id]:
-            who = f"process {os.getpid()} on {socket.gethostname()} in {self.folder}"
-            self.bucket.write(WRITER, json.dumps({"id": self._id, "who": who}).encode())
-            self._accepted = [self._id]
+        """Before each write: another workdir may write there by now."""
+        if not self._is_owner():
+            who = f"{self.folder} on {socket.gethostname()}"
+            self.bucket.write(OWNER, json.dumps({"id": self.id, "who": who}).encode())
+            self._wrote = True
+
+    def _is_owner(self) -> bool:
+        """Whether the bucket names this workdir.
+
+        Raises: InputError if it names another, or none, and holds something else than this one has
+          fetched.
+        """
+        owner = self._owner()
+        if owner.get("id") == self.id:
+            return True
+        held, known = self._held(), {name: size for name, (size, _) in self.sent.items()}
+        require(
+            not self._wrote and (not held or held == known),
+            f"{self.bucket.address} holds what {owner.get('who', 'something else')} wrote, so "
+            f"nothing of {self.folder} is copied there; name a new --workdir to go on with what is "
+            "there, or another --mirror",
+        )
+        return False
 
     def _owner(self) -> dict[str, str]:
         """Who writes in the bucket; {}: nobody has."""
-        content = self.bucket.read(WRITER)
-        found = parse_json(content, f"{self.bucket.address}/{WRITER}") if content else {}
-        require(isinstance(found, dict), f"{self.bucket.address}/{WRITER} is damaged; remove it")
+        content = self.bucket.read(OWNER)
+        found = parse_json(content, f"{self.bucket.address}/{OWNER}") if content else {}
+        require(isinstance(found, dict), f"{self.bucket.address}/{OWNER} is damaged; remove it")
         return found
 
-    def _unsent(self, files: dict[str, list[int]]) -> list[str]:
-        return [name for name, now in files.items() if self.sent.get(name) != now]
+    # ------------------------------------------------------------------------------- what is where
 
-    def _files(self) -> dict[str, list[int]]:
-        """Size and time of all files of the run that have their final names, by name."""
+    def _held(self) -> dict[str, int]:
+        """Bytes of the run's files in the bucket, by name."""
+        sizes = self.bucket.sizes()
+        return {name: size for name, size in sizes.items() if not name.startswith(OWN)}
+
+    def _files(self) -> dict[str, Facts]:
+        """All files of the run that have their final names.
+
+        Raises: OSError if a folder cannot be read: what is in it is not gone. InputError for links.
+        """
+
+        def stop(error: OSError) -> None:
+            if not isinstance(error, FileNotFoundError) or not self.folder.exists():
+                raise error
+
         found = {}
-        for inside, folders, names in os.walk(self.folder):
-            folders[:] = [name for name in folders if not UNFINISHED.search(name)]
-            for name in names:
+        for inside, folders, names in os.walk(self.folder, onerror=stop):
+            folders[:] = [name for name in folders if not PASSING.search(name)]
+            for name in (*folders, *(name for name in names if not PASSING.search(name))):
                 path = Path(inside, name)
                 with contextlib.suppress(FileNotFoundError):
                     facts = path.lstat()
-                    if stat.S_ISREG(facts.st_mode) and not UNFINISHED.search(name):
+                    linked = stat.S_ISLNK(facts.st_mode)
+                    require(not linked, f"{path} is a link, and --mirror copies none; replace it")
+                    if stat.S_ISREG(facts.st_mode):
                         relative = path.relative_to(self.folder).as_posix()
                         found[relative] = [facts.st_size, facts.st_mtime_ns]
         return found
 
-    def _state(self) -> dict | None:
-        """What the folder noted about this address; None: nothing."""
+    def _unsent(self, files: dict[str, Facts]) -> list[str]:
+        return [name for name, facts in files.items() if self.sent.get(name) != facts]
+
+    def _late(self, files: dict[str, Facts]) -> set[str]:
+        """Seals of folders of which something is not sent."""
+        return {seal for seal in map(seal_of, self._unsent(files)) if seal}
+
+    def _state(self) -> dict[str, Any]:
+        """What the folder noted about this address; {}: nothing."""
         path = self.folder / MIRROR_STATE
         found = read_json(path) if path.exists() else {}
-        return found if found.get("address") == self.bucket.address else None
+        return found if found.get("address") == self.bucket.address else {}
 
     def _note(self, whole: bool = True) -> None:
         """Args: whole: nothing is to be fetched."""
-        state = {"address": self.bucket.address, "whole": whole, "ids": self._accepted}
-        write_json(self.folder / MIRROR_STATE, state | {"sent": self.sent}, digest=True)
+        state = {"address": self.bucket.address, "id": self.id, "whole": whole, "sent": self.sent}
+        write_json(self.folder / MIRROR_STATE, state, digest=True)
+
+
+def seal_of(name: str) -> str | None:
+    """The file that says that the folder which a name lies in is whole; None: each file counts."""
+    match = SEALED.match(name)
+    kind = "digest.json" if name.startswith("checkpoints/") else "config.json"
+    return f"{match[0]}{kind}" if match else None

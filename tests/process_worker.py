@@ -1,7 +1,8 @@
 """Trains, evaluates and studies tiny models as one of several processes.
 
 `test_processes.py` starts two of it, which share a folder, and compares what they leave with what
-one process alone does. Usage: python process_worker.py NUMBER COUNT PORT FOLDER
+one process alone does. Usage: python process_worker.py NUMBER COUNT PORT FOLDER ADDRESS, the last
+of a bucket, where a copy of the model's workdir is kept.
 """
 
 import signal
@@ -31,6 +32,7 @@ from dials_jax.config import (
 from dials_jax.errors import InputError
 from dials_jax.evaluation import scoring
 from dials_jax.evaluation.sweep import sweep
+from dials_jax.mirror import mirrored
 from dials_jax.models import families
 from dials_jax.reporting import publish
 from dials_jax.sharding import require_same_everywhere
@@ -144,6 +146,15 @@ def sigterm_in(module, name: str):
     return mock.patch.object(module, name, signalled)
 
 
+def keep_apart(folder: Path, address: str) -> None:
+    """Says on each process how a copy is refused of workdirs that they do not share."""
+    try:
+        with mirrored(folder / f"apart{jax.process_index()}", address):
+            pass
+    except InputError as error:
+        print(f"refused: {error}", flush=True)
+
+
 def stop_before_the_first_step(mesh: MeshConfig, folder: Path) -> None:
     with sigterm_in(loop, "prepare_run"):
         ended_by_a_signal(partial(train, training(mesh), folder))
@@ -172,7 +183,8 @@ def stopped_in(module, name: str, run: Callable[[Any, Path], Any]):
 
 
 if __name__ == "__main__":
-    folder = join(*sys.argv[1:])
+    *joining, address = sys.argv[1:]
+    folder = join(*joining)
     keep_all_programs()
     mesh = MeshConfig(data=1, fsdp=jax.process_count())
     stop_before_the_first_step(mesh, folder.with_name("stopped"))
@@ -180,6 +192,8 @@ if __name__ == "__main__":
         sigterm_in(run, "save_model"),  # which all are about to end anyway
         stopped_in(scoring, "make_batch_record", sweep),
         stopped_in(perplexity_run, "score_samples", run_study),
+        mirrored(folder / "model", f"{address}/model"),
     ):
         work(folder, mesh)
     differ("requests")
+    keep_apart(folder, f"{address}/apart")

@@ -39,9 +39,9 @@ LEVELS = (
 )
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}
 OPTIONAL = {
-    "array_record", "datasets", "fsspec", "grain", "lm_eval", "math_verify", "matplotlib",
-    "pyarrow", "scipy", "tensorboardX", "tensorflow_datasets", "tokenizers", "torch", "tqdm",
-    "transformers", "tyro",
+    "aiohttp", "array_record", "datasets", "fsspec", "grain", "lm_eval", "math_verify",
+    "matplotlib", "pyarrow", "scipy", "tensorboardX", "tensorflow_datasets", "tokenizers", "torch",
+    "tqdm", "transformers", "tyro",
 }  # fmt: skip
 # Modules that are only imported where a package is used: they subclass its classes.
 OF_A_PACKAGE = {"evaluation/lm_eval.py": {"lm_eval"}, "evaluation/harness_run.py": {"lm_eval"}}

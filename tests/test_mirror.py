@@ -3,17 +3,14 @@
 The buckets are those of real servers on this machine, for gs:// and for s3://.
 """
 
+import errno
 import hashlib
 import json
 import os
 import random
+import shutil
 import signal
-import socket
-import subprocess
-import sys
-import time
 
-import fsspec
 import pytest
 
 from dials_jax import buckets, errors, mirror
@@ -30,55 +27,14 @@ from dials_jax.studies.study_records import STUDY
 from dials_jax.training.loop import train
 from dials_jax.training.metrics import MetricsWriter
 from dials_jax.training.run import EXPERIMENT
+from tests.bucket_servers import SERVERS, bucket_servers
 from tests.conftest import small_config
-
-SERVERS = {
-    "gs": ("gcp_storage_emulator", "start", "--in-memory", "--host", "localhost", "--port"),
-    "s3": ("moto.server", "--port"),
-}
 
 
 @pytest.fixture(scope="module")
 def servers():
-    """Both kinds of buckets, one called "things" in each, and where they are in the environment."""
-    ports, processes = {}, []
-    try:
-        for scheme, command in SERVERS.items():
-            with socket.socket() as found:
-                found.bind(("localhost", 0))
-                ports[scheme] = str(found.getsockname()[1])
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", *command, ports[scheme]],
-                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                )
-            )  # fmt: skip
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asks Google's own servers
-            patch.setenv("NO_GCE_CHECK", "true")  # nor the machine's
-            patch.setenv("STORAGE_EMULATOR_HOST", f"http://localhost:{ports['gs']}")
-            patch.setenv("AWS_ENDPOINT_URL", f"http://localhost:{ports['s3']}")
-            for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-                patch.setenv(name, "none")
-            patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-            for scheme, port in ports.items():
-                wait_for(int(port))
-                fsspec.filesystem(scheme).mkdir("things")
-            yield
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-
-
-def wait_for(port):
-    end = time.monotonic() + 60
-    while time.monotonic() < end:
-        try:
-            return socket.create_connection(("localhost", port), 1).close()
-        except OSError:
-            time.sleep(0.05)
-    raise AssertionError(f"no server listens at {port}")
+    with bucket_servers():
+        yield
 
 
 @pytest.fixture
@@ -90,8 +46,11 @@ def place(servers, tmp_path):
 # --------------------------------------------------------------------------- lost at any moment
 
 
+KEPT, EXPORTED = (3, 7), (2, 5)  # steps after which the model is kept, and replaced
+
+
 class FakeRun:
-    """What a training leaves, without its arrays; it keeps one checkpoint."""
+    """What a training leaves, without its arrays; it keeps one checkpoint, and some models."""
 
     def __init__(self, folder):
         self.folder, self.step, self.sent = folder, 0, 0
@@ -102,6 +61,11 @@ class FakeRun:
         self.step += 1
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": self.step}) + "\n")
+        if self.step in KEPT:
+            kept = self.folder / "steps" / f"{self.step:08d}" / "model"
+            kept.mkdir(parents=True)
+            for name in ("params", "config.json"):
+                (kept / name).touch()
         final = self.folder / "checkpoints" / f"{self.step:08d}"
         partial = final.with_suffix(".partial")
         (partial / "state").mkdir(parents=True)
@@ -112,69 +76,121 @@ class FakeRun:
             digests[name] = hashlib.sha256(content).hexdigest()
         (partial / "digest.json").write_text(json.dumps(digests))
         partial.rename(final)
-        for name in ("state/a", "digest.json", "state/b"):  # of the one before, in any order
-            (final.with_name(f"{self.step - 1:08d}") / name).unlink(missing_ok=True)
+        before = final.with_name(f"{self.step - 1:08d}")
+        if before.exists():  # removed as `Checkpoints` does
+            (before / "digest.json").unlink()
+            shutil.rmtree(before)
+        if self.step in EXPORTED:
+            shutil.rmtree(self.folder / "model", ignore_errors=True)
+            (self.folder / "model").mkdir()
+            for name in ("params", "config.json"):
+                (self.folder / "model" / name).write_text(str(self.step))
 
 
-def newest_whole(folder):
+class Memory:
+    """What `Bucket` does, in memory; `look` is called after every change."""
+
+    address = "gs://in/memory"
+
+    def __init__(self, look):
+        self.held, self.look = {}, look
+
+    def sizes(self):
+        return {name: len(content) for name, content in self.held.items()}
+
+    def read(self, name):
+        return self.held.get(name)
+
+    def write(self, name, content):
+        self.held[name] = content
+        self.look()
+
+    def upload(self, name, file):
+        self.write(name, file.read_bytes())
+
+    def download(self, name, file, size):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(self.held[name])
+
+    def remove(self, name):
+        del self.held[name]
+        self.look()
+
+
+def contents(folder):
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def newest_whole(held):
     """The newest step whose arrays are there, as their digests say; 0: none."""
     whole = [0]
-    for seal in folder.glob("checkpoints/*/digest.json"):
-        arrays = {
-            x.name: hashlib.sha256(x.read_bytes()).hexdigest() for x in seal.parent.rglob("?")
-        }
-        if arrays == json.loads(seal.read_text()):
-            whole.append(int(seal.parent.name))
+    for seal in held:
+        if seal.startswith("checkpoints/") and seal.endswith("/digest.json"):
+            state = seal.replace("digest.json", "state/")
+            arrays = {
+                name.removeprefix(state): hashlib.sha256(content).hexdigest()
+                for name, content in held.items()
+                if name.startswith(state)
+            }
+            if arrays == json.loads(held[seal]):
+                whole.append(int(seal.split("/")[1]))
     return max(whole)
 
 
-def test_the_copy_is_whole_whenever_the_machine_is_lost(place, tmp_path, monkeypatch):
+@pytest.mark.parametrize("seed", range(20))
+def test_the_copy_is_whole_whenever_the_machine_is_lost(seed, tmp_path, monkeypatch):
     """After every object that is written or removed it holds a step, and never an older one.
 
-    The run goes on meanwhile, also between two folders that are looked at.
+    The run goes on meanwhile, also before and after each folder that is looked at.
     """
-    rng, run = random.Random(0), FakeRun(tmp_path / "run")
-    walk, newest, looks = os.walk, 0, 0
+    rng, run, walk, newest = random.Random(seed), FakeRun(tmp_path / "run"), os.walk, 0
+    busy = rng.choice((0.01, 0.03, 0.1))
 
-    def walk_while_it_works(folder):
-        for found in walk(folder):
-            if str(folder) == str(run.folder) and run.step < 12 and rng.random() < 0.1:
-                run.take_step()
-            yield found
-
-    monkeypatch.setattr(mirror.os, "walk", walk_while_it_works)
-    first = Mirror(run.folder, place)
-
-    def look(action):
-        def acted(*arguments):
-            nonlocal newest, looks
-            action(*arguments)
-            if mirror.PROBE in arguments:
+    def walk_while_it_works(folder, **options):
+        found = walk(folder, **options)
+        while True:
+            for _ in range(2):
+                if rng.random() < busy:
+                    run.take_step()
+            try:
+                yield next(found)
+            except StopIteration:
                 return
-            looks += 1
-            other = tmp_path / f"other{looks}"
-            other.mkdir()
-            second = Mirror(other, place)
-            second._over.set()
-            found = newest_whole(other)
-            assert found >= newest
-            newest = found
-            lines = (other / "metrics.jsonl").read_text() if found else ""
-            assert lines.count("\n") >= found
-            if sum(1 for _ in walk(other)) > 1:
-                assert (other / EXPERIMENT).exists()  # or the run would be refused
 
-        return acted
+    def look():
+        nonlocal newest
+        held = bucket.held
+        found, newest = newest_whole(held), max(newest, newest_whole(held))
+        assert found == newest
+        assert held.get("metrics.jsonl", b"").count(b"\n") >= found
+        assert EXPERIMENT in held or not set(held) - {mirror.OWNER, mirror.PROBE}
+        model = {held.get(f"model/{name}") for name in ("params", "config.json")}
+        assert len(model) == 1 or "model/config.json" not in held
+        for kept in KEPT:
+            model = f"steps/{kept:08d}/model"
+            assert f"{model}/params" in held or f"{model}/config.json" not in held
+            assert f"{model}/config.json" in held or found < kept
 
-    for name in ("write", "remove"):
-        monkeypatch.setattr(first.bucket, name, look(getattr(first.bucket, name)))
-    for _ in range(7):
-        run.take_step()
+    bucket = Memory(look)
+    monkeypatch.setattr(mirror.os, "walk", walk_while_it_works)
+    monkeypatch.setattr(mirror, "Bucket", lambda address, name: bucket)
+    first = Mirror(run.folder, bucket.address)
+    for turn in range(12):  # in every other one nothing is new, until it is looked at
+        if turn % 2:
+            run.take_step()
         first.push()
-    first.finish()
-    assert newest == run.step > 8 and looks > 20
-    held = {x for x in first.bucket.sizes() if not x.startswith(mirror.OWN)}
-    assert held == set(first._files())
+        if turn in (3, 7):
+            other = tmp_path / f"other{turn}"
+            other.mkdir()
+            Mirror(other, bucket.address)
+            assert newest_whole(contents(other)) == newest
+            for model in other.glob("steps/*/model"):  # one without would be refused
+                assert (model / "config.json").exists()
+    monkeypatch.setattr(mirror.os, "walk", walk)
+    first.push()
+    assert newest == run.step
+    assert set(bucket.held) == {*first._files(), mirror.OWNER}
 
 
 def test_a_training_goes_on_on_another_machine(servers, tmp_path, monkeypatch):
@@ -222,34 +238,104 @@ def test_a_training_goes_on_on_another_machine(servers, tmp_path, monkeypatch):
 
 
 def made_run(folder):
-    FakeRun(folder).take_step()
+    if not folder.exists():
+        FakeRun(folder).take_step()
     return folder
 
 
 def test_one_workdir_writes_and_the_one_before_is_told(place, tmp_path):
-    with mirrored(made_run(tmp_path / "a"), place):
-        pass
-    with mirrored(tmp_path / "a", place):  # it goes on
-        pass
+    for _ in range(2):  # the second time it goes on
+        with mirrored(made_run(tmp_path / "a"), place):
+            pass
     first = Mirror(tmp_path / "a", place)
+    first.start()
     with mirrored(tmp_path / "b", place) as folder:
-        assert newest_whole(folder) == 1
+        assert newest_whole(contents(folder)) == 1
         with pytest.raises(InputError, match="is in use by"), mirrored(folder, place):
             pass
+        (tmp_path / "a" / "late").touch()
         first.push()  # nothing was written by the second one yet
+        (tmp_path / "a" / "late").unlink()
+        first.push()
         (folder / "more").touch()
-    with pytest.raises(InputError, match=r"is written by process .* in .*/b now, so nothing more"):
+    (tmp_path / "a" / "late").touch()
+    taken = r"holds what .*/b on .* wrote, so nothing of .*/a is copied there; name a new --workdir"
+    with pytest.raises(InputError, match=f"{taken}.*; .*/a is not copied to its end"):
         first.finish()
+    for name in ("a", "c"):
+        with (
+            pytest.raises(InputError, match=taken.replace("/a", f"/{name}")),
+            mirrored(made_run(tmp_path / name), place),
+        ):
+            pass
+    assert "late" not in first.bucket.sizes()
+
+
+def test_what_was_fetched_is_not_written_over_what_came_later(place, tmp_path):
+    """A second one was lost before it wrote; the first went on, and the second comes again."""
+    for name in ("a", "b"):
+        with mirrored(tmp_path / name if name == "b" else made_run(tmp_path / name), place):
+            pass
+    with mirrored(tmp_path / "a", place) as folder:
+        (folder / "metrics.jsonl").write_text("of later steps")
+    (tmp_path / "b" / "metrics.jsonl").write_text("of others")
     with (
-        pytest.raises(InputError, match=r"was written by .*/b after .*/a; name a new --workdir"),
-        mirrored(tmp_path / "a", place),
+        pytest.raises(InputError, match=r"holds what .*/a on .* wrote, so nothing of .*/b"),
+        mirrored(tmp_path / "b", place),
     ):
         pass
-    with (
-        pytest.raises(InputError, match="holds files, and not those of"),
-        mirrored(made_run(tmp_path / "c"), place),
-    ):
-        pass
+
+
+def test_a_copy_that_was_removed_is_not_continued_half(place, tmp_path):
+    first = Mirror(made_run(tmp_path / "a"), place)
+    first.push()
+    for name in first.bucket.sizes():
+        first.bucket.remove(name)
+    (tmp_path / "a" / "more").touch()
+    with pytest.raises(InputError, match="holds what something else wrote"):
+        first.push()
+    assert not first.bucket.sizes()
+    Mirror(tmp_path / "a", place).push()  # the same command again
+    assert first.bucket.sizes().keys() == {*first._files(), mirror.OWNER}
+
+
+def test_a_model_that_is_removed_while_it_is_copied_does_not_count(place, tmp_path, monkeypatch):
+    folder = made_run(tmp_path / "a")
+    (folder / "model").mkdir()
+    for name in ("params", "config.json"):
+        (folder / "model" / name).touch()
+    first = Mirror(folder, place)
+    upload = first.bucket.upload
+
+    def upload_and_lose(name, file):
+        (folder / "model" / "params").unlink(missing_ok=True)
+        upload(name, file)
+
+    monkeypatch.setattr(first.bucket, "upload", upload_and_lose)
+    assert first.push() == ["model/config.json"]
+    assert not any(name.startswith("model/") for name in first.bucket.sizes())
+
+
+def test_what_cannot_be_seen_is_not_removed_from_the_copy(place, tmp_path, monkeypatch):
+    first = Mirror(made_run(tmp_path / "a"), place)
+    first.push()
+    held = first.bucket.sizes()
+
+    def fail(folder):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(folder))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", fail)
+        with pytest.raises(OSError, match="Stale"):
+            first.push()
+    (tmp_path / "a" / EXPERIMENT).unlink()
+    with pytest.raises(InputError, match=r"has lost its \['config.json'\]"):
+        first.push()
+    (tmp_path / "a" / "checkpoints").rename(tmp_path / "elsewhere")
+    (tmp_path / "a" / "checkpoints").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="/a/checkpoints is a link"):
+        first.push()
+    assert first.bucket.sizes() == held
 
 
 def test_a_folder_or_a_bucket_of_others_is_left_alone(place, tmp_path):
@@ -273,11 +359,14 @@ def test_a_folder_or_a_bucket_of_others_is_left_alone(place, tmp_path):
     Bucket("s3://things/names", "DST").write("../outside", b"x")  # the other server knows no such
     with pytest.raises(InputError, match="which is no file's"):
         cli.start("copy", "s3://things/names", str(tmp_path / "copy"))
+    with pytest.raises(InputError, match="az://things/x is no local path"):
+        cli.start("copy", "az://things/x", "gs://things/y")
     assert not (tmp_path / "outside").exists() and not (tmp_path / "copy").exists()
 
 
 def test_what_failed_is_copied_at_the_next_turn_or_said_at_the_end(place, tmp_path, monkeypatch):
     first = Mirror(made_run(tmp_path / "a"), place)
+    first.start()
     with monkeypatch.context() as patch:
         patch.setattr(first.bucket._files, "pipe_file", lambda *_: 1 / 0)
         with pytest.raises(Unreachable, match="ZeroDivisionError"):

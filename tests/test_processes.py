@@ -18,13 +18,17 @@ import numpy as np
 import pytest
 
 import dials_jax as dj
+from dials_jax.cli.copy import fetch
 from dials_jax.config import MeshConfig
 from dials_jax.data.arithmetic import ArithmeticTask
+from dials_jax.mirror import OWN
 from dials_jax.models.folders import save_model
+from tests.bucket_servers import NAME, bucket_servers
 from tests.conftest import init_params
 from tests.process_worker import DATA, tiny, work
 
 ROOT = Path(__file__).parents[1]
+MIRROR = f"gs://{NAME}/two"
 QUIET = 60  # seconds without any work: a process that waits for another, which waits, too
 TIME = ("tokens_per_second", "seconds", "digest")  # and digests of lines that hold times
 
@@ -47,11 +51,13 @@ def run_both(folder):
     with pair(folder) as processes:
         work(folder / "one", MeshConfig())
         stacks = standstill(processes)
+        fetch_copy(folder, processes)
     if stacks:
         warnings.warn(f"two processes stood still and were started again\n{stacks}", stacklevel=2)
         shutil.rmtree(folder / "two")
         with pair(folder) as processes:
             stacks = standstill(processes)
+            fetch_copy(folder, processes)
     ends = "\n".join(f"--- {n}\n{(folder / f'{n}.txt').read_text()[-6000:]}" for n in range(2))
     assert not stacks, f"two processes stood still again\n{stacks}\n{ends}"
     assert [process.returncode for process in processes] == [0, 0], ends
@@ -59,17 +65,18 @@ def run_both(folder):
 
 @contextlib.contextmanager
 def pair(folder):
-    """Two processes that share `folder / "two"` and print to `0.txt` and `1.txt`."""
+    """Two processes that share `folder / "two"` and a bucket, and print to `0.txt` and `1.txt`."""
     with socket.socket() as found:
         found.bind(("localhost", 0))
         port = found.getsockname()[1]
     worker = str(ROOT / "tests" / "process_worker.py")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     with contextlib.ExitStack() as stack:
+        stack.enter_context(bucket_servers(["gs"]))
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
         logs = [stack.enter_context((folder / f"{n}.txt").open("w")) for n in range(2)]
         processes = [
             subprocess.Popen(
-                [sys.executable, worker, str(n), "2", str(port), str(folder / "two")],
+                [sys.executable, worker, str(n), "2", str(port), str(folder / "two"), MIRROR],
                 env=environment, stdout=logs[n], stderr=subprocess.STDOUT,
             )
             for n in range(2)
@@ -78,6 +85,12 @@ def pair(folder):
             stack.callback(process.wait)
             stack.callback(process.kill)
         yield processes
+
+
+def fetch_copy(folder, processes):
+    """What the bucket has of the model's workdir, into `folder / "copy"`."""
+    if all(process.returncode == 0 for process in processes):
+        fetch(f"{MIRROR}/model", str(folder / "copy"))
 
 
 def standstill(processes):
@@ -187,6 +200,24 @@ def test_an_evaluation_ends_on_all_processes_after_the_batch_in_which_one_is_ask
     for output in folders[2]:
         lines = output.splitlines()
         assert lines[lines.index(f"{kind} has kept 1") - 1].endswith("stopped (143): ")
+
+
+def test_the_first_of_two_copies_the_workdir_into_a_bucket(folders):
+    _, two, outputs = folders
+    found, copied = (
+        {x.relative_to(y): x.read_bytes() for x in y.rglob("*") if x.is_file()}
+        for y in (two / "model", two.with_name("copy"))
+    )
+    assert {n: x for n, x in found.items() if not n.name.startswith(OWN)} == {
+        n: x for n, x in copied.items() if not n.name.startswith(OWN)
+    }
+    assert Path("checkpoints/00000004/digest.json") in copied
+    assert [output.count("copied to gs://") for output in outputs] == [1, 0]
+
+
+def test_two_that_share_no_workdir_are_not_copied(folders):
+    line = "refused: process 1 of 2 has other files in .*, which all hosts have to share, than"
+    assert [len(re.findall(line, output)) for output in folders[2]] == [1, 1]
 
 
 def test_what_differs_between_processes_is_named_on_all_of_them(folders):

@@ -66,7 +66,9 @@ def send(source: str, address: str) -> str:
     files = {"" if x == place else x.relative_to(place).as_posix(): x for x in paths}
     require(bool(files), f"SRC={source} is no file, and no folder that holds some; name one")
     bucket = Bucket(address, "DST")
-    require(not bucket.sizes(), f"DST={bucket.address} holds files; name another place")
+    require(
+        not bucket.sizes(), f"DST={bucket.address} holds files; remove them, or name another place"
+    )
     for name in in_order(files):
         bucket.upload(name, files[name])
     return amount(path.stat().st_size for path in paths)

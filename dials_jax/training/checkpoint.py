@@ -169,7 +169,7 @@ class Checkpoints:
 
         def finish():
             if final.exists():  # a damaged one, whose step was run again
-                shutil.rmtree(final)
+                _remove_finished(final)
             partial.rename(final)
             self._damaged.discard(step)
             self._prune(step)
@@ -221,7 +221,7 @@ class Checkpoints:
         good = [s for s in self.steps() if s <= newest and s not in self._damaged]
         for step in self.steps():
             if step < good[-self.keep :][0]:
-                shutil.rmtree(self.folder / f"{step:08d}")
+                _remove_finished(self.folder / f"{step:08d}")
 
 
 def _host_device() -> jax.Device | None:
@@ -244,6 +244,12 @@ def _digests_of_bytes(flat: dict[str, jax.Array]) -> dict[str, str]:
     """Of arrays on the host. Unlike `digests.digest` it is not compiled, nor run on a device."""
     bits = {name: np.asarray(x).reshape(-1).view(np.uint8) for name, x in flat.items()}
     return {name: hashlib.sha256(x).hexdigest() for name, x in bits.items()}
+
+
+def _remove_finished(folder: Path) -> None:
+    """Its digests first: what is left of it never looks complete."""
+    (folder / "digest.json").unlink(missing_ok=True)
+    shutil.rmtree(folder)
 
 
 def _remove(folder: Path) -> None:
