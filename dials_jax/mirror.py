@@ -44,7 +44,7 @@ MARKS = ("config.json", "sweep.json", "study.json", "harness.json")
 SEALED = re.compile(r"(checkpoints/\d+|(?:steps/\d+/)?(?:model|router))/")
 OWN = ".dials_jax"  # how names begin that stay where they are
 MIRROR_LOCK, MIRROR_STATE = f"{OWN}.mirror.lock", f"{OWN}.mirror.json"
-OWNER, PROBE = f"{OWN}.owner.json", f"{OWN}.probe"  # in the bucket
+WRITER, PROBE = f"{OWN}.owner.json", f"{OWN}.probe"  # in the bucket
 # Names that are not final yet, of this library and of Orbax, and marks of this machine.
 PASSING = re.compile(
     rf"\.(tmp|partial|unfinished)$|\.orbax-checkpoint-tmp|^{re.escape(OWN)}|^{stored.MARK}$"
@@ -212,7 +212,7 @@ class Mirror:
         """Before each write: another workdir may write there by now."""
         if not self._is_owner():
             who = f"{self.folder} on {socket.gethostname()}"
-            self.bucket.write(OWNER, json.dumps({"id": self.id, "who": who}).encode())
+            self.bucket.write(WRITER, json.dumps({"id": self.id, "who": who}).encode())
             self._wrote = True
 
     def _is_owner(self) -> bool:
@@ -235,9 +235,9 @@ class Mirror:
 
     def _owner(self) -> dict[str, str]:
         """Who writes in the bucket; {}: nobody has."""
-        content = self.bucket.read(OWNER)
-        found = parse_json(content, f"{self.bucket.address}/{OWNER}") if content else {}
-        require(isinstance(found, dict), f"{self.bucket.address}/{OWNER} is damaged; remove it")
+        content = self.bucket.read(WRITER)
+        found = parse_json(content, f"{self.bucket.address}/{WRITER}") if content else {}
+        require(isinstance(found, dict), f"{self.bucket.address}/{WRITER} is damaged; remove it")
         return found
 
     # ------------------------------------------------------------------------------- what is where

@@ -164,7 +164,7 @@ def test_the_copy_is_whole_whenever_the_machine_is_lost(seed, tmp_path, monkeypa
         found, newest = newest_whole(held), max(newest, newest_whole(held))
         assert found == newest
         assert held.get("metrics.jsonl", b"").count(b"\n") >= found
-        assert EXPERIMENT in held or not set(held) - {mirror.OWNER, mirror.PROBE}
+        assert EXPERIMENT in held or not set(held) - {mirror.WRITER, mirror.PROBE}
         model = {held.get(f"model/{name}") for name in ("params", "config.json")}
         assert len(model) == 1 or "model/config.json" not in held
         for kept in KEPT:
@@ -190,7 +190,7 @@ def test_the_copy_is_whole_whenever_the_machine_is_lost(seed, tmp_path, monkeypa
     monkeypatch.setattr(mirror.os, "walk", walk)
     first.push()
     assert newest == run.step
-    assert set(bucket.held) == {*first._files(), mirror.OWNER}
+    assert set(bucket.held) == {*first._files(), mirror.WRITER}
 
 
 def test_a_training_goes_on_on_another_machine(servers, tmp_path, monkeypatch):
@@ -214,9 +214,9 @@ def test_a_training_goes_on_on_another_machine(servers, tmp_path, monkeypatch):
             train(cfg, tmp_path / "a")
     begun, begin = [], MetricsWriter.__init__
 
-    def note_the_step(self, workdir, step):
+    def note_the_step(self, workdir, step, *others):
         begun.append(step)
-        begin(self, workdir, step)
+        begin(self, workdir, step, *others)
 
     monkeypatch.setattr(MetricsWriter, "__init__", note_the_step)
     with mirrored(tmp_path / "b", address):
@@ -296,7 +296,7 @@ def test_a_copy_that_was_removed_is_not_continued_half(place, tmp_path):
         first.push()
     assert not first.bucket.sizes()
     Mirror(tmp_path / "a", place).push()  # the same command again
-    assert first.bucket.sizes().keys() == {*first._files(), mirror.OWNER}
+    assert first.bucket.sizes().keys() == {*first._files(), mirror.WRITER}
 
 
 def test_a_model_that_is_removed_while_it_is_copied_does_not_count(place, tmp_path, monkeypatch):
