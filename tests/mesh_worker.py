@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 from dials_jax import digests, sharding, trees
 from dials_jax.caching.early_skip.settings import EarlySkip
 from dials_jax.caching.plain import DualCache
+from dials_jax.compiling import programs_used
 from dials_jax.config import (
     ArithmeticData,
     MeshConfig,
@@ -35,7 +36,7 @@ from dials_jax.data.arithmetic import ArithmeticTask
 from dials_jax.data.batches import batch_at
 from dials_jax.evaluation.likelihood import score_pairs
 from dials_jax.evaluation.pairs import pad_pairs
-from dials_jax.models import transformer
+from dials_jax.models import groups, transformer
 from dials_jax.models.model import Model, sequence_keys
 from dials_jax.nn.kernels import cudnn_attention as cudnn
 from dials_jax.nn.kernels import per_device
@@ -290,6 +291,26 @@ def multiply(mesh):
     return {"out": out[:, :-1]}
 
 
+def with_own_arrays(mesh, cfg, params):
+    """Logits of layers with their own arrays and joined ones, placed as the rules say.
+
+    And what a device sends in a pass: joined weights are not to move.
+    """
+    tokens = np.random.default_rng(0).integers(2, 60, (8, 6))
+    logits, sent = {}, {}
+    for layout in ("unrolled", "fused"):
+        model = Model(cfg, groups.place(cfg, params, mesh, layout), mesh)
+        with programs_used() as programs:
+            logits[layout] = model.apply(tokens).logits
+        sent[layout] = sum(size for size, _ in read_footprint(programs[0]).sent().values())
+    placement = sharding.param_shardings(model.params, mesh)
+    for (name, leaf), wanted in zip(
+        trees.named_leaves(model.params), jax.tree.leaves(placement), strict=True
+    ):
+        assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim), f"{name} lies elsewhere"
+    return {"logits": logits, "fused_more": sent["fused"] > sent["unrolled"]}
+
+
 def run(mesh):
     cfg, objective = conftest.small_config(), ObjectiveConfig()
     # Weights so large that rows differ, and routers that skip some layers for some of them.
@@ -310,6 +331,7 @@ def run(mesh):
         "sent": sent,
         "router": train_step(mesh, loss, same_routers, placed, "routers/")[0],
         "evaluation": evaluate_in_place(mesh, cfg, params, routers),
+        "layouts": with_own_arrays(mesh, cfg, params),
         "eight_bits": in_eight_bits(mesh, cfg, routers),
         "partitioned": generate_as_on_gpus(mesh, cfg, params, routers),
         "lookup": {f"{v}x{d}": look_up(mesh, v, d) for v, d in ((64, 32), (63, 32), (64, 30))},

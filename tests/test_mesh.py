@@ -32,7 +32,7 @@ def results(made_once):
     "kind",
     [
         *("digest", "fingerprint", "model", "router", "evaluation", "partitioned", "lookup"),
-        "kernel",
+        *("kernel", "layouts"),
     ],
 )
 def test_mesh_equals_one_device(results, mesh, kind):

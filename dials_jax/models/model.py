@@ -104,7 +104,7 @@ class Model:
         if self._quantised_from:
             return self._quantised_from
         fused = form_of(self.params).fused
-        plain = partial(fusing.unfuse, cfg=self.config) if fused else lambda layer: layer
+        plain = partial(fusing.unfuse, cfg=self.config, parts=fused) if fused else lambda x: x
         return digests.fingerprint(self.params, plain)
 
     @property

@@ -5,11 +5,11 @@ from __future__ import annotations
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from dials_jax.config import ModelConfig
+from dials_jax.nn.fusing import split_outputs
 from dials_jax.nn.kernels.dispatch import ATTENTION
 from dials_jax.nn.kernels.implementation import dispatch
 from dials_jax.nn.kv import KV
@@ -23,10 +23,10 @@ from dials_jax.nn.rope import apply_rope
 class Attention(nnx.Module):
     """Self-attention in which every token sees every valid token, or those to its left (causal).
 
-    `fused`: see `dials_jax.nn.fusing`.
+    `fused`: the parts in which queries, keys and values are joined: see `dials_jax.nn.fusing`.
     """
 
-    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs, fused: bool = False):
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs, fused: int = 0):
         d, n, k, h = cfg.d_model, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
         self.fused, self.num_heads, self.num_kv_heads = fused, n, k
         for name, heads in ({"qkv": n + 2 * k} if fused else {"q": n, "k": k, "v": k}).items():
@@ -43,8 +43,8 @@ class Attention(nnx.Module):
         """Rotated queries, and the tokens' rotated keys and values; None: nothing turns."""
         project = partial(linear, x, axes="BTD,DNH->BTNH")
         if self.fused:
-            cuts = (self.num_heads, self.num_heads + self.num_kv_heads)
-            q, k, v = jnp.split(project(self.qkv, self.qkv_bias), cuts, axis=2)
+            sizes = self.num_heads, self.num_kv_heads, self.num_kv_heads
+            q, k, v = split_outputs(project(self.qkv, self.qkv_bias), sizes, 2, self.fused)
         else:
             q = project(self.q, self.q_bias)
             k = project(self.k, self.k_bias)

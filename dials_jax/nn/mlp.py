@@ -16,11 +16,11 @@ from dials_jax.nn.modules import normal, residual_depth, zeros_if
 class MLP(nnx.Module):
     """silu(x W_gate) * (x W_up), or gelu(x W_up), projected back.
 
-    `fused`: see `dials_jax.nn.fusing`.
+    `fused`: the parts in which gate and up are joined: see `dials_jax.nn.fusing`.
     """
 
-    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs, fused: bool = False):
-        self.kind, self.fused = cfg.mlp, fused and cfg.mlp == "swiglu"
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs, fused: int = 0):
+        self.kind, self.fused = cfg.mlp, fused if cfg.mlp == "swiglu" else 0
         sizes = {"gate_up": 2 * cfg.d_ff} if self.fused else {"gate": cfg.d_ff, "up": cfg.d_ff}
         if cfg.mlp == "gelu":
             del sizes["gate"]
@@ -42,4 +42,4 @@ class MLP(nnx.Module):
         else:
             kernels, biases = (self.gate, self.up), (self.gate_bias, self.up_bias)
         biases = tuple(bias if bias is None else array_of(bias) for bias in biases)
-        return dispatch(SWIGLU, x, tuple(map(array_of, kernels)), biases)
+        return dispatch(SWIGLU, x, tuple(map(array_of, kernels)), biases, self.fused)

@@ -68,12 +68,13 @@ class Form:
     stacked or unrolled shows in their type: see `dials_jax.trees`.
 
     Attributes:
-      fused: matmuls of one input are joined: see `dials_jax.nn.fusing`.
+      fused: matmuls of one input are joined, in so many parts: see `dials_jax.nn.fusing`.
+        0: they are not.
       modulated: the modulations of a constant are there: see `dials_jax.nn.modulation`.
       padded_head: the head's kernel is there once more, padded to whole tiles.
     """
 
-    fused: bool = False
+    fused: int = 0
     modulated: bool = False
     padded_head: bool = False
 

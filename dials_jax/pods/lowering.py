@@ -171,12 +171,15 @@ def inference_shapes(
       weights: in 8 bits.
       dtype: of the weights; None: that of activations.
     """
-    groups, layout = stored_shapes(cfg, dtype or cfg.dtype, weights), chosen_layout(layout, mesh)
+    groups, layout = (
+        stored_shapes(cfg, dtype or cfg.dtype, weights),
+        chosen_layout(layout, mesh, cfg),
+    )
     layers = tuple(groups.pop(f"layers/{i:03d}") for i in range(cfg.num_layers))
     params = dict(groups)
     if layout == "fused":
-        params["form"] = Form(fused=True)
-        layers = tuple(jax.eval_shape(fusing.fuse, layer) for layer in layers)
+        params["form"] = Form(fused=parts)
+        layers = tuple(jax.eval_shape(partial(fusing.fuse, parts=parts), x) for x in layers)
     if layout == "stacked":
         layers = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct((cfg.num_layers, *x.shape), x.dtype), layers[0]

@@ -37,14 +37,15 @@ def models(params):
 
 
 @pytest.mark.parametrize("biased", [True, False])
-def test_layers_come_apart_as_they_were(params, biased):
+@pytest.mark.parametrize("parts", [1, 2])
+def test_layers_come_apart_as_they_were(params, biased, parts):
     layer = trees.layer_slice(params["layers"], 1)
     if not biased:
         for module, arrays in layer.items():
             layer[module] = {k: x for k, x in arrays.items() if not k.endswith("_bias")}
-    fused = fusing.fuse(layer)
+    fused = fusing.fuse(layer, parts)
     assert not {"q", "k", "v"} & fused["attention"].keys() and "gate" not in fused["mlp"]
-    back = fusing.unfuse(fused, CFG)
+    back = fusing.unfuse(fused, CFG, parts)
     assert jax.tree.structure(back) == jax.tree.structure(layer)
     chex.assert_trees_all_equal(back, layer)
 
@@ -57,7 +58,7 @@ def test_all_layouts_give_the_same_logits_and_tokens(models):
     answer = generate(models["stacked"], tokens, valid, sampler=sampler).tokens
     assert "qkv" in models["fused"].params["layers"][0]["attention"]
     assert {k: form_of(m.params).fused for k, m in models.items()} == {
-        "stacked": False, "unrolled": False, "fused": True,
+        "stacked": 0, "unrolled": 0, "fused": 1,
     }  # fmt: skip
     for layout in ("unrolled", "fused"):
         logits = models[layout].apply(tokens, valid).logits
@@ -82,9 +83,12 @@ def test_all_layouts_save_the_same_folder(models, tmp_path):
     chex.assert_trees_all_equal(fused, models["fused"].params)
 
 
-def test_split_heads_are_not_fused(params):
-    mesh = Mesh(np.array(2 * jax.devices()[:1]).reshape(1, 1, 2), sharding.AXES)
-    with pytest.raises(InputError, match=r"needs whole heads.*tensor > 1.*'unrolled'") as info:
-        groups.chosen_layout("fused", mesh)
+def test_heads_that_devices_cannot_share_equally_are_not_fused(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for parts in (2, 3):
+        mesh = Mesh(np.array(parts * jax.devices()[:1]).reshape(1, 1, parts), sharding.AXES)
+        assert groups.chosen_layout("unrolled", mesh, CFG) == "unrolled"
+        assert groups.chosen_layout("auto", mesh, CFG) == ("fused" if parts == 2 else "unrolled")
+    with pytest.raises(InputError, match=r"equally many heads.*tensor=3.*'unrolled'") as info:
+        groups.chosen_layout("fused", mesh, CFG)
     assert "\n" not in str(info.value)
-    assert groups.chosen_layout("unrolled", mesh) == "unrolled"

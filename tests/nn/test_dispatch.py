@@ -80,10 +80,11 @@ def test_attention_of_a_window(taken, num_queries, num_keys, head_dim, dtype, ho
 @pytest.mark.parametrize(
     "num_rows, dtype, fused, expected",
     [
-        (4, "bfloat16", True, ["swiglu"]),
-        (3, "bfloat16", True, []),  # no whole tiles of rows
-        (4, "float32", True, []),
-        (4, "bfloat16", False, []),
+        (4, "bfloat16", 1, ["swiglu"]),
+        (3, "bfloat16", 1, []),  # no whole tiles of rows
+        (4, "float32", 1, []),
+        (4, "bfloat16", 0, []),
+        (4, "bfloat16", 2, []),  # in two parts, each for a device
     ],
 )
 def test_swiglu_of_fused_products(taken, num_rows, dtype, fused, expected):
@@ -125,7 +126,7 @@ def test_the_head_in_8_bits(taken, vocab_size):
     assert (out.shape, out.dtype, taken) == ((3, 5, vocab_size), "float32", ["matmul"])
 
 
-@pytest.mark.parametrize("fused, expected", [(True, ["swiglu"]), (False, ["matmul"] * 2)])
+@pytest.mark.parametrize("fused, expected", [(1, ["swiglu"]), (0, ["matmul"] * 2)])
 def test_swiglu_in_8_bits(taken, fused, expected):
     cfg = small_config(d_model=128, d_ff=128, dtype="bfloat16")
     layer = jax.tree.map(lambda x: x[0], init_params(cfg)["layers"])
@@ -190,7 +191,7 @@ def test_what_does_not_fit_says_why(name, reason, monkeypatch):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("fused, biased", [(False, False), (True, True)])
+@pytest.mark.parametrize("fused, biased", [(0, False), (1, True)])
 def test_swiglu_that_cannot_be_forced_says_why(fused, biased, monkeypatch):
     monkeypatch.setattr(per_device, "on_hopper", lambda: True)
     monkeypatch.setenv("DIALS_KERNELS", "hopper_swiglu")

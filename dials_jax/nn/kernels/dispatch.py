@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dials_jax.nn.eight_bits import Quantised
+from dials_jax.nn.fusing import split_outputs
 from dials_jax.nn.kernels.cudnn_attention import cudnn_refusal, run_cudnn
 from dials_jax.nn.kernels.hopper_attention import (
     run_tiles,
@@ -35,10 +35,13 @@ def xla_swiglu(
     x: Float[Array, "B T D"],
     kernels: tuple[Quantised | Array, ...],
     biases: tuple[Array | None, ...],
+    parts: int,
 ) -> Float[Array, "B T F"]:
     """silu(x W_gate + b_gate) * (x W_up + b_up), from both kernels or from one of both."""
     halves = [linear(x, kernel, bias) for kernel, bias in zip(kernels, biases, strict=True)]
-    gate, up = halves if len(halves) == 2 else jnp.split(halves[0], 2, axis=-1)
+    if len(halves) == 1:
+        halves = split_outputs(halves[0], (halves[0].shape[-1] // 2,) * 2, x.ndim - 1, parts)
+    gate, up = halves
     return jax.nn.silu(gate) * up
 
 
@@ -57,7 +60,7 @@ ATTENTION = (  # (q, kv, mask) -> values
     fixed_tiles(tiled_attention),
     plain_jax(xla_attention),
 )
-SWIGLU = (  # (x, kernels, biases), two kernels or both joined in one -> hidden units
+SWIGLU = (  # (x, kernels, biases, parts), two kernels or both joined in parts -> hidden units
     Implementation("hopper_swiglu", HOPPER, swiglu_refusal, run_swiglu),
     Implementation("hopper_rows", HOPPER, swiglu_rows_refusal, run_swiglu_rows, "invariant"),
     plain_jax(xla_swiglu, "both"),

@@ -60,15 +60,17 @@ def swiglu_refusal(
     x: Float[Array, "B T D"],
     kernels: tuple[Quantised | Array, ...],
     biases: tuple[Array | None, ...],
+    parts: int,
 ) -> str | None:
     """Why the kernel cannot take these, or does not pay; None: it does."""
-    return joined_refusal(x, kernels, biases, _swiglu_refusal)
+    return joined_refusal(x, kernels, biases, parts, _swiglu_refusal)
 
 
 def joined_refusal(
     x: Float[Array, "B T D"],
     kernels: tuple[Quantised | Array, ...],
     biases: tuple[Array | None, ...],
+    parts: int,
     refusal: Callable[[Array, Array], str | None],
 ) -> str | None:
     """Why no kernel can take gate and up; None: it does.
@@ -78,6 +80,8 @@ def joined_refusal(
     """
     if len(kernels) != 1 or biases[0] is not None:
         return "it needs the fused kernels of gate and up, and no biases"
+    if parts != 1:
+        return "the mesh splits the weight"
     if is_quantised(kernels[0]):
         return matmul_refusal(x, kernels[0], halves=2)
     return refusal(x, kernels[0])
@@ -100,6 +104,7 @@ def run_swiglu(
     x: Float[Array, "B T D"],
     kernels: tuple[Quantised | Array, ...],
     biases: tuple[Array | None, ...],
+    parts: int,
 ) -> Float[Array, "B T F"]:
     fn = partial(matmul_e4m3, halves=2) if is_quantised(kernels[0]) else swiglu
     return sequences_per_device(fn, x, kernels[0])

@@ -105,9 +105,10 @@ def swiglu_rows_refusal(
     x: Float[Array, "B T D"],
     kernels: tuple[Quantised | Array, ...],
     biases: tuple[Array | None, ...],
+    parts: int,
 ) -> str | None:
     """Why the kernel cannot take these, for any number of rows; None: it does."""
-    return joined_refusal(x, kernels, biases, _swiglu_rows_refusal)
+    return joined_refusal(x, kernels, biases, parts, _swiglu_rows_refusal)
 
 
 def _swiglu_rows_refusal(x: Float[Array, "B T D"], gate_up: Float[Array, "D _"]) -> str | None:
@@ -122,9 +123,10 @@ def run_swiglu_rows(
     x: Float[Array, "B T D"],
     kernels: tuple[Quantised | Array, ...],
     biases: tuple[Array | None, ...],
+    parts: int,
 ) -> Float[Array, "B T F"]:
     if is_quantised(kernels[0]):
-        return run_swiglu(x, kernels, biases)
+        return run_swiglu(x, kernels, biases, parts)
     return sequences_per_device(swiglu_rows, x, kernels[0])
 
 
