@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dials_jax.config import ObjectiveConfig
-from dials_jax.nn.kernels.row_sums import logsumexp
+from dials_jax.nn.kernels.row_sums import logsumexp, row_sum
 
 
 def masked_log_probs(
@@ -22,7 +22,7 @@ def masked_log_probs(
 def token_kl(log_p: Float[Array, "*B V"], log_q: Float[Array, "*B V"]) -> Float[Array, "*B"]:
     """KL(p || q) of every token, in nats; 0 where p is 0."""
     p = jnp.exp(log_p)
-    return jnp.sum(jnp.where(p > 0, p * (log_p - log_q), 0.0), axis=-1)
+    return row_sum(jnp.where(p > 0, p * (log_p - log_q), 0.0))
 
 
 def diffusion_weights(

@@ -25,6 +25,7 @@ from dials_jax.errors import require
 from dials_jax.evaluation.pairs import Pairs, align_pairs, pad_pairs
 from dials_jax.models import transformer
 from dials_jax.models.model import Model, sequence_keys
+from dials_jax.nn.kernels.row_sums import row_sum
 from dials_jax.nn.policy import Policy, check_policy
 
 
@@ -114,4 +115,5 @@ def confidence_program(
         return masked & (jnp.arange(length) != surest[:, None]), (gained, order, out.gates)
 
     _, (gained, order, gates) = lax.scan(step, pairs.in_answer, jnp.arange(length))
-    return ConfidenceScores(jnp.sum(gained, axis=0), order, gates)
+    # From the last step to the first, since a shorter answer ends in zeros.
+    return ConfidenceScores(row_sum(gained[::-1].T), order, gates)

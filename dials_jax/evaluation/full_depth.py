@@ -35,6 +35,7 @@ from dials_jax.evaluation.task_setup import task_sampler
 from dials_jax.keys import threefry_key
 from dials_jax.models import transformer
 from dials_jax.models.model import Model
+from dials_jax.nn.kernels.row_sums import row_log_softmax, row_sum
 from dials_jax.nn.policy import Policy
 from dials_jax.progress import progress_bar
 
@@ -156,11 +157,11 @@ def kl_program(params, pairs, keys, samples, policy, *, cfg) -> Float[Array, "B"
 
     def log_probs(h: Float[Array, "B C D"]) -> Float[Array, "B C V"]:
         logits = transformer.head_logits(cfg, params, h, time)
-        return jax.nn.log_softmax(transformer.apply_subs(cfg, logits))
+        return row_log_softmax(transformer.apply_subs(cfg, logits))
 
     with jax.default_matmul_precision("highest"):  # the two are close to each other
         full, own = states(None), states(policy)
         kl = map_position_chunks(
             lambda full, own: token_kl(log_probs(full), log_probs(own)), KL_CHUNK, full, own
         )
-    return jnp.sum(kl * predicted, axis=1) / answer_length(predicted)
+    return row_sum(kl * predicted) / answer_length(predicted)

@@ -24,6 +24,7 @@ from dials_jax.caching.canvas import CanvasModel
 from dials_jax.config import ModelConfig, Typed, require_positive
 from dials_jax.errors import require
 from dials_jax.models import transformer
+from dials_jax.nn.kernels.row_sums import row_softmax
 from dials_jax.nn.policy import Policy
 from dials_jax.nn.stack import StackOutput
 from dials_jax.sampling.confidence import gumbel_like
@@ -396,7 +397,7 @@ class PublishedSteps:
     ) -> Int[Array, "G"]:
         """A token or [MASK] for every position; after the last step, the most probable token."""
         s = t - np.float32((1 - EPS) / self.num_steps)
-        q = (jax.nn.softmax(logits) * (t - s)).at[:, self.net.cfg.mask_id].set(s)
+        q = (row_softmax(logits) * (t - s)).at[:, self.net.cfg.mask_id].set(s)
         noise = coarse_exponential(jax.random.fold_in(key, step), q.shape)
         return jnp.argmax(jnp.where(step == self.num_steps, logits, q / noise), axis=-1)
 

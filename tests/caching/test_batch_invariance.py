@@ -1,24 +1,34 @@
 """In the batch-invariant mode a sequence is bitwise what it is alone: tokens, logits and gates."""
 
+from unittest import mock
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
+from jax.extend.core.primitives import convert_element_type_p
 
 from dials_jax.caching.early_skip.settings import EarlySkip
 from dials_jax.caching.plain import DualCache, NoCache, PrefixCache
+from dials_jax.compiling import Timed, batch_invariant
 from dials_jax.errors import InputError
 from dials_jax.evaluation.confidence_likelihood import confidence_scores
+from dials_jax.evaluation.full_depth import kl_program
 from dials_jax.evaluation.likelihood import score_pairs
-from dials_jax.evaluation.pairs import pad_pairs
+from dials_jax.evaluation.pairs import align_pairs, pad_pairs
 from dials_jax.loading import load
 from dials_jax.models import invariance
 from dials_jax.models.folders import save_model
 from dials_jax.models.model import Model
+from dials_jax.sampling.ancestral import Ancestral
 from dials_jax.sampling.confidence import Confidence
+from dials_jax.sampling.dream import Dream
 from dials_jax.sampling.generate import generate
 from dials_jax.sampling.infill import infill
 from dials_jax.sampling.model_schedule import Schedule
 from dials_jax.sampling.requests import check_schedule, roles_of
+from dials_jax.skipping.policies import Static
 from dials_jax.skipping.routed import Routed
 from tests.caching.cases import keys_of, make_lively
 from tests.conftest import init_params, random_routers, small_config
@@ -42,6 +52,44 @@ CACHES = {
 HALF = {"dtype": "bfloat16"}
 MODEL = lively()
 ROUTED = Routed(random_routers(CFG, seed=7), 0.1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def sums_have_one_order():
+    """On a GPU XLA chooses the order of a sum by the shape of the whole array; on a CPU a test of
+    values would not see it. So no program of this file, in the mode, may leave a sum to XLA."""
+    lower = Timed.lower
+
+    def lower_checked(timed, *args, **kwargs):
+        traced = timed._jitted.trace(*args, **kwargs)
+        if batch_invariant.value:
+            assert not list(float_sums(traced.jaxpr.jaxpr)), timed.__name__
+        return traced.lower()
+
+    with mock.patch.object(Timed, "lower", lower_checked):
+        yield
+    assert Timed.lower is lower
+
+
+def float_sums(jaxpr):
+    """Where a program leaves it to XLA in which order floats are added up along an axis.
+
+    The order changes nothing where each is 0 or 1, nor where all but one are 0.
+    """
+    made_by = {out: equation for equation in jaxpr.eqns for out in equation.outvars}
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("reduce_sum", "reduce_window_sum"):
+            (x,) = equation.invars
+            terms = x
+            while getattr(made_by.get(terms), "primitive", None) is convert_element_type_p:
+                (terms,) = made_by[terms].invars
+            counts = terms.aval.dtype == bool
+            callers = {f.function_name for f in equation.source_info.traceback.frames}
+            exact = counts or "masked_log_probs" in callers
+            if jnp.issubdtype(x.aval.dtype, jnp.floating) and not exact:
+                yield equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from float_sums(inner)
 
 
 def differing(model, cache, policy):
@@ -160,3 +208,33 @@ def test_models_of_a_schedule_are_all_of_the_mode_or_none():
     schedule = Schedule.parse("L4,H4")
     with pytest.raises(InputError, match="one is batch-invariant"):
         check_schedule(roles_of(models, schedule, None), schedule, SAMPLER, CACHES["none"])
+
+
+def test_the_kl_to_full_depth_is_the_same_in_batches_of_every_length():
+    policy = Static((1,))
+    pairs = [(p, [11, 12, 13][: 1 + i]) for i, p in enumerate(long_texts(41, 27, 12))]
+
+    def kl(some):
+        own = align_pairs(MODEL, pad_pairs([pairs[i] for i in some], CFG))
+        placed = MODEL.place_sequences(
+            (own, keys_of(3)[np.asarray(some)], np.zeros(len(some), int))
+        )
+        return MODEL.run(kl_program, *placed, policy)[0]
+
+    together = kl([0, 1, 2])
+    np.testing.assert_array_equal(kl([1]), together[1:2])
+    assert (together > 0).all()
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        Ancestral(4, 4),
+        Ancestral(4, 4, precision="float32"),
+        Dream(4, 4, top_p=0.9, temperature=0.5),
+    ],
+)
+def test_other_samplers_draw_for_a_sequence_as_alone(sampler):
+    together = generate(MODEL, PROMPTS, key=keys_of(3), sampler=sampler)
+    alone = generate(MODEL, PROMPTS[1:2], key=keys_of(3)[1:2], sampler=sampler)
+    np.testing.assert_array_equal(alone.tokens[0], together.tokens[1, -alone.tokens.shape[1] :])
