@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 # Folded into a step's key for what its sequences share; no sequence has this number.
@@ -47,13 +48,29 @@ def stratified_noise(stratum: Float[Array, "B"], eps: float) -> Noise:
 def stratified(
     key: jax.Array, sequence: Int[Array, "B"], num_sequences: Int[Array, ""] | int
 ) -> Float[Array, "B"]:
-    """(u + i) / n mod 1 for sequence i of n, with one u ~ U(0, 1) per step: one in every n-th.
+    """(u + k) / n mod 1 for each of n sequences, with one u ~ U(0, 1) per step: one in every n-th.
 
     Each sequence's value is uniform on [0, 1). It depends on the sequence's number in the whole
-    batch only, not on microbatches or devices.
+    batch only, not on microbatches or devices. k is `spread_out` of that number, so that devices
+    have as much to do: the head runs at masked tokens only. In the published code k is the number
+    itself; then the first of two devices gets the batch's lower half of mask ratios.
     """
     u = jax.random.uniform(jax.random.fold_in(key, STRATA))
-    return (u / num_sequences + sequence / num_sequences) % 1.0
+    place = spread_out(sequence, num_sequences)
+    return (u / num_sequences + place / num_sequences) % 1.0
+
+
+def spread_out(i: Int[Array, "B"], n: Int[Array, ""] | int) -> Int[Array, "B"]:
+    """Where i stands among 0 to n - 1 by their bits read backwards: 0, 4, 2, 6, 1, 5, 3, 7 of 8.
+
+    Neighbours stand far apart, and any run of numbers is spread evenly (van der Corput 1935).
+    """
+    # j stands before i if at the lowest bit where they differ, i has a 1. So to every 1 in i belong
+    # the j below n that are i in the lower bits, and have a 0 there.
+    bit = jnp.arange(31)
+    lower = i[:, None] & ((1 << bit) - 1)
+    before = ((n - 1 - lower) >> (bit + 1)) + 1
+    return jnp.sum(jnp.where((i[:, None] >> bit) & 1 == 1, before, 0), axis=1)
 
 
 def corrupt(

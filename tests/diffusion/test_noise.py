@@ -5,7 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dials_jax.diffusion.noise import corrupt, stratified, stratified_noise, uniform_noise
+from dials_jax.diffusion.noise import (
+    corrupt,
+    spread_out,
+    stratified,
+    stratified_noise,
+    uniform_noise,
+)
 
 N = 16
 
@@ -29,6 +35,21 @@ def test_lladas_ratios_are_uniform_between_the_smallest_and_1():
 def test_one_place_lies_in_every_nth_of_the_batch():
     for seed in range(5):
         np.testing.assert_array_equal(np.sort(np.floor(places(seed) * N)), np.arange(N))
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 7, 8, 12, 48, 64, 500])
+def test_devices_get_as_much_noise(num_rows):
+    """Each of the devices that share a batch as neighbours, and each of their microbatches."""
+    order = np.asarray(spread_out(jnp.arange(num_rows), num_rows))
+    assert sorted(order) == list(range(num_rows))
+    backwards = [int(f"{i:010b}"[::-1], 2) for i in range(num_rows)]
+    np.testing.assert_array_equal(order, np.argsort(np.argsort(backwards)))
+    ratios = np.asarray(places(0, num_rows))
+    for devices in (2, 4):
+        if num_rows % (4 * devices) == 0:
+            for batch in (ratios, ratios[::2], ratios[3::4]):
+                own = batch.reshape(devices, -1).mean(axis=1)
+                assert np.ptp(own) < devices / len(batch)  # 0.5 if in order
 
 
 def test_places_are_uniform_over_steps():
