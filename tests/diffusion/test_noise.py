@@ -49,7 +49,7 @@ def test_devices_get_as_much_noise(num_rows):
         if num_rows % (4 * devices) == 0:
             for batch in (ratios, ratios[::2], ratios[3::4]):
                 own = batch.reshape(devices, -1).mean(axis=1)
-                assert np.ptp(own) < devices / len(batch)  # 0.5 if in order
+                assert np.ptp(own) < 1.1 * devices / len(batch)  # in order: 0.5 or more
 
 
 def test_places_are_uniform_over_steps():
