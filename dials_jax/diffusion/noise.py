@@ -51,16 +51,16 @@ def stratified(
     """(u + k) / n mod 1 for each of n sequences, with one u ~ U(0, 1) per step: one in every n-th.
 
     Each sequence's value is uniform on [0, 1). It depends on the sequence's number in the whole
-    batch only, not on microbatches or devices. k is `spread_out` of that number, so that devices
+    batch only, not on microbatches or devices. k is `bit_reversed_rank` of that number, so that devices
     have as much to do: the head runs at masked tokens only. In the published code k is the number
     itself; then the first of two devices gets the batch's lower half of mask ratios.
     """
     u = jax.random.uniform(jax.random.fold_in(key, STRATA))
-    place = spread_out(sequence, num_sequences)
+    place = bit_reversed_rank(sequence, num_sequences)
     return (u / num_sequences + place / num_sequences) % 1.0
 
 
-def spread_out(i: Int[Array, "B"], n: Int[Array, ""] | int) -> Int[Array, "B"]:
+def bit_reversed_rank(i: Int[Array, "B"], n: Int[Array, ""] | int) -> Int[Array, "B"]:
     """Where i stands among 0 to n - 1 by their bits read backwards: 0, 4, 2, 6, 1, 5, 3, 7 of 8.
 
     Neighbours stand far apart, and any run of numbers is spread evenly (van der Corput 1935).

@@ -7,7 +7,7 @@ import pytest
 
 from dials_jax.diffusion.noise import (
     corrupt,
-    spread_out,
+    bit_reversed_rank,
     stratified,
     stratified_noise,
     uniform_noise,
@@ -40,7 +40,7 @@ def test_one_place_lies_in_every_nth_of_the_batch():
 @pytest.mark.parametrize("num_rows", [1, 2, 7, 8, 12, 48, 64, 500])
 def test_devices_get_as_much_noise(num_rows):
     """Each of the devices that share a batch as neighbours, and each of their microbatches."""
-    order = np.asarray(spread_out(jnp.arange(num_rows), num_rows))
+    order = np.asarray(bit_reversed_rank(jnp.arange(num_rows), num_rows))
     assert sorted(order) == list(range(num_rows))
     backwards = [int(f"{i:010b}"[::-1], 2) for i in range(num_rows)]
     np.testing.assert_array_equal(order, np.argsort(np.argsort(backwards)))
