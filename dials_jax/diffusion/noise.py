@@ -51,9 +51,9 @@ def stratified(
     """(u + k) / n mod 1 for each of n sequences, with one u ~ U(0, 1) per step: one in every n-th.
 
     Each sequence's value is uniform on [0, 1). It depends on the sequence's number in the whole
-    batch only, not on microbatches or devices. k is `bit_reversed_rank` of that number, so that devices
-    have as much to do: the head runs at masked tokens only. In the published code k is the number
-    itself; then the first of two devices gets the batch's lower half of mask ratios.
+    batch only, not on microbatches or devices. k is `bit_reversed_rank` of that number, so that
+    devices have as much to do: the head runs at masked tokens only. In the published code k is the
+    number itself; then the first of two devices gets the batch's lower half of mask ratios.
     """
     u = jax.random.uniform(jax.random.fold_in(key, STRATA))
     place = bit_reversed_rank(sequence, num_sequences)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from dials_jax.diffusion.noise import (
-    corrupt,
     bit_reversed_rank,
+    corrupt,
     stratified,
     stratified_noise,
     uniform_noise,
