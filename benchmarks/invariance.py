@@ -12,10 +12,13 @@ random weights' predictions, so trained models differ less.
     python -m benchmarks.invariance --layers 8 --parts neighbours --modes off
     python -m benchmarks.invariance --parts answers --model runs/demo/model --dtype bfloat16 \\
         --router runs/demo/router-high --modes off --sizes 1 8 32 100
+    python -m benchmarks.invariance --parts answers --model runs/text/model --modes off \\
+        --text data/text/validation.jsonl.xz --prompt 128 --gen 64 --sizes 1 8 32
 
 `off` is the default, `on` the mode of `load(..., batch_invariant=True)`. `neighbours` keeps all
 shapes: is a sequence the same beside others, and elsewhere in its batch? `answers` counts how many
-answers of a trained model change with the batch size. A part that fails is reported, and the others
+answers of a trained model change with the batch size: to the demo's questions, or with --text how
+a text goes on, of whose own tokens a share is right. A part that fails is reported, and the others
 go on.
 """
 
@@ -216,6 +219,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=int, help="devices that share a batch, against one device")
     parser.add_argument("--dtype", help="of a model in a folder; default: as stored")
     parser.add_argument("--router", metavar="DIR", help="of the part `answers`")
+    parser.add_argument("--text", metavar="FILE", help="of the part `answers`: texts to continue")
+    parser.add_argument("--items", type=int, default=256, help="texts to continue")
     parser.add_argument("--repeats", type=int, default=3, help="timed generations of each mode")
     parser.add_argument("--timed-gen", type=int, default=512, help="of the part `speed`, as --gen")
     parser.add_argument("--timed-block", type=int, default=64)

@@ -91,12 +91,27 @@ def test_answers_are_counted_and_paired_with_the_largest_batch(arithmetic_model,
     monkeypatch.setattr(invariance_answers, "TASK", few)
     monkeypatch.setattr(invariance_answers, "generate_all", answers)
     monkeypatch.setattr(invariance_answers, "score_output", score)
-    options = argparse.Namespace(router=None, sizes=[1, 4])
+    options = argparse.Namespace(router=None, text=None, sizes=[1, 4])
     model = invariance.load(arithmetic_model)
     large, small = invariance_answers.answer_rows(model, options)
     assert (large["batch"], large["differ"], large["worse"]) == ("4", 0, 0)
     assert (small["differ"], small["better"], small["worse"]) == (3, 0, 3)
     assert small["paired"]["p_value"] == 0.25  # 2 * 0.5 ** 3
+
+
+def test_a_text_goes_on_and_its_own_tokens_are_counted(arithmetic_model, tmp_path, monkeypatch):
+    text = tmp_path / "text.txt"
+    text.write_text("12345678901234567890")
+    monkeypatch.chdir(tmp_path)  # packed rows go into its cache
+    model = invariance.load(arithmetic_model)
+    options = argparse.Namespace(
+        text=str(text), model=str(arithmetic_model), prompt=3, gen=2, block=2, items=3
+    )
+    items, sampler, score = invariance_answers.texts(model, options)
+    assert len(items) == 3 and sampler.gen_length == sampler.block_length == 2
+    (own,) = items[0].answers
+    assert [len(items[0].prompt), len(own)] == [3, 2]
+    assert [score(items[0], [*own]), score(items[0], [own[0], -1])] == [1, 0.5]
 
 
 def test_sequences_come_back_in_their_order_with_their_keys():
