@@ -171,10 +171,8 @@ def inference_shapes(
       weights: in 8 bits.
       dtype: of the weights; None: that of activations.
     """
-    groups, layout = (
-        stored_shapes(cfg, dtype or cfg.dtype, weights),
-        chosen_layout(layout, mesh, cfg),
-    )
+    groups = stored_shapes(cfg, dtype or cfg.dtype, weights)
+    layout, parts = chosen_layout(layout, mesh, cfg), mesh.shape["tensor"]
     layers = tuple(groups.pop(f"layers/{i:03d}") for i in range(cfg.num_layers))
     params = dict(groups)
     if layout == "fused":

@@ -153,7 +153,7 @@ def test_the_mode_chooses_only_what_has_one_order(monkeypatch):
     kv = KV(*[normal(1, 2, 192, 1, 128, dtype="bfloat16")] * 2)
     calls = [
         (linear.PRODUCT, (x, weight, "BTD,DF->BTF", None)),
-        (dispatch.SWIGLU, (x, (jnp.tile(weight, (1, 2)),), (None,))),
+        (dispatch.SWIGLU, (x, (jnp.tile(weight, (1, 2)),), (None,), 1)),
         (dispatch.ATTENTION, (q, kv, Mask())),
         (norm.RMS_NORM, (x, weight[:, 0], 1e-5)),
     ]
