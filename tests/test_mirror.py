@@ -368,7 +368,7 @@ def test_what_failed_is_copied_at_the_next_turn_or_said_at_the_end(place, tmp_pa
     first = Mirror(made_run(tmp_path / "a"), place)
     first.start()
     with monkeypatch.context() as patch:
-        patch.setattr(first.bucket._files, "pipe_file", lambda *_: 1 / 0)
+        patch.setattr(first.bucket._files, "pipe_file", lambda *_, **__: 1 / 0)
         with pytest.raises(Unreachable, match="ZeroDivisionError"):
             first.push()
         with pytest.raises(InputError, match="is not copied to its end"):
@@ -380,6 +380,8 @@ def test_what_failed_is_copied_at_the_next_turn_or_said_at_the_end(place, tmp_pa
 def test_both_kinds_of_buckets_carry_a_folder_there_and_back(servers, tmp_path):
     source = made_run(tmp_path / "run")
     (source / "large").write_bytes(b"x" * 1000)
+    for i, content in enumerate((b"", b"\r", b"a\r", b"a\r\n", b"a\n--==0==\nb", b"--==0==--\r")):
+        (source / f"{i}.bin").write_bytes(content)  # as bytes of arrays may be
     for scheme in SERVERS:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(buckets, "AT_ONCE", 500)  # larger ones go in parts
