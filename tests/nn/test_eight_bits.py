@@ -141,10 +141,12 @@ def test_no_other_weights_are_quantised_and_both_layouts_are():
     back = dequantise_modules(one, np.float32)
     for a, b in zip(jax.tree.leaves(layers), jax.tree.leaves(back), strict=True):
         np.testing.assert_allclose(a[1], b, atol=0.01 * np.abs(a[1]).max())
-    joined = jax.jit(fuse)(one)
-    assert eight_bits.is_quantised(joined["attention"]["qkv"])
-    for a, b in zip(jax.tree.leaves(unfuse(joined, cfg)), jax.tree.leaves(one), strict=True):
-        np.testing.assert_array_equal(a, b)
+    for parts in (1, 2):
+        joined = jax.jit(fuse, static_argnums=1)(one, parts)
+        assert eight_bits.is_quantised(joined["attention"]["qkv"])
+        apart = unfuse(joined, cfg, parts)
+        for a, b in zip(jax.tree.leaves(apart), jax.tree.leaves(one), strict=True):
+            np.testing.assert_array_equal(a, b)
 
 
 def test_gradients_are_refused_rather_than_zero():
