@@ -61,7 +61,12 @@ def flat_index(shape: tuple[int, ...]) -> jax.Array:
 
 def digest_hex(tree: PyTree) -> dict[str, str]:
     """Returns the `digest` on the host: path's name -> 16 hexadecimal digits."""
-    pairs = jax.device_get(dict(named_leaves(digest(tree))))
+    return as_hex(digest(tree))
+
+
+def as_hex(sums: PyTree) -> dict[str, str]:
+    """The same of what `digest` has returned."""
+    pairs = jax.device_get(dict(named_leaves(sums)))
     return {name: f"{int(a):08x}{int(b):08x}" for name, (a, b) in pairs.items()}
 
 

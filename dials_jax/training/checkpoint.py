@@ -33,6 +33,7 @@ from dials_jax.training.losses import Mean, Metrics
 
 log = logging.getLogger(__name__)
 WINDOW = "window.json"  # the metrics of each step since the last line of the log
+PINNED_BYTES = 32 * 2**30  # of a state that is copied through pinned memory: XLA has 64 GiB of it
 
 
 class Checkpoints:
@@ -105,14 +106,13 @@ class Checkpoints:
         """
         self.wait()
         flat = flatten(state)
-        notes, host = {"digest.json": digests.digest_hex(flat)}, _host_device()
-        if window:  # before the digests, whose file says that all is there
-            notes = {WINDOW: _plain(window)} | notes
+        sums, host = digests.digest(flat), _host_device()
+        notes = {WINDOW: _plain(window)} if window else {}
         if host is None:
-            self._write(step, flat, notes, digests.digest_hex)
+            self._write(step, flat, sums, notes, digests.digest_hex)
         else:
             self._saving = self._writer.submit(
-                self._write_from_host, step, _copy_to_host(flat), notes, host
+                self._write_from_host, step, _copy_to_host(flat), sums, notes, host
             )
 
     def wait(self, unless_at_work: bool = False) -> None:
@@ -134,20 +134,23 @@ class Checkpoints:
     def _write_from_host(
         self,
         step: int,
-        arrays: dict[str, np.ndarray],
+        copies: dict[str, jax.Array | np.ndarray],
+        sums: dict[str, jax.Array],
         notes: dict[str, dict[str, Any]],
         host: jax.Device,
     ) -> None:
-        self._write(step, jax.device_put(arrays, host), notes, _digests_of_bytes)
+        arrays = {name: np.asarray(copies.pop(name)) for name in list(copies)}
+        self._write(step, jax.device_put(arrays, host), sums, notes, _digests_of_bytes)
 
     def _write(
         self,
         step: int,
         flat: dict[str, jax.Array],
+        sums: dict[str, jax.Array],
         notes: dict[str, dict[str, Any]],
         digest: Callable[[PyTree], Any],
     ) -> None:
-        """Args: notes: files of JSON. digest: compares what is read back with `flat`."""
+        """Args: sums: the state's digest. notes: other files. digest: of `flat`, and read back."""
         final = self.folder / f"{step:08d}"
         partial = self.folder / f"{step:08d}.partial"
         rest = "older checkpoints stay; make room and run the same command again"
@@ -161,7 +164,9 @@ class Checkpoints:
                     f"checkpoint {partial} reads back differently ({error}); the storage fails"
                 ) from error
             with writing(partial, rest):
-                on_first_process(lambda: _write_notes(partial, notes))
+                # The digests last: their file says that all is there.
+                files = notes | {"digest.json": digests.as_hex(sums)}
+                on_first_process(lambda: _write_notes(partial, files))
         except Exception:
             if jax.process_index() == 0:
                 self._remove_partial()  # its disk space is needed
@@ -232,12 +237,15 @@ def _host_device() -> jax.Device | None:
         return None
 
 
-def _copy_to_host(flat: dict[str, jax.Array]) -> dict[str, np.ndarray]:
-    """The whole arrays, in memory of their own: a later step reuses that of the state."""
-    found = jax.device_get(flat)
-    if jax.default_backend() != "cpu":
-        return found
-    return {name: np.array(x) for name, x in found.items()}  # those were views of the state
+def _copy_to_host(flat: dict[str, jax.Array]) -> dict[str, jax.Array | np.ndarray]:
+    """The arrays in memory of their own on the host: a later step reuses that of the state.
+
+    The device copies to pinned memory between two steps, and the host does not wait for it.
+    """
+    if sum(x.nbytes for x in flat.values()) > PINNED_BYTES:
+        return {name: np.array(x) for name, x in jax.device_get(flat).items()}
+    pinned = {name: x.sharding.with_memory_kind("pinned_host") for name, x in flat.items()}
+    return jax.device_put(flat, pinned)
 
 
 def _digests_of_bytes(flat: dict[str, jax.Array]) -> dict[str, str]:
