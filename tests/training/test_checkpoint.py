@@ -153,7 +153,9 @@ def full(monkeypatch):
     monkeypatch.setattr(checkpoint, "save_tree", fail)
 
 
-def test_what_is_saved_is_the_state_of_that_moment(checkpoints, slow):
+@pytest.mark.parametrize("pinned_bytes", [checkpoint.PINNED_BYTES, 0], ids=["device", "host"])
+def test_what_is_saved_is_the_state_of_that_moment(checkpoints, slow, monkeypatch, pinned_bytes):
+    monkeypatch.setattr(checkpoint, "PINNED_BYTES", pinned_bytes)  # who copies
     state = make_state(10)
     checkpoints.save(10, state)
     jax.jit(lambda tree: jax.tree.map(lambda x: x + x, tree), donate_argnums=0)(state)
