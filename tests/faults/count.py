@@ -7,10 +7,14 @@ import random
 import shutil
 import time
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from dials_jax.buckets import PACKAGES
+from tests.bucket_servers import SERVERS, bucket_servers
 from tests.faults import damage, jobs, moments, processes, targets
 from tests.faults.moments import GOOD, Counting
 
@@ -27,23 +31,32 @@ def count(out: Path, times: int, seed: int, only: list[str] | None, minutes: flo
 
     print(f"{times} times each, seed {seed}\n", flush=True)
     faults = {name: make for name, make in moments.make_faults().items() if wanted(name)}
-    bad = 0
+    schemes = [scheme for scheme in SERVERS if any(f"in {scheme}" in name for name in faults)]
+    with bucket_servers(schemes):
+        for scheme in schemes:
+            import_module(PACKAGES[scheme][1])  # once: commands are forks of this process
+        bad = count_moments(counting, faults, minutes)
+    chosen = [t for t in targets.make_targets(counting.base) if wanted(f"damaged: {t.name}")]
+    return bad + count_damage(counting, chosen)
+
+
+def count_moments(counting: Counting, faults: dict[str, Callable], minutes: float) -> int:
+    bad, times = 0, counting.times
     if faults:
         print("| fault | injected | as it should be | otherwise |\n| --- | --- | --- | --- |")
     for name, make in faults.items():
-        rng, found = random.Random(f"{seed} {name}"), []
+        rng, found = random.Random(f"{counting.seed} {name}"), []
         end = time.monotonic() + 60 * minutes
         for _ in range(3 * times):
             if len(found) < times and time.monotonic() < end:
                 new = make(counting, rng)
-                note(out, name, new)
+                note(counting.out, name, new)
                 found += new
         kinds = Counter(kind for kind, _ in found)
         good = kinds.pop(GOOD, 0)
         bad += good < max(len(found), times)
         print(f"| {name} | {len(found)} | {good} | {listed(kinds)} |", flush=True)
-    chosen = [t for t in targets.make_targets(counting.base) if wanted(f"damaged: {t.name}")]
-    return bad + count_damage(counting, chosen)
+    return bad
 
 
 def listed(kinds: Counter) -> str:

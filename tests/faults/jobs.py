@@ -17,6 +17,7 @@ from unittest import mock
 
 import numpy as np
 
+from dials_jax import mirror
 from dials_jax.config import (
     ArithmeticData,
     CorpusData,
@@ -44,6 +45,8 @@ from dials_jax.reporting import publish
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.studies.study import run_study
 from dials_jax.training.loop import train
+from tests.bucket_servers import NAME, SERVERS
+from tests.faults import processes
 
 ROWS = ArithmeticData(num_items=100)
 STEPS, SAVE_EVERY = 16, 4
@@ -239,6 +242,47 @@ def prepared(folder: Path) -> dict[str, Any]:
     return bytes_below(folder, ("files.json", "dataset_info.json"))
 
 
+def mirrored_training(base: Path, scheme: str) -> Job:
+    """A training with a copy in a bucket: every workdir's name has a place of its own there.
+
+    The copy is what has to last: a workdir is lost with its machine.
+    """
+
+    def address(workdir: Path) -> str:
+        return f"{scheme}://{NAME}/{workdir.name}"
+
+    def run(workdir: Path) -> None:
+        often = mock.patch.object(mirror, "PERIOD", 0.1)  # a whole training takes some seconds
+        with often, mirror.mirrored(workdir, address(workdir)):
+            train(training(base), workdir)
+
+    def copy(workdir: Path) -> Path:
+        """What the bucket holds, as `dials copy` fetches it."""
+        from dials_jax.cli.main import start
+
+        folder, log = fresh(workdir.with_name("copy")), workdir.with_name("copy.txt")
+        # In a process of its own: the packages of buckets start threads.
+        child = processes.start(partial(start, "copy", address(workdir), str(folder)), log)
+        assert child.wait() == 0 or "holds nothing" in child.text(), child.text()
+        return folder
+
+    def result(workdir: Path) -> dict[str, Any]:
+        here = bytes_below(workdir, (mirror.OWN,)).items()
+        there = bytes_below(copy(workdir), (mirror.OWN,)).items()
+        return {"not as in the bucket": sorted(here ^ there), **trained(workdir)}
+
+    name = f"training of a model, mirrored in {scheme}"
+    return Job(name, run, result, lambda workdir: checkpoints(copy(workdir)))
+
+
+def noted(workdir: Path) -> dict[str, Any]:
+    """The steps that a mirrored workdir says are in its bucket."""
+    note = workdir / mirror.MIRROR_STATE
+    sent = read_json(note)["sent"] if note.exists() else {}
+    seals = [Path(name) for name in sent if name == mirror.seal_of(name)]
+    return {x.parent.name: x.parent.name for x in seals if x.parent.name.isdecimal()}
+
+
 def parts(folder: Path) -> dict[str, Any]:
     """Parts that have an entry: content, and the file itself, which is never written again."""
     return {
@@ -285,6 +329,7 @@ def make_jobs(base: Path) -> dict[str, Job]:
         Job("sweep", without_figures(partial(sweep, evaluation(base))), reported, recorded),
         Job("study", without_figures(partial(run_study, schedules(base))), reported, recorded),
         Job("lm-eval", partial(run_harness, base), evaluated, recorded),
+        *(mirrored_training(base, scheme) for scheme in SERVERS),
     ]
     return {job.name: job for job in jobs}
 

@@ -9,8 +9,10 @@ import contextlib
 import dataclasses
 import os
 import random
+import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,6 +22,7 @@ from typing import Any
 
 from dials_jax.config import MeshConfig
 from dials_jax.training.loop import train
+from tests.bucket_servers import SERVERS
 from tests.faults import damage, jobs, processes
 
 GOOD = "good"
@@ -27,6 +30,7 @@ CHAIN = 4  # faults that one workdir meets
 NAMES = (
     *("training of a model", "training of routers", "preparation", "sweep", "study", "lm-eval"),
 )
+MIRRORED = tuple(f"training of a model, mirrored in {scheme}" for scheme in SERVERS)
 SAVES = 0.3  # seconds within which a tiny checkpoint is written
 Case = tuple[str, str]  # what came of a fault, `GOOD` or what is wrong, and the words about it
 
@@ -53,8 +57,8 @@ class Counting:
         """A command, after it has run without a fault: first to compile, then to be timed."""
         job = jobs.make_jobs(self.base)[name]
         if name not in self.whole:
-            for _ in range(2):
-                workdir = jobs.fresh(self.out / "whole" / name)
+            for turn in range(2):
+                workdir = jobs.fresh(self.out / "whole" / f"{name}, {turn}")
                 seconds = processes.do(partial(job.run, workdir), self.out / "whole.txt")
             size = sum(p.stat().st_size for p in workdir.rglob("*") if p.is_file())
             self.whole[name] = job.result(workdir), seconds, size
@@ -82,7 +86,7 @@ class Fault:
         try:
             found: list[Case] = []
             for _ in range(min(CHAIN, counting.times)):
-                saved = job.saved(workdir) if workdir.exists() else {}
+                saved = job.saved(workdir)
                 problem = self.inject(counting, job, workdir, rng)
                 if problem is not None:
                     found.append((problem or GOOD, said_in(counting) if problem else ""))
@@ -99,7 +103,7 @@ def said_in(counting: Counting) -> str:
 
 
 def lost_of(job: jobs.Job, saved: dict[str, Any], workdir: Path) -> str:
-    now = job.saved(workdir) if workdir.exists() else {}
+    now = job.saved(workdir)
     if job.name.startswith("training"):  # older checkpoints are removed on purpose
         newest = max(saved, default="0")
         return "" if newest <= max(now, default="0") else f"step {newest}"
@@ -108,7 +112,7 @@ def lost_of(job: jobs.Job, saved: dict[str, Any], workdir: Path) -> str:
 
 def continued(counting: Counting, job: jobs.Job, workdir: Path) -> Case:
     """Runs the command to its end after faults, and compares."""
-    saved = job.saved(workdir) if workdir.exists() else {}
+    saved = job.saved(workdir)
     child = processes.start(partial(job.run, workdir), counting.out / "again.txt")
     if child.wait() != 0:
         return "does not go on", child.text()[-1500:]
@@ -171,6 +175,28 @@ def terminate(counting, job, workdir, rng) -> str | None:
     return "" if obeyed else f"SIGTERM is not obeyed ({child.status})"
 
 
+def lose_machine(inject: Callable) -> Callable:
+    """After the fault the workdir is lost: another machine goes on with the copy in the bucket."""
+
+    def lose(counting, job, workdir, rng) -> str | None:
+        problem = inject(counting, job, workdir, rng)
+        said, noted = (counting.out / "case.txt").read_text(), jobs.noted(workdir)
+        here = jobs.checkpoints(workdir)
+        ended = "copied to" in said
+        if lost := lost_of(job, here if ended else noted, jobs.fresh(workdir)):
+            return f"lost what was copied ({lost})"
+        if "is saved in" in said and not ended:
+            return "is saved and not copied"
+        return problem
+
+    return lose
+
+
+def own_machine(counting: Counting) -> Path:
+    """A workdir with a name of its own, of which the bucket knows nothing."""
+    return Path(tempfile.mkdtemp(prefix="machine-", dir=counting.out))
+
+
 def pair_job(base: Path, name: str) -> jobs.Job:
     """A command of two processes; each has a part of every batch."""
     job = jobs.make_jobs(base)[name]
@@ -213,7 +239,7 @@ def stop_one_of_two(counting: Counting, rng: random.Random, name: str) -> list[C
     expected, seconds, _ = whole_pair(counting, job, both)
     workdir, found = jobs.fresh(counting.out / "case"), []
     for _ in range(CHAIN):
-        saved, lines = (job.saved(workdir), count_lines(workdir)) if workdir.exists() else ({}, 0)
+        saved, lines = job.saved(workdir), count_lines(workdir)
         children = both(workdir)
         children[0].wait_until(partial(has_more_lines, workdir, lines))
         time.sleep(rng.uniform(0, 0.2 * seconds))
@@ -335,6 +361,11 @@ def make_faults() -> dict[str, Callable[[Counting, random.Random], list[Case]]]:
         *(Fault(f"SIGKILL, {name}", name, kill) for name in NAMES),
         Fault("SIGKILL during a save, training of a model", NAMES[0], kill_save),
         *(Fault(f"SIGTERM, {name}", name, terminate) for name in NAMES),
+        *(
+            Fault(f"{signal}, {name}", name, lose_machine(inject), own_machine, shutil.rmtree)
+            for name in MIRRORED
+            for signal, inject in (("SIGKILL", kill), ("SIGTERM", terminate))
+        ),
         *(Fault(f"disk full, {name}", name, fill_disk, small_disk, leave_disk) for name in NAMES),
         *(Fault(f"read-only workdir, {name}", name, make_read_only, own_place) for name in NAMES),
     ]

@@ -1,12 +1,14 @@
 """What counts faults sees those that there are: some cheap cases of it."""
 
+import json
 import random
 from functools import partial
 
 import pytest
 
 from dials_jax.errors import InputError
-from tests.faults import damage, jobs, targets
+from dials_jax.mirror import MIRROR_STATE
+from tests.faults import damage, jobs, moments, targets
 
 
 @pytest.fixture(scope="module")
@@ -44,3 +46,33 @@ def test_the_judge_tells_what_is_wrong(tmp_path):
     assert judged(lambda copy: fail(InputError(f"{file} is damaged"))) == damage.REFUSED
     assert judged(lambda copy: fail(InputError("something is damaged"))) == damage.UNNAMED
     assert judged(lambda copy: fail(KeyError("value"))) == damage.TRACEBACK
+
+
+@pytest.mark.parametrize(
+    "said, here, noted, there, problem",
+    [
+        ("", 12, 8, 8, ""),  # killed: what the copy lacked is computed again
+        ("", 12, 8, 12, ""),  # before what it copied last was noted
+        ("", 12, 8, 4, "lost what was copied (step 00000008)"),
+        ("copied to", 12, 12, 12, ""),
+        ("copied to", 12, 8, 8, "lost what was copied (step 00000012)"),
+        ("step 12 is saved in", 12, 8, 8, "is saved and not copied"),
+    ],
+)
+def test_what_was_copied_has_to_be_there_when_the_machine_is_lost(
+    said, here, noted, there, problem, tmp_path
+):
+    workdir, seal = tmp_path / "machine", "checkpoints/{:08d}/digest.json".format
+
+    def inject(counting, job, workdir, rng):
+        (workdir / seal(here)).parent.mkdir(parents=True)
+        (workdir / seal(here)).touch()
+        (workdir / MIRROR_STATE).write_text(json.dumps({"sent": {seal(noted): [1, 1]}}))
+        (tmp_path / "case.txt").write_text(said)
+        return ""
+
+    kept = {f"{there:08d}": f"{there:08d}"}
+    job = jobs.Job("training", run=None, result=None, saved=lambda workdir: kept)
+    counting = moments.Counting(tmp_path, 1, 0)
+    assert moments.lose_machine(inject)(counting, job, workdir, random.Random(0)) == problem
+    assert not workdir.exists()
