@@ -8,6 +8,7 @@ import dataclasses
 import os
 import re
 import sys
+import tempfile
 from functools import partial
 from unittest import mock
 
@@ -52,6 +53,7 @@ from dials_jax.sampling.refill import generate_refilled
 from dials_jax.skipping.observing import Observer
 from dials_jax.skipping.policies import Random
 from dials_jax.skipping.routed import Routed
+from dials_jax.training.checkpoint import Checkpoints
 from dials_jax.training.losses import model_loss, router_loss
 from dials_jax.training.optimizer import make_optimizer
 from dials_jax.training.step import init_train_state, make_train_step, train_state_shardings
@@ -311,6 +313,21 @@ def with_own_arrays(mesh, cfg, params):
     return {"logits": logits, "fused_more": sent["fused"] > sent["unrolled"]}
 
 
+def save_and_give_away(mesh, cfg, params):
+    """The digest of weights that the next step took over while they were being saved."""
+    placed = Model(cfg, jax.tree.map(jnp.copy, params), mesh).params
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), placed
+    )
+    double = jax.jit(partial(jax.tree.map, lambda x: x + x), donate_argnums=0)
+    with tempfile.TemporaryDirectory() as folder, Checkpoints(folder) as checkpoints:
+        checkpoints.save(1, placed)
+        double(placed)
+        assert all(x.is_deleted() for x in jax.tree.leaves(placed))
+        checkpoints.wait()
+        return digests.digest(checkpoints.restore(shapes))
+
+
 def run(mesh):
     cfg, objective = conftest.small_config(), ObjectiveConfig()
     # Weights so large that rows differ, and routers that skip some layers for some of them.
@@ -326,6 +343,7 @@ def run(mesh):
     loss = router_loss(cfg, router_cfg, objective, False)
     return {
         "digest": digests.digest(placed),
+        "saved": save_and_give_away(mesh, cfg, params),
         "fingerprint": {"stacked": model.fingerprint, "unrolled": unrolled.fingerprint},
         "model": trained,
         "sent": sent,

@@ -66,6 +66,15 @@ def test_no_device_holds_the_hidden_states_of_the_whole_batch(results, kind):
     assert results("one")[f"{kind}/whole"] > 0 and not any(held.values()), held
 
 
+@pytest.mark.parametrize("mesh", ("one", *MESHES))
+def test_weights_that_are_saved_are_those_of_that_moment(results, mesh):
+    found = results(mesh)
+    names = [name.removeprefix("digest/") for name in found if name.startswith("digest/")]
+    assert names
+    for name in names:
+        np.testing.assert_array_equal(found[f"saved/{name}"], found[f"digest/{name}"], err_msg=name)
+
+
 def test_rows_and_shards_really_differ(results):
     """Otherwise the comparison above would not see compaction at all."""
     for name in ("gates", "cached/dual/gates", "cached/skip/gates"):

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -134,13 +134,14 @@ class Checkpoints:
     def _write_from_host(
         self,
         step: int,
-        copies: dict[str, jax.Array | np.ndarray],
+        copied: dict[str, _Copied],
         sums: dict[str, jax.Array],
         notes: dict[str, dict[str, Any]],
         host: jax.Device,
     ) -> None:
-        arrays = {name: np.asarray(copies.pop(name)) for name in list(copies)}
-        self._write(step, jax.device_put(arrays, host), sums, notes, _digests_of_bytes)
+        # One by one, so that what a copy is made of is let go.
+        flat = {name: jax.device_put(copied.pop(name).joined(), host) for name in list(copied)}
+        self._write(step, flat, sums, notes, _digests_of_bytes)
 
     def _write(
         self,
@@ -237,15 +238,44 @@ def _host_device() -> jax.Device | None:
         return None
 
 
-def _copy_to_host(flat: dict[str, jax.Array]) -> dict[str, jax.Array | np.ndarray]:
-    """The arrays in memory of their own on the host: a later step reuses that of the state.
+class _Copied(NamedTuple):
+    """An array in memory of its own on the host: pieces, and where in it they are."""
 
-    The device copies to pinned memory between two steps, and the host does not wait for it.
+    like: jax.ShapeDtypeStruct
+    pieces: list[tuple[Any, jax.Array | np.ndarray]]
+
+    def joined(self) -> np.ndarray:
+        """Waits for the pieces. Returns: the whole array."""
+        (_, first), *others = self.pieces
+        if not others:
+            return np.asarray(first)
+        whole = np.empty(self.like.shape, self.like.dtype)
+        for where, piece in self.pieces:
+            whole[where] = np.asarray(piece)
+        return whole
+
+
+def _copy_to_host(flat: dict[str, jax.Array]) -> dict[str, _Copied]:
+    """A later step reuses the memory of the state, so that a save needs a copy.
+
+    Each device copies what no other has copied to pinned memory, between two steps; the host does
+    not wait for it.
     """
+    likes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in flat.items()}
     if sum(x.nbytes for x in flat.values()) > PINNED_BYTES:
-        return {name: np.array(x) for name, x in jax.device_get(flat).items()}
-    pinned = {name: x.sharding.with_memory_kind("pinned_host") for name, x in flat.items()}
-    return jax.device_put(flat, pinned)
+        host = jax.device_get(flat)
+        return {name: _Copied(like, [(..., np.array(host[name]))]) for name, like in likes.items()}
+
+    shards = {
+        name: [s for s in x.addressable_shards if s.replica_id == 0] for name, x in flat.items()
+    }
+    on_devices = {name: [s.data for s in some] for name, some in shards.items()}
+    places = jax.tree.map(lambda x: x.sharding.with_memory_kind("pinned_host"), on_devices)
+    pinned = jax.device_put(on_devices, places)
+    return {
+        name: _Copied(like, [(s.index, x) for s, x in zip(shards[name], pinned[name], strict=True)])
+        for name, like in likes.items()
+    }
 
 
 def _digests_of_bytes(flat: dict[str, jax.Array]) -> dict[str, str]:
