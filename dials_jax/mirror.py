@@ -32,7 +32,7 @@ from dials_jax import sharding, stored
 from dials_jax.buckets import Bucket, in_order
 from dials_jax.errors import InputError, require
 from dials_jax.files import parse_json, read_json, write_json
-from dials_jax.stopping import keeping
+from dials_jax.stopping import Request, Stopped
 from dials_jax.workdir import exclusive
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,8 @@ def mirrored(workdir: str | Path, address: str) -> Iterator[Path]:
     """Keeps a copy of a run's workdir in a bucket, and fetches it first if the workdir is new.
 
     Of several processes every one calls this; the first one copies, so they have to share the
-    workdir. At the end, also after an error or a signal, it waits until all is copied.
+    workdir. At the end, also after an error or a signal, it waits until all is copied. A signal in
+    this time is obeyed after it, a second Ctrl-C at once.
 
     Args:
       address: gs://bucket/name or s3://bucket/name, of nothing else.
@@ -80,7 +81,8 @@ def mirrored(workdir: str | Path, address: str) -> Iterator[Path]:
         except BaseException:  # this process alone may have failed: the others are not waited for
             for mirror in mirrors:
                 try:
-                    mirror.finish()
+                    with contextlib.suppress(Stopped):  # the run ends by what has ended it
+                        mirror.finish()
                 except Exception as error:
                     log.error("%s", error)  # beside what has ended the run
             raise
@@ -109,9 +111,13 @@ class Mirror:
         self._thread.start()
 
     def finish(self) -> None:
-        """Copies what is left. Raises: InputError if that is impossible."""
+        """Copies what is left, to its end also if a signal comes meanwhile.
+
+        Raises: InputError if that is impossible; Stopped after it, if a signal came.
+        """
         left = f"{self.folder} is not copied to its end"
-        with keeping(lambda: f"{left}; the same command goes on with it"):
+        with Request("when all is copied") as request:
+            request.start()
             self._over.set()
             self._thread.join()
             try:
@@ -119,7 +125,10 @@ class Mirror:
             except (InputError, OSError) as error:
                 raise InputError(f"{error}; {left}") from error
             require(not late, f"{late} changed while they were copied; {left}")
-        print(f"copied to {self.bucket.address}", flush=True)
+            print(f"copied to {self.bucket.address}", flush=True)
+            if request.came(meeting=False):
+                message = f"{self.folder} is copied to {self.bucket.address}"
+                raise Stopped(message, request.signum)
 
     def push(self) -> list[str]:
         """Copies what is new, and removes what was removed from the folder.

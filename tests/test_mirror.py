@@ -377,6 +377,25 @@ def test_what_failed_is_copied_at_the_next_turn_or_said_at_the_end(place, tmp_pa
     assert first.bucket.read("metrics.jsonl") == (tmp_path / "a/metrics.jsonl").read_bytes()
 
 
+def test_a_signal_during_the_last_copy_ends_the_run_after_it(place, tmp_path, monkeypatch):
+    push, run = Mirror.push, made_run(tmp_path / "a")
+
+    def push_at_a_signal(self):
+        signal.raise_signal(signal.SIGINT)
+        return push(self)
+
+    monkeypatch.setattr(Mirror, "push", push_at_a_signal)
+    with pytest.raises(Stopped, match=f"a is copied to {place}$") as stop, mirrored(run, place):
+        pass
+    assert stop.value.status == 128 + signal.SIGINT
+    with pytest.raises(ValueError, match="why it ends"), mirrored(run, place):
+        (run / "more").touch()
+        raise ValueError("why it ends")
+    assert Bucket(place, "--mirror").sizes().keys() == {"more", mirror.WRITER, *contents(run)} - {
+        mirror.MIRROR_STATE
+    }
+
+
 def test_both_kinds_of_buckets_carry_a_folder_there_and_back(servers, tmp_path):
     source = made_run(tmp_path / "run")
     (source / "large").write_bytes(b"x" * 1000)

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -182,7 +183,7 @@ def lose_machine(inject: Callable) -> Callable:
         problem = inject(counting, job, workdir, rng)
         said, noted = (counting.out / "case.txt").read_text(), jobs.noted(workdir)
         here = jobs.checkpoints(workdir)
-        ended = "copied to" in said
+        ended = re.search("copied to [a-z0-9]+://", said) is not None
         if lost := lost_of(job, here if ended else noted, jobs.fresh(workdir)):
             return f"lost what was copied ({lost})"
         if "is saved in" in said and not ended:

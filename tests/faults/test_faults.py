@@ -54,8 +54,9 @@ def test_the_judge_tells_what_is_wrong(tmp_path):
         ("", 12, 8, 8, ""),  # killed: what the copy lacked is computed again
         ("", 12, 8, 12, ""),  # before what it copied last was noted
         ("", 12, 8, 4, "lost what was copied (step 00000008)"),
-        ("copied to", 12, 12, 12, ""),
-        ("copied to", 12, 8, 8, "lost what was copied (step 00000012)"),
+        ("copied to gs://b/a", 12, 12, 12, ""),
+        ("copied to gs://b/a", 12, 8, 8, "lost what was copied (step 00000012)"),
+        ("is not copied to its end", 12, 8, 8, ""),
         ("step 12 is saved in", 12, 8, 8, "is saved and not copied"),
     ],
 )
