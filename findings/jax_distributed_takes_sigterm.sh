@@ -7,8 +7,8 @@
 # configuration jax_enable_preemption_service off before.
 # Expected: a handler of the program stays, or an error or the documentation of `initialize` says
 # that it does not; signal.getsignal tells which one there is.
-# Seen: "before joining: handled", "after: still getsignal's, not called", "set again: handled",
-# "without the service: handled".
+# Seen: the handler is called before joining; afterwards signal.getsignal returns it and it is not
+# called; set once more, it is called. With the service off it is called all the time.
 set -e
 W=$(mktemp -d); trap 'rm -rf "$W"' EXIT
 python3 -m venv "$W/venv"

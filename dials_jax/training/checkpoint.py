@@ -263,8 +263,10 @@ def _copy_to_host(flat: dict[str, jax.Array]) -> dict[str, _Copied]:
     """
     likes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in flat.items()}
     if sum(x.nbytes for x in flat.values()) > PINNED_BYTES:
+        # On a CPU the host's arrays are views of the state; elsewhere they are the copy.
+        own = np.array if jax.default_backend() == "cpu" else np.asarray
         host = jax.device_get(flat)
-        return {name: _Copied(like, [(..., np.array(host[name]))]) for name, like in likes.items()}
+        return {name: _Copied(like, [(..., own(host[name]))]) for name, like in likes.items()}
 
     shards = {
         name: [s for s in x.addressable_shards if s.replica_id == 0] for name, x in flat.items()
