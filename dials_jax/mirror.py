@@ -59,7 +59,7 @@ def mirrored(workdir: str | Path, address: str) -> Iterator[Path]:
 
     Of several processes every one calls this; the first one copies, so they have to share the
     workdir. At the end, also after an error or a signal, it waits until all is copied. A signal in
-    this time is obeyed after it, a second Ctrl-C at once.
+    this time, to any process, is obeyed after it by all, a second Ctrl-C at once.
 
     Args:
       address: gs://bucket/name or s3://bucket/name, of nothing else.
@@ -81,12 +81,23 @@ def mirrored(workdir: str | Path, address: str) -> Iterator[Path]:
         except BaseException:  # this process alone may have failed: the others are not waited for
             for mirror in mirrors:
                 try:
-                    with contextlib.suppress(Stopped):  # the run ends by what has ended it
+                    with _copied_first():  # the run ends by what has ended it
                         mirror.finish()
                 except Exception as error:
                     log.error("%s", error)  # beside what has ended the run
             raise
-        sharding.on_first_process(lambda: mirrors[0].finish())
+        with _copied_first() as request:
+            sharding.on_first_process(lambda: mirrors[0].finish())
+            if request.came(meeting=True):
+                raise Stopped(f"{folder} is copied to {address}", request.signum)
+
+
+@contextlib.contextmanager
+def _copied_first() -> Iterator[Request]:
+    """What is in it goes on to its end, also if a signal comes meanwhile."""
+    with Request("when all is copied") as request:
+        request.start()
+        yield request
 
 
 class Mirror:
@@ -111,24 +122,16 @@ class Mirror:
         self._thread.start()
 
     def finish(self) -> None:
-        """Copies what is left, to its end also if a signal comes meanwhile.
-
-        Raises: InputError if that is impossible; Stopped after it, if a signal came.
-        """
+        """Copies what is left. Raises: InputError if that is impossible."""
         left = f"{self.folder} is not copied to its end"
-        with Request("when all is copied") as request:
-            request.start()
-            self._over.set()
-            self._thread.join()
-            try:
-                late = self.push()
-            except (InputError, OSError) as error:
-                raise InputError(f"{error}; {left}") from error
-            require(not late, f"{late} changed while they were copied; {left}")
-            print(f"copied to {self.bucket.address}", flush=True)
-            if request.came(meeting=False):
-                message = f"{self.folder} is copied to {self.bucket.address}"
-                raise Stopped(message, request.signum)
+        self._over.set()
+        self._thread.join()
+        try:
+            late = self.push()
+        except (InputError, OSError) as error:
+            raise InputError(f"{error}; {left}") from error
+        require(not late, f"{late} changed while they were copied; {left}")
+        print(f"copied to {self.bucket.address}", flush=True)
 
     def push(self) -> list[str]:
         """Copies what is new, and removes what was removed from the folder.

@@ -17,6 +17,7 @@ from unittest import mock
 import jax
 from jax._src import compiler, distributed
 
+from dials_jax import mirror
 from dials_jax.commands import CommandLine
 from dials_jax.config import (
     ArithmeticData,
@@ -36,7 +37,7 @@ from dials_jax.mirror import mirrored
 from dials_jax.models import families
 from dials_jax.reporting import publish
 from dials_jax.sharding import require_same_everywhere
-from dials_jax.stopping import Stopped
+from dials_jax.stopping import Request, Stopped
 from dials_jax.studies import perplexity_run
 from dials_jax.studies.study import run_study
 from dials_jax.training import loop, run
@@ -109,6 +110,11 @@ def work_without_figures(folder: Path, mesh: MeshConfig) -> None:
     )
 
 
+def work_mirrored(folder: Path, mesh: MeshConfig, address: str) -> None:
+    with mirrored(folder / "model", f"{address}/model"):
+        work(folder, mesh)
+
+
 def join(number: str, count: str, port: str, folder: str) -> Path:
     """Joins the others as a command does whose options name them."""
     hosts = ["--coordinator", f"localhost:{port}", "--num-processes", count]
@@ -139,11 +145,24 @@ def sigterm_in(module, name: str):
     function = getattr(module, name)
 
     def signalled(*args, **kwargs):
-        if jax.process_index() == jax.process_count() - 1:
+        if is_last():
             signal.raise_signal(signal.SIGTERM)
         return function(*args, **kwargs)
 
     return mock.patch.object(module, name, signalled)
+
+
+class Interrupted(Request):
+    """The last process gets a SIGTERM as soon as that is noted."""
+
+    def start(self) -> None:
+        super().start()
+        if is_last():
+            signal.raise_signal(signal.SIGTERM)
+
+
+def is_last() -> bool:
+    return jax.process_index() == jax.process_count() - 1
 
 
 def keep_apart(folder: Path, address: str) -> None:
@@ -192,8 +211,8 @@ if __name__ == "__main__":
         sigterm_in(run, "save_model"),  # which all are about to end anyway
         stopped_in(scoring, "make_batch_record", sweep),
         stopped_in(perplexity_run, "score_samples", run_study),
-        mirrored(folder / "model", f"{address}/model"),
+        mock.patch.object(mirror, "Request", Interrupted),
     ):
-        work(folder, mesh)
+        ended_by_a_signal(partial(work_mirrored, folder, mesh, address))
     differ("requests")
     keep_apart(folder, f"{address}/apart")

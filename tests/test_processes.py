@@ -212,7 +212,14 @@ def test_the_first_of_two_copies_the_workdir_into_a_bucket(folders):
         n: x for n, x in copied.items() if not n.name.startswith(OWN)
     }
     assert Path("checkpoints/00000004/digest.json") in copied
-    assert [output.count("copied to gs://") for output in outputs] == [1, 0]
+    line = f"copied to {MIRROR}/model"
+    assert [output.splitlines().count(line) for output in outputs] == [1, 0]
+
+
+def test_a_signal_to_one_waits_on_both_until_all_is_copied(folders):
+    _, two, outputs = folders
+    line = f"stopped (143): {two / 'model'} is copied to {MIRROR}/model"
+    assert [output.splitlines().count(line) for output in outputs] == [1, 1]
 
 
 def test_two_that_share_no_workdir_are_not_copied(folders):
