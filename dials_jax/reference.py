@@ -4,7 +4,7 @@ Read this first. It states in NumPy what a step means: which positions a cache r
 policy skips, which tokens ES-dLLM skips and which the sampler reveals. It has no batches, padding,
 compiled programs or rounding (float64), and nothing in the library uses it. The
 tests compare each sequence of a padded batch with it, token for token and gate for gate
-(`tests/caching/test_compositions.py`).
+(`tests/caching/test_compositions.py`; in 8 bits `tests/eight_bits`).
 """
 
 from __future__ import annotations
@@ -184,12 +184,16 @@ class Decoder:
         """The positions that are kept; stores their indicator."""
         kept = np.arange(len(positions))
         if proportion is not None:
-            count = self.num_kept(proportion, len(block_tokens))
-            score = self.importance(layer, indicator, positions, block_tokens)
-            kept = np.argsort(-score, kind="stable")[:count]
+            kept = self.most_important(layer, indicator, positions, proportion, block_tokens)
         for position, x in zip(positions[kept], indicator[kept], strict=True):
             self.seen[layer, position] = x
         return kept
+
+    def most_important(self, layer, indicator, positions, proportion, block_tokens):
+        """The indices in `positions` of those that are kept, the most important first."""
+        score = self.importance(layer, indicator, positions, block_tokens)
+        count = self.num_kept(proportion, len(block_tokens))
+        return np.argsort(-score, kind="stable")[:count]
 
     def num_kept(self, proportion, block_length):
         """A proportion of the block, or two more than a step reveals (a quota: at most)."""
@@ -224,6 +228,10 @@ class Decoder:
         attention, mlp = p["attention"], p["mlp"]
         x = self.rounded(norm(h, p["attention_norm"]["scale"], cfg.norm_eps))
         q, k, v = (np.einsum("td,dnh->tnh", x, attention[name]) for name in "qkv")
+        if cfg.qkv_bias:
+            q, k, v = (
+                x + attention[f"{name}_bias"] for name, x in zip("qkv", (q, k, v), strict=True)
+            )
         q, k = (rotate(x, positions, cfg.rope_theta) for x in (q, k))
         if isinstance(self.cache, EarlySkip) and self.cache.indicator != "hidden":
             indicator = {"query": q, "key": k, "value": v}[self.cache.indicator]

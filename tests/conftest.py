@@ -97,6 +97,10 @@ MAX_REGIONS = 40_000
 @pytest.fixture(scope="module", autouse=True)
 def few_programs():
     """Forgets what modules before this one compiled, once it has become much."""
+    forget_many_programs()
+
+
+def forget_many_programs():
     regions = Path("/proc/self/maps")
     if regions.exists() and regions.read_bytes().count(b"\n") > MAX_REGIONS:
         forget_programs()
