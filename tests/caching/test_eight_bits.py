@@ -1,7 +1,4 @@
-"""The plain network in 8 bits, and caches on weights in 8 bits against none.
-
-`tests/eight_bits` compares every policy, cache and sampler with the plain decoder in 8 bits.
-"""
+"""Caches, policies and samplers on weights in 8 bits, against the plain decoder in 8 bits."""
 
 import dataclasses
 from pathlib import Path
@@ -17,9 +14,20 @@ from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.dream import Dream
 from dials_jax.sampling.generate import generate
 from dials_jax.skipping.policies import Static
+from tests.caching.cases import CACHES, keys_of, policies_of
+from tests.caching.test_compositions import SAMPLERS, assert_equal_to_the_decoder
 from tests.conftest import in_eight_bits
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+CASES = [
+    ("int8", "llada", "none", "routed", "threshold", "compact"),
+    ("int8", "dream", "none", "full", "entropy", "auto"),
+    ("fp8", "dream", "prefix", "random", "threshold", "select"),
+    ("int8", "dream", "dual", "routed", "threshold", "select"),
+    ("fp8", "llada", "dual", "soft", "quota", "compact"),
+    ("int8", "llada", "hidden", "static", "quota 4", "auto"),
+    ("fp8", "llada", "skip", "routed", "quota", "select"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +51,19 @@ def test_logits_are_those_of_the_plain_network(in_8_bits, kind):
         _, h, _ = decoder.run_layers(np.arange(21), 0, 0, None)
         errors.append(np.abs(decoder.head(h) - logits).max(axis=-1) / logits.std())
     assert np.median(errors) < 1e-5 and np.max(errors) < 0.2
+
+
+@pytest.mark.parametrize("kind, family, cache, policy, rule, executor", CASES)
+def test_every_sequence_is_what_the_plain_decoder_gives(
+    in_8_bits, prompts, kind, family, cache, policy, rule, executor
+):
+    model = in_8_bits[kind, family]
+    settings = {
+        "sampler": SAMPLERS[rule], "cache": CACHES[cache], "key": keys_of(3),
+        "policy": policies_of(model.config)[policy],
+    }  # fmt: skip
+    out = generate(model, *prompts, **settings, executor=executor)
+    assert_equal_to_the_decoder(out, model, prompts, **settings)
 
 
 @pytest.mark.parametrize(
