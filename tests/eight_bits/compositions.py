@@ -181,17 +181,19 @@ def check(composition, executor="select"):
     raise AssertionError(f"not refused: {expected}")
 
 
-MEDIAN = {"int8": 0.02, "fp8": 0.06}  # nats, over a cache that keeps what was rounded otherwise
+# Nats. The plain decoder differs by as much from itself if what is rounded is moved by 1e-6.
+MEDIAN, LARGEST = {"int8": 0.02, "fp8": 0.06}, {"int8": 1.0, "fp8": 1.5}
 
 
 def check_errors(compared, kind):
     """Most log-probabilities are the plain ones up to float32, and some are behind a rounding that
-    fell to the other side. (If only the weights were rounded, half would be off by 0.08 or more.)
+    fell to the other side. (If only the weights were rounded, half would be off by 0.08 in int8, by
+    0.3 in e4m3.)
     """
     errors = np.array(compared.errors)
     assert len(errors) and np.isfinite(errors).all()
     assert np.median(errors) < MEDIAN[kind], f"median error {np.median(errors):.2g} nats"
-    assert np.max(errors) < 1.0, f"largest error {np.max(errors):.2g} nats"
+    assert np.max(errors) < LARGEST[kind], f"largest error {np.max(errors):.2g} nats"
     ties = compared.near_ties, compared.decisions
     assert ties[0] <= 0.02 * ties[1], f"{ties[0]} of {ties[1]} decisions are near-ties"
 
