@@ -181,7 +181,7 @@ def check(composition, executor="select"):
     raise AssertionError(f"not refused: {expected}")
 
 
-# Nats. The plain decoder differs by as much from itself if what is rounded is moved by 1e-6.
+# Nats. The plain decoder moves by as much if what it rounds is moved by 1e-6.
 MEDIAN, LARGEST = {"int8": 0.02, "fp8": 0.06}, {"int8": 1.0, "fp8": 1.5}
 
 
