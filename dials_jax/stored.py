@@ -5,6 +5,7 @@ Orbax writes and reads arrays. It loads a flipped bit silently, and raises error
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -20,6 +21,13 @@ from orbax.checkpoint import v1 as ocp
 
 from dials_jax import digests, sharding
 from dials_jax.errors import InputError, require
+from dials_jax.meeting import Meeting
+
+try:
+    from orbax.checkpoint.experimental.v1._src.saving import execution
+    from orbax.checkpoint.experimental.v1._src.synchronization import multihost
+except ImportError:  # another version
+    execution = multihost = None
 
 # Out of memory, for example, which says nothing about the files.
 OF_THE_DEVICE = (MemoryError, jax.errors.JaxRuntimeError)
@@ -28,6 +36,11 @@ OF_THE_DEVICE = (MemoryError, jax.errors.JaxRuntimeError)
 # once get into each other's folders: a checkpoint's thread and the export of a model.
 ORBAX = threading.Lock()
 
+# Orbax compares the folder's name on all processes by programs on their devices, also where the
+# processes are named, which wait for each other at JAX's coordinator for all else: five minutes at
+# most, also for one that has failed.
+COMPARE, WAIT = "_check_directory_consistency", "sync_global_processes"
+
 MARK = "UNFINISHED"  # a file in a folder that is being written
 
 
@@ -35,14 +48,22 @@ class UnreadableTree(Exception):
     """Stored arrays cannot be read, or are damaged; the message is the reason."""
 
 
-def save_tree(folder: Path, tree: PyTree, rest: str, chunk_bytes: int | None = None) -> None:
+def save_tree(
+    folder: Path,
+    tree: PyTree,
+    rest: str,
+    chunk_bytes: int | None = None,
+    meeting: Meeting | None = None,
+) -> None:
     """Writes a folder of arrays in place of what has its name; every process calls this.
 
     Args:
       rest: what remains if it fails, and what to do.
       chunk_bytes: size of the pieces that an array is stored in; None: one for each shard.
+      meeting: where several processes meet; None: by programs on their devices.
     Raises: InputError if it cannot be written.
     """
+    on_first_process = sharding.on_first_process if meeting is None else meeting.on_first_process
     context = ocp.Context()
     context.array.saving.storage_options.chunk_byte_size = chunk_bytes
     # Who loads says where the arrays go, so a file of where they were is never read.
@@ -50,9 +71,39 @@ def save_tree(folder: Path, tree: PyTree, rest: str, chunk_bytes: int | None = N
     with writing(folder, rest), context:
         # Orbax's own `overwrite` can hang: a process that looks for the old folder after another
         # has removed it does not wait where the other waits for it.
-        sharding.on_first_process(lambda: folder.exists() and shutil.rmtree(folder))
-        with ORBAX:
+        on_first_process(lambda: folder.exists() and shutil.rmtree(folder))
+        with _orbax_at(meeting):
             ocp.save(folder, tree)
+
+
+def saves_without_devices() -> bool:
+    """Whether this version of Orbax saves at a `Meeting`."""
+    return hasattr(execution, COMPARE) and hasattr(multihost, WAIT)
+
+
+@contextlib.contextmanager
+def _orbax_at(meeting: Meeting | None) -> Iterator[None]:
+    """Orbax, which does one thing at a time. Its processes wait for each other at the meeting."""
+
+    async def wait(key: str, *, operation_id: str, **_) -> None:
+        await asyncio.to_thread(meeting.wait, f"{operation_id} {key}")
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(ORBAX)
+        if meeting is not None and jax.process_count() > 1 and saves_without_devices():
+            stack.enter_context(_replaced(execution, COMPARE, lambda directory: None))
+            stack.enter_context(_replaced(multihost, WAIT, wait))
+        yield
+
+
+@contextlib.contextmanager
+def _replaced(module: Any, name: str, function: Callable) -> Iterator[None]:
+    before = getattr(module, name)
+    setattr(module, name, function)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
 
 
 def load_tree(
@@ -60,17 +111,19 @@ def load_tree(
     like: PyTree,
     expected: Any,
     digest: Callable[[PyTree], Any] = digests.digest_hex,
+    meeting: Meeting | None = None,
 ) -> PyTree:
     """Reads a folder of arrays, each directly to its devices.
 
     Args:
       like: arrays of the same shapes, dtypes and shardings, or `jax.ShapeDtypeStruct`s.
       expected: what `digest` gave of the arrays that were saved.
+      meeting: as `save_tree` takes it.
     Raises: UnreadableTree for arrays that are missing, damaged or of other shapes. Errors of
       missing memory are passed on.
     """
     try:
-        tree = _read(folder, like)
+        tree = _read(folder, like, meeting)
     except OF_THE_DEVICE:
         raise
     except Exception as error:
@@ -80,11 +133,11 @@ def load_tree(
     return tree
 
 
-def _read(folder: Path, like: PyTree) -> PyTree:
+def _read(folder: Path, like: PyTree, meeting: Meeting | None) -> PyTree:
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
     )
-    with ORBAX:
+    with _orbax_at(meeting):
         return ocp.load(folder, abstract)
 
 

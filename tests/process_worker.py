@@ -7,6 +7,7 @@ of a bucket, where a copy of the model's workdir is kept.
 
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -40,7 +41,7 @@ from dials_jax.sharding import require_same_everywhere
 from dials_jax.stopping import Request, Stopped
 from dials_jax.studies import perplexity_run
 from dials_jax.studies.study import run_study
-from dials_jax.training import loop, run
+from dials_jax.training import checkpoint, loop, run
 from dials_jax.training.loop import train
 from tests import conftest  # noqa: F401  exact products
 
@@ -174,6 +175,34 @@ def keep_apart(folder: Path, address: str) -> None:
         print(f"refused: {error}", flush=True)
 
 
+def noting_threads():
+    """Prints which thread saves each checkpoint."""
+    save_tree = checkpoint.save_tree
+
+    def noted(*args, **kwargs):
+        print(f"saved by {threading.current_thread().name}", flush=True)
+        save_tree(*args, **kwargs)
+
+    return mock.patch.object(checkpoint, "save_tree", noted)
+
+
+def fail_to_save(mesh: MeshConfig, folder: Path) -> None:
+    """Says on each process how a training ends whose first save fails on the last one."""
+    save_tree = checkpoint.save_tree
+
+    def fail(*args, **kwargs):
+        if is_last():
+            raise InputError("the disk is full")
+        save_tree(*args, **kwargs)
+
+    with mock.patch.object(checkpoint, "save_tree", fail):
+        try:
+            train(training(mesh), folder)
+        except InputError as error:
+            print(f"failed: {error}", flush=True)
+    print(f"kept {[path.name for path in (folder / 'checkpoints').glob('*[0-9]')]}", flush=True)
+
+
 def stop_before_the_first_step(mesh: MeshConfig, folder: Path) -> None:
     with sigterm_in(loop, "prepare_run"):
         ended_by_a_signal(partial(train, training(mesh), folder))
@@ -212,7 +241,9 @@ if __name__ == "__main__":
         stopped_in(scoring, "make_batch_record", sweep),
         stopped_in(perplexity_run, "score_samples", run_study),
         mock.patch.object(mirror, "Request", Interrupted),
+        noting_threads(),
     ):
         ended_by_a_signal(partial(work_mirrored, folder, mesh, address))
     differ("requests")
     keep_apart(folder, f"{address}/apart")
+    fail_to_save(mesh, folder.with_name("failed"))

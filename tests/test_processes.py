@@ -166,6 +166,22 @@ def test_training_with_split_parameters_is_the_same(folders):
     )
 
 
+def test_checkpoints_are_saved_beside_training(folders):
+    """Of two trainings, each with two; that the result is the same is tested above."""
+    for output in folders[2]:
+        savers = [x for x in output.splitlines() if x.startswith("saved by")]
+        assert savers == ["saved by checkpoint_0"] * 4
+
+
+def test_a_save_that_fails_on_one_process_ends_all(folders):
+    lines = [
+        "failed: process 1 has stopped; its message says why",
+        "failed: the disk is full",
+    ]
+    for line, output in zip(lines, folders[2], strict=True):
+        assert output.splitlines()[-2:] == [line, "kept []"]
+
+
 def test_a_sweep_gives_every_item_the_same_score(folders):
     one, two, _ = folders
     runs = [json.loads((x / "sweep" / "results.json").read_text())["runs"] for x in (one, two)]

@@ -2,14 +2,16 @@
 
 `checkpoints/00001000/` holds the arrays (Orbax) and `digest.json`, and where a signal came between
 two lines of the log, `window.json`. It is written as `00001000.partial` and renamed when it is
-complete. One process trains on while a thread writes.
+complete. A thread writes while training goes on.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import logging
+import math
 import os
 import re
 import shutil
@@ -21,19 +23,21 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from dials_jax import digests, trees
 from dials_jax.errors import InputError, require
 from dials_jax.files import read_json, write_json
+from dials_jax.meeting import Meeting
 from dials_jax.records import require_sound
-from dials_jax.sharding import on_first_process
-from dials_jax.stored import UnreadableTree, load_tree, save_tree, writing
+from dials_jax.stored import UnreadableTree, load_tree, save_tree, saves_without_devices, writing
 from dials_jax.training.losses import Mean, Metrics
 
 log = logging.getLogger(__name__)
 WINDOW = "window.json"  # the metrics of each step since the last line of the log
-PINNED_BYTES = 32 * 2**30  # of a state that is copied through pinned memory: XLA has 64 GiB of it
+PINNED_BYTES = 32 * 2**30  # of a state that is copied to pinned memory: XLA has 64 GiB of it
+_numbers = itertools.count()  # of saves: all processes begin the same ones
 
 
 class Checkpoints:
@@ -54,7 +58,7 @@ class Checkpoints:
         self.window: list[Metrics] = []
         self._damaged: set[int] = set()  # found so by `restore`
         self._writer = futures.ThreadPoolExecutor(1, "checkpoint")
-        self._saving: futures.Future | None = None
+        self._saving: futures.Future[None] | None = None
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -97,8 +101,8 @@ class Checkpoints:
         """Begins to write a checkpoint; `wait` ends it. The state may be donated afterwards.
 
         It is written, read back and compared, and only then are the older ones removed. A thread
-        does so with a copy in the host's memory. Several processes have to agree about the end of
-        a save, and where JAX has no device of the host there is no copy: these wait here.
+        does so with a copy in the host's memory, unless there is no place for that (`_begin_copy`):
+        then the call waits for it.
 
         Args:
           window: the metrics of the steps that no line of the log is of yet.
@@ -106,42 +110,37 @@ class Checkpoints:
         """
         self.wait()
         flat = flatten(state)
-        sums, host = digests.digest(flat), _host_device()
+        sums, copied = digests.digest(flat), _begin_copy(flat)
         notes = {WINDOW: _plain(window)} if window else {}
-        if host is None:
-            self._write(step, flat, sums, notes, digests.digest_hex)
-        else:
-            self._saving = self._writer.submit(
-                self._write_from_host, step, _copy_to_host(flat), sums, notes, host
-            )
+        meeting = Meeting(f"checkpoint {next(_numbers)}")
+        if copied is None:
+            self._write(step, flat, sums, notes, digests.digest_hex, meeting)
+            return
+
+        def write():
+            try:
+                self._write(step, copied(), sums, notes, _digests_of_bytes, meeting)
+            except BaseException:
+                meeting.fail()
+                raise
+
+        self._saving = self._writer.submit(write)
 
     def wait(self, unless_at_work: bool = False) -> None:
         """Ends the save that has begun, if any. Afterwards its checkpoint has its name.
 
         Args:
-          unless_at_work: return at once if it is still being written.
+          unless_at_work: return at once if it is still being written, and no process has failed.
         Raises, once:
           InputError: if it cannot be written; the older ones stay.
           OSError: if what was read back differs from what was written.
         """
         saving = self._saving
-        if saving is None or (unless_at_work and not saving.done()):
+        if saving is None or (unless_at_work and _is_well_everywhere(saving)):
             return
         futures.wait([saving])
         self._saving = None
         saving.result()
-
-    def _write_from_host(
-        self,
-        step: int,
-        copied: dict[str, _Copied],
-        sums: dict[str, jax.Array],
-        notes: dict[str, dict[str, Any]],
-        host: jax.Device,
-    ) -> None:
-        # One by one, so that what a copy is made of is let go.
-        flat = {name: jax.device_put(copied.pop(name).joined(), host) for name in list(copied)}
-        self._write(step, flat, sums, notes, _digests_of_bytes)
 
     def _write(
         self,
@@ -150,24 +149,28 @@ class Checkpoints:
         sums: dict[str, jax.Array],
         notes: dict[str, dict[str, Any]],
         digest: Callable[[PyTree], Any],
+        meeting: Meeting,
     ) -> None:
         """Args: sums: the state's digest. notes: other files. digest: of `flat`, and read back."""
         final = self.folder / f"{step:08d}"
         partial = self.folder / f"{step:08d}.partial"
         rest = "older checkpoints stay; make room and run the same command again"
-        on_first_process(self._remove_partial)
+        meeting.on_first_process(self._remove_partial)
         try:
-            save_tree(partial / "state", flat, rest)
+            save_tree(partial / "state", flat, rest, meeting=meeting)
+            problem = None
             try:
-                load_tree(partial / "state", flat, digest(flat), digest)
+                load_tree(partial / "state", flat, digest(flat), digest, meeting)
             except UnreadableTree as error:
-                raise OSError(
+                problem = OSError(
                     f"checkpoint {partial} reads back differently ({error}); the storage fails"
-                ) from error
+                )
+                problem.__cause__ = error
+            meeting.agree(problem)
             with writing(partial, rest):
                 # The digests last: their file says that all is there.
                 files = notes | {"digest.json": digests.as_hex(sums)}
-                on_first_process(lambda: _write_notes(partial, files))
+                meeting.on_first_process(lambda: _write_notes(partial, files))
         except Exception:
             if jax.process_index() == 0:
                 self._remove_partial()  # its disk space is needed
@@ -180,7 +183,7 @@ class Checkpoints:
             self._damaged.discard(step)
             self._prune(step)
 
-        on_first_process(finish)
+        meeting.on_first_process(finish)
 
     def restore(self, state: PyTree, *layouts: PyTree) -> PyTree | None:
         """Loads the newest checkpoint whose digests match; None if there is no checkpoint.
@@ -230,12 +233,63 @@ class Checkpoints:
                 _remove_finished(self.folder / f"{step:08d}")
 
 
+def _is_well_everywhere(saving: futures.Future[None]) -> bool:
+    """Whether no process has failed to save yet. All ask at the same time; the answer is one."""
+    failed = saving.done() and saving.exception() is not None
+    if jax.process_count() > 1:
+        failed = multihost_utils.process_allgather(np.array(failed)).any()
+    return not failed
+
+
+def _begin_copy(flat: dict[str, jax.Array]) -> Callable[[], dict[str, jax.Array]] | None:
+    """Begins to copy a state: a later step reuses its memory.
+
+    Returns: what waits for the copy, and returns it as arrays in the host's memory; None where no
+      thread can save: JAX has no device of the host, the state of several processes is too large
+      for pinned memory, or Orbax is of a version that needs their devices.
+    """
+    if jax.process_count() > 1:
+        small = _bytes_of_a_process(flat) <= PINNED_BYTES
+        if not (small and saves_without_devices()):
+            return None
+        pinned = _pinned(flat)
+        return lambda: pinned
+    host = _host_device()
+    if host is None:
+        return None
+    copied = _copy_to_host(flat)
+    # One by one, so that what a copy is made of is let go.
+    return lambda: {n: jax.device_put(copied.pop(n).joined(), host) for n in list(copied)}
+
+
 def _host_device() -> jax.Device | None:
     """Where one process keeps a copy of what it saves; None: there is no such place."""
     try:
-        return None if jax.process_count() > 1 else jax.local_devices(backend="cpu")[0]
+        return jax.local_devices(backend="cpu")[0]
     except RuntimeError:  # JAX_PLATFORMS names no "cpu"
         return None
+
+
+def _bytes_of_a_process(flat: dict[str, jax.Array]) -> int:
+    """That its devices hold, the mean over processes: all of them get the same answer."""
+    shards = (
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize * len(x.sharding.device_set)
+        for x in flat.values()
+    )
+    return sum(shards) // jax.process_count()
+
+
+def _pinned(flat: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The arrays in pinned memory, copied between two steps. No process waits for another one."""
+
+    def one(x: jax.Array) -> jax.Array:
+        shards = [s.data for s in x.addressable_shards]
+        places = [s.sharding.with_memory_kind("pinned_host") for s in shards]
+        return jax.make_array_from_single_device_arrays(
+            x.shape, x.sharding.with_memory_kind("pinned_host"), jax.device_put(shards, places)
+        )
+
+    return {name: one(x) for name, x in flat.items()}
 
 
 class _Copied(NamedTuple):
@@ -256,11 +310,8 @@ class _Copied(NamedTuple):
 
 
 def _copy_to_host(flat: dict[str, jax.Array]) -> dict[str, _Copied]:
-    """A later step reuses the memory of the state, so that a save needs a copy.
-
-    Each device copies what no other has copied to pinned memory, between two steps; the host does
-    not wait for it.
-    """
+    """Each device copies what no other has copied to pinned memory, between two steps; the host
+    does not wait for it."""
     likes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in flat.items()}
     if sum(x.nbytes for x in flat.values()) > PINNED_BYTES:
         # On a CPU the host's arrays are views of the state; elsewhere they are the copy.
@@ -281,9 +332,16 @@ def _copy_to_host(flat: dict[str, jax.Array]) -> dict[str, _Copied]:
 
 
 def _digests_of_bytes(flat: dict[str, jax.Array]) -> dict[str, str]:
-    """Of arrays on the host. Unlike `digests.digest` it is not compiled, nor run on a device."""
-    bits = {name: np.asarray(x).reshape(-1).view(np.uint8) for name, x in flat.items()}
-    return {name: hashlib.sha256(x).hexdigest() for name, x in bits.items()}
+    """Of what this process has of arrays on the host. Unlike `digests.digest` it is not compiled,
+    nor run on a device."""
+
+    def one(x: jax.Array) -> str:
+        found = hashlib.sha256()
+        for shard in x.addressable_shards:
+            found.update(np.asarray(shard.data).reshape(-1).view(np.uint8))
+        return found.hexdigest()
+
+    return {name: one(x) for name, x in flat.items()}
 
 
 def _remove_finished(folder: Path) -> None:

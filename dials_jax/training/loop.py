@@ -199,6 +199,8 @@ def _run_steps(
                 validated = validation.last if validation else {}
                 bar.set_postfix_str(_summary(means, validated), refresh=False)
             if keeping_model:
+                if jax.process_count() > 1:  # they meet in Orbax for one thing at a time
+                    checkpoints.wait()
                 run.export(step_folder(workdir, done), state.result)
             if saving:
                 checkpoints.save(done, state, [] if window_ends else metered.window)

@@ -137,9 +137,9 @@ def slow(monkeypatch):
     """Saves wait for this event."""
     event, save_tree = threading.Event(), checkpoint.save_tree
 
-    def save_later(*args):
+    def save_later(*args, **kwargs):
         assert event.wait(60)
-        save_tree(*args)
+        save_tree(*args, **kwargs)
 
     monkeypatch.setattr(checkpoint, "save_tree", save_later)
     return event
@@ -147,7 +147,7 @@ def slow(monkeypatch):
 
 @pytest.fixture
 def full(monkeypatch):
-    def fail(*args):
+    def fail(*args, **kwargs):
         raise InputError("the disk is full")
 
     monkeypatch.setattr(checkpoint, "save_tree", fail)
@@ -176,7 +176,7 @@ def test_the_end_of_a_run_waits_for_a_save(checkpoints, slow):
 
 
 def test_without_a_device_of_the_host_a_save_waits(checkpoints, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_host_device", lambda: None)  # as of several processes
+    monkeypatch.setattr(checkpoint, "_host_device", lambda: None)
     checkpoints.save(10, make_state(10))
     assert_same_bits(checkpoints.restore(make_state(0)), make_state(10))
 

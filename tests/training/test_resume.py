@@ -202,10 +202,10 @@ def test_a_signal_during_a_save_takes_no_more_steps(train_config, tmp_path, monk
 def test_a_signal_waits_for_the_save_beside_training(train_config, tmp_path, monkeypatch):
     save_tree = checkpoint.save_tree
 
-    def stop_and_save(*args):
+    def stop_and_save(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.2)
-        save_tree(*args)
+        save_tree(*args, **kwargs)
 
     monkeypatch.setattr(checkpoint, "save_tree", stop_and_save)
     with pytest.raises(Stopped, match=r"step (\d) is saved") as stop:
@@ -215,7 +215,7 @@ def test_a_signal_waits_for_the_save_beside_training(train_config, tmp_path, mon
 
 
 def test_a_save_that_fails_beside_training_ends_it(train_config, tmp_path, monkeypatch):
-    def fail(*args):
+    def fail(*args, **kwargs):
         raise InputError("the disk is full")
 
     monkeypatch.setattr(checkpoint, "save_tree", fail)

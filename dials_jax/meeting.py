@@ -1,0 +1,90 @@
+"""Where processes meet without their devices: at JAX's coordinator.
+
+Programs of several processes run in the order in which each process gives them to its devices. A
+thread beside a training cannot keep to one order with it, so threads of all processes meet here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax._src.distributed import global_state
+
+from dials_jax.errors import InputError
+
+PAUSES = (0.01, 0.2)  # seconds between two looks at the coordinator: the first, and the longest
+
+
+class Meeting:
+    """One thread of every process, which come to the same places in the same order.
+
+    None waits for long once one has failed. One process alone meets nobody.
+
+    Args:
+      name: the same on all processes, and of this meeting alone.
+    """
+
+    def __init__(self, name: str):
+        self._name = name
+        self._agreed = itertools.count()
+
+    def on_first_process(self, action: Callable[[], Any]) -> None:
+        """Runs `action` on one process while the others wait. Raises: as `agree`."""
+        problem = None
+        if jax.process_index() == 0:
+            try:
+                action()
+            except Exception as error:  # raised below, once the other processes know
+                problem = error
+        self.agree(problem)
+
+    def agree(self, problem: Exception | None) -> None:
+        """Waits until all processes have said that they have no problem.
+
+        Raises: the problem; on the other processes an InputError that says whose message to read.
+        """
+        if problem is not None:
+            self.fail()
+            raise problem
+        self.wait(f"agreed {next(self._agreed)}")
+
+    def fail(self) -> None:
+        """Tells the other processes, wherever they wait, that this one does not come."""
+        if jax.process_count() > 1:
+            number = str(jax.process_index())
+            global_state.client.key_value_set(self._key("said", "failed", number), number, True)
+
+    def wait(self, place: str) -> None:
+        """Waits until all processes are at a place. Raises: InputError if one has failed."""
+        if jax.process_count() == 1:
+            return
+        client, place = global_state.client, place.replace("/", " ")
+        client.key_value_set(self._key("came", place, str(jax.process_index())), "")
+        pause, longest = PAUSES
+        while not self._are_all_at(place):
+            time.sleep(pause)
+            pause = min(2 * pause, longest)
+
+    def _are_all_at(self, place: str) -> bool:
+        """The first process counts who came, so that the others ask for little."""
+        client = global_state.client
+        said = {key for key, _ in client.key_value_dir_get(self._key("said"))}
+        if failed := sorted(key for key in said if key.startswith(self._key("said", "failed"))):
+            number = failed[0].rpartition("/")[2]
+            raise InputError(f"process {number} has stopped; its message says why")
+        if self._key("said", "all", place) in said:
+            return True
+        if jax.process_index() == 0:
+            came = self._key("came", place)
+            if len(client.key_value_dir_get(came)) == jax.process_count():
+                client.key_value_set(self._key("said", "all", place), "")
+                client.key_value_delete(came)
+                return True
+        return False
+
+    def _key(self, *parts: str) -> str:
+        return "/".join([self._name, *parts])
