@@ -148,14 +148,18 @@ def kill(counting, job, workdir, rng) -> str | None:
     return "" if child.wait() == -signal.SIGKILL else None
 
 
-def kill_save(counting, job, workdir, rng) -> str | None:
-    """Kills within a save: while a checkpoint has not got its final name."""
+def unfinished_save(workdir: Path) -> Path | None:
+    """Where the next checkpoint is written, without what a kill has left; None: all are there."""
     left = [s for s in range(1, jobs.STEPS + 1) if s % jobs.SAVE_EVERY == 0]
     left = [s for s in left if f"{s:08d}" > max(jobs.checkpoints(workdir), default="0")]
-    if not left:
+    return jobs.fresh(workdir / "checkpoints" / f"{left[0]:08d}.partial") if left else None
+
+
+def kill_save(counting, job, workdir, rng) -> str | None:
+    """Kills within a save: while a checkpoint has not got its final name."""
+    unfinished = unfinished_save(workdir)
+    if unfinished is None:
         return None
-    unfinished = workdir / "checkpoints" / f"{left[0]:08d}.partial"
-    jobs.fresh(unfinished)  # of the kill before
     child = start(counting, job, workdir)
     child.wait_until(unfinished.exists)
     time.sleep(rng.uniform(0, SAVES))
@@ -230,8 +234,13 @@ def whole_pair(counting: Counting, job: jobs.Job, both: Callable) -> tuple[Any, 
     return counting.whole[name]
 
 
-def stop_one_of_two(counting: Counting, rng: random.Random, name: str) -> list[Case]:
-    """SIGTERM to one of two processes: both end after the same step or batch, which is kept."""
+def of_two(counting: Counting, rng: random.Random, name: str, inject: Callable) -> list[Case]:
+    """Faults of two processes that share a workdir, which then go on to the end.
+
+    Args:
+      inject: one fault: (how to start both, job, workdir, seconds of a whole run, random numbers).
+        Returns: as that of `Fault`.
+    """
     job, logs = pair_job(counting.base, name), [counting.out / f"case{n}.txt" for n in range(2)]
 
     def both(workdir: Path) -> list[processes.Child]:
@@ -240,20 +249,14 @@ def stop_one_of_two(counting: Counting, rng: random.Random, name: str) -> list[C
     expected, seconds, _ = whole_pair(counting, job, both)
     workdir, found = jobs.fresh(counting.out / "case"), []
     for _ in range(CHAIN):
-        saved, lines = job.saved(workdir), count_lines(workdir)
-        children = both(workdir)
-        children[0].wait_until(partial(has_more_lines, workdir, lines))
-        time.sleep(rng.uniform(0, 0.2 * seconds))
-        children[rng.randrange(2)].send(signal.SIGTERM)
-        statuses = [x.wait() for x in children]
-        if statuses == [0, 0]:
+        saved = job.saved(workdir)
+        problem = inject(both, job, workdir, seconds, rng)
+        if problem is None:
             break
-        said = [x.last_line() for x in children]
-        kept = "is saved in" if name.startswith("training") else "stopped"
-        if statuses != [143, 143] or not all(kept in line for line in said):
-            return [(f"not both end ({statuses})", said_in(counting))]
-        if said[0] != said[1] or lost_of(job, saved, workdir):
-            return [("lost what was saved", str(said))]
+        if problem:
+            return [*found, (problem, said_in(counting))]
+        if lost := lost_of(job, saved, workdir):
+            return [*found, ("lost what was saved", lost)]
         found.append((GOOD, ""))
     children = both(workdir)
     if [x.wait() for x in children] != [0, 0]:
@@ -261,6 +264,40 @@ def stop_one_of_two(counting: Counting, rng: random.Random, name: str) -> list[C
     result = job.result(workdir)
     same = result == expected
     return found if same else [("another result", damage.difference(result, expected))] * len(found)
+
+
+def stop_one_of_two(both, job, workdir, seconds, rng) -> str | None:
+    """SIGTERM to one of two processes: both end after the same step or batch, which is kept."""
+    lines = count_lines(workdir)
+    children = both(workdir)
+    children[0].wait_until(partial(has_more_lines, workdir, lines))
+    time.sleep(rng.uniform(0, 0.2 * seconds))
+    children[rng.randrange(2)].send(signal.SIGTERM)
+    statuses = [x.wait() for x in children]
+    if statuses == [0, 0]:
+        return None
+    said = [x.last_line() for x in children]
+    kept = "is saved in" if job.name.startswith("training") else "stopped"
+    if statuses != [143, 143] or not all(kept in line for line in said):
+        return f"not both end ({statuses})"
+    return "" if said[0] == said[1] else f"they say different things: {said}"
+
+
+def kill_one_of_two_in_a_save(both, job, workdir, seconds, rng) -> str | None:
+    """SIGKILL to one of two processes while a checkpoint has not got its final name."""
+    unfinished = unfinished_save(workdir)
+    if unfinished is None:
+        return None
+    children = both(workdir)
+    children[0].wait_until(unfinished.exists)
+    time.sleep(rng.uniform(0, SAVES))
+    killed = children[rng.randrange(2)]
+    killed.send(signal.SIGKILL)
+    died, within = killed.wait() == -signal.SIGKILL, unfinished.exists()
+    for child in children:  # JAX ends the other one, too, after a while
+        child.send(signal.SIGKILL)
+        child.wait()
+    return "" if died and within else None
 
 
 # --------------------------------------------------------------------------- no room, right or lock
@@ -373,9 +410,14 @@ def make_faults() -> dict[str, Callable[[Counting, random.Random], list[Case]]]:
     return {
         **{fault.name: fault.cases for fault in faults},
         **{
-            f"SIGTERM to one of two processes, {name}": partial(stop_one_of_two, name=name)
+            f"SIGTERM to one of two processes, {name}": partial(
+                of_two, name=name, inject=stop_one_of_two
+            )
             for name in ("training of a model", "sweep", "study", "lm-eval")
         },
+        "SIGKILL to one of two processes during a save, training of a model": partial(
+            of_two, name=NAMES[0], inject=kill_one_of_two_in_a_save
+        ),
         **{
             f"two processes on one workdir, {name}": partial(come_again, name=name)
             for name in NAMES
