@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import shutil
@@ -23,23 +24,12 @@ from dials_jax import digests, sharding
 from dials_jax.errors import InputError, require
 from dials_jax.meeting import Meeting
 
-try:
-    from orbax.checkpoint.experimental.v1._src.saving import execution
-    from orbax.checkpoint.experimental.v1._src.synchronization import multihost
-except ImportError:  # another version
-    execution = multihost = None
-
 # Out of memory, for example, which says nothing about the files.
 OF_THE_DEVICE = (MemoryError, jax.errors.JaxRuntimeError)
 
 # Orbax tells the steps of an operation apart by a number of the process, so that two operations at
 # once get into each other's folders: a checkpoint's thread and the export of a model.
 ORBAX = threading.Lock()
-
-# Orbax compares the folder's name on all processes by programs on their devices, also where the
-# processes are named, which wait for each other at JAX's coordinator for all else: five minutes at
-# most, also for one that has failed.
-COMPARE, WAIT = "_check_directory_consistency", "sync_global_processes"
 
 MARK = "UNFINISHED"  # a file in a folder that is being written
 
@@ -76,9 +66,27 @@ def save_tree(
             ocp.save(folder, tree)
 
 
+@functools.cache
+def _what_waits() -> tuple[tuple[Any, str], tuple[Any, str]] | None:
+    """The functions of Orbax by which several processes wait for each other; None: of a version
+    that is not known.
+
+    The first compares the folder's name on all processes by programs on their devices, also where
+    the processes are named. The second waits at JAX's coordinator where they are named: for five
+    minutes at most, and for so long where one has failed.
+    """
+    try:
+        from orbax.checkpoint.experimental.v1._src.saving import execution
+        from orbax.checkpoint.experimental.v1._src.synchronization import multihost
+    except ImportError:
+        return None
+    found = (execution, "_check_directory_consistency"), (multihost, "sync_global_processes")
+    return found if all(hasattr(*each) for each in found) else None
+
+
 def saves_without_devices() -> bool:
     """Whether this version of Orbax saves at a `Meeting`."""
-    return hasattr(execution, COMPARE) and hasattr(multihost, WAIT)
+    return _what_waits() is not None
 
 
 @contextlib.contextmanager
@@ -91,8 +99,9 @@ def _orbax_at(meeting: Meeting | None) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(ORBAX)
         if meeting is not None and jax.process_count() > 1 and saves_without_devices():
-            stack.enter_context(_replaced(execution, COMPARE, lambda directory: None))
-            stack.enter_context(_replaced(multihost, WAIT, wait))
+            compare, wait_for_all = _what_waits()
+            stack.enter_context(_replaced(*compare, lambda directory: None))
+            stack.enter_context(_replaced(*wait_for_all, wait))
         yield
 
 

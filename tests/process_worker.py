@@ -81,7 +81,8 @@ def work(folder: Path, mesh: MeshConfig) -> None:
 def work_without_figures(folder: Path, mesh: MeshConfig) -> None:
     train(training(mesh), folder / "model")
     checked = {"validation": DATA, "validation_batches": 1, "fit_execution": (0.5,)}
-    train(training(mesh, backbone=str(folder / "model"), **checked), folder / "router")
+    with mock.patch.object(checkpoint, "saves_without_devices", lambda: False):
+        train(training(mesh, backbone=str(folder / "model"), **checked), folder / "router")
     task = EvalTask(name="sums", metric="exact_match", data=DATA, limit=5)
     bound = EvalTask(name="bound", metric="nelbo", data=DATA, limit=3, num_samples=4)
     evaluation = EvalConfig(

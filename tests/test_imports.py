@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LEVELS = (
     {"compiling", "errors", "progress", "stopping"},
-    {"buckets", "files"},
+    {"buckets", "files", "meeting"},
     {"config"},
     {"config_files"},
     {"keys", "statistics", "trees"},

@@ -167,10 +167,10 @@ def test_training_with_split_parameters_is_the_same(folders):
 
 
 def test_checkpoints_are_saved_beside_training(folders):
-    """Of two trainings, each with two; that the result is the same is tested above."""
+    """Those of the model; those of the router as with a version of Orbax that does not allow it."""
     for output in folders[2]:
         savers = [x for x in output.splitlines() if x.startswith("saved by")]
-        assert savers == ["saved by checkpoint_0"] * 4
+        assert savers == ["saved by checkpoint_0"] * 2 + ["saved by MainThread"] * 2
 
 
 def test_a_save_that_fails_on_one_process_ends_all(folders):

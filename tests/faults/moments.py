@@ -213,7 +213,9 @@ def pair_job(base: Path, name: str) -> jobs.Job:
 
 def count_lines(workdir: Path) -> int:
     """Of the log of a training, or of the records of an evaluation."""
-    files = [p for name in ("metrics.jsonl", "runs.jsonl") for p in workdir.rglob(name)]
+    logs = ("metrics.jsonl", "runs.jsonl")
+    # Not rglob(): it raises where a folder is renamed in the meantime.
+    files = [Path(folder, n) for folder, _, names in os.walk(workdir) for n in names if n in logs]
     return sum(path.read_bytes().count(b"\n") for path in files)
 
 
