@@ -59,11 +59,22 @@ def save_tree(
     # Who loads says where the arrays go, so a file of where they were is never read.
     context.array.saving.enable_write_sharding_file = False
     with writing(folder, rest), context:
-        # Orbax's own `overwrite` can hang: a process that looks for the old folder after another
-        # has removed it does not wait where the other waits for it.
-        on_first_process(lambda: folder.exists() and shutil.rmtree(folder))
+        on_first_process(lambda: _make_way(folder))
         with _orbax_at(meeting):
             ocp.save(folder, tree)
+
+
+def _make_way(folder: Path) -> None:
+    """Removes what has the name, and sees that a folder can get it.
+
+    Orbax's own `overwrite` can hang: a process that looks for the old folder after another has
+    removed it does not wait where the other waits for it. And where Orbax cannot make a folder, its
+    threads wait five minutes for it, and the end of the process for them.
+    """
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    folder.rmdir()
 
 
 @functools.cache

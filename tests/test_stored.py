@@ -1,5 +1,6 @@
 """Arrays on disk come back bit for bit, or the reason is one line."""
 
+import threading
 import time
 from concurrent import futures
 from unittest import mock
@@ -68,9 +69,12 @@ def test_want_of_memory_is_passed_on(error, tree, saved, monkeypatch):
 
 def test_what_cannot_be_written_ends_in_a_line_with_the_remedy(tree, tmp_path):
     (tmp_path / "file").touch()
+    before = set(threading.enumerate())
     with pytest.raises(InputError, match=r"tree could not be written \(.*\); make room$") as error:
         save_tree(tmp_path / "file" / "tree", tree, "make room")
     assert "\n" not in str(error.value)
+    # Python waits for threads at its end: Orbax's would be there for five minutes.
+    assert not [x for x in set(threading.enumerate()) - before if not x.daemon]
 
 
 def test_the_earlier_tree_is_gone_before_orbax_saves(tree, saved, monkeypatch):
