@@ -62,12 +62,25 @@ class Meeting:
         """Waits until all processes are at a place. Raises: InputError if one has failed."""
         if jax.process_count() == 1:
             return
-        client, place = global_state.client, place.replace("/", " ")
-        client.key_value_set(self._key("came", place, str(jax.process_index())), "")
-        pause, longest = PAUSES
-        while not self._are_all_at(place):
-            time.sleep(pause)
-            pause = min(2 * pause, longest)
+        place = place.replace("/", " ")
+        global_state.client.key_value_set(self._key("came", place, str(jax.process_index())), "")
+        _poll(lambda: self._are_all_at(place))
+
+    def close(self) -> None:
+        """Ends the meeting, of which nothing is kept.
+
+        The first process leaves last. The coordinator is a part of it, and would be gone with it
+        while others still ask.
+        """
+        if jax.process_count() == 1:
+            return
+        client, left = global_state.client, self._key("left")
+        if jax.process_index():
+            client.key_value_set(f"{left}/{jax.process_index()}", "")
+        else:
+            others = jax.process_count() - 1
+            _poll(lambda: len(client.key_value_dir_get(left)) == others)
+            client.key_value_delete(self._name)
 
     def _are_all_at(self, place: str) -> bool:
         """The first process counts who came, so that the others ask for little."""
@@ -88,3 +101,10 @@ class Meeting:
 
     def _key(self, *parts: str) -> str:
         return "/".join([self._name, *parts])
+
+
+def _poll(done: Callable[[], bool]) -> None:
+    pause, longest = PAUSES
+    while not done():
+        time.sleep(pause)
+        pause = min(2 * pause, longest)

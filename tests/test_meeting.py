@@ -1,6 +1,7 @@
 """Threads of several processes meet at a coordinator, and none waits for one that has failed."""
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -31,7 +32,7 @@ class Coordinator:
 
     def key_value_delete(self, folder):
         with self.lock:
-            for key in [k for k in self.values if k.startswith(f"{folder}/")]:
+            for key in [k for k in self.values if f"{k}/".startswith(f"{folder}/")]:
                 del self.values[key]
 
 
@@ -70,6 +71,21 @@ def test_all_go_on_when_the_last_has_come(together):
     assert results == [None] * COUNT
     assert seen == [COUNT] * 9
     assert not any("came" in key for key in coordinator.values)  # nothing adds up per process
+
+
+def test_the_first_leaves_last_and_nothing_is_kept(together):
+    left = []
+
+    def work(meeting, number):
+        meeting.wait("the end")
+        time.sleep(0.1 * number)
+        left.append(number)
+        meeting.close()
+        return sorted(left) if number == 0 else None
+
+    results, coordinator = together(work)
+    assert results[0] == [0, 1, 2]
+    assert not coordinator.values
 
 
 def test_an_action_runs_on_the_first_alone_before_the_others_go_on(together):

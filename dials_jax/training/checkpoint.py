@@ -184,6 +184,7 @@ class Checkpoints:
             self._prune(step)
 
         meeting.on_first_process(finish)
+        meeting.close()
 
     def restore(self, state: PyTree, *layouts: PyTree) -> PyTree | None:
         """Loads the newest checkpoint whose digests match; None if there is no checkpoint.
