@@ -6,9 +6,10 @@ thread beside a training cannot keep to one order with it, so threads of all pro
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from jax._src.distributed import global_state
 
 from dials_jax.errors import InputError
 
+FAILED = ("said", "failed")
 PAUSES = (0.01, 0.2)  # seconds between two looks at the coordinator: the first, and the longest
 
 
@@ -52,11 +54,20 @@ class Meeting:
             raise problem
         self.wait(f"agreed {next(self._agreed)}")
 
+    @contextlib.contextmanager
+    def telling(self) -> Iterator[None]:
+        """An error from inside is told to the other processes, too."""
+        try:
+            yield
+        except BaseException:
+            self.fail()
+            raise
+
     def fail(self) -> None:
         """Tells the other processes, wherever they wait, that this one does not come."""
         if jax.process_count() > 1:
-            number = str(jax.process_index())
-            global_state.client.key_value_set(self._key("said", "failed", number), number, True)
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one was the first
+                global_state.client.key_value_set(self._key(*FAILED), str(jax.process_index()))
 
     def wait(self, place: str) -> None:
         """Waits until all processes are at a place. Raises: InputError if one has failed."""
@@ -80,14 +91,13 @@ class Meeting:
         else:
             others = jax.process_count() - 1
             _poll(lambda: len(client.key_value_dir_get(left)) == others)
-            client.key_value_delete(self._name)
+            _tidy(self._name)
 
     def _are_all_at(self, place: str) -> bool:
         """The first process counts who came, so that the others ask for little."""
         client = global_state.client
-        said = {key for key, _ in client.key_value_dir_get(self._key("said"))}
-        if failed := sorted(key for key in said if key.startswith(self._key("said", "failed"))):
-            number = failed[0].rpartition("/")[2]
+        said = dict(client.key_value_dir_get(self._key("said")))
+        if number := said.get(self._key(*FAILED)):
             raise InputError(f"process {number} has stopped; its message says why")
         if self._key("said", "all", place) in said:
             return True
@@ -95,12 +105,17 @@ class Meeting:
             came = self._key("came", place)
             if len(client.key_value_dir_get(came)) == jax.process_count():
                 client.key_value_set(self._key("said", "all", place), "")
-                client.key_value_delete(came)
+                _tidy(came)
                 return True
         return False
 
     def _key(self, *parts: str) -> str:
         return "/".join([self._name, *parts])
+
+
+def _tidy(key: str) -> None:
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # the others may have gone on
+        global_state.client.key_value_delete(key)
 
 
 def _poll(done: Callable[[], bool]) -> None:

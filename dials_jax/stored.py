@@ -13,6 +13,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def _make_way(folder: Path) -> None:
 
     Orbax's own `overwrite` can hang: a process that looks for the old folder after another has
     removed it does not wait where the other waits for it. And where Orbax cannot make a folder, its
-    threads wait five minutes for it, and the end of the process for them.
+    threads wait five minutes for it, and the process cannot end before they do.
     """
     if folder.exists():
         shutil.rmtree(folder)
@@ -80,12 +81,14 @@ def _make_way(folder: Path) -> None:
 @functools.cache
 def _what_waits() -> tuple[tuple[Any, str], tuple[Any, str]] | None:
     """The functions of Orbax by which several processes wait for each other; None: of a version
-    that is not known.
+    with which saves in a thread were not tried.
 
-    The first compares the folder's name on all processes by programs on their devices, also where
-    the processes are named. The second waits at JAX's coordinator where they are named: for five
-    minutes at most, and for so long where one has failed.
+    The first compares the folder's name on all processes, by programs on all devices even if
+    `active_processes` is given. The second waits at JAX's coordinator if it is given, with a limit
+    of five minutes, which it waits in full if a process has failed.
     """
+    if not version("orbax-checkpoint").startswith("0.12."):
+        return None
     try:
         from orbax.checkpoint.experimental.v1._src.saving import execution
         from orbax.checkpoint.experimental.v1._src.synchronization import multihost
@@ -144,7 +147,7 @@ def load_tree(
     """
     try:
         tree = _read(folder, like, meeting)
-    except OF_THE_DEVICE:
+    except (InputError, *OF_THE_DEVICE):
         raise
     except Exception as error:
         raise UnreadableTree(_reason(error)) from error

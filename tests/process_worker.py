@@ -18,7 +18,7 @@ from unittest import mock
 import jax
 from jax._src import compiler, distributed
 
-from dials_jax import mirror
+from dials_jax import mirror, stored
 from dials_jax.commands import CommandLine
 from dials_jax.config import (
     ArithmeticData,
@@ -81,7 +81,7 @@ def work(folder: Path, mesh: MeshConfig) -> None:
 def work_without_figures(folder: Path, mesh: MeshConfig) -> None:
     train(training(mesh), folder / "model")
     checked = {"validation": DATA, "validation_batches": 1, "fit_execution": (0.5,)}
-    with mock.patch.object(checkpoint, "saves_without_devices", lambda: False):
+    with mock.patch.object(stored, "_what_waits", lambda: None):
         train(training(mesh, backbone=str(folder / "model"), **checked), folder / "router")
     task = EvalTask(name="sums", metric="exact_match", data=DATA, limit=5)
     bound = EvalTask(name="bound", metric="nelbo", data=DATA, limit=3, num_samples=4)
@@ -188,7 +188,8 @@ def noting_threads():
 
 
 def fail_to_save(mesh: MeshConfig, folder: Path) -> None:
-    """Says on each process how a training ends whose first save fails on the last one."""
+    """Says on each process how a training ends whose first save fails on the last one: in a thread,
+    and where the state is too large for that."""
     save_tree = checkpoint.save_tree
 
     def fail(*args, **kwargs):
@@ -196,12 +197,16 @@ def fail_to_save(mesh: MeshConfig, folder: Path) -> None:
             raise InputError("the disk is full")
         save_tree(*args, **kwargs)
 
-    with mock.patch.object(checkpoint, "save_tree", fail):
-        try:
-            train(training(mesh), folder)
-        except InputError as error:
-            print(f"failed: {error}", flush=True)
-    print(f"kept {[path.name for path in (folder / 'checkpoints').glob('*[0-9]')]}", flush=True)
+    for pinned_bytes in (checkpoint.PINNED_BYTES, 0):
+        with (
+            mock.patch.object(checkpoint, "save_tree", fail),
+            mock.patch.object(checkpoint, "PINNED_BYTES", pinned_bytes),
+        ):
+            try:
+                train(training(mesh), folder)
+            except InputError as error:
+                print(f"failed: {error}", flush=True)
+        print(f"kept {[path.name for path in (folder / 'checkpoints').glob('*[0-9]')]}", flush=True)
 
 
 def stop_before_the_first_step(mesh: MeshConfig, folder: Path) -> None:

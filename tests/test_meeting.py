@@ -4,6 +4,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import jax
 import pytest
 
 from dials_jax import meeting
@@ -21,9 +22,10 @@ class Coordinator:
         self.values: dict[str, str] = {}
         self.lock = threading.Lock()
 
-    def key_value_set(self, key, value, allow_overwrite=False):
+    def key_value_set(self, key, value):
         with self.lock:
-            assert allow_overwrite or key not in self.values
+            if key in self.values:
+                raise jax.errors.JaxRuntimeError("ALREADY_EXISTS")
             self.values[key] = value
 
     def key_value_dir_get(self, folder):
@@ -101,9 +103,10 @@ def test_an_action_runs_on_the_first_alone_before_the_others_go_on(together):
 @pytest.mark.parametrize("failing", [0, 2])
 def test_a_failure_reaches_those_that_wait_anywhere(together, failing):
     def work(meeting, number):
-        if number == failing:
-            meeting.agree(OSError("the disk is full"))
-        meeting.wait("within a save")
+        with meeting.telling():  # who is told tells nothing new
+            if number == failing:
+                meeting.agree(OSError("the disk is full"))
+            meeting.wait("within a save")
 
     results, _ = together(work)
     assert str(results.pop(failing)) == "the disk is full"

@@ -179,7 +179,8 @@ def test_a_save_that_fails_on_one_process_ends_all(folders):
         "failed: the disk is full",
     ]
     for line, output in zip(lines, folders[2], strict=True):
-        assert output.splitlines()[-2:] == [line, "kept []"]
+        ends = [x for x in output.splitlines() if x.startswith(("failed", "kept"))]
+        assert ends == [line, "kept []"] * 2  # saves in a thread, and such as training waits for
 
 
 def test_a_sweep_gives_every_item_the_same_score(folders):

@@ -101,28 +101,25 @@ class Checkpoints:
         """Begins to write a checkpoint; `wait` ends it. The state may be donated afterwards.
 
         It is written, read back and compared, and only then are the older ones removed. A thread
-        does so with a copy in the host's memory, unless there is no place for that (`_begin_copy`):
-        then the call waits for it.
+        does so with a copy in the host's memory. Where that is not possible (`_begin_copy`) the
+        call waits for it.
 
         Args:
           window: the metrics of the steps that no line of the log is of yet.
         Raises: what `wait` raises, of this save or of the one before.
         """
         self.wait()
-        flat = flatten(state)
-        sums, copied = digests.digest(flat), _begin_copy(flat)
-        notes = {WINDOW: _plain(window)} if window else {}
-        meeting = Meeting(f"checkpoint {next(_numbers)}")
-        if copied is None:
-            self._write(step, flat, sums, notes, digests.digest_hex, meeting)
-            return
+        flat, meeting = flatten(state), Meeting(f"checkpoint {next(_numbers)}")
+        with meeting.telling():
+            sums, copied = digests.digest(flat), _begin_copy(flat)
+            notes = {WINDOW: _plain(window)} if window else {}
+            if copied is None:
+                self._write(step, flat, sums, notes, digests.digest_hex, meeting)
+                return
 
         def write():
-            try:
+            with meeting.telling():
                 self._write(step, copied(), sums, notes, _digests_of_bytes, meeting)
-            except BaseException:
-                meeting.fail()
-                raise
 
         self._saving = self._writer.submit(write)
 
@@ -141,6 +138,8 @@ class Checkpoints:
         futures.wait([saving])
         self._saving = None
         saving.result()
+        if unless_at_work:
+            raise InputError("another process could not save; its message says why")
 
     def _write(
         self,
@@ -172,6 +171,7 @@ class Checkpoints:
                 files = notes | {"digest.json": digests.as_hex(sums)}
                 meeting.on_first_process(lambda: _write_notes(partial, files))
         except Exception:
+            meeting.fail()  # before what others write is removed
             if jax.process_index() == 0:
                 self._remove_partial()  # its disk space is needed
             raise
@@ -245,12 +245,12 @@ def _is_well_everywhere(saving: futures.Future[None]) -> bool:
 def _begin_copy(flat: dict[str, jax.Array]) -> Callable[[], dict[str, jax.Array]] | None:
     """Begins to copy a state: a later step reuses its memory.
 
-    Returns: what waits for the copy, and returns it as arrays in the host's memory; None where no
-      thread can save: JAX has no device of the host, the state of several processes is too large
-      for pinned memory, or Orbax is of a version that needs their devices.
+    Returns: what gives the copy as arrays in the host's memory; None where no thread can save: JAX
+      has no device of the host, the state of several processes is too large for pinned memory (it
+      is read back to it, too), or Orbax is of a version that is not known.
     """
     if jax.process_count() > 1:
-        small = _bytes_of_a_process(flat) <= PINNED_BYTES
+        small = _bytes_of_a_process(flat) <= 3 * PINNED_BYTES // 4
         if not (small and saves_without_devices()):
             return None
         pinned = _pinned(flat)
@@ -272,7 +272,7 @@ def _host_device() -> jax.Device | None:
 
 
 def _bytes_of_a_process(flat: dict[str, jax.Array]) -> int:
-    """That its devices hold, the mean over processes: all of them get the same answer."""
+    """Bytes that the devices of one process hold: the mean, so that all get the same number."""
     shards = (
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize * len(x.sharding.device_set)
         for x in flat.values()
