@@ -166,6 +166,42 @@ def test_training_with_split_parameters_is_the_same(folders):
     )
 
 
+ALONE = """
+import sys
+from pathlib import Path
+from tests.process_worker import MeshConfig, train, training
+for folder in sys.argv[1:]:
+    train(training(MeshConfig(data=1, fsdp=2)), Path(folder))
+"""
+
+
+def test_two_processes_train_bitwise_as_one_with_two_devices_which_goes_on_where_they_were(
+    folders, tmp_path
+):
+    _, two, _ = folders
+    alone, continued = tmp_path / "alone", tmp_path / "continued"
+    newest = continued / "checkpoints" / "00000002"
+    shutil.copytree(two / "model" / "checkpoints" / "00000002", newest)
+    shutil.copy(two / "model" / "config.json", continued)
+    first = (two / "model" / "metrics.jsonl").read_text().splitlines(keepends=True)[0]
+    (continued / "metrics.jsonl").write_text(first)
+    devices = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": devices}
+    command = [sys.executable, "-c", ALONE, str(alone), str(continued)]
+    said = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    assert "from step 2" in said.stdout
+    expected = left_by(two / "model")
+    assert left_by(alone) == expected and left_by(continued) == expected
+
+
+def left_by(workdir):
+    """Metrics without their times, and the digests of the last state."""
+    metrics = [
+        {k: v for k, v in x.items() if k not in TIME} for x in lines(workdir / "metrics.jsonl")
+    ]
+    return metrics, (workdir / "checkpoints" / "00000004" / "digest.json").read_text()
+
+
 def test_checkpoints_are_saved_beside_training(folders):
     """Those of the model; those of the router as with a version of Orbax that does not allow it."""
     for output in folders[2]:
