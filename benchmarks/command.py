@@ -59,11 +59,12 @@ def add_layers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, help="number of layers; default: all")
 
 
-def add_layout(parser: argparse.ArgumentParser) -> None:
-    """Adds how weights are held: the layout of layers, and 8 bits."""
+def add_layout(parser: argparse.ArgumentParser, weights: bool = True) -> None:
+    """Adds how weights are held: the layout of layers, and 8 bits if `weights`."""
     choices = ["auto", "stacked", "unrolled", "fused"]
     parser.add_argument("--layout", default="auto", choices=choices)
-    add_weights(parser)
+    if weights:
+        add_weights(parser)
 
 
 def add_weights(parser: argparse.ArgumentParser) -> None:

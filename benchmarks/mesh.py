@@ -1,9 +1,11 @@
 """Runs every policy with every cache on every mesh: `python -m benchmarks.mesh --help`.
 
-Two tables. `--part equal` runs a small model in float32 on all devices and on one: all tokens and
+Three tables. `--part equal` runs a small model in float32 on all devices and on one: all tokens and
 gates must be equal. `--part timed` runs a model of true width in bfloat16, in turns with one
 device: `against_one` is its time divided by that of one device with the sequences of one batch
-shard. All batch shards get the same sequences, so that they run the same layers.
+shard. All batch shards get the same sequences, so that they run the same layers. `--part runs` does
+so once on all devices alone, which leaves room for the whole model: no token may be left blank, and
+all batch shards must return the same tokens.
 
 A case that fails is a row of its table, and the exit status is then 1. On a machine without
 accelerators, XLA_FLAGS=--xla_force_host_platform_device_count=8 makes devices to try it with.
@@ -22,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from benchmarks.command import add_cases, add_generation, add_model, make_main
+from benchmarks.command import add_cases, add_generation, add_layout, add_model, make_main
 from benchmarks.decode import check_cases, parse_policy
 from benchmarks.random_model import make_config, make_model, make_routers
 from benchmarks.report import LiveTable, run_and_count_compilation
@@ -33,6 +35,7 @@ from dials_jax.config import MeshConfig, ModelConfig, RouterConfig
 from dials_jax.errors import InputError, nearest, require
 from dials_jax.keys import seed_key
 from dials_jax.models import families
+from dials_jax.models.groups import Layout
 from dials_jax.models.model import Model, sequence_keys
 from dials_jax.nn.policy import Policy
 from dials_jax.sampling.confidence import Confidence
@@ -87,13 +90,14 @@ class Part:
         prompt: int,
         make_routed: Callable[[Model, int], Policy],
         scale: float = 1.0,
+        layout: Layout = "auto",
     ):
         self.cfg, self.sampler, self.prompt = cfg, sampler, prompt
-        self._make_routed, self._scale = make_routed, scale
+        self._make_routed, self._scale, self._layout = make_routed, scale, layout
 
     def make_model(self, mesh: Mesh) -> Model:
         """The model on a mesh; the weights do not depend on it."""
-        model = make_model(self.cfg, mesh=mesh)
+        model = make_model(self.cfg, self._layout, mesh=mesh)
         if self._scale == 1:
             return model
 
@@ -140,7 +144,7 @@ def make_equal_part() -> Part:
 def make_timed_part(options: argparse.Namespace) -> Part:
     cfg = make_config(options.model, options.layers)
     sampler = Confidence(gen_length=options.gen, block_length=options.block, steps=options.gen)
-    return Part(cfg, sampler, options.prompt, make_routers)
+    return Part(cfg, sampler, options.prompt, make_routers, layout=options.layout)
 
 
 def compare_case(part: Part, one: Model, model: Model, cache: str, policy: str) -> dict[str, Any]:
@@ -183,15 +187,34 @@ def time_case(
     }  # fmt: skip
 
 
+def run_case(
+    part: Part, _: None, model: Model, cache: str, policy: str, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Runs the same sequences on every batch shard, once."""
+    copies = sharding.num_batch_shards(model.mesh)
+    out, compile_s = part.generate(model, cache, policy, options.batch, copies)
+    answers = out.tokens[:, part.prompt :].reshape(copies, options.batch, -1)
+    wrong = {
+        "tokens are left blank": np.sum(answers == part.cfg.mask_id),
+        "tokens differ between batch shards": np.sum(answers != answers[:1]),
+    }
+    words = [f"{count} {what}" for what, count in wrong.items() if count]
+    return {
+        "result": ", ".join(words) or "runs", "sequences": options.batch * copies,
+        "compile_s": compile_s, "layers_run": out.flops.layers_run,
+        "ms_a_call": 1e3 * out.flops.seconds / out.nfe,
+    }  # fmt: skip
+
+
 def run_table(
     part: Part,
+    one: Model | None,
     measure: Callable[..., dict[str, Any]],
     meshes: dict[str, MeshConfig],
     options: argparse.Namespace,
     table: LiveTable,
 ) -> int:
     """Fills the table; returns the number of cases that failed or differ."""
-    one = part.make_model(sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
     failures = 0
     for name, mesh in meshes.items():
         model = part.make_model(sharding.make_mesh(mesh))
@@ -227,30 +250,38 @@ def run(options: argparse.Namespace) -> int:
     require(count > 1, "one device is no mesh; run it on a machine with several")
     meshes = select_meshes(options.meshes, make_meshes(count))
     failures = 0
-    for name in ("equal", "timed"):
+    measures = {
+        "equal": compare_case,
+        "timed": partial(time_case, options=options),
+        "runs": partial(run_case, options=options),
+    }
+    for name, measure in measures.items():
         if name not in options.part:
             continue
         part = make_equal_part() if name == "equal" else make_timed_part(options)
         check_cases(options, part.cfg.num_layers)
         out = options.out and f"{options.out}_{name}.json"
         table = LiveTable(COLUMNS, out, vars(options) | {"part": name})
-        measure = compare_case if name == "equal" else partial(time_case, options=options)
         with jax.default_matmul_precision("highest" if name == "equal" else "default"):
-            failures += run_table(part, measure, meshes, options, table)
+            alone = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+            one = None if name == "runs" else part.make_model(alone)
+            failures += run_table(part, one, measure, meshes, options, table)
     print(f"{failures} cases failed or differ")
     return failures
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--part", nargs="+", default=["equal", "timed"], choices=["equal", "timed"])
+    parts = ["equal", "timed", "runs"]
+    parser.add_argument("--part", nargs="+", default=["equal", "timed"], choices=parts)
     parser.add_argument("--meshes", nargs="+", help="such as data4 data2-tensor2; default: all")
     add_cases(parser, CACHES, POLICIES)
-    timed = parser.add_argument_group("of the timed part")
+    timed = parser.add_argument_group("of the parts timed and runs")
     add_model(timed)
     timed.add_argument("--layers", type=int, default=8, help="number of layers")
     add_generation(timed, gen=64, block=32)
+    add_layout(timed, weights=False)
     timed.add_argument("--repeats", type=int, default=5, help="timed generations of each")
-    parser.add_argument("--out", metavar="PREFIX", help="writes PREFIX_equal.json and _timed.json")
+    parser.add_argument("--out", metavar="PREFIX", help="writes PREFIX_equal.json, and so on")
 
 
 main = make_main("mesh", __doc__, add_options, run)
