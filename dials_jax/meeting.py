@@ -21,6 +21,16 @@ FAILED = ("said", "failed")
 PAUSES = (0.01, 0.2)  # seconds between two looks at the coordinator: the first, and the longest
 
 
+def problem_on_first_process(action: Callable[[], Any]) -> Exception | None:
+    """Runs `action` on the first process. Returns: what it raised, for all to be told first."""
+    if jax.process_index() == 0:
+        try:
+            action()
+        except Exception as error:
+            return error
+    return None
+
+
 class Meeting:
     """One thread of every process, which come to the same places in the same order.
 
@@ -36,13 +46,7 @@ class Meeting:
 
     def on_first_process(self, action: Callable[[], Any]) -> None:
         """Runs `action` on one process while the others wait. Raises: as `agree`."""
-        problem = None
-        if jax.process_index() == 0:
-            try:
-                action()
-            except Exception as error:  # raised below, once the other processes know
-                problem = error
-        self.agree(problem)
+        self.agree(problem_on_first_process(action))
 
     def agree(self, problem: Exception | None) -> None:
         """Waits until all processes have said that they have no problem.

@@ -25,6 +25,7 @@ from jaxtyping import PyTree
 from dials_jax import trees
 from dials_jax.config import MeshConfig
 from dials_jax.errors import InputError, require
+from dials_jax.meeting import problem_on_first_process
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -197,12 +198,7 @@ def on_first_process(action: Callable[[], Any]) -> None:
 
     Raises: what `action` raises; on the other processes an InputError that says so.
     """
-    problem = None
-    if jax.process_index() == 0:
-        try:
-            action()
-        except Exception as error:  # raised below, once the other processes know
-            problem = error
+    problem = problem_on_first_process(action)
     if jax.process_count() > 1:
         failed = multihost_utils.broadcast_one_to_all(np.array(problem is not None))
         if failed and problem is None:

@@ -41,7 +41,7 @@ from dials_jax.sharding import require_same_everywhere
 from dials_jax.stopping import Request, Stopped
 from dials_jax.studies import perplexity_run
 from dials_jax.studies.study import run_study
-from dials_jax.training import checkpoint, loop, run
+from dials_jax.training import checkpoint, host_copy, loop, run
 from dials_jax.training.loop import train
 from tests import conftest  # noqa: F401  exact products
 
@@ -197,10 +197,10 @@ def fail_to_save(mesh: MeshConfig, folder: Path) -> None:
             raise InputError("the disk is full")
         save_tree(*args, **kwargs)
 
-    for pinned_bytes in (checkpoint.PINNED_BYTES, 0):
+    for pinned_bytes in (host_copy.PINNED_BYTES, 0):
         with (
             mock.patch.object(checkpoint, "save_tree", fail),
-            mock.patch.object(checkpoint, "PINNED_BYTES", pinned_bytes),
+            mock.patch.object(host_copy, "PINNED_BYTES", pinned_bytes),
         ):
             try:
                 train(training(mesh), folder)

@@ -14,7 +14,7 @@ import pytest
 
 from dials_jax import stored
 from dials_jax.errors import InputError
-from dials_jax.training import checkpoint
+from dials_jax.training import checkpoint, host_copy
 from dials_jax.training.checkpoint import Checkpoints
 from dials_jax.training.losses import Mean
 from dials_jax.training.step import TrainState
@@ -153,9 +153,9 @@ def full(monkeypatch):
     monkeypatch.setattr(checkpoint, "save_tree", fail)
 
 
-@pytest.mark.parametrize("pinned_bytes", [checkpoint.PINNED_BYTES, 0], ids=["device", "host"])
+@pytest.mark.parametrize("pinned_bytes", [host_copy.PINNED_BYTES, 0], ids=["device", "host"])
 def test_what_is_saved_is_the_state_of_that_moment(checkpoints, slow, monkeypatch, pinned_bytes):
-    monkeypatch.setattr(checkpoint, "PINNED_BYTES", pinned_bytes)  # who copies
+    monkeypatch.setattr(host_copy, "PINNED_BYTES", pinned_bytes)  # who copies
     state = make_state(10)
     checkpoints.save(10, state)
     jax.jit(lambda tree: jax.tree.map(lambda x: x + x, tree), donate_argnums=0)(state)
@@ -176,7 +176,7 @@ def test_the_end_of_a_run_waits_for_a_save(checkpoints, slow):
 
 
 def test_without_a_device_of_the_host_a_save_waits(checkpoints, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_host_device", lambda: None)
+    monkeypatch.setattr(host_copy, "_host_device", lambda: None)
     checkpoints.save(10, make_state(10))
     assert_same_bits(checkpoints.restore(make_state(0)), make_state(10))
 
