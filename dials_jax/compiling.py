@@ -50,8 +50,8 @@ class Timed:
     ):
         """Args: donate: names of arguments whose memory the result may take; they are then gone."""
         functools.update_wrapper(self, fn)
-        self._jitted = jax.jit(fn, static_argnames=static_argnames, donate_argnames=donate)
         self._static, self._donate = static_argnames, donate
+        self._jitted: dict[Any, Callable] = {}
         self._programs: dict[Any, Any] = {}
         self.compile_seconds = 0.0
         _ALL.add(self)
@@ -68,9 +68,20 @@ class Timed:
     def num_programs(self) -> int:
         return len(self._programs)
 
+    def trace(self, *args: Any, **kwargs: Any) -> jax.stages.Traced:
+        """The program as JAX has traced it."""
+        classes = _classes(jax.tree.structure((args, kwargs)))
+        if classes not in self._jitted:
+            self._jitted[classes] = jax.jit(
+                _another(self.__wrapped__),
+                static_argnames=self._static,
+                donate_argnames=self._donate,
+            )
+        return self._jitted[classes].trace(*args, **kwargs)
+
     def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
         """The program before it is compiled; it may be for devices of another machine."""
-        return self._jitted.lower(*args, **kwargs)
+        return self.trace(*args, **kwargs).lower()
 
     def program(self, *args: Any, **kwargs: Any) -> Callable[..., Any]:
         """The compiled program for such arguments; it takes only those that are not static.
@@ -131,6 +142,28 @@ class Timed:
         """
         fn = wrap(self.__wrapped__)
         return Timed(lambda *args, **kwargs: fn(*args, **kwargs), self._static, self._donate)
+
+
+def _classes(structure: jax.tree_util.PyTreeDef) -> Any:
+    """The classes of a tree's nodes; equal only for trees of the same classes.
+
+    JAX takes the structures of two registered dataclasses for equal when they have as many fields
+    and equal static ones (until 0.12 at least). Their hashes differ, but the caches of 0.10 do not
+    always compare those: in one of some sixty pairs `jax.jit` ran the program of one policy for
+    another. So each combination of classes has a function of its own.
+    """
+    node = structure.node_data()
+    return node and (node[0], *map(_classes, structure.children()))
+
+
+def _another(fn: Callable) -> Callable:
+    """The same function as another object: JAX keeps its traces for each object."""
+
+    @functools.wraps(fn)
+    def call(*args, **kwargs):
+        return fn(*args, **kwargs)
+
+    return call
 
 
 _ALL: weakref.WeakSet[Timed] = weakref.WeakSet()

@@ -1,6 +1,7 @@
 """What is asked of XLA reaches it, and XLA knows it."""
 
 import time
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -84,6 +85,24 @@ def test_shapes_dtypes_static_arguments_and_structures_make_programs(timed):
         timed(*args, exponent=exponent)
         timed(*args, exponent=exponent)
     assert timed.num_programs == 6
+
+
+def policy_class(number):
+    @jax.tree_util.register_dataclass
+    @dataclass(frozen=True)
+    class Own:
+        share: float
+        rows = number
+
+    return Own
+
+
+def test_dataclasses_alike_but_for_their_class_have_programs_of_their_own():
+    """JAX holds their structures for equal, and `jax.jit` takes one's program for another's."""
+    made = Timed(lambda policies: jnp.full(policies[0].rows, policies[0].share))
+    classes = [policy_class(number) for number in range(150)]
+    found = [made.trace([of(0.5)]).out_info.shape for of in classes]
+    assert found == [(number,) for number in range(150)]
 
 
 def test_a_precision_of_products_makes_a_program(timed):

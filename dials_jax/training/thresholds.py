@@ -8,7 +8,6 @@ above it skip the layer.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from dials_jax import sharding, trees
+from dials_jax.compiling import Timed
 from dials_jax.config import Data, ModelConfig, ObjectiveConfig, Votes, shown, typed
 from dials_jax.data.batches import Batch, TrainingData
 from dials_jax.data.sources import load_training_data
@@ -103,11 +103,11 @@ class Calibration:
         self.num_sequences = int(sharding.to_host(batch.answer).any(axis=1).sum())
         self._model, self._batch = model, batch
         self._draws = Draws.of(held_out_key(0), batch.sequence_index, self.num_sequences)
-        self._program = _jit_run(model.config, objective)
+        self._program = _timed_run(model.config, objective)
 
     def _run(self, policy: Policy) -> tuple[Float[np.ndarray, "L"], Any]:
         with self._model.context():
-            out = self._program(self._model.params, self._batch, self._draws, policy)
+            out, _ = self._program(self._model.params, self._batch, self._draws, policy)
         return sharding.to_host(out)
 
     def layer_skip_rates(self, policy: Policy) -> Float[np.ndarray, "L"]:
@@ -213,7 +213,7 @@ class LayerFit:
     """
 
     router: PyTree
-    skip_rates: Float[Array, "L"]
+    skip_rates: Any  # float [L]; JAX also builds the class around tracers and shapes
     votes: Votes = static_field(default="hard")
 
     def init_state(self, h: Float[Array, "B T D"], denoising: Denoising) -> Float[Array, "B L"]:
@@ -251,7 +251,7 @@ def threshold_between(
 
 
 @lru_cache(maxsize=16)
-def _jit_run(cfg: ModelConfig, objective: ObjectiveConfig) -> Callable[..., tuple[Array, Any]]:
+def _timed_run(cfg: ModelConfig, objective: ObjectiveConfig) -> Timed:
     def run(params, batch, draws, policy):
         """How often each layer is skipped, and the policy's state after one sequence."""
         out, num_masked = run_masked(cfg, objective, params, batch, draws, policy)
@@ -259,4 +259,4 @@ def _jit_run(cfg: ModelConfig, objective: ObjectiveConfig) -> Callable[..., tupl
         rates = jnp.sum((1.0 - out.gates) * voting, axis=1) / jnp.maximum(jnp.sum(voting), 1)
         return rates, jax.tree.map(lambda x: x[0], out.policy_state)
 
-    return jax.jit(run)
+    return Timed(run)
