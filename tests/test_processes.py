@@ -66,20 +66,27 @@ def run_both(folder):
 @contextlib.contextmanager
 def pair(folder):
     """Two processes that share `folder / "two"` and a bucket, and print to `0.txt` and `1.txt`."""
+    worker = [str(ROOT / "tests" / "process_worker.py")]
+    with bucket_servers(["gs"]), started(worker, folder / "two", 2, folder, MIRROR) as processes:
+        yield processes
+
+
+@contextlib.contextmanager
+def started(program, workdir, count, logs, *more, devices=1):
+    """Processes of one program, which print to `0.txt` and so on in `logs`."""
     with socket.socket() as found:
         found.bind(("localhost", 0))
         port = found.getsockname()[1]
-    worker = str(ROOT / "tests" / "process_worker.py")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    environment["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={devices}"
     with contextlib.ExitStack() as stack:
-        stack.enter_context(bucket_servers(["gs"]))
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-        logs = [stack.enter_context((folder / f"{n}.txt").open("w")) for n in range(2)]
+        outputs = [stack.enter_context((logs / f"{n}.txt").open("w")) for n in range(count)]
         processes = [
             subprocess.Popen(
-                [sys.executable, worker, str(n), "2", str(port), str(folder / "two"), MIRROR],
-                env=environment, stdout=logs[n], stderr=subprocess.STDOUT,
+                [sys.executable, *program, str(n), str(count), str(port), str(workdir), *more],
+                env=environment, stdout=outputs[n], stderr=subprocess.STDOUT,
             )
-            for n in range(2)
+            for n in range(count)
         ]  # fmt: skip
         for process in processes:
             stack.callback(process.wait)
@@ -180,11 +187,7 @@ def test_two_processes_train_bitwise_as_one_with_two_devices_which_goes_on_where
 ):
     _, two, _ = folders
     alone, continued = tmp_path / "alone", tmp_path / "continued"
-    newest = continued / "checkpoints" / "00000002"
-    shutil.copytree(two / "model" / "checkpoints" / "00000002", newest)
-    shutil.copy(two / "model" / "config.json", continued)
-    first = (two / "model" / "metrics.jsonl").read_text().splitlines(keepends=True)[0]
-    (continued / "metrics.jsonl").write_text(first)
+    copy_as_of_step_2(two / "model", continued)
     devices = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": devices}
     command = [sys.executable, "-c", ALONE, str(alone), str(continued)]
@@ -192,6 +195,42 @@ def test_two_processes_train_bitwise_as_one_with_two_devices_which_goes_on_where
     assert "from step 2" in said.stdout
     expected = left_by(two / "model")
     assert left_by(alone) == expected and left_by(continued) == expected
+
+
+JOINED = """
+import sys
+from tests.process_worker import MeshConfig, join, keep_all_programs, train, training
+folder = join(*sys.argv[1:])
+keep_all_programs()
+train(training(MeshConfig(data=1, fsdp=4)), folder)
+"""
+
+
+def test_four_processes_go_on_where_two_were_bitwise_as_one_that_joins_as_all(folders, tmp_path):
+    """Of four numbers, Gloo adds in another order than XLA does within a process. A process that
+    joins as the only one adds by Gloo, too."""
+    left = []
+    for count in (4, 1):
+        folder = tmp_path / str(count)
+        copy_as_of_step_2(folders[1] / "model", folder / "model")
+        with started(
+            ["-c", JOINED], folder / "model", count, folder, devices=4 // count
+        ) as processes:
+            ends = [process.wait(timeout=300) for process in processes]
+        said = [(folder / f"{n}.txt").read_text() for n in range(count)]
+        assert ends == [0] * count and "4 cpu device(s)" in said[0], said
+        assert "from step 2" in said[0]
+        left.append(left_by(folder / "model"))
+    assert left[0] == left[1]
+
+
+def copy_as_of_step_2(workdir, folder):
+    """A workdir as a training that was stopped after its second step leaves it."""
+    kept = Path("checkpoints") / "00000002"
+    shutil.copytree(workdir / kept, folder / kept)
+    shutil.copy(workdir / "config.json", folder)
+    first = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)[0]
+    (folder / "metrics.jsonl").write_text(first)
 
 
 def left_by(workdir):
