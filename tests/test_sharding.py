@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from dials_jax import sharding, trees
@@ -16,7 +16,8 @@ from dials_jax.models import families
 from tests.conftest import in_eight_bits, init_params, random_routers, small_config
 
 KV_AXES = {"axis": -4, "heads": -2}  # keys and values: [..., B, S, K, H]
-MESH = AbstractMesh((2, 4, 2), sharding.AXES)  # sizes without devices
+AUTO = (AxisType.Auto,) * 3  # as a mesh of devices has them
+MESH = AbstractMesh((2, 4, 2), sharding.AXES, axis_types=AUTO)  # sizes without devices
 
 
 CONFIGS = {

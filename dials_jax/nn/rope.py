@@ -5,6 +5,10 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from dials_jax.nn.kernels.implementation import Implementation, dispatch, plain_jax
+from dials_jax.nn.kernels.per_device import ANY, HOPPER
+from dials_jax.nn.kernels.tiles import in_row_tiles
+
 
 def positions_of(valid: Bool[Array, "B T"]) -> Int[Array, "B T"]:
     """Positions that count from each sequence's first real token, so padding shifts nothing."""
@@ -24,6 +28,43 @@ def apply_rope(
     x: Float[Array, "B T N H"], sin_cos: Float[Array, "B T 2 _"]
 ) -> Float[Array, "B T N H"]:
     """Turns each pair (i, i + H/2) by its angle, in float32."""
+    return dispatch(ROPE, x, sin_cos)
+
+
+def xla_rope(
+    x: Float[Array, "B T N H"], sin_cos: Float[Array, "B T 2 _"]
+) -> Float[Array, "B T N H"]:
     sin, cos = sin_cos[..., 0, None, :], sin_cos[..., 1, None, :]
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def tiled_rope(
+    x: Float[Array, "B T N H"], sin_cos: Float[Array, "B T 2 _"]
+) -> Float[Array, "B T N H"]:
+    """The same in tiles of constant shape.
+
+    Of a sum of two products a CPU's compiler rounds both, or one of them: with jax 0.12 that
+    depends on what else is in the loop, and so on the number of tokens.
+    """
+    *tokens, num_heads, size = x.shape
+    split = num_heads * size
+
+    def turn(tile: Float[Array, "R F"]) -> Float[Array, "R X"]:
+        heads = tile[None, :, :split].reshape(1, -1, num_heads, size)
+        angles = tile[None, :, split:].reshape(1, -1, 2, size // 2)
+        return xla_rope(heads, angles).reshape(-1, split)
+
+    parts = [y.reshape(-1, n) for y, n in ((x.astype(jnp.float32), split), (sin_cos, size))]
+    turned = in_row_tiles(turn, jnp.concatenate(parts, axis=1))
+    return turned.reshape(*tokens, num_heads, size).astype(x.dtype)
+
+
+def tiles_refusal(x: Array, sin_cos: Array) -> str | None:
+    return "Hopper GPUs turn alike without tiles" if HOPPER.is_here() else None
+
+
+ROPE = (  # (x, sin_cos) -> x, turned
+    Implementation("tiles", ANY, tiles_refusal, tiled_rope, "invariant"),
+    plain_jax(xla_rope, "both"),
+)

@@ -7,7 +7,7 @@ import pytest
 
 from dials_jax.compiling import batch_invariant, compiler_options
 from dials_jax.errors import InputError
-from dials_jax.nn import linear, norm
+from dials_jax.nn import linear, norm, rope
 from dials_jax.nn.eight_bits import quantise
 from dials_jax.nn.kernels import dispatch, hopper_rows, per_device, row_sums
 from dials_jax.nn.kernels.hopper_attention import window_attention
@@ -19,7 +19,8 @@ from dials_jax.nn.mask import Mask
 PARTS = (slice(0, 1), slice(2, 5), slice(33, 41), slice(7, 39))  # 1, 3, 8 and 32 rows
 LISTS = (
     dispatch.ATTENTION, dispatch.SWIGLU, dispatch.LOOKUP, linear.PRODUCT, linear.MATMUL_8,
-    norm.RMS_NORM, row_sums.SUM, row_sums.LOGSUMEXP, row_sums.LOG_SOFTMAX, row_sums.SOFTMAX,
+    norm.RMS_NORM, rope.ROPE,
+    row_sums.SUM, row_sums.LOGSUMEXP, row_sums.LOG_SOFTMAX, row_sums.SOFTMAX,
 )  # fmt: skip
 
 
@@ -112,6 +113,18 @@ def test_softmax_in_order_is_softmax():
     expected = jax.nn.softmax(x), jax.nn.log_softmax(x), jax.nn.logsumexp(x, -1, keepdims=True)
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+def test_positions_turn_in_tiles_of_one_shape():
+    """Outside of them a CPU's compiler may round a product, or not, by what else is in the loop."""
+    x, angles = normal(0, 3, 15, 2, 8), rope.rope_angles(jnp.arange(45).reshape(3, 15), 8, 1e4)
+    with batch_invariant(True):
+        found = rope.apply_rope(x, angles)
+        program = jax.make_jaxpr(rope.apply_rope)(x, angles)
+    np.testing.assert_allclose(found, rope.apply_rope(x, angles), rtol=1e-6, atol=1e-6)
+    used = {step.primitive.name for step in program.jaxpr.eqns}
+    assert "scan" in used and not used & {"add", "mul", "sub"}
+    assert found.dtype == x.dtype
 
 
 def test_tiles_attend_alike_in_every_batch_and_behind_padding():
