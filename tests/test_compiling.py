@@ -103,6 +103,8 @@ def test_dataclasses_alike_but_for_their_class_have_programs_of_their_own():
     classes = [policy_class(number) for number in range(150)]
     found = [made.trace([of(0.5)]).out_info.shape for of in classes]
     assert found == [(number,) for number in range(150)]
+    assert [made([of(0.5)])[0].shape for of in classes[:3]] == found[:3]
+    assert made.num_programs == 3
 
 
 def test_a_precision_of_products_makes_a_program(timed):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from dials_jax.nn.kernels.implementation import Implementation, dispatch, plain_jax
-from dials_jax.nn.kernels.per_device import ANY, HOPPER
+from dials_jax.nn.kernels.implementation import Implementation, dispatch, fixed_tiles, plain_jax
+from dials_jax.nn.kernels.per_device import HOPPER
 from dials_jax.nn.kernels.tiles import in_row_tiles
 
 
@@ -55,16 +55,14 @@ def tiled_rope(
         angles = tile[None, :, split:].reshape(1, -1, 2, size // 2)
         return xla_rope(heads, angles).reshape(-1, split)
 
+    sin_cos = jnp.broadcast_to(sin_cos, (*tokens, 2, size // 2))
     parts = [y.reshape(-1, n) for y, n in ((x.astype(jnp.float32), split), (sin_cos, size))]
-    turned = in_row_tiles(turn, jnp.concatenate(parts, axis=1))
+    turned = in_row_tiles(turn, jnp.concatenate(parts, axis=1), least=2)
     return turned.reshape(*tokens, num_heads, size).astype(x.dtype)
 
 
-def tiles_refusal(x: Array, sin_cos: Array) -> str | None:
-    return "Hopper GPUs turn alike without tiles" if HOPPER.is_here() else None
-
-
 ROPE = (  # (x, sin_cos) -> x, turned
-    Implementation("tiles", ANY, tiles_refusal, tiled_rope, "invariant"),
-    plain_jax(xla_rope, "both"),
+    Implementation("hopper_rows", HOPPER, lambda *args: None, xla_rope, "invariant"),
+    fixed_tiles(tiled_rope),
+    plain_jax(xla_rope),
 )

@@ -127,6 +127,14 @@ def test_positions_turn_in_tiles_of_one_shape():
     assert found.dtype == x.dtype
 
 
+def test_few_positions_turn_in_a_loop_too():
+    """XLA takes the only turn of a loop out of it, and fuses it with what is around."""
+    x, angles = normal(0, 1, 9, 2, 8), rope.rope_angles(jnp.arange(9)[None], 8, 1e4)
+    with batch_invariant(True):
+        program = jax.jit(rope.apply_rope).lower(x, angles).compile()
+    assert " while(" in program.as_text()
+
+
 def test_tiles_attend_alike_in_every_batch_and_behind_padding():
     q, k, v = (normal(i, 3, n, h, 8) for i, n, h in ((0, 40, 4), (1, 70, 2), (2, 70, 2)))
     valid = jnp.arange(70) >= jnp.asarray([[0], [64], [3]])

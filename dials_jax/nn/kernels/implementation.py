@@ -9,7 +9,8 @@ The batch-invariant mode (`compiling.batch_invariant`) chooses among implementat
 an order of their own: a row is summed alike wherever it stands and however many rows there are. So
 a sequence's result depends on no other one of its batch, bit by bit.
 
-The lists: `nn.kernels.dispatch`, and `nn.linear` for weights in 8 bits.
+The lists: `nn.kernels.dispatch`, and beside what they compute in `nn.linear`, `nn.norm`, `nn.rope`
+and `nn.kernels.row_sums`.
 """
 
 from __future__ import annotations

@@ -26,12 +26,16 @@ SIDE = 32  # queries of a tile, and keys
 UNSEEN = -1e30  # finite: a query that sees no key gets a mean of some values and not NaN
 
 
-def in_row_tiles(fn: Any, x: Float[Array, "R D"]) -> Float[Array, "R F"]:
-    """`fn` of tiles of rows; the last one is filled with zeros."""
+def in_row_tiles(fn: Any, x: Float[Array, "R D"], least: int = 1) -> Float[Array, "R F"]:
+    """`fn` of tiles of rows; the last one is filled with zeros.
+
+    Args:
+      least: so many tiles are computed at least, some of zeros. XLA makes no loop of a single one,
+        and fuses what is in it with what is around.
+    """
     num_rows = x.shape[0]
-    tiles = jnp.pad(x, ((0, -num_rows % ROWS_OF_TILE), (0, 0))).reshape(
-        -1, ROWS_OF_TILE, x.shape[1]
-    )
+    extra = max(-num_rows % ROWS_OF_TILE, least * ROWS_OF_TILE - num_rows)
+    tiles = jnp.pad(x, ((0, extra), (0, 0))).reshape(-1, ROWS_OF_TILE, x.shape[1])
     y = lax.map(fn, tiles)
     return y.reshape(-1, y.shape[-1])[:num_rows]
 
