@@ -9,9 +9,16 @@ from jaxtyping import Array, Float
 
 from dials_jax.config import ModelConfig
 from dials_jax.nn.kernels.hopper_rows import norm_refusal, run_norm
-from dials_jax.nn.kernels.implementation import Implementation, dispatch, plain_jax
+from dials_jax.nn.kernels.implementation import (
+    Implementation,
+    alike_on_hopper,
+    dispatch,
+    fixed_tiles,
+    plain_jax,
+)
 from dials_jax.nn.kernels.per_device import HOPPER
 from dials_jax.nn.kernels.row_sums import row_mean
+from dials_jax.nn.kernels.row_tiles import in_tiles
 from dials_jax.nn.linear import scaled
 from dials_jax.nn.modules import zeros_if
 
@@ -41,7 +48,9 @@ def xla_rms_norm(
 
 RMS_NORM = (  # (x, scale, eps) -> x, normed along the last axis
     Implementation("hopper_rows", HOPPER, norm_refusal, run_norm, "invariant"),
-    plain_jax(xla_rms_norm, "both"),
+    alike_on_hopper(xla_rms_norm),
+    fixed_tiles(in_tiles(xla_rms_norm)),
+    plain_jax(xla_rms_norm),
 )
 
 
@@ -60,15 +69,25 @@ class LayerNorm(nnx.Module):
         scale: Float[Array, "b 1 D"] | None = None,
     ) -> Float[Array, "B T D"]:
         """Normalised x, then `x * (1 + scale) + shift` (adaLN) where these are given."""
-        y = x.astype(jnp.float32)
-        y = y - row_mean(y, keepdims=True)
-        y = y * jax.lax.rsqrt(row_mean(y * y, keepdims=True) + self.eps)
+        y = dispatch(STANDARDISE, x.astype(jnp.float32), self.eps)
         y = y * self.scale[...].astype(jnp.float32)
         if self.bias is not None:
             y = y + self.bias[...].astype(jnp.float32)
         if shift is not None:
             y = y * (1 + scale) + shift
         return y.astype(x.dtype)
+
+
+def xla_standardise(x: Float[Array, "*B D"], eps: float) -> Float[Array, "*B D"]:
+    x = x - row_mean(x, keepdims=True)
+    return x * jax.lax.rsqrt(row_mean(x * x, keepdims=True) + eps)
+
+
+STANDARDISE = (  # (x, eps) -> x, of mean 0 and variance 1 along the last axis
+    alike_on_hopper(xla_standardise),
+    fixed_tiles(in_tiles(xla_standardise)),
+    plain_jax(xla_standardise),
+)
 
 
 def make_norm(cfg: ModelConfig, rngs: nnx.Rngs) -> RMSNorm | LayerNorm:

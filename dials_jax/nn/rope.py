@@ -5,9 +5,13 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from dials_jax.nn.kernels.implementation import Implementation, dispatch, fixed_tiles, plain_jax
-from dials_jax.nn.kernels.per_device import HOPPER
-from dials_jax.nn.kernels.tiles import in_row_tiles
+from dials_jax.nn.kernels.implementation import (
+    alike_on_hopper,
+    dispatch,
+    fixed_tiles,
+    plain_jax,
+)
+from dials_jax.nn.kernels.row_tiles import in_row_tiles
 
 
 def positions_of(valid: Bool[Array, "B T"]) -> Int[Array, "B T"]:
@@ -62,7 +66,7 @@ def tiled_rope(
 
 
 ROPE = (  # (x, sin_cos) -> x, turned
-    Implementation("hopper_rows", HOPPER, lambda *args: None, xla_rope, "invariant"),
+    alike_on_hopper(xla_rope),
     fixed_tiles(tiled_rope),
     plain_jax(xla_rope),
 )

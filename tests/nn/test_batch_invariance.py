@@ -9,7 +9,7 @@ from dials_jax.compiling import batch_invariant, compiler_options
 from dials_jax.errors import InputError
 from dials_jax.nn import linear, norm, rope
 from dials_jax.nn.eight_bits import quantise
-from dials_jax.nn.kernels import dispatch, hopper_rows, per_device, row_sums
+from dials_jax.nn.kernels import dispatch, hopper_rows, implementation, per_device, row_sums
 from dials_jax.nn.kernels.hopper_attention import window_attention
 from dials_jax.nn.kernels.implementation import pick
 from dials_jax.nn.kernels.tiles import tiled_attention, tiled_matmul_8, tiled_product
@@ -19,7 +19,7 @@ from dials_jax.nn.mask import Mask
 PARTS = (slice(0, 1), slice(2, 5), slice(33, 41), slice(7, 39))  # 1, 3, 8 and 32 rows
 LISTS = (
     dispatch.ATTENTION, dispatch.SWIGLU, dispatch.LOOKUP, linear.PRODUCT, linear.MATMUL_8,
-    norm.RMS_NORM, rope.ROPE,
+    norm.RMS_NORM, norm.STANDARDISE, rope.ROPE,
     row_sums.SUM, row_sums.LOGSUMEXP, row_sums.LOG_SOFTMAX, row_sums.SOFTMAX,
 )  # fmt: skip
 
@@ -125,6 +125,30 @@ def test_positions_turn_in_tiles_of_one_shape():
     used = {step.primitive.name for step in program.jaxpr.eqns}
     assert "scan" in used and not used & {"add", "mul", "sub"}
     assert found.dtype == x.dtype
+
+
+ONE = jnp.ones(64)
+OF_ROWS = {
+    "logsumexp": row_sums.logsumexp,
+    "softmax": row_sums.row_softmax,
+    "log_softmax": row_sums.row_log_softmax,
+    "rms": lambda x: implementation.dispatch(norm.RMS_NORM, jnp.maximum(x, -9.0), ONE, 1e-5),
+    "layer": lambda x: implementation.dispatch(norm.STANDARDISE, jnp.maximum(x, -9.0), 1e-5),
+}
+
+
+@pytest.mark.parametrize("name", OF_ROWS)
+def test_rows_do_not_depend_on_how_many_there_are(name):
+    """`exp` and norms have other bits in other loops, by XLA on a CPU."""
+    x = normal(0, 8, 13, 64) * 3
+
+    def fn(x):  # fused with what is before
+        return OF_ROWS[name](jnp.where(jnp.arange(64) == 63, -jnp.inf, x))
+
+    with batch_invariant(True):
+        together = jax.jit(fn)(x)
+        for count in (1, 2, 3, 5):
+            np.testing.assert_array_equal(jax.jit(fn)(x[:count]), together[:count])
 
 
 def test_few_positions_turn_in_a_loop_too():

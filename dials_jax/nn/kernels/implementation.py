@@ -21,12 +21,12 @@ from typing import Any, Literal, NamedTuple
 
 from dials_jax.compiling import batch_invariant
 from dials_jax.errors import nearest, require
-from dials_jax.nn.kernels.per_device import ANY, Device
+from dials_jax.nn.kernels.per_device import ANY, HOPPER, Device
 
 VARIABLE = "DIALS_KERNELS"
 NAMES = (
     "tpu_splash", "hopper_window", "cudnn", "hopper_swiglu", "hopper_matmul", "sharded", "xla",
-    "hopper_rows", "tiles",
+    "hopper_rows", "hopper_xla", "tiles",
 )  # fmt: skip
 When = Literal["by default", "invariant", "both"]
 
@@ -66,6 +66,11 @@ def plain_jax(run: Callable[..., Any], when: When = "by default") -> Implementat
 def fixed_tiles(run: Callable[..., Any]) -> Implementation:
     """What takes the place of `plain_jax` in the batch-invariant mode."""
     return Implementation("tiles", ANY, lambda *args: None, run, "invariant")
+
+
+def alike_on_hopper(run: Callable[..., Any]) -> Implementation:
+    """Plain JAX whose bits no batch changes on Hopper GPUs; XLA compiles it by shape on CPUs."""
+    return Implementation("hopper_xla", HOPPER, lambda *args: None, run, "invariant")
 
 
 def dispatch(

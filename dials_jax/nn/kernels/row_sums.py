@@ -12,7 +12,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from dials_jax.nn.kernels.implementation import dispatch, fixed_tiles, plain_jax
+from dials_jax.nn.kernels.implementation import (
+    alike_on_hopper,
+    dispatch,
+    fixed_tiles,
+    plain_jax,
+)
+from dials_jax.nn.kernels.row_tiles import in_tiles
 
 ADDED_UP = 64  # numbers that are added up at a time
 
@@ -51,10 +57,31 @@ def ordered_log_softmax(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
     return x - ordered_logsumexp(x, keepdims=True)
 
 
+def ordered_softmax(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    return jnp.exp(ordered_log_softmax(x))
+
+
+def tiled_logsumexp(x: Float[Array, "*B D"], keepdims: bool = False) -> Float[Array, "..."]:
+    out = in_tiles(lambda rows: ordered_logsumexp(rows, keepdims=True))(x)
+    return out if keepdims else out[..., 0]
+
+
 SUM = (fixed_tiles(ordered_sum), plain_jax(xla_sum))
-LOGSUMEXP = (fixed_tiles(ordered_logsumexp), plain_jax(xla_logsumexp))
-LOG_SOFTMAX = (fixed_tiles(ordered_log_softmax), plain_jax(jax.nn.log_softmax))
-SOFTMAX = (fixed_tiles(lambda x: jnp.exp(ordered_log_softmax(x))), plain_jax(jax.nn.softmax))
+LOGSUMEXP = (
+    alike_on_hopper(ordered_logsumexp),
+    fixed_tiles(tiled_logsumexp),
+    plain_jax(xla_logsumexp),
+)
+LOG_SOFTMAX = (
+    alike_on_hopper(ordered_log_softmax),
+    fixed_tiles(in_tiles(ordered_log_softmax)),
+    plain_jax(jax.nn.log_softmax),
+)
+SOFTMAX = (
+    alike_on_hopper(ordered_softmax),
+    fixed_tiles(in_tiles(ordered_softmax)),
+    plain_jax(jax.nn.softmax),
+)
 
 
 def row_sum(x: Float[Array, "*B D"], keepdims: bool = False) -> Float[Array, "..."]:

@@ -17,27 +17,13 @@ from jaxtyping import Array, Bool, Float
 
 from dials_jax.nn.eight_bits import Quantised, xla_matmul
 from dials_jax.nn.kernels.hopper_rows import as_rows
-from dials_jax.nn.kernels.row_sums import row_sum
+from dials_jax.nn.kernels.row_sums import ordered_sum
+from dials_jax.nn.kernels.row_tiles import in_row_tiles
 from dials_jax.nn.kv import KV
 from dials_jax.nn.mask import Mask
 
-ROWS_OF_TILE = 32  # of a tile
 SIDE = 32  # queries of a tile, and keys
 UNSEEN = -1e30  # finite: a query that sees no key gets a mean of some values and not NaN
-
-
-def in_row_tiles(fn: Any, x: Float[Array, "R D"], least: int = 1) -> Float[Array, "R F"]:
-    """`fn` of tiles of rows; the last one is filled with zeros.
-
-    Args:
-      least: so many tiles are computed at least, some of zeros. XLA makes no loop of a single one,
-        and fuses what is in it with what is around.
-    """
-    num_rows = x.shape[0]
-    extra = max(-num_rows % ROWS_OF_TILE, least * ROWS_OF_TILE - num_rows)
-    tiles = jnp.pad(x, ((0, extra), (0, 0))).reshape(-1, ROWS_OF_TILE, x.shape[1])
-    y = lax.map(fn, tiles)
-    return y.reshape(-1, y.shape[-1])[:num_rows]
 
 
 def tiled_product(
@@ -110,7 +96,7 @@ def _attend_tile(
         new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
         weights, fading = jnp.exp(scores - new_top[..., None]), jnp.exp(top - new_top)
         new = jnp.einsum("TNS,SNH->TNH", weights, v, precision="highest")
-        return (acc * fading[..., None] + new, new_top, total * fading + row_sum(weights)), None
+        return (acc * fading[..., None] + new, new_top, total * fading + ordered_sum(weights)), None
 
     rows = q.shape[:2]
     start = jnp.zeros_like(q), jnp.full(rows, -jnp.inf), jnp.zeros(rows)
