@@ -42,7 +42,7 @@ def on_hopper() -> bool:
     """Whether all GPUs are Hopper's, with a JAX that has all that kernels need."""
     if not on_gpu() or jax.__version_info__ < (0, 11):
         return False
-    return all(device.compute_capability == "9.0" for device in jax.local_devices())
+    return all(getattr(x, "compute_capability", None) == "9.0" for x in jax.local_devices())
 
 
 @lru_cache
