@@ -56,7 +56,7 @@ class Attention(nnx.Module):
         return apply_rope(q, sin_cos), KV(apply_rope(k, sin_cos), v)
 
     def out(self, y: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
-        return linear(y, self.o, self.o_bias, axes="BTNH,NHD->BTD")
+        return linear(y, self.o, self.o_bias, axes="BTNH,NHD->BTD", split=True)
 
 
 @jax.named_scope("attention")

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from dials_jax.nn.eight_bits import Quantised, is_quantised, xla_matmul
 from dials_jax.nn.kernels.hopper_matmul import matmul_refusal, run_matmul
+from dials_jax.nn.kernels.hopper_peers import run_split, split_refusal
 from dials_jax.nn.kernels.hopper_rows import product_refusal, run_product
 from dials_jax.nn.kernels.implementation import Implementation, dispatch, fixed_tiles, plain_jax
 from dials_jax.nn.kernels.per_device import HOPPER
@@ -38,6 +39,10 @@ PRODUCT = (  # (x, kernel, axes, dtype), as `linear` takes them -> x times the k
     fixed_tiles(tiled_product),
     plain_jax(xla_product),
 )
+SPLIT_PRODUCT = (  # the same, where the mesh's tensor axis splits what is summed
+    Implementation("hopper_peers", HOPPER, split_refusal, partial(run_split, xla_product)),
+    *PRODUCT,
+)
 MATMUL_8 = (  # (x, weight in 8 bits, dtype) -> x, quantised per token, times the weight
     Implementation("hopper_matmul", HOPPER, matmul_refusal, run_matmul, "both"),
     fixed_tiles(tiled_matmul_8),
@@ -52,6 +57,7 @@ def linear(
     *,
     axes: str = "...D,DF->...F",
     dtype: Any = None,
+    split: bool = False,
 ) -> Float[Array, "..."]:
     """x times the kernel, rounded to x's dtype, plus the bias, whose gradient is summed in float32.
 
@@ -59,12 +65,13 @@ def linear(
       kernel: in 8 bits it knows the axes to sum over, which are the last ones of x.
       axes: of x, the kernel and the result, as `jnp.einsum` takes them.
       dtype: of the result; None: that of x.
+      split: the mesh's tensor axis splits what is summed (heads, hidden units), not what results.
     """
     kernel = array_of(kernel)
     if is_quantised(kernel):
         y = matmul_8(x, kernel, dtype or x.dtype)
     else:
-        y = dispatch(PRODUCT, x, kernel.astype(x.dtype), axes, dtype)
+        y = dispatch(SPLIT_PRODUCT if split else PRODUCT, x, kernel.astype(x.dtype), axes, dtype)
     return y if bias is None else shifted(y, array_of(bias))
 
 

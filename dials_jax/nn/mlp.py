@@ -32,7 +32,7 @@ class MLP(nnx.Module):
 
     @jax.named_scope("mlp")
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return linear(self.hidden(x), self.down, self.down_bias)
+        return linear(self.hidden(x), self.down, self.down_bias, split=True)
 
     def hidden(self, x: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
         if self.kind == "gelu":

@@ -26,7 +26,7 @@ from dials_jax.nn.kernels.per_device import ANY, HOPPER, Device
 VARIABLE = "DIALS_KERNELS"
 NAMES = (
     "tpu_splash", "hopper_window", "cudnn", "hopper_swiglu", "hopper_matmul", "sharded", "xla",
-    "hopper_rows", "hopper_xla", "tiles",
+    "hopper_rows", "hopper_peers", "hopper_xla", "tiles",
 )  # fmt: skip
 When = Literal["by default", "invariant", "both"]
 

@@ -125,6 +125,13 @@ def sequences_per_device(
     return _per_device(fn, (x, weights), (sequences, P()), sequences)
 
 
+def split_over_tensor(
+    fn: Callable[[Array, Array], Array], x: Float[Array, "..."], weight: Array, axis: int
+) -> Float[Array, "..."]:
+    """Each device computes with its part of x, along `axis`, and of the weight, along its first."""
+    return _per_device(fn, (x, weight), (P(*[None] * axis, "tensor"), P("tensor")), P())
+
+
 def _per_device(fn: Callable[..., Array], args: tuple[Any, ...], in_specs: Any, out_specs: Any):
     names = {axis for axes in free_axes() for axis in axes}
     if not names:

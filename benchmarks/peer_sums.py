@@ -1,0 +1,131 @@
+"""Sums over GPUs that read each other's memory, against XLA's: `python -m benchmarks.peer_sums`.
+
+A program of MLPs of a model's width, one after the other, on a mesh with all GPUs on `tensor`, so
+that each MLP ends in a sum. `us` is its time by MLP, and `xla_us` that with XLA's sums, in turns.
+`passes`: how often a program goes through all MLPs; 1 shows what a program costs to start. `differ`
+is the share of the results' numbers that are not bitwise XLA's: of two GPUs none may be, since a
+sum of two has one order. Other results, or none at all, make the exit status 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from benchmarks.command import add_model, add_out, make_main
+from benchmarks.random_model import make_config
+from benchmarks.report import LiveTable
+from dials_jax.compiling import compiler_options
+from dials_jax.config import MeshConfig
+from dials_jax.evaluation.timing import turns
+from dials_jax.keys import seed_key
+from dials_jax.nn.kernels.implementation import VARIABLE, pick
+from dials_jax.nn.linear import SPLIT_PRODUCT, linear
+from dials_jax.sharding import make_mesh
+
+COLUMNS = {
+    "rows": ">6d", "passes": ">6d", "us": ">8.1f", "xla_us": ">8.1f", "against": ">8.3f",
+    "differ": ">8.1%",
+}  # fmt: skip
+ROWS = (32, 256, 512, 2560)
+WAYS = ("hopper_peers", "xla")
+Weights = tuple[Float[Array, "L D F"], Float[Array, "L F D"]]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS), help="tokens")
+    parser.add_argument("--passes", nargs="+", type=int, default=[1, 20], help="of a program")
+    parser.add_argument("--mlps", type=int, default=8, help="of a pass")
+    parser.add_argument("--repeats", type=int, default=10, help="turns")
+    add_out(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    mesh = make_mesh(MeshConfig(data=1, tensor=jax.device_count()))
+    table, failures = LiveTable(COLUMNS, options.out, vars(options)), 0
+    with jax.set_mesh(mesh):
+        weights = make_weights(options, mesh)
+        for rows in options.rows:
+            x = jax.device_put(normal(2, rows, weights[0].shape[1]), NamedSharding(mesh, P()))
+            pick(SPLIT_PRODUCT, x, weights[1][0], "...D,DF->...F", None, implementation=WAYS[0])
+            for passes in options.passes:
+                programs = [compile_way(way, passes, x, weights) for way in WAYS]
+                ours, xla = (np.asarray(p(x, weights).astype(jnp.float32)) for p in programs)
+                microseconds = time_in_turns(programs, x, weights, options.repeats)
+                microseconds /= options.mlps * passes
+                differ = float(np.mean(ours != xla))
+                table.add_row(
+                    rows=rows, passes=passes, us=microseconds[0], xla_us=microseconds[1],
+                    against=microseconds[0] / microseconds[1], differ=differ,
+                )  # fmt: skip
+                failures += bool(differ) if mesh.size == 2 else not np.isfinite(ours).all()
+    return failures
+
+
+def normal(seed: int, *shape: int) -> Float[Array, "..."]:
+    return jax.random.normal(seed_key(seed), shape, jnp.bfloat16)
+
+
+def make_weights(options: argparse.Namespace, mesh: Mesh) -> Weights:
+    """Of all MLPs: to the hidden units, which are split, and back."""
+    cfg = make_config(options.model)
+    up = normal(0, options.mlps, cfg.d_model, cfg.d_ff) * cfg.d_model**-0.5
+    down = normal(1, options.mlps, cfg.d_ff, cfg.d_model) * cfg.d_ff**-0.5
+    specs = P(None, None, "tensor"), P(None, "tensor")
+    up, down = (
+        jax.device_put(w.astype(jnp.bfloat16), NamedSharding(mesh, spec))
+        for w, spec in zip((up, down), specs, strict=True)
+    )
+    return up, down
+
+
+def mlps(x: Float[Array, "R D"], weights: Weights, passes: int) -> Float[Array, "R D"]:
+    """Each MLP's output is added to its input, which is then normed."""
+
+    def one_pass(_, x):
+        for up, down in zip(*weights, strict=True):
+            x = x + linear(jax.nn.silu(linear(x, up)), down, split=True)
+            x32 = x.astype(jnp.float32)
+            x = (x32 * lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + 1e-5)).astype(x.dtype)
+        return x
+
+    return lax.fori_loop(0, passes, one_pass, x)
+
+
+def compile_way(way: str, passes: int, x: Float[Array, "R D"], weights: Weights) -> Callable:
+    """The program in which all sums are made in one way."""
+    with mock.patch.dict(os.environ, {VARIABLE: way}):
+        lowered = jax.jit(partial(mlps, passes=passes)).lower(x, weights)
+    return lowered.compile(compiler_options())
+
+
+def time_in_turns(
+    programs: list[Callable], x: Float[Array, "R D"], weights: Weights, repeats: int
+) -> Float[np.ndarray, "programs"]:
+    """Medians, in microseconds of a call."""
+    seconds: list[list[float]] = [[] for _ in programs]
+    for _, number in turns(repeats, len(programs)):
+        start = time.perf_counter()
+        jax.block_until_ready(programs[number](x, weights))
+        seconds[number].append(time.perf_counter() - start)
+    return 1e6 * np.median(seconds, axis=1)
+
+
+main = make_main("peer_sums", __doc__, add_options, run)
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""Products whose weight `tensor` splits along what is summed, for Hopper GPUs of one process.
+
+Each GPU multiplies its part, and then reads the others' parts from their memory, over NVLink. The
+sum of a block's 2 MB is short, so what counts is how soon it starts and whether the next kernel
+waits for the host: this one is a node of a CUDA graph, and XLA's own sum ends the graph. On two
+H200s it takes 11 of 86 microseconds off an MLP of LLaDA-8B's width (docs/results/scaling.md).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import math
+import os
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from dials_jax.nn.kernels.hopper_rows import as_rows
+from dials_jax.nn.kernels.per_device import split_over_tensor
+
+TILE = 2048  # numbers that a block sums at a time
+BLOCKS = 132  # one for each multiprocessor; each loops over tiles
+ALLOCATORS = ("", "default", "bfc")  # whose memory the other GPUs of the process may read
+
+Product = Callable[[Array, Array, str, Any], Array]  # of x, weight, axes and the result's dtype
+
+
+def split_refusal(
+    x: Float[Array, "..."], weight: Float[Array, "..."], axes: str, dtype: Any
+) -> str | None:
+    """Why the GPUs cannot add their parts of this product so; None: they can."""
+    mesh, rows = jax.sharding.get_abstract_mesh(), as_rows(axes, weight.ndim)
+    if rows is None:
+        return "it adds products of rows by a weight"
+    alone = not mesh.empty and mesh.shape["tensor"] == mesh.size == jax.local_device_count()
+    if not alone or mesh.size == 1 or jax.process_count() > 1 or "tensor" in mesh.manual_axes:
+        return "it is for a mesh of all GPUs of one process, with all of them on `tensor`"
+    if weight.shape[0] % mesh.size:
+        return f"the mesh does not split {weight.shape[0]}"
+    size = math.prod(x.shape[: x.ndim - rows.num_summed] + weight.shape[rows.num_summed :])
+    if jnp.dtype(dtype or x.dtype) not in (jnp.bfloat16, jnp.float32) or size % TILE or not size:
+        return f"it adds multiples of {TILE} numbers, in bfloat16 or float32"
+    return None if reads_peers() else "the GPUs must read each other's memory, with JAX 0.11.2"
+
+
+@lru_cache
+def reads_peers() -> bool:
+    """Whether a kernel on any GPU of this process may read the memory of all others."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    # Where kernels that reach other devices have no such option, they do not wait for them either.
+    if "skip_device_barrier" not in plgpu.CompilerParams.__dataclass_fields__:
+        return False
+    if os.environ.get("XLA_PYTHON_CLIENT_ALLOCATOR", "") not in ALLOCATORS:
+        return False
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    numbers = [device.local_hardware_id for device in jax.local_devices()]
+    yes = ctypes.c_int()
+    return all(
+        driver.cuDeviceCanAccessPeer(ctypes.byref(yes), *pair) == 0 and yes.value
+        for pair in itertools.permutations(numbers, 2)
+    )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
+def run_split(
+    product: Product, x: Float[Array, "..."], weight: Float[Array, "..."], axes: str, dtype: Any
+) -> Float[Array, "..."]:
+    """x times the weight. Args: product: computes a GPU's part of it, and its gradients."""
+
+    def own_part(x: Array, weight: Array) -> Array:
+        return sum_over_peers(product(x, weight, axes, dtype), "tensor")
+
+    summed_axis = x.ndim - as_rows(axes, weight.ndim).num_summed
+    return split_over_tensor(own_part, x, weight, summed_axis)
+
+
+def _run_forward(product, x, weight, axes, dtype):
+    return run_split(product, x, weight, axes, dtype), (x, weight)
+
+
+def _run_backward(product, axes, dtype, saved, g):
+    return jax.vjp(lambda x, weight: product(x, weight, axes, dtype), *saved)[1](g)
+
+
+run_split.defvjp(_run_forward, _run_backward)
+
+
+@partial(jax.jit, static_argnames="axis")  # lowered once for all layers, not once per layer
+def sum_over_peers(x: Float[Array, "..."], axis: str) -> Float[Array, "..."]:
+    """The sum over the GPUs of a mesh's axis, in float32, rounded once; inside `shard_map`.
+
+    All GPUs add in the order of their numbers, so all get the same bits. For sizes see
+    `split_refusal`. A GPU that does not call it lets the others wait for ever, as with any sum.
+    """
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    num_gpus, num_tiles = lax.axis_size(axis), x.size // TILE
+    num_blocks = min(num_tiles, BLOCKS)
+    layout = plgpu.Layout.WG_STRIDED((TILE,), vec_size=16 // x.dtype.itemsize)  # reads of 16 bytes
+
+    def sum_over_peers_kernel(x, y):  # the name in profiles
+        # Kernels that reach other devices begin at the same time everywhere, so all parts are here.
+        read, me = pl.get_global(plgpu.SemaphoreType.REGULAR), lax.axis_index(axis)
+
+        @plgpu.nd_loop((num_tiles,), collective_axes="block")
+        def _(loop):
+            tile = pl.ds(loop.index[0] * TILE, TILE)
+            parts = [
+                plgpu.layout_cast(
+                    plgpu.remote_ref(x, {axis: jnp.int32(gpu)}).at[tile][...], layout
+                ).astype(jnp.float32)
+                for gpu in range(num_gpus)
+            ]
+            y[tile] = sum(parts[1:], parts[0]).astype(y.dtype)
+
+        # x may be overwritten once this kernel ends, so one block waits until all others have read.
+        for distance in range(1, num_gpus):
+            other = lax.rem(me + distance, jnp.int32(num_gpus))
+            pl.semaphore_signal(read, 1, device_id={axis: other})
+
+        @pl.when(lax.axis_index("block") == 0)
+        def _():
+            pl.semaphore_wait(read, num_blocks * (num_gpus - 1))
+
+    kernel = plgpu.kernel(
+        sum_over_peers_kernel,
+        out_type=jax.ShapeDtypeStruct((x.size,), x.dtype),
+        grid=(num_blocks,),
+        grid_names=("block",),
+    )
+    return kernel(x.reshape(-1)).reshape(x.shape)
