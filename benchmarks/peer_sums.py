@@ -1,10 +1,10 @@
-"""Sums over GPUs that read each other's memory, against XLA's: `python -m benchmarks.peer_sums`.
+"""Sums of two GPUs that read each other's memory, against XLA's: `python -m benchmarks.peer_sums`.
 
-A program of MLPs of a model's width, one after the other, on a mesh with all GPUs on `tensor`, so
-that each MLP ends in a sum. `us` is its time by MLP, and `xla_us` that with XLA's sums, in turns.
-`passes`: how often a program goes through all MLPs; 1 shows what a program costs to start. `differ`
-is the share of the results' numbers that are not bitwise XLA's: of two GPUs none may be, since a
-sum of two has one order. Other results, or none at all, make the exit status 1.
+A program of MLPs of a model's width, one after the other, with both GPUs on `tensor`, so that each
+MLP ends in a sum. `us` is its time by MLP, and `xla_us` that with XLA's sums, in turns. `passes`:
+how often a program goes through all MLPs; 1 shows what a program costs to start. `differ` is the
+share of the results' numbers that are not bitwise XLA's: none may be, since a sum of two has one
+order. A row with any makes the exit status 1.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
                     rows=rows, passes=passes, us=microseconds[0], xla_us=microseconds[1],
                     against=microseconds[0] / microseconds[1], differ=differ,
                 )  # fmt: skip
-                failures += bool(differ) if mesh.size == 2 else not np.isfinite(ours).all()
+                failures += differ > 0
     return failures
 
 

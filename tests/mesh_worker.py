@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dials_jax import digests, sharding, trees
@@ -40,11 +40,12 @@ from dials_jax.evaluation.pairs import pad_pairs
 from dials_jax.models import groups, transformer
 from dials_jax.models.model import Model, sequence_keys
 from dials_jax.nn.kernels import cudnn_attention as cudnn
-from dials_jax.nn.kernels import per_device
+from dials_jax.nn.kernels import hopper_peers, per_device
 from dials_jax.nn.kernels.dispatch import LOOKUP
 from dials_jax.nn.kernels.implementation import dispatch
 from dials_jax.nn.kernels.tpu_attention import splash_attention
 from dials_jax.nn.kv import KV
+from dials_jax.nn.linear import linear
 from dials_jax.pods.footprint import read_footprint
 from dials_jax.sampling.block_diffusion import BlockDiffusion
 from dials_jax.sampling.confidence import Confidence
@@ -293,6 +294,45 @@ def multiply(mesh):
     return {"out": out[:, :-1]}
 
 
+def multiply_split(mesh):
+    """The ways out of an MLP and of attention, split over two devices, and their gradients.
+
+    The kernel that adds the devices' parts needs GPUs; a sum of JAX's stands for it.
+    """
+    x, down, heads, out = (
+        0.3 * jax.random.normal(jax.random.key(n), shape)
+        for n, shape in enumerate([(2, 16, 64), (64, 128), (2, 16, 8, 4), (8, 4, 128)])
+    )
+    taken = []
+
+    def add(part, axis):
+        taken.append(part.shape)
+        return jax.lax.psum(part, axis)
+
+    def both(x, down, heads, out):
+        of_mlp = linear(x, down, split=True)
+        return of_mlp, linear(heads, out, axes="BTNH,NHD->BTD", split=True)
+
+    def loss(*args):
+        return sum(jnp.sum(jnp.sin(y)) for y in both(*args))
+
+    devices = mesh.devices.ravel()[None, None, :2]
+    split = Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+    with (
+        jax.set_mesh(split),
+        mock.patch.object(jax, "local_device_count", lambda: split.size),
+        mock.patch.object(per_device, "on_hopper", lambda: True),
+        mock.patch.object(hopper_peers, "reads_peers", lambda: True),
+        mock.patch.object(hopper_peers, "sum_over_peers", add),
+    ):
+        args = x, down, heads, out
+        gradients = jax.jit(jax.grad(loss, range(4)))(*args)
+        assert not taken, "training has XLA's sums"
+        values = jax.jit(both)(*args)
+    assert taken == [(2, 16, 128)] * 2 * (split.size == 2)
+    return {"values": values, "gradients": gradients}
+
+
 def with_own_arrays(mesh, cfg, params):
     """Logits of layers with their own arrays and joined ones, placed as the rules say.
 
@@ -357,6 +397,7 @@ def run(mesh):
             "alone": attend(mesh, False),
             "inside": attend(mesh, True),
             "rows": multiply(mesh),
+            "split": multiply_split(mesh),
         },
     }
 

@@ -14,12 +14,15 @@ from dials_jax.nn.kernels import dispatch, hopper_attention, hopper_matmul, per_
 from dials_jax.nn.kernels.implementation import NAMES, pick
 from dials_jax.nn.kernels.implementation import dispatch as run_dispatch
 from dials_jax.nn.kv import KV
-from dials_jax.nn.linear import MATMUL_8, linear
+from dials_jax.nn.linear import MATMUL_8, SPLIT_PRODUCT, linear
 from dials_jax.nn.mask import Mask
 from dials_jax.nn.norm import RMS_NORM
 from tests.conftest import init_params, small_config
 
-OPERATIONS = (dispatch.ATTENTION, dispatch.SWIGLU, dispatch.LOOKUP, MATMUL_8, RMS_NORM)
+OPERATIONS = (
+    *(dispatch.ATTENTION, dispatch.SWIGLU, dispatch.LOOKUP),
+    *(MATMUL_8, RMS_NORM, SPLIT_PRODUCT),
+)
 
 
 @pytest.fixture

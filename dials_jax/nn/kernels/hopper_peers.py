@@ -1,9 +1,12 @@
-"""Products whose weight `tensor` splits along what is summed, for Hopper GPUs of one process.
+"""Products whose weight `tensor` splits along what is summed, on two Hopper GPUs of one process.
 
-Each GPU multiplies its part, and then reads the others' parts from their memory, over NVLink. The
-sum of a block's 2 MB is short, so what counts is how soon it starts and whether the next kernel
-waits for the host: this one is a node of a CUDA graph, and XLA's own sum ends the graph. On two
-H200s it takes 11 of 86 microseconds off an MLP of LLaDA-8B's width (docs/results/scaling.md).
+Each GPU multiplies its part, and then reads the other's part from its memory, over NVLink. The sum
+of a block's 2 MB is short, so what counts is how soon it starts and whether the next kernel waits
+for the host: this one is a node of a CUDA graph, and XLA's own sum ends the graph. It takes 11 of
+86 microseconds off an MLP of LLaDA-8B's width. A program pays 24 for each such sum when it starts,
+so one that passes once through few tokens loses some (docs/results/scaling.md).
+
+Training keeps XLA's sums: nothing was measured there, and gradients need sums of their own.
 """
 
 from __future__ import annotations
@@ -24,8 +27,8 @@ from jaxtyping import Array, Float
 from dials_jax.nn.kernels.hopper_rows import as_rows
 from dials_jax.nn.kernels.per_device import split_over_tensor
 
-TILE = 2048  # numbers that a block sums at a time
-BLOCKS = 132  # one for each multiprocessor; each loops over tiles
+TILE_NUMBERS = 2048  # that a block adds at a time
+MOST_BLOCKS = 132  # one for each multiprocessor; each loops over tiles
 ALLOCATORS = ("", "default", "bfc")  # whose memory the other GPUs of the process may read
 
 Product = Callable[[Array, Array, str, Any], Array]  # of x, weight, axes and the result's dtype
@@ -38,15 +41,18 @@ def split_refusal(
     mesh, rows = jax.sharding.get_abstract_mesh(), as_rows(axes, weight.ndim)
     if rows is None:
         return "it adds products of rows by a weight"
-    alone = not mesh.empty and mesh.shape["tensor"] == mesh.size == jax.local_device_count()
-    if not alone or mesh.size == 1 or jax.process_count() > 1 or "tensor" in mesh.manual_axes:
-        return "it is for a mesh of all GPUs of one process, with all of them on `tensor`"
+    # Kernels that reach other devices wait for all of them, also for other batch shards, which may
+    # take other branches. More than two GPUs were not measured.
+    all_of_two = not mesh.empty and mesh.size == jax.local_device_count() == 2
+    if not all_of_two or mesh.shape["tensor"] != 2 or jax.process_count() > 1 or mesh.manual_axes:
+        return "it is for two GPUs, all of one process, both on `tensor`"
     if weight.shape[0] % mesh.size:
         return f"the mesh does not split {weight.shape[0]}"
     size = math.prod(x.shape[: x.ndim - rows.num_summed] + weight.shape[rows.num_summed :])
-    if jnp.dtype(dtype or x.dtype) not in (jnp.bfloat16, jnp.float32) or size % TILE or not size:
-        return f"it adds multiples of {TILE} numbers, in bfloat16 or float32"
-    return None if reads_peers() else "the GPUs must read each other's memory, with JAX 0.11.2"
+    in_floats = jnp.dtype(dtype or x.dtype) in (jnp.bfloat16, jnp.float32)
+    if not in_floats or size % TILE_NUMBERS or not size:
+        return f"it adds multiples of {TILE_NUMBERS} numbers, in bfloat16 or float32"
+    return None if reads_peers() else "it needs GPUs that read each other's memory, and JAX 0.11.2"
 
 
 @lru_cache
@@ -75,7 +81,11 @@ def reads_peers() -> bool:
 def run_split(
     product: Product, x: Float[Array, "..."], weight: Float[Array, "..."], axes: str, dtype: Any
 ) -> Float[Array, "..."]:
-    """x times the weight. Args: product: computes a GPU's part of it, and its gradients."""
+    """x times the weight; where gradients are taken, as `product` computes all of it.
+
+    Args:
+      product: computes a GPU's part.
+    """
 
     def own_part(x: Array, weight: Array) -> Array:
         return sum_over_peers(product(x, weight, axes, dtype), "tensor")
@@ -85,11 +95,11 @@ def run_split(
 
 
 def _run_forward(product, x, weight, axes, dtype):
-    return run_split(product, x, weight, axes, dtype), (x, weight)
+    return jax.vjp(lambda x, weight: product(x, weight, axes, dtype), x, weight)
 
 
-def _run_backward(product, axes, dtype, saved, g):
-    return jax.vjp(lambda x, weight: product(x, weight, axes, dtype), *saved)[1](g)
+def _run_backward(product, axes, dtype, pull, g):
+    return pull(g)
 
 
 run_split.defvjp(_run_forward, _run_backward)
@@ -105,9 +115,11 @@ def sum_over_peers(x: Float[Array, "..."], axis: str) -> Float[Array, "..."]:
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    num_gpus, num_tiles = lax.axis_size(axis), x.size // TILE
-    num_blocks = min(num_tiles, BLOCKS)
-    layout = plgpu.Layout.WG_STRIDED((TILE,), vec_size=16 // x.dtype.itemsize)  # reads of 16 bytes
+    num_gpus, num_tiles = lax.axis_size(axis), x.size // TILE_NUMBERS
+    num_blocks = min(num_tiles, MOST_BLOCKS)
+    layout = plgpu.Layout.WG_STRIDED(
+        (TILE_NUMBERS,), vec_size=16 // x.dtype.itemsize
+    )  # reads of 16 bytes
 
     def sum_over_peers_kernel(x, y):  # the name in profiles
         # Kernels that reach other devices begin at the same time everywhere, so all parts are here.
@@ -115,7 +127,7 @@ def sum_over_peers(x: Float[Array, "..."], axis: str) -> Float[Array, "..."]:
 
         @plgpu.nd_loop((num_tiles,), collective_axes="block")
         def _(loop):
-            tile = pl.ds(loop.index[0] * TILE, TILE)
+            tile = pl.ds(loop.index[0] * TILE_NUMBERS, TILE_NUMBERS)
             parts = [
                 plgpu.layout_cast(
                     plgpu.remote_ref(x, {axis: jnp.int32(gpu)}).at[tile][...], layout

@@ -1,0 +1,24 @@
+"""The benchmark of sums over GPUs: what it refuses, and that it notices another result."""
+
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import peer_sums as module
+
+SMALL = ["--model", "tiny", "--rows", "32", "--passes", "1", "--mlps", "1", "--repeats", "1"]
+
+
+def test_one_cpu_is_refused_in_one_line(capsys):
+    assert module.main(SMALL) == 2
+    assert "Hopper" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong, status", [(0, 0), (0.01, 1)])
+def test_another_result_is_noticed(wrong, status, monkeypatch, capsys):
+    def compile_way(way, passes, x, weights):
+        return lambda x, weights: x + jnp.where(way == "xla", 0, wrong).astype(x.dtype)
+
+    monkeypatch.setattr(module, "pick", lambda *args, **kwargs: None)
+    monkeypatch.setattr(module, "compile_way", compile_way)
+    assert module.main(SMALL) == status
+    assert "%" in capsys.readouterr().out

@@ -1,0 +1,134 @@
+"""When GPUs add their parts of a product by reading each other's memory; that they add right is
+said by `tests/test_mesh.py`, with another sum, and by `benchmarks.peer_sums` and `benchmarks.mesh`
+on GPUs."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.experimental.pallas import mosaic_gpu
+from jax.sharding import AbstractMesh, AxisType
+
+from dials_jax import sharding
+from dials_jax.nn import attention, linear, mlp
+from dials_jax.nn.kernels import hopper_peers
+from dials_jax.nn.kernels.hopper_peers import split_refusal
+from tests.conftest import small_config
+
+READS_PEERS = hopper_peers.reads_peers
+
+
+@pytest.fixture(autouse=True)
+def two_gpus_here(monkeypatch):
+    monkeypatch.setattr(jax, "local_device_count", lambda: 2)
+    monkeypatch.setattr(hopper_peers, "reads_peers", lambda: True)
+
+
+def refusal(sizes=(1, 1, 2), x=(2, 8, 64), weight=(64, 128), axes="...D,DF->...F", dtype="float32"):
+    mesh = AbstractMesh(sizes, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+    with jax.sharding.use_abstract_mesh(mesh):
+        return split_refusal(jnp.ones(x, dtype), jnp.ones(weight, dtype), axes, None)
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ({}, None),
+        ({"dtype": "bfloat16"}, None),
+        ({"x": (2, 8, 8, 4), "weight": (8, 4, 128), "axes": "BTNH,NHD->BTD"}, None),
+        ({"sizes": (1, 1, 1)}, "two GPUs"),
+        ({"sizes": (1, 1, 4)}, "two GPUs"),
+        ({"sizes": (2, 1, 1)}, "on `tensor`"),  # batch shards take their own branches
+        ({"sizes": (1, 2, 1)}, "on `tensor`"),
+        ({"x": (2, 8, 15), "weight": (15, 128)}, "does not split 15"),
+        ({"x": (2, 7, 64)}, "multiples of 2048"),
+        ({"x": (0, 8, 64)}, "multiples of 2048"),
+        ({"dtype": "float16"}, "bfloat16 or float32"),
+        ({"axes": "BTD,VD->BTV", "weight": (128, 64)}, "rows by a weight"),
+    ],
+)
+def test_what_it_takes(given, expected):
+    why = refusal(**given)
+    assert expected in why if expected else why is None
+
+
+def test_two_of_several_gpus_are_not_all(monkeypatch):
+    monkeypatch.setattr(jax, "local_device_count", lambda: 8)
+    assert "all of one process" in refusal()
+
+
+def test_without_a_mesh():
+    x, weight = jnp.ones((2, 8, 64)), jnp.ones((64, 128))
+    assert "two GPUs" in split_refusal(x, weight, "...D,DF->...F", None)
+
+
+@pytest.mark.parametrize(
+    "name, value, expected",
+    [
+        (jax, "process_count", "one process"),
+        (hopper_peers, "reads_peers", "each other's memory"),
+    ],
+    ids=["processes", "memory"],
+)
+def test_gpus_that_cannot_read_each_other(name, value, expected, monkeypatch):
+    monkeypatch.setattr(name, value, lambda: 2 if name is jax else False)
+    assert expected in refusal()
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """Sets what a process with two GPUs finds: an allocator, the driver, and JAX's options."""
+
+    def make(allocator="", reachable=True, waits=True):
+        def can_access(yes, gpu, peer):
+            yes._obj.value = reachable and {gpu, peer} == {0, 1}
+            return 0
+
+        gpus = [SimpleNamespace(local_hardware_id=number) for number in range(2)]
+        driver = SimpleNamespace(cuDeviceCanAccessPeer=can_access)
+        fields = {"skip_device_barrier": None} if waits else {}
+        params = SimpleNamespace(__dataclass_fields__=fields)
+        monkeypatch.setenv("XLA_PYTHON_CLIENT_ALLOCATOR", allocator)
+        monkeypatch.setattr(jax, "local_devices", lambda: gpus)
+        monkeypatch.setattr(hopper_peers.ctypes, "CDLL", lambda name: driver)
+        monkeypatch.setattr(mosaic_gpu, "CompilerParams", params)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "how, expected",
+    [
+        ({}, True),
+        ({"allocator": "bfc"}, True),
+        ({"allocator": "platform"}, False),
+        ({"reachable": False}, False),
+        ({"waits": False}, False),  # JAX before 0.11.2
+    ],
+)
+def test_whose_memory_is_read(how, expected, two_gpus):
+    two_gpus(**how)
+    assert READS_PEERS.__wrapped__() == expected
+
+
+def test_both_ways_out_of_a_block_are_such_products(monkeypatch):
+    """And no other product is."""
+    taken = []
+
+    def record(implementations, x, kernel, *rest):
+        taken.append((implementations is linear.SPLIT_PRODUCT, kernel.shape))
+        return linear.xla_product(x, kernel, *rest)
+
+    monkeypatch.setattr(linear, "dispatch", record)
+    cfg = small_config()
+    heads = attention.Attention(cfg, nnx.Rngs(0))
+    q, _ = heads.rotated(jnp.ones((2, 8, cfg.d_model)), None)
+    heads.out(q)
+    hidden = mlp.MLP(cfg, nnx.Rngs(0))
+    out = hidden(jnp.ones((2, 8, cfg.d_model)))
+    assert np.isfinite(out).all()
+    assert {shape for split, shape in taken if split} == {heads.o.shape, hidden.down.shape}
+    assert len([split for split, _ in taken if split]) == 2
