@@ -12,7 +12,10 @@ import jax
 
 # A kernel belongs to the first kind whose pattern matches its name.
 KINDS = (
-    ("collectives", r"nccl|[Aa]ll_?[Rr]educe|all_gather|AllGather|ReduceScatter"),
+    (
+        "collectives",
+        r"nccl|[Aa]ll_?[Rr]educe|all_gather|AllGather|ReduceScatter|psum|over_peers",
+    ),
     ("attention", r"cudnn|fmha|flash|sdpa|attention"),
     ("matmuls", r"gemm|nvjet|cutlass|cublas|xmma|wgmma|dot|matmul"),
     ("copies to the host", r"MemcpyD2H"),

@@ -42,6 +42,7 @@ from dials_jax.models.model import Model, sequence_keys
 from dials_jax.nn.kernels import cudnn_attention as cudnn
 from dials_jax.nn.kernels import hopper_peers, per_device
 from dials_jax.nn.kernels.dispatch import LOOKUP
+from dials_jax.nn.kernels.hopper_peers import split_refusal
 from dials_jax.nn.kernels.implementation import dispatch
 from dials_jax.nn.kernels.tpu_attention import splash_attention
 from dials_jax.nn.kv import KV
@@ -327,8 +328,12 @@ def multiply_split(mesh):
     ):
         args = x, down, heads, out
         gradients = jax.jit(jax.grad(loss, range(4)))(*args)
-        assert not taken, "training has XLA's sums"
+        assert not taken, "what gradients pass through has XLA's sums"
         values = jax.jit(both)(*args)
+        if split.size == 2:
+            assert split_refusal(x, down, "...D,DF->...F", None) is None
+            with jax.set_mesh(Mesh(devices[:, :, ::-1], sharding.AXES)):
+                assert "order" in split_refusal(x, down, "...D,DF->...F", None)
     assert taken == [(2, 16, 128)] * 2 * (split.size == 2)
     return {"values": values, "gradients": gradients}
 

@@ -13,6 +13,13 @@ def test_one_cpu_is_refused_in_one_line(capsys):
     assert "Hopper" in capsys.readouterr().err
 
 
+def test_a_sum_is_itself(monkeypatch, capsys):
+    """The programs themselves, with XLA's sums for both."""
+    monkeypatch.setattr(module, "WAYS", ("xla", "xla"))
+    assert module.main(SMALL) == 0
+    assert "0.0%" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("wrong, status", [(0, 0), (0.01, 1)])
 def test_another_result_is_noticed(wrong, status, monkeypatch, capsys):
     def compile_way(way, passes, x, weights):

@@ -19,7 +19,9 @@ def test_collectives_count_as_exposed_where_nothing_else_runs():
     events = [
         Event("nvjet_gemm", 0.0, 4.0),
         Event("ncclDevKernel_AllGather", 3.0, 3.0),  # one second of it under the matmul
-        Event("ncclDevKernel_AllReduce", 5.0, 2.0),  # one second of it under the other one
+        Event(
+            "sum_over_peers_kernel_mosaic_gpu_kernel", 5.0, 2.0
+        ),  # one second of it under the other one
         Event("loop_fusion", 8.0, 2.0),
     ]
     running, alone = collective_shares(events)

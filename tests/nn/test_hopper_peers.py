@@ -11,8 +11,10 @@ import pytest
 from flax import nnx
 from jax.experimental.pallas import mosaic_gpu
 from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
 
 from dials_jax import sharding
+from dials_jax.compiling import batch_invariant
 from dials_jax.nn import attention, linear, mlp
 from dials_jax.nn.kernels import hopper_peers
 from dials_jax.nn.kernels.hopper_peers import split_refusal
@@ -78,14 +80,32 @@ def test_gpus_that_cannot_read_each_other(name, value, expected, monkeypatch):
     assert expected in refusal()
 
 
+def test_inside_a_shard_map_and_in_the_batch_invariant_mode():
+    mesh = AbstractMesh((1, 1, 2), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+    args = jnp.ones((2, 8, 64)), jnp.ones((64, 128)), "...D,DF->...F", None
+    found = []
+
+    def inside(x, weight):
+        found.append(split_refusal(x, weight, *args[2:]))
+        return x
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        split = jax.shard_map(inside, in_specs=P(), out_specs=P(), axis_names={"data", "fsdp"})
+        jax.eval_shape(split, *args[:2])
+        assert "two GPUs" in found[0]
+        with batch_invariant(True):
+            [ours, *_] = linear.SPLIT_PRODUCT
+            assert "may depend on the batch" in ours.refusal(*args)
+
+
 @pytest.fixture
 def two_gpus(monkeypatch):
     """Sets what a process with two GPUs finds: an allocator, the driver, and JAX's options."""
 
-    def make(allocator="", reachable=True, waits=True):
+    def make(allocator="", reachable=True, waits=True, status=0):
         def can_access(yes, gpu, peer):
             yes._obj.value = reachable and {gpu, peer} == {0, 1}
-            return 0
+            return status
 
         gpus = [SimpleNamespace(local_hardware_id=number) for number in range(2)]
         driver = SimpleNamespace(cuDeviceCanAccessPeer=can_access)
@@ -106,6 +126,7 @@ def two_gpus(monkeypatch):
         ({"allocator": "bfc"}, True),
         ({"allocator": "platform"}, False),
         ({"reachable": False}, False),
+        ({"status": 1}, False),
         ({"waits": False}, False),  # JAX before 0.11.2
     ],
 )

@@ -3,10 +3,8 @@
 Each GPU multiplies its part, and then reads the other's part from its memory, over NVLink. The sum
 of a block's 2 MB is short, so what counts is how soon it starts and whether the next kernel waits
 for the host: this one is a node of a CUDA graph, and XLA's own sum ends the graph. It takes 11 of
-86 microseconds off an MLP of LLaDA-8B's width. A program pays 24 for each such sum when it starts,
-so one that passes once through few tokens loses some (docs/results/scaling.md).
-
-Training keeps XLA's sums: nothing was measured there, and gradients need sums of their own.
+86 microseconds off an MLP of LLaDA-8B's width. A program pays up to 24 for each such sum when it
+starts, so one that passes once through few tokens loses some (docs/results/scaling.md).
 """
 
 from __future__ import annotations
@@ -22,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax._src.mesh import get_concrete_mesh  # within `jax.jit` the public one is abstract
 from jaxtyping import Array, Float
 
 from dials_jax.nn.kernels.hopper_rows import as_rows
@@ -29,7 +28,12 @@ from dials_jax.nn.kernels.per_device import split_over_tensor
 
 TILE_NUMBERS = 2048  # that a block adds at a time
 MOST_BLOCKS = 132  # one for each multiprocessor; each loops over tiles
-ALLOCATORS = ("", "default", "bfc")  # whose memory the other GPUs of the process may read
+ALLOCATOR = "XLA_PYTHON_CLIENT_ALLOCATOR"
+READABLE = ("", "default", "bfc")  # allocators whose memory the other GPUs of the process may read
+NO_PEERS = (
+    "it needs GPUs that may read each other's memory, JAX 0.11.2 or later, and memory of the "
+    f"default allocator ({ALLOCATOR})"
+)
 
 Product = Callable[[Array, Array, str, Any], Array]  # of x, weight, axes and the result's dtype
 
@@ -46,13 +50,17 @@ def split_refusal(
     all_of_two = not mesh.empty and mesh.size == jax.local_device_count() == 2
     if not all_of_two or mesh.shape["tensor"] != 2 or jax.process_count() > 1 or mesh.manual_axes:
         return "it is for two GPUs, all of one process, both on `tensor`"
+    devices = get_concrete_mesh()
+    numbers = [] if devices.empty else [device.id for device in devices.devices.flat]
+    if numbers != sorted(numbers):
+        return "the mesh must have the GPUs in the order of their numbers"
     if weight.shape[0] % mesh.size:
         return f"the mesh does not split {weight.shape[0]}"
     size = math.prod(x.shape[: x.ndim - rows.num_summed] + weight.shape[rows.num_summed :])
     in_floats = jnp.dtype(dtype or x.dtype) in (jnp.bfloat16, jnp.float32)
-    if not in_floats or size % TILE_NUMBERS or not size:
+    if not in_floats or size % TILE_NUMBERS or not 0 < size < 2**31:  # places are of 32 bits
         return f"it adds multiples of {TILE_NUMBERS} numbers, in bfloat16 or float32"
-    return None if reads_peers() else "it needs GPUs that read each other's memory, and JAX 0.11.2"
+    return None if reads_peers() else NO_PEERS
 
 
 @lru_cache
@@ -63,7 +71,7 @@ def reads_peers() -> bool:
     # Where kernels that reach other devices have no such option, they do not wait for them either.
     if "skip_device_barrier" not in plgpu.CompilerParams.__dataclass_fields__:
         return False
-    if os.environ.get("XLA_PYTHON_CLIENT_ALLOCATOR", "") not in ALLOCATORS:
+    if os.environ.get(ALLOCATOR, "") not in READABLE:
         return False
     try:
         driver = ctypes.CDLL("libcuda.so.1")
@@ -81,10 +89,10 @@ def reads_peers() -> bool:
 def run_split(
     product: Product, x: Float[Array, "..."], weight: Float[Array, "..."], axes: str, dtype: Any
 ) -> Float[Array, "..."]:
-    """x times the weight; where gradients are taken, as `product` computes all of it.
+    """x times the weight. What gradients pass through, XLA adds; there is no forward mode.
 
     Args:
-      product: computes a GPU's part.
+      product: computes a GPU's part, or with gradients all of it.
     """
 
     def own_part(x: Array, weight: Array) -> Array:
