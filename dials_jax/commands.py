@@ -24,7 +24,7 @@ from dials_jax.config.choices import apply_choices, choice_flags
 from dials_jax.config_files import load_config, shipped_configs
 from dials_jax.errors import InputError, require
 from dials_jax.files import local_path
-from dials_jax.stopping import Stopped, obey_sigterm
+from dials_jax.stopping import Stopped, obey_signals
 
 C = TypeVar("C")
 
@@ -205,7 +205,7 @@ def _join(hosts: Hosts | None) -> None:
             f"the other hosts cannot be joined ({_first_line(error)}); start the command on all of "
             "them, and let them reach the first one"
         ) from error
-    obey_sigterm()  # JAX sets its own handler, which nothing here uses
+    obey_signals()  # JAX sets its own handler, which nothing here uses
 
 
 def _first_line(error: Exception) -> str:
@@ -305,7 +305,7 @@ def run_command(command: Callable[[], Any]) -> None:
     Ctrl-C and SIGTERM become a line that says what is saved, and status 130 and 143. A file that
     cannot be read or written, for example on a full disk, becomes a line and status 1.
     """
-    obey_sigterm()
+    obey_signals()
     try:
         command()
     except InputError as error:

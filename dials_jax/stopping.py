@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -17,6 +18,7 @@ from contextvars import ContextVar
 import numpy as np
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SECONDS_TO_AGAIN = 0.05
 
 
 class Stopped(KeyboardInterrupt):
@@ -43,13 +45,30 @@ def keeping(kept: Callable[[], str]) -> Iterator[None]:
         raise Stopped(stop.message or kept(), stop.signum) from None
 
 
-def obey_sigterm() -> None:
-    """SIGTERM ends the process as Ctrl-C does: by an exception, so that files are closed."""
+def obey_signals() -> None:
+    """SIGTERM ends the process as Ctrl-C does: by an exception, so that files are closed.
+
+    Python drops an exception where nothing could catch it, such as in a callback of its garbage
+    collector. JAX has one, and while it traces, one signal in eight came there: the process went
+    on. Such a signal is sent again.
+    """
 
     def stop(signum, frame):
         raise Stopped(signum=signum)
 
     _listen(signal.SIGTERM, stop)
+    sys.unraisablehook = _send_again
+
+
+def _send_again(dropped: sys.UnraisableHookArgs) -> None:
+    stop = dropped.exc_value
+    if not isinstance(stop, KeyboardInterrupt):
+        return sys.__unraisablehook__(dropped)
+    signum = stop.signum if isinstance(stop, Stopped) else signal.SIGINT
+    # Later: at once it would come to this function, where nothing could catch it, either.
+    timer = threading.Timer(SECONDS_TO_AGAIN, os.kill, (os.getpid(), signum))
+    timer.daemon = True
+    timer.start()
 
 
 def _listen(signum: int, handler: Callable) -> bool:

@@ -1,9 +1,11 @@
 """Ctrl-C and SIGTERM: noted where there is work to save, obeyed at once where there is none."""
 
+import gc
 import signal
 import subprocess
 import sys
 import threading
+import time
 
 import jax
 import numpy as np
@@ -19,8 +21,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 @pytest.fixture(autouse=True)
 def handlers():
     """As they were, whatever a test sets."""
-    before = {signum: signal.getsignal(signum) for signum in SIGNALS}
+    before, hook = {signum: signal.getsignal(signum) for signum in SIGNALS}, sys.unraisablehook
     yield before
+    sys.unraisablehook = hook
     for signum, handler in before.items():
         signal.signal(signum, handler)
 
@@ -35,6 +38,43 @@ def test_a_command_that_is_stopped_says_what_is_kept(signum, status, capsys):
         run_command(command)
     assert end.value.code == status
     assert capsys.readouterr().err == "stopped: step 3 is saved\n"
+
+
+@pytest.mark.parametrize("times", [1, 3])
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_that_comes_while_garbage_is_collected_is_not_lost(signum, status, times, capsys):
+    left = [times]
+
+    def send(phase, info):
+        if phase == "start" and left[0]:
+            left[0] -= 1
+            signal.raise_signal(signum)
+
+    def command():
+        gc.callbacks.append(send)
+        try:
+            for _ in range(10):
+                gc.collect()
+                time.sleep(1)
+        finally:
+            gc.callbacks.remove(send)
+
+    with pytest.raises(SystemExit) as end:
+        run_command(command)
+    assert end.value.code == status and left[0] < times
+    assert capsys.readouterr().err == "stopped\n"
+
+
+def test_other_errors_that_nothing_can_catch_are_said(capsys):
+    class Broken:
+        def __del__(self):
+            raise ValueError("at the end")
+
+    def command():
+        Broken()
+
+    run_command(command)
+    assert "at the end" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("signum", SIGNALS)

@@ -32,6 +32,7 @@ NAMES = (
     *("training of a model", "training of routers", "preparation", "sweep", "study", "lm-eval"),
 )
 MIRRORED = tuple(f"training of a model, mirrored in {scheme}" for scheme in SERVERS)
+TOO_LATE = 1.0  # a command that ends well so many seconds after a signal was over before it
 SAVES = 0.3  # seconds within which a tiny checkpoint is written
 Case = tuple[str, str]  # what came of a fault, `GOOD` or what is wrong, and the words about it
 
@@ -171,9 +172,9 @@ def kill_save(counting, job, workdir, rng) -> str | None:
 def terminate(counting, job, workdir, rng) -> str | None:
     child = start(counting, job, workdir)
     some_time(counting, job, rng)
-    if not child.send(signal.SIGTERM) or child.wait() == 0:
-        child.wait()
-        return None
+    sent, running = time.monotonic(), child.send(signal.SIGTERM)
+    if child.wait() == 0 or not running:
+        return "SIGTERM is not obeyed (0)" if time.monotonic() - sent > TOO_LATE else None
     if child.status == -signal.SIGTERM and not child.text():  # the command had not begun
         return None
     obeyed = child.status == 143 and child.last_line().startswith("stopped")

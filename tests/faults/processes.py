@@ -124,11 +124,11 @@ def pair(run: Callable[[], Any], logs: list[Path]) -> list[Child]:
         def work() -> Any:
             import jax
 
-            from dials_jax.stopping import obey_sigterm
+            from dials_jax.stopping import obey_signals
 
             jax.config.update("jax_cpu_collectives_implementation", "gloo")
             jax.distributed.initialize(f"localhost:{port}", 2, number)
-            obey_sigterm()  # as `--distributed` does
+            obey_signals()  # as `--distributed` does
             return run()
 
         return work
