@@ -1,7 +1,7 @@
 """`python prepare.py --config FILE`: as `dials prepare`, from a clone."""
 
 from dials_jax.cli.prepare import prepare_command
-from dials_jax.commands import run_command
+from dials_jax.commands import run_as_process
 
 if __name__ == "__main__":
-    run_command(prepare_command)
+    run_as_process(prepare_command)

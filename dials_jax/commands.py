@@ -24,7 +24,7 @@ from dials_jax.config.choices import apply_choices, choice_flags
 from dials_jax.config_files import load_config, shipped_configs
 from dials_jax.errors import InputError, require
 from dials_jax.files import local_path
-from dials_jax.stopping import Stopped, obey_signals
+from dials_jax.stopping import SIGNALS, Stopped, obey_signals
 
 C = TypeVar("C")
 
@@ -322,3 +322,22 @@ def run_command(command: Callable[[], Any]) -> None:
         warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         print(f"stopped{stop.message and ': '}{stop.message}", file=sys.stderr)
         raise SystemExit(stop.status) from None
+
+
+def run_as_process(command: Callable[[], Any]) -> None:
+    """`run_command` as all that a process does: after Ctrl-C or SIGTERM it is over at once.
+
+    XLA may still compile in threads of its own. At the end of Python it would be waited for, and
+    now and then the process crashed in it, with another status. Processes that have joined others
+    take their leave.
+    """
+    try:
+        run_command(command)
+    except SystemExit as end:
+        joined = getattr(sys.modules.get("jax.distributed"), "is_initialized", bool)
+        if end.code not in {Stopped(signum=signum).status for signum in SIGNALS} or joined():
+            raise
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):  # a reader that has gone
+                stream.flush()
+        os._exit(end.code)

@@ -189,3 +189,37 @@ run_command(command)
 def test_the_status_is_that_of_a_shell():
     assert (Stopped().status, Stopped("", signal.SIGTERM).status) == (130, 143)
     assert issubclass(Stopped, KeyboardInterrupt)
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_process_waits_for_no_thread(signum, status):
+    """XLA compiles in threads; what they are at is of no use any more."""
+    code = f"""
+import signal, threading, time
+from dials_jax.commands import run_as_process
+
+def command():
+    threading.Thread(target=time.sleep, args=(60,)).start()
+    print("begun")
+    signal.raise_signal({int(signum)})
+
+run_as_process(command)
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == (status, "begun\n", "stopped\n")
+
+
+def test_a_process_that_ends_otherwise_waits_for_its_threads():
+    code = """
+import threading, time
+from dials_jax.commands import run_as_process
+
+def late():
+    time.sleep(1)
+    print("late")
+
+run_as_process(lambda: threading.Thread(target=late).start())
+"""
+    command = [sys.executable, "-c", code]
+    assert subprocess.run(command, capture_output=True, text=True, timeout=30).stdout == "late\n"

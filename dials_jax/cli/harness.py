@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from dials_jax.commands import keep_programs, run_command
+from dials_jax.commands import keep_programs, run_as_process
 from dials_jax.errors import require_packages
 from dials_jax.files import local_path, require_writable
 
@@ -33,4 +33,4 @@ def harness_command() -> None:
 
 def lm_eval_command() -> None:
     """`dials-lm-eval`: the same, by its earlier name."""
-    run_command(harness_command)
+    run_as_process(harness_command)
