@@ -348,6 +348,11 @@ def test_from_python_the_old_name_is_refused_with_the_new_one():
             TrainConfig(model=small_config(), data=ArithmeticData(), optimizer=OPTIMIZER),
             unrolled=True,
         )
+    with pytest.raises(InputError, match=r"'steps' of EvalTask is now sampler=...\(steps=...\);"):
+        EvalTask(name="sums", steps=16)
+    both = "'random' of EvalConfig is now 'num_random', 'static' of EvalConfig is now 'num_static'"
+    with pytest.raises(InputError, match=f"^{both}; rename them$"):
+        EvalConfig(random=(1,), static=(2,), model="runs/model")
 
 
 def test_every_renamed_field_has_the_new_name_and_not_the_old_one():

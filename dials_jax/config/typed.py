@@ -73,8 +73,11 @@ class Typed:
     RENAMED: ClassVar[dict[str, str]] = {}
 
     def __new__(cls, *args: Any, **kwargs: Any):
-        for name in kwargs.keys() & cls.RENAMED.keys():
-            raise InputError(f"{name!r} of {cls.__name__} is now {cls.RENAMED[name]!r}; rename it")
+        old = [name for name in kwargs if name in cls.RENAMED]
+        words = ", ".join(
+            f"{name!r} of {cls.__name__} is now {_place(cls.RENAMED[name])}" for name in old
+        )
+        require(not old, f"{words}; rename {'it' if len(old) == 1 else 'them'}")
         return super().__new__(cls)
 
     @classmethod
@@ -92,6 +95,12 @@ class Typed:
     def __post_init__(self):
         for name, hint in field_hints(type(self)).items():
             object.__setattr__(self, name, as_type(hint, getattr(self, name), name))
+
+
+def _place(name: str) -> str:
+    """A field, for messages: of a part as code that gives it."""
+    part, _, field = name.rpartition(".")
+    return f"{part}=...({field}=...)" if part else repr(field)
 
 
 @functools.cache
