@@ -11,6 +11,7 @@ import dataclasses
 import io
 import os
 import re
+import signal
 import sys
 import textwrap
 import warnings
@@ -24,7 +25,7 @@ from dials_jax.config.choices import apply_choices, choice_flags
 from dials_jax.config_files import load_config, shipped_configs
 from dials_jax.errors import InputError, require
 from dials_jax.files import local_path
-from dials_jax.stopping import SIGNALS, Stopped, obey_signals
+from dials_jax.stopping import SIGNALS, Stopped, obey_sigterm, sending_again
 
 C = TypeVar("C")
 
@@ -205,7 +206,7 @@ def _join(hosts: Hosts | None) -> None:
             f"the other hosts cannot be joined ({_first_line(error)}); start the command on all of "
             "them, and let them reach the first one"
         ) from error
-    obey_signals()  # JAX sets its own handler, which nothing here uses
+    obey_sigterm()  # JAX sets its own handler, which nothing here uses
 
 
 def _first_line(error: Exception) -> str:
@@ -305,9 +306,10 @@ def run_command(command: Callable[[], Any]) -> None:
     Ctrl-C and SIGTERM become a line that says what is saved, and status 130 and 143. A file that
     cannot be read or written, for example on a full disk, becomes a line and status 1.
     """
-    obey_signals()
+    obey_sigterm()
     try:
-        command()
+        with sending_again():
+            command()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -335,9 +337,12 @@ def run_as_process(command: Callable[[], Any]) -> None:
         run_command(command)
     except SystemExit as end:
         joined = getattr(sys.modules.get("jax.distributed"), "is_initialized", bool)
-        if end.code not in {Stopped(signum=signum).status for signum in SIGNALS} or joined():
+        if end.code not in [Stopped(signum=signum).status for signum in SIGNALS] or joined():
             raise
+        for signum in SIGNALS:  # another one would begin all this anew
+            signal.signal(signum, signal.SIG_IGN)
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):  # a reader that has gone
+            # A reader may have gone, and a stream that was closed from the start is None.
+            with contextlib.suppress(OSError, ValueError, AttributeError):
                 stream.flush()
         os._exit(end.code)

@@ -45,30 +45,43 @@ def keeping(kept: Callable[[], str]) -> Iterator[None]:
         raise Stopped(stop.message or kept(), stop.signum) from None
 
 
-def obey_signals() -> None:
-    """SIGTERM ends the process as Ctrl-C does: by an exception, so that files are closed.
-
-    Python drops an exception where nothing could catch it, such as in a callback of its garbage
-    collector. JAX has one, and while it traces, one signal in eight came there: the process went
-    on. Such a signal is sent again.
-    """
+def obey_sigterm() -> None:
+    """SIGTERM ends the process as Ctrl-C does: by an exception, so that files are closed."""
 
     def stop(signum, frame):
         raise Stopped(signum=signum)
 
     _listen(signal.SIGTERM, stop)
-    sys.unraisablehook = _send_again
 
 
-def _send_again(dropped: sys.UnraisableHookArgs) -> None:
-    stop = dropped.exc_value
-    if not isinstance(stop, KeyboardInterrupt):
-        return sys.__unraisablehook__(dropped)
-    signum = stop.signum if isinstance(stop, Stopped) else signal.SIGINT
-    # Later: at once it would come to this function, where nothing could catch it, either.
-    timer = threading.Timer(SECONDS_TO_AGAIN, os.kill, (os.getpid(), signum))
-    timer.daemon = True
-    timer.start()
+@contextlib.contextmanager
+def sending_again() -> Iterator[None]:
+    """A signal whose exception Python drops is sent again, until the end of the `with`.
+
+    Python drops an exception where nothing could catch it, such as in a callback of its garbage
+    collector. JAX has one, and while it traces, one signal in eight came there: the process went
+    on.
+    """
+    before, timers = sys.unraisablehook, []
+
+    def send_again(dropped: sys.UnraisableHookArgs) -> None:
+        stop = dropped.exc_value
+        if not isinstance(stop, KeyboardInterrupt):
+            return before(dropped)
+        signum = stop.signum if isinstance(stop, Stopped) else signal.SIGINT
+        # Later: at once it would come to this function, where nothing could catch it, either.
+        timer = threading.Timer(SECONDS_TO_AGAIN, os.kill, (os.getpid(), signum))
+        timer.daemon = True
+        timers.append(timer)
+        timer.start()
+
+    sys.unraisablehook = send_again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+        for timer in timers:
+            timer.cancel()
 
 
 def _listen(signum: int, handler: Callable) -> bool:

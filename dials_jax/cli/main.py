@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import NamedTuple
 
 import dials_jax
-from dials_jax.commands import run_as_process
+from dials_jax.commands import run_as_process, run_command
 from dials_jax.errors import nearest, require
 
 
@@ -56,7 +56,8 @@ def dials(argv: Sequence[str] | None = None) -> None:
     elif given[0] == "--version":
         print(f"dials_jax {dials_jax.__version__}")
     else:
-        run_as_process(lambda: start(*given))
+        run = run_as_process if argv is None else run_command
+        run(lambda: start(*given))
 
 
 def start(name: str, *arguments: str) -> None:

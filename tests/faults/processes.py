@@ -1,7 +1,7 @@
 """Commands as processes of their own, to be killed, stopped, and left without room.
 
 A command is a fork of this process, which has imported the library and computed nothing: a second
-is saved each time. It ends as `dials` does, by `run_command`.
+is saved each time. It ends as `dials` does, by `run_as_process`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dials_jax.commands import run_command
+from dials_jax.commands import run_as_process
 
 CAPABILITY_VERSION = 0x20080522  # of capset(2)
 LONGEST = 300.0  # seconds of a command that takes a few: it hangs
@@ -87,7 +87,7 @@ def start(run: Callable[[], Any], log: Path, plain_user: bool = False) -> Child:
         os.dup2(output, 2)
         if plain_user:
             drop_capabilities()
-        run_command(run)
+        run_as_process(run)
         status = 0
     except SystemExit as stop:
         status = stop.code if isinstance(stop.code, int) else 1
@@ -124,11 +124,11 @@ def pair(run: Callable[[], Any], logs: list[Path]) -> list[Child]:
         def work() -> Any:
             import jax
 
-            from dials_jax.stopping import obey_signals
+            from dials_jax.stopping import obey_sigterm
 
             jax.config.update("jax_cpu_collectives_implementation", "gloo")
             jax.distributed.initialize(f"localhost:{port}", 2, number)
-            obey_signals()  # as `--distributed` does
+            obey_sigterm()  # as `--distributed` does
             return run()
 
         return work
