@@ -26,14 +26,15 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from benchmarks.command import add_model, add_out, make_main
+from benchmarks.invariance_kernels import normal
 from benchmarks.random_model import make_config
 from benchmarks.report import LiveTable
 from dials_jax.compiling import compiler_options
 from dials_jax.config import MeshConfig
 from dials_jax.evaluation.timing import turns
-from dials_jax.keys import seed_key
 from dials_jax.nn.kernels.implementation import VARIABLE, pick
 from dials_jax.nn.linear import SPLIT_PRODUCT, linear
+from dials_jax.nn.norm import xla_rms_norm
 from dials_jax.sharding import make_mesh
 
 COLUMNS = {
@@ -76,21 +77,13 @@ def run(options: argparse.Namespace) -> int:
     return failures
 
 
-def normal(seed: int, *shape: int) -> Float[Array, "..."]:
-    return jax.random.normal(seed_key(seed), shape, jnp.bfloat16)
-
-
 def make_weights(options: argparse.Namespace, mesh: Mesh) -> Weights:
     """Of all MLPs: to the hidden units, which are split, and back."""
     cfg = make_config(options.model)
-    up = normal(0, options.mlps, cfg.d_model, cfg.d_ff) * cfg.d_model**-0.5
-    down = normal(1, options.mlps, cfg.d_ff, cfg.d_model) * cfg.d_ff**-0.5
+    up = normal(0, options.mlps, cfg.d_model, cfg.d_ff, scale=cfg.d_model**-0.5)
+    down = normal(1, options.mlps, cfg.d_ff, cfg.d_model, scale=cfg.d_ff**-0.5)
     specs = P(None, None, "tensor"), P(None, "tensor")
-    up, down = (
-        jax.device_put(w.astype(jnp.bfloat16), NamedSharding(mesh, spec))
-        for w, spec in zip((up, down), specs, strict=True)
-    )
-    return up, down
+    return jax.device_put((up, down), tuple(NamedSharding(mesh, spec) for spec in specs))
 
 
 def mlps(x: Float[Array, "R D"], weights: Weights, passes: int) -> Float[Array, "R D"]:
@@ -99,8 +92,7 @@ def mlps(x: Float[Array, "R D"], weights: Weights, passes: int) -> Float[Array, 
     def one_pass(_, x):
         for up, down in zip(*weights, strict=True):
             x = x + linear(jax.nn.silu(linear(x, up)), down, split=True)
-            x32 = x.astype(jnp.float32)
-            x = (x32 * lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + 1e-5)).astype(x.dtype)
+            x = xla_rms_norm(x, jnp.ones(x.shape[-1]), 1e-5)
         return x
 
     return lax.fori_loop(0, passes, one_pass, x)

@@ -39,7 +39,7 @@ PRODUCT = (  # (x, kernel, axes, dtype), as `linear` takes them -> x times the k
     fixed_tiles(tiled_product),
     plain_jax(xla_product),
 )
-SPLIT_PRODUCT = (  # the same, where the mesh's tensor axis splits what is summed
+SPLIT_PRODUCT = (  # the same, row-parallel: the mesh's tensor axis splits what is summed
     Implementation("hopper_peers", HOPPER, split_refusal, partial(run_split, xla_product)),
     *PRODUCT,
 )
@@ -65,7 +65,8 @@ def linear(
       kernel: in 8 bits it knows the axes to sum over, which are the last ones of x.
       axes: of x, the kernel and the result, as `jnp.einsum` takes them.
       dtype: of the result; None: that of x.
-      split: the mesh's tensor axis splits what is summed (heads, hidden units), not what results.
+      split: row-parallel: the mesh's tensor axis splits what is summed (heads, hidden units), not
+        what results.
     """
     kernel = array_of(kernel)
     if is_quantised(kernel):

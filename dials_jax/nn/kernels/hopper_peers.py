@@ -1,9 +1,10 @@
-"""Products whose weight `tensor` splits along what is summed, on two Hopper GPUs of one process.
+"""Row-parallel products, with an all-reduce of our own, on two Hopper GPUs of one process.
 
-Each GPU multiplies its part, and then reads the other's part from its memory, over NVLink. The sum
-of a block's 2 MB is short, so what counts is how soon it starts and whether the next kernel waits
-for the host: this one is a node of a CUDA graph, and XLA's own sum ends the graph. It takes 11 of
-86 microseconds off an MLP of LLaDA-8B's width. A program pays up to 24 for each such sum when it
+`tensor` splits their weight along what is summed (Shoeybi et al., 2019, section 3). Each GPU
+multiplies its part, and then reads the other's part from its memory, over NVLink. The sum of a
+block's 2 MB is short, so what counts is how soon it starts and whether the next kernel waits for
+the host: this one is a node of a CUDA graph, and XLA's own sum ends the graph. It takes 11 of 86
+microseconds off an MLP of LLaDA-8B's width. A program pays up to 24 for each such sum when it
 starts, so one that passes once through few tokens loses some (docs/results/scaling.md).
 """
 
@@ -115,7 +116,7 @@ run_split.defvjp(_run_forward, _run_backward)
 
 @partial(jax.jit, static_argnames="axis")  # lowered once for all layers, not once per layer
 def sum_over_peers(x: Float[Array, "..."], axis: str) -> Float[Array, "..."]:
-    """The sum over the GPUs of a mesh's axis, in float32, rounded once; inside `shard_map`.
+    """The all-reduce over the GPUs of a mesh's axis, in float32, rounded once; inside `shard_map`.
 
     All GPUs add in the order of their numbers, so all get the same bits. For sizes see
     `split_refusal`. A GPU that does not call it lets the others wait for ever, as with any sum.
@@ -125,9 +126,8 @@ def sum_over_peers(x: Float[Array, "..."], axis: str) -> Float[Array, "..."]:
 
     num_gpus, num_tiles = lax.axis_size(axis), x.size // TILE_NUMBERS
     num_blocks = min(num_tiles, MOST_BLOCKS)
-    layout = plgpu.Layout.WG_STRIDED(
-        (TILE_NUMBERS,), vec_size=16 // x.dtype.itemsize
-    )  # reads of 16 bytes
+    numbers_per_read = 16 // x.dtype.itemsize  # the widest read has 16 bytes
+    layout = plgpu.Layout.WG_STRIDED((TILE_NUMBERS,), vec_size=numbers_per_read)
 
     def sum_over_peers_kernel(x, y):  # the name in profiles
         # Kernels that reach other devices begin at the same time everywhere, so all parts are here.
