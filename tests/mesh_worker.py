@@ -42,7 +42,7 @@ from dials_jax.models.model import Model, sequence_keys
 from dials_jax.nn.kernels import cudnn_attention as cudnn
 from dials_jax.nn.kernels import hopper_peers, per_device
 from dials_jax.nn.kernels.dispatch import LOOKUP
-from dials_jax.nn.kernels.hopper_peers import split_refusal
+from dials_jax.nn.kernels.hopper_peers import split_refusal, with_flags
 from dials_jax.nn.kernels.implementation import dispatch
 from dials_jax.nn.kernels.tpu_attention import splash_attention
 from dials_jax.nn.kv import KV
@@ -296,22 +296,28 @@ def multiply(mesh):
 
 
 def multiply_split(mesh):
-    """The ways out of an MLP and of attention, split over two devices, and their gradients.
+    """The ways out of an MLP and of attention, split over two devices, their gradients, and layers.
 
-    The kernel that adds the devices' parts needs GPUs; a sum of JAX's stands for it.
+    The kernels that add the devices' parts need GPUs; a sum of JAX's stands for them.
     """
-    x, down, heads, out = (
+    x, down, heads, out, h = (
         0.3 * jax.random.normal(jax.random.key(n), shape)
-        for n, shape in enumerate([(2, 16, 64), (64, 128), (2, 16, 8, 4), (8, 4, 128)])
+        for n, shape in enumerate(
+            [(2, 16, 64), (64, 128), (2, 16, 8, 4), (8, 4, 128), (2, 16, 128)]
+        )
     )
+    cfg = conftest.small_config(mask_id=63)
+    params, tokens = transformer.init(cfg, jax.random.key(5)), jnp.arange(64).reshape(2, 32) % 60
     taken = []
 
-    def add(part, axis):
-        taken.append(part.shape)
-        return jax.lax.psum(part, axis)
+    def add(part, flags, added_to, axis):
+        taken.append((part.shape, added_to is not None))
+        total = jax.lax.psum(part + flags[0], axis)
+        return total if added_to is None else added_to + total
 
-    def both(x, down, heads, out):
-        of_mlp = linear(x, down, split=True)
+    @with_flags
+    def both(x, down, heads, out, h):
+        of_mlp = linear(x, down, split=True, added_to=h)
         return of_mlp, linear(heads, out, axes="BTNH,NHD->BTD", split=True)
 
     def loss(*args):
@@ -325,17 +331,23 @@ def multiply_split(mesh):
         mock.patch.object(per_device, "on_hopper", lambda: True),
         mock.patch.object(hopper_peers, "reads_peers", lambda: True),
         mock.patch.object(hopper_peers, "sum_over_peers", add),
+        mock.patch.object(hopper_peers, "make_flags", lambda: jnp.zeros(384, jnp.int32)),
     ):
-        args = x, down, heads, out
-        gradients = jax.jit(jax.grad(loss, range(4)))(*args)
+        args = x, down, heads, out, h
+        gradients = jax.jit(jax.grad(loss, range(5)))(*args)
         assert not taken, "what gradients pass through has XLA's sums"
         values = jax.jit(both)(*args)
+        sums = [((2, 16, 128), True), ((2, 16, 128), False)]
+        assert taken == sums * (split.size == 2)
+        layers = jax.jit(lambda *args: transformer.run_layers(cfg, *args, None).h)(params, tokens)
+        assert taken[2:] == [((2, 32, cfg.d_model), True)] * 2 * (split.size == 2)
         if split.size == 2:
-            assert split_refusal(x, down, "...D,DF->...F", None) is None
+            refusal = partial(split_refusal, None, x, down, "...D,DF->...F", None)
+            assert with_flags(refusal)() is None
+            assert "stack of layers" in refusal()
             with jax.set_mesh(Mesh(devices[:, :, ::-1], sharding.AXES)):
-                assert "order" in split_refusal(x, down, "...D,DF->...F", None)
-    assert taken == [(2, 16, 128)] * 2 * (split.size == 2)
-    return {"values": values, "gradients": gradients}
+                assert "order" in refusal()
+    return {"values": values, "gradients": gradients, "layers": layers}
 
 
 def with_own_arrays(mesh, cfg, params):

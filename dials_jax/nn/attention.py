@@ -55,8 +55,12 @@ class Attention(nnx.Module):
             return q, KV(k, v)
         return apply_rope(q, sin_cos), KV(apply_rope(k, sin_cos), v)
 
-    def out(self, y: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
-        return linear(y, self.o, self.o_bias, axes="BTNH,NHD->BTD", split=True)
+    def out(
+        self, y: Float[Array, "B T N H"], added_to: Float[Array, "B T D"] | None = None
+    ) -> Float[Array, "B T D"]:
+        """Args: added_to: the residual stream; None: the output is returned by itself."""
+        axes = "BTNH,NHD->BTD"
+        return linear(y, self.o, self.o_bias, axes=axes, split=True, added_to=added_to)
 
 
 @jax.named_scope("attention")

@@ -92,6 +92,9 @@ class Block(nnx.Module):
     ) -> Float[Array, "B W D"]:
         """Adds to the stream what attention returned, then the output of the MLP."""
         m = self.modulations(inputs)
+        if not m and inputs.dropout is None:  # matmuls add to the stream themselves
+            h = self.attention.out(attended, added_to=h)
+            return self.mlp(self.mlp_norm(h), added_to=h)
         update = self.attention.out(attended)
         h = h + gated(dropped(update, inputs.dropout, AFTER_ATTENTION), *m[2:3])
         update = self.mlp(self.mlp_norm(h, *m[3:5]))

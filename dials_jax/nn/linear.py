@@ -39,9 +39,25 @@ PRODUCT = (  # (x, kernel, axes, dtype), as `linear` takes them -> x times the k
     fixed_tiles(tiled_product),
     plain_jax(xla_product),
 )
-SPLIT_PRODUCT = (  # the same, row-parallel: the mesh's tensor axis splits what is summed
+
+
+def plain_split_product(
+    added_to: Float[Array, "..."] | None,
+    x: Float[Array, "..."],
+    kernel: Float[Array, "..."],
+    axes: str,
+    dtype: Any,
+) -> Float[Array, "..."]:
+    """The compiler adds the devices' parts."""
+    y = dispatch(PRODUCT, x, kernel, axes, dtype)
+    return y if added_to is None else added_to + y
+
+
+# Row-parallel, so the mesh's tensor axis splits what is summed: (what it is added to or None, x,
+# kernel, axes, dtype) -> the sum.
+SPLIT_PRODUCT = (
     Implementation("hopper_peers", HOPPER, split_refusal, partial(run_split, xla_product)),
-    *PRODUCT,
+    plain_jax(plain_split_product, "both"),
 )
 MATMUL_8 = (  # (x, weight in 8 bits, dtype) -> x, quantised per token, times the weight
     Implementation("hopper_matmul", HOPPER, matmul_refusal, run_matmul, "both"),
@@ -58,6 +74,7 @@ def linear(
     axes: str = "...D,DF->...F",
     dtype: Any = None,
     split: bool = False,
+    added_to: Float[Array, "..."] | None = None,
 ) -> Float[Array, "..."]:
     """x times the kernel, rounded to x's dtype, plus the bias, whose gradient is summed in float32.
 
@@ -67,13 +84,19 @@ def linear(
       dtype: of the result; None: that of x.
       split: row-parallel: the mesh's tensor axis splits what is summed (heads, hidden units), not
         what results.
+      added_to: what all of it is added to, such as the residual stream.
     """
     kernel = array_of(kernel)
     if is_quantised(kernel):
         y = matmul_8(x, kernel, dtype or x.dtype)
+    elif not split:
+        y = dispatch(PRODUCT, x, kernel.astype(x.dtype), axes, dtype)
+    elif bias is None:
+        return dispatch(SPLIT_PRODUCT, added_to, x, kernel.astype(x.dtype), axes, dtype)
     else:
-        y = dispatch(SPLIT_PRODUCT if split else PRODUCT, x, kernel.astype(x.dtype), axes, dtype)
-    return y if bias is None else shifted(y, array_of(bias))
+        y = dispatch(SPLIT_PRODUCT, None, x, kernel.astype(x.dtype), axes, dtype)
+    y = y if bias is None else shifted(y, array_of(bias))
+    return y if added_to is None else added_to + y
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))

@@ -31,8 +31,11 @@ class MLP(nnx.Module):
         self.down_bias = zeros_if(cfg.mlp_bias, (cfg.d_model,))
 
     @jax.named_scope("mlp")
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return linear(self.hidden(x), self.down, self.down_bias, split=True)
+    def __call__(
+        self, x: Float[Array, "B T D"], added_to: Float[Array, "B T D"] | None = None
+    ) -> Float[Array, "B T D"]:
+        """Args: added_to: the residual stream; None: the output is returned by itself."""
+        return linear(self.hidden(x), self.down, self.down_bias, split=True, added_to=added_to)
 
     def hidden(self, x: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
         if self.kind == "gelu":

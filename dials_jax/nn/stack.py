@@ -26,6 +26,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 from dials_jax import trees
 from dials_jax.errors import nearest, require
 from dials_jax.nn.gates import MAX_BRANCHES, Compaction, Gate, Slice, apply_gate
+from dials_jax.nn.kernels.hopper_peers import with_flags
 from dials_jax.nn.kv import gather
 from dials_jax.nn.policy import Denoising, Policy, decide_gate, init_policy_state, static_gates
 from dials_jax.sharding import BATCH_AXES, constrain_batch, num_batch_shards
@@ -74,6 +75,7 @@ class StackOutput(NamedTuple):
     policy_state: PyTree
 
 
+@with_flags
 def run_stack(
     layer: Layer,
     layers: trees.Params,

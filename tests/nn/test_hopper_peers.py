@@ -27,12 +27,18 @@ READS_PEERS = hopper_peers.reads_peers
 def two_gpus_here(monkeypatch):
     monkeypatch.setattr(jax, "local_device_count", lambda: 2)
     monkeypatch.setattr(hopper_peers, "reads_peers", lambda: True)
+    flags = hopper_peers._flags.set(jnp.zeros(hopper_peers.NUM_FLAGS, jnp.int32))
+    yield
+    hopper_peers._flags.reset(flags)
 
 
-def refusal(sizes=(1, 1, 2), x=(2, 8, 64), weight=(64, 128), axes="...D,DF->...F", dtype="float32"):
+def refusal(
+    sizes=(1, 1, 2), x=(2, 8, 64), weight=(64, 128), axes="...D,DF->...F", dtype="float32",
+    added_to=None,
+):  # fmt: skip
     mesh = AbstractMesh(sizes, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
     with jax.sharding.use_abstract_mesh(mesh):
-        return split_refusal(jnp.ones(x, dtype), jnp.ones(weight, dtype), axes, None)
+        return split_refusal(added_to, jnp.ones(x, dtype), jnp.ones(weight, dtype), axes, None)
 
 
 @pytest.mark.parametrize(
@@ -50,6 +56,8 @@ def refusal(sizes=(1, 1, 2), x=(2, 8, 64), weight=(64, 128), axes="...D,DF->...F
         ({"x": (0, 8, 64)}, "multiples of 2048"),
         ({"dtype": "float16"}, "bfloat16 or float32"),
         ({"axes": "BTD,VD->BTV", "weight": (128, 64)}, "rows by a weight"),
+        ({"added_to": jnp.ones((2, 8, 128))}, None),
+        ({"added_to": jnp.ones((2, 8, 128), "bfloat16")}, "float32 to float32"),
     ],
 )
 def test_what_it_takes(given, expected):
@@ -64,7 +72,12 @@ def test_two_of_several_gpus_are_not_all(monkeypatch):
 
 def test_without_a_mesh():
     x, weight = jnp.ones((2, 8, 64)), jnp.ones((64, 128))
-    assert "two GPUs" in split_refusal(x, weight, "...D,DF->...F", None)
+    assert "two GPUs" in split_refusal(None, x, weight, "...D,DF->...F", None)
+
+
+def test_outside_of_a_stack(monkeypatch):
+    hopper_peers._flags.set(None)
+    assert "stack of layers" in refusal()
 
 
 @pytest.mark.parametrize(
@@ -82,16 +95,16 @@ def test_gpus_that_cannot_read_each_other(name, value, expected, monkeypatch):
 
 def test_inside_a_shard_map_and_in_the_batch_invariant_mode():
     mesh = AbstractMesh((1, 1, 2), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
-    args = jnp.ones((2, 8, 64)), jnp.ones((64, 128)), "...D,DF->...F", None
+    args = None, jnp.ones((2, 8, 64)), jnp.ones((64, 128)), "...D,DF->...F", None
     found = []
 
     def inside(x, weight):
-        found.append(split_refusal(x, weight, *args[2:]))
+        found.append(split_refusal(None, x, weight, *args[3:]))
         return x
 
     with jax.sharding.use_abstract_mesh(mesh):
         split = jax.shard_map(inside, in_specs=P(), out_specs=P(), axis_names={"data", "fsdp"})
-        jax.eval_shape(split, *args[:2])
+        jax.eval_shape(split, *args[1:3])
         assert "two GPUs" in found[0]
         with batch_invariant(True):
             [ours, *_] = linear.SPLIT_PRODUCT
@@ -139,8 +152,10 @@ def test_both_ways_out_of_a_block_are_such_products(monkeypatch):
     """And no other product is."""
     taken = []
 
-    def record(implementations, x, kernel, *rest):
-        taken.append((implementations is linear.SPLIT_PRODUCT, kernel.shape))
+    def record(implementations, *args):
+        split = implementations is linear.SPLIT_PRODUCT
+        x, kernel, *rest = args[1:] if split else args
+        taken.append((split, kernel.shape))
         return linear.xla_product(x, kernel, *rest)
 
     monkeypatch.setattr(linear, "dispatch", record)

@@ -1,11 +1,16 @@
 """Row-parallel products, with an all-reduce of our own, on two Hopper GPUs of one process.
 
 `tensor` splits their weight along what is summed (Shoeybi et al., 2019, section 3). Each GPU
-multiplies its part, and then reads the other's part from its memory, over NVLink. The sum of a
-block's 2 MB is short, so what counts is how soon it starts and whether the next kernel waits for
-the host: this one is a node of a CUDA graph, and XLA's own sum ends the graph. It takes 11 of 86
-microseconds off an MLP of LLaDA-8B's width. A program pays up to 24 for each such sum when it
-starts, so one that passes once through few tokens loses some (docs/results/scaling.md).
+multiplies its part, and then reads the other's part from its memory, over NVLink, and adds both to
+the residual stream. The sum of a block's 2 MB is short, so what counts is how soon it starts and
+whether the next kernel waits for the host: this one is a node of a CUDA graph, and XLA's own sum
+ends the graph. A program pays up to 24 microseconds for each such sum when it starts, so one that
+passes once through few tokens loses some (docs/results/scaling.md).
+
+Before a sum the GPUs wait for each other, block by block, on flags in each other's memory, which
+are 0 again after it. XLA would clear memory for flags before every sum, and let the GPUs meet once
+more in a kernel of its own. So the sums of a stack of layers share flags, which are cleared once,
+before its first layer (`with_flags`).
 """
 
 from __future__ import annotations
@@ -15,20 +20,23 @@ import itertools
 import math
 import os
 from collections.abc import Callable
-from functools import lru_cache, partial
-from typing import Any
+from contextvars import ContextVar
+from functools import lru_cache, partial, wraps
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax._src.mesh import get_concrete_mesh  # within `jax.jit` the public one is abstract
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
+from dials_jax.compiling import batch_invariant
 from dials_jax.nn.kernels.hopper_rows import as_rows
-from dials_jax.nn.kernels.per_device import split_over_tensor
+from dials_jax.nn.kernels.per_device import HOPPER, on_each_device, split_over_tensor
 
 TILE_NUMBERS = 2048  # that a block adds at a time
 MOST_BLOCKS = 132  # one for each multiprocessor; each loops over tiles
+NUM_FLAGS = 384  # whole numbers for each of 128 threads, at least two for each block
 ALLOCATOR = "XLA_PYTHON_CLIENT_ALLOCATOR"
 READABLE = ("", "default", "bfc")  # allocators whose memory the other GPUs of the process may read
 NO_PEERS = (
@@ -37,15 +45,54 @@ NO_PEERS = (
 )
 
 Product = Callable[[Array, Array, str, Any], Array]  # of x, weight, axes and the result's dtype
+Flags = Int32[Array, "N"]  # a GPU's: for block b, the other's is here ([b]), or has read mine
+P_ = ParamSpec("P_")
+R = TypeVar("R")
+
+_flags: ContextVar[Flags | None] = ContextVar("flags", default=None)  # of the layers being traced
+
+
+def with_flags(run: Callable[P_, R]) -> Callable[P_, R]:
+    """`run` with flags for the sums in it, which must follow from each other: no two at a time."""
+
+    @wraps(run)
+    def run_with_flags(*args: P_.args, **kwargs: P_.kwargs) -> R:
+        possible = HOPPER.is_here() and not batch_invariant.value and gpus_refusal() is None
+        token = _flags.set(on_each_device(make_flags) if possible else None)
+        try:
+            return run(*args, **kwargs)
+        finally:
+            _flags.reset(token)
+
+    return run_with_flags
 
 
 def split_refusal(
-    x: Float[Array, "..."], weight: Float[Array, "..."], axes: str, dtype: Any
+    added_to: Float[Array, "..."] | None,
+    x: Float[Array, "..."],
+    weight: Float[Array, "..."],
+    axes: str,
+    dtype: Any,
 ) -> str | None:
     """Why the GPUs cannot add their parts of this product so; None: they can."""
-    mesh, rows = jax.sharding.get_abstract_mesh(), as_rows(axes, weight.ndim)
-    if rows is None:
-        return "it adds products of rows by a weight"
+    rows, why = as_rows(axes, weight.ndim), gpus_refusal()
+    if rows is None or why:
+        return why or "it adds products of rows by a weight"
+    if weight.shape[0] % 2:
+        return f"the mesh does not split {weight.shape[0]}"
+    size = math.prod(x.shape[: x.ndim - rows.num_summed] + weight.shape[rows.num_summed :])
+    of = jnp.dtype(dtype or x.dtype)
+    in_floats = of in (jnp.bfloat16, jnp.float32)
+    if not in_floats or size % TILE_NUMBERS or not 0 < size < 2**31:  # places are of 32 bits
+        return f"it adds multiples of {TILE_NUMBERS} numbers, in bfloat16 or float32"
+    if added_to is not None and added_to.dtype != of:
+        return f"it adds {of} to {of}"
+    return None if _flags.get() is not None else "it is for the sums of a stack of layers"
+
+
+def gpus_refusal() -> str | None:
+    """Why no GPUs can add their parts of a product so; None: they can."""
+    mesh = jax.sharding.get_abstract_mesh()
     # Kernels that reach other devices wait for all of them, also for other batch shards, which may
     # take other branches. More than two GPUs were not measured.
     all_of_two = not mesh.empty and mesh.size == jax.local_device_count() == 2
@@ -55,12 +102,6 @@ def split_refusal(
     numbers = [] if devices.empty else [device.id for device in devices.devices.flat]
     if numbers != sorted(numbers):
         return "the mesh must have the GPUs in the order of their numbers"
-    if weight.shape[0] % mesh.size:
-        return f"the mesh does not split {weight.shape[0]}"
-    size = math.prod(x.shape[: x.ndim - rows.num_summed] + weight.shape[rows.num_summed :])
-    in_floats = jnp.dtype(dtype or x.dtype) in (jnp.bfloat16, jnp.float32)
-    if not in_floats or size % TILE_NUMBERS or not 0 < size < 2**31:  # places are of 32 bits
-        return f"it adds multiples of {TILE_NUMBERS} numbers, in bfloat16 or float32"
     return None if reads_peers() else NO_PEERS
 
 
@@ -86,77 +127,158 @@ def reads_peers() -> bool:
     )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
 def run_split(
-    product: Product, x: Float[Array, "..."], weight: Float[Array, "..."], axes: str, dtype: Any
+    product: Product,
+    added_to: Float[Array, "..."] | None,
+    x: Float[Array, "..."],
+    weight: Float[Array, "..."],
+    axes: str,
+    dtype: Any,
 ) -> Float[Array, "..."]:
-    """x times the weight. What gradients pass through, XLA adds; there is no forward mode.
+    """x times the weight, added to what is given.
 
     Args:
       product: computes a GPU's part, or with gradients all of it.
     """
+    return _run_split(product, axes, dtype, _flags.get(), added_to, x, weight)
 
-    def own_part(x: Array, weight: Array) -> Array:
-        return sum_over_peers(product(x, weight, axes, dtype), "tensor")
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _run_split(product, axes, dtype, flags, added_to, x, weight):
+    """What gradients pass through, XLA adds; there is no forward mode."""
+
+    def own_part(x: Array, weight: Array, flags: Flags, added_to: Array | None) -> Array:
+        return sum_over_peers(product(x, weight, axes, dtype), flags, added_to, "tensor")
 
     summed_axis = x.ndim - as_rows(axes, weight.ndim).num_summed
-    return split_over_tensor(own_part, x, weight, summed_axis)
+    return split_over_tensor(own_part, x, weight, summed_axis, flags, added_to)
 
 
-def _run_forward(product, x, weight, axes, dtype):
-    return jax.vjp(lambda x, weight: product(x, weight, axes, dtype), x, weight)
+def _run_forward(product, axes, dtype, flags, added_to, x, weight):
+    def all_of_it(added_to, x, weight):
+        y = product(x, weight, axes, dtype)
+        return y if added_to is None else added_to + y
+
+    return jax.vjp(all_of_it, added_to, x, weight)
 
 
 def _run_backward(product, axes, dtype, pull, g):
-    return pull(g)
+    return None, *pull(g)
 
 
-run_split.defvjp(_run_forward, _run_backward)
+_run_split.defvjp(_run_forward, _run_backward)
+
+
+def make_flags() -> Flags:
+    """This GPU's flags, all 0, once those of all GPUs are; inside `shard_map`."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    def clear_flags_kernel(flags):
+        layout = plgpu.Layout.WG_STRIDED((NUM_FLAGS,), vec_size=1)
+        flags[...] = plgpu.layout_cast(jnp.zeros(NUM_FLAGS, jnp.int32), layout)
+        # XLA clears this semaphore, and the GPUs meet, before the kernel starts.
+        cleared = pl.get_global(plgpu.SemaphoreType.REGULAR)
+        others = _others("tensor")
+        for other in others:
+            pl.semaphore_signal(cleared, 1, device_id={"tensor": other})
+        pl.semaphore_wait(cleared, len(others))
+
+    flags = jax.ShapeDtypeStruct((NUM_FLAGS,), jnp.int32)
+    return plgpu.kernel(clear_flags_kernel, out_type=flags, grid=(1,), grid_names=("block",))()
 
 
 @partial(jax.jit, static_argnames="axis")  # lowered once for all layers, not once per layer
-def sum_over_peers(x: Float[Array, "..."], axis: str) -> Float[Array, "..."]:
-    """The all-reduce over the GPUs of a mesh's axis, in float32, rounded once; inside `shard_map`.
+def sum_over_peers(
+    x: Float[Array, "..."], flags: Flags, added_to: Float[Array, "..."] | None, axis: str
+) -> Float[Array, "..."]:
+    """The all-reduce over the GPUs of a mesh's axis, plus what is given; inside `shard_map`.
 
-    All GPUs add in the order of their numbers, so all get the same bits. For sizes see
-    `split_refusal`. A GPU that does not call it lets the others wait for ever, as with any sum.
+    The sum is made in float32 and rounded once, before it is added. All GPUs add in the order of
+    their numbers, so all get the same bits. For sizes see `split_refusal`. A GPU that does not call
+    it lets the others wait for ever, as with any sum.
     """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    num_gpus, num_tiles = lax.axis_size(axis), x.size // TILE_NUMBERS
+    num_gpus, tile_numbers = lax.axis_size(axis), _tile_numbers(x.size)
+    num_tiles = x.size // tile_numbers
     num_blocks = min(num_tiles, MOST_BLOCKS)
     numbers_per_read = 16 // x.dtype.itemsize  # the widest read has 16 bytes
-    layout = plgpu.Layout.WG_STRIDED((TILE_NUMBERS,), vec_size=numbers_per_read)
+    layout = plgpu.Layout.WG_STRIDED((tile_numbers,), vec_size=numbers_per_read)
 
-    def sum_over_peers_kernel(x, y):  # the name in profiles
-        # Kernels that reach other devices begin at the same time everywhere, so all parts are here.
-        read, me = pl.get_global(plgpu.SemaphoreType.REGULAR), lax.axis_index(axis)
+    def sum_over_peers_kernel(x, flags, *rest):  # the name in profiles
+        *added_to, y = rest
+        block, others = lax.axis_index("block"), _others(axis)
+        here, read = (flags.at[pl.ds(i * MOST_BLOCKS + block, 1)] for i in range(2))
+
+        def meet(flag):
+            for other in others:
+                _signal(plgpu.remote_ref(flag, {axis: other}))
+            _wait(flag, len(others))
+
+        meet(here)  # the other's part is there
 
         @plgpu.nd_loop((num_tiles,), collective_axes="block")
         def _(loop):
-            tile = pl.ds(loop.index[0] * TILE_NUMBERS, TILE_NUMBERS)
+            tile = pl.ds(loop.index[0] * tile_numbers, tile_numbers)
+
+            def numbers_of(ref):
+                return plgpu.layout_cast(ref.at[tile][...], layout).astype(jnp.float32)
+
             parts = [
-                plgpu.layout_cast(
-                    plgpu.remote_ref(x, {axis: jnp.int32(gpu)}).at[tile][...], layout
-                ).astype(jnp.float32)
-                for gpu in range(num_gpus)
+                numbers_of(plgpu.remote_ref(x, {axis: jnp.int32(gpu)})) for gpu in range(num_gpus)
             ]
-            y[tile] = sum(parts[1:], parts[0]).astype(y.dtype)
+            total = sum(parts[1:], parts[0])
+            for ref in added_to:
+                total = numbers_of(ref) + total.astype(y.dtype).astype(jnp.float32)
+            y[tile] = total.astype(y.dtype)
 
-        # x may be overwritten once this kernel ends, so one block waits until all others have read.
-        for distance in range(1, num_gpus):
-            other = lax.rem(me + distance, jnp.int32(num_gpus))
-            pl.semaphore_signal(read, 1, device_id={axis: other})
-
-        @pl.when(lax.axis_index("block") == 0)
-        def _():
-            pl.semaphore_wait(read, num_blocks * (num_gpus - 1))
+        meet(read)  # x may be overwritten once this kernel ends
 
     kernel = plgpu.kernel(
         sum_over_peers_kernel,
         out_type=jax.ShapeDtypeStruct((x.size,), x.dtype),
         grid=(num_blocks,),
         grid_names=("block",),
+        compiler_params=plgpu.CompilerParams(skip_device_barrier=True),
     )
-    return kernel(x.reshape(-1)).reshape(x.shape)
+    given = () if added_to is None else (added_to.reshape(-1),)
+    return kernel(x.reshape(-1), flags, *given).reshape(x.shape)
+
+
+def _tile_numbers(size: int) -> int:
+    """Twice as many at a time where all blocks have work: then more reads are on their way."""
+    twice = 2 * TILE_NUMBERS
+    return twice if size % twice == 0 and size >= twice * MOST_BLOCKS else TILE_NUMBERS
+
+
+def _others(axis: str) -> list[Int32[Array, ""]]:
+    num_gpus = lax.axis_size(axis)
+    distances = range(1, num_gpus)
+    return [lax.rem(lax.axis_index(axis) + d, jnp.int32(num_gpus)) for d in distances]
+
+
+def _signal(flag: Any) -> None:
+    """Adds 1 to a flag once all threads of the block are done with what comes before."""
+    from jax.experimental.mosaic import gpu as mgpu
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def signal(_, flag):
+        mgpu.utils.warpgroup_barrier()
+        mgpu.SemaphoreRef(mgpu.utils.memref_ptr(flag)).signal(1)
+
+    signal(flag)
+
+
+def _wait(flag: Any, value: int) -> None:
+    """Waits until a flag has the value, which is then taken off."""
+    from jax.experimental.mosaic import gpu as mgpu
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def wait(_, flag):
+        mgpu.SemaphoreRef(mgpu.utils.memref_ptr(flag)).wait(value)
+
+    wait(flag)

@@ -126,10 +126,16 @@ def sequences_per_device(
 
 
 def split_over_tensor(
-    fn: Callable[[Array, Array], Array], x: Float[Array, "..."], weight: Array, axis: int
+    fn: Callable[..., Array], x: Float[Array, "..."], weight: Array, axis: int, *whole: Any
 ) -> Float[Array, "..."]:
     """Each device computes with its part of x, along `axis`, and of the weight, along its first."""
-    return _per_device(fn, (x, weight), (P(*[None] * axis, "tensor"), P("tensor")), P())
+    specs = P(*[None] * axis, "tensor"), P("tensor"), *(P() for _ in whole)
+    return _per_device(fn, (x, weight, *whole), specs, P())
+
+
+def on_each_device(fn: Callable[[], Array]) -> Array:
+    """What every device makes for itself; an array that all of them hold, to JAX."""
+    return _per_device(fn, (), (), P())
 
 
 def _per_device(fn: Callable[..., Array], args: tuple[Any, ...], in_specs: Any, out_specs: Any):
