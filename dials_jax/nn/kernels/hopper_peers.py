@@ -4,7 +4,7 @@
 multiplies its part, and then reads the other's part from its memory, over NVLink, and adds both to
 the residual stream. The sum of a block's 2 MB is short, so what counts is how soon it starts and
 whether the next kernel waits for the host: this one is a node of a CUDA graph, and XLA's own sum
-ends the graph. A program pays up to 24 microseconds for each such sum when it starts, so one that
+ends the graph. A program pays up to 34 microseconds for each such sum when it starts, so one that
 passes once through few tokens loses some (docs/results/scaling.md).
 
 Before a sum the GPUs wait for each other, block by block, on flags in each other's memory, which
