@@ -17,6 +17,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
@@ -30,6 +32,7 @@ FILE_SIZE = 1 << 24  # bytes of each file, and of what it prints
 OPEN_FILES = 64
 WALL = 4  # a program may take this many times its seconds of processor time, when it waits
 LONGEST_VERDICT = 1000
+NOTICE = 0.05  # seconds after which a stop is noticed
 # Without these a library of linear algebra starts threads, which the limit of processes forbids.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 _CHILD = Path(__file__).with_name("sample_process.py")
@@ -44,8 +47,12 @@ def execute_programs(programs: Sequence[str], seconds: int) -> list[str]:
     Returns: for each `PASSED` if it ran to its end, or in a few words why it did not.
     """
     check_platform()
+    stop = threading.Event()
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        return list(pool.map(lambda program: execute_program(program, seconds), programs))
+        try:
+            return list(pool.map(lambda program: execute_program(program, seconds, stop), programs))
+        finally:  # when this process is interrupted, too: it waits for what runs no longer
+            stop.set()
 
 
 def check_platform() -> None:
@@ -56,8 +63,12 @@ def check_platform() -> None:
     )
 
 
-def execute_program(program: str, seconds: int) -> str:
-    """One of `execute_programs`. Nothing of it is left: no process, no file."""
+def execute_program(program: str, seconds: int, stop: threading.Event | None = None) -> str:
+    """One of `execute_programs`. Nothing of it is left: no process, no file.
+
+    Args:
+      stop: once it is set, the program is ended.
+    """
     token = secrets.token_hex(8)  # who does not know it cannot say that a program passed
     request = {"program": program, "token": token, "limits": limits(seconds)}
     with (
@@ -76,7 +87,7 @@ def execute_program(program: str, seconds: int) -> str:
             env=ENVIRONMENT | {"HOME": folder, "TMPDIR": folder},
             start_new_session=True,
         )
-        ended = _wait(process, WALL * seconds)
+        ended = _wait(process, WALL * seconds, stop or threading.Event())
         answer.seek(0)
         said = answer.read(LONGEST_VERDICT).decode(errors="replace")
     if said.startswith(token + " "):
@@ -96,19 +107,19 @@ def limits(seconds: int) -> dict[str, int]:
     }
 
 
-def _wait(process: subprocess.Popen, seconds: int | float) -> bool:
+def _wait(process: subprocess.Popen, seconds: int | float, stop: threading.Event) -> bool:
     """Waits for the end, at most so long, and kills the group. Returns: whether it ended itself."""
-    ended = False
+    deadline = time.monotonic() + seconds
     try:
-        process.wait(seconds)
-        ended = True
-    except subprocess.TimeoutExpired:
-        pass
+        while not stop.is_set() and (left := deadline - time.monotonic()) > 0:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(min(left, NOTICE))
+                return True
+        return False
     finally:  # also when this process is interrupted
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    return ended
 
 
 def _why(code: int) -> str:

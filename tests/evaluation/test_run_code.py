@@ -1,7 +1,9 @@
 """Programs are executed in a process of their own; whatever they do, nothing of them is left."""
 
 import os
+import signal
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -117,6 +119,20 @@ def test_an_interrupted_program_is_ended(folders, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         execute_program("import time\ntime.sleep(1000)", 1)
     assert len(calls) == 2
+
+
+@pytest.mark.skipif(
+    threading.current_thread() is not threading.main_thread(), reason="only that one gets signals"
+)
+def test_an_interrupted_command_ends_its_programs_at_once(folders):
+    """Ctrl-C, where one or two programs run and others wait for their turn."""
+    start = time.monotonic()
+    timer = threading.Timer(1, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        execute_programs(["import time\ntime.sleep(1000)"] * (os.cpu_count() + 2), 60)
+    timer.join()
+    assert time.monotonic() - start < 20
 
 
 @pytest.mark.skipif(not Path("/proc/self/net/dev").exists(), reason="only Linux lists interfaces")
