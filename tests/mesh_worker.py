@@ -318,6 +318,7 @@ def multiply_split(mesh):
     @with_flags
     def both(x, down, heads, out, h):
         of_mlp = linear(x, down, split=True, added_to=h)
+        heads = heads * jnp.tanh(of_mlp[..., :1, None])  # one sum after the other
         return of_mlp, linear(heads, out, axes="BTNH,NHD->BTD", split=True)
 
     def loss(*args):
@@ -331,7 +332,9 @@ def multiply_split(mesh):
         mock.patch.object(per_device, "on_hopper", lambda: True),
         mock.patch.object(hopper_peers, "reads_peers", lambda: True),
         mock.patch.object(hopper_peers, "sum_over_peers", add),
-        mock.patch.object(hopper_peers, "make_flags", lambda: jnp.zeros(384, jnp.int32)),
+        mock.patch.object(
+            hopper_peers, "make_flags", lambda: jnp.zeros(hopper_peers.NUM_FLAGS, jnp.int32)
+        ),
     ):
         args = x, down, heads, out, h
         gradients = jax.jit(jax.grad(loss, range(5)))(*args)

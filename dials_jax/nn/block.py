@@ -92,7 +92,7 @@ class Block(nnx.Module):
     ) -> Float[Array, "B W D"]:
         """Adds to the stream what attention returned, then the output of the MLP."""
         m = self.modulations(inputs)
-        if not m and inputs.dropout is None:  # matmuls add to the stream themselves
+        if not m and inputs.dropout is None:  # nothing comes between matmul and addition
             h = self.attention.out(attended, added_to=h)
             return self.mlp(self.mlp_norm(h), added_to=h)
         update = self.attention.out(attended)

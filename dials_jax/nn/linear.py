@@ -84,7 +84,7 @@ def linear(
       dtype: of the result; None: that of x.
       split: row-parallel: the mesh's tensor axis splits what is summed (heads, hidden units), not
         what results.
-      added_to: what all of it is added to, such as the residual stream.
+      added_to: what all of it is added to, of the result's shape: the residual stream.
     """
     kernel = array_of(kernel)
     if is_quantised(kernel):

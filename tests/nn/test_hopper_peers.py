@@ -16,8 +16,8 @@ from jax.sharding import PartitionSpec as P
 from dials_jax import sharding
 from dials_jax.compiling import batch_invariant
 from dials_jax.nn import attention, linear, mlp
-from dials_jax.nn.kernels import hopper_peers
-from dials_jax.nn.kernels.hopper_peers import split_refusal
+from dials_jax.nn.kernels import hopper_peers, per_device
+from dials_jax.nn.kernels.hopper_peers import PEER_ACCESS, PEER_ATOMICS, split_refusal
 from tests.conftest import small_config
 
 READS_PEERS = hopper_peers.reads_peers
@@ -57,7 +57,8 @@ def refusal(
         ({"dtype": "float16"}, "bfloat16 or float32"),
         ({"axes": "BTD,VD->BTV", "weight": (128, 64)}, "rows by a weight"),
         ({"added_to": jnp.ones((2, 8, 128))}, None),
-        ({"added_to": jnp.ones((2, 8, 128), "bfloat16")}, "float32 to float32"),
+        ({"added_to": jnp.ones((2, 8, 128), "bfloat16")}, "to float32 of the product's"),
+        ({"added_to": jnp.ones((1, 8, 128))}, "the product's shape"),
     ],
 )
 def test_what_it_takes(given, expected):
@@ -75,7 +76,23 @@ def test_without_a_mesh():
     assert "two GPUs" in split_refusal(None, x, weight, "...D,DF->...F", None)
 
 
-def test_outside_of_a_stack(monkeypatch):
+@pytest.mark.parametrize(
+    "names, made",
+    [("", True), ("xla", False), ("hopper_peers", True), ("hopper_peers,xla", True),
+     ("cudnn,xla", False)],
+)  # fmt: skip
+def test_xlas_kernels_need_no_flags(names, made, monkeypatch):
+    monkeypatch.setenv("DIALS_KERNELS", names)
+    monkeypatch.setattr(per_device, "on_hopper", lambda: True)
+    monkeypatch.setattr(hopper_peers, "on_each_device", lambda make: make)
+    mesh = AbstractMesh((1, 1, 2), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert hopper_peers.with_flags(hopper_peers._flags.get)() == (
+            hopper_peers.make_flags if made else None
+        )
+
+
+def test_outside_of_a_stack():
     hopper_peers._flags.set(None)
     assert "stack of layers" in refusal()
 
@@ -115,13 +132,13 @@ def test_inside_a_shard_map_and_in_the_batch_invariant_mode():
 def two_gpus(monkeypatch):
     """Sets what a process with two GPUs finds: an allocator, the driver, and JAX's options."""
 
-    def make(allocator="", reachable=True, waits=True, status=0):
-        def can_access(yes, gpu, peer):
-            yes._obj.value = reachable and {gpu, peer} == {0, 1}
+    def make(allocator="", reachable=(PEER_ACCESS, PEER_ATOMICS), waits=True, status=0):
+        def attribute_of(yes, attribute, gpu, peer):
+            yes._obj.value = attribute in reachable and {gpu, peer} == {0, 1}
             return status
 
         gpus = [SimpleNamespace(local_hardware_id=number) for number in range(2)]
-        driver = SimpleNamespace(cuDeviceCanAccessPeer=can_access)
+        driver = SimpleNamespace(cuDeviceGetP2PAttribute=attribute_of)
         fields = {"skip_device_barrier": None} if waits else {}
         params = SimpleNamespace(__dataclass_fields__=fields)
         monkeypatch.setenv("XLA_PYTHON_CLIENT_ALLOCATOR", allocator)
@@ -138,7 +155,8 @@ def two_gpus(monkeypatch):
         ({}, True),
         ({"allocator": "bfc"}, True),
         ({"allocator": "platform"}, False),
-        ({"reachable": False}, False),
+        ({"reachable": [PEER_ATOMICS]}, False),
+        ({"reachable": [PEER_ACCESS]}, False),
         ({"status": 1}, False),
         ({"waits": False}, False),  # JAX before 0.11.2
     ],

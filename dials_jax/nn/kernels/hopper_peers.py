@@ -9,8 +9,8 @@ passes once through few tokens loses some (docs/results/scaling.md).
 
 Before a sum the GPUs wait for each other, block by block, on flags in each other's memory, which
 are 0 again after it. XLA would clear memory for flags before every sum, and let the GPUs meet once
-more in a kernel of its own. So the sums of a stack of layers share flags, which are cleared once,
-before its first layer (`with_flags`).
+more in a kernel of its own. So the sums of a stack of layers share flags, which are cleared before
+its first layer (`with_flags`), or once a program: XLA takes that out of loops.
 """
 
 from __future__ import annotations
@@ -32,39 +32,52 @@ from jaxtyping import Array, Float, Int32
 
 from dials_jax.compiling import batch_invariant
 from dials_jax.nn.kernels.hopper_rows import as_rows
+from dials_jax.nn.kernels.implementation import names_in_environment
 from dials_jax.nn.kernels.per_device import HOPPER, on_each_device, split_over_tensor
 
 TILE_NUMBERS = 2048  # that a block adds at a time
 MOST_BLOCKS = 132  # one for each multiprocessor; each loops over tiles
-NUM_FLAGS = 384  # whole numbers for each of 128 threads, at least two for each block
+NUM_FLAGS = -(-2 * MOST_BLOCKS // 128) * 128  # two for each block; 128 threads clear as many each
 ALLOCATOR = "XLA_PYTHON_CLIENT_ALLOCATOR"
 READABLE = ("", "default", "bfc")  # allocators whose memory the other GPUs of the process may read
 NO_PEERS = (
-    "it needs GPUs that may read each other's memory, JAX 0.11.2 or later, and memory of the "
-    f"default allocator ({ALLOCATOR})"
+    "it needs GPUs that reach each other's memory by NVLink, JAX 0.11.2 or later, and memory of "
+    f"the default allocator ({ALLOCATOR})"
 )
+PEER_ACCESS, PEER_ATOMICS = 2, 3  # attributes of a pair of GPUs, by their numbers in CUDA's driver
 
 Product = Callable[[Array, Array, str, Any], Array]  # of x, weight, axes and the result's dtype
-Flags = Int32[Array, "N"]  # a GPU's: for block b, the other's is here ([b]), or has read mine
-P_ = ParamSpec("P_")
+# A GPU's. [b]: for block b the other one's part is there; [MOST_BLOCKS + b]: it has read mine.
+Flags = Int32[Array, "N"]
+P = ParamSpec("P")
 R = TypeVar("R")
 
 _flags: ContextVar[Flags | None] = ContextVar("flags", default=None)  # of the layers being traced
 
 
-def with_flags(run: Callable[P_, R]) -> Callable[P_, R]:
-    """`run` with flags for the sums in it, which must follow from each other: no two at a time."""
+def with_flags(run: Callable[P, R]) -> Callable[P, R]:
+    """`run` with flags for the sums in it.
+
+    Each sum needs the result of the one before: two at a time would take each other's signals.
+    Nothing that keeps its traces from one call of `run` to the next, such as a `jax.jit` of a
+    module, may hold such a sum: the flags belong to one trace.
+    """
 
     @wraps(run)
-    def run_with_flags(*args: P_.args, **kwargs: P_.kwargs) -> R:
-        possible = HOPPER.is_here() and not batch_invariant.value and gpus_refusal() is None
-        token = _flags.set(on_each_device(make_flags) if possible else None)
+    def run_with_flags(*args: P.args, **kwargs: P.kwargs) -> R:
+        token = _flags.set(on_each_device(make_flags) if _may_run() else None)
         try:
             return run(*args, **kwargs)
         finally:
             _flags.reset(token)
 
     return run_with_flags
+
+
+def _may_run() -> bool:
+    forced = [name for name in names_in_environment() if name in ("hopper_peers", "xla")]
+    here = HOPPER.is_here() and not batch_invariant.value and forced[:1] != ["xla"]
+    return here and gpus_refusal() is None
 
 
 def split_refusal(
@@ -80,13 +93,13 @@ def split_refusal(
         return why or "it adds products of rows by a weight"
     if weight.shape[0] % 2:
         return f"the mesh does not split {weight.shape[0]}"
-    size = math.prod(x.shape[: x.ndim - rows.num_summed] + weight.shape[rows.num_summed :])
-    of = jnp.dtype(dtype or x.dtype)
+    shape = x.shape[: x.ndim - rows.num_summed] + weight.shape[rows.num_summed :]
+    size, of = math.prod(shape), jnp.dtype(dtype or x.dtype)
     in_floats = of in (jnp.bfloat16, jnp.float32)
     if not in_floats or size % TILE_NUMBERS or not 0 < size < 2**31:  # places are of 32 bits
         return f"it adds multiples of {TILE_NUMBERS} numbers, in bfloat16 or float32"
-    if added_to is not None and added_to.dtype != of:
-        return f"it adds {of} to {of}"
+    if added_to is not None and (added_to.shape, added_to.dtype) != (shape, of):
+        return f"it adds to {of} of the product's shape"
     return None if _flags.get() is not None else "it is for the sums of a stack of layers"
 
 
@@ -107,7 +120,8 @@ def gpus_refusal() -> str | None:
 
 @lru_cache
 def reads_peers() -> bool:
-    """Whether a kernel on any GPU of this process may read the memory of all others."""
+    """Whether a kernel on any GPU of this process reaches the memory of all others: it may read
+    it, and add to a number there while that GPU does."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     # Where kernels that reach other devices have no such option, they do not wait for them either.
@@ -120,10 +134,11 @@ def reads_peers() -> bool:
     except OSError:
         return False
     numbers = [device.local_hardware_id for device in jax.local_devices()]
+    pairs = itertools.product((PEER_ACCESS, PEER_ATOMICS), itertools.permutations(numbers, 2))
     yes = ctypes.c_int()
     return all(
-        driver.cuDeviceCanAccessPeer(ctypes.byref(yes), *pair) == 0 and yes.value
-        for pair in itertools.permutations(numbers, 2)
+        driver.cuDeviceGetP2PAttribute(ctypes.byref(yes), attribute, *pair) == 0 and yes.value
+        for attribute, pair in pairs
     )
 
 
@@ -177,7 +192,8 @@ def make_flags() -> Flags:
     def clear_flags_kernel(flags):
         layout = plgpu.Layout.WG_STRIDED((NUM_FLAGS,), vec_size=1)
         flags[...] = plgpu.layout_cast(jnp.zeros(NUM_FLAGS, jnp.int32), layout)
-        # XLA clears this semaphore, and the GPUs meet, before the kernel starts.
+        # XLA clears this semaphore, and the GPUs meet, before the kernel starts; but the flags are
+        # cleared within it, so the GPUs meet again.
         cleared = pl.get_global(plgpu.SemaphoreType.REGULAR)
         others = _others("tensor")
         for other in others:

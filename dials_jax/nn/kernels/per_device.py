@@ -128,13 +128,14 @@ def sequences_per_device(
 def split_over_tensor(
     fn: Callable[..., Array], x: Float[Array, "..."], weight: Array, axis: int, *whole: Any
 ) -> Float[Array, "..."]:
-    """Each device computes with its part of x, along `axis`, and of the weight, along its first."""
+    """Each device computes with its part of x, along `axis`, and of the weight, along its first,
+    and all of `whole`."""
     specs = P(*[None] * axis, "tensor"), P("tensor"), *(P() for _ in whole)
     return _per_device(fn, (x, weight, *whole), specs, P())
 
 
 def on_each_device(fn: Callable[[], Array]) -> Array:
-    """What every device makes for itself; an array that all of them hold, to JAX."""
+    """What every device makes for itself; JAX takes it for one array that all of them hold."""
     return _per_device(fn, (), (), P())
 
 
