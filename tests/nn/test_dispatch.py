@@ -174,7 +174,18 @@ def test_each_operation_is_forced_by_its_own_name(monkeypatch):
     assert pick(dispatch.SWIGLU, x, (gate_up,), (None,)).name == "xla"  # named first
 
 
-@pytest.mark.parametrize("value", ["xlaa", "xla,cudn"])
+def test_one_can_be_left_out(taken, monkeypatch):
+    monkeypatch.setenv("DIALS_KERNELS", "-hopper_window")
+    some_attention()
+    assert taken == []
+    some_attention(implementation="hopper_window")  # the argument goes before the environment
+    assert taken == ["attention"]
+    monkeypatch.setenv("DIALS_KERNELS", "-hopper_window,-cudnn,-xla")
+    with pytest.raises(InputError, match=r"DIALS_KERNELS leaves out all that fits of .*cudnn.*xla"):
+        some_attention()
+
+
+@pytest.mark.parametrize("value", ["xlaa", "xla,cudn", "-cudn"])
 def test_an_unknown_name_is_refused(value, monkeypatch):
     monkeypatch.setenv("DIALS_KERNELS", value)
     with pytest.raises(InputError, match=r"DIALS_KERNELS: .* did you mean '(xla|cudnn)'"):

@@ -79,7 +79,7 @@ def test_without_a_mesh():
 @pytest.mark.parametrize(
     "names, made",
     [("", True), ("xla", False), ("hopper_peers", True), ("hopper_peers,xla", True),
-     ("cudnn,xla", False)],
+     ("cudnn,xla", False), ("-hopper_peers", False), ("-cudnn", True)],
 )  # fmt: skip
 def test_xlas_kernels_need_no_flags(names, made, monkeypatch):
     monkeypatch.setenv("DIALS_KERNELS", names)

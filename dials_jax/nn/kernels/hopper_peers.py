@@ -32,7 +32,7 @@ from jaxtyping import Array, Float, Int32
 
 from dials_jax.compiling import batch_invariant
 from dials_jax.nn.kernels.hopper_rows import as_rows
-from dials_jax.nn.kernels.implementation import names_in_environment
+from dials_jax.nn.kernels.implementation import forced_by_environment, left_out_by_environment
 from dials_jax.nn.kernels.per_device import HOPPER, on_each_device, split_over_tensor
 
 TILE_NUMBERS = 2048  # that a block adds at a time
@@ -75,9 +75,9 @@ def with_flags(run: Callable[P, R]) -> Callable[P, R]:
 
 
 def _may_run() -> bool:
-    forced = [name for name in names_in_environment() if name in ("hopper_peers", "xla")]
-    here = HOPPER.is_here() and not batch_invariant.value and forced[:1] != ["xla"]
-    return here and gpus_refusal() is None
+    if not HOPPER.is_here() or batch_invariant.value or left_out_by_environment("hopper_peers"):
+        return False
+    return forced_by_environment(("hopper_peers", "xla")) != "xla" and gpus_refusal() is None
 
 
 def split_refusal(

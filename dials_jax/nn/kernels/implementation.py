@@ -3,7 +3,8 @@
 The last of every list is plain JAX: it says what the operation computes, and fits always.
 `DIALS_KERNELS=xla` in the environment, or the argument `implementation`, forces one by its name.
 The environment may name several, separated by commas: in each list the one that it has is forced;
-in a list without any of them, the first that fits runs. It is read when a program is traced.
+in a list without any of them, the first that fits runs. `DIALS_KERNELS=-cudnn` leaves one out. The
+environment is read when a program is traced.
 
 The batch-invariant mode (`compiling.batch_invariant`) chooses among implementations whose sums have
 an order of their own: a row is summed alike wherever it stands and however many rows there are. So
@@ -16,7 +17,7 @@ and `nn.kernels.row_sums`.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Literal, NamedTuple
 
 from dials_jax.compiling import batch_invariant
@@ -92,22 +93,35 @@ def pick(
     """The implementation that `dispatch` runs."""
     by_name = {x.name: x for x in implementations}
     if implementation is None:
-        name = next((name for name in names_in_environment() if name in by_name), None)
+        name = forced_by_environment(by_name)
         where = f"{VARIABLE}={name}"
     else:
         name, where = implementation, f"implementation={implementation!r}"
         require(name in by_name, f"{where} is unknown{nearest(name, by_name)}")
     if name is None:
-        return next(x for x in implementations if x.refusal(*args) is None)
+        allowed = (x for x in implementations if not left_out_by_environment(x.name))
+        found = next((x for x in allowed if x.refusal(*args) is None), None)
+        require(found is not None, f"{VARIABLE} leaves out all that fits of {', '.join(by_name)}")
+        return found
     why = by_name[name].refusal(*args)
     instead = "leave the choice out" if batch_invariant.value else "'xla' always does"
     require(why is None, f"{where} does not fit: {why}; {instead}")
     return by_name[name]
 
 
-def names_in_environment() -> list[str]:
+def forced_by_environment(names: Collection[str]) -> str | None:
+    """The first of these names that the environment forces; None: it forces none of them."""
+    return next((name for name in _names_in_environment() if name in names), None)
+
+
+def left_out_by_environment(name: str) -> bool:
+    return f"-{name}" in _names_in_environment()
+
+
+def _names_in_environment() -> list[str]:
     """Raises: InputError for an unknown name."""
     names = [name for name in os.environ.get(VARIABLE, "").split(",") if name]
     for name in names:
-        require(name in NAMES, f"{VARIABLE}: {name!r} is unknown{nearest(name, NAMES)}")
+        known = name.removeprefix("-")
+        require(known in NAMES, f"{VARIABLE}: {known!r} is unknown{nearest(known, NAMES)}")
     return names
