@@ -43,7 +43,14 @@ def demo(arithmetic_model, routers, tmp_path, monkeypatch):
 
 def test_the_examples_of_skipping_run(demo):
     names = run_examples("docs/skipping.md")
-    assert names["out"].gates.shape == (5, names["model"].num_layers, 2)
+    model, prompts, policy = names["model"], names["prompts"], names["SkipEarly"](3)
+    assert names["out"].gates.shape == (5, model.num_layers, 2)
+    # Its gates are those of a sequence alone, whatever the batch pads.
+    settings = {"sampler": names["sampler"], "policy": policy}
+    alone = dials_jax.generate(model, [prompts[0][:2]], **settings).gates
+    both = dials_jax.generate(model, [prompts[0][:2], prompts[1]], **settings).gates
+    assert 0 < alone.mean() < 1
+    np.testing.assert_array_equal(both[:, :, 0], alone[:, :, 0])
 
 
 def test_the_examples_of_eight_bits_run(demo):

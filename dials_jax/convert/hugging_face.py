@@ -90,6 +90,12 @@ def require_known_model_type(values: dict[str, Any], source: Path) -> None:
         values.get("format") != MODEL_FORMAT,
         f"{source} is a model folder of this library already; load it, or `dials export` it",
     )
+    is_workdir = "model_type" not in values and (source / "model" / "config.json").is_file()
+    require(
+        not is_workdir,
+        f"{source} is the folder of a training, whose model is of this library already; load it, "
+        "or `dials export` it",
+    )
     kind, found = values.get("model_type"), values.get("architectures")
     names = found if isinstance(found, list) else []
     names = [name for name in names if isinstance(name, str)]

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from dials_jax.config import ModelConfig, shown
 from dials_jax.errors import InputError, require
 from dials_jax.nn.gates import Gate
+from dials_jax.trees import is_unrolled
 
 
 class Denoising(NamedTuple):
     """What a policy may know about a batch beside its hidden states.
 
     Attributes:
-      masked: [MASK] now, and not padding.
+      masked: [MASK] now, and not padding. How much padding there is depends on the batch.
       step: denoising step, from 0: the same in all sequences, or one for each.
       sequence_keys: one random key per sequence.
       prompt_length: this many first tokens are never masked: routers leave them out.
@@ -68,9 +71,14 @@ class Policy(Protocol):
 
 def check_policy(policy: object) -> None:
     """Raises: InputError for anything but None or a policy."""
-    if policy is None or (isinstance(policy, Policy) and not isinstance(policy, type)):
+    is_policy = isinstance(policy, Policy) and not isinstance(policy, type)
+    if policy is None or (is_policy and not jax.tree_util.all_leaves([policy])):
         return
     name = type(policy).__name__  # never the policy's text: its weights would be fetched for that
+    require(
+        not is_policy,
+        f"policy {name} is no pytree; register it, as @jax.tree_util.register_dataclass does",
+    )
     require(not hasattr(policy, "plan"), f"{name}.plan is now `{name}.prepare`; rename that method")
     raise InputError(f"policy={shown(policy)} is no policy; give None, or one as Static((7, 9))")
 
@@ -112,14 +120,47 @@ def init_policy_state(
     return None if init is None else init(h, denoising)
 
 
+def prepare_policy(policy: Policy, num_layers: int, denoising: Denoising) -> PyTree:
+    """Everything known before the first layer.
+
+    Raises: InputError where that has not one slice for each layer.
+    """
+    prepared = policy.prepare(num_layers, denoising)
+    unrolled = is_unrolled(prepared)
+    lengths = [len(prepared)] if unrolled else [jnp.shape(x)[:1] for x in jax.tree.leaves(prepared)]
+    require(
+        all(length in (num_layers, (num_layers,)) for length in lengths),
+        f"policy {policy_name(policy)!r}: prepare must give a slice for each of {num_layers} "
+        f"layers, and gave {', '.join(map(str, lengths))}",
+    )
+    return prepared
+
+
+def _checked_gate(policy: Policy, gate: Any, num_sequences: int) -> Gate:
+    if isinstance(gate, bool):
+        return np.bool_(gate)
+    shape, dtype = jnp.shape(gate), jnp.result_type(gate)
+    kinds = any(jnp.issubdtype(dtype, kind) for kind in (jnp.bool_, jnp.floating))
+    require(
+        kinds and shape in ((), (num_sequences,)),
+        f"policy {policy_name(policy)!r}: gate gave {dtype} of shape {list(shape)}; give one bool, "
+        f"or one for each sequence, [{num_sequences}]",
+    )
+    return gate
+
+
 def decide_gate(
     policy: Policy, prepared: PyTree, h: Float[Array, "B T D"], denoising: Denoising, state: PyTree
 ) -> tuple[Gate, PyTree]:
-    """The gate of a layer, and the state for the next one."""
+    """The gate of a layer, and the state for the next one.
+
+    Raises: InputError for what is neither one boolean nor one for each sequence.
+    """
     if hasattr(policy, "init_state"):
         gate, state = policy.gate(prepared, h, denoising, state)
     else:
         gate = policy.gate(prepared, h, denoising)
+    gate = _checked_gate(policy, gate, h.shape[0])
     force = denoising.force_execute
     if force is None or getattr(policy, "closed_for_good", False):
         return gate, state

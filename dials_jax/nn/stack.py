@@ -28,7 +28,14 @@ from dials_jax.errors import nearest, require
 from dials_jax.nn.gates import MAX_BRANCHES, Compaction, Gate, Slice, apply_gate
 from dials_jax.nn.kernels.hopper_peers import with_flags
 from dials_jax.nn.kv import gather
-from dials_jax.nn.policy import Denoising, Policy, decide_gate, init_policy_state, static_gates
+from dials_jax.nn.policy import (
+    Denoising,
+    Policy,
+    decide_gate,
+    init_policy_state,
+    prepare_policy,
+    static_gates,
+)
 from dials_jax.sharding import BATCH_AXES, constrain_batch, num_batch_shards
 
 Executor = Literal["auto", "select", "cond", "compact"]
@@ -100,7 +107,7 @@ def run_stack(
       policy_state: of the span before; None at the first layer.
       observe: called with each layer's input and output.
 
-    Raises: InputError for an unknown executor, ValueError for decisions per sequence under `cond`.
+    Raises: InputError for an unknown executor, and one that cannot carry the policy's gates out.
     """
     known = get_args(Executor)
     require(executor in known, f"executor={executor!r} is unknown{nearest(executor, known)}")
@@ -108,7 +115,7 @@ def run_stack(
     first, last = span or (0, count)
     always = static_gates(policy, count)
     if always is None:
-        prepared = policy.prepare(count, denoising)
+        prepared = prepare_policy(policy, count, denoising)
     else:
         prepared = None if always.all() else always
     inner, output_positions = context._replace(output_positions=None), context.output_positions
@@ -184,16 +191,21 @@ def _execute_layer(
     per_sequence = gate.ndim == 1
     if executor == "auto":
         executor = "compact" if per_sequence and h.shape[0] > 1 else "cond"
-    if jnp.issubdtype(gate.dtype, jnp.floating) and executor != "select":
-        raise ValueError(f"executor={executor!r} drops a float gate's gradient; use 'select'")
+    is_float = jnp.issubdtype(gate.dtype, jnp.floating)
+    require(
+        executor == "select" or not is_float,
+        f"executor={executor!r} drops a float gate's gradient; use 'select'",
+    )
     if executor == "select":
         where = None if cache_state is None else jnp.broadcast_to(gate, h.shape[:1])
         new, cache_state = run(where)
         return apply_gate(gate, kept, new), cache_state
     if executor == "compact" and per_sequence:
         return _compact(layer, params, h, context, cache_state, gate)
-    if per_sequence and h.shape[0] > 1:
-        raise ValueError("executor='cond' needs one decision for all sequences; use 'compact'")
+    require(
+        not per_sequence or h.shape[0] == 1,
+        "executor='cond' needs one decision for all sequences; use 'compact'",
+    )
     on = gate[0] if per_sequence else gate
     return lax.cond(on, run, lambda: (kept, cache_state))
 

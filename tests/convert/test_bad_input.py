@@ -281,6 +281,12 @@ def test_an_unknown_option_is_one_line(capsys):
 def test_a_folder_that_is_converted_already_is_named(arithmetic_model, tmp_path, capsys):
     assert main([str(arithmetic_model / "model"), str(tmp_path / "target")]) == 2
     assert "is a model folder of this library already" in capsys.readouterr().err
+    workdir = tmp_path / "workdir"
+    workdir.mkdir()
+    (workdir / "config.json").write_text("{}")
+    (workdir / "model").symlink_to(arithmetic_model / "model")
+    assert main([str(workdir), str(tmp_path / "target")]) == 2
+    assert "the folder of a training, whose model is of this" in capsys.readouterr().err
 
 
 def test_help_says_what_the_command_needs(capsys):
