@@ -41,15 +41,9 @@ PRODUCT = (  # (x, kernel, axes, dtype), as `linear` takes them -> x times the k
 )
 
 
-def plain_split_product(
-    added_to: Float[Array, "..."] | None,
-    x: Float[Array, "..."],
-    kernel: Float[Array, "..."],
-    axes: str,
-    dtype: Any,
-) -> Float[Array, "..."]:
-    """The compiler adds the devices' parts."""
-    y = dispatch(PRODUCT, x, kernel, axes, dtype)
+def plain_split_product(added_to: Float[Array, "..."] | None, *product: Any) -> Float[Array, "..."]:
+    """The compiler adds the devices' parts. Args: product: those of `PRODUCT`."""
+    y = dispatch(PRODUCT, *product)
     return y if added_to is None else added_to + y
 
 

@@ -126,25 +126,30 @@ def prepare_policy(policy: Policy, num_layers: int, denoising: Denoising) -> PyT
     Raises: InputError where that has not one slice for each layer.
     """
     prepared = policy.prepare(num_layers, denoising)
-    unrolled = is_unrolled(prepared)
-    lengths = [len(prepared)] if unrolled else [jnp.shape(x)[:1] for x in jax.tree.leaves(prepared)]
+    if is_unrolled(prepared):
+        counts = {len(prepared)}
+    else:
+        counts = {(*jnp.shape(x), 0)[0] for x in jax.tree.leaves(prepared)}
     require(
-        all(length in (num_layers, (num_layers,)) for length in lengths),
+        counts <= {num_layers},
         f"policy {policy_name(policy)!r}: prepare must give a slice for each of {num_layers} "
-        f"layers, and gave {', '.join(map(str, lengths))}",
+        f"layers, and gave {', '.join(map(str, sorted(counts)))}",
     )
     return prepared
 
 
 def _checked_gate(policy: Policy, gate: Any, num_sequences: int) -> Gate:
-    if isinstance(gate, bool):
+    if isinstance(gate, bool | np.bool_):
         return np.bool_(gate)
-    shape, dtype = jnp.shape(gate), jnp.result_type(gate)
-    kinds = any(jnp.issubdtype(dtype, kind) for kind in (jnp.bool_, jnp.floating))
+    right, found = False, type(gate).__name__
+    if isinstance(gate, jax.Array | np.ndarray):
+        right = any(jnp.issubdtype(gate.dtype, kind) for kind in (jnp.bool_, jnp.floating))
+        right = right and gate.shape in ((), (num_sequences,))
+        found = f"{gate.dtype} of shape {list(gate.shape)}"
     require(
-        kinds and shape in ((), (num_sequences,)),
-        f"policy {policy_name(policy)!r}: gate gave {dtype} of shape {list(shape)}; give one bool, "
-        f"or one for each sequence, [{num_sequences}]",
+        right,
+        f"policy {policy_name(policy)!r}: gate gave {found}; give one bool, or an array with one "
+        f"for each sequence, [{num_sequences}]",
     )
     return gate
 

@@ -93,6 +93,8 @@ class Unregistered(Own):
     "policy, expected",
     [
         (Unregistered(None), "policy Unregistered is no pytree; register it"),
+        (Given(lambda h: None), "gate gave NoneType; give one bool, or an array"),
+        (Given(lambda h: [True, False]), "gate gave list; give one bool, or an array"),
         (Given(lambda h: h[:, :1, 0] > 0), r"gate gave bool of shape \[2, 1\]; give one bool, or"),
         (Given(lambda h: jnp.mean(h, (0, 2)) > 0), r"of shape \[\d+\]; give one bool"),
         (Given(lambda h: jnp.arange(2)), r"gate gave int32 of shape \[2\]; give one bool"),
