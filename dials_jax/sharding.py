@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 from jaxtyping import PyTree
@@ -173,6 +173,25 @@ def constrain_batch(x: jax.Array, axis: int = 0, heads: int | None = None) -> ja
     if heads is not None and x.shape[heads] % mesh.shape["tensor"] == 0:
         spec[heads] = "tensor"
     return jax.lax.with_sharding_constraint(x, P(*spec))
+
+
+def placement_of(tree: PyTree) -> tuple[Sharding, ...]:
+    """Where the arrays of a tree lie; hashable, so that it can be a static argument."""
+    return tuple(x.sharding for x in jax.tree.leaves(tree))
+
+
+def keep_placed(tree: PyTree, placement: tuple[Sharding, ...]) -> PyTree:
+    """Within a program: its arrays lie where `placement_of` saw those of a tree like this one.
+
+    For a state that programs hand on to each other. Left to the compiler it may leave one in
+    another place than the next one expects, and JAX would move it between them by way of the host.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    kept = [
+        jax.lax.with_sharding_constraint(x, where) if isinstance(where, NamedSharding) else x
+        for x, where in zip(leaves, placement, strict=True)
+    ]
+    return jax.tree.unflatten(structure, kept)
 
 
 def to_host(tree: PyTree) -> PyTree:

@@ -101,6 +101,7 @@ def lower_generation(
             return generate_program.lower(params, *batch, policy, **static)
         start = start_program.lower(params, *batch, num_layers=cfg.num_layers, **static)
         state = _placed(start.out_info, start.compile().output_shardings)
+        static["placement"] = sharding.placement_of(state)
         return segment_program.lower(params, state, np.int32(0), *batch, policy, **static)
 
 
@@ -128,6 +129,7 @@ def lower_block(
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         empty = empty_ring_program.lower(params, arrivals, **static, log_probs=False)
         ring = _placed(empty.out_info, empty.compile().output_shardings)
+        static["placement"] = sharding.placement_of(ring)
         return block_program.lower(params, arrivals, policy, ring=ring, **static)
 
 

@@ -268,13 +268,18 @@ def start_program(params, prompts, valid, keys, *, num_layers, **static) -> PyTr
     return with_records(steps.start(canvas, num_layers), **static)
 
 
-@timed_jit(*STATIC, "part", donate=("state",))
+@timed_jit(*STATIC, "placement", "part", donate=("state",))
 def segment_program(
-    params, state, stop, prompts, valid, keys, policy, *, part=None, **static
+    params, state, stop, prompts, valid, keys, policy, *, placement, part=None, **static
 ) -> PyTree:
-    """The steps of one model up to number `stop`, or those of a part."""
+    """The steps of one model up to number `stop`, or those of a part.
+
+    Args:
+      placement: of the state, which the next program takes: see `sharding.keep_placed`.
+    """
     _, steps = lay_out_canvas(params, prompts, valid, keys, policy, **static)
-    return steps.run(state, stop) if part is None else steps.run_part(part, state)
+    state = steps.run(state, stop) if part is None else steps.run_part(part, state)
+    return sharding.keep_placed(state, placement)
 
 
 def with_records(state: PyTree, *, log_probs=False, trajectory=False, **_) -> PyTree:
@@ -322,7 +327,7 @@ def run_in_turns(
     num_layers = max(role.model.num_layers for role in acting.values())
     first = acting[turns[0].letter].model
     state, seconds = first.run(start_program, *batch, **static, num_layers=num_layers)
-    placement = jax.tree.map(lambda x: x.sharding, state)
+    static["placement"] = sharding.placement_of(state)
 
     def arguments(turn: Turn, state: PyTree) -> tuple:
         model, policy = acting[turn.letter]
@@ -340,7 +345,6 @@ def run_in_turns(
     start = time.perf_counter()
     for turn in turns:
         state = programs[turn.letter, turn.part](*arguments(turn, state), **counted)
-        state = jax.device_put(state, placement)  # nothing moves unless a compiler chose otherwise
     jax.block_until_ready(state)
     out = state.tokens, without_states(state.record)
     return out, seconds + time.perf_counter() - start

@@ -208,9 +208,9 @@ def empty_ring_program(
     return ring._replace(state=keep_log_probs(state) if log_probs else state)
 
 
-@timed_jit("cfg", "sampler", "cache", "executor", donate=("ring",))
+@timed_jit("cfg", "sampler", "cache", "executor", "placement", donate=("ring",))
 def block_program(
-    params, arrivals: Arrivals, policy, *, ring: Ring, cfg, sampler, cache, executor
+    params, arrivals: Arrivals, policy, *, ring: Ring, placement, cfg, sampler, cache, executor
 ) -> tuple[Ring, CallRecord, Int[Array, "B G"]]:
     """Admits prompts and fills one block; the calls that it made, and every answer so far.
 
@@ -225,7 +225,7 @@ def block_program(
     if record.log_probs is not None:
         own = turn(record.log_probs, -first)[:, loop.prompt_length :]
         record = record._replace(log_probs=own)
-    return ring._replace(state=state), record, answers
+    return sharding.keep_placed(ring._replace(state=state), placement), record, answers
 
 
 # ---------------------------------------------------------------------------------------- the queue
@@ -331,7 +331,7 @@ def generate_refilled(
 
     nobody = place(np.zeros(batch_size, bool), np.zeros(batch_size, int))
     ring, _ = model.run(empty_ring_program, nobody, log_probs=log_probs, **static)
-    placement = jax.tree.map(lambda x: x.sharding, ring)
+    static["placement"] = sharding.placement_of(ring)
     waiting, places = deque(range(len(prompts))), [None] * batch_size
     limit, clock = step_limit(sampler, cache), 0
     while waiting or any(places):
@@ -342,7 +342,6 @@ def generate_refilled(
                 places[i] = _Occupant(int(source[i]), clock * limit)
         arrivals = place(enters, source) if enters.any() else nobody
         (ring, *made), seconds = model.run(block_program, arrivals, policy, ring=ring, **static)
-        ring = jax.device_put(ring, placement)  # nothing moves unless the compiler chose otherwise
         record, answers = sharding.to_host(made)
         clock += 1
         occupied = [(i, one) for i, one in enumerate(places) if one]

@@ -20,6 +20,7 @@ from dials_jax.sampling.autoregressive import Autoregressive
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.dream import Dream
 from dials_jax.sampling.generate import generate
+from dials_jax.sharding import placement_of
 from dials_jax.skipping.observing import Observer
 from dials_jax.studies.trajectories import observe_texts, profile_model, prompt_keys
 from tests.studies.plain_profile import NESTED, Call, Watched, plain_profile
@@ -72,6 +73,7 @@ def replay(model, prompts, sampler):
     settings = {"sampler": sampler, "cache": NoCache(), "executor": "auto"}
     state, _ = model.run(generating.start_program, *rows, **settings, num_layers=model.num_layers)
     present = np.pad(valid, ((0, 0), (0, G)), constant_values=True)
+    settings["placement"] = placement_of(state)
     calls = [[] for _ in prompts]
     for step in range(sampler.steps):
         before = np.asarray(state.tokens)
