@@ -188,7 +188,7 @@ def keep_placed(tree: PyTree, placement: tuple[Sharding, ...]) -> PyTree:
     """
     leaves, structure = jax.tree.flatten(tree)
     kept = [
-        jax.lax.with_sharding_constraint(x, where) if isinstance(where, NamedSharding) else x
+        jax.lax.with_sharding_constraint(x, where) if len(where.device_set) > 1 else x
         for x, where in zip(leaves, placement, strict=True)
     ]
     return jax.tree.unflatten(structure, kept)

@@ -48,6 +48,7 @@ from dials_jax.nn.kernels.tpu_attention import splash_attention
 from dials_jax.nn.kv import KV
 from dials_jax.nn.linear import linear
 from dials_jax.pods.footprint import read_footprint
+from dials_jax.sampling import refill
 from dials_jax.sampling.block_diffusion import BlockDiffusion
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.generate import generate
@@ -99,20 +100,22 @@ def train_step(mesh, loss_fn, init, frozen, prefix):
 
 
 def evaluate_in_place(*args):
-    """`evaluate`; a state that moves between the programs of a generation is an error."""
-    put = jax.device_put
+    """`evaluate`, where the compiler would leave a generation's state whole on every device.
 
-    def put_back(x, device=None, **settings):
-        if hasattr(x, "_fields") and hasattr(device, "_fields"):
-            for (path, leaf), placement in zip(
-                jax.tree_util.tree_leaves_with_path(x), jax.tree.leaves(device), strict=True
-            ):
-                name = jax.tree_util.keystr(path)
-                assert leaf.sharding.is_equivalent_to(placement, leaf.ndim), f"{name} moves"
-        return put(x, device, **settings)
+    A program of a generation refuses a state that lies elsewhere, and one of the queue would be
+    compiled once more.
+    """
+    keep, queue = sharding.keep_placed, refill.block_program
 
-    with mock.patch.object(jax, "device_put", put_back):
-        return evaluate(*args)
+    def keep_a_whole_one(state, placement):
+        whole = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, P()), state)
+        return keep(whole, placement)
+
+    before = queue.num_programs
+    with mock.patch.object(sharding, "keep_placed", keep_a_whole_one):
+        found = evaluate(*args)
+    assert queue.num_programs == before + 1
+    return found
 
 
 def evaluate(mesh, cfg, params, routers):

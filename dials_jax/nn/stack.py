@@ -152,19 +152,44 @@ def run_stack(
         cache_state = None if cache_state is None else cache_states
         return StackOutput(carry[0], jnp.stack(gates), cache_state, observed, carry[1])
     prepared = trees.stack(prepared) if trees.is_unrolled(prepared) else prepared
-    if last - first == count:
-        xs, body = (layers, prepared, cache_state), run_layer
-    else:  # by number: slicing the stack first would copy these layers' weights
-        prepared = jax.tree.map(lambda x: x[first:last], prepared)
+    prepared = jax.tree.map(lambda x: x[first:last], prepared)
+    xs, body = (layers, prepared, cache_state), run_layer
+    may_skip = executor != "select" and (always is None or prepared is not None)
+    slice_late = may_skip and not _splits_weights_along_batch()
+    if slice_late:
+        layer = _sliced_where_used(layer)
+    if slice_late or last - first < count:  # slicing the stack first would copy the weights
         xs = (jnp.arange(first, last), prepared, cache_state)
 
         def body(carry, xs):
-            return run_layer(carry, (trees.layer_slice(layers, xs[0]), *xs[1:]))
+            params = (layers, xs[0]) if slice_late else trees.layer_slice(layers, xs[0])
+            return run_layer(carry, (params, *xs[1:]))
 
     (h, state), (gates, cache_state, observed) = lax.scan(body, carry, xs)
     if output_positions is not None and last == count:
         h = gather(h, output_positions)
     return StackOutput(h, gates, cache_state, observed, state)
+
+
+def _sliced_where_used(layer: Layer) -> Layer:
+    """The same layer, whose parameters are a stack and a number in it.
+
+    What a branch takes as a layer's parameters, compilers first copy out of the stack. A slice
+    within the branch is a part of the matmul that reads it.
+    """
+
+    def sliced(fn):
+        return lambda params, *args: fn(trees.layer_slice(*params), *args)
+
+    return layer._replace(
+        block=sliced(layer.block), project=sliced(layer.project), mix=sliced(layer.mix)
+    )
+
+
+def _splits_weights_along_batch() -> bool:
+    """Whether a layer's weights are gathered before they are used, which takes them as a copy."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.shape["fsdp"] > 1
 
 
 def _execute_layer(

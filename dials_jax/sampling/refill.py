@@ -331,6 +331,7 @@ def generate_refilled(
 
     nobody = place(np.zeros(batch_size, bool), np.zeros(batch_size, int))
     ring, _ = model.run(empty_ring_program, nobody, log_probs=log_probs, **static)
+    where = jax.tree.map(lambda x: x.sharding, ring)
     static["placement"] = sharding.placement_of(ring)
     waiting, places = deque(range(len(prompts))), [None] * batch_size
     limit, clock = step_limit(sampler, cache), 0
@@ -342,6 +343,7 @@ def generate_refilled(
                 places[i] = _Occupant(int(source[i]), clock * limit)
         arrivals = place(enters, source) if enters.any() else nobody
         (ring, *made), seconds = model.run(block_program, arrivals, policy, ring=ring, **static)
+        ring = jax.device_put(ring, where)  # JAX may name the same place otherwise; nothing moves
         record, answers = sharding.to_host(made)
         clock += 1
         occupied = [(i, one) for i, one in enumerate(places) if one]

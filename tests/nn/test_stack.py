@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 from jax.test_util import check_grads
 
 from dials_jax import trees
@@ -206,6 +207,32 @@ def test_skipped_work_is_really_left_out():
     assert num_conditionals(Random(2), 4) == L  # one switch a layer
     assert num_conditionals(Random(2), 4, "select") == 0
     assert num_conditionals(Static((1,)), 4) == 0  # known while tracing
+
+
+def slices_of_weights(jaxpr, inside=False):
+    """For each slice of a layer's weights out of the stack: whether a branch makes it."""
+    found = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dynamic_slice":
+            stack = equation.invars[0].aval.shape
+            found += [inside] if stack == LAYERS["w"].shape else []
+        within = inside or equation.primitive.name == "cond"
+        for inner in jaxprs_in_params(equation.params):
+            found += slices_of_weights(inner, within)
+    return found
+
+
+@pytest.mark.parametrize("over_memory", [False, True])
+@pytest.mark.parametrize("policy", [Static((1,)), Random(2)])
+def test_weights_are_taken_out_of_a_stack_where_they_are_used(policy, over_memory):
+    """What a branch takes from outside is a copy, also of a layer that is skipped."""
+    h, context, denoising = make_rows(4)
+    memory = {"mean": jnp.zeros((L, 4, LAYERS["w"].shape[-1]))} if over_memory else None
+    traced = jax.make_jaxpr(
+        lambda layers: run_stack(LAYER, layers, h, context, policy, denoising, cache_state=memory)
+    )(LAYERS)
+    found = slices_of_weights(traced.jaxpr)
+    assert found and all(found)
 
 
 @pytest.mark.parametrize("kind, unrolled", [("random", False), ("routed", True)])
