@@ -183,8 +183,8 @@ def placement_of(tree: PyTree) -> tuple[Sharding, ...]:
 def keep_placed(tree: PyTree, placement: tuple[Sharding, ...]) -> PyTree:
     """Within a program: its arrays lie where `placement_of` saw those of a tree like this one.
 
-    For a state that programs hand on to each other. Left to the compiler it may leave one in
-    another place than the next one expects, and JAX would move it between them by way of the host.
+    For a state that programs hand on to each other. The compiler may leave it in another place,
+    for which the next program is not compiled; moved between them, it would go by way of the host.
     """
     leaves, structure = jax.tree.flatten(tree)
     kept = [

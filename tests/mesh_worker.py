@@ -66,7 +66,9 @@ MESHES = {
     "data8": (MeshConfig(data=8), 8),
     "data2_fsdp4": (MeshConfig(data=2, fsdp=4), 8),
     "data2_fsdp2_tensor2": (MeshConfig(data=2, fsdp=2, tensor=2), 8),
+    "data2_tensor2": (MeshConfig(data=2, tensor=2), 4),
 }
+ONLY_EVALUATED = ("data2_tensor2",)
 MICROBATCHES = 2
 CACHES = [
     ("dual", DualCache()),
@@ -102,19 +104,31 @@ def train_step(mesh, loss_fn, init, frozen, prefix):
 def evaluate_in_place(*args):
     """`evaluate`, where the compiler would leave a generation's state whole on every device.
 
-    A program of a generation refuses a state that lies elsewhere, and one of the queue would be
-    compiled once more.
+    A state that moves between programs is an error: those of one generation refuse it by
+    themselves, and those of the queue are watched.
     """
-    keep, queue = sharding.keep_placed, refill.block_program
+    keep, put, kept = sharding.keep_placed, jax.device_put, []
 
     def keep_a_whole_one(state, placement):
+        kept.append(type(state).__name__)
         whole = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, P()), state)
         return keep(whole, placement)
 
-    before = queue.num_programs
-    with mock.patch.object(sharding, "keep_placed", keep_a_whole_one):
+    def put_back(x, device=None, **settings):
+        if isinstance(device, refill.Ring):
+            for (path, leaf), placement in zip(
+                jax.tree_util.tree_leaves_with_path(x), jax.tree.leaves(device), strict=True
+            ):
+                name = jax.tree_util.keystr(path)
+                assert leaf.sharding.is_equivalent_to(placement, leaf.ndim), f"{name} moves"
+        return put(x, device, **settings)
+
+    with (
+        mock.patch.object(sharding, "keep_placed", keep_a_whole_one),
+        mock.patch.object(jax, "device_put", put_back),
+    ):
         found = evaluate(*args)
-    assert queue.num_programs == before + 1
+    assert "Ring" in kept and len(set(kept)) > 1, kept
     return found
 
 
@@ -391,11 +405,14 @@ def save_and_give_away(mesh, cfg, params):
         return digests.digest(checkpoints.restore(shapes))
 
 
-def run(mesh):
+def run(mesh, only_evaluated):
     cfg, objective = conftest.small_config(), ObjectiveConfig()
     # Weights so large that rows differ, and routers that skip some layers for some of them.
     params = conftest.amplify(conftest.init_params(cfg), 8)
     routers = conftest.random_routers(cfg)
+    evaluation = evaluate_in_place(mesh, cfg, params, routers)
+    if only_evaluated:
+        return {"evaluation": evaluation}
     router_cfg = RouterConfig(d_hidden=8, skip_threshold=0.3)
     model = Model(cfg, params, mesh)
     placed = model.params
@@ -411,7 +428,7 @@ def run(mesh):
         "model": trained,
         "sent": sent,
         "router": train_step(mesh, loss, same_routers, placed, "routers/")[0],
-        "evaluation": evaluate_in_place(mesh, cfg, params, routers),
+        "evaluation": evaluation,
         "layouts": with_own_arrays(mesh, cfg, params),
         "eight_bits": in_eight_bits(mesh, cfg, routers),
         "partitioned": generate_as_on_gpus(mesh, cfg, params, routers),
@@ -429,7 +446,8 @@ def main(folder, *names):
     for name in names:
         mesh_cfg, count = MESHES[name]
         mesh = sharding.make_mesh(mesh_cfg, jax.devices()[:count])
-        arrays = {leaf: np.asarray(value) for leaf, value in trees.named_leaves(run(mesh))}
+        found = run(mesh, name in ONLY_EVALUATED)
+        arrays = {leaf: np.asarray(value) for leaf, value in trees.named_leaves(found)}
         np.savez(os.path.join(folder, name), **arrays)
 
 

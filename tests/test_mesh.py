@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,12 @@ import pytest
 
 HERE = Path(__file__).parent
 MESHES = ("data8", "data2_fsdp4", "data2_fsdp2_tensor2")
+KINDS = (
+    *("digest", "fingerprint", "model", "router", "evaluation", "partitioned", "lookup"),
+    *("kernel", "layouts"),
+)
+# Where no weights are gathered, they are taken out of a stack within the branches.
+CASES = [*product(MESHES, KINDS), ("data2_tensor2", "evaluation")]
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +25,8 @@ def results(made_once):
     """`results(mesh)`: arrays by name, from a process with 8 fake CPU devices."""
 
     def make(folder):
-        command = [sys.executable, str(HERE / "mesh_worker.py"), str(folder), "one", *MESHES]
+        names = dict.fromkeys(["one", *(mesh for mesh, _ in CASES)])
+        command = [sys.executable, str(HERE / "mesh_worker.py"), str(folder), *names]
         env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)])}
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=1200)
         assert done.returncode == 0, done.stderr[-3000:]
@@ -27,14 +35,7 @@ def results(made_once):
     return cache(lambda mesh: dict(np.load(folder / f"{mesh}.npz")))
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize(
-    "kind",
-    [
-        *("digest", "fingerprint", "model", "router", "evaluation", "partitioned", "lookup"),
-        *("kernel", "layouts"),
-    ],
-)
+@pytest.mark.parametrize("mesh, kind", CASES)
 def test_mesh_equals_one_device(results, mesh, kind):
     one = {
         name: x

@@ -157,7 +157,7 @@ def run_stack(
     may_skip = executor != "select" and (always is None or prepared is not None)
     slice_late = may_skip and not _splits_weights_along_batch()
     if slice_late:
-        layer = _sliced_where_used(layer)
+        layer = _sliced_where_used(layer)  # which `run_layer` calls
     if slice_late or last - first < count:  # slicing the stack first would copy the weights
         xs = (jnp.arange(first, last), prepared, cache_state)
 
@@ -175,7 +175,8 @@ def _sliced_where_used(layer: Layer) -> Layer:
     """The same layer, whose parameters are a stack and a number in it.
 
     What a branch takes as a layer's parameters, compilers first copy out of the stack. A slice
-    within the branch is a part of the matmul that reads it.
+    within the branch is a part of the matmul that reads it. Gradients are then as large as the
+    stack for each layer: training selects.
     """
 
     def sliced(fn):
@@ -187,7 +188,7 @@ def _sliced_where_used(layer: Layer) -> Layer:
 
 
 def _splits_weights_along_batch() -> bool:
-    """Whether a layer's weights are gathered before they are used, which takes them as a copy."""
+    """Whether batch shards gather weights before they use them: then a layer's, not the stack."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and mesh.shape["fsdp"] > 1
 

@@ -57,15 +57,18 @@ def test_forward_prints_and_writes_a_row_per_case(tmp_path, capsys):
 
 def test_router_overhead_prints_the_rows_of_the_paper(tmp_path):
     path = tmp_path / "out.json"
-    arguments = "--model tiny --layers 2 --tokens 6 --prompt 2 --repeats 1 --passes 1 --d-hidden 3"
+    arguments = "--model tiny --layers 2 --tokens 6 --prompt 2 --repeats 1 --passes 1"
+    hidden = 4096  # so many that their weights are most of what routers add
+    arguments += f" --d-hidden {hidden}"
     assert router_overhead.main([*arguments.split(), "--out", str(path)]) == 0
     rows = {row["metric"]: row for row in json.loads(path.read_text())["rows"]}
     assert list(rows) == ["parameters", "memory", "latency per layer", "FLOPs per prompt"]
-    # Per layer: a norm of 64, 64 x 3 weights with 3 biases, 3 x 2 weights with 2.
-    assert rows["parameters"]["routers_value"] == 2 * (64 + 64 * 3 + 3 + 3 * 2 + 2)
-    assert rows["memory"]["routers_value"] > 0
+    # Per layer: a norm of 64, 64 x hidden weights with as many biases, hidden x 2 weights with 2.
+    count = 2 * (64 + 64 * hidden + hidden + hidden * 2 + 2)
+    assert rows["parameters"]["routers_value"] == count
+    assert 4 * count < rows["memory"]["routers_value"] < 3 * 4 * count
     # Four passes, two layers, four tokens that vote: 2 FLOPs per weight.
-    assert rows["FLOPs per prompt"]["routers_value"] == 4 * 2 * 4 * 2 * (64 * 3 + 3 * 2)
+    assert rows["FLOPs per prompt"]["routers_value"] == 4 * 2 * 4 * 2 * (64 + 2) * hidden
     for row in rows.values():
         assert row["increase"] == pytest.approx(row["routers_value"] / row["baseline_value"])
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
+from jax.sharding import AbstractMesh
 from jax.test_util import check_grads
 
 from dials_jax import trees
@@ -14,6 +15,7 @@ from dials_jax.models.model import Model
 from dials_jax.nn.gates import apply_gate
 from dials_jax.nn.policy import Denoising
 from dials_jax.nn.stack import run_stack
+from dials_jax.sharding import AXES
 from dials_jax.skipping.policies import Random, Static
 from dials_jax.skipping.routed import Routed
 from tests.nn.toy import (
@@ -233,6 +235,16 @@ def test_weights_are_taken_out_of_a_stack_where_they_are_used(policy, over_memor
     )(LAYERS)
     found = slices_of_weights(traced.jaxpr)
     assert found and all(found)
+
+
+def test_weights_that_batch_shards_gather_are_taken_out_of_a_stack_first():
+    """Otherwise they would gather the whole stack."""
+    h, context, denoising = make_rows(4)
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1, 2, 1), AXES)):
+        traced = jax.make_jaxpr(
+            lambda layers: run_stack(LAYER, layers, h, context, Random(2), denoising).h
+        )(LAYERS)
+    assert not any(slices_of_weights(traced.jaxpr))
 
 
 @pytest.mark.parametrize("kind, unrolled", [("random", False), ("routed", True)])
