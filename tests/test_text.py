@@ -53,6 +53,12 @@ def test_answers_are_those_of_every_prompt_alone(model, policy):
         assert len(answer.tokens) == len(answer.log_probs) <= 6
 
 
+def test_mask_in_a_prompt_is_refused_before_anything_is_generated(model):
+    mask = load_tokenizer(model.path).backend.id_to_token(model.config.mask_id)
+    with pytest.raises(InputError, match=r"prompt 1 contains \[MASK\]"):
+        text_job(model, [PROMPTS[0], f"1{mask}2="])
+
+
 def test_an_answer_is_cut_before_the_end_of_text(model):
     [plain] = generate_text(model, PROMPTS[0], max_new_tokens=6)
     ending = dataclasses.replace(model.config, eos_id=int(plain.tokens[3]))

@@ -24,12 +24,14 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from dials_jax.caching.cache import Cache
+from dials_jax.caching.plain import NoCache
+from dials_jax.config import ModelConfig
 from dials_jax.data.buckets import batches_by_length, padded_lengths
 from dials_jax.data.tasks import Pair
 from dials_jax.data.tokenizer import Ids
 from dials_jax.errors import require
 from dials_jax.evaluation.likelihood import CopyScores, num_copies, score_pairs
-from dials_jax.evaluation.pairs import Pairs, pad_pairs
+from dials_jax.evaluation.pairs import Pairs, check_pairs, pad_pairs
 from dials_jax.keys import fold_in_each, seed_key
 from dials_jax.models.model import Model
 from dials_jax.models.padding import pad_prompts
@@ -37,10 +39,12 @@ from dials_jax.nn.policy import Policy
 from dials_jax.sampling.generate import generate
 from dials_jax.sampling.generation import Generation
 from dials_jax.sampling.refill import generate_refilled, why_not_refilled
+from dials_jax.sampling.requests import check_empty_prompts, check_prompts
 from dials_jax.sampling.sampler import Sampler
 from dials_jax.skipping.flops import Flops
 
 STRATUM = 16  # masked copies per round; see `draw_masked`
+CHECKED_AT_ONCE = 1000  # prompts
 
 
 def request_hash(request: Any) -> int:
@@ -102,7 +106,8 @@ def generation_batches(
         the answer has [MASK] where nothing is revealed. Only where sequences make room.
       log_probs: keep those of the generated tokens: `Generation.log_probs`.
 
-    Raises: InputError for settings under which sequences cannot make room, if `refill` asks for it.
+    Raises: InputError, before the first batch, for a prompt that `generate` refuses, and for
+      settings under which sequences cannot make room, if `refill` asks for it.
     """
     require(batch_size > 0, f"batch_size={batch_size} must be positive")
     if not len(prompts):
@@ -111,6 +116,7 @@ def generation_batches(
         keys = request_keys(0, [request_hash(_as_tuple(prompt)) for prompt in prompts])
     lengths = [len(prompt) for prompt in prompts]
     sizes = padded_lengths(lengths, bucket, max_programs, batch_size)
+    _check_prompts(model.config, prompts, sizes, sampler, cache, policy)
     padded = {size for length, size in zip(lengths, sizes, strict=True) if length < size}
     indices = np.arange(len(prompts)) if remaining is None else np.asarray(remaining, int)
     if refill is None:
@@ -143,6 +149,27 @@ def generation_batches(
             log_probs=log_probs,
         )
         yield GenerationBatch(group.tolist(), out.tokens[:, size:], out)
+
+
+def _check_prompts(
+    cfg: ModelConfig,
+    prompts: Sequence[Ids],
+    sizes: Sequence[int],
+    sampler: Sampler,
+    cache: Cache | None,
+    policy: Policy | None,
+) -> None:
+    """Raises: InputError naming a prompt that `generate` would refuse once its batch comes.
+
+    Args:
+      sizes: lengths to which the prompts are padded.
+    """
+    for chosen in batches_by_length(sizes, CHECKED_AT_ONCE):
+        some = [prompts[i] for i in chosen]
+        tokens, valid = pad_prompts(some, sizes[chosen[0]], cfg.pad_id)
+        present = check_prompts(cfg, tokens, valid, sampler.gen_length, chosen)
+        check_empty_prompts(cfg, present, cache or NoCache(), chosen)
+        sampler.check(cfg, present, policy, cache)
 
 
 def _refilled(
@@ -212,12 +239,14 @@ def likelihood_batches(
       remaining: the copies to score: index of the pair, and number of the copy within it. Copies of
         a pair are adjacent. None: all.
 
-    Raises: InputError if the model outputs NaN, because the first choice would look like the best.
+    Raises: InputError, before the first batch, for what `pad_pairs` refuses; and if the model
+      outputs NaN, because the first choice would look like the best.
     """
     check_num_samples(num_samples)
     require(batch_size > 0, f"batch_size={batch_size} must be positive")
     if not len(pairs):
         return
+    checked = check_pairs(pairs, model.config)
     if keys is None:
         keys = request_keys(0, [request_hash(_as_tuple(prompt)) for prompt, _ in pairs])
     if remaining is None:
@@ -232,7 +261,7 @@ def likelihood_batches(
         length, longest = lengths[members[0]], max(len(pairs[i][1]) for i in members)
         answer_length = min(-(-longest // bucket) * bucket, length)
         # Once for all copies: checking token by token takes the host longer than a forward pass.
-        padded = pad_pairs([pairs[i] for i in members], model.config, length, answer_length)
+        padded = pad_pairs([checked[i] for i in members], model.config, length, answer_length)
         here = np.flatnonzero(np.isin(pair_of, members))
         for first in range(0, len(here), batch_size):
             chosen = here[first : first + batch_size]

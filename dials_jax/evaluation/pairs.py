@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Bool, Int
 
 from dials_jax.config import ModelConfig, shown, typed
+from dials_jax.data.tasks import Pair
 from dials_jax.errors import require
 from dials_jax.models.model import Model, as_ids, check_vocabulary
 from dials_jax.models.padding import aligned
@@ -30,7 +31,7 @@ class Pairs(NamedTuple):
 
 @typed
 def pad_pairs(
-    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    pairs: Sequence[Pair],
     cfg: ModelConfig,
     length: int = 0,
     answer_length: int = 0,
@@ -40,15 +41,12 @@ def pad_pairs(
     Raises: InputError for an empty answer, a causal model's empty prompt, [MASK] or an unknown
       token in a pair, anything but integers, or more tokens than the model has positions.
     """
-    require(isinstance(pairs, list | tuple), f"pairs={shown(pairs)} is no list of pairs")
-    pairs = [_as_pair(pair, i) for i, pair in enumerate(pairs)]
+    pairs = check_pairs(pairs, cfg)
     for given in (length, answer_length):
         require(
             0 <= given <= cfg.max_length,
             f"{given} tokens are not in 0 to {cfg.max_length}, the model's positions",
         )
-    for i, (prompt, answer) in enumerate(pairs):
-        _check_pair(cfg, i, prompt, answer)
     answer_length = max([answer_length, *(len(answer) for _, answer in pairs)])
     length = max([length, answer_length, *(len(prompt) + len(answer) for prompt, answer in pairs)])
     tokens = np.full((len(pairs), length), cfg.pad_id)
@@ -58,8 +56,18 @@ def pad_pairs(
         tokens[i, start:middle], tokens[i, middle:] = prompt, answer
         valid[i, start:] = True
         in_answer[i, answer_length - len(answer) :] = True
-    check_vocabulary(cfg, tokens, valid, "pair")
     return Pairs(tokens.astype(np.int32), valid, in_answer)
+
+
+def check_pairs(
+    pairs: Sequence[Pair], cfg: ModelConfig
+) -> list[tuple[Int[np.ndarray, "prompt"], Int[np.ndarray, "answer"]]]:
+    """The pairs as arrays. Raises: as `pad_pairs`, naming the first that cannot be scored."""
+    require(isinstance(pairs, list | tuple), f"pairs={shown(pairs)} is no list of pairs")
+    arrays = [_as_pair(pair, i) for i, pair in enumerate(pairs)]
+    for i, (prompt, answer) in enumerate(arrays):
+        _check_pair(cfg, i, prompt, answer)
+    return arrays
 
 
 def align_pairs(model: Model, pairs: Pairs) -> Pairs:
@@ -81,6 +89,7 @@ def _check_pair(cfg: ModelConfig, i: int, prompt: np.ndarray, answer: np.ndarray
         f"pair {i}: nothing predicts a causal model's first token; give a prompt, such as the end "
         "of text",
     )
+    check_vocabulary(cfg, np.concatenate([prompt, answer])[None], None, "pair", [i])
     total = len(prompt) + len(answer)
     require(total <= cfg.max_length, f"pair {i}: {total} tokens for {cfg.max_length} positions")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from dials_jax.models import transformer
 from dials_jax.models.invariance import require_invariant
 from dials_jax.nn import fusing
 from dials_jax.nn.eight_bits import weights_kind, without_scales
+from dials_jax.nn.kernels.implementation import check_environment
 from dials_jax.nn.modules import form_of
 from dials_jax.nn.policy import Policy, check_policy
 from dials_jax.nn.stack import Executor
@@ -67,6 +68,7 @@ class Model:
         batch_invariant: bool = False,
     ):
         """Args: quantised_from: of weights in 8 bits, the fingerprint that they had before."""
+        check_environment()
         self.config = config
         self.mesh = mesh or sharding.make_mesh()
         self.batch_invariant = batch_invariant
@@ -283,13 +285,19 @@ def check_vocabulary(
     tokens: Int[np.ndarray, "B T"],
     valid: Bool[ArrayLike, "B T"] | None,
     what: str,
+    numbers: Sequence[int] | None = None,
 ) -> None:
-    """Raises: InputError for a token outside the vocabulary; padding may be anything."""
+    """Raises: InputError for a token outside the vocabulary; padding may be anything.
+
+    Args:
+      numbers: of the sequences, in messages; None: from 0.
+    """
     present = True if valid is None else np.asarray(valid, bool)
     outside = np.argwhere(((tokens < 0) | (tokens >= cfg.vocab_size)) & present)
-    for number, position in outside[:1]:
+    for place, position in outside[:1]:
+        number = place if numbers is None else numbers[place]
         raise InputError(
-            f"{what} {number} has token {tokens[number, position]}, outside the vocabulary of "
+            f"{what} {number} has token {tokens[place, position]}, outside the vocabulary of "
             f"{cfg.vocab_size}; use the model's own tokenizer"
         )
 

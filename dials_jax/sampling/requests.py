@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -161,11 +161,19 @@ def check_observer(
     observer.check(role.model.num_layers)
 
 
-def check_empty_prompts(cfg: ModelConfig, present: Bool[np.ndarray, "B P"], cache: Cache) -> None:
+def check_empty_prompts(
+    cfg: ModelConfig,
+    present: Bool[np.ndarray, "B P"],
+    cache: Cache,
+    numbers: Sequence[int] | None = None,
+) -> None:
     """Where logits are shifted a token is predicted by the one to its left.
 
     Without any prompt the first token is predicted at its own position, as in `Model.apply`. Beside
     longer prompts, or in the window of a cache, that position would be padding or missing.
+
+    Args:
+      numbers: as of `check_prompts`.
 
     Raises: InputError for an empty prompt in these cases.
     """
@@ -173,15 +181,23 @@ def check_empty_prompts(cfg: ModelConfig, present: Bool[np.ndarray, "B P"], cach
     alone = present.shape[1] == 0 and isinstance(cache, NoCache)
     if cfg.right_shift and empty.size and not alone:
         raise InputError(
-            f"prompt {empty[0]} is empty, but this model predicts a token from the one before; "
-            "begin it with a token such as end of text"
+            f"prompt {_number(empty, numbers)} is empty, but this model predicts a token from the "
+            "one before; begin it with a token such as end of text"
         )
 
 
 def check_prompts(
-    cfg: ModelConfig, prompts: np.ndarray, valid: Bool[np.ndarray, "B P"] | None, gen_length: int
+    cfg: ModelConfig,
+    prompts: np.ndarray,
+    valid: Bool[np.ndarray, "B P"] | None,
+    gen_length: int,
+    numbers: Sequence[int] | None = None,
 ) -> Bool[np.ndarray, "B P"]:
-    """Refuses prompts that the sampler would silently corrupt; returns where they are real."""
+    """Refuses prompts that the sampler would silently corrupt; returns where they are real.
+
+    Args:
+      numbers: of the prompts, in messages; None: from 0.
+    """
     check_shapes(cfg, prompts.shape, valid, "prompts")
     require(len(prompts) > 0, "there are no prompts; give at least one")
     total = prompts.shape[1] + gen_length
@@ -193,11 +209,19 @@ def check_prompts(
     present = np.ones(prompts.shape, bool) if valid is None else valid
     if (np.diff(present.astype(int), axis=1) < 0).any():
         raise InputError("prompts must be padded on the left: valid goes from True to False")
-    check_vocabulary(cfg, prompts, present, "prompt")
+    check_vocabulary(cfg, prompts, present, "prompt", numbers)
     found = np.flatnonzero(((prompts == cfg.mask_id) & present).any(axis=1))
     if found.size:
-        raise InputError(
-            f"prompt {found[0]} contains [MASK] (id {cfg.mask_id}); remove it: masks in a prompt "
-            "corrupt the quotas (dj.infill fills them)"
-        )
+        refuse_mask(cfg, _number(found, numbers))
     return present
+
+
+def refuse_mask(cfg: ModelConfig, number: int) -> NoReturn:
+    raise InputError(
+        f"prompt {number} contains [MASK] (id {cfg.mask_id}); remove it: masks in a prompt "
+        "corrupt the quotas (dj.infill fills them)"
+    )
+
+
+def _number(found: Int[np.ndarray, "n"], numbers: Sequence[int] | None) -> int:
+    return found[0] if numbers is None else numbers[found[0]]

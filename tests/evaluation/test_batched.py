@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from dials_jax.caching.plain import DualCache
 from dials_jax.errors import InputError
 from dials_jax.evaluation import likelihood
 from dials_jax.evaluation.batched import (
@@ -22,6 +23,7 @@ from dials_jax.sampling import generate as generating
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.generate import generate
 from dials_jax.skipping.policies import Random
+from tests.conftest import MASK
 
 PROMPTS = [[5, 6], [7], [8, 9, 10, 11], [12, 13, 14], [15], [2, 3]]
 PAIRS = [((3, 4, 5), (6, 7)), ((8,), (9, 10, 11)), ((3, 4, 5), (18,)), ((20, 21), (22, 23))]
@@ -125,6 +127,33 @@ def test_pairs_of_one_bucket_share_a_program(lively, traced_once):
 def test_no_requests_have_no_results(lively):
     assert generate_all(lively, [], sampler=SAMPLER).shape == (0, 4)
     assert log_likelihoods(lively, []).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    "ids, message",
+    [([MASK], r"contains \[MASK\]"), ([5, 99], "has token 99, outside"), ([], "is empty")],
+)
+@pytest.mark.parametrize("sampler", [SAMPLER, Confidence(4, 4, threshold=0.5, stop_at_eos=True)])
+def test_a_bad_prompt_is_named_before_the_first_batch(lively, sampler, ids, message):
+    """Its batch would be the last one: the longest prompts come first."""
+    cfg = dataclasses.replace(lively.config, right_shift=True)
+    model = Model(cfg, lively.params)
+    prompts = [[5, 6, 7, 8]] * 4 + [ids, [3]]
+    batches = generation_batches(
+        model, prompts, sampler=sampler, cache=DualCache(), batch_size=2, bucket=2
+    )
+    with pytest.raises(InputError, match=f"prompt 4 {message}"):
+        next(batches)
+
+
+@pytest.mark.parametrize(
+    "answer, message",
+    [([MASK], r" contains \[MASK\]"), ([99], " has token 99"), ([], ": the answer is empty")],
+)
+def test_a_bad_pair_is_named_before_the_first_batch(lively, answer, message):
+    pairs = [([5, 6, 7], [8, 9])] * 4 + [([5], answer)]
+    with pytest.raises(InputError, match=f"pair 4{message}"):
+        next(likelihood_batches(lively, pairs, num_samples=4, batch_size=4, bucket=1))
 
 
 def test_what_cannot_be_scored_is_refused(lively):

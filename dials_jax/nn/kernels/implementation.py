@@ -109,6 +109,11 @@ def pick(
     return by_name[name]
 
 
+def check_environment() -> None:
+    """Raises: InputError for a choice that has an unknown name."""
+    _names_in_environment()
+
+
 def forced_by_environment(names: Collection[str]) -> str | None:
     """The first of these names that the environment forces; None: it forces none of them."""
     return next((name for name in _names_in_environment() if name in names), None)
