@@ -24,6 +24,7 @@ from dials_jax.models.model import Model
 from dials_jax.models.padding import pad_prompts
 from dials_jax.sampling.generate import generate
 from dials_jax.sampling.generation import Generation
+from dials_jax.sampling.requests import check_prompts
 from dials_jax.sampling.sampler import Sampler
 from dials_jax.skipping.observing import BatchObserver, Observed, Observer, of_sequences
 from dials_jax.studies.profile import Moments, Profile, ProfileFacts
@@ -106,9 +107,14 @@ def profile_model(
     label: str = "model",
     seed: int = 0,
 ) -> Profile:
-    """The profile of a model over prompts of mixed lengths."""
+    """The profile of a model over prompts of mixed lengths.
+
+    Raises: InputError, before the first batch, for a prompt that `generate` refuses.
+    """
+    tokens, valid = pad_prompts(prompts, max(map(len, prompts)), model.config.pad_id)
+    check_prompts(model.config, tokens, valid, sampler.gen_length)
     run = Trajectories(
-        model, sampler, observer or Observer(), max(map(len, prompts)), batch_size, label, seed
+        model, sampler, observer or Observer(), tokens.shape[1], batch_size, label, seed
     )
     keys, profile = prompt_keys(prompts), None
     for first in range(0, len(prompts), batch_size):

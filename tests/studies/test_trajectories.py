@@ -10,6 +10,7 @@ import pytest
 
 from dials_jax.caching.plain import NoCache
 from dials_jax.compiling import timed_jit
+from dials_jax.errors import InputError
 from dials_jax.evaluation.batched import request_keys
 from dials_jax.loading import load
 from dials_jax.models import transformer
@@ -98,6 +99,13 @@ def test_llada_has_the_profile_of_plain_numpy(llada):
     assert [len(x) for x in calls] == [5] * 3
     assert_profile(profile, plain_profile(calls, 5, G, DIFFUSION, 5, model.config.mask_id))
     assert profile.change.count.sum() > 0 and profile.sinks.sum() > 0
+
+
+def test_a_bad_prompt_is_named_before_the_first_batch(llada):
+    model, sampler, _ = llada
+    prompts = [[5, 6]] * 4 + [[5, model.config.mask_id]]
+    with pytest.raises(InputError, match=r"prompt 4 contains \[MASK\]"):
+        profile_model(model, prompts, sampler, batch_size=2)
 
 
 def test_without_an_observer_the_record_holds_nothing_more(llada):
