@@ -224,4 +224,4 @@ def refuse_mask(cfg: ModelConfig, number: int) -> NoReturn:
 
 
 def _number(found: Int[np.ndarray, "n"], numbers: Sequence[int] | None) -> int:
-    return found[0] if numbers is None else numbers[found[0]]
+    return int(found[0]) if numbers is None else int(numbers[found[0]])
