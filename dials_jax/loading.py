@@ -16,6 +16,7 @@ from dials_jax.files import local_path, read_json
 from dials_jax.models import folders, groups
 from dials_jax.models.invariance import require_invariant
 from dials_jax.models.model import Model
+from dials_jax.nn.kernels.implementation import check_kernel_choice
 from dials_jax.sharding import make_mesh
 
 
@@ -43,6 +44,7 @@ def load(
     Raises: InputError for any other path, for a folder that is broken, and, before weights are
       read, for a device or a model for which there are no such kernels.
     """
+    check_kernel_choice()
     if batch_invariant:
         mesh = mesh or make_mesh()
         require_invariant(read_config(path, dtype), mesh)

@@ -36,7 +36,7 @@ from dials_jax.evaluation.request_cost import generation_cost
 from dials_jax.evaluation.text_end import Stop, cut_at_stop, cut_tokens, end_ids, tokens_of
 from dials_jax.models.model import Model
 from dials_jax.nn.policy import Policy
-from dials_jax.sampling.requests import refuse_mask
+from dials_jax.sampling.requests import refuse_masks
 from dials_jax.sampling.sampler import Sampler
 from dials_jax.text_sampler import check_lengths, fitting_length, text_sampler
 
@@ -162,9 +162,7 @@ def encode_prompts(
         require(not given, f"sampler= has its own {' and '.join(given)}; set it there")
         length = sampler.gen_length
     check_lengths(cfg, ids, sampler.gen_length, length)
-    for number, one in enumerate(ids):
-        if cfg.mask_id in one:
-            refuse_mask(cfg, number)
+    refuse_masks(cfg, ids)
     return ids, sampler, length
 
 

@@ -25,13 +25,12 @@ from jaxtyping import Float, Int
 
 from dials_jax.caching.cache import Cache
 from dials_jax.caching.plain import NoCache
-from dials_jax.config import ModelConfig
 from dials_jax.data.buckets import batches_by_length, padded_lengths
 from dials_jax.data.tasks import Pair
 from dials_jax.data.tokenizer import Ids
 from dials_jax.errors import require
 from dials_jax.evaluation.likelihood import CopyScores, num_copies, score_pairs
-from dials_jax.evaluation.pairs import Pairs, check_pairs, pad_pairs
+from dials_jax.evaluation.pairs import Pairs, check_pairs, pad_arrays
 from dials_jax.keys import fold_in_each, seed_key
 from dials_jax.models.model import Model
 from dials_jax.models.padding import pad_prompts
@@ -39,7 +38,7 @@ from dials_jax.nn.policy import Policy
 from dials_jax.sampling.generate import generate
 from dials_jax.sampling.generation import Generation
 from dials_jax.sampling.refill import generate_refilled, why_not_refilled
-from dials_jax.sampling.requests import check_empty_prompts, check_prompts
+from dials_jax.sampling.requests import check_arguments, check_batch
 from dials_jax.sampling.sampler import Sampler
 from dials_jax.skipping.flops import Flops
 
@@ -110,15 +109,20 @@ def generation_batches(
       settings under which sequences cannot make room, if `refill` asks for it.
     """
     require(batch_size > 0, f"batch_size={batch_size} must be positive")
+    check_arguments(sampler, cache or NoCache(), batch_size, log_probs)
     if not len(prompts):
         return
+    cfg = model.config
     if keys is None:
         keys = request_keys(0, [request_hash(_as_tuple(prompt)) for prompt in prompts])
     lengths = [len(prompt) for prompt in prompts]
     sizes = padded_lengths(lengths, bucket, max_programs, batch_size)
-    _check_prompts(model.config, prompts, sizes, sampler, cache, policy)
     padded = {size for length, size in zip(lengths, sizes, strict=True) if length < size}
     indices = np.arange(len(prompts)) if remaining is None else np.asarray(remaining, int)
+    for chosen in batches_by_length([sizes[i] for i in indices], CHECKED_AT_ONCE):
+        group = indices[chosen]
+        tokens, valid = pad_prompts([prompts[i] for i in group], sizes[group[0]], cfg.pad_id)
+        check_batch(cfg, tokens, valid, sampler, cache, policy, group.tolist())
     if refill is None:
         may_end = is_done is not None or getattr(sampler, "stop_at_eos", False)
         refill = (
@@ -149,27 +153,6 @@ def generation_batches(
             log_probs=log_probs,
         )
         yield GenerationBatch(group.tolist(), out.tokens[:, size:], out)
-
-
-def _check_prompts(
-    cfg: ModelConfig,
-    prompts: Sequence[Ids],
-    sizes: Sequence[int],
-    sampler: Sampler,
-    cache: Cache | None,
-    policy: Policy | None,
-) -> None:
-    """Raises: InputError naming a prompt that `generate` would refuse once its batch comes.
-
-    Args:
-      sizes: lengths to which the prompts are padded.
-    """
-    for chosen in batches_by_length(sizes, CHECKED_AT_ONCE):
-        some = [prompts[i] for i in chosen]
-        tokens, valid = pad_prompts(some, sizes[chosen[0]], cfg.pad_id)
-        present = check_prompts(cfg, tokens, valid, sampler.gen_length, chosen)
-        check_empty_prompts(cfg, present, cache or NoCache(), chosen)
-        sampler.check(cfg, present, policy, cache)
 
 
 def _refilled(
@@ -246,7 +229,7 @@ def likelihood_batches(
     require(batch_size > 0, f"batch_size={batch_size} must be positive")
     if not len(pairs):
         return
-    checked = check_pairs(pairs, model.config)
+    checked = check_pairs(list(pairs), model.config)
     if keys is None:
         keys = request_keys(0, [request_hash(_as_tuple(prompt)) for prompt, _ in pairs])
     if remaining is None:
@@ -261,7 +244,7 @@ def likelihood_batches(
         length, longest = lengths[members[0]], max(len(pairs[i][1]) for i in members)
         answer_length = min(-(-longest // bucket) * bucket, length)
         # Once for all copies: checking token by token takes the host longer than a forward pass.
-        padded = pad_pairs([checked[i] for i in members], model.config, length, answer_length)
+        padded = pad_arrays([checked[i] for i in members], model.config, length, answer_length)
         here = np.flatnonzero(np.isin(pair_of, members))
         for first in range(0, len(here), batch_size):
             chosen = here[first : first + batch_size]

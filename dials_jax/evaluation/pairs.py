@@ -11,7 +11,7 @@ from jaxtyping import Bool, Int
 
 from dials_jax.config import ModelConfig, shown, typed
 from dials_jax.data.tasks import Pair
-from dials_jax.errors import require
+from dials_jax.errors import InputError, require
 from dials_jax.models.model import Model, as_ids, check_vocabulary
 from dials_jax.models.padding import aligned
 
@@ -29,6 +29,9 @@ class Pairs(NamedTuple):
     in_answer: Bool[ArrayLike, "B A"]
 
 
+ArrayPair = tuple[Int[np.ndarray, "prompt"], Int[np.ndarray, "answer"]]
+
+
 @typed
 def pad_pairs(
     pairs: Sequence[Pair],
@@ -41,12 +44,19 @@ def pad_pairs(
     Raises: InputError for an empty answer, a causal model's empty prompt, [MASK] or an unknown
       token in a pair, anything but integers, or more tokens than the model has positions.
     """
-    pairs = check_pairs(pairs, cfg)
+    arrays = check_pairs(pairs, cfg)
     for given in (length, answer_length):
         require(
             0 <= given <= cfg.max_length,
             f"{given} tokens are not in 0 to {cfg.max_length}, the model's positions",
         )
+    return pad_arrays(arrays, cfg, length, answer_length)
+
+
+def pad_arrays(
+    pairs: Sequence[ArrayPair], cfg: ModelConfig, length: int, answer_length: int
+) -> Pairs:
+    """`pad_pairs` of what `check_pairs` returns."""
     answer_length = max([answer_length, *(len(answer) for _, answer in pairs)])
     length = max([length, answer_length, *(len(prompt) + len(answer) for prompt, answer in pairs)])
     tokens = np.full((len(pairs), length), cfg.pad_id)
@@ -59,11 +69,10 @@ def pad_pairs(
     return Pairs(tokens.astype(np.int32), valid, in_answer)
 
 
-def check_pairs(
-    pairs: Sequence[Pair], cfg: ModelConfig
-) -> list[tuple[Int[np.ndarray, "prompt"], Int[np.ndarray, "answer"]]]:
+def check_pairs(pairs: Sequence[Pair], cfg: ModelConfig) -> list[ArrayPair]:
     """The pairs as arrays. Raises: as `pad_pairs`, naming the first that cannot be scored."""
-    require(isinstance(pairs, list | tuple), f"pairs={shown(pairs)} is no list of pairs")
+    if not isinstance(pairs, list | tuple):
+        raise InputError(f"pairs={shown(pairs)} is no list of pairs")
     arrays = [_as_pair(pair, i) for i, pair in enumerate(pairs)]
     for i, (prompt, answer) in enumerate(arrays):
         _check_pair(cfg, i, prompt, answer)
@@ -89,14 +98,17 @@ def _check_pair(cfg: ModelConfig, i: int, prompt: np.ndarray, answer: np.ndarray
         f"pair {i}: nothing predicts a causal model's first token; give a prompt, such as the end "
         "of text",
     )
-    check_vocabulary(cfg, np.concatenate([prompt, answer])[None], None, "pair", [i])
+    for ids in (prompt, answer):
+        check_vocabulary(cfg, ids[None], None, "pair", [i])
     total = len(prompt) + len(answer)
     require(total <= cfg.max_length, f"pair {i}: {total} tokens for {cfg.max_length} positions")
 
 
-def _as_pair(pair: object, i: int) -> tuple[Int[np.ndarray, "prompt"], Int[np.ndarray, "answer"]]:
-    two = isinstance(pair, tuple | list) and len(pair) == 2
-    require(two, f"pair {i} is {shown(pair)}; give the token ids of a prompt and of an answer")
+def _as_pair(pair: object, i: int) -> ArrayPair:
+    if not (isinstance(pair, tuple | list) and len(pair) == 2):  # to show one takes long
+        raise InputError(
+            f"pair {i} is {shown(pair)}; give the token ids of a prompt and of an answer"
+        )
     prompt, answer = (
         as_ids(ids, f"pair {i}: {part}")
         for ids, part in zip(pair, ("prompt id", "answer id"), strict=True)

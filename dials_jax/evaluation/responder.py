@@ -36,12 +36,14 @@ from dials_jax.evaluation.batched import (
     request_keys,
 )
 from dials_jax.evaluation.likelihood import WHOLE, num_copies
+from dials_jax.evaluation.pairs import check_pairs
 from dials_jax.evaluation.request_cost import LOWER_BATCH_SIZE, generation_cost, likelihood_cost
 from dials_jax.evaluation.tally import LayerCounts, Record, Tally, make_batch_record
 from dials_jax.evaluation.text_end import Stop
 from dials_jax.models.model import Model
 from dials_jax.nn.policy import Policy
 from dials_jax.progress import Pace
+from dials_jax.sampling.requests import refuse_masks
 from dials_jax.sampling.sampler import Sampler
 from dials_jax.sharding import require_same_everywhere
 from dials_jax.skipping.flops import Flops
@@ -101,9 +103,11 @@ class Responder:
           key_of_answer: draw the masks from a key of prompt and answer. Otherwise from one of the
             prompt, so that the answers of a prompt are compared under the same masks.
 
-        Raises: InputError for a pair that is too long, before anything is computed.
+        Raises: InputError for a pair that cannot be scored, before anything is computed.
         """
-        cfg, named = self.settings, _Named.of([self._fit_pair(*pair) for pair in enumerate(pairs)])
+        fitted = [self._fit_pair(*pair) for pair in enumerate(pairs)]
+        check_pairs(fitted, self.model.config)  # named by their places here, where some are equal
+        cfg, named = self.settings, _Named.of(fitted)
         names, distinct = list(named.requests), list(named.requests.values())
         copies = {
             name: num_copies(self.model.config, len(answer), cfg.num_samples, self.policy)
@@ -159,10 +163,11 @@ class Responder:
           stop: a text may end at the end of a block that holds one of these; only where the
             sampler's `stop_at_eos` lets sequences end early, and where they make room for others.
 
-        Raises: InputError for a prompt that is too long, before anything is computed.
+        Raises: InputError for a prompt that cannot be answered, before anything is computed.
         """
         room = self.model.config.max_length - sampler.gen_length
         fitted = [self._fit(f"prompt {i}", _as_tuple(ids), room) for i, ids in enumerate(prompts)]
+        refuse_masks(self.model.config, fitted)  # as with pairs
         named = _Named.of(list(zip(fitted, draws or [0] * len(fitted), strict=True)))
         names, distinct = list(named.requests), list(named.requests.values())
         facts = {"sampler": plain_settings(sampler), "cache": plain_settings(self.settings.cache)}

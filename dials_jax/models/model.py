@@ -23,7 +23,7 @@ from dials_jax.models import transformer
 from dials_jax.models.invariance import require_invariant
 from dials_jax.nn import fusing
 from dials_jax.nn.eight_bits import weights_kind, without_scales
-from dials_jax.nn.kernels.implementation import check_environment
+from dials_jax.nn.kernels.implementation import check_kernel_choice
 from dials_jax.nn.modules import form_of
 from dials_jax.nn.policy import Policy, check_policy
 from dials_jax.nn.stack import Executor
@@ -68,7 +68,7 @@ class Model:
         batch_invariant: bool = False,
     ):
         """Args: quantised_from: of weights in 8 bits, the fingerprint that they had before."""
-        check_environment()
+        check_kernel_choice()
         self.config = config
         self.mesh = mesh or sharding.make_mesh()
         self.batch_invariant = batch_invariant

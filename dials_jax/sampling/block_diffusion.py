@@ -156,11 +156,10 @@ class BlockDiffusion(Typed, BlockSampler):
             f"{type(cache).__name__} follows a canvas that every token sees, not one of finished "
             "blocks; take PrefixCache, or DualCache for sub-blocks",
         )
-        empty = np.flatnonzero(~present.any(axis=1))
         require(
-            not (cfg.right_shift and empty.size),
-            f"prompt {empty[0] if empty.size else 0} is empty, but this model predicts a token "
-            "from the one before; begin it with a token such as end of text",
+            not cfg.right_shift or bool(present.any(axis=1).all()),
+            "a prompt is empty, but this model predicts a token from the one before; begin it with "
+            "a token such as end of text",
         )
 
     # ----------------------------------------------------------------------- where tokens lie

@@ -40,9 +40,8 @@ from dials_jax.sampling.requests import (
     ALONE,
     Role,
     check_arguments,
-    check_empty_prompts,
+    check_batch,
     check_observer,
-    check_prompts,
     check_schedule,
     empty_prompts,
     roles_of,
@@ -110,10 +109,7 @@ def generate(
         "generating without prompts",
     )
     for role in roles.values():
-        cfg = role.model.config
-        present = check_prompts(cfg, prompts, valid, sampler.gen_length)
-        check_empty_prompts(cfg, present, cache)
-        sampler.check(cfg, present, role.policy, cache_given)
+        check_batch(role.model.config, prompts, valid, sampler, cache_given, role.policy)
     turns = schedule or Schedule(((ALONE, sampler.count_steps(cache)),))
     if schedule:
         check_schedule(roles, turns, sampler, cache)

@@ -48,7 +48,7 @@ from dials_jax.sampling.costs import Part, total_cost
 from dials_jax.sampling.end_of_text import fill_after_eos
 from dials_jax.sampling.generation import Generation, count_tokens
 from dials_jax.sampling.loop import BlockSampler, Loop, LoopState, step_limit, variant_work
-from dials_jax.sampling.requests import check_empty_prompts, check_prompts
+from dials_jax.sampling.requests import check_batch
 from dials_jax.sampling.reveal import StepInfo
 from dials_jax.sampling.sampler import CallRecord, Sampler, keep_log_probs, start_record
 
@@ -314,10 +314,8 @@ def generate_refilled(
     why = why_not_refilled(sampler, cache, cfg, model.batch_invariant)
     require(why is None, f"sequences cannot make room for others: {why}")
     tokens, valid = pad_prompts(prompts, max(map(len, prompts)), cfg.pad_id)
-    check_prompts(cfg, tokens, valid, sampler.gen_length)
-    check_empty_prompts(cfg, valid, cache)
     check_policy(policy)
-    sampler.check(cfg, valid, policy, cache)
+    check_batch(cfg, tokens, valid, sampler, cache, policy)
     length = -(-length // sampler.block_length) * sampler.block_length
     tokens, valid = pad_prompts(prompts, length, cfg.pad_id)
     batch_size += -batch_size % sharding.num_batch_shards(model.mesh)

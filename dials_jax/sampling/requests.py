@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -11,6 +11,7 @@ from jaxtyping import Bool, Int
 from dials_jax.caching.cache import Cache
 from dials_jax.caching.plain import NoCache
 from dials_jax.config import ModelConfig, shown
+from dials_jax.data.tokenizer import Ids
 from dials_jax.errors import InputError, nearest, require
 from dials_jax.models.model import Model, check_shapes, check_vocabulary, require_model
 from dials_jax.nn.policy import Policy, check_policy
@@ -181,9 +182,28 @@ def check_empty_prompts(
     alone = present.shape[1] == 0 and isinstance(cache, NoCache)
     if cfg.right_shift and empty.size and not alone:
         raise InputError(
-            f"prompt {_number(empty, numbers)} is empty, but this model predicts a token from the "
-            "one before; begin it with a token such as end of text"
+            f"prompt {_first_number(empty, numbers)} is empty, but this model predicts a token "
+            "from the one before; begin it with a token such as end of text"
         )
+
+
+def check_batch(
+    cfg: ModelConfig,
+    prompts: np.ndarray,
+    valid: Bool[np.ndarray, "B P"] | None,
+    sampler: Sampler,
+    cache: Cache | None = None,
+    policy: Policy | None = None,
+    numbers: Sequence[int] | None = None,
+) -> None:
+    """Refuses prompts that the sampler cannot continue.
+
+    Args:
+      numbers: as of `check_prompts`.
+    """
+    present = check_prompts(cfg, prompts, valid, sampler.gen_length, numbers)
+    check_empty_prompts(cfg, present, cache or NoCache(), numbers)
+    sampler.check(cfg, present, policy, cache)
 
 
 def check_prompts(
@@ -200,28 +220,37 @@ def check_prompts(
     """
     check_shapes(cfg, prompts.shape, valid, "prompts")
     require(len(prompts) > 0, "there are no prompts; give at least one")
-    total = prompts.shape[1] + gen_length
-    require(
-        total <= cfg.max_length,
-        f"{prompts.shape[1]} prompt tokens and gen_length={gen_length} make {total}, but the "
-        f"model has {cfg.max_length} positions; shorten one of them",
-    )
     present = np.ones(prompts.shape, bool) if valid is None else valid
+    total = prompts.shape[1] + gen_length
+    if total > cfg.max_length:
+        longest = _first_number(np.argsort(-present.sum(axis=1)), numbers)
+        raise InputError(
+            f"{prompts.shape[1]} prompt tokens and gen_length={gen_length} make {total}, but the "
+            f"model has {cfg.max_length} positions; shorten one of them (prompt {longest} is the "
+            "longest)"
+        )
     if (np.diff(present.astype(int), axis=1) < 0).any():
         raise InputError("prompts must be padded on the left: valid goes from True to False")
     check_vocabulary(cfg, prompts, present, "prompt", numbers)
     found = np.flatnonzero(((prompts == cfg.mask_id) & present).any(axis=1))
     if found.size:
-        refuse_mask(cfg, _number(found, numbers))
+        raise _mask_error(cfg, _first_number(found, numbers))
     return present
 
 
-def refuse_mask(cfg: ModelConfig, number: int) -> NoReturn:
-    raise InputError(
+def refuse_masks(cfg: ModelConfig, prompts: Sequence[Ids]) -> None:
+    """Raises: InputError for [MASK] in a prompt, as `check_prompts`, for prompts of any lengths."""
+    for number, ids in enumerate(prompts):
+        if cfg.mask_id in ids:
+            raise _mask_error(cfg, number)
+
+
+def _mask_error(cfg: ModelConfig, number: int) -> InputError:
+    return InputError(
         f"prompt {number} contains [MASK] (id {cfg.mask_id}); remove it: masks in a prompt "
         "corrupt the quotas (dj.infill fills them)"
     )
 
 
-def _number(found: Int[np.ndarray, "n"], numbers: Sequence[int] | None) -> int:
+def _first_number(found: Int[np.ndarray, "n"], numbers: Sequence[int] | None) -> int:
     return int(found[0]) if numbers is None else int(numbers[found[0]])

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dials_jax import sharding
-from dials_jax.caching.plain import NoCache
 from dials_jax.config import CorpusData, Data, ModelConfig, TextData, to_dict
 from dials_jax.data.sources import load_data_tokenizer, load_training_data
 from dials_jax.errors import require
@@ -29,7 +28,7 @@ from dials_jax.progress import format_duration, progress_bar
 from dials_jax.records import Records, require_numbers, require_texts
 from dials_jax.reporting.environment import environment
 from dials_jax.reporting.publish import Report
-from dials_jax.sampling.requests import check_empty_prompts, check_prompts
+from dials_jax.sampling.requests import check_batch
 from dials_jax.sampling.sampler import Sampler
 from dials_jax.skipping.observing import Observer
 from dials_jax.studies.claims import check_claims
@@ -189,9 +188,7 @@ def make_plan(cfg: RepresentationStudy, label: str, path: str) -> Plan:
         f"prompt and gen_length={cfg.gen_length} make {total}; lower gen_length, or set window=",
     )
     tokens, valid = pad_prompts(prompts, longest, model.pad_id)
-    present = check_prompts(model, tokens, valid, cfg.gen_length)
-    check_empty_prompts(model, present, NoCache())
-    sampler.check(model, present, None, None)
+    check_batch(model, tokens, valid, sampler)
     return Plan(label, path, model, prompts, longest, sampler, observer)
 
 

@@ -24,7 +24,7 @@ from dials_jax.models.model import Model
 from dials_jax.models.padding import pad_prompts
 from dials_jax.sampling.generate import generate
 from dials_jax.sampling.generation import Generation
-from dials_jax.sampling.requests import check_prompts
+from dials_jax.sampling.requests import check_batch
 from dials_jax.sampling.sampler import Sampler
 from dials_jax.skipping.observing import BatchObserver, Observed, Observer, of_sequences
 from dials_jax.studies.profile import Moments, Profile, ProfileFacts
@@ -112,7 +112,7 @@ def profile_model(
     Raises: InputError, before the first batch, for a prompt that `generate` refuses.
     """
     tokens, valid = pad_prompts(prompts, max(map(len, prompts)), model.config.pad_id)
-    check_prompts(model.config, tokens, valid, sampler.gen_length)
+    check_batch(model.config, tokens, valid, sampler)
     run = Trajectories(
         model, sampler, observer or Observer(), tokens.shape[1], batch_size, label, seed
     )

@@ -30,7 +30,7 @@ from dials_jax.loading import load
 from dials_jax.models import folders, transformer
 from dials_jax.models.folders import save_model
 from dials_jax.models.model import Model
-from dials_jax.nn.kernels.implementation import check_environment
+from dials_jax.nn.kernels.implementation import check_kernel_choice
 from dials_jax.sharding import on_first_process
 from dials_jax.skipping import storage
 from dials_jax.skipping.routed import init_routers
@@ -160,7 +160,7 @@ def make_model_init(cfg: ModelConfig, seed: int, layout: str) -> Callable[..., t
 
 def prepare_run(cfg: TrainConfig, mesh: Mesh) -> Run:
     """Loads and checks everything that a run needs, before anything expensive."""
-    check_environment()
+    check_kernel_choice()
     return _router_run(cfg, mesh) if cfg.backbone else _model_run(cfg, mesh)
 
 

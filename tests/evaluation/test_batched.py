@@ -146,6 +146,18 @@ def test_a_bad_prompt_is_named_before_the_first_batch(lively, sampler, ids, mess
         next(batches)
 
 
+def test_prompts_that_are_not_asked_for_may_be_anything(lively):
+    settings = {"sampler": SAMPLER, "remaining": [0], "batch_size": 2}
+    [batch] = generation_batches(lively, [[5, 6], [MASK]], **settings)
+    assert batch.requests == [0]
+
+
+def test_the_longest_prompt_is_named(lively):
+    prompts = [[5], [5] * (lively.config.max_length - 3)]
+    with pytest.raises(InputError, match="prompt 1 is the longest"):
+        next(generation_batches(lively, prompts, sampler=SAMPLER, bucket=1))
+
+
 @pytest.mark.parametrize(
     "answer, message",
     [([MASK], r" contains \[MASK\]"), ([99], " has token 99"), ([], ": the answer is empty")],

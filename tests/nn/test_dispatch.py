@@ -11,7 +11,7 @@ from dials_jax.nn import attention, mlp
 from dials_jax.nn.eight_bits import quantise, quantise_modules
 from dials_jax.nn.fusing import fuse
 from dials_jax.nn.kernels import dispatch, hopper_attention, hopper_matmul, per_device
-from dials_jax.nn.kernels.implementation import NAMES, check_environment, pick
+from dials_jax.nn.kernels.implementation import NAMES, check_kernel_choice, pick
 from dials_jax.nn.kernels.implementation import dispatch as run_dispatch
 from dials_jax.nn.kv import KV
 from dials_jax.nn.linear import MATMUL_8, SPLIT_PRODUCT, linear
@@ -191,7 +191,7 @@ def test_an_unknown_name_is_refused(value, monkeypatch):
     with pytest.raises(InputError, match=r"DIALS_KERNELS: .* did you mean '(xla|cudnn)'"):
         some_attention()
     with pytest.raises(InputError, match=r"DIALS_KERNELS: .* did you mean '(xla|cudnn)'"):
-        check_environment()  # before a model is placed, and before a training reads its data
+        check_kernel_choice()  # before a model is placed, and before a training reads its data
     with pytest.raises(InputError, match="implementation='xlaa' is unknown; did you mean 'xla'"):
         some_attention(implementation="xlaa")
 

@@ -109,7 +109,7 @@ def pick(
     return by_name[name]
 
 
-def check_environment() -> None:
+def check_kernel_choice() -> None:
     """Raises: InputError for a choice that has an unknown name."""
     _names_in_environment()
 
