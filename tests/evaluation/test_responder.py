@@ -18,6 +18,7 @@ from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.generate import generate
 from dials_jax.skipping.policies import Random, Static
 from dials_jax.skipping.routed import Routed
+from tests.conftest import MASK
 
 PAIRS = [((3, 4, 5), (6, 7)), ((8,), (9, 10, 11)), ((3, 4, 5), (18,)), ((20, 21), (22, 23))]
 PROMPTS = [(5, 6), (7,), (8, 9, 10, 11), (12, 13, 14), (15,), (2, 3)]
@@ -250,6 +251,16 @@ def test_a_prompt_that_is_too_long_is_refused_or_cut_and_counted(lively):
     assert cut.num_cut == 1
     with pytest.raises(InputError, match="and 0 places"):  # nothing of the prompt would be left
         likelihoods(cut, [((3,), (5,) * 64)])
+
+
+def test_a_bad_request_is_named_by_its_place_among_all(lively, computed):
+    """Equal requests are answered once, which changes no number in a message."""
+    responder = Responder(lively, settings=SETTINGS)
+    with pytest.raises(InputError, match=r"prompt 2 contains \[MASK\]"):
+        generations(responder, [(5, 6), (5, 6), (MASK,)])
+    with pytest.raises(InputError, match=r"pair 2 contains \[MASK\]"):
+        likelihoods(responder, [((5, 6), (7,)), ((5, 6), (7,)), ((5,), (MASK,))])
+    assert not computed
 
 
 def test_settings_are_checked(untyped):
