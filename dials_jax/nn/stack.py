@@ -153,22 +153,35 @@ def run_stack(
         return StackOutput(carry[0], jnp.stack(gates), cache_state, observed, carry[1])
     prepared = trees.stack(prepared) if trees.is_unrolled(prepared) else prepared
     prepared = jax.tree.map(lambda x: x[first:last], prepared)
-    xs, body = (layers, prepared, cache_state), run_layer
     may_skip = executor != "select" and (always is None or prepared is not None)
-    slice_late = may_skip and not _splits_weights_along_batch()
-    if slice_late:
-        layer = _sliced_where_used(layer)  # which `run_layer` calls
-    if slice_late or last - first < count:  # slicing the stack first would copy the weights
-        xs = (jnp.arange(first, last), prepared, cache_state)
+    # `run_layer` runs what `layer` is from here on.
+    layer, steps, params_of = _scan_inputs(layer, layers, (first, last), may_skip)
 
-        def body(carry, xs):
-            params = (layers, xs[0]) if slice_late else trees.layer_slice(layers, xs[0])
-            return run_layer(carry, (params, *xs[1:]))
+    def body(carry, xs):
+        return run_layer(carry, (params_of(xs[0]), *xs[1:]))
 
-    (h, state), (gates, cache_state, observed) = lax.scan(body, carry, xs)
+    (h, state), (gates, cache_state, observed) = lax.scan(
+        body, carry, (steps, prepared, cache_state)
+    )
     if output_positions is not None and last == count:
         h = gather(h, output_positions)
     return StackOutput(h, gates, cache_state, observed, state)
+
+
+def _scan_inputs(
+    layer: Layer, layers: trees.Params, span: tuple[int, int], may_skip: bool
+) -> tuple[Layer, PyTree, Callable[[PyTree], PyTree]]:
+    """How a scan takes layers out of their stack.
+
+    Returns: the layer to run, what the scan goes through, and what makes the layer's parameters of
+    one step of it.
+    """
+    if may_skip and not _splits_weights_along_batch():
+        return _sliced_where_used(layer), jnp.arange(*span), lambda number: (layers, number)
+    if span == (0, trees.num_layers(layers)):
+        return layer, layers, lambda params: params
+    # By number: slicing the stack first would copy these layers' weights.
+    return layer, jnp.arange(*span), lambda number: trees.layer_slice(layers, number)
 
 
 def _sliced_where_used(layer: Layer) -> Layer:
