@@ -14,6 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dials_jax.errors import require
+
+KERNELS = "DIALS_KERNELS"  # the variable that chooses kernels: see `nn.kernels.implementation`
 # Whether programs are traced and compiled so that a sequence's result depends on no other one of
 # its batch: see `nn.kernels.implementation`. A part of the key of every trace, as the mesh is.
 batch_invariant = jax.make_user_context(False)
@@ -37,12 +40,20 @@ def compiler_options() -> dict[str, Any] | None:
     return options or None
 
 
+def require_32_bits() -> None:
+    """Raises: InputError where JAX makes numbers of 64 bits, which nothing here is written for."""
+    require(
+        not jax.config.jax_enable_x64,
+        "JAX is set to 64 bits; leave out JAX_ENABLE_X64 and jax_enable_x64, or set them to False",
+    )
+
+
 class Timed:
     """A jitted function that returns its result and the seconds it took to run.
 
-    Compiled once per combination of static arguments, shapes, shardings, matmul precision and
-    `batch_invariant`. The call waits for the result, so it belongs around whole generations
-    and batches, not in a loop.
+    Compiled once per combination of static arguments, shapes, shardings, matmul precision,
+    `batch_invariant` and choice of kernels. The call waits for the result, so it belongs around
+    whole generations and batches, not in a loop.
     """
 
     def __init__(
@@ -70,14 +81,16 @@ class Timed:
 
     def trace(self, *args: Any, **kwargs: Any) -> jax.stages.Traced:
         """The program as JAX has traced it."""
-        classes = _classes(jax.tree.structure((args, kwargs)))
-        if classes not in self._jitted:
-            self._jitted[classes] = jax.jit(
+        require_32_bits()
+        # JAX's own cache of traces does not know the choice of kernels.
+        key = os.environ.get(KERNELS), _classes(jax.tree.structure((args, kwargs)))
+        if key not in self._jitted:
+            self._jitted[key] = jax.jit(
                 _another(self.__wrapped__),
                 static_argnames=self._static,
                 donate_argnames=self._donate,
             )
-        return self._jitted[classes].trace(*args, **kwargs)
+        return self._jitted[key].trace(*args, **kwargs)
 
     def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
         """The program before it is compiled; it may be for devices of another machine."""
@@ -124,7 +137,7 @@ class Timed:
         )
         precision = jax.config.jax_default_matmul_precision
         context = jax.sharding.get_abstract_mesh(), batch_invariant.value, precision
-        return static, structure, shapes, context
+        return static, structure, shapes, context, os.environ.get(KERNELS)
 
     def largest_program(self) -> int:
         """Bytes on a device that the largest program takes: arguments, results and temporaries."""

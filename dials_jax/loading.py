@@ -10,6 +10,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from dials_jax import trees
+from dials_jax.compiling import require_32_bits
 from dials_jax.config import EightBits, Layout, ModelConfig, typed
 from dials_jax.errors import InputError, require
 from dials_jax.files import local_path, read_json
@@ -44,6 +45,7 @@ def load(
     Raises: InputError for any other path, for a folder that is broken, and, before weights are
       read, for a device or a model for which there are no such kernels.
     """
+    require_32_bits()
     check_kernel_choice()
     if batch_invariant:
         mesh = mesh or make_mesh()

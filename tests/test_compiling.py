@@ -1,5 +1,6 @@
 """What is asked of XLA reaches it, and XLA knows it."""
 
+import os
 import time
 from dataclasses import dataclass
 
@@ -8,10 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import dials_jax as dj
 from dials_jax import compiling
 from dials_jax.compiling import Timed, compiler_options, timed_jit, total_compile_seconds
+from dials_jax.errors import InputError
+from dials_jax.models.model import Model
 from dials_jax.skipping.policies import Static
 from dials_jax.training import loop, step
+from tests.conftest import init_params, small_config
 
 UNKNOWN = "xla_no_such_option"
 
@@ -154,3 +159,34 @@ def test_what_tests_compile_is_kept():
     """JAX was imported after `conftest.py` had said so; otherwise every run compiles anew."""
     assert jax.config.jax_compilation_cache_dir
     assert jax.config.jax_persistent_cache_min_compile_time_secs == 0
+
+
+# ------------------------------------------------------------------------ settings of the process
+
+
+def test_another_choice_of_kernels_is_another_program(monkeypatch):
+    """Once in each of its caches: that of programs, and JAX's own of traces."""
+    traced = []
+
+    def note(x):
+        traced.append(os.environ.get("DIALS_KERNELS"))
+        return x
+
+    timed = Timed(note)
+    for choice in ("xla", "-cudnn", "xla"):
+        monkeypatch.setenv("DIALS_KERNELS", choice)
+        timed(jnp.ones(3))
+    assert traced == ["xla", "-cudnn"] and timed.num_programs == 2
+
+
+def test_64_bits_are_refused(train_config, tmp_path):
+    model = Model(small_config(), init_params(small_config()))
+    with jax.enable_x64(True):
+        for call in (
+            lambda: Model(model.config, model.params),
+            lambda: dj.load(tmp_path),
+            lambda: dj.generate(model, [[5, 9]], sampler=dj.Ancestral(8, 8)),
+            lambda: loop.train(train_config(), tmp_path / "run"),
+        ):
+            with pytest.raises(InputError, match="JAX is set to 64 bits; leave out"):
+                call()

@@ -99,11 +99,20 @@ class Work(NamedTuple):
     """What a forward variant computes per sequence, for counting FLOPs.
 
     All tokens count in every layer, although the last one computes only those of the block.
+
+    Attributes:
+      tokens: per layer.
+      head: tokens whose logits are computed.
+      prompt: tokens at the window's front that no router looks at.
+      keys: that a token attends to; None: as many as the canvas is long.
+      projected: per layer, tokens that get queries, keys and values; None: `tokens`.
     """
 
-    tokens: tuple[int, ...]  # tokens per layer
-    head: int  # tokens whose logits are computed
-    prompt: int = 0  # tokens at the window's front that no router looks at
+    tokens: tuple[int, ...]
+    head: int
+    prompt: int = 0
+    keys: int | None = None
+    projected: tuple[int, ...] | None = None
 
 
 class ForwardVariant(NamedTuple):

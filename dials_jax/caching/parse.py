@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 from dials_jax.caching.cache import Cache
 from dials_jax.caching.early_skip.settings import EarlySkip
-from dials_jax.caching.plain import DualCache, PrefixCache
+from dials_jax.caching.plain import DualCache, NoCache, PrefixCache
 from dials_jax.config import shown, typed
 from dials_jax.errors import nearest, require
 
@@ -29,11 +29,16 @@ def parse_cache(text: str) -> Cache | None:
 
 
 def cache_name(cache: Cache | None) -> str:
-    """`none`, `prefix`, `dual`, or `es-PROMPT-BLOCK` and the other settings that are no default."""
+    """`none`, `prefix`, `dual`, or `es-PROMPT-BLOCK` and the other settings that are no default.
+
+    A cache of one's own is called by its `name`, if it has one, or else by its class.
+    """
     if cache is None:
         return "none"
     if not isinstance(cache, EarlySkip):
-        return {PrefixCache: "prefix", DualCache: "dual"}[type(cache)]
+        known = {NoCache: "none", PrefixCache: "prefix", DualCache: "dual"}
+        own = getattr(cache, "name", type(cache).__name__)
+        return known.get(type(cache), own)
     frequencies = {"prompt_every": cache.prompt_every, "block_every": cache.block_every}
     settings, default = asdict(cache), asdict(EarlySkip(**frequencies))
     others = [f"{name} {x}" for name, x in settings.items() if x != default[name]]

@@ -56,7 +56,9 @@ class NoCache(KeysAndValues):
 
     def forward_variants(self, net: CanvasModel, blocks: Blocks) -> list[ForwardVariant]:
         prompt = prompt_first(net, blocks) if net.logit_shift else []
-        return [*prompt, *canvas_so_far(net, blocks, always)]
+        variants = [*prompt, *canvas_so_far(net, blocks, always)]
+        # Keys are those of the window, which has one length in all layers.
+        return [v._replace(work=v.work._replace(keys=v.work.tokens[0])) for v in variants]
 
 
 @dataclass(frozen=True)

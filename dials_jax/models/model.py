@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from dials_jax import digests, sharding, trees
-from dials_jax.compiling import Timed, batch_invariant, timed_jit
+from dials_jax.compiling import Timed, batch_invariant, require_32_bits, timed_jit
 from dials_jax.config import ModelConfig, shown, typed
 from dials_jax.errors import InputError, require
 from dials_jax.keys import fold_in_each, seed_key, threefry_key
@@ -68,6 +68,7 @@ class Model:
         batch_invariant: bool = False,
     ):
         """Args: quantised_from: of weights in 8 bits, the fingerprint that they had before."""
+        require_32_bits()
         check_kernel_choice()
         self.config = config
         self.mesh = mesh or sharding.make_mesh()
@@ -308,6 +309,7 @@ def sequence_keys(key: jax.Array | None, num_sequences: int) -> jax.Array:
     key = seed_key(0) if key is None else key
     typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     require(typed, "the key is none of jax.random.key; make it with that, and several by split")
+    require(key.ndim <= 1, f"keys have shape {key.shape}; give one key, or one for each sequence")
     if key.ndim == 1:
         if key.shape[0] != num_sequences:
             raise InputError(

@@ -15,11 +15,13 @@ from dials_jax.nn.kernels.hopper_attention import TILE
 def pad_prompts(
     prompts: Sequence[Sequence[int] | Int[np.ndarray, "_"]], length: int, pad_id: int
 ) -> tuple[Int[np.ndarray, "B P"], Bool[np.ndarray, "B P"]]:
-    """Pads prompts on the left to `length`: (tokens int32, valid).
+    """Pads prompts on the left to `length`: (tokens, valid).
+
+    Tokens have 64 bits: in fewer, an id that is too large would become another one unseen.
 
     Raises: InputError if a prompt is longer.
     """
-    tokens = np.full((len(prompts), length), pad_id, np.int32)
+    tokens = np.full((len(prompts), length), pad_id, np.int64)
     valid = np.zeros((len(prompts), length), bool)
     for i, ids in enumerate(prompts):
         require(len(ids) <= length, f"prompt {i} has {len(ids)} tokens; at most {length} fit")

@@ -45,12 +45,12 @@ class StepTime(NamedTuple):
     """Seconds that one run of a program takes at least, on a chip that does nothing else meanwhile.
 
     Attributes:
-      products: at the peak rate in bfloat16.
+      matmuls: at the peak rate in bfloat16.
       memory: to read its arguments once in every pass.
       network: to send what collectives send, over one axis of the network.
     """
 
-    products: float
+    matmuls: float
     memory: float
     network: float
 
@@ -161,7 +161,7 @@ def describe(program: PodProgram, fit: Fit, pod: Pod) -> list[str]:
     return [
         head,
         f"  memory: {fits}{fit}, {kept}",
-        f"  products: {program.flops:.3g} FLOPs, {program.flops / devices:.3g} per device",
+        f"  matmuls: {program.flops:.3g} FLOPs, {program.flops / devices:.3g} per device",
         f"  collectives: {_describe_collectives(found)}",
         *([_describe_time(program, step_time(program, found, pod.chip))] if pod.chip else []),
     ]

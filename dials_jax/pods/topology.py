@@ -29,7 +29,7 @@ class Chip(NamedTuple):
 
     Attributes:
       memory: bytes; the compiler reserves part of it.
-      flops: a second, of products of bfloat16.
+      flops: a second, of matmuls of bfloat16.
       bandwidth: bytes a second, between the chip and its memory.
       network: bytes a second that leave the chip along one axis of the network, both ways together.
     """

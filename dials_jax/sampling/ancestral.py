@@ -165,7 +165,9 @@ class RevealPlan(NamedTuple):
 
 def draw_reveal_plan(sampler: Ancestral, keys: jax.Array, prompt_length: int) -> RevealPlan:
     """Draws every token's time, with all 32 bits: steps may be as short as 2^-10, or shorter."""
-    draw = jax.vmap(lambda key: jax.random.bits(jax.random.fold_in(key, TIMES), (sampler.length,)))
+    draw = jax.vmap(
+        lambda key: jax.random.bits(jax.random.fold_in(key, TIMES), (sampler.length,), jnp.uint32)
+    )
     drawn = draw(keys)
     order = jnp.argsort(drawn, axis=1, descending=True, stable=True)
     if sampler.first_hitting:
@@ -404,5 +406,5 @@ class PublishedSteps:
 
 def coarse_exponential(key: jax.Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
     """-log u for u on the grid of 24 bits on which PyTorch draws float32 numbers."""
-    u = (jax.random.bits(key, shape) >> (32 - UNIFORM_BITS)).astype(jnp.float32)
+    u = (jax.random.bits(key, shape, jnp.uint32) >> (32 - UNIFORM_BITS)).astype(jnp.float32)
     return 1e-10 - jnp.log(u * 2.0**-UNIFORM_BITS + 1e-10)

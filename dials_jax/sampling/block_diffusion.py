@@ -117,6 +117,10 @@ class BlockDiffusion(Typed, BlockSampler):
             value = getattr(self, name)
             require(value is None or value >= 0, f"{name}={value} must not be negative")
         require(
+            self.threshold is None or self.threshold <= 1,
+            f"threshold={self.threshold} is a probability; at most 1",
+        )
+        require(
             self.entropy_bound is None
             or (self.threshold is None and self.remasking == "low_confidence" and steps == length),
             "entropy_bound is a rule of its own; leave out threshold, remasking and "

@@ -170,6 +170,14 @@ class Confidence(Typed, BlockSampler):
                 "the entropy of its distribution; leave one of them out",
             )
         require(
+            self.remasking == "low_confidence" or not given,
+            f"{''.join(given)} goes by confidence, remasking={self.remasking!r} does not; leave "
+            "out one of them",
+        )
+        for name in ("threshold", "edit_threshold"):
+            value = getattr(self, name)
+            require(value is None or value <= 1, f"{name}={value} is a probability; at most 1")
+        require(
             not self.edits or bool(given),
             "edit_threshold revises what was revealed too early, not what a quota reveals; give "
             f"one of {', '.join(PARALLEL_RULES)}, too",

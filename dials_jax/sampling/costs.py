@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from dials_jax.caching.cache import Work
 from dials_jax.config import ModelConfig
 from dials_jax.nn.policy import Policy
-from dials_jax.skipping.flops import Flops, count_flops
+from dials_jax.skipping.flops import Flops, call_flops, head_flops, layer_flops
 
 
 @dataclass(frozen=True)
@@ -25,61 +25,65 @@ class Part:
     def tokens(self, variant: Int[np.ndarray, "S"]) -> Int[np.ndarray, "S L"]:
         return np.array([w.tokens for w in self.work])[variant]
 
-    def cost(
+    def flops(
         self, gates: Bool[np.ndarray, "S L R"], variant: Int[np.ndarray, "S"], num_tokens: int
-    ) -> Flops:
+    ) -> Float[np.ndarray, "S R"]:
+        """Of each call on each sequence."""
+
+        def of_calls(values: list) -> np.ndarray:
+            return np.array(values)[variant]
+
         tokens = self.tokens(variant)
-        return count_flops(
+        return call_flops(
             self.cfg,
             gates,
-            num_tokens=num_tokens,
-            head_tokens=np.array([w.head for w in self.work])[variant],
+            num_keys=of_calls([w.keys or num_tokens for w in self.work]),
+            head_tokens=of_calls([w.head for w in self.work]),
             tokens_run=tokens,
-            voting=tokens - np.array([[w.prompt] for w in self.work])[variant],
+            projected=of_calls([w.projected or w.tokens for w in self.work]),
+            voting=tokens - of_calls([[w.prompt] for w in self.work]),
             policy=self.policy,
         )
 
-    def full_cost(self, num_calls: int, num_sequences: int, num_tokens: int, head: int) -> float:
-        """FLOPs of this many calls that run all layers on the whole canvas."""
-        gates = np.ones((1, self.cfg.num_layers, 1), bool)
-        one = count_flops(self.cfg, gates, num_tokens=num_tokens, head_tokens=head)
-        return num_calls * num_sequences * one.model_total
+    def full_flops(self, num_tokens: int, head: int) -> float:
+        """Of a call that runs all layers on the whole canvas of one sequence."""
+        layers = self.cfg.num_layers * layer_flops(self.cfg, num_tokens)
+        return float(layers + head_flops(self.cfg, head))
 
 
 def total_cost(
     parts: Sequence[Part],
     taken: Int[np.ndarray, "S"],
     gates: Bool[np.ndarray, "S L R"],
+    own: Bool[np.ndarray, "S R"],
     variant: Int[np.ndarray, "S"],
     num_tokens: int,
     seconds: float,
 ) -> Flops:
     """The three numbers; shares are relative to the largest model making equally many full calls.
 
+    A sequence's own calls count, so that the numbers are what it has alone.
+
     Under a schedule without other skipping, 1 - `layers_run` is the saving p (B_H - B_L) / B_H,
     where the light model makes a share p of the calls: Sedykh (3).
 
     Args:
       taken: the number of the part that made each call.
+      own: False where a sequence was finished and the call was made for others.
     """
-    num_sequences = gates.shape[-1]
-    costs, layers_run = [], 0
-    for i, part in enumerate(parts):
-        mine = taken == i
-        if mine.any():
-            own = gates[mine, : part.cfg.num_layers]
-            costs.append(part.cost(own, variant[mine], num_tokens).model_total)
-            layers_run += int(own.sum())
+    total = _flops(parts, taken, gates, own, variant, num_tokens).sum()
     whole, head = _largest(parts, taken, variant, num_tokens)
-    full = whole.full_cost(len(taken), num_sequences, num_tokens, head)
-    layers = layers_run / (len(taken) * num_sequences * whole.cfg.num_layers)
-    return Flops(layers, sum(costs) / full, float(sum(costs)), seconds)
+    calls = own.sum()
+    layers = (gates & own[:, None]).sum() / (calls * whole.cfg.num_layers)
+    share = total / (calls * whole.full_flops(num_tokens, head))
+    return Flops(float(layers), float(share), float(total), seconds)
 
 
 def call_costs(
     parts: Sequence[Part],
     taken: Int[np.ndarray, "S"],
     gates: Bool[np.ndarray, "S L R"],
+    own: Bool[np.ndarray, "S R"],
     variant: Int[np.ndarray, "S"],
     num_tokens: int,
     num_sequences: int,
@@ -88,17 +92,28 @@ def call_costs(
 
     Their sums over all calls and sequences are the `total_cost`, and what it is a share of.
     """
-    found = np.zeros((len(taken), gates.shape[-1]))
-    for call, number in enumerate(taken):
-        part, one = parts[number], slice(call, call + 1)
-        own = gates[one, : part.cfg.num_layers]
-        for row in range(gates.shape[-1]):
-            cost = part.cost(own[..., row : row + 1], variant[one], num_tokens)
-            found[call, row] = cost.model_total
+    found = _flops(parts, taken, gates, own, variant, num_tokens)
     copies = gates.shape[-1] // num_sequences
     whole, head = _largest(parts, taken, variant, num_tokens)
-    full = whole.full_cost(1, copies, num_tokens, head)
+    full = copies * whole.full_flops(num_tokens, head)
     return found.reshape(len(taken), copies, num_sequences).sum(axis=1), full
+
+
+def _flops(
+    parts: Sequence[Part],
+    taken: Int[np.ndarray, "S"],
+    gates: Bool[np.ndarray, "S L R"],
+    own: Bool[np.ndarray, "S R"],
+    variant: Int[np.ndarray, "S"],
+    num_tokens: int,
+) -> Float[np.ndarray, "S R"]:
+    found = np.zeros(own.shape)
+    for i, part in enumerate(parts):
+        mine = taken == i
+        if mine.any():
+            layers = gates[mine, : part.cfg.num_layers]
+            found[mine] = part.flops(layers, variant[mine], num_tokens)
+    return np.where(own, found, 0.0)
 
 
 def _largest(
@@ -109,7 +124,7 @@ def _largest(
 ) -> tuple[Part, int]:
     """The model whose full call costs most, and the most tokens whose logits a call computed."""
     head = max(w.head for i, part in enumerate(parts) for w in _used(part, variant[taken == i]))
-    return max(parts, key=lambda part: part.full_cost(1, 1, num_tokens, head)), head
+    return max(parts, key=lambda part: part.full_flops(num_tokens, head)), head
 
 
 def _used(part: Part, variant: Int[np.ndarray, "S"]) -> list[Work]:

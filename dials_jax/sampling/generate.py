@@ -101,8 +101,8 @@ def generate(
     prompts = empty_prompts(num_sequences) if prompts is None else prompts
     pad_id = next(iter(roles.values())).model.config.pad_id
     prompts, valid = pad_sequences(prompts, valid, pad_id, "prompt")
-    given = prompts.shape[-1]
     require(prompts.ndim == 2, f"prompts have shape {prompts.shape}; give [batch, length]")
+    given = prompts.shape[1]
     require(
         num_sequences in (None, len(prompts)),
         f"num_sequences={num_sequences} and {len(prompts)} prompts; num_sequences is for "

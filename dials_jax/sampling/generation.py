@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -77,12 +78,12 @@ class Generation:
         more = num_sequences - SHOWN_SEQUENCES
         return "\n".join([*lines, *([f"... and {more} more"] if more > 0 else [])])
 
-    @property
+    @cached_property
     def passes(self) -> Int[np.ndarray, "B"]:
         """Model calls of each sequence until it was finished: as many as it takes alone."""
         return self.own.sum(axis=0)
 
-    @property
+    @cached_property
     def layers_run(self) -> Float[np.ndarray, "B"]:
         """The share of the layers that ran in each sequence's own calls, of both halves under
         guidance."""
@@ -109,6 +110,8 @@ def account(
     gates, variant, steps = record.gates[:nfe], record.variant[:nfe], record.step[:nfe]
     gates = gates[..., np.arange(gates.shape[-1]) % len(tokens) < num_sequences]  # in both halves
     share = np.tile(record.masked_share[:nfe, :num_sequences], gates.shape[-1] // num_sequences)
+    own = record.own[:nfe, :num_sequences]
+    counted = np.tile(own, gates.shape[-1] // num_sequences)
     parts = [
         Part(model.config, policy, sampler.work(model.config, cache, prompts.shape[1]))
         for model, policy in roles.values()
@@ -124,7 +127,7 @@ def account(
             tokens_run[mine, : part.cfg.num_layers] = part.tokens(variant[mine])
     trajectory = None
     if record.canvases is not None:
-        costs = call_costs(parts, taken, gates, variant, length, num_sequences)
+        costs = call_costs(parts, taken, gates, counted, variant, length, num_sequences)
         canvases = (x[:nfe, :num_sequences] for x in record.canvases)
         trajectory = Trajectory(*canvases, *costs)
     tokens, log_probs = tokens[:num_sequences], record.log_probs
@@ -135,13 +138,13 @@ def account(
         nfe=nfe,
         gates=gates,
         masked_share=share,
-        own=record.own[:nfe, :num_sequences],
+        own=own,
         num_tokens=count_tokens(
             parts[0].cfg, tokens[:, prompts.shape[1] :], getattr(sampler, "stop_ids", ())
         ),
         tokens_run=tokens_run,
         steps=steps,
-        flops=total_cost(parts, taken, gates, variant, length, seconds),
+        flops=total_cost(parts, taken, gates, counted, variant, length, seconds),
         log_probs=log_probs,
         observed=of_sequences(record.observed, num_sequences),
         trajectory=trajectory,

@@ -262,6 +262,9 @@ class _Occupant:
         self.num_blocks, self.seconds = self.num_blocks + 1, self.seconds + seconds
 
 
+OWN_LOOP = ("make_steps", "blocks")  # methods of `BlockSampler` that `RingLoop` knows no others of
+
+
 def why_not_refilled(
     sampler: Sampler, cache: Cache | None, cfg: ModelConfig, batch_invariant: bool = False
 ) -> str | None:
@@ -272,6 +275,8 @@ def why_not_refilled(
         return "a block-causal model counts its blocks from each prompt's first token"
     if not isinstance(sampler, BlockSampler):  # `RingLoop` runs its two methods
         return f"{type(sampler).__name__} does not fill blocks"
+    if any(getattr(type(sampler), x) is not getattr(BlockSampler, x) for x in OWN_LOOP):
+        return f"{type(sampler).__name__} has a loop of its own"
     if not isinstance(cache or NoCache(), NoCache | DualCache):
         return f"{type(cache).__name__} counts positions from the canvas's end; use DualCache"
     if sampler.cfg_scale > 0 or sampler.delay_eos:
@@ -375,5 +380,5 @@ def _generation(
         num_tokens=count_tokens(part.cfg, canvas[None, length : length + filled]),
         tokens_run=part.tokens(variant),
         steps=steps,
-        flops=total_cost([part], np.zeros(nfe, int), gates, variant, len(canvas), one.seconds),
+        flops=total_cost([part], np.zeros(nfe, int), gates, own, variant, len(canvas), one.seconds),
     )

@@ -92,6 +92,7 @@ def reveal(
     logits = transformer.head_logits(cfg, net.params, out.h)
     if net.prompt_mask is not None:
         logits = guide(logits, sampler.cfg_scale)
+    of_model = logits
     if sampler.end_think_ids:
         logits = _boost_end_of_thinking(sampler, cfg, blocks, logits, out.index, inputs)
     logits = transformer.apply_subs(cfg, logits)
@@ -108,7 +109,9 @@ def reveal(
         known &= ~transformer.is_masked(cfg, guess)  # nothing is masked again
         commit |= known & sampler.revise(logits, guess, window)
     tokens = _put(tokens, out.index, jnp.where(commit, guess, window))
-    log_probs = log_probability_of(guess, logits) if with_log_probs else None
+    log_probs = None
+    if with_log_probs:
+        log_probs = log_probability_of(guess, transformer.apply_subs(cfg, of_model))
     unfinished = inputs.unfinished
     return tokens, Revealed(out.index, out.active, shown, commit, unfinished, log_probs)
 

@@ -1,7 +1,8 @@
 """The cost of a run, as three numbers.
 
 `layers_run` is the papers' figure: layers run over layers. `flops_share` counts the whole model:
-the head, attention by length and what the policy computes. `seconds` is measured.
+the head, attention by length and what the policy computes. `seconds` is measured. Of a generation,
+each sequence's own calls count; `seconds` is that of all.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
 from dials_jax.config import ModelConfig
 from dials_jax.nn.modulation import IN_BLOCK
@@ -64,21 +65,25 @@ class Flops(NamedTuple):
         )
 
 
-def layer_flops(cfg: ModelConfig, num_tokens: Any, num_keys: Any = None) -> Any:
+def layer_flops(
+    cfg: ModelConfig, num_tokens: Any, num_keys: Any = None, num_projected: Any = None
+) -> Any:
     """One layer on one sequence: projections, and attention of every token to every key.
 
     If the time modulates a layer, the map from c counts too; for a constant it does not.
 
     Args:
       num_keys: None: the tokens themselves.
+      num_projected: tokens that get queries, keys and values; None: those on which the rest runs.
     """
     num_keys = num_tokens if num_keys is None else num_keys
-    heads = (2 * cfg.num_heads + 2 * cfg.num_kv_heads) * cfg.head_dim
+    num_projected = num_tokens if num_projected is None else num_projected
+    heads = cfg.num_heads * cfg.head_dim
+    to_heads = cfg.d_model * (heads + 2 * cfg.num_kv_heads * cfg.head_dim)
     mlp = {"swiglu": 3, "gelu": 2}[cfg.mlp] * cfg.d_ff
-    projections = cfg.d_model * (heads + mlp)
-    attention = 2 * num_keys * cfg.num_heads * cfg.head_dim
+    after = 2 * num_keys * heads + cfg.d_model * (heads + mlp)
     modulation = cfg.time_conditioning * cfg.cond_dim * IN_BLOCK * cfg.d_model
-    return 2 * (num_tokens * (projections + attention) + modulation)
+    return 2 * (num_projected * to_heads + num_tokens * after + modulation)
 
 
 def head_flops(cfg: ModelConfig, num_tokens: Any) -> Any:
@@ -88,6 +93,33 @@ def head_flops(cfg: ModelConfig, num_tokens: Any) -> Any:
 def router_flops(cfg: ModelConfig, num_tokens: Any, d_hidden: int, depth: int = 2) -> Any:
     """One router of hidden width `d_hidden` and `depth` linear layers on one sequence."""
     return 2 * num_tokens * d_hidden * (cfg.d_model + (depth - 2) * d_hidden + 2)
+
+
+def call_flops(
+    cfg: ModelConfig,
+    gates: Bool[np.ndarray, "S L B"],
+    num_keys: int | Int[np.ndarray, "S"],
+    head_tokens: int | Int[np.ndarray, "S"],
+    tokens_run: Int[np.ndarray, "S L"],
+    projected: Int[np.ndarray, "S L"] | None = None,
+    voting: Int[np.ndarray, "S L"] | None = None,
+    policy: Policy | None = None,
+) -> Float[np.ndarray, "S B"]:
+    """FLOPs of each model call on each sequence.
+
+    Args:
+      num_keys: keys that a token attends to, in each call.
+      head_tokens: positions per sequence whose logits were computed, in each call.
+      tokens_run: tokens per sequence on which a layer ran.
+      projected: those that got queries, keys and values there; None: those it ran on.
+      voting: those that the policy looked at before a layer; None: those it ran on.
+      policy: the cost of its decisions is counted.
+    """
+    run, keys = tokens_run.astype(float), np.broadcast_to(num_keys, len(gates))[:, None]
+    layers = layer_flops(cfg, run, keys, projected)
+    decisions = policy_flops(policy, cfg, run if voting is None else voting.astype(float))
+    rest = decisions.sum(axis=1) + head_flops(cfg, np.broadcast_to(head_tokens, len(gates)))
+    return np.einsum("slb,sl->sb", gates, layers) + rest[:, None]
 
 
 def count_flops(
@@ -105,18 +137,13 @@ def count_flops(
     Args:
       num_tokens: length of a sequence, with padding, since the device computes it.
       head_tokens: positions per sequence whose logits were computed, or those of each call.
-      tokens_run: tokens per sequence on which a layer ran; None: all.
-      voting: tokens per sequence that the policy looked at before a layer; None: those it ran on.
-      policy: the cost of its decisions is counted.
+      tokens_run, voting, policy: as of `call_flops`; None: all tokens.
     """
     num_calls, num_layers, batch = np.prod(gates.shape[:-2], dtype=int), *gates.shape[-2:]
     gates = gates.reshape(num_calls, num_layers, batch)
     run = np.full(gates.shape[:2], num_tokens) if tokens_run is None else tokens_run
-    voting = run if voting is None else voting
-    head = np.broadcast_to(head_tokens, num_calls)
-    layers = (gates.sum(axis=-1) * layer_flops(cfg, run.astype(float), num_tokens)).sum()
-    rest = policy_flops(policy, cfg, voting.astype(float)).sum() + head_flops(cfg, head).sum()
-    total = float(layers + batch * rest)
-    most = head_flops(cfg, head.max(initial=0))
-    full = num_calls * batch * (num_layers * layer_flops(cfg, num_tokens) + most)
-    return Flops(float(gates.mean()), float(total / full), total, seconds)
+    total = call_flops(cfg, gates, num_tokens, head_tokens, run, None, voting, policy).sum()
+    most = head_flops(cfg, np.max(head_tokens, initial=0))
+    # As a float: the whole may be more than 64 bits hold.
+    full = float(num_calls) * batch * (num_layers * layer_flops(cfg, num_tokens) + most)
+    return Flops(float(gates.mean()), float(total / full), float(total), seconds)

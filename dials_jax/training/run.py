@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dials_jax import trees
+from dials_jax.compiling import require_32_bits
 from dials_jax.config import (
     ModelConfig,
     OptimizerConfig,
@@ -160,6 +161,7 @@ def make_model_init(cfg: ModelConfig, seed: int, layout: str) -> Callable[..., t
 
 def prepare_run(cfg: TrainConfig, mesh: Mesh) -> Run:
     """Loads and checks everything that a run needs, before anything expensive."""
+    require_32_bits()
     check_kernel_choice()
     return _router_run(cfg, mesh) if cfg.backbone else _model_run(cfg, mesh)
 

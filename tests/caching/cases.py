@@ -30,6 +30,8 @@ CACHES = {
     "query": EarlySkip((1.0, 0.75), (0.0, 0.3), 0.9, 12, 4, "query"),
     "key": EarlySkip((1.0, 0.5), (0.0, 0.3), 0.1, 12, 4, "key"),
     "value": EarlySkip((1.0, 0.75), (0.0, 0.3), 0.3, 12, 4, "value"),
+    # Between the two layers that skip tokens there is none.
+    "neighbours": EarlySkip(**PLACES, prompt_every=12, block_every=4, indicator="key"),
 }
 G = 16
 QUOTA = Confidence(gen_length=G, block_length=8, steps=G)

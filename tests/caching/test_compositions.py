@@ -46,6 +46,7 @@ CASES = [
     ("llada", "skip", "routed", "quota", "select"),
     ("llada", "hidden", "routed", "threshold", "select"),
     ("llada", "query", "full", "quota", "auto"),
+    ("llada", "neighbours", "full", "quota", "auto"),
     ("dream", "key", "full", "threshold", "auto"),
     ("dream", "value", "full", "quota", "auto"),
     ("dream", "none", "routed", "quota", "select"),
@@ -88,6 +89,8 @@ def assert_equal_to_the_decoder(out, model, prompts, key, **settings):
     tokens, valid = prompts
     decoders = [Decoder(model, tokens[i, valid[i]], **settings, key=key[i]) for i in range(3)]
     gates = [decoder.decode() for decoder in decoders]
+    own = np.array([gate for calls in gates for gate in calls.values()])
+    assert out.flops.layers_run == pytest.approx(own.mean())  # no calls that others needed
     calls = sorted(set().union(*gates))  # a batch goes on until its last sequence is done
     assert out.nfe == len(calls)
     np.testing.assert_array_equal(out.passes, [len(own) for own in gates])

@@ -71,6 +71,35 @@ def test_the_tokens_that_run_are_those_of_the_schedule(models, prompts, policies
     assert out.flops.model < 0.9 * out.flops.layers_run
 
 
+def layer_by_hand(cfg, num_tokens, num_keys, projected):
+    """FLOPs of a layer with as many heads of keys and values as of queries."""
+    d, queries, mlp = cfg.d_model, cfg.num_heads * cfg.head_dim, 3 * cfg.d_ff
+    to_heads, after = 3 * d * queries, 2 * num_keys * queries + d * (queries + mlp)
+    return 2 * (projected * to_heads + num_tokens * after)
+
+
+def test_tokens_skipped_within_a_layer_have_keys_there(models, prompts):
+    """In the layer itself, queries, keys and values are known before a token is skipped."""
+    cfg, length = models["llada"].config, P + 8
+    sampler, cache = Confidence(8), EarlySkip(**PLACES, block_every=8, indicator="value")
+    out = generate(models["llada"], *prompts, sampler=sampler, cache=cache)
+    head = 2 * cfg.d_model * cfg.vocab_size
+    whole = 4 * layer_by_hand(cfg, length, length, length) + 8 * head
+    into, through = [8, 8, 4, 3], [8, 4, 3, 3]
+    skip = sum(layer_by_hand(cfg, n, length, m) for m, n in zip(into, through, strict=True))
+    assert out.flops.model_total == 3 * (whole + 7 * (skip + 3 * head))
+
+
+def test_without_a_cache_blocks_that_are_not_there_yet_are_no_keys(models, prompts):
+    cfg = models["llada"].config
+    sampler = dataclasses.replace(QUOTA, append_blocks=True)
+    out = generate(models["llada"], *prompts, sampler=sampler)
+    head = 2 * 8 * cfg.d_model * cfg.vocab_size
+    first, second = (4 * layer_by_hand(cfg, n, n, n) + head for n in (P + 8, P + 16))
+    assert out.flops.model_total == 3 * 8 * (first + second)
+    assert out.flops.flops_share == pytest.approx((first + second) / (2 * second))
+
+
 def run_quota(models, prompts, policies, name, **changes):
     """With the settings of a composition, whose program is there already."""
     settings = {"executor": "compact" if name == "dual" else "select", "key": keys_of(3)}

@@ -4,11 +4,22 @@ import json
 import pytest
 
 from dials_jax.caching.early_skip.settings import EarlySkip
-from dials_jax.caching.parse import parse_cache
-from dials_jax.caching.plain import DualCache, PrefixCache
+from dials_jax.caching.parse import cache_name, parse_cache
+from dials_jax.caching.plain import DualCache, NoCache, PrefixCache
 from dials_jax.config import from_dict, to_dict
 from dials_jax.errors import InputError
 from tests.caching.cases import CACHES
+
+
+def test_a_cache_of_ones_own_has_a_name():
+    class Own(DualCache):
+        pass
+
+    class Named(DualCache):
+        name = "mine"
+
+    assert cache_name(NoCache()) == "none"
+    assert (cache_name(Own()), cache_name(Named())) == ("Own", "mine")
 
 
 def test_names_of_caches():

@@ -557,6 +557,12 @@ def test_all_after_a_known_end_is_closed():
         ({"entropy_bound": -0.1}, "entropy_bound=-0.1 must not be negative"),
         ({"entropy_bound": 0.1, "delay_eos": True}, "delay_eos=True changes .* entropy_bound goes"),
         ({"entropy_threshold": 0.1, "remasking": "random"}, "remasking='random' changes"),
+        (
+            {"threshold": 0.9, "remasking": "random"},
+            "threshold goes by confidence, .*'random' does",
+        ),
+        ({"factor": 1.0, "remasking": "random"}, "factor goes by confidence"),
+        ({"threshold": 90.0}, "threshold=90.0 is a probability; at most 1"),
         ({"edit_threshold": 0.9}, "edit_threshold revises .* give one of threshold, factor"),
         ({"threshold": 0.9, "max_edit_steps": 2}, "max_edit_steps is for editing"),
     ],

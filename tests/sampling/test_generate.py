@@ -293,3 +293,17 @@ def test_lists_of_any_lengths_are_padded_on_the_left(lively):
         out.tokens, generate(lively, padded, valid, sampler=SAMPLER).tokens
     )
     np.testing.assert_array_equal(out.tokens[:, :3], padded)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"prompts": np.array(5)}, r"prompts have shape \(\); give \[batch, length\]"),
+        ({"prompts": [[2**32 + 5], [1, 2]]}, "prompt 0 has token 4294967301, outside"),
+        ({"key": jax.random.split(jax.random.key(0), (1, 1))}, r"keys have shape \(1, 1\)"),
+    ],
+)
+def test_prompts_and_keys_of_other_shapes_or_sizes_are_refused(lively, untyped, changes, message):
+    arguments = {"prompts": [[5, 9]], "sampler": SAMPLER} | changes
+    with pytest.raises(InputError, match=message):
+        generate(lively, arguments.pop("prompts"), **arguments)

@@ -85,3 +85,11 @@ def test_a_sampler_that_keeps_none_says_so(lively):
 
     with pytest.raises(InputError, match="Other keeps no log-probabilities"):
         dj.generate(lively, PROMPTS, sampler=Other(4), log_probs=True)
+
+
+def test_a_boost_for_the_end_of_thinking_does_not_change_what_they_are_of(lively):
+    sampler = dj.Confidence(1, end_think_ids=(7, 8), end_think_boost=300.0)
+    out = dj.generate(lively, PROMPTS[:1], sampler=sampler, log_probs=True)
+    log_p = jax.nn.log_softmax(lively.apply(np.array([[*PROMPTS[0], MASK]])).logits[0, -1])
+    assert out.tokens[0, -1] == 7 and log_p[7] < -0.1
+    np.testing.assert_allclose(out.log_probs[0, 0], log_p[7], atol=2e-4)

@@ -28,6 +28,11 @@ class Ending(dj.Confidence):
         return jnp.where(guess % 8 == 0, EOS, guess), confidence
 
 
+class OwnLoop(dj.Confidence):
+    def make_steps(self, net, prompt_length, keys, cache):
+        return super().make_steps(net, prompt_length, keys, cache)
+
+
 def ending_model(cfg):
     return Model(cfg, silence(amplify(init_params(cfg), 8), MASK))
 
@@ -137,6 +142,7 @@ def test_a_caller_may_end_a_sequence(prompts, keys):
         (dj.Confidence(8, 4), EarlySkip(), "EarlySkip counts"),
         (dj.Confidence(8, 4, cfg_scale=1.0), None, "guidance and delay_eos"),
         (dj.Ancestral(8, 8), None, "Ancestral does not fill blocks"),
+        (OwnLoop(8, 4), None, "OwnLoop has a loop of its own"),
     ],
 )
 def test_what_cannot_be_refilled_is_refused(sampler, cache, why, model, prompts, keys):

@@ -130,3 +130,9 @@ def test_a_sum_equals_one_count_over_all_rows():
         return count_flops(cfg, part, num_tokens=5, head_tokens=2, policy=Router(3))
 
     assert Flops.sum([count(gates[:2]), count(gates[2:])]) == pytest.approx(count(gates))
+
+
+def test_more_than_64_bits_hold():
+    gates = np.ones((1024, 32, 256), bool)
+    flops = count_flops(families.llada_8b(), gates, num_tokens=4096, head_tokens=512)
+    assert flops.flops_share == pytest.approx(1) and flops.model_total > 2**63

@@ -59,11 +59,19 @@ class SkipPlan(NamedTuple):
             cuts = [cut for layer in self.layers for cut in (layer, layer + 1)]
         else:
             cuts = [layer + 1 for layer in self.layers]
-        return list(zip([0, *cuts], [*cuts, num_layers], strict=True))
+        spans = zip([0, *cuts], [*cuts, num_layers], strict=True)
+        return [(first, last) for first, last in spans if first < last]
 
     def depth(self, layer: int) -> int:
         """How often tokens have been skipped when `layer` has its attention."""
         return sum(layer >= at if self.skips_inside else layer > at for at in self.layers)
+
+    def tokens(self, layer: int) -> tuple[int, int]:
+        """Tokens of the block on which `layer` runs, and those that get queries, keys and values
+        there."""
+        depth = self.depth(layer)
+        inside = self.skips_inside and layer in self.layers
+        return self.kept[depth], self.kept[depth - inside]
 
 
 class EarlySkipState(NamedTuple):

@@ -159,9 +159,10 @@ class EarlySkipVariants:
             index = slots.index + self.net.logit_shift
             return ForwardOutputs(tokens.h, index, slots.active, gates, state, depth=depth)
 
-        kept = [length if whole_window else self.plan.kept[self.plan.depth(layer)]
-                for layer in range(num_layers)]  # fmt: skip
-        return ForwardVariant(due, forward, Work(tuple(kept), kept[-1]))
+        run, projected = zip(*map(self.plan.tokens, range(num_layers)), strict=True)
+        if whole_window:
+            run = projected = (length,) * num_layers
+        return ForwardVariant(due, forward, Work(run, run[-1], projected=projected))
 
     # ------------------------------------------------------------------------------ their parts
 

@@ -20,11 +20,10 @@ import os
 from collections.abc import Callable, Collection
 from typing import Any, Literal, NamedTuple
 
-from dials_jax.compiling import batch_invariant
+from dials_jax.compiling import KERNELS, batch_invariant
 from dials_jax.errors import nearest, require
 from dials_jax.nn.kernels.per_device import ANY, HOPPER, Device
 
-VARIABLE = "DIALS_KERNELS"
 NAMES = (
     "tpu_splash", "hopper_window", "cudnn", "hopper_swiglu", "hopper_matmul", "sharded", "xla",
     "hopper_rows", "hopper_peers", "hopper_xla", "tiles",
@@ -94,14 +93,14 @@ def pick(
     by_name = {x.name: x for x in implementations}
     if implementation is None:
         name = forced_by_environment(by_name)
-        where = f"{VARIABLE}={name}"
+        where = f"{KERNELS}={name}"
     else:
         name, where = implementation, f"implementation={implementation!r}"
         require(name in by_name, f"{where} is unknown{nearest(name, by_name)}")
     if name is None:
         allowed = (x for x in implementations if not left_out_by_environment(x.name))
         found = next((x for x in allowed if x.refusal(*args) is None), None)
-        require(found is not None, f"{VARIABLE} leaves out all that fits of {', '.join(by_name)}")
+        require(found is not None, f"{KERNELS} leaves out all that fits of {', '.join(by_name)}")
         return found
     why = by_name[name].refusal(*args)
     instead = "leave the choice out" if batch_invariant.value else "'xla' always does"
@@ -125,8 +124,8 @@ def left_out_by_environment(name: str) -> bool:
 
 def _names_in_environment() -> list[str]:
     """Raises: InputError for an unknown name."""
-    names = [name for name in os.environ.get(VARIABLE, "").split(",") if name]
+    names = [name for name in os.environ.get(KERNELS, "").split(",") if name]
     for name in names:
         known = name.removeprefix("-")
-        require(known in NAMES, f"{VARIABLE}: {known!r} is unknown{nearest(known, NAMES)}")
+        require(known in NAMES, f"{KERNELS}: {known!r} is unknown{nearest(known, NAMES)}")
     return names
