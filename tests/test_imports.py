@@ -7,7 +7,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LEVELS = (
-    {"compiling", "errors", "progress", "stopping"},
+    {"errors", "progress", "stopping"},
+    {"compiling"},
     {"buckets", "files", "meeting"},
     {"config"},
     {"config_files"},

@@ -61,15 +61,18 @@ class Blocks(NamedTuple):
 
 
 class ForwardInputs(NamedTuple):
-    """What a forward call is given beside the cache state."""
+    """What a forward call is given beside the cache state.
+
+    Attributes:
+      step: counted through all blocks, the same in any batch; one number, or one per sequence.
+      unfinished: sequences that still reveal or edit tokens of the block.
+    """
 
     tokens: Int[Array, "B T"]
-    step: Int[
-        Array, "..."
-    ]  # counted through all blocks; the same in any batch; one, or one for each
+    step: Int[Array, "..."]
     block: Int[Array, ""]
     step_in_block: Int[Array, ""]
-    unfinished: Bool[Array, "B"]  # sequences that still reveal or edit tokens of the block
+    unfinished: Bool[Array, "B"]
 
 
 class ForwardOutputs(NamedTuple):

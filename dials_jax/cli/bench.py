@@ -74,7 +74,7 @@ def bench_options() -> Options:
     group = parser.add_argument_group("what is compared: every policy with every cache")
     group.add_argument(
         "--policies", nargs="+", default=["full"], metavar="P",
-        help="full, router=DIR, static=7+9 (layers from 0) or random=2 (so many layers)",
+        help="full, router=DIR, static=7+9 (layers from 0) or random=2 (how many)",
     )  # fmt: skip
     group.add_argument(
         "--caches", nargs="+", default=["none"], metavar="C",

@@ -50,7 +50,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--static", type=layer_numbers, default=(), metavar="I,J", help="layers, counted from 0"
     )
     group.add_argument(
-        "--random", type=int, default=0, metavar="K", help="so many layers, at random"
+        "--random", type=int, default=0, metavar="K", help="number of layers to skip, at random"
     )
     group.add_argument(
         "--cache", default="none", help="none, prefix, dual, or es-PROMPT-BLOCK, as es-64-4"

@@ -37,7 +37,7 @@ from dials_jax.models.padding import pad_prompts
 from dials_jax.nn.policy import Policy
 from dials_jax.sampling.generate import generate
 from dials_jax.sampling.generation import Generation
-from dials_jax.sampling.refill import generate_refilled, why_not_refilled
+from dials_jax.sampling.refill import generate_refilled, may_end_early, why_not_refilled
 from dials_jax.sampling.requests import check_arguments, check_batch
 from dials_jax.sampling.sampler import Sampler
 from dials_jax.skipping.flops import Flops
@@ -57,7 +57,7 @@ def request_keys(seed: int, hashes: Sequence[int]) -> jax.Array:
     return fold_in_each(seed_key(seed), np.asarray(hashes, np.uint32))
 
 
-def _as_tuple(ids: Ids) -> tuple[int, ...]:
+def as_tuple(ids: Ids) -> tuple[int, ...]:
     return tuple(map(int, ids))
 
 
@@ -114,7 +114,7 @@ def generation_batches(
         return
     cfg = model.config
     if keys is None:
-        keys = request_keys(0, [request_hash(_as_tuple(prompt)) for prompt in prompts])
+        keys = request_keys(0, [request_hash(as_tuple(prompt)) for prompt in prompts])
     lengths = [len(prompt) for prompt in prompts]
     sizes = padded_lengths(lengths, bucket, max_programs, batch_size)
     padded = {size for length, size in zip(lengths, sizes, strict=True) if length < size}
@@ -124,11 +124,8 @@ def generation_batches(
         tokens, valid = pad_prompts([prompts[i] for i in group], sizes[group[0]], cfg.pad_id)
         check_batch(cfg, tokens, valid, sampler, cache, policy, group.tolist())
     if refill is None:
-        may_end = is_done is not None or getattr(sampler, "stop_at_eos", False)
-        refill = (
-            may_end
-            and why_not_refilled(sampler, cache, model.config, model.batch_invariant) is None
-        )
+        why_not = why_not_refilled(sampler, cache, model.config, model.batch_invariant)
+        refill = may_end_early(sampler, is_done is not None) and why_not is None
     if refill:
         for group in batches_by_length([sizes[i] for i in indices], len(indices)):
             own = indices[group]
@@ -231,7 +228,7 @@ def likelihood_batches(
         return
     checked = check_pairs(list(pairs), model.config)
     if keys is None:
-        keys = request_keys(0, [request_hash(_as_tuple(prompt)) for prompt, _ in pairs])
+        keys = request_keys(0, [request_hash(as_tuple(prompt)) for prompt, _ in pairs])
     if remaining is None:
         counts = [num_copies(model.config, len(answer), num_samples, policy) for _, answer in pairs]
         remaining = (

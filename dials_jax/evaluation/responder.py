@@ -30,6 +30,7 @@ from dials_jax.evaluation.answer_store import (
 from dials_jax.evaluation.batched import (
     GenerationBatch,
     LikelihoodBatch,
+    as_tuple,
     generation_batches,
     likelihood_batches,
     request_hash,
@@ -166,7 +167,7 @@ class Responder:
         Raises: InputError for a prompt that cannot be answered, before anything is computed.
         """
         room = self.model.config.max_length - sampler.gen_length
-        fitted = [self._fit(f"prompt {i}", _as_tuple(ids), room) for i, ids in enumerate(prompts)]
+        fitted = [self._fit(f"prompt {i}", as_tuple(ids), room) for i, ids in enumerate(prompts)]
         refuse_masks(self.model.config, fitted)  # as with pairs
         named = _Named.of(list(zip(fitted, draws or [0] * len(fitted), strict=True)))
         names, distinct = list(named.requests), list(named.requests.values())
@@ -296,7 +297,7 @@ class Responder:
     # ------------------------------------------------------------------------------- the requests
 
     def _fit_pair(self, index: int, pair: Pair) -> tuple[PromptIds, PromptIds]:
-        prompt, answer = map(_as_tuple, pair)
+        prompt, answer = map(as_tuple, pair)
         room = self.model.config.max_length - len(answer)
         return self._fit(f"pair {index}", prompt, room), answer
 
@@ -306,7 +307,7 @@ class Responder:
             return prompt
         require(
             room > 0 and self.settings.too_long == "cut",
-            f"{what}: {len(prompt)} tokens of the prompt, and {room} places beside its answer in "
+            f"{what}: {len(prompt)} tokens of the prompt, and room for {room} beside its answer in "
             f"the model's {self.model.config.max_length} positions; give fewer examples, a shorter "
             "answer, or too_long=cut",
         )
@@ -356,7 +357,3 @@ def _parts(records: Iterable[Record], names: Mapping[str, Any]) -> Iterator[Reco
         examples = {n: x for n, x in record.get("examples", {}).items() if n in names}
         if scores or examples:
             yield {**record, "scores": scores, "examples": examples}
-
-
-def _as_tuple(ids: Ids) -> PromptIds:
-    return tuple(map(int, ids))

@@ -185,9 +185,8 @@ class EvalConfig(Typed):
     calibration: Data | None = None
     # tau in place of the routers' own; of several, each is a policy of its own.
     skip_threshold: float | tuple[float, ...] | None = None
-    execution_ratios: tuple[
-        float, ...
-    ] = ()  # also with thresholds fitted to these shares of layers
+    # Routers also with thresholds that are fitted to these shares of layers.
+    execution_ratios: tuple[float, ...] = ()
     votes: Votes | None = None  # in place of the routers' own; fitted thresholds have theirs
     batch_size: int = 32
     # Time every policy so many times in turns after scoring: results then have the median and the
@@ -197,9 +196,8 @@ class EvalConfig(Typed):
     # none. See evaluation/full_depth.py.
     kl_items: int = 0
     mesh: MeshConfig = MeshConfig()
-    layout: Literal["stacked", "unrolled", "fused", "auto"] = (
-        "stacked"  # stacked compiles much faster
-    )
+    # Stacked layers compile much faster.
+    layout: Literal["stacked", "unrolled", "fused", "auto"] = "stacked"
     dtype: WeightDtype | None = None
     weights: EightBits | None = None  # in 8 bits: layers and head; None: as stored
     batch_invariant: bool = False  # bitwise the same scores at any batch size: see `dials_jax.load`

@@ -12,7 +12,7 @@ from dials_jax.caching.cache import Cache
 from dials_jax.config import ModelConfig
 from dials_jax.data.tokenizer import Tokenizer
 from dials_jax.models.model import Model
-from dials_jax.sampling.refill import why_not_refilled
+from dials_jax.sampling.refill import may_end_early, why_not_refilled
 from dials_jax.sampling.sampler import Sampler
 
 
@@ -30,8 +30,7 @@ class Stop(NamedTuple):
         None: nothing does. There are no strings, or the settings let no sequence end early: then
         the sampler's `stop_at_eos` is off, or sequences cannot make room for others.
         """
-        may_end = getattr(sampler, "stop_at_eos", False)
-        if not (self.until and may_end) or why_not_refilled(
+        if not (self.until and may_end_early(sampler)) or why_not_refilled(
             sampler, cache, model.config, model.batch_invariant
         ):
             return None

@@ -34,7 +34,7 @@ from dials_jax.pods.lowering import (
     routed_shapes,
 )
 from dials_jax.pods.topology import Pod
-from dials_jax.sampling.refill import why_not_refilled
+from dials_jax.sampling.refill import may_end_early, why_not_refilled
 from dials_jax.sampling.sampler import Sampler
 from dials_jax.skipping.storage import router_facts
 
@@ -168,8 +168,8 @@ class Answering:
     @property
     def by_blocks(self) -> bool:
         """Whether sequences that have ended make room for others: see `generation_batches`."""
-        may_end = self.is_done or getattr(self.sampler, "stop_at_eos", False)
-        return may_end and why_not_refilled(self.sampler, self.cache, self.model) is None
+        why_not = why_not_refilled(self.sampler, self.cache, self.model)
+        return may_end_early(self.sampler, self.is_done) and why_not is None
 
 
 def answering_programs(cfg: Answering, pod: Pod, label: str = "") -> list[PodProgram]:

@@ -262,6 +262,11 @@ class _Occupant:
         self.num_blocks, self.seconds = self.num_blocks + 1, self.seconds + seconds
 
 
+def may_end_early(sampler: Sampler, is_done: bool = False) -> bool:
+    """Whether a sequence may end before its last block: by the sampler, or by the caller."""
+    return is_done or getattr(sampler, "stop_at_eos", False)
+
+
 OWN_LOOP = ("make_steps", "blocks")  # methods of `BlockSampler` that `RingLoop` knows no others of
 
 

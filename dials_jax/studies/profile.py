@@ -180,10 +180,6 @@ class Profile:
         count = self.change.mean.shape[1]
         return np.arange(count) - count // 2
 
-    @property
-    def histogram_edges(self) -> Float[np.ndarray, "bins+1"]:
-        return np.linspace(-1, 1, self.layer_histogram.shape[1] + 1)
-
     def merge(self, other: Profile) -> Profile:
         """That of the sequences of both, this one's first."""
         require(
