@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dials_jax.caching.early_skip.settings import EarlySkip
     from dials_jax.caching.plain import DualCache, PrefixCache
-    from dials_jax.config import ModelConfig, RouterConfig
+    from dials_jax.config import MeshConfig, ModelConfig, RouterConfig
     from dials_jax.data.tokenizer import load_tokenizer
     from dials_jax.errors import InputError
     from dials_jax.evaluation.confidence_likelihood import confidence_log_likelihood
@@ -57,6 +57,7 @@ _HOMES = {
     "EarlySkip": "caching.early_skip.settings",
     "GeneratedText": "text",
     "InputError": "errors",
+    "MeshConfig": "config",
     "Model": "models.model",
     "ModelConfig": "config",
     "PrefixCache": "caching.plain",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import runpy
+import sys
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
@@ -50,6 +51,8 @@ def load_config(path: str, config_class: type[C] | UnionType) -> C:
     Raises: InputError for anything that goes wrong in it, with the line.
     """
     file, make = find_config(path), None
+    folder = str(file.parent.absolute())
+    sys.path.append(folder)  # it may import what lies beside it
     try:
         make = runpy.run_path(str(file)).get("get_config")
         require(callable(make), "it has no function get_config()")
@@ -59,6 +62,8 @@ def load_config(path: str, config_class: type[C] | UnionType) -> C:
     except BaseException as error:  # also what calls exit()
         where = f"configuration {path}{_line(str(file), error, make)}"
         raise InputError(f"{where}: {_reason(error)}") from error
+    finally:
+        sys.path.remove(folder)
     require_kind(config, config_class, f"configuration {path}", "use the other command")
     return config
 

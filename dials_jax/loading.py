@@ -11,21 +11,21 @@ from jax.sharding import Mesh
 
 from dials_jax import trees
 from dials_jax.compiling import require_32_bits
-from dials_jax.config import EightBits, Layout, ModelConfig, typed
+from dials_jax.config import EightBits, Layout, MeshConfig, ModelConfig, typed
 from dials_jax.errors import InputError, require
 from dials_jax.files import local_path, read_json
 from dials_jax.models import folders, groups
 from dials_jax.models.invariance import require_invariant
 from dials_jax.models.model import Model
 from dials_jax.nn.kernels.implementation import check_kernel_choice
-from dials_jax.sharding import make_mesh
+from dials_jax.sharding import as_mesh
 
 
 @typed
 def load(
     path: str | Path,
     dtype: Any = None,
-    mesh: Mesh | None = None,
+    mesh: Mesh | MeshConfig | None = None,
     layout: Layout = "auto",
     weights: EightBits | None = None,
     batch_invariant: bool = False,
@@ -35,7 +35,8 @@ def load(
     Args:
       path: a folder of one of these kinds. Hugging Face folders hold safetensors.
       dtype: of weights and activations, "bfloat16" or "float32"; None keeps those stored.
-      mesh: None is a mesh over all devices.
+      mesh: sizes of its axes, as `MeshConfig(data=2, tensor=2)`, or a mesh with these axes; None is
+        one over all devices.
       layout: of the layers; "auto": see `groups.chosen_layout`.
       weights: "fp8" or "int8" quantises the weights of head and layers, one after the other, and
         their inputs in every call (see `dials_jax.nn.eight_bits`); None keeps those stored.
@@ -47,8 +48,8 @@ def load(
     """
     require_32_bits()
     check_kernel_choice()
+    mesh = as_mesh(mesh)
     if batch_invariant:
-        mesh = mesh or make_mesh()
         require_invariant(read_config(path, dtype), mesh)
     folder, is_own = find_model(path)
     if is_own:

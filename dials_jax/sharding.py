@@ -23,11 +23,12 @@ from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
 from dials_jax import trees
-from dials_jax.config import MeshConfig
+from dials_jax.config import MeshConfig, shown
 from dials_jax.errors import InputError, require
 from dials_jax.meeting import problem_on_first_process
 
 AXES = ("data", "fsdp", "tensor")
+SIZES = "give sizes, as dj.MeshConfig(data=2, tensor=2)"
 BATCH_AXES = ("data", "fsdp")
 
 # Each parameter matches exactly one line. `layers/` leaves may carry a leading axis of layers,
@@ -75,6 +76,27 @@ def make_mesh(cfg: MeshConfig = MeshConfig(), devices: Sequence[Any] | None = No
         f"{len(devices)} devices; make the product of the axes equal to that number",
     )
     return Mesh(_arranged(sizes, devices), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def as_mesh(mesh: Mesh | MeshConfig | None) -> Mesh:
+    """A mesh of this library, of sizes or as it is; None: over all devices.
+
+    Raises: InputError for a mesh with other axes.
+    """
+    if mesh is None or isinstance(mesh, MeshConfig):
+        return make_mesh(mesh or MeshConfig())
+    require(isinstance(mesh, Mesh), f"mesh={shown(mesh)} is no mesh; {SIZES}")
+    require_axes(mesh)
+    return mesh
+
+
+def require_axes(mesh: Mesh | AbstractMesh) -> None:
+    """Raises: InputError for a mesh with other axes."""
+    axes = ", ".join(map(str, mesh.axis_names))
+    require(
+        mesh.empty or mesh.axis_names == AXES,
+        f"the mesh has axes {axes}, not {', '.join(AXES)}; {SIZES}",
+    )
 
 
 def _arranged(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:

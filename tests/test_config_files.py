@@ -1,9 +1,11 @@
 """Configurations from Python: objects, or names of files, with other values of some fields."""
 
+import sys
+
 import pytest
 
 import dials_jax as dj
-from dials_jax.config import EvalConfig, TrainConfig
+from dials_jax.config import EvalConfig, OptimizerConfig, TrainConfig
 from dials_jax.config_files import load_config, open_config
 from dials_jax.errors import InputError
 
@@ -58,3 +60,17 @@ def test_another_kind_of_configuration_is_refused(tmp_path, untyped):
         InputError, match="the configuration is of class dict, but this command takes"
     ):
         dj.train({}, tmp_path)
+
+
+def test_a_configuration_may_import_what_lies_beside_it(tmp_path):
+    (tmp_path / "beside_a_configuration.py").write_text("STEPS = 3\n")
+    file = tmp_path / "own.py"
+    file.write_text(
+        "from beside_a_configuration import STEPS\n"
+        "from dials_jax.config import OptimizerConfig\n"
+        "def get_config():\n    return OptimizerConfig(num_steps=STEPS, warmup_steps=0)\n"
+    )
+    before = list(sys.path)
+    assert load_config(str(file), OptimizerConfig).num_steps == 3
+    assert sys.path == before
+    del sys.modules["beside_a_configuration"]

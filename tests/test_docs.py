@@ -104,6 +104,12 @@ def test_the_examples_of_python_run(demo, capsys):
     assert "step 2, loss 2.500 to 1.500" in capsys.readouterr().out
 
 
+def test_the_examples_of_own_code_run(demo):
+    names = run_examples("docs/own_code.md")
+    assert np.isfinite(float(names["loss"])) and names["out"].tokens.shape == (2, 11)
+    assert not (names["out"].tokens == names["model"].config.mask_id).any()
+
+
 def test_the_site_has_every_page_and_every_public_name():
     nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     pages = [path.relative_to(ROOT / "docs") for path in (ROOT / "docs").rglob("*.md")]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields, is_dataclass
 
 from dials_jax.caching.cache import Cache
 from dials_jax.caching.early_skip.settings import EarlySkip
@@ -29,17 +29,20 @@ def parse_cache(text: str) -> Cache | None:
 
 
 def cache_name(cache: Cache | None) -> str:
-    """`none`, `prefix`, `dual`, or `es-PROMPT-BLOCK` and the other settings that are no default.
+    """`none`, `prefix`, `dual`, or `es-PROMPT-BLOCK`, and the other settings that are no default.
 
-    A cache of one's own is called by its `name`, if it has one, or else by its class.
+    A cache of one's own is called by its `name`, or else by its class, with its settings.
     """
     if cache is None:
         return "none"
-    if not isinstance(cache, EarlySkip):
-        known = {NoCache: "none", PrefixCache: "prefix", DualCache: "dual"}
-        own = getattr(cache, "name", type(cache).__name__)
-        return known.get(type(cache), own)
-    frequencies = {"prompt_every": cache.prompt_every, "block_every": cache.block_every}
-    settings, default = asdict(cache), asdict(EarlySkip(**frequencies))
-    others = [f"{name} {x}" for name, x in settings.items() if x != default[name]]
-    return ", ".join([f"es-{cache.prompt_every}-{cache.block_every}", *others])
+    own = getattr(cache, "name", type(cache).__name__)
+    name = {NoCache: "none", PrefixCache: "prefix", DualCache: "dual"}.get(type(cache), own)
+    settings = asdict(cache) if is_dataclass(cache) else {}
+    frequencies = {}
+    if type(cache) is EarlySkip:
+        name = f"es-{cache.prompt_every}-{cache.block_every}"
+        frequencies = {x: settings[x] for x in ("prompt_every", "block_every")}
+    known = [x for x in fields(cache) if x.default is not MISSING] if settings else []
+    default = frequencies | {x.name: x.default for x in known if x.name not in frequencies}
+    others = [f"{x} {value}" for x, value in settings.items() if value != default.get(x)]
+    return ", ".join([name, *others])

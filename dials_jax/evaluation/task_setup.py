@@ -15,6 +15,7 @@ from dials_jax.config import ModelConfig, to_dict
 from dials_jax.errors import InputError, require
 from dials_jax.evaluation.batched import check_num_samples
 from dials_jax.evaluation.items import Item
+from dials_jax.evaluation.own_code import code_facts
 from dials_jax.evaluation.run_code import check_platform
 from dials_jax.evaluation.task import PADDING_FIELDS, CacheConfig, EvalTask, SamplerConfig
 from dials_jax.keys import seed_key
@@ -37,13 +38,15 @@ def task_sampler(task: EvalTask, items: Sequence[Item]) -> SamplerConfig:
 def generation_facts(task: EvalTask, items: Sequence[Item]) -> dict[str, Any]:
     """Describes how a task's texts are generated and where they end; {} if none are generated.
 
-    The description has all settings of the sampler and of the cache. Scores depend on it.
+    The description has all settings of the sampler and of the cache, and a digest of their code
+    where a user wrote it. Scores depend on it.
     """
     if not task.generates:
         return {}
     sampler = task_sampler(task, items)
     facts = {"sampler": type(sampler).__name__.lower(), "temperature": None, "steps": None}
-    return facts | to_dict(sampler) | {"cache": cache_name(task.cache), "until": list(task.until)}
+    facts |= to_dict(sampler) | {"cache": cache_name(task.cache), "until": list(task.until)}
+    return facts | code_facts(sampler=sampler, cache=task.cache)
 
 
 def score_settings(task: EvalTask) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from dials_jax import digests, sharding, trees
 from dials_jax.compiling import Timed, batch_invariant, require_32_bits, timed_jit
-from dials_jax.config import ModelConfig, shown, typed
+from dials_jax.config import MeshConfig, ModelConfig, shown, typed
 from dials_jax.errors import InputError, require
 from dials_jax.keys import fold_in_each, seed_key, threefry_key
 from dials_jax.models import transformer
@@ -35,7 +35,8 @@ class Output(NamedTuple):
     """The outputs of one forward pass.
 
     Attributes:
-      logits: at position i they predict token i, or token i + 1 in a causal model.
+      logits: at position i they predict token i, or token i + 1 in a causal model. Of an MDLM
+        (`config.subs`) as they are: `transformer.apply_subs` rules [MASK] out.
       gates: True where a layer ran.
     """
 
@@ -62,7 +63,7 @@ class Model:
         self,
         config: ModelConfig,
         params: trees.Params,
-        mesh: Mesh | None = None,
+        mesh: Mesh | MeshConfig | None = None,
         path: str = "",
         quantised_from: str = "",
         batch_invariant: bool = False,
@@ -71,7 +72,7 @@ class Model:
         require_32_bits()
         check_kernel_choice()
         self.config = config
-        self.mesh = mesh or sharding.make_mesh()
+        self.mesh = sharding.as_mesh(mesh)
         self.batch_invariant = batch_invariant
         if batch_invariant:
             require_invariant(config, self.mesh)
@@ -144,6 +145,10 @@ class Model:
     ) -> Output:
         """One forward pass.
 
+        Within a function that is transformed (`jax.jit`, `grad`, `vmap`) it is a part of that: the
+        same operations, without a program of their own. Gradients, also to `params` of a `Model`
+        that is made there, need `executor="select"` where a policy's gates are floats.
+
         Args:
           valid: False at padding. None: no padding.
           policy: which layers run; None runs all.
@@ -167,7 +172,13 @@ class Model:
         keys = sequence_keys(key, num_sequences)
         if time is not None:
             time = jnp.broadcast_to(as_time(time, num_sequences), num_sequences)
-        batch = self.place_sequences((tokens.astype(jnp.int32), valid, time, keys))
+        batch = tokens.astype(jnp.int32), valid, time, keys
+        if _is_traced((self.params, batch, policy, step)):
+            sharding.require_axes(jax.sharding.get_abstract_mesh())
+            static = {"cfg": self.config, "executor": executor}
+            batch = jax.tree.map(jnp.asarray, batch)
+            return forward(self.params, *batch, jnp.asarray(step), policy, **static)
+        batch = self.place_sequences(batch)
         out, _ = self.run(forward_program, *batch, jnp.asarray(step), policy, executor=executor)
         return Output(out.logits[:num_sequences], out.gates[:, :num_sequences])
 
@@ -325,10 +336,16 @@ def require_model(model: Any) -> None:
     require(isinstance(model, Model), f"model={shown(model)} is no model; give what `load` returns")
 
 
-@timed_jit("cfg", "executor")
-def forward_program(params, tokens, valid, time, sequence_keys, step, policy, *, cfg, executor):
+def _is_traced(tree: PyTree) -> bool:
+    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
+
+
+def forward(params, tokens, valid, time, sequence_keys, step, policy, *, cfg, executor) -> Output:
     out = transformer.run_layers(
         cfg, params, tokens, valid, policy,
         time=time, step=step, sequence_keys=sequence_keys, executor=executor,
     )  # fmt: skip
     return Output(transformer.predict_logits(cfg, params, out.h, valid, time), out.gates)
+
+
+forward_program = timed_jit("cfg", "executor")(forward)

@@ -133,7 +133,8 @@ def prepare_policy(policy: Policy, num_layers: int, denoising: Denoising) -> PyT
     require(
         counts <= {num_layers},
         f"policy {policy_name(policy)!r}: prepare must give a slice for each of {num_layers} "
-        f"layers, and gave {', '.join(map(str, sorted(counts)))}",
+        f"layers, and gave {', '.join(map(str, sorted(counts)))}; give arrays [L, ...], several of "
+        "them in a dict, for a tuple is taken for one entry a layer",
     )
     return prepared
 

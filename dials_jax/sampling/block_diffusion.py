@@ -134,9 +134,6 @@ class BlockDiffusion(Typed, BlockSampler):
     def is_probability(self) -> bool:
         return self.entropy_bound is None
 
-    def with_length(self, gen_length: int) -> BlockDiffusion:
-        return replace(self, gen_length=gen_length)
-
     def check(
         self,
         cfg: ModelConfig,

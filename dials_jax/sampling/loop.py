@@ -19,6 +19,7 @@ left.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -63,8 +64,8 @@ from dials_jax.sharding import constrain_batch
 class BlockSampler(StepSampler):
     """A sampler that fills blocks from left to right and reveals tokens by their confidence.
 
-    A class of this kind sets the attributes below, and says with `propose` and `choose` which
-    tokens a step reveals.
+    A class of this kind is a frozen dataclass (or another class with `with_length`), sets the
+    attributes below, and says with `propose` and `choose` which tokens a step reveals.
 
     Attributes:
       steps_per_block: at most; a block also ends when it is full.
@@ -101,6 +102,9 @@ class BlockSampler(StepSampler):
             f"{type(self).__name__} has no denoising time to tell a model with "
             "time_conditioning; sample with Ancestral",
         )
+
+    def with_length(self, gen_length: int) -> BlockSampler:
+        return replace(self, gen_length=gen_length)
 
     def blank_id(self, cfg: ModelConfig) -> int:
         return cfg.mask_id

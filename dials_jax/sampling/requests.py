@@ -115,14 +115,8 @@ def check_arguments(
 ) -> None:
     """Raises: InputError for objects that are not samplers or caches, for an empty batch, and for
     records that a sampler does not keep."""
-    require(
-        isinstance(sampler, Sampler) and not isinstance(sampler, type),
-        f"sampler={shown(sampler)} is no sampler; give one, as Confidence(gen_length=128)",
-    )
-    require(
-        isinstance(cache, Cache) and not isinstance(cache, type),
-        f"cache={shown(cache)} is no cache; give one, as DualCache()",
-    )
+    _require_kind(sampler, Sampler, "sampler", "Confidence(gen_length=128)")
+    _require_kind(cache, Cache, "cache", "DualCache()")
     require(fill_to > 0, f"fill_to={fill_to} must be positive")
     require(
         not log_probs or getattr(sampler, "gives_log_probs", False),
@@ -132,6 +126,17 @@ def check_arguments(
         not trajectory or getattr(sampler, "gives_trajectory", False),
         f"{type(sampler).__name__} keeps no trajectory; leave out trajectory",
     )
+
+
+def _require_kind(value: object, kind: type, what: str, example: str) -> None:
+    """Raises: InputError for what has not all members of a protocol."""
+    if isinstance(value, kind) and not isinstance(value, type):
+        return
+    names = [x for x in (*kind.__annotations__, *vars(kind)) if not x.startswith("_")]
+    missing = [name for name in names if not hasattr(value, name)]
+    has_some = not isinstance(value, type) and 0 < len(missing) < len(names)
+    why = f" (it has no {', '.join(missing)})" if has_some else ""
+    raise InputError(f"{what}={shown(value)} is no {what}{why}; give one, as {example}")
 
 
 def check_observer(

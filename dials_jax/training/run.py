@@ -325,7 +325,8 @@ def _require_same_rates(
         jax.vmap(make_lr_schedule(optimizer, steps_per_epoch))(steps)
         for optimizer in (old, cfg.optimizer)
     )
-    advice = f"train on with --init-from {workdir / 'model'} in" if cfg.model else "choose"
+    model = workdir / "model"
+    advice = f"train on with --init-from {model} in" if cfg.model and model.is_dir() else "choose"
     require(
         bool(jnp.all(before == now)),
         f"{workdir} holds another experiment ({said}, which changes the learning rates of its "

@@ -19,7 +19,13 @@ def test_a_cache_of_ones_own_has_a_name():
         name = "mine"
 
     assert cache_name(NoCache()) == "none"
+
+    @dataclasses.dataclass(frozen=True)
+    class Set(EarlySkip):
+        boost: float = 0.0
+
     assert (cache_name(Own()), cache_name(Named())) == ("Own", "mine")
+    assert cache_name(Set()) == "Set" and cache_name(Set(boost=0.5)) == "Set, boost 0.5"
 
 
 def test_names_of_caches():

@@ -19,6 +19,7 @@ from dials_jax.sampling.autoregressive import Autoregressive
 from dials_jax.sampling.confidence import Confidence
 from dials_jax.sampling.dream import Dream
 from dials_jax.sampling.generate import generate
+from dials_jax.sampling.loop import BlockSampler
 from dials_jax.sampling.model_schedule import Schedule
 from dials_jax.sampling.sampler import CallRecord, Sampler, append_call, start_record
 
@@ -143,3 +144,51 @@ def test_other_steps_and_blocks_stay():
     assert Confidence(8, 4, 4).with_length(16) == Confidence(16, 4, 4)
     assert Dream(8, 5).with_length(16) == Dream(16, 5)
     assert Ancestral(8, 100).with_length(16) == Ancestral(16, 100)
+
+
+@dataclass(frozen=True)
+class Rightmost(BlockSampler):
+    """Reveals the rightmost masked token of a block, by the two methods that a class must have."""
+
+    gen_length: int = G
+    block_length: int = 3
+    steps_per_block = 3
+    max_quota = 1
+    is_probability = True
+
+    def propose(self, cfg, logits, keys):
+        logits = logits.at[..., cfg.mask_id].set(-jnp.inf)
+        return jnp.argmax(logits, axis=-1), jnp.max(jax.nn.softmax(logits), axis=-1)
+
+    def choose(self, confidence, info, keys):
+        masked = confidence > -jnp.inf
+        after = jnp.cumsum(masked[:, ::-1], axis=1)[:, ::-1]
+        return masked & (after == 1)
+
+
+@pytest.mark.parametrize("cache", [None, DualCache()])
+def test_a_block_sampler_needs_two_methods(lively, cache):
+    prompts = np.arange(2, 2 + 2 * P).reshape(2, P)
+    out = generate(lively, prompts, sampler=Rightmost(), cache=cache, trajectory=True)
+    masked = (out.trajectory.tokens == lively.config.mask_id)[:, 0, P:]
+    np.testing.assert_array_equal(masked.sum(axis=1), [5, 4, 3, 2, 1, 0])
+    np.testing.assert_array_equal(masked[0], [True, True, False, True, True, True])
+    np.testing.assert_array_equal(masked[3], [False] * 3 + [True, True, False])
+    assert Rightmost().with_length(9) == Rightmost(9)
+
+
+def test_what_a_sampler_or_a_cache_has_not_is_named(lively, untyped):
+    class Half:
+        gen_length, cfg_scale, takes_schedule, one_program = 4, 0.0, True, True
+
+        def check(self, cfg, present, policy, cache):
+            pass
+
+    class NoSteps(DualCache):
+        forward_variants = property()
+
+    missing = "it has no with_length, blank_id, count_steps, make_steps, work"
+    with pytest.raises(InputError, match=rf"is no sampler \({missing}\); give one, as"):
+        generate(lively, [[5, 9]], sampler=Half())
+    with pytest.raises(InputError, match=r"is no cache \(it has no forward_variants\); give one"):
+        generate(lively, [[5, 9]], sampler=Confidence(4), cache=NoSteps())
