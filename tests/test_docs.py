@@ -106,7 +106,7 @@ def test_the_examples_of_python_run(demo, capsys):
 
 def test_the_examples_of_own_code_run(demo):
     names = run_examples("docs/own_code.md")
-    assert np.isfinite(float(names["loss"])) and names["out"].tokens.shape == (2, 11)
+    assert np.isfinite(float(names["loss"])) and names["out"].tokens.shape == (2, 13)
     assert not (names["out"].tokens == names["model"].config.mask_id).any()
 
 
