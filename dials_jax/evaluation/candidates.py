@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dials_jax.digests import content_id
 from dials_jax.errors import require
+from dials_jax.evaluation.answer_store import policy_digest
 from dials_jax.evaluation.older_sweeps import router_id
+from dials_jax.evaluation.own_code import code_facts
+from dials_jax.evaluation.sweep_groups import POLICY_KINDS
 from dials_jax.evaluation.sweep_identity import router_training
 from dials_jax.evaluation.task import EvalConfig
 from dials_jax.models.model import Model
-from dials_jax.nn.policy import Policy, policy_name
+from dials_jax.nn.policy import Policy, check_policy, policy_name
 from dials_jax.reporting.environment import training_settings
 from dials_jax.skipping.policies import Random
 from dials_jax.skipping.routed import Routed
@@ -105,6 +109,26 @@ def _router_candidates(
         policy = dataclasses.replace(router, threshold=fit.threshold, votes=fit.votes)
         where = {**facts, "execution_ratio": ratio}
         yield Candidate(f"{label} fitted to {ratio:g}", policy, where), list(fit.thresholds)
+
+
+def own_candidates(policies: Mapping[str, Policy], labels: Collection[str]) -> list[Candidate]:
+    """Policies that a caller made, by their labels.
+
+    Args:
+      labels: of the sweep's other policies.
+
+    Raises: InputError for what is no policy, and for a label that is taken.
+    """
+    found = []
+    for label, policy in policies.items():
+        require(label not in labels, f"policies: {label!r} is a policy of the sweep; rename yours")
+        require(policy is not None, f"policies: {label!r} is None; the full model is there already")
+        check_policy(policy)
+        kind = policy_name(policy)
+        digest = content_id([policy_digest(policy), code_facts(policy=policy)])
+        known = "own" if kind in POLICY_KINDS else kind
+        found.append(Candidate(label, policy, {"kind": known, "digest": digest}))
+    return found
 
 
 def random_candidates(cfg: EvalConfig) -> list[Candidate]:

@@ -21,7 +21,12 @@ from dials_jax.errors import require, require_packages
 from dials_jax.estimates import print_cost
 from dials_jax.evaluation.batched import check_num_samples
 from dials_jax.evaluation.calibration import load_calibration
-from dials_jax.evaluation.candidates import Candidate, random_candidates, routed_candidates
+from dials_jax.evaluation.candidates import (
+    Candidate,
+    own_candidates,
+    random_candidates,
+    routed_candidates,
+)
 from dials_jax.evaluation.exact_match import normalise_answer
 from dials_jax.evaluation.full_depth import measure_kl
 from dials_jax.evaluation.items import Items, item_names, load_items
@@ -44,6 +49,7 @@ from dials_jax.evaluation.timing import time_policies
 from dials_jax.files import write_json
 from dials_jax.loading import find_model, load, read_config
 from dials_jax.models.model import Model
+from dials_jax.nn.policy import Policy
 from dials_jax.progress import Pace, progress_bar
 from dials_jax.reporting.environment import training_settings
 from dials_jax.reporting.results import SweepResults
@@ -56,7 +62,10 @@ from dials_jax.workdir import exclusive
 
 
 def sweep(
-    config: EvalConfig | str | Path, workdir: str | Path, overrides: Mapping[str, Any] | None = None
+    config: EvalConfig | str | Path,
+    workdir: str | Path,
+    overrides: Mapping[str, Any] | None = None,
+    policies: Mapping[str, Policy] | None = None,
 ) -> SweepResults:
     """Scores every policy on every task, except what `workdir` holds already, and reports.
 
@@ -66,6 +75,8 @@ def sweep(
     Args:
       config: settings, or a file with `get_config()`, or the name of a shipped one.
       overrides: other values of its fields, as {"tasks.0.limit": 100}.
+      policies: more of them, by their labels in the report; also those of classes of one's own.
+        A policy with other settings, weights or code is another one.
 
     Returns: what results.json holds, as `load_results` reads it.
     Raises: InputError before the first run for tasks, routers or layers that do not fit, for a
@@ -81,10 +92,10 @@ def sweep(
         if task.compare == "math":
             require_packages("math", "math_verify")
     with exclusive(workdir) as workdir, ending_together():
-        return SweepResults(_sweep(cfg, workdir), workdir)
+        return SweepResults(_sweep(cfg, workdir, policies or {}), workdir)
 
 
-def _sweep(cfg: EvalConfig, workdir: Path) -> dict[str, Any]:
+def _sweep(cfg: EvalConfig, workdir: Path, policies: Mapping[str, Policy]) -> dict[str, Any]:
     mesh = sharding.make_mesh(cfg.mesh)
     tasks, tokenizers = load_tasks(cfg)
     model = load(cfg.model, cfg.dtype, mesh, cfg.layout, cfg.weights, cfg.batch_invariant)
@@ -94,8 +105,9 @@ def _sweep(cfg: EvalConfig, workdir: Path) -> dict[str, Any]:
     ]
     routed, routers = routed_candidates(cfg, model)
     full, random = Candidate("full", None), random_candidates(cfg)
-    known = [full, *routed, *random]
-    to_check = [*known, *static_placeholder(cfg)]
+    others = [full, *routed, *random, *static_placeholder(cfg)]
+    own = own_candidates(policies, {one.label for one in others})
+    known, to_check = [full, *routed, *random, *own], [*others, *own]
     for task, items in tasks:
         check_task(task, items, model, {c.label: c.policy for c in to_check})
     items_of = {task.name: items for task, items in tasks}
@@ -113,7 +125,7 @@ def _sweep(cfg: EvalConfig, workdir: Path) -> dict[str, Any]:
         if calibration is not None:
             found = describe_choice(cfg, task, calibration, records)
             facts["static_choice"][records.names[task.name]] = found
-        candidates[task.name] = [full, *static, *routed, *random]
+        candidates[task.name] = [full, *static, *routed, *random, *own]
         for candidate in candidates[task.name]:
             if not records.is_finished(task.name, candidate.describe()):
                 _score_candidate(records, cfg, model, task, items, tokenizer, candidate, pace)

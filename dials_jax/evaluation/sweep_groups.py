@@ -13,7 +13,7 @@ from typing import Any
 from dials_jax.reporting.speed import SweepRun
 
 Key = tuple[str, str, str | None]  # task, digest of the items, digest of the rules
-POLICY_KINDS = ("full", "static", "routed", "random")  # in the order of the report
+POLICY_KINDS = ("full", "static", "routed", "random")  # in the order of the report; others follow
 
 
 def shown_groups(runs: Sequence[SweepRun], current: Sequence[Key]) -> dict[str, list[SweepRun]]:
@@ -71,7 +71,8 @@ def _report_order(run: SweepRun) -> tuple[Any, ...]:
     policy = run["policy"]
     strength = policy.get("lambda", policy.get("num_skipped", 0))
     tau = policy.get("threshold", math.inf), -policy.get("execution_ratio", 0)
-    return POLICY_KINDS.index(policy["kind"]), strength, *tau, policy["label"], run["seed"]
+    kinds = [*POLICY_KINDS, policy["kind"]]
+    return kinds.index(policy["kind"]), strength, *tau, policy["label"], run["seed"]
 
 
 def _with_labels(runs: Sequence[SweepRun]) -> list[SweepRun]:
@@ -85,16 +86,18 @@ def _with_labels(runs: Sequence[SweepRun]) -> list[SweepRun]:
 
 
 def _detail(run: SweepRun) -> tuple[Any, ...]:
-    """What tells policies of one label apart: layers, or training and tau of a router."""
+    """What tells policies of one label apart: layers, training and tau of a router, or the digest
+    of a policy of the caller's."""
     policy = run["policy"]
-    return tuple(policy.get("layers", ())), policy.get("training"), policy.get("threshold")
+    layers = tuple(policy.get("layers", ()))
+    return layers, policy.get("training"), policy.get("threshold"), policy.get("digest")
 
 
 def _relabelled(run: SweepRun, details: Sequence[Any]) -> SweepRun:
     if len(details) == 1:
         return run
     policy, parts = run["policy"], []
-    layers, trainings, taus = ({detail[i] for detail in details} for i in range(3))
+    layers, trainings, taus, digests = ({detail[i] for detail in details} for i in range(4))
     if len(layers) > 1:
         parts.append(f"layers {', '.join(map(str, policy.get('layers', ())))}")
     if len(trainings) > 1:
@@ -102,4 +105,6 @@ def _relabelled(run: SweepRun, details: Sequence[Any]) -> SweepRun:
     if len(taus) > 1:
         tau = policy.get("threshold")
         parts.append("its own τ" if tau is None else f"τ={tau:g}")
+    if len(digests) > 1:
+        parts.append(f"version {policy.get('digest', '')[:4]}")
     return {**run, "policy": {**policy, "label": f"{policy['label']} ({', '.join(parts)})"}}

@@ -58,6 +58,8 @@ def _describe_policy(run: Mapping[str, Any]) -> str:
         chosen = run.get("calibration")
         why = f"; chosen by Goel, Algorithm 1, on {chosen}" if chosen else ""
         return f"skips {which} at every step{why}"
+    if "digest" in policy:
+        return f"{kind}: given from Python"
     facts = {name: value for name, value in policy.items() if name not in DIGESTS}
     return ", ".join(f"{name} {_text(value)}" for name, value in _flat({**facts, **_router(run)}))
 

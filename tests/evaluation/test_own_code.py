@@ -1,9 +1,16 @@
-"""The code of a sampler of one's own is a setting that a sweep depends on."""
+"""Samplers and policies of one's own in a sweep: their code is a setting like any other."""
 
+import dataclasses
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
+import pytest
+
 import dials_jax as dj
+from dials_jax.config import ArithmeticData, EvalConfig, EvalTask
+from dials_jax.errors import InputError
 from dials_jax.evaluation.own_code import code_facts
 
 SOURCE = """
@@ -47,3 +54,83 @@ def test_it_is_the_same_in_another_process():
     script = f"from tests.evaluation.test_own_code import *\nprint(digest(SOURCE))\n{SOURCE}"
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert found.stdout.strip() == str(digest(SOURCE)), found.stderr
+
+
+# --------------------------------------------------------------------------------------- sweeps
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SkipOdd:
+    """Skips odd layers of sequences that have more than so many masked tokens."""
+
+    masked: int
+    name = "odd"
+    uses_keys = False
+
+    def prepare(self, num_layers, denoising):
+        return jnp.arange(num_layers) % 2 == 1
+
+    def gate(self, prepared, h, denoising):
+        return ~(prepared & (jnp.sum(denoising.masked, axis=1) > self.masked))
+
+
+@pytest.fixture
+def sweep(arithmetic_model, tmp_path, draw_only):
+    draw_only("tradeoff")
+
+    def run(sampler=None, **policies):
+        task = EvalTask(
+            name="sums", metric="exact_match", data=ArithmeticData(), limit=4, sampler=sampler
+        )
+        cfg = EvalConfig(
+            model=str(arithmetic_model), tasks=(task,), num_static=(), num_random=(1,), batch_size=4
+        )
+        return dj.sweep(cfg, tmp_path / "sweep", policies=policies)
+
+    return run
+
+
+def test_policies_of_ones_own_are_scored_beside_the_others(sweep, capsys):
+    results = sweep(**{"odd, early": SkipOdd(2), "all odd": SkipOdd(-1)})
+    assert [row.policy for row in results.rows] == ["full", "random k=1", "all odd", "odd, early"]
+    rows = {row.policy: row for row in results.rows}
+    assert rows["all odd"].layers_run == 0.5 < rows["odd, early"].layers_run < 1
+    assert {row.kind for row in results.rows} == {"full", "random", "odd"}
+    capsys.readouterr()
+    again = sweep(**{"all odd": SkipOdd(-1)})
+    assert "sums, " not in capsys.readouterr().out  # nothing is scored again
+    assert len(again.rows) == 4  # what other calls scored stays
+    found = sweep(**{"all odd": SkipOdd(0)}).rows  # another policy under this label
+    assert (
+        len(found) == 5 and len({row.policy for row in found if "all odd (ver" in row.policy}) == 2
+    )
+
+
+def test_a_policy_of_the_library_may_be_given_too(sweep):
+    results = sweep(two=dj.Random(2))
+    assert [(row.policy, row.kind) for row in results.rows][2] == ("two", "own")
+    assert results.row("two").layers_run == 0.5
+
+
+@pytest.mark.parametrize(
+    "policies, message",
+    [
+        ({"full": dj.Random(1)}, "'full' is a policy of the sweep; rename yours"),
+        ({"mine": None}, "'mine' is None; the full model is there already"),
+        ({"mine": SkipOdd}, "is no policy; give None, or one as"),
+    ],
+)
+def test_other_policies_are_refused(sweep, untyped, policies, message):
+    with pytest.raises(InputError, match=message):
+        sweep(**policies)
+
+
+def test_a_sampler_whose_code_changed_is_another_setting(sweep):
+    names = []
+    for source in (SOURCE, SOURCE, SOURCE.replace("* 2.0", "* 3.0")):
+        defined = {"__name__": "mine"}
+        exec(source, defined)
+        names.append({row.task for row in sweep(defined["Mine"](2, steps=1)).rows})
+    assert names[0] == names[1] == {"sums"}
+    assert len(names[2]) == 2 and any("code of sampler" in name for name in names[2])
