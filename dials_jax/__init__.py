@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from dials_jax.skipping.policies import Random, Static
     from dials_jax.skipping.routed import Routed
     from dials_jax.skipping.storage import load_router
+    from dials_jax.studies.study import study
     from dials_jax.text import GeneratedText, generate_text
     from dials_jax.training.loop import train
     from dials_jax.watching import replay
@@ -78,6 +79,7 @@ _HOMES = {
     "load_tokenizer": "data.tokenizer",
     "log_likelihood": "evaluation.likelihood",
     "replay": "watching",
+    "study": "studies.study",
     "sweep": "evaluation.sweep",
     "train": "training.loop",
 }

@@ -18,6 +18,7 @@ from dials_jax.errors import InputError, nearest, require
 from dials_jax.files import local_path
 
 C = TypeVar("C")
+OTHER_COMMAND = "the other command; in Python dj.train, dj.sweep or dj.study"
 SHIPPED = Path(__file__).parent / "configs"  # in a clone a link to configs/
 
 
@@ -64,7 +65,7 @@ def load_config(path: str, config_class: type[C] | UnionType) -> C:
         raise InputError(f"{where}: {_reason(error)}") from error
     finally:
         sys.path.remove(folder)
-    require_kind(config, config_class, f"configuration {path}", "use the other command")
+    require_kind(config, config_class, f"configuration {path}", f"use {OTHER_COMMAND}")
     return config
 
 

@@ -17,6 +17,7 @@ from dials_jax.config import (
     SearchStudy,
     to_dict,
 )
+from dials_jax.config_files import open_config
 from dials_jax.errors import InputError, require, require_packages
 from dials_jax.estimates import device_bytes, print_cost
 from dials_jax.evaluation.request_cost import LOWER_BATCH_SIZE
@@ -24,6 +25,7 @@ from dials_jax.files import read_json
 from dials_jax.progress import Pace, progress_bar
 from dials_jax.records import RECORDS
 from dials_jax.reporting.publish import Figure, Report, as_dicts, publish
+from dials_jax.reporting.results import StudyResults, load_results
 from dials_jax.sampling.model_schedule import Schedule
 from dials_jax.sharding import on_first_process
 from dials_jax.stopping import ending_together
@@ -47,6 +49,23 @@ from dials_jax.studies.study_records import STUDY
 from dials_jax.workdir import exclusive, require_unclaimed
 
 WRITTEN_FILES = (RECORDS, "results.csv", "report.html", "plots", "samples", "sweep.json", PROFILES)
+
+
+def study(
+    config: AnyStudy | str | Path, workdir: str | Path, overrides: Mapping[str, Any] | None = None
+) -> StudyResults:
+    """Runs a study, except what the workdir holds already, as `dials eval` does.
+
+    Args:
+      config: settings, or a file with `get_config()`, or the name of a shipped one, such as
+        "mdlm/study_schedules".
+      overrides: other values of its fields, as {"num_samples": 64}.
+
+    Returns: what results.json holds, as `load_results` reads it.
+    Raises: InputError for settings, models or data that would stop the study half-way.
+    """
+    run_study(open_config(config, AnyStudy, overrides or {}), workdir)
+    return load_results(workdir)
 
 
 def run_study(cfg: AnyStudy, workdir: str | Path) -> Mapping[str, Any]:

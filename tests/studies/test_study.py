@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+import dials_jax as dj
 from dials_jax.commands import load_config, override
 from dials_jax.config import EvalConfig, ProposeStudy, ScheduleStudy, SearchStudy, StudyConfig
 from dials_jax.data.tokenizer import load_tokenizer
@@ -48,6 +49,16 @@ def test_given_schedules_are_compared_with_the_first(comparing, compared):
     np.testing.assert_allclose(rows["L8"]["difference"], (values - base).mean())
     with (compared / "results.csv").open(newline="") as file:
         assert [row["schedule"] for row in csv.DictReader(file)] == list(comparing.schedules)
+
+
+def test_from_python_it_is_the_same_study(comparing, compared, tmp_path):
+    shutil.copytree(compared, tmp_path / "copy")
+    found = dj.study(comparing, tmp_path / "copy")
+    assert found == dj.load_results(compared) and len(found.rows) == 3
+    with pytest.raises(InputError, match="num_samples"):
+        dj.study(comparing, tmp_path / "copy", {"num_samples": 3})
+    with pytest.raises(InputError, match=r"of class ScheduleStudy.*in Python .* or dj\.study"):
+        dj.sweep("mdlm/study_schedules", tmp_path / "other")
 
 
 def test_entropy_is_held_equal(compared):
