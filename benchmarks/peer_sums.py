@@ -31,11 +31,11 @@ from benchmarks.command import add_model, add_out, make_main
 from benchmarks.invariance_kernels import normal
 from benchmarks.random_model import make_config
 from benchmarks.report import LiveTable
-from dials_jax.compiling import compiler_options
+from dials_jax.compiling import KERNELS, compiler_options
 from dials_jax.config import MeshConfig
 from dials_jax.evaluation.timing import turns
 from dials_jax.nn.kernels.hopper_peers import with_flags
-from dials_jax.nn.kernels.implementation import VARIABLE, pick
+from dials_jax.nn.kernels.implementation import pick
 from dials_jax.nn.linear import SPLIT_PRODUCT, linear
 from dials_jax.nn.norm import xla_rms_norm
 from dials_jax.sharding import make_mesh
@@ -127,7 +127,7 @@ def compile_way(
     options: dict[str, Any] | None = None,
 ) -> Callable:
     """The program in which all sums are made in one way."""
-    with mock.patch.dict(os.environ, {VARIABLE: way}):
+    with mock.patch.dict(os.environ, {KERNELS: way}):
         lowered = jax.jit(partial(mlps, then=then, passes=passes)).lower(x, weights)
     return lowered.compile((compiler_options() or {}) | (options or {}))
 

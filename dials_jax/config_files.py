@@ -52,7 +52,7 @@ def load_config(path: str, config_class: type[C] | UnionType) -> C:
     Raises: InputError for anything that goes wrong in it, with the line.
     """
     file, make = find_config(path), None
-    folder = str(file.parent.absolute())
+    folder, path_before, known = str(file.parent.absolute()), list(sys.path), set(sys.modules)
     sys.path.append(folder)  # it may import what lies beside it
     try:
         make = runpy.run_path(str(file)).get("get_config")
@@ -64,7 +64,10 @@ def load_config(path: str, config_class: type[C] | UnionType) -> C:
         where = f"configuration {path}{_line(str(file), error, make)}"
         raise InputError(f"{where}: {_reason(error)}") from error
     finally:
-        sys.path.remove(folder)
+        sys.path[:] = path_before
+        for name in set(sys.modules) - known:  # another folder may have a module of this name
+            if Path(getattr(sys.modules[name], "__file__", None) or "").parent == Path(folder):
+                del sys.modules[name]
     require_kind(config, config_class, f"configuration {path}", f"use {OTHER_COMMAND}")
     return config
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from dials_jax.caching.cache import Cache
+from dials_jax.caching.cache import Cache, Work
 from dials_jax.caching.plain import NoCache
 from dials_jax.config import ModelConfig
 from dials_jax.progress import format_bytes
@@ -103,16 +103,19 @@ def generation_flops(
     """
     length = prompt_length + sampler.gen_length
     work = sampler.work(cfg, cache or NoCache(), prompt_length)
-    calls = [
-        sum(layer_flops(cfg, tokens, length) for tokens in w.tokens) + head_flops(cfg, w.head)
-        for w in work
-    ]
+    calls = [_call_flops(cfg, w, length) for w in work]
     steps = sampler.count_steps(cache or NoCache())
     block = getattr(sampler, "block_length", None) or sampler.gen_length
     starts = min(-(-sampler.gen_length // block), steps)
     dearest = max(calls)
     others = np.mean([flops for flops in calls if flops < dearest] or dearest)
     return (1 + (sampler.cfg_scale > 0)) * float(starts * dearest + (steps - starts) * others)
+
+
+def _call_flops(cfg: ModelConfig, work: Work, length: int) -> float:
+    run, projected = (np.array(x) for x in (work.tokens, work.projected or work.tokens))
+    layers = layer_flops(cfg, run, work.keys or length, projected)
+    return float(np.sum(layers) + head_flops(cfg, work.head))
 
 
 # ----------------------------------------------------------------------------------------- memory

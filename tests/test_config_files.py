@@ -62,15 +62,18 @@ def test_another_kind_of_configuration_is_refused(tmp_path, untyped):
         dj.train({}, tmp_path)
 
 
-def test_a_configuration_may_import_what_lies_beside_it(tmp_path):
-    (tmp_path / "beside_a_configuration.py").write_text("STEPS = 3\n")
-    file = tmp_path / "own.py"
-    file.write_text(
-        "from beside_a_configuration import STEPS\n"
-        "from dials_jax.config import OptimizerConfig\n"
-        "def get_config():\n    return OptimizerConfig(num_steps=STEPS, warmup_steps=0)\n"
-    )
-    before = list(sys.path)
-    assert load_config(str(file), OptimizerConfig).num_steps == 3
-    assert sys.path == before
-    del sys.modules["beside_a_configuration"]
+def test_a_configuration_may_import_what_lies_beside_it(tmp_path, monkeypatch):
+    """Its own, although another one's has the same name, and also from where Python looks first."""
+    for steps, folder in [(3, tmp_path / "a"), (7, tmp_path / "b")]:
+        folder.mkdir()
+        (folder / "beside_a_configuration.py").write_text(f"STEPS = {steps}\n")
+        (folder / "own.py").write_text(
+            "from beside_a_configuration import STEPS\n"
+            "from dials_jax.config import OptimizerConfig\n"
+            "def get_config():\n"
+            "    return OptimizerConfig(num_steps=STEPS, warmup_steps=0)\n"
+        )
+        monkeypatch.syspath_prepend(str(folder))
+        before = list(sys.path)
+        assert load_config(str(folder / "own.py"), OptimizerConfig).num_steps == steps
+        assert sys.path == before and "beside_a_configuration" not in sys.modules

@@ -119,13 +119,19 @@ def own_candidates(policies: Mapping[str, Policy], labels: Collection[str]) -> l
 
     Raises: InputError for what is no policy, and for a label that is taken.
     """
-    found = []
+    found: list[Candidate] = []
+    label_of: dict[str, str] = {}
     for label, policy in policies.items():
         require(label not in labels, f"policies: {label!r} is a policy of the sweep; rename yours")
         require(policy is not None, f"policies: {label!r} is None; the full model is there already")
         check_policy(policy)
         kind = policy_name(policy)
         digest = content_id([policy_digest(policy), code_facts(policy=policy)])
+        require(
+            digest not in label_of,
+            f"policies: {label!r} and {label_of.get(digest)!r} are one policy; remove one",
+        )
+        label_of[digest] = label
         known = "own" if kind in POLICY_KINDS else kind
         found.append(Candidate(label, policy, {"kind": known, "digest": digest}))
     return found

@@ -42,11 +42,15 @@ def check_static(cfg: EvalConfig, num_layers: int) -> None:
         )
 
 
+def static_labels(cfg: EvalConfig) -> list[str]:
+    """Those of the static policies, if the algorithm reaches every number of layers."""
+    labels = [chosen_label(k, adjacent) for k, adjacent in _choices(cfg)]
+    return [*labels, *map(_set_label, cfg.static_layers)]
+
+
 def static_placeholder(cfg: EvalConfig) -> list[Candidate]:
     """Stands for the static policies in checks, before their layers are chosen."""
-    labels = [chosen_label(k, adjacent) for k, adjacent in _choices(cfg)]
-    labels += map(_set_label, cfg.static_layers)
-    return [Candidate(label, Static(())) for label in labels[:1]]
+    return [Candidate(label, Static(())) for label in static_labels(cfg)[:1]]
 
 
 def num_static_policies(cfg: EvalConfig) -> int:

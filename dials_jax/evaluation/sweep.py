@@ -38,6 +38,7 @@ from dials_jax.evaluation.static_choice import (
     describe_choice,
     num_static_policies,
     static_candidates,
+    static_labels,
     static_placeholder,
 )
 from dials_jax.evaluation.sweep_cost import sweep_cost
@@ -105,9 +106,11 @@ def _sweep(cfg: EvalConfig, workdir: Path, policies: Mapping[str, Policy]) -> di
     ]
     routed, routers = routed_candidates(cfg, model)
     full, random = Candidate("full", None), random_candidates(cfg)
-    others = [full, *routed, *random, *static_placeholder(cfg)]
-    own = own_candidates(policies, {one.label for one in others})
-    known, to_check = [full, *routed, *random, *own], [*others, *own]
+    others = [full, *routed, *random]
+    own = own_candidates(policies, {*static_labels(cfg), *(one.label for one in others)})
+    sharding.require_same_everywhere({"policies": [one.describe() for one in own]})
+    known = [*others, *own]
+    to_check = [*known, *static_placeholder(cfg)]
     for task, items in tasks:
         check_task(task, items, model, {c.label: c.policy for c in to_check})
     items_of = {task.name: items for task, items in tasks}

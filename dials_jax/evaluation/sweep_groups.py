@@ -105,6 +105,7 @@ def _relabelled(run: SweepRun, details: Sequence[Any]) -> SweepRun:
     if len(taus) > 1:
         tau = policy.get("threshold")
         parts.append("its own τ" if tau is None else f"τ={tau:g}")
-    if len(digests) > 1:
-        parts.append(f"version {policy.get('digest', '')[:4]}")
-    return {**run, "policy": {**policy, "label": f"{policy['label']} ({', '.join(parts)})"}}
+    if len(digests) > 1 and "digest" in policy:
+        parts.append(f"version {policy['digest'][:4]}")
+    end = f" ({', '.join(parts)})" if parts else ""
+    return {**run, "policy": {**policy, "label": f"{policy['label']}{end}"}}

@@ -146,8 +146,9 @@ class Model:
         """One forward pass.
 
         Within a function that is transformed (`jax.jit`, `grad`, `vmap`) it is a part of that: the
-        same operations, without a program of their own. Gradients, also to `params` of a `Model`
-        that is made there, need `executor="select"` where a policy's gates are floats.
+        same operations, without a program of their own, on the mesh that the caller has set
+        (`jax.set_mesh(model.mesh)`). Gradients, also to `params` of a `Model` that is made there,
+        need `executor="select"` where a policy's gates are floats.
 
         Args:
           valid: False at padding. None: no padding.
@@ -174,6 +175,11 @@ class Model:
             time = jnp.broadcast_to(as_time(time, num_sequences), num_sequences)
         batch = tokens.astype(jnp.int32), valid, time, keys
         if _is_traced((self.params, batch, policy, step)):
+            require(
+                not self.batch_invariant,
+                "a batch-invariant model is that in programs of its own only; call it outside of "
+                "jax.jit, or load it without batch_invariant",
+            )
             sharding.require_axes(jax.sharding.get_abstract_mesh())
             static = {"cfg": self.config, "executor": executor}
             batch = jax.tree.map(jnp.asarray, batch)

@@ -137,9 +137,11 @@ def run_stack(
     if trees.is_unrolled(layers):
         # Over a cache, with its many forward variants, and with branches, of which compaction has
         # many, layers of one shape are traced and lowered once; XLA then puts the body in for each
-        # call. Training, which has neither, is compiled as it is written.
+        # call. Training, which has neither, is compiled as it is written. A policy's entries that
+        # are no arrays stay what they are.
         run_one = run_layer
-        if cache_state is not None or (always is None and executor != "select"):
+        branches = always is None and executor != "select" and not trees.is_unrolled(prepared)
+        if cache_state is not None or branches:
             run_one = jax.jit(run_layer, static_argnames="gate")
         outputs, fixed = [], always is not None
         for i in range(first, last):

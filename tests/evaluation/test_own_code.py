@@ -14,7 +14,12 @@ from dials_jax.errors import InputError
 from dials_jax.evaluation.own_code import code_facts
 
 SOURCE = """
-import dataclasses, dials_jax as dj
+import dataclasses, functools, jax, dials_jax as dj
+
+SHARE = 0.25
+
+def helped(x, times=3):
+    return x * SHARE * times
 
 @dataclasses.dataclass(frozen=True)
 class Mine(dj.Confidence):
@@ -27,7 +32,17 @@ class Mine(dj.Confidence):
 
     @staticmethod
     def scaled(logits):
-        return logits * 2.0
+        return helped(logits * 2.0)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def compiled(self, x):
+        return x - 7
+
+    @functools.cached_property
+    def cached(self):
+        return 9
+
+    odd = (len, object())
 """
 
 
@@ -44,9 +59,12 @@ def test_only_classes_of_ones_own_have_one():
 
 def test_another_instruction_or_constant_is_other_code_and_a_comment_is_not():
     known = digest(SOURCE)
-    assert digest(SOURCE.replace("* 2.0", "* 3.0")) != known
-    assert digest(SOURCE.replace("1, 2", "1, 3")) != known
-    assert digest(SOURCE.replace("logits * 2.0", "2.0 - logits")) != known
+    for old, new in [
+        ("* 2.0", "* 3.0"), ("1, 2", "1, 3"), ("logits * 2.0", "2.0 - logits"), ("- 7", "- 8"),
+        ("return 9", "return 8"), ("SHARE = 0.25", "SHARE = 0.5"), ("times=3", "times=4"),
+        ("x * SHARE", "x + SHARE"),
+    ]:  # fmt: skip
+        assert digest(SOURCE.replace(old, new)) != known, old
     assert digest("# a comment\n\n" + SOURCE) == known
 
 
@@ -119,6 +137,7 @@ def test_a_policy_of_the_library_may_be_given_too(sweep):
         ({"full": dj.Random(1)}, "'full' is a policy of the sweep; rename yours"),
         ({"mine": None}, "'mine' is None; the full model is there already"),
         ({"mine": SkipOdd}, "is no policy; give None, or one as"),
+        ({"a": SkipOdd(1), "b": SkipOdd(1)}, "'b' and 'a' are one policy; remove one"),
     ],
 )
 def test_other_policies_are_refused(sweep, untyped, policies, message):

@@ -67,3 +67,9 @@ def test_a_mesh_is_given_by_its_sizes(lively, untyped):
     assert model.mesh == lively.mesh
     with pytest.raises(InputError, match="is no mesh; give sizes"):
         dj.Model(lively.config, lively.params, {"data": 1})
+
+
+def test_a_batch_invariant_model_is_refused_there(lively):
+    model = dj.Model(lively.config, lively.params, lively.mesh, batch_invariant=True)
+    with pytest.raises(InputError, match="in programs of its own only; call it outside of jax.jit"):
+        jax.jit(lambda tokens: model.apply(tokens).logits)(TOKENS)
