@@ -21,7 +21,8 @@ FENCE = re.compile(r"(<!-- needs: [^\n]*-->\n)?^```([^\n]*)\n(.*?)^```", re.M | 
 # Pages whose Python is run: by test_docs.py, by a test below, or by one of their area.
 RUN = {
     "README.md", "caching.md", "data.md", "eight_bits.md", "evaluation.md", "export.md",
-    "generate.md", "install.md", "own_task.md", "python.md", "quickstart.md", "reports.md",
+    "generate.md", "install.md", "own_code.md", "own_task.md", "python.md", "quickstart.md",
+    "reports.md",
     "representation.md", "sampling.md", "scheduling.md", "scheduling_study.md", "skipping.md",
     "training.md",
 }  # fmt: skip

@@ -166,7 +166,7 @@ def append_call(
     at = record.nfe
     return record._replace(
         nfe=at + 1,
-        gates=record.gates.at[at, : gates.shape[0]].set(gates),
+        gates=record.gates.at[at, : gates.shape[0]].set(gates.astype(bool)),
         masked_share=record.masked_share.at[at].set(share),
         variant=record.variant.at[at].set(variant),
         step=record.step.at[at].set(step),

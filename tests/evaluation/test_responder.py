@@ -242,14 +242,14 @@ def test_costs_say_what_ran(lively):
 
 def test_a_prompt_that_is_too_long_is_refused_or_cut_and_counted(lively):
     long = tuple(range(2, 62))
-    with pytest.raises(InputError, match=r"pair 1: 60 tokens of the prompt, and 59 places"):
+    with pytest.raises(InputError, match=r"pair 1: 60 tokens of the prompt, and room for 59"):
         likelihoods(Responder(lively, settings=SETTINGS), [PAIRS[0], (long, (5,) * 5)])
     with pytest.raises(InputError, match=r"prompt 0: 61 tokens.*too_long=cut"):
         generations(Responder(lively, settings=SETTINGS), [(9, *long)])
     cut = Responder(lively, settings=AnswerSettings(num_samples=4, batch_size=2, too_long="cut"))
     assert generations(cut, [(9, *long)]) == generations(cut, [long])
     assert cut.num_cut == 1
-    with pytest.raises(InputError, match="and 0 places"):  # nothing of the prompt would be left
+    with pytest.raises(InputError, match="and room for 0"):  # nothing of the prompt would be left
         likelihoods(cut, [((3,), (5,) * 64)])
 
 

@@ -375,8 +375,11 @@ def test_a_cosine_cannot_become_longer(train_config, tmp_path):
     cfg = train_config()
     resumes(cfg, with_optimizer(cfg, num_steps=None, num_epochs=0.24), tmp_path)  # as long
     for step in (2, 6):
-        with pytest.raises(InputError, match=r"learning rates of its steps.*--init-from .*/model"):
+        with pytest.raises(InputError, match=r"learning rates .*or choose another --wo"):
             resumes(cfg, with_optimizer(cfg, num_steps=12), tmp_path, step)
+    (tmp_path / "model").mkdir()  # as a training that ended has it
+    with pytest.raises(InputError, match=r"learning rates of its steps.*--init-from .*/model"):
+        resumes(cfg, with_optimizer(cfg, num_steps=12), tmp_path, 6)
 
 
 def test_what_is_only_for_routers_does_not_concern_a_model(train_config, tmp_path):
