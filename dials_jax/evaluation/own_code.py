@@ -6,6 +6,7 @@ its fields and also its code: the same name may compute something else today.
 
 from __future__ import annotations
 
+import dis
 import functools
 import inspect
 import types
@@ -65,7 +66,7 @@ def _function(fn: types.FunctionType, seen: set[int]) -> Any:
         return None
     seen.add(id(fn))
     names, code = fn.__globals__, _instructions(fn.__code__)
-    used = [name for name in sorted(_names(fn.__code__)) if name in names]
+    used = [name for name in sorted(_globals(fn.__code__)) if name in names]
     used = [name for name in used if _is_of(names[name], fn.__module__)]
     beside = {name: _facts(names[name], seen) for name in used}
     return [code, _facts(fn.__defaults__, seen), _facts(fn.__kwdefaults__, seen), beside]
@@ -76,9 +77,11 @@ def _is_of(value: Any, module: str) -> bool:
     return getattr(value, "__module__", module) == module and not isinstance(value, type)
 
 
-def _names(code: types.CodeType) -> set[str]:
+def _globals(code: types.CodeType) -> set[str]:
+    """Names of globals that a function reads; `co_names` has those of attributes as well."""
     inner = [x for x in code.co_consts if isinstance(x, types.CodeType)]
-    return set(code.co_names).union(*map(_names, inner))
+    read = {x.argval for x in dis.get_instructions(code) if x.opname == "LOAD_GLOBAL"}
+    return read.union(*map(_globals, inner))
 
 
 def _instructions(code: types.CodeType) -> list[Any]:

@@ -66,6 +66,7 @@ def test_another_instruction_or_constant_is_other_code_and_a_comment_is_not():
     ]:  # fmt: skip
         assert digest(SOURCE.replace(old, new)) != known, old
     assert digest("# a comment\n\n" + SOURCE) == known
+    assert digest(SOURCE + "\nscaled = 5\n") == known  # no method reads this global
 
 
 def test_it_is_the_same_in_another_process():
