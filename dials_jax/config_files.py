@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
 import runpy
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, get_args
@@ -52,24 +53,44 @@ def load_config(path: str, config_class: type[C] | UnionType) -> C:
     Raises: InputError for anything that goes wrong in it, with the line.
     """
     file, make = find_config(path), None
-    folder, path_before, known = str(file.parent.absolute()), list(sys.path), set(sys.modules)
-    sys.path.append(folder)  # it may import what lies beside it
     try:
-        make = runpy.run_path(str(file)).get("get_config")
-        require(callable(make), "it has no function get_config()")
-        config = make()
+        with _imports_beside(file):
+            make = runpy.run_path(str(file)).get("get_config")
+            require(callable(make), "it has no function get_config()")
+            config = make()
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # also what calls exit()
         where = f"configuration {path}{_line(str(file), error, make)}"
         raise InputError(f"{where}: {_reason(error)}") from error
-    finally:
-        sys.path[:] = path_before
-        for name in set(sys.modules) - known:  # another folder may have a module of this name
-            if Path(getattr(sys.modules[name], "__file__", None) or "").parent == Path(folder):
-                del sys.modules[name]
     require_kind(config, config_class, f"configuration {path}", f"use {OTHER_COMMAND}")
     return config
+
+
+_BESIDE: set[str] = set()  # modules that the last configuration imported from its folder
+
+
+@contextlib.contextmanager
+def _imports_beside(file: Path) -> Iterator[None]:
+    """A configuration may import what lies beside it.
+
+    Its modules stay, since their classes need them, until the next configuration runs: that may
+    have others of these names.
+    """
+    folder, path = file.absolute().parent, list(sys.path)
+    for name in _BESIDE:
+        sys.modules.pop(name, None)
+    _BESIDE.clear()
+    known = set(sys.modules)
+    sys.path.append(str(folder))
+    try:
+        yield
+    finally:
+        sys.path[:] = path
+        for name in set(sys.modules) - known:
+            at = getattr(sys.modules[name], "__file__", None)
+            if at and Path(at).parent == folder:
+                _BESIDE.add(name)
 
 
 def open_config(

@@ -1,11 +1,12 @@
 """Configurations from Python: objects, or names of files, with other values of some fields."""
 
 import sys
+import typing
 
 import pytest
 
 import dials_jax as dj
-from dials_jax.config import EvalConfig, OptimizerConfig, TrainConfig
+from dials_jax.config import EvalConfig, EvalTask, TrainConfig
 from dials_jax.config_files import load_config, open_config
 from dials_jax.errors import InputError
 
@@ -62,18 +63,32 @@ def test_another_kind_of_configuration_is_refused(tmp_path, untyped):
         dj.train({}, tmp_path)
 
 
+BESIDE = """
+from __future__ import annotations
+from dataclasses import dataclass
+import dials_jax as dj
+
+@dataclass(frozen=True)
+class Mine(dj.Confidence):
+    other: dj.DualCache | None = None
+"""
+
+
 def test_a_configuration_may_import_what_lies_beside_it(tmp_path, monkeypatch):
     """Its own, although another one's has the same name, and also from where Python looks first."""
-    for steps, folder in [(3, tmp_path / "a"), (7, tmp_path / "b")]:
+    for length, folder in [(3, tmp_path / "a"), (7, tmp_path / "b")]:
         folder.mkdir()
-        (folder / "beside_a_configuration.py").write_text(f"STEPS = {steps}\n")
+        (folder / "beside_a_configuration.py").write_text(f"{BESIDE}LENGTH = {length}\n")
         (folder / "own.py").write_text(
-            "from beside_a_configuration import STEPS\n"
-            "from dials_jax.config import OptimizerConfig\n"
+            "from beside_a_configuration import LENGTH, Mine\n"
+            "from dials_jax.config import ArithmeticData, EvalTask\n"
             "def get_config():\n"
-            "    return OptimizerConfig(num_steps=STEPS, warmup_steps=0)\n"
+            "    own = {'data': ArithmeticData(), 'sampler': Mine(LENGTH)}\n"
+            "    return EvalTask(name='sums', metric='exact_match', **own)\n"
         )
         monkeypatch.syspath_prepend(str(folder))
         before = list(sys.path)
-        assert load_config(str(folder / "own.py"), OptimizerConfig).num_steps == steps
-        assert sys.path == before and "beside_a_configuration" not in sys.modules
+        sampler = load_config(str(folder / "own.py"), EvalTask).sampler
+        assert sampler.gen_length == length and sys.path == before
+        # Its class still knows the names of its module.
+        assert typing.get_type_hints(type(sampler))["other"] == dj.DualCache | None

@@ -135,13 +135,10 @@ def run_stack(
     h = constrain_batch(h)
     carry = h, init_policy_state(policy, h, denoising) if policy_state is None else policy_state
     if trees.is_unrolled(layers):
-        # Over a cache, with its many forward variants, and with branches, of which compaction has
-        # many, layers of one shape are traced and lowered once; XLA then puts the body in for each
-        # call. Training, which has neither, is compiled as it is written. A policy's entries that
-        # are no arrays stay what they are.
+        # Over a cache, with its many forward variants, layers of one shape are traced and lowered
+        # once; XLA then puts the body in for each call. Gradients never go through a cache.
         run_one = run_layer
-        branches = always is None and executor != "select" and not trees.is_unrolled(prepared)
-        if cache_state is not None or branches:
+        if cache_state is not None:
             run_one = jax.jit(run_layer, static_argnames="gate")
         outputs, fixed = [], always is not None
         for i in range(first, last):

@@ -51,81 +51,63 @@ class Part:
         return float(layers + head_flops(self.cfg, head))
 
 
-def total_cost(
-    parts: Sequence[Part],
-    taken: Int[np.ndarray, "S"],
-    gates: Bool[np.ndarray, "S L R"],
-    own: Bool[np.ndarray, "S R"],
-    variant: Int[np.ndarray, "S"],
-    num_tokens: int,
-    seconds: float,
-) -> Flops:
-    """The three numbers; shares are relative to the largest model making equally many full calls.
+@dataclass(frozen=True)
+class Calls:
+    """Model calls of a batch, for their cost.
 
-    A sequence's own calls count, so that the numbers are what it has alone.
+    A sequence's own calls count. So `layers_run` is what a sequence has alone; FLOPs are those of
+    the batch's length and of the calls that its cache made.
 
-    Under a schedule without other skipping, 1 - `layers_run` is the saving p (B_H - B_L) / B_H,
-    where the light model makes a share p of the calls: Sedykh (3).
-
-    Args:
+    Attributes:
+      parts: the models that make calls.
       taken: the number of the part that made each call.
       own: False where a sequence was finished and the call was made for others.
+      variant: of each call, a number in `Part.work`.
+      num_tokens: length of the canvas, with padding.
     """
-    total = _flops(parts, taken, gates, own, variant, num_tokens).sum()
-    whole, head = _largest(parts, taken, variant, num_tokens)
-    calls = own.sum()
-    layers = (gates & own[:, None]).sum() / (calls * whole.cfg.num_layers)
-    share = total / (calls * whole.full_flops(num_tokens, head))
-    return Flops(float(layers), float(share), float(total), seconds)
 
+    parts: Sequence[Part]
+    taken: Int[np.ndarray, "S"]
+    gates: Bool[np.ndarray, "S L R"]
+    own: Bool[np.ndarray, "S R"]
+    variant: Int[np.ndarray, "S"]
+    num_tokens: int
 
-def call_costs(
-    parts: Sequence[Part],
-    taken: Int[np.ndarray, "S"],
-    gates: Bool[np.ndarray, "S L R"],
-    own: Bool[np.ndarray, "S R"],
-    variant: Int[np.ndarray, "S"],
-    num_tokens: int,
-    num_sequences: int,
-) -> tuple[Float[np.ndarray, "S {num_sequences}"], float]:
-    """FLOPs of each call on each sequence, of both halves under guidance, and those of a full call.
+    def flops(self) -> Float[np.ndarray, "S R"]:
+        """Of each call on each sequence."""
+        found = np.zeros(self.own.shape)
+        for i, part in enumerate(self.parts):
+            mine = self.taken == i
+            if mine.any():
+                layers = self.gates[mine, : part.cfg.num_layers]
+                found[mine] = part.flops(layers, self.variant[mine], self.num_tokens)
+        return np.where(self.own, found, 0.0)
 
-    Their sums over all calls and sequences are the `total_cost`, and what it is a share of.
-    """
-    found = _flops(parts, taken, gates, own, variant, num_tokens)
-    copies = gates.shape[-1] // num_sequences
-    whole, head = _largest(parts, taken, variant, num_tokens)
-    full = copies * whole.full_flops(num_tokens, head)
-    return found.reshape(len(taken), copies, num_sequences).sum(axis=1), full
+    def total(self, seconds: float) -> Flops:
+        """The three numbers; shares are relative to the largest model making as many full calls.
 
+        Under a schedule without other skipping, 1 - `layers_run` is the saving p (B_H - B_L) / B_H,
+        where the light model makes a share p of the calls: Sedykh (3).
+        """
+        total, count, (whole, full) = self.flops().sum(), self.own.sum(), self._largest()
+        layers = (self.gates & self.own[:, None]).sum() / (count * whole.cfg.num_layers)
+        return Flops(float(layers), float(total / (count * full)), float(total), seconds)
 
-def _flops(
-    parts: Sequence[Part],
-    taken: Int[np.ndarray, "S"],
-    gates: Bool[np.ndarray, "S L R"],
-    own: Bool[np.ndarray, "S R"],
-    variant: Int[np.ndarray, "S"],
-    num_tokens: int,
-) -> Float[np.ndarray, "S R"]:
-    found = np.zeros(own.shape)
-    for i, part in enumerate(parts):
-        mine = taken == i
-        if mine.any():
-            layers = gates[mine, : part.cfg.num_layers]
-            found[mine] = part.flops(layers, variant[mine], num_tokens)
-    return np.where(own, found, 0.0)
+    def by_sequence(self, num_sequences: int) -> tuple[Float[np.ndarray, "S B"], float]:
+        """FLOPs of each call on each sequence, of both halves under guidance, and of a full call.
 
+        Their sums over all calls and sequences are the `total`, and what it is a share of.
+        """
+        copies = self.own.shape[1] // num_sequences
+        found = self.flops().reshape(len(self.taken), copies, num_sequences)
+        return found.sum(axis=1), copies * self._largest()[1]
 
-def _largest(
-    parts: Sequence[Part],
-    taken: Int[np.ndarray, "S"],
-    variant: Int[np.ndarray, "S"],
-    num_tokens: int,
-) -> tuple[Part, int]:
-    """The model whose full call costs most, and the most tokens whose logits a call computed."""
-    head = max(w.head for i, part in enumerate(parts) for w in _used(part, variant[taken == i]))
-    return max(parts, key=lambda part: part.full_flops(num_tokens, head)), head
+    def _largest(self) -> tuple[Part, float]:
+        """The model whose full call costs most, and the FLOPs of that on one sequence.
 
-
-def _used(part: Part, variant: Int[np.ndarray, "S"]) -> list[Work]:
-    return [part.work[k] for k in np.unique(variant)]
+        A full call computes as many logits as the call that computed most.
+        """
+        pairs = {(int(i), int(k)) for i, k in zip(self.taken, self.variant, strict=True)}
+        head = max(self.parts[i].work[k].head for i, k in pairs)
+        full = [part.full_flops(self.num_tokens, head) for part in self.parts]
+        return self.parts[np.argmax(full)], max(full)

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 
 from dials_jax.config import ModelConfig
 from dials_jax.errors import require
-from dials_jax.sampling.costs import Part, call_costs, total_cost
+from dials_jax.sampling.costs import Calls, Part
 from dials_jax.sampling.model_schedule import Schedule
 from dials_jax.sampling.sampler import CallRecord
 from dials_jax.sampling.trajectory import Trajectory
@@ -120,6 +120,7 @@ def account(
     # A call after the last step is that of its model.
     letters = np.array([number[letter] for letter in turns.each_step])
     taken = letters[np.minimum(steps, len(letters) - 1)]
+    calls = Calls(parts, taken, gates, counted, variant, length)
     tokens_run = np.zeros((nfe, gates.shape[1]), int)
     for i, part in enumerate(parts):
         mine = taken == i
@@ -127,7 +128,7 @@ def account(
             tokens_run[mine, : part.cfg.num_layers] = part.tokens(variant[mine])
     trajectory = None
     if record.canvases is not None:
-        costs = call_costs(parts, taken, gates, counted, variant, length, num_sequences)
+        costs = calls.by_sequence(num_sequences)
         canvases = (x[:nfe, :num_sequences] for x in record.canvases)
         trajectory = Trajectory(*canvases, *costs)
     tokens, log_probs = tokens[:num_sequences], record.log_probs
@@ -144,7 +145,7 @@ def account(
         ),
         tokens_run=tokens_run,
         steps=steps,
-        flops=total_cost(parts, taken, gates, counted, variant, length, seconds),
+        flops=calls.total(seconds),
         log_probs=log_probs,
         observed=of_sequences(record.observed, num_sequences),
         trajectory=trajectory,

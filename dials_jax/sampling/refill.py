@@ -44,7 +44,7 @@ from dials_jax.models.padding import pad_prompts
 from dials_jax.nn.policy import Policy, check_policy
 from dials_jax.nn.rope import positions_of
 from dials_jax.nn.stack import Executor
-from dials_jax.sampling.costs import Part, total_cost
+from dials_jax.sampling.costs import Calls, Part
 from dials_jax.sampling.end_of_text import fill_after_eos
 from dials_jax.sampling.generation import Generation, count_tokens
 from dials_jax.sampling.loop import BlockSampler, Loop, LoopState, step_limit, variant_work
@@ -376,6 +376,7 @@ def _generation(
     `filled` positions; its seconds are its share."""
     gates, share, own, variant, steps = (np.concatenate(x) for x in zip(*one.calls, strict=True))
     nfe = len(variant)
+    calls = Calls([part], np.zeros(nfe, int), gates, own, variant, len(canvas))
     return Generation(
         tokens=canvas[None],
         nfe=nfe,
@@ -385,5 +386,5 @@ def _generation(
         num_tokens=count_tokens(part.cfg, canvas[None, length : length + filled]),
         tokens_run=part.tokens(variant),
         steps=steps,
-        flops=total_cost([part], np.zeros(nfe, int), gates, own, variant, len(canvas), one.seconds),
+        flops=calls.total(one.seconds),
     )

@@ -211,17 +211,3 @@ def test_over_a_memory_layers_of_one_shape_are_traced_once_however_many_there_ar
     layer = LAYER._replace(project=project)
     run_stack(layer, layers, h, context, None, denoising, cache_state=memory)
     assert len(traced) == 1
-
-
-@pytest.mark.parametrize("unrolled", [False, True])
-def test_branches_of_layers_of_one_shape_are_traced_once_however_many_layers_there_are(unrolled):
-    traced = []
-
-    def counted(*args):
-        traced.append(args)
-        return block(*args)
-
-    h, context, denoising = make_rows(2)
-    layers = trees.unstack(LAYERS) if unrolled else LAYERS
-    run_stack(Layer(counted), layers, h, context, Random(2), denoising, executor="compact")
-    assert len(traced) == 2  # a branch for one sequence and one for both
